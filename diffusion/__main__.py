@@ -1,0 +1,132 @@
+"""The command line: `ddpm COMMAND`, or `python -m diffusion COMMAND`."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diffusion import params as parameters
+from diffusion.errors import UserError
+from diffusion.paths import Paths
+
+STAGES = {
+    "shard": "raw images into webdataset shards",
+    "pairs": "shards into shuffled blocks with their noise pairs",
+    "train": "train the network on the training pairs",
+    "evaluate": "score the network on held-out pairs, and draw samples",
+    "export": "write the network as an ONNX model, checked against torch",
+}
+
+
+def run_stage(arguments: argparse.Namespace) -> None:
+    paths = Paths()
+    params = parameters.load(paths.params)
+    importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+
+
+def show_params(arguments: argparse.Namespace) -> None:
+    for name, field in parameters.Params.model_fields.items():
+        section = parameters.SECTIONS.get(name)
+        if section is None:
+            print(f"{name}: {field.description}")
+            continue
+        print(f"{name}: {(section.__doc__ or '').strip()}")
+        for key, part in section.model_fields.items():
+            print(f"  {key}: {part.description}")
+
+
+def apply_preset(arguments: argparse.Namespace) -> None:
+    paths = Paths()
+    document = parameters.with_preset(parameters.read_yaml(paths.params), paths.presets, arguments.name)
+    parameters.validate(document, str(paths.presets / f"{arguments.name}.yaml"))
+    parameters.write_yaml(paths.params, document)
+    print(f"params.yaml now holds the preset {arguments.name}")
+
+
+def import_data(arguments: argparse.Namespace) -> None:
+    from diffusion.data.importing import import_data
+
+    import_data(arguments.path, arguments.name, Paths(), link=arguments.link)
+
+
+def track(arguments: argparse.Namespace) -> None:
+    from diffusion import tracking
+    from flows import workspace
+
+    paths = Paths(workspace.find(arguments.run)) if arguments.run else Paths()
+    tracking.track(parameters.load(paths.params), paths, as_json=arguments.json)
+
+
+def apply_run(arguments: argparse.Namespace) -> None:
+    from flows import workspace
+
+    workspace.apply(arguments.run, force=arguments.force)
+
+
+def list_runs(arguments: argparse.Namespace) -> None:
+    from flows import workspace
+
+    workspace.list_runs()
+
+
+def summary(arguments: argparse.Namespace) -> None:
+    from flows import summary
+
+    summary.show(arguments.run)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ddpm", description="Train, evaluate and export denoising diffusion models.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, action: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        made.set_defaults(action=action)
+        return made
+
+    for name, text in STAGES.items():
+        command(name, text, run_stage)
+
+    command("params", "say what every parameter means", show_params)
+    preset = command("preset", "write a preset into params.yaml", apply_preset)
+    preset.add_argument("name", help=f"one of: {', '.join(parameters.preset_names(Paths().presets)) or 'presets/*.yaml'}")
+
+    imports = command("import", "bring images under data/raw and DVC", import_data)
+    imports.add_argument("path", type=Path, help="an .npz file, a folder of idx files or a folder of images")
+    imports.add_argument("--name", required=True, help="name below data/raw")
+    imports.add_argument("--link", action="store_true", help="link to the files instead of copying them")
+
+    tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
+    tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")
+    tracks.add_argument("--json", action="store_true", help="print run id, address and model version as JSON")
+
+    applies = command("apply", "bring a flow run's parameters and results into the working tree", apply_run)
+    applies.add_argument("run", help="name of a flow run (see `ddpm runs`)")
+    applies.add_argument("--force", action="store_true", help="overwrite changes that are not committed")
+
+    command("runs", "list the flow runs that are kept here", list_runs)
+    shows = command("summary", "show a flow run's stages and results as a table", summary)
+    shows.add_argument("run", nargs="?", help="name of a flow run; without it, the last one")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.action(arguments)
+    except UserError as error:
+        print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ddpm {arguments.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

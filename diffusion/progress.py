@@ -1,0 +1,77 @@
+"""Progress of a long stage: a bar on a terminal, a line now and then elsewhere."""
+
+import re
+import sys
+import time
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 5.0
+_LINE = re.compile(r"^(?P<stage>\w+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>\w+)")
+
+
+class Done(NamedTuple):
+    """What a progress line says."""
+
+    stage: str
+    done: int
+    total: int
+
+
+def parse(line: str) -> Done | None:
+    """The progress that a line of a stage's output reports; None for any other line."""
+    match = _LINE.match(line)
+    return Done(match["stage"], int(match["done"]), int(match["total"])) if match else None
+
+
+class Progress:
+    """Counts work done; a context manager.
+
+    On a terminal it is a tqdm bar. Elsewhere it prints lines that `parse` reads:
+    `train: 640/128000 images, 812/s, 157 s left, loss 0.0712`.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+        self.stage, self.total, self.unit, self.done = stage, total, unit, done
+        self._first = done
+        self._started = self._printed = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", smoothing=0.05) if terminal else None
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._print("")
+
+    def advance(self, count: int, note: str = "") -> None:
+        """`count` more units are done; `note` says how it goes, such as `loss 0.0712`."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print(note)
+
+    def write(self, line: str) -> None:
+        """Print a line of its own without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _print(self, note: str) -> None:
+        self._printed = time.monotonic()
+        rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        text = f"{self.stage}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left:.0f} s left"
+        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
