@@ -85,6 +85,8 @@ class Network(Section):
     """Channels of each level, in multiples of base_channels; each level halves the resolution."""
     blocks_per_level: Positive
     """Residual blocks at each level on the way down (one more on the way up)."""
+    time_conditioning: Literal["add", "film"]
+    """How the timestep enters a block: added to the features (DDPM), or scaling and shifting them (Improved DDPM)."""
     attention_levels: tuple[NonNegative, ...]
     """Levels with self-attention, counted from 0, the finest."""
     patch_size: Positive
