@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffusion import params as parameters
-from diffusion.errors import UserError
+from diffusion.errors import Stopped, UserError
 from diffusion.paths import Paths
 
 STAGES = {
@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"ddpm {arguments.command}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"ddpm {arguments.command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

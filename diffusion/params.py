@@ -147,8 +147,6 @@ class Sample(Section):
 class Evaluate(Section):
     """Held-out evaluation."""
 
-    batch_size: Positive
-    """Pairs per network evaluation."""
     resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples (over images) behind the 95 % intervals."""
 

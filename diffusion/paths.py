@@ -59,6 +59,10 @@ class Paths:
     def evaluation(self) -> Path:
         return self.root / "reports" / "evaluation"
 
+    @property
+    def report(self) -> Path:
+        return self.root / "reports" / "report.html"
+
     # export
     @property
     def onnx(self) -> Path:

@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     SHUFFLE = 32
     BLOCK_ORDER = 33
     FLIP = 34
+    INIT = 35
+    DROPOUT = 36
     SAMPLE = 48
     BOOTSTRAP = 49
 

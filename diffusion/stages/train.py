@@ -1,0 +1,191 @@
+"""train: training pairs to a model, with its curves and previews."""
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+
+import diffusion
+from diffusion import tracking
+from diffusion.data.noise import Purpose, stream
+from diffusion.data.pairs import Pairs, train_batch
+from diffusion.errors import UserError
+from diffusion.evaluation.heldout import quick_mse
+from diffusion.evaluation.samples import draw_samples, grid_png
+from diffusion.files import new_directory, sha256, write_atomic, write_json
+from diffusion.model import Config, save_model
+from diffusion.nn import build as networks
+from diffusion.params import Params
+from diffusion.paths import Paths
+from diffusion.process import build as processes
+from diffusion.progress import Progress
+from diffusion.training import ema, loop, optim
+from diffusion.training.state import Checkpoints, Row, State
+from diffusion.training.stop import StopSignals
+
+CODE = ["data/noise.py", "data/pairs.py", "nn", "process", "training", "stages/train.py"]
+KEPT_TRAININGS = 5
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was."""
+    device = networks.device(params.device)
+    pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
+    fingerprint = training_fingerprint(params, paths, device)
+    directory = paths.checkpoints / fingerprint
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(directory / "lock") as lock:
+        drop_old_trainings(paths.checkpoints, keep=directory)
+        state = _train(params, paths, device, pairs, heldout, directory, fingerprint)
+        lock.release()
+    tracking.record(params, paths, state.run_id)
+
+
+def _train(
+    params: Params, paths: Paths, device: torch.device, pairs: Pairs, heldout: Pairs, directory: Path, fingerprint: str
+) -> State:
+    process = processes.process(params.process)
+    torch.manual_seed(int(stream(params.seed, Purpose.INIT).integers(2**63)))
+    net = networks.network(pairs.shape, params.network).to(device)
+    state = State(
+        net=net,
+        average=ema.average_of(net),
+        optimizer=optim.optimizer(net, params.train),
+        sums=torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device),
+    )
+    checkpoints = Checkpoints(directory)
+    for line in checkpoints.restore(state):
+        print(f"train: {line}", file=sys.stderr)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    print(
+        f"train: {parameters:,} parameters on {device}, {pairs.images} images"
+        + (f", going on from step {state.step}" if state.step else ""),
+        file=sys.stderr,
+    )
+    live = tracking.live(params, paths, state.run_id, fingerprint)
+    state.run_id = live.run_id
+    options, batch_size = params.train, params.train.batch_size
+    previews = directory / "previews"
+    clock = Clock(state.step)
+
+    with (
+        StopSignals() as stop,
+        Progress("train", options.steps * batch_size, "images", done=state.step * batch_size) as progress,
+    ):
+
+        def report(state: State) -> None:
+            note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
+            progress.advance(batch_size, note)
+            if state.step - state.last_point >= options.log_every or state.step == options.steps:
+                row = loop.add_point(state, options)
+                rate = clock.rate(state.step) * batch_size
+                live.metrics({**without_step(row), "images_per_second": rate}, state.step)
+
+        def preview(state: State) -> None:
+            mse = quick_mse(state.average, process, heldout, device, stop.check)
+            images = draw_samples(
+                state.average, process, pairs.shape, params.sample, params.seed, device, check_stop=stop.check
+            )
+            picture = previews / f"step-{state.step:08d}.png"
+            write_atomic(picture, grid_png(images))
+            state.heldout_curve.append({"step": state.step, "mse": mse})
+            progress.write(f"train: step {state.step}: held-out MSE {mse:.4f}")
+            live.metrics({"heldout_mse": mse}, state.step)
+            live.image(picture, state.step)
+            clock.restart(state.step)
+
+        loop.train(
+            state,
+            options,
+            params.seed,
+            process.loss,
+            partial(train_batch, pairs, params.seed, batch_size=batch_size, flip=options.flip),
+            report=report,
+            preview=preview,
+            checkpoint=checkpoints.write,
+            check_stop=stop.check,
+        )
+
+    with new_directory(paths.previews) as temporary:
+        for row in state.heldout_curve:
+            name = f"step-{int(row['step']):08d}.png"
+            shutil.copyfile(previews / name, temporary / name)
+    with new_directory(paths.train_curves) as temporary:
+        write_atomic(temporary / "loss.csv", table(state.loss_curve))
+        write_atomic(temporary / "heldout.csv", table(state.heldout_curve))
+    write_json(
+        paths.train_report,
+        {
+            "steps": state.step,
+            "images": state.step * batch_size,
+            "parameters": parameters,
+            "loss": state.loss_curve[-1]["loss"],
+            "heldout_mse": state.heldout_curve[-1]["mse"],
+        },
+    )
+    save_model(paths.model, state.average, Config(shape=pairs.shape, network=params.network, process=params.process))
+    return state
+
+
+class Clock:
+    """Steps per second since the last look, previews left out."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        rate = (step - self._step) / max(time.monotonic() - self._time, 1e-9)
+        self.restart(step)
+        return rate
+
+
+def training_fingerprint(params: Params, paths: Paths, device: torch.device) -> str:
+    """A name for all that shapes the result: parameters, data, code, and the libraries that compute it."""
+    shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train", "sample"})
+    root = Path(diffusion.__file__).parent
+    sources = sorted(file for part in CODE for file in [root / part, *(root / part).rglob("*.py")] if file.is_file())
+    facts = {
+        "params": shaping,
+        "pairs": sha256(paths.pairs / "manifest.json"),
+        "code": {str(file.relative_to(root)): sha256(file) for file in sources},
+        "device": device.type,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drop_old_trainings(checkpoints: Path, keep: Path) -> None:
+    """Delete the checkpoints of all but the last few trainings, never those of one that runs now."""
+    others = sorted((path for path in checkpoints.iterdir() if path != keep), key=lambda path: -path.stat().st_mtime)
+    for path in others[KEPT_TRAININGS:]:
+        try:
+            with filelock.FileLock(path / "lock", timeout=0):
+                shutil.rmtree(path)
+        except filelock.Timeout:
+            continue
+
+
+def without_step(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "step"}
+
+
+def table(rows: list[Row]) -> bytes:
+    """Rows as CSV, each number in the fewest digits that give it back exactly."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
