@@ -1,0 +1,285 @@
+"""Pairs (x_0, t, eps) in shuffled blocks: written once, read by block, and as an endless stream of training batches.
+
+A pair is a recipe: x_0, a timestep and a noise key give x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, the
+same on any machine, for any batch size and number of processes. Blocks of BLOCK images share a noise stream. Draw d of
+a block is its d-th (t, eps); training epoch e is draw e, without end. data/README.md describes the files.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
+from diffusion.data.tar import Member, Tar, Writer, members, open_map
+from diffusion.errors import UserError
+from diffusion.files import write_json
+
+MANIFEST = "manifest.json"
+MAX_TAR_BYTES = 256 * 2**20
+Number = TypeVar("Number", bound=np.generic)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Contents(_Model):
+    """What a split holds."""
+
+    images: int
+    blocks: int
+    tars: tuple[Tar, ...]
+    """A sample of these is a block."""
+
+
+class Recipe(_Model):
+    """What the pairs are made with, besides the images."""
+
+    channels: int
+    height: int
+    width: int
+    seed: int
+    schedule: str
+    num_timesteps: int
+    draws: int
+    """Draws of (t, noise key) stored for train."""
+    heldout_draws: int
+    """Draws of (t, x_t, eps) stored for val and test."""
+    classes: tuple[str, ...]
+    shards_sha256: str
+    """Digest of the shards' manifest."""
+
+
+class Manifest(Recipe):
+    """manifest.json of data/pairs."""
+
+    splits: dict[Split, Contents]
+    data_mean: float
+    """Mean of x_0 over the training images, in [-1, 1]."""
+
+
+class HeldOut(NamedTuple):
+    """One draw of a held-out block."""
+
+    t: NDArray[np.int64]
+    """(n,)"""
+    x_t: NDArray[np.float32]
+    """(n, C, H, W)"""
+    eps: NDArray[np.float32]
+    """(n, C, H, W)"""
+
+
+class Batch(NamedTuple):
+    """Training pairs."""
+
+    x_0: NDArray[np.float32]
+    """(B, C, H, W) in [-1, 1]"""
+    t: NDArray[np.int64]
+    """(B,)"""
+    eps: NDArray[np.float32]
+    """(B, C, H, W)"""
+    y: NDArray[np.int64]
+    """(B,), -1 where there is no label"""
+
+
+class LabelledImages(Protocol):
+    """Images with their labels, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
+
+
+def fit(image: Image.Image, channels: int, height: int, width: int) -> NDArray[np.uint8]:
+    """An image as uint8 (C, H, W): laid on white if transparent, cropped to the aspect ratio and resized if need be."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height))
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def write(
+    directory: Path,
+    images: Mapping[Split, LabelledImages],
+    recipe: Recipe,
+    alpha_bar: NDArray[np.float64],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Manifest:
+    """Write the pairs and manifest into an empty directory.
+
+    alpha_bar: (T,). `advance` is told of images done.
+    """
+    shape = (recipe.channels, recipe.height, recipe.width)
+    total, splits = 0, dict[Split, Contents]()
+    for split in SPLITS:
+        source = images[split]
+        order = stream(recipe.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
+        with Writer(directory, split, max_bytes=MAX_TAR_BYTES) as writer:
+            for block, start in enumerate(range(0, len(source), BLOCK)):
+                chosen = [source[int(index)] for index in order[start : start + BLOCK]]
+                x_0 = np.stack([fit(image, *shape) for image, _ in chosen])
+                arrays: dict[str, NDArray[np.generic]] = {
+                    "x_0": x_0,
+                    "y": np.array([-1 if label is None else label for _, label in chosen], dtype=np.int64),
+                }
+                if split == "train":
+                    total += int(x_0.sum(dtype=np.int64))
+                    arrays |= _train_arrays(recipe, block, len(x_0))
+                else:
+                    arrays |= _heldout_arrays(recipe, split, block, x_0, alpha_bar)
+                writer.add(f"{block:08d}", {f"{name}.npy": _npy(value) for name, value in arrays.items()})
+                advance(len(x_0))
+        splits[split] = Contents(
+            images=len(source), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
+        )
+    values = splits["train"].images * int(np.prod(shape))
+    manifest = Manifest(**recipe.model_dump(), splits=splits, data_mean=total / values / 127.5 - 1)
+    write_json(directory / MANIFEST, manifest.model_dump())
+    return manifest
+
+
+def _train_arrays(recipe: Recipe, block: int, n: int) -> dict[str, NDArray[np.generic]]:
+    draws = range(recipe.draws)
+    t = [timesteps(recipe.seed, "train", block, draw, recipe.num_timesteps)[:n] for draw in draws]
+    return {"t": np.stack(t), "noise_key": np.stack([eps_key(recipe.seed, "train", block, draw) for draw in draws])}
+
+
+def _heldout_arrays(
+    recipe: Recipe, split: Split, block: int, x_0: NDArray[np.uint8], alpha_bar: NDArray[np.float64]
+) -> dict[str, NDArray[np.generic]]:
+    draws, n = recipe.heldout_draws, len(x_0)
+    t = np.empty((draws, n), np.int64)
+    x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
+    clean = x_0 / 127.5 - 1  # float64, as all here up to the last assignment
+    for draw in range(draws):
+        t[draw] = timesteps(recipe.seed, split, block, draw, recipe.num_timesteps)[:n]
+        eps[draw] = eps_from_key(eps_key(recipe.seed, split, block, draw), x_0.shape[1:])[:n]
+        at = alpha_bar[t[draw]][:, None, None, None]
+        x_t[draw] = np.sqrt(at) * clean + np.sqrt(1 - at) * eps[draw]
+    return {"t": t, "x_t": x_t, "eps": eps}
+
+
+def _npy(value: NDArray[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, value, allow_pickle=False)
+    return buffer.getvalue()
+
+
+class Pairs:
+    """One split of data/pairs, read at random through memory maps.
+
+    Raises UserError if the directory is missing, damaged or written by another version.
+    """
+
+    def __init__(self, directory: Path, split: Split) -> None:
+        try:
+            self.manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+        except (OSError, ValidationError):
+            raise UserError(
+                f"{directory / MANIFEST}: missing or not readable; `dvc repro pairs` writes it anew"
+            ) from None
+        self.split: Split = split
+        contents = self.manifest.splits[split]
+        self.images, self.blocks = contents.images, contents.blocks
+        self.shape = (self.manifest.channels, self.manifest.height, self.manifest.width)
+        self._maps = [open_map(directory, tar, "pairs") for tar in contents.tars]
+        self._members: dict[tuple[int, str], tuple[int, Member]] = {
+            (int(member.key), member.extension): (number, member)
+            for number, mapped in enumerate(self._maps)
+            for member in members(mapped)
+        }
+        self._cached_recipe = lru_cache(maxsize=2)(self.recipe)
+
+    def size(self, block: int) -> int:
+        """Images in a block: BLOCK, or fewer in the last one."""
+        return min(BLOCK, self.images - block * BLOCK)
+
+    def x_0(self, block: int) -> NDArray[np.uint8]:
+        """The images of a block, (n, C, H, W)."""
+        return self._view(block, "x_0", np.uint8, self.size(block), *self.shape).copy()
+
+    def labels(self, block: int) -> NDArray[np.int64]:
+        """The labels of a block, (n,); -1 where there is none."""
+        return self._view(block, "y", np.int64, self.size(block)).copy()
+
+    def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """t (n,) and eps (n, C, H, W) of any draw of a block: from the table where it reaches, else computed alike."""
+        n, made = self.size(block), self.manifest
+        if self.split == "train" and draw < made.draws:
+            t = self._view(block, "t", np.int64, made.draws, n)[draw].copy()
+            key = self._view(block, "noise_key", np.uint64, made.draws, 6)[draw]
+        else:
+            t = timesteps(made.seed, self.split, block, draw, made.num_timesteps)[:n]
+            key = eps_key(made.seed, self.split, block, draw)
+        return t, eps_from_key(key, self.shape)[:n]
+
+    def heldout(self, block: int, draw: int) -> HeldOut:
+        """A stored draw, below manifest.heldout_draws, of a block of val or test."""
+        n, draws = self.size(block), self.manifest.heldout_draws
+        return HeldOut(
+            self._view(block, "t", np.int64, draws, n)[draw].copy(),
+            self._view(block, "x_t", np.float32, draws, n, *self.shape)[draw].copy(),
+            self._view(block, "eps", np.float32, draws, n, *self.shape)[draw].copy(),
+        )
+
+    def _view(self, block: int, name: str, dtype: type[Number], *shape: int) -> NDArray[Number]:
+        """A stored array without copying it. An .npy member ends with the array's bytes."""
+        number, member = self._members[block, f"{name}.npy"]
+        count = int(np.prod(shape))
+        offset = member.offset + member.size - count * np.dtype(dtype).itemsize
+        return np.frombuffer(self._maps[number], dtype, count, offset).reshape(shape)
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The blocks in an epoch's order, (blocks,), and where in the epoch each begins, (blocks + 1,)."""
+    blocks = -(-images // BLOCK)
+    order = stream(seed, Purpose.BLOCK_ORDER, high=epoch).permutation(blocks)
+    sizes = np.minimum(BLOCK, images - order * BLOCK)
+    return order, np.concatenate([[0], np.cumsum(sizes)])
+
+
+def train_batch(
+    pairs: Pairs, seed: int, step: int, batch_size: int, *, flip: bool = False, rank: int = 0, world: int = 1
+) -> Batch:
+    """Batch `step` of the training stream, a pure function of its arguments.
+
+    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Step k
+    takes items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
+    `flip` mirrors x_0 left to right by random bits of (seed, e, block).
+    """
+    share = batch_size // world
+    batch = Batch(
+        x_0=np.empty((share, *pairs.shape), np.float32),
+        t=np.empty(share, np.int64),
+        eps=np.empty((share, *pairs.shape), np.float32),
+        y=np.empty(share, np.int64),
+    )
+    first, done = step * batch_size + rank * share, 0
+    while done < share:
+        epoch, offset = divmod(first + done, pairs.images)
+        order, begins = _epoch(seed, epoch, pairs.images)
+        place = int(np.searchsorted(begins, offset, side="right")) - 1
+        block, start = int(order[place]), offset - int(begins[place])
+        count = min(pairs.size(block) - start, share - done)
+        taken, into = slice(start, start + count), slice(done, done + count)
+        t, eps = pairs._cached_recipe(block, epoch)
+        x_0 = pairs._view(block, "x_0", np.uint8, pairs.size(block), *pairs.shape)[taken]
+        if flip:
+            mirrored = stream(seed, Purpose.FLIP, high=epoch, low=block).random(BLOCK)[taken] < 0.5
+            x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
+        np.divide(x_0, np.float32(127.5), out=batch.x_0[into])
+        batch.t[into], batch.eps[into] = t[taken], eps[taken]
+        batch.y[into] = pairs._view(block, "y", np.int64, pairs.size(block))[taken]
+        done += count
+    np.subtract(batch.x_0, np.float32(1), out=batch.x_0)
+    return batch

@@ -1,0 +1,113 @@
+"""Sets of tar files in webdataset form: written byte-reproducibly, read at random through memory maps.
+
+A set is `SPLIT-000000.tar`, `SPLIT-000001.tar`, ...; a sample is a few consecutive members `KEY.EXTENSION`, and
+KEY holds no dot. Nothing in a file depends on when, where or by whom it was written.
+"""
+
+import hashlib
+import io
+import mmap
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from diffusion.data.noise import Split
+from diffusion.errors import UserError
+from diffusion.files import sha256
+
+
+class Tar(BaseModel):
+    """One tar file, as a manifest lists it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Member(NamedTuple):
+    """Where a member's content stands in its tar file."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+
+
+class Writer:
+    """Writes one set; a context manager, after which `tars` lists the files."""
+
+    def __init__(
+        self, directory: Path, split: Split, *, max_samples: int = sys.maxsize, max_bytes: int = sys.maxsize
+    ) -> None:
+        self.directory, self.split = directory, split
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self.tars: list[Tar] = []
+        self._tar: tarfile.TarFile | None = None
+        self._samples = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample: its members' contents by extension."""
+        size = sum(map(len, members.values()))
+        if self._tar and (self._samples == self.max_samples or self._tar.offset + size > self.max_bytes):
+            self._finish()
+        if self._tar is None:
+            self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see _finish)
+        for extension, content in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: mtime 0, uid and gid 0, mode 0644
+            info.size = len(content)
+            self._tar.addfile(info, io.BytesIO(content))
+        self._samples += 1
+
+    def _path(self) -> Path:
+        return self.directory / f"{self.split}-{len(self.tars):06d}.tar"
+
+    def _finish(self) -> None:
+        if self._tar is None:
+            return
+        self._tar.close()
+        path = self._path()
+        self.tars.append(Tar(name=path.name, samples=self._samples, bytes=path.stat().st_size, sha256=sha256(path)))
+        self._tar, self._samples = None, 0
+
+
+def open_map(directory: Path, tar: Tar, stage: str) -> mmap.mmap:
+    """A memory map of a tar file, its content checked.
+
+    Raises UserError, naming the stage that writes it, if the file is not what the manifest says.
+    """
+    path = directory / tar.name
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); `dvc repro {stage}` writes it anew") from None
+    if hashlib.sha256(mapped).hexdigest() != tar.sha256:
+        raise UserError(f"{path}: not the file that manifest.json lists; `dvc repro {stage}` writes it anew")
+    return mapped
+
+
+def members(mapped: mmap.mmap) -> Iterator[Member]:
+    """The members of a tar file in order; reads only their headers."""
+    position = 0
+    while position < len(mapped) and mapped[position]:  # a block of zeros ends the file
+        header = mapped[position : position + tarfile.BLOCKSIZE]
+        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+        key, _, extension = info.name.partition(".")
+        yield Member(key, extension, position + tarfile.BLOCKSIZE, info.size)
+        position += tarfile.BLOCKSIZE * (1 + -(-info.size // tarfile.BLOCKSIZE))

@@ -1,0 +1,34 @@
+"""Stage pairs: shards into shuffled blocks with their noise pairs."""
+
+import sys
+
+from diffusion.data import pairs, shards
+from diffusion.data.noise import BLOCK
+from diffusion.files import new_directory
+from diffusion.params import Params
+from diffusion.paths import Paths
+from diffusion.process import build
+from diffusion.progress import Progress
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write data/pairs; raises UserError if data/shards is missing or damaged."""
+    source = shards.read_manifest(paths.shards)
+    images = {split: shards.Images(paths.shards, contents) for split, contents in source.splits.items()}
+    recipe = pairs.Recipe(
+        **params.pairs.model_dump(),
+        seed=params.seed,
+        schedule=params.process.schedule,
+        num_timesteps=params.process.num_timesteps,
+        classes=source.classes,
+        shards_sha256=shards.manifest_sha256(paths.shards),
+    )
+    alpha_bar = build.process(params.process).schedule.alpha_bar.numpy()
+    with (
+        new_directory(paths.pairs) as directory,
+        Progress("pairs", sum(map(len, images.values())), "images") as progress,
+    ):
+        manifest = pairs.write(directory, images, recipe, alpha_bar, progress.advance)
+    counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
+    size = "x".join(map(str, (recipe.channels, recipe.height, recipe.width)))
+    print(f"pairs: {counts} images of {size} in blocks of {BLOCK}", file=sys.stderr)
