@@ -1,0 +1,98 @@
+"""Following a training while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from diffusion.params import Params
+from diffusion.paths import Paths
+from diffusion.tracking import store
+from diffusion.tracking.starting import start
+from diffusion.tracking.store import TrackedRun
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+SECONDS_BETWEEN_BATCHES = 2.0
+
+
+class LiveRun:
+    """The MLflow run of a training under way; a context manager, to be left before `record` is called.
+
+    Logging happens in a thread, in batches. After the first failure nothing more is tried: `record` fills the gap.
+    """
+
+    run_id: str | None
+    """To be kept with the checkpoint. If MLflow cannot be reached, it is what was kept before, or None."""
+
+    def __init__(self, run: TrackedRun | None, run_id: str | None, uri: str) -> None:
+        self.run_id = run_id
+        self._run, self._uri = run, uri
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._batch: list[Metric] = []
+        self._sent = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._send()
+        if kind is not None:
+            self._later(lambda run: run.end("FAILED" if issubclass(kind, Exception) else "KILLED"))
+        self._thread.shutdown()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """One point of each curve, named like the columns of reports/train_curves (heldout.csv's mse: heldout_mse)."""
+        if self._run is None:
+            return
+        self._batch += store.points({f"train/{name}": value for name, value in values.items()}, step)
+        if time.monotonic() - self._sent > SECONDS_BETWEEN_BATCHES:
+            self._send()
+
+    def image(self, path: Path, step: int) -> None:
+        """The sample grid of a step; the file is read before this returns."""
+        if self._run is not None:
+            image = store.read_image(path)
+            self._later(lambda run: run.image(image, step))
+
+    def _send(self) -> None:
+        batch, self._batch = self._batch, []
+        self._sent = time.monotonic()
+        if batch:
+            self._later(lambda run: run.metrics(batch))
+
+    def _later(self, action: Callable[[TrackedRun], None]) -> None:
+        def guarded() -> None:
+            if self._run is not None:
+                try:
+                    action(self._run)
+                except Exception as error:  # whatever it is, a training does not end for it
+                    self._run = None
+                    store.say_unusable(self._uri, error)
+
+        self._thread.submit(guarded)
+
+
+def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> LiveRun:
+    """Start the run of a training, or go on in it: the run `run_id`, or else the one of the same fingerprint."""
+    uri = store.tracking_uri(paths)
+    try:
+        with store.lock(paths):
+            mlflow_store = store.connect(uri, params, paths)
+            found = mlflow_store.run_by_id(run_id) or mlflow_store.run_by_tag(store.FINGERPRINT, fingerprint)
+            if found is None:
+                run = start(mlflow_store, params, paths, fingerprint, {store.FINGERPRINT: fingerprint})
+            else:
+                run = TrackedRun(mlflow_store.client, found)
+                run.client.update_run(run.id, status="RUNNING")
+    except Exception as error:
+        store.say_unusable(uri, error)
+        return LiveRun(None, run_id, uri)
+    return LiveRun(run, run.id, uri)
