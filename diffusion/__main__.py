@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusion import params as parameters
 from diffusion.errors import Stopped, UserError
 from diffusion.paths import Paths
+from diffusion.watch import stop_with_parent
 
 STAGES = {
     "shard": "raw images into webdataset shards",
@@ -22,6 +23,7 @@ STAGES = {
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
+    stop_with_parent()
     paths = Paths()
     params = parameters.load(paths.params)
     importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
@@ -61,9 +63,9 @@ def track(arguments: argparse.Namespace) -> None:
 
 
 def apply_run(arguments: argparse.Namespace) -> None:
-    from flows import workspace
+    from flows import apply
 
-    workspace.apply(arguments.run, force=arguments.force)
+    apply.apply(arguments.run, force=arguments.force)
 
 
 def list_runs(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from diffusion.files import write_atomic
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
 class Section(BaseModel):
@@ -176,7 +177,7 @@ class Params(Section):
 
     seed: NonNegative
     """Seed of every random number."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device: Device
     """auto (a GPU where there is one), cpu, mps, cuda or cuda:N."""
     shard: Shard
     pairs: Pairs

@@ -1,0 +1,138 @@
+"""One stage as a child process: its output line by line, its end, and how to end it early."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from diffusion.watch import STOP_WITH
+
+Outcome = Literal["cached", "run"]
+SECONDS_TO_STOP = 10.0
+"""How long a stage may take to write a checkpoint and end, once told to."""
+
+_CACHED = re.compile(r"Stage '\S+' (didn't change, skipping|is cached - skipping run)")
+_DVC = re.compile(r"Running stage '|> |ERROR: |Updating lock file|Use `dvc push`|To track the changes|\s*git add ")
+_TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+_PASSING = re.compile(
+    r"[Uu]nable to acquire (the |file )?lock|is busy, it is being blocked by|Temporary failure in name resolution"
+    r"|ConnectionError|Connection (refused|reset|aborted|timed out)|RemoteDisconnected|ConnectTimeout|ReadTimeout"
+)
+
+
+class StageError(Exception):
+    """A stage ended with an error; the message is the stage's own last error line."""
+
+
+class PassingStageError(StageError):
+    """The error may be gone at the next try: a busy lock, a lost connection."""
+
+
+def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
+    """Bring one stage up to date in a workspace, as `dvc repro --single-item` does.
+
+    Every line of output goes to `on_line` as it is written. Whatever ends the wait early (a signal's exception, an
+    error in `on_line`) ends the stage's processes too, and is raised again; should this process be killed, they end by
+    themselves (see diffusion/watch.py).
+
+    Raises: StageError, or PassingStageError where it is worth trying again.
+    """
+    python = Path(sys.executable)
+    environment = os.environ | {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # DVC runs plain `python`
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "true",
+        STOP_WITH: "stdin",
+    }
+    command = [str(python), "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    process = subprocess.Popen(
+        command,
+        cwd=workspace,
+        env=environment,
+        stdin=subprocess.PIPE,  # never written: its end tells the stage that this process is gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    recent: deque[str] = deque(maxlen=200)
+    cached = False
+    try:
+        for line in _lines(process):
+            recent.append(line)
+            cached = cached or _CACHED.match(line) is not None
+            on_line(line)
+        if process.wait() == 0:
+            return "cached" if cached else "run"
+    except BaseException:
+        _stop(process, on_line)
+        raise
+    finally:
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
+    message = last_error(list(recent)) or f"{stage}: dvc exited with status {process.returncode}"
+    raise (PassingStageError if passes_by_itself(message) else StageError)(message)
+
+
+def last_error(lines: list[str]) -> str:
+    """The line that says why a stage failed: its own `ddpm STAGE: error: ...`, its traceback's last, or DVC's words."""
+    own = [line for line in lines if line.strip() and not _DVC.match(line)]
+    for pattern in (re.compile(r"ddpm \w+: error: "), _TRACEBACK_END):
+        if found := [line for line in own if pattern.match(line)]:
+            return found[-1]
+    dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    started = any(line.startswith("Running stage '") for line in lines)
+    return (own if started else dvc or own or [""])[-1] if own or dvc else ""
+
+
+def passes_by_itself(message: str) -> bool:
+    """Whether what failed may work when tried again: a busy DVC lock, a lost connection. Nothing else is retried."""
+    return _PASSING.search(message) is not None
+
+
+def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> Iterator[str]:
+    """Lines as they are written, until every process of the stage is gone (or until the deadline).
+
+    A carriage return ends a line too. The pipe's end, unlike a process id, is not fooled by children that outlive
+    their parent.
+    """
+    assert process.stdout
+    descriptor, rest = process.stdout.fileno(), b""
+    while True:
+        if deadline is not None and not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return
+        chunk = os.read(descriptor, 65536)
+        *complete, rest = re.split(rb"\r\n|\r|\n", rest + chunk)
+        if not chunk and rest:
+            complete.append(rest)
+        for line in complete:
+            if line:
+                yield line.decode(errors="replace")
+        if not chunk:
+            return
+
+
+def _stop(process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+    """End the stage's process group: SIGTERM, and after SECONDS_TO_STOP, SIGKILL."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    _signal(process, signal.SIGTERM)
+    try:
+        for line in _lines(process, deadline):
+            on_line(line)
+    finally:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    if process.returncode is None:  # not reaped, so that the group's id is still its own
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)

@@ -1,0 +1,55 @@
+"""The five stages in order, in a workspace of their own; the same with Prefect watching and without."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusion.__main__ import STAGES
+from flows import summary, workspace
+from flows.dvc_stage import Outcome
+
+Log = Callable[[str], object]
+
+
+def run(
+    name: str, run_id: str, parameters: Any, stage: Callable[[str, Path], Outcome], log: Log, warn: Log
+) -> tuple[Path, summary.Summary]:
+    """Run every stage that is not up to date, bring the results into MLflow, and write the run's summary.
+
+    Args:
+        name: the run's name, which its workspace takes.
+        run_id: Prefect's id of the run.
+        parameters: what `workspace.document` gave.
+        stage: brings one stage up to date, given its name and the workspace.
+        log: takes lines of output.
+        warn: takes what went wrong without making the run fail.
+    Returns: the workspace and the summary.
+    """
+    with workspace.use(name, run_id, parameters) as directory:
+        log(f"workspace {directory}")
+        done = []
+        for each in STAGES:
+            started = time.monotonic()
+            outcome = stage(each, directory)
+            done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
+        result = summary.collect(directory, run_id, done, _track(directory, log, warn))
+        summary.write(directory, result)
+    return directory, result
+
+
+def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
+    """Bring the results into MLflow (`ddpm track`); without MLflow the run is none the worse."""
+    command = [sys.executable, "-m", "diffusion", "track", "--json"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    for line in done.stderr.splitlines():
+        log(line)
+    if done.returncode:
+        reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` brings it there later")
+        return None
+    tracked: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return tracked

@@ -1,0 +1,86 @@
+"""What a run did and what came of it: `summary.json` in its workspace, and the table that is printed of it."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import UserError
+from diffusion.files import write_json
+from diffusion.paths import Paths
+from flows import workspace
+from flows.dvc_stage import Outcome
+
+PREFECT_API = os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+MLFLOW = os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+
+METRICS = {"mse": "held-out MSE", "r2": "R²", "bits_per_dim": "bits/dim"}
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    stage: str
+    seconds: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run."""
+
+    run: str
+    stages: list[StageSummary]
+    metrics: dict[str, float]
+    """All of reports/evaluate.json."""
+    onnx: str
+    """Path of the ONNX model, absolute."""
+    prefect: str
+    """Address of the run in Prefect's UI, empty if it ran without a server."""
+    mlflow: str
+    """Address of the run in MLflow's UI, empty if it could not be tracked."""
+
+
+def collect(directory: Path, run_id: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
+    """The summary of a workspace in which all stages are done; `tracked` is what `ddpm track --json` printed."""
+    paths = Paths(directory)
+    return Summary(
+        run=directory.name,
+        stages=stages,
+        metrics=json.loads(paths.evaluate_report.read_text()),
+        onnx=str(paths.denoiser),
+        prefect=f"{PREFECT_API.removesuffix('/api')}/runs/flow-run/{run_id}" if run_id else "",
+        mlflow=tracked["url"] if tracked else "",
+    )
+
+
+def write(directory: Path, summary: Summary) -> None:
+    write_json(directory / "summary.json", asdict(summary))
+
+
+def read(directory: Path) -> Summary:
+    """The summary in a workspace; raises UserError if its run is not finished."""
+    try:
+        content = json.loads((directory / "summary.json").read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"run {directory.name!r}: {workspace.Run.read(directory).state}, so there is no summary"
+        ) from None
+    return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
+
+
+def show(run: str | None) -> None:
+    """Print the table of a run, or of the last finished one."""
+    directory = workspace.find(run) if run else workspace.newest("completed")
+    if directory is None:
+        raise UserError("no run has finished yet: `make train` starts one")
+    summary = read(directory)
+    print(f"run {summary.run}\n")
+    for stage in summary.stages:
+        print(f"  {stage.stage:<10}{stage.seconds:>7.1f} s   {stage.outcome}")
+    print()
+    lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
+    lines |= {"ONNX model": os.path.relpath(summary.onnx)}
+    lines |= {"Prefect": summary.prefect or PREFECT_API.removesuffix("/api"), "MLflow": summary.mlflow or MLFLOW}
+    for title, value in lines.items():
+        print(f"  {title:<14}{value}")

@@ -1,0 +1,169 @@
+"""The flow `train-ddpm`: typed parameters, a task per stage, artifacts.
+
+`python -m flows.train_ddpm` runs the same without Prefect's server.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.sync import concurrency
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from diffusion import progress
+from diffusion.__main__ import STAGES
+from diffusion.errors import UserError
+from diffusion.params import Device, NonNegative
+from flows import dvc_stage, pipeline, report, summary, workspace
+from flows.dvc_stage import Outcome
+from flows.parameters import Part, PartOf, Preset, given
+
+GPU_LIMIT = "gpu"
+"""Global concurrency limit that training takes a slot of, where it exists."""
+
+
+def run_stage(stage: str, workspace: Path) -> State[Outcome]:
+    """The body of all five tasks: one stage, its lines in the task's log."""
+    log = get_run_logger().info
+    artifact: UUID | None = None
+
+    def on_line(line: str) -> None:
+        nonlocal artifact
+        log(line)
+        if stage == "train" and (done := progress.parse(line)):
+            percent = 100 * done.done / done.total
+            if artifact is None:
+                artifact = create_progress_artifact(  # type: ignore[assignment] # a coroutine only in async code
+                    percent, key="train-ddpm-progress", description="Images trained on"
+                )
+            else:
+                update_progress_artifact(artifact, percent)
+
+    with concurrency(GPU_LIMIT) if stage == "train" else nullcontext():
+        outcome = dvc_stage.run(stage, workspace, on_line)
+    return Completed(name="Cached" if outcome == "cached" else None, message=outcome, data=outcome)
+
+
+def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
+    """Only for what passes by itself; a deterministic failure fails at once."""
+    return isinstance(state.result(raise_on_failure=False), dvc_stage.PassingStageError)
+
+
+TASKS = {
+    name: task(
+        name=name,
+        description=text,
+        cache_policy=NO_CACHE,  # DVC alone decides what is up to date
+        retries=3,
+        retry_delay_seconds=exponential_backoff(backoff_factor=5),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=worth_retrying,
+    )(run_stage)
+    for name, text in STAGES.items()
+}
+
+
+@flow(name="train-ddpm")
+def train_ddpm(
+    preset: Preset | None = None,
+    seed: NonNegative | None = None,
+    device: Device | None = None,
+    shard: Annotated[Part, PartOf("shard")] | None = None,
+    pairs: Annotated[Part, PartOf("pairs")] | None = None,
+    process: Annotated[Part, PartOf("process")] | None = None,
+    network: Annotated[Part, PartOf("network")] | None = None,
+    train: Annotated[Part, PartOf("train")] | None = None,
+    sample: Annotated[Part, PartOf("sample")] | None = None,
+    evaluate: Annotated[Part, PartOf("evaluate")] | None = None,
+    export: Annotated[Part, PartOf("export")] | None = None,
+    tracking: Annotated[Part, PartOf("tracking")] | None = None,
+) -> State[Any]:
+    """Train a denoising diffusion model and export it: shard, pairs, train, evaluate, export.
+
+    What is left out is as in params.yaml.
+
+    Args:
+        preset: A set of parameters from presets/, laid over params.yaml.
+        seed: Seed of every random number.
+        device: auto (a GPU where there is one), cpu, mps, cuda or cuda:N.
+        shard: Raw images into webdataset shards.
+        pairs: Images of one size, in shuffled blocks, each with its noise recipe.
+        process: The diffusion process.
+        network: The denoising network.
+        train: Training.
+        sample: Making pictures, for previews and the report.
+        evaluate: Held-out evaluation.
+        export: ONNX export.
+        tracking: MLflow names, and what a model must reach to become champion.
+    """
+    changes = given({name: value for name, value in locals().items() if name != "preset"})
+    parameters = workspace.document(preset, changes)
+    log = get_run_logger()
+
+    def stage(name: str, directory: Path) -> Outcome:
+        return TASKS[name](name, directory)  # type: ignore[return-value] # the data of the State that it returns
+
+    directory, result = pipeline.run(
+        runtime.flow_run.name, str(runtime.flow_run.id), parameters, stage, log.info, log.warning
+    )
+    before = workspace.newest("completed", other_than=directory)
+    last = summary.read(before) if before else None
+    create_markdown_artifact(
+        report.markdown(directory, result, last), key="train-ddpm-report", description=f"Results of {result.run}"
+    )
+    ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
+    return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages as the flow does, without Prefect's server."""
+    parser = argparse.ArgumentParser(prog="python -m flows.train_ddpm", description=main.__doc__)
+    parser.add_argument("--preset", help=f"one of: {', '.join(Preset)}")
+    parser.add_argument(
+        "-p", "--param", action="append", default=[], metavar="NAME=JSON", help="as -p train='{\"steps\": 500}'"
+    )
+    parser.add_argument("--name", default=f"local-{datetime.now(UTC):%Y%m%d-%H%M%S}", help="name of the run")
+    arguments = parser.parse_args(argv)
+    # As Prefect does for its flows: what waits for a stage is interrupted, and ends it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        changes = dict(_parameter(text) for text in arguments.param)
+        parameters = workspace.document(arguments.preset, changes)
+
+        def log(line: str) -> None:
+            print(line, flush=True)
+
+        pipeline.run(
+            arguments.name, "", parameters, lambda stage, directory: dvc_stage.run(stage, directory, log), log, log
+        )
+    except (UserError, dvc_stage.StageError) as error:
+        print(f"train-ddpm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    summary.show(arguments.name)
+    return 0
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
