@@ -1,8 +1,6 @@
 """train: training pairs to a model, with its curves and previews."""
 
-import csv
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -21,7 +19,7 @@ from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import quick_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
-from diffusion.files import new_directory, sha256, write_atomic, write_json
+from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json
 from diffusion.model import Config, save_model
 from diffusion.nn import build as networks
 from diffusion.params import Params
@@ -120,8 +118,8 @@ def _train(
             name = f"step-{int(row['step']):08d}.png"
             shutil.copyfile(previews / name, temporary / name)
     with new_directory(paths.train_curves) as temporary:
-        write_atomic(temporary / "loss.csv", table(state.loss_curve))
-        write_atomic(temporary / "heldout.csv", table(state.heldout_curve))
+        write_csv(temporary / "loss.csv", state.loss_curve)
+        write_csv(temporary / "heldout.csv", state.heldout_curve)
     write_json(
         paths.train_report,
         {
@@ -180,12 +178,3 @@ def drop_old_trainings(checkpoints: Path, keep: Path) -> None:
 
 def without_step(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "step"}
-
-
-def table(rows: list[Row]) -> bytes:
-    """Rows as CSV, each number in the fewest digits that give it back exactly."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().encode()

@@ -1,0 +1,139 @@
+"""How well the noise of held-out pairs is predicted: errors overall and by timestep, with intervals and baselines."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.data.noise import Purpose, stream
+from diffusion.evaluation.heldout import Prediction
+from diffusion.evaluation.wiener import Wiener
+from diffusion.process.schedule import Schedule
+
+BANDS = 10
+POINTS = 50
+"""Points of the curve over t."""
+
+COUNT, SQUARES, ABSOLUTES, WIENER_SQUARES, EPS, EPS_SQUARES = range(6)
+"""What is summed over the values of a pair: 1, squared and absolute error, the Wiener denoiser's squared error, the
+noise and its square."""
+
+Array = NDArray[np.float64]
+
+
+class Sums(NamedTuple):
+    """Everything that the statistics need; all of them are ratios of sums."""
+
+    by_image: Array  # (images, BANDS, 6)
+    by_t: Array  # (POINTS, 6)
+    pairs: NDArray[np.int64]  # (BANDS,): number of pairs in each band
+
+
+def band_edges(num_timesteps: int, parts: int) -> NDArray[np.int64]:
+    """The first timestep of each of `parts` equal parts of [0, T), and T, (parts + 1,)."""
+    return -(-np.arange(parts + 1) * num_timesteps // parts)
+
+
+def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, wiener: Wiener) -> Sums:
+    """Sum up the predictions on a split of `images` images."""
+    T = schedule.num_timesteps
+    alpha_bar_of = schedule.alpha_bar.numpy()
+    by_image, by_t = np.zeros((images, BANDS, 6)), np.zeros((POINTS, 6))
+    pairs = np.zeros(BANDS, dtype=np.int64)
+    for image, t, x_t, eps, eps_hat in predictions:
+        error = eps_hat.astype(np.float64) - eps
+        wiener_error = wiener(x_t, alpha_bar_of[t].reshape(-1, 1, 1, 1)) - eps
+        values = (np.ones_like(error), error**2, np.abs(error), wiener_error**2, eps, np.square(eps, dtype=np.float64))
+        sums = np.stack([value.sum(axis=(1, 2, 3), dtype=np.float64) for value in values], axis=1)
+        band = t * BANDS // T
+        np.add.at(by_image, (image, band), sums)
+        np.add.at(by_t, t * POINTS // T, sums)
+        np.add.at(pairs, band, 1)
+    return Sums(by_image, by_t, pairs)
+
+
+def statistics(sums: Array) -> dict[str, Array]:
+    """MSE, RMSE, MAE and R^2, each of shape (...), from sums (..., 6); NaN where there are no pairs.
+
+    R^2 = 1 - sum (eps - eps_hat)^2 / sum (eps - mean eps)^2.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        count = sums[..., COUNT]
+        total = sums[..., EPS_SQUARES] - sums[..., EPS] ** 2 / count
+        mse = sums[..., SQUARES] / count
+        return {
+            "mse": mse,
+            "rmse": np.sqrt(mse),
+            "mae": sums[..., ABSOLUTES] / count,
+            "r2": 1 - sums[..., SQUARES] / total,
+        }
+
+
+def baselines(sums: Array) -> dict[str, Array]:
+    """MSE of predicting no noise at all, and of the linear Wiener denoiser, each (...) from sums (..., 6)."""
+    with np.errstate(invalid="ignore"):
+        return {
+            "zero_mse": sums[..., EPS_SQUARES] / sums[..., COUNT],
+            "wiener_mse": sums[..., WIENER_SQUARES] / sums[..., COUNT],
+        }
+
+
+def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Array, Array]]:
+    """95 % intervals of each statistic by the percentile bootstrap over images (Efron & Tibshirani 1993, ch. 13).
+
+    `by_image` is (images, K, 6); gives lower and upper ends, each (K,).
+    """
+    images, parts, kinds = by_image.shape
+    flat = by_image.reshape(images, parts * kinds)
+    rng = stream(seed, Purpose.BOOTSTRAP)
+    resampled = np.empty((resamples, parts, kinds))
+    for index in range(resamples):
+        times_drawn = np.bincount(rng.integers(images, size=images), minlength=images)
+        resampled[index] = (times_drawn @ flat).reshape(parts, kinds)
+    found = {}
+    for name, values in statistics(resampled).items():
+        # A resample may leave a band of few images empty.
+        low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
+        found[name] = (low, high)
+    return found
+
+
+def summarize(sums: Sums, seed: int, resamples: int, num_timesteps: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The overall figures, and a row for each band of t."""
+    # Part 0 is everything, the others are the bands: one bootstrap serves both.
+    by_image = np.concatenate([sums.by_image.sum(axis=1, keepdims=True), sums.by_image], axis=1)
+    total = by_image.sum(axis=0)
+    figures, ends, others = statistics(total), intervals(by_image, seed, resamples), baselines(total)
+
+    def row(part: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, value in figures.items():
+            low, high = ends[name]
+            values |= {name: value[part], f"{name}_low": low[part], f"{name}_high": high[part]}
+        values |= {name: value[part] for name, value in others.items()}
+        return {name: float(value) for name, value in values.items()}
+
+    edges = band_edges(num_timesteps, BANDS)
+    bands = [
+        {"t_from": int(edges[band]), "t_to": int(edges[band + 1]) - 1, "pairs": int(sums.pairs[band])} | row(band + 1)
+        for band in range(BANDS)
+        if sums.pairs[band]
+    ]
+    return {"images": len(by_image), "pairs": int(sums.pairs.sum())} | row(0), bands
+
+
+def curve(sums: Sums, num_timesteps: int) -> list[dict[str, float]]:
+    """MSE over t: rows of the middle of each part of [0, T), the model's error and the baselines'."""
+    edges = band_edges(num_timesteps, POINTS)
+    model, others = statistics(sums.by_t)["mse"], baselines(sums.by_t)
+    return [
+        {
+            "t": float(edges[point] + edges[point + 1] - 1) / 2,
+            "model": float(model[point]),
+            "wiener": float(others["wiener_mse"][point]),
+            "zero": float(others["zero_mse"][point]),
+        }
+        for point in range(POINTS)
+        if sums.by_t[point, COUNT]
+    ]

@@ -1,0 +1,66 @@
+"""One denoising step as an ONNX graph."""
+
+import logging
+import warnings
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from diffusion.model import Model
+from diffusion.process.parameterization import Parameterization
+
+
+class EpsHat(nn.Module):
+    """(x_t float32 (B, C, H, W), t int64 (B,)) to eps_hat (B, C, H, W), whatever the network itself predicts."""
+
+    def __init__(self, net: nn.Module, parameterization: Parameterization) -> None:
+        super().__init__()
+        self.net = net
+        self.parameterization = parameterization
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.parameterization.to_eps(self.net(x_t, t), x_t, t)
+
+
+def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
+    """The graph with a free batch size; the same bytes for the same weights."""
+    module = EpsHat(model.net, model.process.parameterization).cpu().to(memory_format=torch.contiguous_format).eval()
+    example = (torch.zeros(2, *model.shape), torch.zeros(2, dtype=torch.int64))
+    batch = torch.export.Dim("B")
+    # The exporter reports its progress and its passes in logs and warnings that no reader of ours can act on.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            example,
+            input_names=["x_t", "t"],
+            output_names=["eps_hat"],
+            dynamic_shapes={"x_t": {0: batch}, "t": {0: batch}},
+            opset_version=opset,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model_proto
+    _forget_origin(graph)
+    return graph
+
+
+def _forget_origin(graph: onnx.ModelProto) -> None:
+    """Drop what the exporter notes of source files and stack traces: it differs between folders."""
+    graph.producer_version = ""
+    for part in [graph.graph, *graph.functions]:
+        for node in part.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+        del part.metadata_props[:]
+        part.doc_string = ""
+        for value in part.value_info:
+            del value.metadata_props[:]
+    for value in [*graph.graph.input, *graph.graph.output, *graph.graph.initializer]:
+        del value.metadata_props[:]
+        value.doc_string = ""
