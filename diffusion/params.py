@@ -175,7 +175,7 @@ class Tracking(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: NonNegative
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of every random number."""
     device: Device
     """auto (a GPU where there is one), cpu, mps, cuda or cuda:N."""

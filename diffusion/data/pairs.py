@@ -39,7 +39,7 @@ class Contents(_Model):
     """A sample of these is a block."""
 
 
-class Recipe(_Model):
+class Settings(_Model):
     """What the pairs are made with, besides the images."""
 
     channels: int
@@ -57,7 +57,7 @@ class Recipe(_Model):
     """Digest of the shards' manifest."""
 
 
-class Manifest(Recipe):
+class Manifest(Settings):
     """manifest.json of data/pairs."""
 
     splits: dict[Split, Contents]
@@ -110,7 +110,7 @@ def fit(image: Image.Image, channels: int, height: int, width: int) -> NDArray[n
 def write(
     directory: Path,
     images: Mapping[Split, LabelledImages],
-    recipe: Recipe,
+    settings: Settings,
     alpha_bar: NDArray[np.float64],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
@@ -118,11 +118,11 @@ def write(
 
     alpha_bar: (T,). `advance` is told of images done.
     """
-    shape = (recipe.channels, recipe.height, recipe.width)
+    shape = (settings.channels, settings.height, settings.width)
     total, splits = 0, dict[Split, Contents]()
     for split in SPLITS:
         source = images[split]
-        order = stream(recipe.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
+        order = stream(settings.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
         with Writer(directory, split, max_bytes=MAX_TAR_BYTES) as writer:
             for block, start in enumerate(range(0, len(source), BLOCK)):
                 chosen = [source[int(index)] for index in order[start : start + BLOCK]]
@@ -133,36 +133,36 @@ def write(
                 }
                 if split == "train":
                     total += int(x_0.sum(dtype=np.int64))
-                    arrays |= _train_arrays(recipe, block, len(x_0))
+                    arrays |= _train_arrays(settings, block, len(x_0))
                 else:
-                    arrays |= _heldout_arrays(recipe, split, block, x_0, alpha_bar)
+                    arrays |= _heldout_arrays(settings, split, block, x_0, alpha_bar)
                 writer.add(f"{block:08d}", {f"{name}.npy": _npy(value) for name, value in arrays.items()})
                 advance(len(x_0))
         splits[split] = Contents(
             images=len(source), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
         )
     values = splits["train"].images * int(np.prod(shape))
-    manifest = Manifest(**recipe.model_dump(), splits=splits, data_mean=total / values / 127.5 - 1)
+    manifest = Manifest(**settings.model_dump(), splits=splits, data_mean=total / values / 127.5 - 1)
     write_json(directory / MANIFEST, manifest.model_dump())
     return manifest
 
 
-def _train_arrays(recipe: Recipe, block: int, n: int) -> dict[str, NDArray[np.generic]]:
-    draws = range(recipe.draws)
-    t = [timesteps(recipe.seed, "train", block, draw, recipe.num_timesteps)[:n] for draw in draws]
-    return {"t": np.stack(t), "noise_key": np.stack([eps_key(recipe.seed, "train", block, draw) for draw in draws])}
+def _train_arrays(settings: Settings, block: int, n: int) -> dict[str, NDArray[np.generic]]:
+    draws = range(settings.draws)
+    t = [timesteps(settings.seed, "train", block, draw, settings.num_timesteps)[:n] for draw in draws]
+    return {"t": np.stack(t), "noise_key": np.stack([eps_key(settings.seed, "train", block, draw) for draw in draws])}
 
 
 def _heldout_arrays(
-    recipe: Recipe, split: Split, block: int, x_0: NDArray[np.uint8], alpha_bar: NDArray[np.float64]
+    settings: Settings, split: Split, block: int, x_0: NDArray[np.uint8], alpha_bar: NDArray[np.float64]
 ) -> dict[str, NDArray[np.generic]]:
-    draws, n = recipe.heldout_draws, len(x_0)
+    draws, n = settings.heldout_draws, len(x_0)
     t = np.empty((draws, n), np.int64)
     x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
     clean = x_0 / 127.5 - 1  # float64, as all here up to the last assignment
     for draw in range(draws):
-        t[draw] = timesteps(recipe.seed, split, block, draw, recipe.num_timesteps)[:n]
-        eps[draw] = eps_from_key(eps_key(recipe.seed, split, block, draw), x_0.shape[1:])[:n]
+        t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
+        eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
         at = alpha_bar[t[draw]][:, None, None, None]
         x_t[draw] = np.sqrt(at) * clean + np.sqrt(1 - at) * eps[draw]
     return {"t": t, "x_t": x_t, "eps": eps}

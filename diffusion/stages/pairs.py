@@ -15,7 +15,7 @@ def run(params: Params, paths: Paths) -> None:
     """Write data/pairs; raises UserError if data/shards is missing or damaged."""
     source = shards.read_manifest(paths.shards)
     images = {split: shards.Images(paths.shards, contents) for split, contents in source.splits.items()}
-    recipe = pairs.Recipe(
+    settings = pairs.Settings(
         **params.pairs.model_dump(),
         seed=params.seed,
         schedule=params.process.schedule,
@@ -28,7 +28,7 @@ def run(params: Params, paths: Paths) -> None:
         new_directory(paths.pairs) as directory,
         Progress("pairs", sum(map(len, images.values())), "images") as progress,
     ):
-        manifest = pairs.write(directory, images, recipe, alpha_bar, progress.advance)
+        manifest = pairs.write(directory, images, settings, alpha_bar, progress.advance)
     counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
-    size = "x".join(map(str, (recipe.channels, recipe.height, recipe.width)))
+    size = "x".join(map(str, (settings.channels, settings.height, settings.width)))
     print(f"pairs: {counts} images of {size} in blocks of {BLOCK}", file=sys.stderr)

@@ -1,0 +1,97 @@
+"""Bringing images under data/raw and DVC."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion.data.sources import open_source
+from diffusion.errors import UserError
+from diffusion.files import sync
+from diffusion.paths import Paths
+from diffusion.progress import Progress
+
+
+def import_data(path: Path, name: str, paths: Paths, link: bool) -> None:
+    """Copy (or link) a source to data/raw/NAME (an .npz file to data/raw/NAME.npz) and put it under DVC.
+
+    Raises UserError if the source is in no known form, NAME is taken or unfit, or DVC fails; then nothing is left.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(f"--name {name!r}: must be letters, digits, - and _ only, since it names a folder of data/raw")
+    open_source(path)
+    target = paths.raw / (f"{name}.npz" if path.is_file() else name)
+    tracked = target.with_name(f"{target.name}.dvc")
+    for taken in (target, tracked):
+        if taken.exists() or taken.is_symlink():
+            raise UserError(f"{taken}: exists already; choose another --name, or remove it first")
+    paths.raw.mkdir(parents=True, exist_ok=True)
+    ignored = paths.raw / ".gitignore"
+    before = ignored.read_bytes() if ignored.exists() else None
+    try:
+        _bring(path, target, link)
+        _dvc_add(target, paths.root, link)
+    except BaseException:
+        _remove(target)
+        tracked.unlink(missing_ok=True)
+        if before is not None:
+            ignored.write_bytes(before)
+        else:
+            ignored.unlink(missing_ok=True)
+        raise
+    place = target.relative_to(paths.root).as_posix()
+    print(f"Imported. To use it, set in params.yaml:\n\nshard:\n  source: {place}\n\nand keep its record in git:\n")
+    print(f"git add {place}.dvc {ignored.relative_to(paths.root).as_posix()}")
+
+
+def _bring(path: Path, target: Path, link: bool) -> None:
+    """Copy or link the files of `path` to `target`, which appears whole or not at all."""
+    files = sorted(_files(path))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        content = temporary / target.name
+        with Progress("import", len(files), "files") as progress:
+            for file in files:
+                copy = content / file.relative_to(path) if path.is_dir() else content
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if link:
+                    copy.symlink_to(file.resolve())
+                else:
+                    shutil.copyfile(file, copy)
+                    sync(copy)
+                progress.advance(1)
+        os.replace(content, target)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file itself, or all files below a folder but hidden ones, which no source reads."""
+    if path.is_file():
+        yield path
+        return
+    for file in path.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:
+            yield file
+
+
+def _dvc_add(target: Path, root: Path, link: bool) -> None:
+    command = [sys.executable, "-m", "dvc", "add", "--quiet", target.relative_to(root).as_posix()]
+    if link:
+        command.append("--no-relink")  # else DVC puts copies from its cache in the links' place
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"dvc add {target}: {lines[-1] if lines else f'exit status {done.returncode}'}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

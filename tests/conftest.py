@@ -1,0 +1,32 @@
+"""Fixtures for all tests."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffusion import params as parameters
+from diffusion.params import Params
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def params() -> Params:
+    """The repository's params.yaml."""
+    return parameters.load(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def digits_tree(tmp_path: Path) -> Path:
+    """A working tree with nothing but params.yaml and the digits."""
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "data" / "raw" / "digits.npz", tmp_path / "data" / "raw")
+    return tmp_path
