@@ -1,0 +1,65 @@
+# `make` lists what there is. Everything is made inside the repository: the environment in .venv, state in .ddpm.
+VENV ?= .venv
+PYTHON ?= python3
+# Ports of the services on 127.0.0.1, and arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist".
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+ARGS ?=
+
+export PREFECT_PORT MLFLOW_PORT
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
+export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+
+.PHONY: help setup train test up down status repro lint lock
+
+help: ## List these commands.
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
+
+train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" and the like.
+	@python -m flows.services deploy
+	prefect deployment run train-ddpm --watch $(ARGS)
+	@echo
+	@ddpm summary
+
+test: setup ## Run the tests.
+	pytest
+
+up: setup ## Start Prefect, MLflow and a worker in the background.
+	@python -m flows.services up
+
+down: setup ## Stop them; a training ends with a checkpoint.
+	@python -m flows.services down
+
+status: setup ## Show how they are.
+	@python -m flows.services status
+
+repro: setup ## Run the pipeline by DVC alone, in the working tree.
+	dvc repro
+
+lint: setup ## Check style and types.
+	ruff check
+	ruff format --check
+	mypy
+
+lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
+	$(PYTHON) -m venv --clear .ddpm/lock
+	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable '.[dev]'
+	@# One of the two ONNX Runtimes fits a machine; what torch brings for one kind of GPU is torch's own affair.
+	{ head -n 1 requirements.lock; \
+	  .ddpm/lock/bin/pip freeze --all --exclude-editable | sed -E \
+	  -e '/^(pip|wheel|triton|nvidia-.*|cuda-.*)==/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
+	  -e 's/^onnxruntime(-gpu)?(==.*)/onnxruntime-gpu\2 ; sys_platform == "linux" and platform_machine == "x86_64"\
+	onnxruntime\2 ; sys_platform != "linux" or platform_machine != "x86_64"/'; } > .ddpm/requirements.lock
+	mv .ddpm/requirements.lock requirements.lock

@@ -1,0 +1,244 @@
+"""The services in the background: `python -m flows.services up | deploy | down | status`.
+
+supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
+loopback, with their files in `.ddpm/`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import xmlrpc.client
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from diffusion.errors import UserError
+from diffusion.files import write_atomic
+from diffusion.paths import Paths
+
+POOL, DEPLOYMENT = "ddpm", "train-ddpm/train-ddpm"
+PATIENCE = 180.0
+"""Seconds to wait for a service to be healthy; a cold start on a slow disk takes a minute."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """The services of one repository."""
+
+    root: Path = field(default_factory=Path.cwd)
+    prefect_port: int = field(default_factory=lambda: int(os.environ.get("PREFECT_PORT", "4200")))
+    mlflow_port: int = field(default_factory=lambda: int(os.environ.get("MLFLOW_PORT", "5000")))
+
+    @property
+    def directory(self) -> Path:
+        return Paths(self.root).state / "services"
+
+    @property
+    def prefect(self) -> str:
+        return f"http://127.0.0.1:{self.prefect_port}"
+
+    @property
+    def mlflow(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    def environment(self) -> dict[str, str]:
+        """What the services, and the commands that speak with them, find in their environment."""
+        ours = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "DDPM_ROOT": str(self.root),
+            "DDPM_SERVICES": str(self.directory),
+            "PREFECT_PORT": str(self.prefect_port),
+            "MLFLOW_PORT": str(self.mlflow_port),
+            "PREFECT_HOME": str(Paths(self.root).state / "prefect"),
+            "PREFECT_API_URL": f"{self.prefect}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", self.mlflow),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "1",
+        }
+        return {**os.environ, **ours}
+
+    def supervisor(self) -> Any:
+        """supervisord's interface (http://supervisord.org/api.html); its calls raise OSError when it is not running."""
+        transport = SupervisorTransport(None, None, f"unix://{self.directory}/supervisor.sock")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+
+    def states(self) -> dict[str, str]:
+        """State of each service as supervisord has it (RUNNING, STOPPED, ...); empty when it is not running."""
+        try:
+            return {each["name"]: each["statename"] for each in self.supervisor().getAllProcessInfo()}
+        except OSError:
+            return {}
+
+    def healthy(self) -> dict[str, bool]:
+        """Which of the services answer."""
+        return {
+            "prefect": _get(f"{self.prefect}/api/health") is not None,
+            "mlflow": _get(f"{self.mlflow}/health") is not None,
+            "worker": self._worker_online(),
+        }
+
+    def _worker_online(self) -> bool:
+        """Whether the worker that runs now has been heard of by the server."""
+        workers = _get(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
+        try:
+            started = self.supervisor().getProcessInfo("worker")["start"]
+        except OSError:
+            return False
+        return any(datetime.fromisoformat(each["last_heartbeat_time"]).timestamp() >= started for each in workers)
+
+
+def up(services: Services) -> None:
+    """Start what is not running, and wait until all answer. Raises UserError: a port is taken, a service fails."""
+    states = services.states()
+    if states and set(states.values()) == {"RUNNING"} and all(services.healthy().values()):
+        print(f"already up: Prefect {services.prefect}, MLflow {services.mlflow}")
+        return
+    if not states:
+        for port, variable in ((services.prefect_port, "PREFECT_PORT"), (services.mlflow_port, "MLFLOW_PORT")):
+            if _taken(port):
+                raise UserError(
+                    f"port {port} is taken by another program: end it, or choose another with {variable}=..."
+                )
+        services.directory.mkdir(parents=True, exist_ok=True)
+        configuration = services.root / "deploy" / "supervisord.conf"
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
+        subprocess.run(command, env=services.environment(), check=True)
+    print("starting Prefect and MLflow ...", flush=True)
+    for name in ("prefect", "mlflow"):
+        _start(services, name)
+    _wait(services, "prefect", lambda: _get(f"{services.prefect}/api/health") is not None)
+    _start(services, "worker")
+    _wait(services, "mlflow", lambda: _get(f"{services.mlflow}/health") is not None)
+    _wait(services, "worker", services._worker_online)
+    print(f"up: Prefect {services.prefect}, MLflow {services.mlflow}")
+
+
+def deploy(services: Services) -> None:
+    """Make the deployment, unless it stands there as the present files would make it."""
+    shaping = [
+        Path("prefect.yaml"),
+        Path("diffusion/params.py"),
+        *Path("flows").glob("*.py"),
+        *Paths().presets.glob("*.yaml"),
+    ]
+    digest = hashlib.sha256()
+    for file in sorted(shaping):
+        digest.update(file.read_bytes())
+    there = _get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}")
+    stamp = services.directory / "deployed"
+    now = f"{digest.hexdigest()} {there and there['id']}"
+    if there and stamp.exists() and stamp.read_text() == now:
+        return
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    environment = services.environment() | {"PWD": str(services.root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    there = _get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}")
+    if done.returncode or not there:
+        raise UserError(f"prefect deploy failed:\n{done.stdout}{done.stderr}")
+    write_atomic(stamp, f"{digest.hexdigest()} {there['id']}".encode())
+    print(f"deployed {DEPLOYMENT}")
+
+
+def down(services: Services) -> None:
+    """Stop all services, the worker first; what it runs ends with a checkpoint."""
+    states = services.states()
+    if not states:
+        print("not running")
+        return
+    if states["worker"] in ("RUNNING", "STARTING"):
+        services.supervisor().stopProcess("worker")
+    services.supervisor().shutdown()
+    socket_file = services.directory / "supervisor.sock"
+    if not _until(lambda: not socket_file.exists(), 60):
+        raise UserError(f"supervisord does not end; see {services.directory}/supervisord.log")
+    print("stopped")
+
+
+def status(services: Services) -> None:
+    """Print each service's state and address."""
+    states, healthy = services.states(), services.healthy()
+    addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}
+    for name, address in addresses.items():
+        state = states.get(name, "STOPPED").lower()
+        print(f"{name:<9}{state if healthy[name] or state != 'running' else 'not answering':<15}{address}")
+    print(f"logs: {services.directory}/")
+
+
+def _start(services: Services, name: str) -> None:
+    if services.states()[name] not in ("RUNNING", "STARTING"):
+        services.supervisor().startProcess(name, False)
+
+
+def _wait(services: Services, name: str, healthy: Callable[[], bool]) -> None:
+    """Wait for a service; raises UserError with its last words when it has given up."""
+
+    def settled() -> bool:
+        return healthy() or services.states().get(name) in ("FATAL", "EXITED", None)
+
+    if not _until(settled, PATIENCE) or not healthy():
+        log = services.directory / f"{name}.log"
+        last = log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []
+        raise UserError(f"{name} does not come up; see {log}: {' / '.join(last)}")
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _get(url: str, body: Any = None) -> Any:
+    """The JSON (or text) at an address, None where nothing good answers; with a body, by POST."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            content = response.read()
+    except (OSError, urllib.error.URLError):
+        return None
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content.decode()
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
+    commands = {command.__name__: command for command in (up, deploy, down, status)}
+    parser.add_argument("command", choices=commands)
+    try:
+        commands[parser.parse_args(argv).command](Services())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
