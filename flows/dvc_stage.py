@@ -89,8 +89,8 @@ def last_error(lines: list[str]) -> str:
         if found := [line for line in own if pattern.match(line)]:
             return found[-1]
     dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    started = any(line.startswith("Running stage '") for line in lines)
-    return (own if started else dvc or own or [""])[-1] if own or dvc else ""
+    command_failed = any("failed to run: " in line for line in dvc)
+    return ((own if command_failed and own else dvc) or own or [""])[-1]
 
 
 def passes_by_itself(message: str) -> bool:

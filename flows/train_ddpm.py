@@ -17,8 +17,10 @@ from uuid import UUID
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
@@ -51,9 +53,19 @@ def run_stage(stage: str, workspace: Path) -> State[Outcome]:
             else:
                 update_progress_artifact(artifact, percent)
 
-    with concurrency(GPU_LIMIT) if stage == "train" else nullcontext():
+    with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
         outcome = dvc_stage.run(stage, workspace, on_line)
     return Completed(name="Cached" if outcome == "cached" else None, message=outcome, data=outcome)
+
+
+def limit_exists(name: str) -> bool:
+    """Whether the server has a global concurrency limit of this name (asking for one that it has not is a warning)."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
 
 
 def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
@@ -113,7 +125,8 @@ def train_ddpm(
     log = get_run_logger()
 
     def stage(name: str, directory: Path) -> Outcome:
-        return TASKS[name](name, directory)  # type: ignore[return-value] # the data of the State that it returns
+        # What a task returns as a State comes back as one.
+        return TASKS[name](name, directory).result()
 
     directory, result = pipeline.run(
         runtime.flow_run.name, str(runtime.flow_run.id), parameters, stage, log.info, log.warning
