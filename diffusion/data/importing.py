@@ -1,6 +1,5 @@
 """Bringing images under data/raw and DVC."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -64,7 +63,7 @@ def _bring(path: Path, target: Path, link: bool) -> None:
                     shutil.copyfile(file, copy)
                     sync(copy)
                 progress.advance(1)
-        os.replace(content, target)
+        content.replace(target)
     finally:
         shutil.rmtree(temporary)
 

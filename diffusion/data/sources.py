@@ -240,17 +240,23 @@ def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
 
 
 def _rows(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-    """The rows of a uint8 array of `shape` that follows in a file, one at a time."""
+    """The rows of a uint8 array of `shape` that follows in a file up to its end, one at a time."""
     row = shape[1:3] if shape[3:] == (1,) else shape[1:]
-    size = int(np.prod(shape[1:]))
+    size = int(np.prod(row))
     for index in range(shape[0]):
-        try:
-            content = file.read(size)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: damaged at entry {index} of {shape[0]} ({error})") from None
+        content = _read(file, size, path, f"entry {index} of {shape[0]}")
         if len(content) < size:
             raise UserError(f"{path}: truncated: it ends at entry {index} of {shape[0]}")
         yield np.frombuffer(content, np.uint8).reshape(row)
+    if _read(file, 1, path, "its end"):  # at the end, compressed files also check what they read
+        raise UserError(f"{path}: goes on after its {shape[0]} entries")
+
+
+def _read(file: IO[bytes], size: int, path: Path, place: str) -> bytes:
+    try:
+        return file.read(size)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged at {place} ({error})") from None
 
 
 def _classes(labels: NDArray[np.integer] | None) -> tuple[list[int], NDArray[np.int64] | None]:

@@ -1,0 +1,93 @@
+"""`ddpm import`, through the command line and with the real DVC."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+
+def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=tree, capture_output=True, text=True)
+
+
+@pytest.fixture
+def tree(digits_tree: Path) -> Path:
+    """A working tree under git and DVC, beside a folder of pictures."""
+    subprocess.run(["git", "init", "-q"], cwd=digits_tree, check=True)
+    assert run(digits_tree, "dvc", "init", "-q").returncode == 0
+    for name in ("a/1.png", "b/2.png", "b/.hidden.png"):
+        path = digits_tree / "elsewhere" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 3), 7).save(path)
+    return digits_tree
+
+
+def status(tree: Path) -> set[str]:
+    """Files under data/raw and the cache."""
+    return {str(path.relative_to(tree)) for place in ("data/raw", ".dvc/cache") for path in (tree / place).rglob("*")}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_comes_under_dvc(tree: Path, link: bool) -> None:
+    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
+    assert done.returncode == 0, done.stderr
+    assert "shard:\n  source: data/raw/own\n" in done.stdout
+    assert "git add data/raw/own.dvc data/raw/.gitignore" in done.stdout
+    copy = tree / "data" / "raw" / "own"
+    assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*.*")) == ["a/1.png", "b/2.png"]
+    assert (copy / "a" / "1.png").is_symlink() == link
+    assert (copy / "a" / "1.png").read_bytes() == (tree / "elsewhere" / "a" / "1.png").read_bytes()
+    assert (tree / "data" / "raw" / ".gitignore").read_text() == "/own\n"
+    record = YAML(typ="safe").load(tree / "data" / "raw" / "own.dvc")
+    assert record["outs"][0]["nfiles"] == 2
+    assert run(tree, "dvc", "status", "-q", "data/raw/own.dvc").returncode == 0
+
+
+def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
+    assert run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--link").returncode == 0
+    (tree / "elsewhere" / "a" / "1.png").unlink()
+    assert run(tree, "dvc", "checkout", "-q", "--force").returncode == 0
+    with Image.open(tree / "data" / "raw" / "own" / "a" / "1.png") as image:
+        assert image.getpixel((0, 0)) == 7
+
+
+def test_an_npz_file_stays_a_file(tree: Path) -> None:
+    np.savez(tree / "x.npz", images=np.zeros((3, 2, 2), np.uint8))
+    done = run(tree, "diffusion", "import", "x.npz", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert "source: data/raw/own.npz\n" in done.stdout
+    assert (tree / "data" / "raw" / "own.npz").read_bytes() == (tree / "x.npz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "message"),
+    [
+        ("elsewhere", "a/b", "--name 'a/b': must be letters"),
+        ("elsewhere", "..", "--name '..': must be letters"),
+        ("elsewhere", "a.b", "--name 'a.b': must be letters"),
+        ("params.yaml", "own", "params.yaml: no images in a known form"),
+        ("missing", "own", "missing: no such file or folder"),
+        ("data/raw/digits.npz", "digits", "data/raw/digits.npz: exists already"),
+    ],
+)
+def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
+    before = status(tree)
+    done = run(tree, "diffusion", "import", path, "--name", name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"ddpm import: error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert status(tree) == before
+
+
+def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> None:
+    before = status(tree)
+    (tree / ".dvc" / "config").write_text("no section\n")
+    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    assert done.returncode == 1
+    assert "ddpm import: error: dvc add" in done.stderr.splitlines()[-1]
+    assert "config file error" in done.stderr.splitlines()[-1]
+    assert status(tree) == before

@@ -1,0 +1,69 @@
+"""The stages shard and pairs, through the command line."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from diffusion.data.pairs import Pairs
+from diffusion.params import Params
+from diffusion.process import build
+
+
+def run(tree: Path, stage: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "diffusion", stage], cwd=tree, capture_output=True, text=True)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: Params) -> None:
+    made = []
+    for _ in range(2):  # the second time over the results of the first
+        shard, pairs = run(digits_tree, "shard"), run(digits_tree, "pairs")
+        assert shard.stderr.splitlines()[-1] == (
+            "shard: 1429 train, 178 val, 190 test images in 3 shards, 0 rejected"
+        ), shard.stderr
+        assert pairs.stderr.splitlines()[-1] == (
+            "pairs: 1429 train, 178 val, 190 test images of 1x8x8 in blocks of 64"
+        ), pairs.stderr
+        made.append(digests(digits_tree / "data" / "shards") | digests(digits_tree / "data" / "pairs"))
+    assert made[0] == made[1]
+
+    raw = np.load(digits_tree / "data" / "raw" / "digits.npz")
+    expected = {(image.tobytes(), int(label)) for image, label in zip(raw["images"], raw["labels"], strict=True)}
+    found = set()
+    for split in ("train", "val", "test"):
+        part = Pairs(digits_tree / "data" / "pairs", split)
+        for block in range(part.blocks):
+            found |= {(x.tobytes(), int(y)) for x, y in zip(part.x_0(block), part.labels(block), strict=True)}
+    assert found == expected
+
+    val = Pairs(digits_tree / "data" / "pairs", "val")
+    assert val.manifest.shards_sha256 == digests(digits_tree / "data" / "shards")["manifest.json"]
+    t, x_t, eps = val.heldout(0, 0)
+    alpha_bar = build.process(params.process).schedule.alpha_bar.numpy()[t].reshape(-1, 1, 1, 1)
+    x_0 = val.x_0(0) / 127.5 - 1
+    np.testing.assert_allclose(x_t, np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:
+    (digits_tree / "data" / "shards").mkdir()
+    (digits_tree / "data" / "raw" / "digits.npz").unlink()
+    done = run(digits_tree, "shard")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ddpm shard: error: data/raw/digits.npz: no such file or folder\n",
+    )
+    assert {path.name for path in (digits_tree / "data").iterdir()} == {"shards", "raw"}
+
+
+def test_missing_shards_take_one_line(digits_tree: Path) -> None:
+    done = run(digits_tree, "pairs")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "ddpm pairs: error: data/shards/manifest.json: missing or not readable; `dvc repro shard` writes it anew\n"
+    )
