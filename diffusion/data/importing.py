@@ -10,7 +10,6 @@ from pathlib import Path
 
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
-from diffusion.files import sync
 from diffusion.paths import Paths
 from diffusion.progress import Progress
 
@@ -61,7 +60,6 @@ def _bring(path: Path, target: Path, link: bool) -> None:
                     copy.symlink_to(file.resolve())
                 else:
                     shutil.copyfile(file, copy)
-                    sync(copy)
                 progress.advance(1)
         content.replace(target)
     finally:

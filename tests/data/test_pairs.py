@@ -229,8 +229,8 @@ def test_a_batch_is_the_callers_own(directory: Path) -> None:
     given: list[NDArray[Any]] = [*train_batch(pairs, 0, 0, 100), *pairs.recipe(0, 0), pairs.x_0(0), pairs.labels(0)]
     for array in given:
         array[...] = 0
-    for array, wanted in zip(train_batch(pairs, 0, 0, 100), expected, strict=True):
-        np.testing.assert_array_equal(array, wanted)
+    for again, wanted in zip(train_batch(pairs, 0, 0, 100), expected, strict=True):
+        np.testing.assert_array_equal(again, wanted)
 
 
 def test_images_are_fitted() -> None:
