@@ -76,8 +76,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)
-        h = F.scaled_dot_product_attention(q, k, v)
+        pixels = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W, 3 C)
+        q, k, v = pixels[:, None].chunk(3, dim=3)  # one head
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.out(h.transpose(1, 2).reshape(-1, channels, height, width))
 
 

@@ -1,0 +1,71 @@
+"""Statistics of the noise prediction against direct computation and closed forms."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from diffusion.evaluation import noise_prediction
+from diffusion.evaluation.heldout import Prediction
+from diffusion.evaluation.wiener import Wiener
+from diffusion.process import schedule
+from diffusion.process.schedule import Schedule
+
+IMAGES, DRAWS, SHAPE = 50, 20, (1, 4, 4)
+SCHEDULE = Schedule(schedule.linear(1000))
+IDENTITY = Wiener(np.zeros(SHAPE), np.ones(SHAPE), forward=lambda x: x, inverse=lambda z: z.real)
+
+
+def predictions(error: float) -> Iterator[Prediction]:
+    """Predictions with independent normal errors of standard deviation `error`."""
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        eps = rng.standard_normal((IMAGES, *SHAPE), dtype=np.float32)
+        eps_hat = (eps + error * rng.standard_normal(eps.shape)).astype(np.float32)
+        t = rng.integers(1000, size=IMAGES)
+        yield Prediction(np.arange(IMAGES), t, rng.standard_normal(eps.shape, dtype=np.float32), eps, eps_hat)
+
+
+def test_figures_are_those_of_a_direct_computation() -> None:
+    sums = noise_prediction.collect(predictions(0.3), IMAGES, SCHEDULE, IDENTITY)
+    overall, bands = noise_prediction.summarize(sums, seed=0, resamples=100, num_timesteps=1000)
+    all_of_them = list(predictions(0.3))
+    eps = np.concatenate([p.eps for p in all_of_them]).astype(np.float64)
+    error = np.concatenate([p.eps_hat for p in all_of_them]) - eps
+    t = np.concatenate([p.t for p in all_of_them])
+    assert overall["images"] == IMAGES
+    assert overall["pairs"] == IMAGES * DRAWS
+    assert overall["mse"] == pytest.approx((error**2).mean())
+    assert overall["rmse"] == pytest.approx(np.sqrt((error**2).mean()))
+    assert overall["mae"] == pytest.approx(np.abs(error).mean())
+    assert overall["r2"] == pytest.approx(1 - (error**2).sum() / ((eps - eps.mean()) ** 2).sum())
+    assert overall["zero_mse"] == pytest.approx((eps**2).mean())
+    assert [(band["t_from"], band["t_to"]) for band in bands] == [(100 * i, 100 * i + 99) for i in range(10)]
+    for band in bands:
+        inside = (t >= band["t_from"]) & (t <= band["t_to"])
+        assert band["pairs"] == inside.sum()
+        assert band["mse"] == pytest.approx((error[inside] ** 2).mean())
+
+
+def test_intervals_have_the_width_of_the_standard_error() -> None:
+    sums = noise_prediction.collect(predictions(0.3), IMAGES, SCHEDULE, IDENTITY)
+    overall, _ = noise_prediction.summarize(sums, seed=0, resamples=1000, num_timesteps=1000)
+    by_image = sums.by_image[:, :, noise_prediction.SQUARES].sum(axis=1) / (DRAWS * 16)
+    expected = 2 * 1.96 * by_image.std() / np.sqrt(IMAGES)
+    assert overall["mse_high"] - overall["mse_low"] == pytest.approx(expected, rel=0.1)
+    assert overall["mse_low"] < overall["mse"] < overall["mse_high"]
+
+
+def test_the_interval_covers_the_truth() -> None:
+    sums = noise_prediction.collect(predictions(0.3), IMAGES, SCHEDULE, IDENTITY)
+    overall, _ = noise_prediction.summarize(sums, seed=0, resamples=1000, num_timesteps=1000)
+    assert overall["mse_low"] < 0.09 < overall["mse_high"]
+    assert overall["r2_low"] < 0.91 < overall["r2_high"]
+
+
+@pytest.mark.parametrize("T", [64, 100, 999, 1000])
+def test_band_edges_agree_with_the_band_of_each_timestep(T: int) -> None:
+    edges = noise_prediction.band_edges(T, 10)
+    for band in range(10):
+        inside = [t for t in range(T) if t * 10 // T == band]
+        assert (inside[0], inside[-1]) == (edges[band], edges[band + 1] - 1)
