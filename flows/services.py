@@ -1,4 +1,4 @@
-"""The services in the background: `python -m flows.services up | deploy | down | status`.
+"""The services in the background: `python -m flows.services up | deploy | down | status | worker`.
 
 supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
 loopback, with their files in `.ddpm/`.
@@ -63,6 +63,7 @@ class Services:
             "PREFECT_HOME": str(Paths(self.root).state / "prefect"),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_PLUGINS_ENABLED": "false",  # ours is for the command line alone
             "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # so that `--watch` shows the log
             "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -155,6 +156,13 @@ def deploy(services: Services) -> None:
     print(f"deployed {DEPLOYMENT}")
 
 
+def worker(services: Services) -> None:
+    """Become the worker. supervisord keeps one alone, so runs that count as running now have lost theirs."""
+    _close_lost_runs(services)
+    os.environ.update(services.environment())
+    os.execvp("prefect", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "worker"])
+
+
 def down(services: Services) -> None:
     """Stop all services, the worker first; what it runs ends with a checkpoint."""
     states = services.states()
@@ -163,6 +171,7 @@ def down(services: Services) -> None:
         return
     if states["worker"] in ("RUNNING", "STARTING"):
         services.supervisor().stopProcess("worker")
+        _close_lost_runs(services)
     services.supervisor().shutdown()
     socket_file = services.directory / "supervisor.sock"
     if not _until(lambda: not socket_file.exists(), 60):
@@ -178,6 +187,18 @@ def status(services: Services) -> None:
         state = states.get(name, "STOPPED").lower()
         print(f"{name:<9}{state if healthy[name] or state != 'running' else 'not answering':<15}{address}")
     print(f"logs: {services.directory}/")
+
+
+def _close_lost_runs(services: Services) -> None:
+    """Tell the server that runs whose worker has ended are not running; a worker that is stopped does not."""
+    lost = {
+        "work_pools": {"name": {"any_": [POOL]}},
+        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
+    }
+    for run in _get(f"{services.prefect}/api/flow_runs/filter", lost) or []:
+        kind = "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED"
+        state = {"type": kind, "message": "The worker was stopped; run again to go on from the last checkpoint."}
+        _get(f"{services.prefect}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _start(services: Services, name: str) -> None:
@@ -233,7 +254,7 @@ def _taken(port: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
-    commands = {command.__name__: command for command in (up, deploy, down, status)}
+    commands = {command.__name__: command for command in (up, deploy, down, status, worker)}
     parser.add_argument("command", choices=commands)
     try:
         commands[parser.parse_args(argv).command](Services())
