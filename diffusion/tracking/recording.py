@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion.errors import UserError
-from diffusion.files import sha256
+from diffusion.files import read_csv, sha256
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import registry, store
@@ -45,9 +44,12 @@ def record(params: Params, paths: Paths, run_id: str | None = None) -> Recorded 
 
 
 def track(params: Params, paths: Paths, as_json: bool) -> None:
-    """`record`, and print where it is; raises UserError if there are no weights or MLflow cannot be reached."""
-    if not _weights(paths).exists():
-        raise UserError(f"{_weights(paths)}: no weights to track; make them with `dvc repro train`, or `dvc pull`")
+    """`record`, and print where it is; raises UserError if there is nothing to record or MLflow cannot be reached."""
+    for needed in (_weights(paths), paths.train_report, paths.train_curves, paths.pairs):
+        if not needed.exists():
+            raise UserError(
+                f"{needed}: missing, and needed to track a training; make it with `dvc repro` or `dvc pull`"
+            )
     from mlflow.exceptions import MlflowException
 
     uri = store.tracking_uri(paths)
@@ -70,13 +72,11 @@ def _record(uri: str, params: Params, paths: Paths, run_id: str | None) -> Recor
         mlflow_store = store.connect(uri, params, paths)
         run = _run_of(mlflow_store, params, paths, weights, run_id)
         run.once("train", weights, lambda: _log_training(run, paths, weights))
-        evaluation = _report(paths.evaluate_report, weights)
+        evaluation = _evaluation(paths, weights)
         if evaluation:
             digest = sha256(paths.evaluate_report)
             run.once("evaluate", digest, lambda: _log_evaluation(run, params, paths, evaluation))
-        version = None
-        if paths.denoiser.exists() and (export := _report(paths.export_report, weights)):
-            version = registry.register(run, params, paths, export)
+        version = registry.register(run, params, paths, weights)
         for file in (paths.params, paths.root / "dvc.lock"):
             if file.exists():
                 run.once(file.name, sha256(file), partial(run.client.log_artifact, run.id, str(file)))
@@ -97,14 +97,14 @@ def _run_of(mlflow_store: Store, params: Params, paths: Paths, weights: str, run
             return TrackedRun(client, followed)
         client.delete_run(followed.info.run_id)  # other code or parameters had given the same weights before
     elif followed:
-        client.set_terminated(followed.info.run_id)  # trained again: the same weights, or with luck better ones
+        client.set_terminated(followed.info.run_id)  # a second training in it: of the same weights, or others
     return TrackedRun(client, tagged) if tagged else start(mlflow_store, params, paths, weights, {})
 
 
 def _log_training(run: TrackedRun, paths: Paths, weights: str) -> None:
     for file, names in (("loss.csv", {}), ("heldout.csv", {"mse": "heldout_mse"})):
         points: list[Metric] = []
-        for row in _rows(paths.train_curves / file):
+        for row in read_csv(paths.train_curves / file):
             step = int(row.pop("step"))
             points += store.points({f"train/{names.get(key, key)}": value for key, value in row.items()}, step)
         run.metrics(points)
@@ -120,20 +120,15 @@ def _log_evaluation(run: TrackedRun, params: Params, paths: Paths, report: dict[
     run.scalars("evaluate", report)
     run.dataset(f"{Path(params.shard.source).stem}-heldout", report["pairs_sha256"], paths.pairs, "heldout")
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")
-    run.table(_rows(paths.evaluation / "bands.csv"), "evaluation/bands.json")
+    run.client.log_artifact(run.id, str(paths.report), "evaluation")
+    run.table(read_csv(paths.evaluation / "bands.csv"), "evaluation/bands.json")
 
 
 def _weights(paths: Paths) -> Path:
     return paths.model / "model.safetensors"
 
 
-def _report(path: Path, weights: str) -> dict[str, Any] | None:
-    """A stage's report, if it is about these weights: an older one may still lie there after a training."""
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+def _evaluation(paths: Paths, weights: str) -> dict[str, Any] | None:
+    """The evaluation's report, if it is about these weights: an older one lies there until a new one is written."""
+    report: dict[str, Any] = json.loads(paths.evaluate_report.read_text()) if paths.evaluate_report.exists() else {}
     return report if report.get("weights_sha256") == weights else None
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file of numbers."""
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

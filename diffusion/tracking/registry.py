@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import tempfile
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from diffusion.files import sha256
@@ -12,40 +14,48 @@ from diffusion.tracking.starting import flat
 from diffusion.tracking.store import PAIRS, WEIGHTS, TrackedRun, say
 
 if TYPE_CHECKING:
+    import onnx
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models.model import ModelInfo
 
 ONNX = "ddpm.onnx_sha256"
 
 
-def register(run: TrackedRun, params: Params, paths: Paths, report: dict[str, Any]) -> ModelVersion:
-    """The registered version of the exported model, made if there is none."""
+def register(run: TrackedRun, params: Params, paths: Paths, weights: str) -> ModelVersion | None:
+    """The registered version of the exported model, made if there is none; None without an export of these weights."""
+    import onnx
     from mlflow.exceptions import MlflowException
 
+    if not paths.denoiser.exists() or not paths.export_report.exists():
+        return None
+    graph = onnx.load(paths.denoiser)
+    if WEIGHTS not in {prop.key for prop in graph.metadata_props if prop.value == weights}:
+        return None  # an older one: it lies there until a new one is written
     name, digest = params.tracking.model_name, sha256(paths.denoiser)
     for version in run.client.search_model_versions(f"run_id = '{run.id}'"):
         if version.name == name and version.tags.get(ONNX) == digest:
             return version
     run.parameters(flat(params, "export", "tracking"))
-    run.scalars("export", report)
+    run.scalars("export", json.loads(paths.export_report.read_text()))
     try:
         run.client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    model = _log_model(run, paths.denoiser)
+    model = _log_model(run, graph)
     return run.client.create_model_version(
         name, model.model_uri, run_id=run.id, model_id=model.model_id, tags={ONNX: digest}
     )
 
 
-def _log_model(run: TrackedRun, path: Path) -> ModelInfo:
+def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
     import mlflow.onnx
     import numpy as np
     import onnx
     import onnxruntime
-    from mlflow.models import ModelSignature
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -53,22 +63,28 @@ def _log_model(run: TrackedRun, path: Path) -> ModelInfo:
         shape = [dim.dim_value or -1 for dim in kind.shape.dim]  # -1: of any size
         return TensorSpec(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape, value.name)
 
-    model = onnx.load(path)
     inputs, outputs = [spec(v) for v in model.graph.input], [spec(v) for v in model.graph.output]
-    info: ModelInfo = mlflow.onnx.log_model(
-        model,
-        name=path.stem,
-        run_id=run.id,
-        signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
-        input_example={spec.name: np.zeros([abs(size) for size in spec.shape], spec.type) for spec in inputs},
-        pip_requirements=[
-            f"mlflow=={mlflow.__version__}",
-            f"onnx=={onnx.__version__}",
-            f"onnxruntime=={onnxruntime.__version__}",
-        ],
-        save_as_external_data=False,
-    )
-    return info
+    client = run.client
+    logged = client.create_logged_model(run.experiment_id, name="denoiser", source_run_id=run.id)
+    # What mlflow.onnx.log_model would do, but for running the model: ONNX Runtime prints errors where CUDA is missing.
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="mlflow")  # importing mlflow.pyfunc warns of its own type hints
+        mlflow.onnx.save_model(
+            model,
+            f"{temporary}/model",
+            mlflow_model=Model(logged.artifact_location, run.id, model_id=logged.model_id),
+            signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
+            input_example={spec.name: np.zeros([abs(size) for size in spec.shape], spec.type) for spec in inputs},
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"onnx=={onnx.__version__}",
+                f"onnxruntime=={onnxruntime.__version__}",
+            ],
+            save_as_external_data=False,
+        )
+        client.log_model_artifacts(logged.model_id, f"{temporary}/model")
+    client.log_outputs(run.id, [LoggedModelOutput(logged.model_id, step=0)])
+    return client.finalize_logged_model(logged.model_id, "READY")
 
 
 def promote(

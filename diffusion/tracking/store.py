@@ -138,7 +138,9 @@ def connect(uri: str, params: Params, paths: Paths) -> Store:
     """The store at `uri`, with the experiment of `params`, made if there is none."""
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    mlflow.set_tracking_uri(uri)  # the client alone is not enough: it looks models:/ addresses up in this global one
+    os.environ["MLFLOW_TRACKING_URI"] = given  # which that has replaced: the user's stays the user's
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(params.tracking.experiment)
     if experiment is not None:
