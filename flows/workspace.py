@@ -142,12 +142,12 @@ def list_runs() -> None:
 
 
 def dvc(root: Path, *arguments: str) -> str:
-    """Run DVC in `root` and return what it prints; raises UserError with its last line."""
+    """Run DVC in `root` and return what it prints; raises UserError with its error message in one line."""
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        reason = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise UserError(f"dvc {' '.join(arguments)}: {reason[-1].removeprefix('ERROR: ')}")
+        _, _, reason = done.stderr.partition("ERROR: ")
+        raise UserError(f"dvc {' '.join(arguments)}: {' '.join((reason or done.stderr).split())}")
     return done.stdout.strip()
 
 

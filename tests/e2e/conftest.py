@@ -1,0 +1,88 @@
+"""A copy of the repository with tiny parameters, and its services on free ports, for all end-to-end tests."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from diffusion import params
+
+TINY = {
+    "pairs": {"draws": 1, "heldout_draws": 1},
+    "process": {"num_timesteps": 100},
+    "network": {"base_channels": 8, "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": []},
+    "train": {"steps": 20, "batch_size": 64, "warmup_steps": 2, "log_every": 5, "preview_every": 10},
+    "sample": {"steps": 5, "count": 4},
+    "evaluate": {"resamples": 100},
+}
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """The repository's files as they are, committed anew."""
+    target = tmp_path_factory.mktemp("e2e") / "clone"
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in names:
+        if (root / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target / name)
+    params.write_yaml(target / "params.yaml", params.overlay(params.read_yaml(target / "params.yaml"), TINY))
+    (target / "dvc.lock").unlink(missing_ok=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):
+        subprocess.run(["git", *identity, *command], cwd=target, check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def run(clone: Path) -> Command:
+    """Runs a command in the clone as a user with the environment activated would; gives its status and output."""
+    ports = {"PREFECT_PORT": str(_free_port()), "MLFLOW_PORT": str(_free_port())}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_", "PREFECT_"))}
+    environment |= ports | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(clone / ".ddpm" / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
+        "COLUMNS": "300",
+    }
+
+    def call(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=clone,
+            env=environment | more,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def services(run: Command) -> Iterator[Command]:
+    """`run`, with the services up and the flow deployed."""
+    try:
+        for command in ("up", "deploy"):
+            done = run("python", "-m", "flows.services", command)
+            assert done.returncode == 0, done.stdout
+        yield run
+    finally:
+        run("python", "-m", "flows.services", "down")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,109 @@
+"""The flow as a user runs it: a real server, a real worker, the literal commands."""
+
+import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Command
+
+RUN = ("prefect", "deployment", "run", "train-ddpm", "--watch")
+
+
+def summary(clone: Path, name: str) -> dict[str, str]:
+    """What became of each stage of a run."""
+    content = json.loads((clone / ".ddpm" / "runs" / name / "summary.json").read_text())
+    return {stage["stage"]: stage["outcome"] for stage in content["stages"]}
+
+
+def artifact(run: Command, key: str) -> str:
+    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
+    return run("python", "-c", code).stdout
+
+
+@pytest.fixture(scope="module")
+def first(services: Command) -> subprocess.CompletedProcess[str]:
+    """`prefect deployment run train-ddpm --watch`, done."""
+    return services(*RUN, "--flow-run-name", "first")
+
+
+def test_the_literal_command_trains_and_exports(
+    first: subprocess.CompletedProcess[str], services: Command, clone: Path
+) -> None:
+    assert first.returncode == 0, first.stdout
+    assert summary(clone, "first") == dict.fromkeys(("shard", "pairs", "train", "evaluate", "export"), "run")
+    for line in ("Running stage 'train':", "Running stage 'export':", "Flow run finished successfully"):
+        assert line in first.stdout
+    report = artifact(services, "train-ddpm-report")
+    for part in ("# first", "| mse |", "| 0 to ", "data:image/png;base64,", "denoiser.onnx", "[MLflow run](http://"):
+        assert part in report
+    table = services("ddpm", "summary").stdout
+    assert "held-out MSE" in table
+    assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
+
+
+@pytest.mark.usefixtures("first")
+def test_a_second_time_all_is_cached(services: Command, clone: Path) -> None:
+    done = services(*RUN, "--flow-run-name", "second")
+    assert done.returncode == 0, done.stdout
+    assert set(summary(clone, "second").values()) == {"cached"}
+    assert "last run (first)" in artifact(services, "train-ddpm-report")
+
+
+@pytest.mark.usefixtures("first")
+def test_afterwards_dvc_repro_runs_no_stage(services: Command) -> None:
+    from_cache = services("dvc", "repro").stdout
+    assert "Running stage" not in from_cache
+    assert from_cache.count("is cached - skipping run, checking out outputs") == 5
+    applied = services("ddpm", "apply", "first", "--force")
+    assert applied.returncode == 0, applied.stdout
+    assert "Data and pipelines are up to date" in services("dvc", "repro").stdout
+
+
+@pytest.mark.parametrize(
+    ("parameter", "field"),
+    [('train={"stepz": 5}', "stepz"), ('train={"steps": 0}', "train.steps"), ("preset=none", "preset")],
+)
+def test_a_wrong_parameter_is_refused_before_anything_starts(services: Command, parameter: str, field: str) -> None:
+    done = services(*RUN, "-p", parameter)
+    assert done.returncode == 1
+    assert "Error creating flow run: Validation failed for field" in done.stdout
+    assert field in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.usefixtures("first")
+def test_two_runs_at_once_are_both_right(services: Command, clone: Path) -> None:
+    def start(seed: int) -> subprocess.CompletedProcess[str]:
+        return services(*RUN, "--flow-run-name", f"seed{seed}", "-p", f"seed={seed}")
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(start, (1, 2)):
+            assert done.returncode == 0, done.stdout
+    assert summary(clone, "seed1")["train"] == summary(clone, "seed2")["train"] == "run"
+    assert summary(clone, "seed1")["shard"] == summary(clone, "seed2")["shard"] == "cached"
+    weights = [(clone / f".ddpm/runs/seed{seed}/models/ddpm/model.safetensors").read_bytes() for seed in (1, 2)]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.usefixtures("first")
+def test_a_cancelled_training_leaves_a_checkpoint_and_goes_on_from_it(services: Command, clone: Path) -> None:
+    parameters = ("-p", 'train={"steps": 2000}')
+    with ThreadPoolExecutor() as pool:
+        watched = pool.submit(services, *RUN, "--flow-run-name", "long", *parameters)
+        wait_for(lambda: "done" in progress_lines(clone, "long"), 60)
+        listed = services("prefect", "flow-run", "ls", "--state", "RUNNING", "--limit", "1", "-o", "json").stdout
+        cancelled = services("prefect", "flow-run", "cancel", json.loads(listed)[0]["id"])
+        assert cancelled.returncode == 0, cancelled.stdout
+        wait_for(lambda: not trainings(clone), 10)
+        done = watched.result()
+    assert done.returncode == 1
+    assert "Flow run finished in state 'Cancelled'" in done.stdout
+    assert "cancelled" in services("ddpm", "runs").stdout
+    again = services(*RUN, "--flow-run-name", "again", *parameters)
+    assert again.returncode == 0, again.stdout
+    assert "going on from step" in again.stdout

@@ -1,0 +1,55 @@
+"""A small repository, under git and DVC, whose two stages take no time."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DVC_YAML = """
+stages:
+  shard:
+    cmd: python stage.py shard
+    params: [shard]
+    deps: [stage.py]
+    outs: [data/shards]
+  train:
+    cmd: python stage.py train
+    params: [train, seed]
+    deps: [stage.py, data/shards]
+    outs: [models/ddpm]
+"""
+
+STAGE_PY = """
+import sys, pathlib
+name = sys.argv[1]
+out = pathlib.Path({"shard": "data/shards", "train": "models/ddpm"}[name])
+out.mkdir(parents=True, exist_ok=True)
+(out / "result").write_text(pathlib.Path("params.yaml").read_text() if name == "train" else "shards")
+print(f"{name} done")
+"""
+
+
+def git(*arguments: str) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, changed to a new repository with one commit."""
+    monkeypatch.chdir(tmp_path)
+    for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
+        monkeypatch.delenv(variable)
+    for name in ("params.yaml", "data/raw/digits.npz", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, name)
+    Path("presets").mkdir()
+    Path("presets/short.yaml").write_text("train:\n  steps: 7\n")
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("stage.py").write_text(STAGE_PY)
+    git("init", "--quiet", "--initial-branch=main")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "first")
+    return tmp_path

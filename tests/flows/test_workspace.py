@@ -1,0 +1,187 @@
+"""Workspaces: made whole, kept apart, cleaned, found."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import Timeout
+
+from diffusion import params
+from diffusion.errors import UserError
+from flows import dvc_stage, workspace
+from tests.flows.conftest import git
+
+RUNS = Path(".ddpm/runs")
+
+
+def make(name: str, changes: Mapping[str, Any] | None = None) -> Path:
+    with workspace.use(name, f"id-{name}", workspace.document(None, changes or {})) as directory:
+        return directory
+
+
+def age(name: str, days: float) -> None:
+    file = RUNS / name / "run.json"
+    created = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": created}))
+
+
+def state(name: str) -> str:
+    return workspace.Run.read(RUNS / name).state
+
+
+@pytest.mark.usefixtures("repository")
+def test_it_holds_the_files_as_they_are_with_the_runs_parameters() -> None:
+    Path("new.py").write_text("new")
+    Path("stage.py").write_text("changed")
+    Path(".ddpm/secret").parent.mkdir()
+    Path(".ddpm/secret").write_text("state")
+    directory = make("one", {"train": {"steps": 5}})
+    assert (directory / "new.py").read_text() == "new"
+    assert (directory / "stage.py").read_text() == "changed"
+    assert (directory / ".ddpm" / "secret").read_text() == "state"
+    assert params.load(directory / "params.yaml").train.steps == 5
+    assert "# a GPU where there is one" in (directory / "params.yaml").read_text()
+    run = workspace.Run.read(directory)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (run.name, run.flow_run_id, run.git_revision, run.git_dirty) == ("one", "id-one", head, True)
+    assert datetime.fromisoformat(run.created).tzinfo is UTC
+
+
+@pytest.mark.usefixtures("repository")
+def test_how_the_block_ends_is_the_runs_state() -> None:
+    document = workspace.document(None, {})
+    for error, expected in ((RuntimeError, "failed"), (KeyboardInterrupt, "cancelled")):
+        with pytest.raises(error), workspace.use(expected, expected, document):
+            raise AssertionError(state(expected)) if state(expected) != "running" else error
+        assert state(expected) == expected
+    make("one")
+    assert state("one") == "completed"
+
+
+@pytest.mark.usefixtures("repository")
+def test_the_same_run_goes_on_in_its_workspace_and_another_of_its_name_gets_its_own() -> None:
+    document = workspace.document(None, {})
+    with workspace.use("one", "first", document) as first:
+        (first / "mark").touch()
+    with workspace.use("one", "first", document) as again:
+        assert (again / "mark").exists()
+    with workspace.use("one", "second-run", document) as other:
+        assert other.name == "one-second-r"
+    with workspace.use("../a b", "third", document) as odd:
+        assert odd.parent == first.parent
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_workspace_in_use_is_no_one_elses() -> None:
+    document = workspace.document(None, {})
+    with workspace.use("one", "first", document), pytest.raises(Timeout), workspace.use("one", "first", document):
+        pass
+
+
+@pytest.mark.usefixtures("repository")
+def test_what_one_run_has_done_another_takes_from_the_cache() -> None:
+    assert dvc_stage.run("shard", make("one"), print) == "run"
+    assert dvc_stage.run("shard", make("two"), print) == "cached"
+    assert dvc_stage.run("shard", make("three", {"shard": {"val_fraction": 0.2}}), print) == "run"
+
+
+@pytest.mark.usefixtures("repository")
+def test_old_and_many_workspaces_are_removed_but_none_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        make(f"run{number}")
+        age(f"run{number}", 5 - number)
+    make("old")
+    age("old", 15)
+    (RUNS / ".half.part").mkdir()
+    monkeypatch.setattr(workspace, "KEEP_RUNS", 3)
+    monkeypatch.setattr(workspace, "KEEP_DAYS", 10)
+    with workspace._lock((RUNS / "run0").absolute()):
+        make("new")
+    assert sorted(path.name for path in RUNS.glob("[!.]*")) == ["new", "run0", "run2", "run3", "run4"]
+    assert not (RUNS / ".half.part").exists()
+    assert Path(".ddpm").is_dir()
+
+
+@pytest.mark.usefixtures("repository")
+def test_an_error_while_making_it_leaves_nothing_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
+        raise UserError("no cache")
+
+    monkeypatch.setattr(workspace, "dvc", fail)
+    with pytest.raises(UserError, match="no cache"):
+        make("one")
+    assert list(RUNS.glob("[!.]*")) == []
+
+
+def test_without_git_it_says_so(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    with pytest.raises(UserError, match="not a git repository"):
+        make("one")
+
+
+@pytest.mark.usefixtures("repository")
+def test_raw_data_under_dvc_come_from_the_cache() -> None:
+    Path("data/raw/mine").mkdir()
+    Path("data/raw/mine/a.png").write_bytes(b"image")
+    workspace.dvc(Path(), "add", "data/raw/mine")
+    changes = {"shard": {"source": "data/raw/mine"}}
+    assert (make("one", changes) / "data/raw/mine/a.png").read_bytes() == b"image"
+    for file in Path(".dvc/cache/files").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache: `dvc pull"):
+        make("two", changes)
+
+
+@pytest.mark.usefixtures("repository")
+def test_raw_data_that_no_run_could_have_are_named() -> None:
+    Path("mine/.gitignore").parent.mkdir()
+    Path("mine/.gitignore").write_text("*\n")
+    with pytest.raises(UserError, match="mine is neither in git nor under DVC"):
+        make("one", {"shard": {"source": "mine"}})
+    with pytest.raises(UserError, match=r"shard.source: absent: no such file"):
+        make("two", {"shard": {"source": "absent"}})
+
+
+@pytest.mark.usefixtures("repository")
+def test_parameters_are_laid_over_preset_over_params_yaml() -> None:
+    document = workspace.document("short", {"train": {"batch_size": 4}, "seed": 9})
+    assert (document["train"]["steps"], document["train"]["batch_size"], document["seed"]) == (7, 4, 9)
+    with pytest.raises(UserError, match="there are short"):
+        workspace.document("shrt", {})
+    with pytest.raises(UserError, match=r"sample.steps .* exceeds"):
+        workspace.document(None, {"sample": {"steps": 5000}})
+
+
+@pytest.mark.usefixtures("repository")
+def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="there are none yet"):
+        workspace.find("x")
+    for name in ("red-fox", "red-hen", "red"):
+        directory = make(name)
+    (directory / "reports").mkdir()
+    (directory / "reports" / "evaluate.json").write_text('{"mse": 0.25}')
+    assert workspace.find("red-f").name == "red-fox"
+    assert workspace.find("red").name == "red"
+    with pytest.raises(UserError, match="could be red-fox, red-hen"):
+        workspace.find("red-")
+    with pytest.raises(UserError, match="no such run; there are"):
+        workspace.find("blue")
+    lost = workspace.Run.read(RUNS / "red-fox")
+    workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
+    workspace.list_runs()
+    rows = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows == {"red-fox": ["crashed"], "red-hen": ["completed"], "red": ["completed", "0.2500"]}
+
+
+@pytest.mark.usefixtures("repository")
+def test_the_users_own_cache_is_used() -> None:
+    workspace.dvc(Path(), "cache", "dir", "--local", "elsewhere")
+    git("status")
+    assert workspace.dvc(make("one"), "cache", "dir") == str(Path("elsewhere").absolute())
