@@ -49,7 +49,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(store, "_said", set())
     yield
     mlflow.set_tracking_uri(None)
@@ -103,7 +103,8 @@ def write_picture(path: Path) -> None:
 def write_evaluation(paths: Paths, weights: str, mse: float = 0.3, pairs: str = "a" * 64) -> None:
     paths.evaluation.mkdir(parents=True, exist_ok=True)
     scores = {"mse": mse, "mse_low": mse - 0.01, "mse_high": mse + 0.01, "r2": 1 - mse, "zero_mse": 1.0}
-    write_json(paths.evaluate_report, {**scores, "weights_sha256": weights, "pairs_sha256": pairs})
+    write_json(paths.evaluate_report, scores)
+    write_json(paths.evaluation / "scored.json", {"weights_sha256": weights, "pairs_sha256": pairs})
     bands = [{"t_from": 100 * band, "t_to": 100 * band + 99, "mse": mse, "r2": 1 - mse} for band in range(10)]
     write_csv(paths.evaluation / "bands.csv", bands)
     write_csv(paths.evaluation / "mse_by_t.csv", [{"t": 5.5, "model": mse, "wiener": 0.6}])
@@ -551,7 +552,7 @@ def test_track_prints_where_things_are(paths: Paths, capsys: pytest.CaptureFixtu
 def server(paths: Paths) -> Iterator[str]:
     """An MLflow server on the default store, started as the documentation of `tracking` says."""
     address = f"http://127.0.0.1:{(port := free_port())}"
-    places = [f"sqlite:///{paths.mlflow_database.resolve()}", paths.mlflow_artifacts.resolve().as_uri()]
+    places = [f"sqlite:///{paths.mlflow_database.resolve()}", str(paths.mlflow_artifacts.resolve())]
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with (paths.state / "server.log").open("wb") as log:
         process = subprocess.Popen(
@@ -582,7 +583,7 @@ def test_a_server_and_the_file_are_one_store(
     paths: Paths, server: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An experiment made through either is gone on with through the other, and the server shows its artifacts."""
-    uris = {"server": server, "file": ""}
+    uris = {"server": server, "file": ""}  # empty: the default
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uris.pop(first))
     with tracking.live(PARAMS, paths, None, "f1") as live:
         follow(live, paths, range(101))

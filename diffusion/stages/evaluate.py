@@ -1,5 +1,6 @@
 """evaluate: the model's noise prediction on the test pairs, and samples."""
 
+import hashlib
 import sys
 from collections.abc import Iterator
 
@@ -8,8 +9,8 @@ from diffusion.data.pairs import Pairs
 from diffusion.evaluation import noise_prediction, plots, report, wiener
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.samples import draw_samples, grid_png
-from diffusion.files import new_directory, read_csv, write_atomic, write_csv, write_json
-from diffusion.model import load_model
+from diffusion.files import new_directory, read_csv, sha256, write_atomic, write_csv, write_json
+from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Params, Sample
 from diffusion.paths import Paths
@@ -53,6 +54,9 @@ def run(params: Params, paths: Paths) -> None:
         write_csv(temporary / "mse_by_t.csv", curve)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
+        scored_on = hashlib.sha256(pairs.manifest.splits["test"].model_dump_json().encode()).hexdigest()
+        digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": scored_on}
+        write_json(temporary / "scored.json", digests)
     write_atomic(paths.report, page.encode())
     write_json(paths.evaluate_report, overall)
     print(

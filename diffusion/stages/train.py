@@ -69,16 +69,16 @@ def _train(
         + (f", going on from step {state.step}" if state.step else ""),
         file=sys.stderr,
     )
-    live = tracking.live(params, paths, state.run_id, fingerprint)
-    state.run_id = live.run_id
     options, batch_size = params.train, params.train.batch_size
     previews = directory / "previews"
     clock = Clock(state.step)
 
     with (
         StopSignals() as stop,
+        tracking.live(params, paths, state.run_id, fingerprint) as live,
         Progress("train", options.steps * batch_size, "images", done=state.step * batch_size) as progress,
     ):
+        state.run_id = live.run_id
 
         def report(state: State) -> None:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""

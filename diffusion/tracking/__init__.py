@@ -9,7 +9,7 @@ The store is MLFLOW_TRACKING_URI, or else the sqlite file .ddpm/mlflow.db with i
 share that store, so that its pages show what was logged with and without it, when started with the same two places:
 
     mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:////ABSOLUTE/.ddpm/mlflow.db
-        --default-artifact-root file:///ABSOLUTE/.ddpm/mlflow-artifacts
+        --default-artifact-root /ABSOLUTE/.ddpm/mlflow-artifacts
 """
 
 from diffusion.tracking.live import LiveRun, live

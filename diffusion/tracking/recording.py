@@ -129,6 +129,9 @@ def _weights(paths: Paths) -> Path:
 
 
 def _evaluation(paths: Paths, weights: str) -> dict[str, Any] | None:
-    """The evaluation's report, if it is about these weights: an older one lies there until a new one is written."""
-    report: dict[str, Any] = json.loads(paths.evaluate_report.read_text()) if paths.evaluate_report.exists() else {}
-    return report if report.get("weights_sha256") == weights else None
+    """Scores and digests of the evaluation, if it is of these weights: an older one stays until the next."""
+    scored = paths.evaluation / "scored.json"
+    if not scored.exists() or not paths.evaluate_report.exists():
+        return None
+    digests: dict[str, Any] = json.loads(scored.read_text())
+    return json.loads(paths.evaluate_report.read_text()) | digests if digests["weights_sha256"] == weights else None

@@ -44,6 +44,7 @@ def _origin(paths: Paths) -> dict[str, str]:
         dirty = bool(_git(paths.root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
         origin = {}
     if revision:
+        origin |= {"mlflow.source.name": "ddpm train", "mlflow.source.type": "LOCAL"}  # without them it is not shown
         origin |= {"mlflow.source.git.commit": revision, "ddpm.git_dirty": str(dirty).lower()}
     return {key: value for key, value in origin.items() if value}
 

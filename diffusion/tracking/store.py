@@ -138,16 +138,18 @@ def connect(uri: str, params: Params, paths: Paths) -> Store:
     """The store at `uri`, with the experiment of `params`, made if there is none."""
     import mlflow
 
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # the client alone is not enough: it looks models:/ addresses up in this global one
-    os.environ["MLFLOW_TRACKING_URI"] = given  # which that has replaced: the user's stays the user's
+    if given is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by that, and not to be taken for the user's
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(params.tracking.experiment)
     if experiment is not None:
         return Store(client, experiment.experiment_id)
     served = uri.startswith(("http", "databricks"))  # then the server knows where artifacts belong
     location = None if served else paths.mlflow_artifacts.resolve().as_uri()
-    return Store(client, client.create_experiment(params.tracking.experiment, artifact_location=location))
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # shows the pages for training
+    return Store(client, client.create_experiment(params.tracking.experiment, artifact_location=location, tags=tags))
 
 
 def lock(paths: Paths) -> FileLock:
