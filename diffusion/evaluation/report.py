@@ -19,7 +19,6 @@ PAGE = """<!doctype html>
   th:first-child, td:first-child { text-align: left }
   small { color: #666 }
   img { max-width: 100% }
-  img.samples { image-rendering: pixelated }
 </style>
 <h1>Evaluation</h1>
 <p>Held-out noise prediction on {{ overall.pairs }} pairs of {{ overall.images }} test images, which training never saw.
@@ -46,7 +45,7 @@ Intervals: 95 %, bootstrap over images.</p>
   {% endfor %}
 </table>
 <h2>Samples</h2>
-<p><img class="samples" alt="Samples" src="{{ picture(samples) }}"></p>
+<p><img alt="Samples" src="{{ picture(samples) }}"></p>
 <p>{{ how }}</p>
 <h2>Training</h2>
 <p><img alt="Training loss and held-out error over the steps" src="{{ picture(training) }}"></p>

@@ -1,6 +1,7 @@
 """Pictures from a model."""
 
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -52,18 +53,21 @@ def to_uint8(x: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
-    """Images (N, C, H, W) in a nearly square grid with thin lines between them, enlarged to about `side` pixels."""
+    """Images (N, C, H, W) as a PNG: a nearly square grid, enlarged to about `side` pixels.
+
+    Small images are enlarged smoothly: of 8x8 pixels shown as squares a person sees the squares, not the digit.
+    """
     count, channels, height, width = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    scale = max(1, side // (columns * max(height, width)))
-    line = max(1, scale // 4)
-    large = images.repeat(scale, axis=2).repeat(scale, axis=3)
-    cell_height, cell_width = height * scale + line, width * scale + line
-    canvas = np.full((rows * cell_height + line, columns * cell_width + line, channels), 128, dtype=np.uint8)
-    for index, image in enumerate(large):
-        top, left = index // columns * cell_height + line, index % columns * cell_width + line
-        canvas[top : top + height * scale, left : left + width * scale] = image.transpose(1, 2, 0)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    scale, line = max(1, side // (columns * max(height, width))), 1
+    cell_width, cell_height = width * scale + line, height * scale + line
+    mode = "L" if channels == 1 else "RGB"
+    canvas = Image.new(mode, (columns * cell_width + line, rows * cell_height + line), "gray")
+    for index, image in enumerate(images):
+        picture = Image.fromarray(image[0] if channels == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+        canvas.paste(picture, (index % columns * cell_width + line, index // columns * cell_height + line))
     buffer = io.BytesIO()
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(buffer, format="PNG")
+    canvas.save(buffer, format="PNG")
     return buffer.getvalue()

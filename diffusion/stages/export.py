@@ -1,5 +1,6 @@
 """export: the model as ONNX, checked in ONNX Runtime against torch before it counts as written."""
 
+import shutil
 import sys
 
 import onnx
@@ -18,6 +19,7 @@ from diffusion.paths import Paths
 
 def run(params: Params, paths: Paths) -> None:
     """Export, check and write; a model that does not meet `export.tolerance` leaves no file behind."""
+    shutil.rmtree(paths.onnx, ignore_errors=True)
     device = networks.device(params.device)
     model = load_model(paths.model, device)
     graph = to_onnx(model, params.export.opset)

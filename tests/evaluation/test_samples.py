@@ -40,11 +40,14 @@ def test_an_image_is_the_same_among_any_number(params: Params, sampler: str) -> 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_holds_every_image(channels: int) -> None:
     images = np.random.default_rng(0).integers(256, size=(5, channels, 8, 6), dtype=np.uint8)
-    picture = Image.open(io.BytesIO(samples.grid_png(images, side=48)))
+    picture = Image.open(io.BytesIO(samples.grid_png(images, side=1)))
     assert picture.mode == ("L" if channels == 1 else "RGB")
     pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
-    scale, line = 2, 1  # 48 pixels for 3 columns of 8
     for index in range(5):
-        top, left = index // 3 * (8 * scale + line) + line, index % 3 * (6 * scale + line) + line
-        part = pixels[top : top + 8 * scale : scale, left : left + 6 * scale : scale]
-        assert (part == images[index].transpose(1, 2, 0)).all()
+        top, left = index // 3 * 9 + 1, index % 3 * 7 + 1
+        assert (pixels[top : top + 8, left : left + 6] == images[index].transpose(1, 2, 0)).all()
+
+
+def test_small_images_are_enlarged() -> None:
+    images = np.zeros((64, 1, 8, 8), np.uint8)
+    assert Image.open(io.BytesIO(samples.grid_png(images))).size == (521, 521)

@@ -1,0 +1,220 @@
+"""train, evaluate and export through the real commands, on the digits with a tiny network."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from diffusion import params as parameters
+from diffusion.data.pairs import Pairs
+from diffusion.files import read_csv
+from diffusion.model import load_model
+from diffusion.paths import Paths
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "pairs": {"heldout_draws": 2},
+    "network": {"base_channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "attention_levels": []},
+    "train": {"steps": 30, "batch_size": 32, "log_every": 10, "preview_every": 15, "warmup_steps": 5},
+    "sample": {"steps": 4, "count": 9},
+    "evaluate": {"resamples": 100},
+}
+OUTPUTS = ("models", "reports")
+
+
+def ddpm(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffusion", *arguments]
+    return subprocess.run(command, cwd=tree, env=env(**environment), capture_output=True, text=True, check=False)
+
+
+def env(**changes: str) -> dict[str, str]:
+    # Nothing listens there: what the stages write must not depend on MLflow.
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    return os.environ | away | changes
+
+
+def change(tree: Path, changes: dict[str, Any]) -> None:
+    path = tree / "params.yaml"
+    parameters.write_yaml(path, parameters.overlay(parameters.read_yaml(path), changes))
+
+
+def digests(tree: Path) -> dict[str, str]:
+    files = [path for part in OUTPUTS for path in sorted((tree / part).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(tree)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree with shards and pairs, to be copied."""
+    tree = tmp_path_factory.mktemp("pairs")
+    (tree / "data" / "raw").mkdir(parents=True)
+    shutil.copy(ROOT / "params.yaml", tree)
+    shutil.copy(ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
+    change(tree, TINY)
+    for stage in ("shard", "pairs"):
+        assert ddpm(tree, stage).returncode == 0
+    return tree
+
+
+@pytest.fixture(scope="module")
+def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tree after all stages."""
+    tree = tmp_path_factory.mktemp("whole") / "tree"
+    shutil.copytree(pairs_tree, tree)
+    for stage in ("train", "evaluate", "export"):
+        done = ddpm(tree, stage)
+        assert done.returncode == 0, done.stderr
+    yield tree
+
+
+def test_train_writes_what_it_promises(whole_tree: Path) -> None:
+    report = json.loads((whole_tree / "reports/train.json").read_text())
+    assert report["steps"] == 30
+    assert report["images"] == 960
+    loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
+    assert [row["step"] for row in loss] == [10, 20, 30]
+    assert loss[-1]["loss"] < loss[0]["loss"]
+    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [15, 30]
+    assert sorted(path.name for path in (whole_tree / "reports/previews").iterdir()) == [
+        "step-00000015.png",
+        "step-00000030.png",
+    ]
+    assert load_model(whole_tree / "models/ddpm", torch.device("cpu")).shape == (1, 8, 8)
+
+
+def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None:
+    """The error in the report is the one that someone finds who has the files alone."""
+    model, pairs = load_model(whole_tree / "models/ddpm", torch.device("cpu")), Pairs(Paths(whole_tree).pairs, "test")
+    errors = []
+    for draw in range(2):
+        for block in range(pairs.blocks):
+            t, x_t, eps = pairs.heldout(block, draw)
+            errors.append((model.net(torch.from_numpy(x_t), torch.from_numpy(t)).numpy() - eps).ravel())
+    report = json.loads((whole_tree / "reports/evaluate.json").read_text())
+    assert report["mse"] == pytest.approx(float(np.square(np.concatenate(errors)).mean()), rel=1e-5)
+    assert report["pairs"] == 2 * report["images"] == 2 * pairs.images
+    assert report["mse_low"] < report["mse"] < report["mse_high"]
+    assert report["wiener_mse"] < report["zero_mse"]
+    assert len(read_csv(whole_tree / "reports/evaluation/bands.csv")) == 10
+    page = (whole_tree / "reports/report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "http" not in page
+
+
+def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
+    path = whole_tree / "models/onnx/denoiser.onnx"
+    graph = onnx.load(path)
+    assert next(opset.version for opset in graph.opset_import if opset.domain == "") == 20
+    assert str(whole_tree) not in str(graph)
+    assert str(ROOT) not in str(graph)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
+    assert [(value.name, value.type) for value in session.get_inputs()] == [
+        ("x_t", "tensor(float)"),
+        ("t", "tensor(int64)"),
+    ]
+    for size in (1, 5):
+        x_t, t = torch.randn(size, 1, 8, 8), torch.randint(1000, (size,))
+        (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy()})
+        np.testing.assert_allclose(eps_hat, model.net(x_t, t).numpy(), atol=1e-5)
+    facts = {prop.key: prop.value for prop in graph.metadata_props}
+    assert facts["ddpm.num_timesteps"] == "1000"
+    assert json.loads(facts["ddpm.alpha_bar"]) == model.process.schedule.alpha_bar.tolist()
+    assert facts["ddpm.weights_sha256"] == sha256((whole_tree / "models/ddpm/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_difference_over_the_tolerance_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(whole_tree, tree)
+    change(tree, {"export": {"tolerance": 1e-12}})
+    done = ddpm(tree, "export")
+    assert done.returncode == 1
+    assert "more than export.tolerance (1e-12)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tree / "models/onnx").exists()
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, whole_tree: Path, tmp_path: Path) -> None:
+    """SIGTERM: a checkpoint, exit status 143, and the next run ends with the bytes of an uninterrupted one."""
+    tree = tmp_path / "tree"
+    shutil.copytree(pairs_tree, tree)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusion", "train"], cwd=tree, env=env(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 15: held-out" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    _, rest = process.communicate(timeout=30)
+    if process.returncode != 0:  # it may have been over already
+        assert process.returncode == 128 + signal.SIGTERM, rest
+        assert time.monotonic() - asked < 10
+        assert len(list((tree / ".ddpm/checkpoints").glob("*/*.safetensors"))) >= 1
+        assert not (tree / "models").exists()
+        again = ddpm(tree, "train")
+        assert again.returncode == 0, again.stderr
+        assert "going on from step" in again.stderr
+    expected = digests(whole_tree)
+    for name, digest in digests(tree).items():
+        assert digest == expected[name], name
+
+
+def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(whole_tree, tree)
+    change(tree, {"train": {"learning_rate": 0.001}})
+    done = ddpm(tree, "train")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" not in done.stderr
+    assert digests(tree)["models/ddpm/model.safetensors"] != digests(whole_tree)["models/ddpm/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"stepz": 5}}, "params.yaml: train.stepz: no such parameter"),
+        ({"train": {"steps": 0}}, "params.yaml: train.steps: input should be greater than or equal to 1 (got 0)"),
+        ({"process": {"schedule": "square"}}, "params.yaml: process.schedule: input should be 'linear' or 'cosine'"),
+        ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (1000)"),
+        ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 1"),
+        ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu in params.yaml"),
+    ],
+)
+def test_wrong_parameters_get_one_line(
+    pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copy(pairs_tree / "params.yaml", tmp_path)
+    change(tmp_path, changes)
+    done = ddpm(tmp_path, "train")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(pairs_tree, tree)
+    done = ddpm(tree, "evaluate")
+    assert done.returncode == 1
+    assert done.stderr.endswith("run `dvc repro train`\n")
+    (tree / "data/pairs/manifest.json").unlink()
+    done = ddpm(tree, "train")
+    assert done.returncode == 1
+    assert "data/pairs/manifest.json" in done.stderr
+    assert "dvc repro pairs" in done.stderr
+    assert "Traceback" not in done.stderr
