@@ -29,7 +29,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
 
 
-def show_params(arguments: argparse.Namespace) -> None:
+def show_params(_: argparse.Namespace) -> None:
     for name, field in parameters.Params.model_fields.items():
         section = parameters.SECTIONS.get(name)
         if section is None:
@@ -68,7 +68,7 @@ def apply_run(arguments: argparse.Namespace) -> None:
     apply.apply(arguments.run, force=arguments.force)
 
 
-def list_runs(arguments: argparse.Namespace) -> None:
+def list_runs(_: argparse.Namespace) -> None:
     from flows import workspace
 
     workspace.list_runs()
@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
 
     command("params", "say what every parameter means", show_params)
     preset = command("preset", "write a preset into params.yaml", apply_preset)
-    preset.add_argument("name", help=f"one of: {', '.join(parameters.preset_names(Paths().presets)) or 'presets/*.yaml'}")
+    preset.add_argument(
+        "name", help=f"one of: {', '.join(parameters.preset_names(Paths().presets)) or 'presets/*.yaml'}"
+    )
 
     imports = command("import", "bring images under data/raw and DVC", import_data)
     imports.add_argument("path", type=Path, help="an .npz file, a folder of idx files or a folder of images")

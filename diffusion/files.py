@@ -32,9 +32,9 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fchmod(descriptor, 0o644)
             os.fsync(descriptor)
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink()
         raise
     sync(path.parent)
 
@@ -71,7 +71,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             sync(entry)
         if path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

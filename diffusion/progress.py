@@ -38,9 +38,7 @@ class Progress:
         self._first = done
         self._started = self._printed = time.monotonic()
         terminal = sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", smoothing=0.05) if terminal else None
-        )
+        self._bar = tqdm(total=total, initial=done, desc=stage, unit=f" {unit}", smoothing=0.05) if terminal else None
 
     def __enter__(self) -> Self:
         return self

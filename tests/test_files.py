@@ -14,7 +14,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
@@ -25,9 +25,10 @@ def test_a_new_directory_replaces_the_old_one_only_when_it_is_whole(tmp_path: Pa
     path = tmp_path / "out"
     with files.new_directory(path) as temporary:
         (temporary / "a").write_text("1")
-    with pytest.raises(KeyError), files.new_directory(path) as temporary:
-        (temporary / "b").write_text("2")
-        raise KeyError
+    interrupted = files.new_directory(path)
+    (interrupted.__enter__() / "b").write_text("2")
+    error = KeyError()
+    assert not interrupted.__exit__(KeyError, error, None)
     assert [file.name for file in path.iterdir()] == ["a"]
     with files.new_directory(path) as temporary:
         (temporary / "c").write_text("3")

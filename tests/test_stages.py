@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,14 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree after all stages."""
     tree = tmp_path_factory.mktemp("whole") / "tree"
     shutil.copytree(pairs_tree, tree)
     for stage in ("train", "evaluate", "export"):
         done = ddpm(tree, stage)
         assert done.returncode == 0, done.stderr
-    yield tree
+    return tree
 
 
 def test_train_writes_what_it_promises(whole_tree: Path) -> None:
@@ -133,7 +132,9 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
     facts = {prop.key: prop.value for prop in graph.metadata_props}
     assert facts["ddpm.num_timesteps"] == "1000"
     assert json.loads(facts["ddpm.alpha_bar"]) == model.process.schedule.alpha_bar.tolist()
-    assert facts["ddpm.weights_sha256"] == sha256((whole_tree / "models/ddpm/model.safetensors").read_bytes()).hexdigest()
+    assert (
+        facts["ddpm.weights_sha256"] == sha256((whole_tree / "models/ddpm/model.safetensors").read_bytes()).hexdigest()
+    )
 
 
 def test_a_difference_over_the_tolerance_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
@@ -195,9 +196,7 @@ def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path
         ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu in params.yaml"),
     ],
 )
-def test_wrong_parameters_get_one_line(
-    pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     shutil.copy(pairs_tree / "params.yaml", tmp_path)
     change(tmp_path, changes)
     done = ddpm(tmp_path, "train")

@@ -99,7 +99,9 @@ def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Arr
     return found
 
 
-def summarize(sums: Sums, seed: int, resamples: int, num_timesteps: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+def summarize(
+    sums: Sums, seed: int, resamples: int, num_timesteps: int
+) -> tuple[dict[str, float], list[dict[str, float]]]:
     """The overall figures, and a row for each band of t."""
     # Part 0 is everything, the others are the bands: one bootstrap serves both.
     by_image = np.concatenate([sums.by_image.sum(axis=1, keepdims=True), sums.by_image], axis=1)

@@ -23,7 +23,9 @@ def mse_by_t(curve: Sequence[Row]) -> bytes:
 def training(loss: Sequence[Row], heldout: Sequence[Row]) -> bytes:
     """Training loss and held-out error over the steps."""
     figure, axes = _axes("step", "noise MSE")
-    axes.plot([row["step"] for row in loss], [row["loss"] for row in loss], linewidth=1, alpha=0.7, label="training loss")
+    axes.plot(
+        [row["step"] for row in loss], [row["loss"] for row in loss], linewidth=1, alpha=0.7, label="training loss"
+    )
     axes.plot([row["step"] for row in heldout], [row["mse"] for row in heldout], "o-", label="held-out, EMA weights")
     axes.set_yscale("log")
     axes.legend()

@@ -53,9 +53,7 @@ Intervals: 95 %, bootstrap over images.</p>
 """
 
 
-def page(
-    overall: Row, bands: Sequence[Row], *, by_t: bytes, training: bytes, samples: bytes, how: str
-) -> str:
+def page(overall: Row, bands: Sequence[Row], *, by_t: bytes, training: bytes, samples: bytes, how: str) -> str:
     """The page: overall figures, a row per band of t, and the pictures as PNG; `how` says how the samples were made."""
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(

@@ -1,5 +1,6 @@
 """One denoising step as an ONNX graph."""
 
+import copy
 import logging
 import warnings
 
@@ -25,7 +26,7 @@ class EpsHat(nn.Module):
 
 def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     """The graph with a free batch size; the same bytes for the same weights."""
-    module = EpsHat(model.net, model.process.parameterization).cpu().to(memory_format=torch.contiguous_format).eval()
+    module = EpsHat(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
     example = (torch.zeros(2, *model.shape), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("B")
     # The exporter reports its progress and its passes in logs and warnings that no reader of ours can act on.

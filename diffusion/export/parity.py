@@ -32,7 +32,7 @@ def session(content: bytes, device: torch.device) -> ort.InferenceSession:
 
 
 def compare(content: bytes, model: Model, pairs: Pairs, device: torch.device) -> Parity:
-    """Run the first blocks of a held-out split, whose timesteps are stratified over [0, T), in batches of several sizes."""
+    """Run the first blocks of a held-out split, whose timesteps cover [0, T) evenly, in batches of several sizes."""
     onnx_session = session(content, device)
     largest, total, values, count = 0.0, 0.0, 0, 0
     for prediction in islice(predictions(model.net, model.process, pairs, device), BLOCKS):

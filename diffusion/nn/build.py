@@ -14,7 +14,8 @@ NETWORKS: dict[str, Callable[[tuple[int, int, int], params.Network], nn.Module]]
 
 def network(shape: tuple[int, int, int], options: params.Network) -> nn.Module:
     """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest."""
-    return NETWORKS[options.kind](shape, options).to(memory_format=torch.channels_last)
+    net = NETWORKS[options.kind](shape, options)
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs leave it out
 
 
 def device(name: str) -> torch.device:

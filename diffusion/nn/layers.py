@@ -26,6 +26,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
         self.layers = nn.Sequential(
             nn.Linear(2 * half, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels), nn.SiLU()
@@ -82,18 +83,37 @@ class SelfAttention(nn.Module):
         return x + self.out(h.transpose(1, 2).reshape(-1, channels, height, width))
 
 
-class Downsample(nn.Conv2d):
-    """Half the height and width, by a convolution with stride 2."""
+class Block(nn.Module):
+    """A residual block, with self-attention behind it or not."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, emb: int, film: bool, dropout: float, attention: bool
+    ) -> None:
+        super().__init__()
+        self.residual = ResidualBlock(channels_in, channels_out, emb, film, dropout)
+        self.attention = SelfAttention(channels_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.residual(x, emb))
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a convolution with stride 2; `emb` is not used."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
+        return self.conv(x)
 
 
-class Upsample(nn.Conv2d):
-    """Twice the height and width: nearest neighbours, then a convolution."""
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbours, then a convolution; `emb` is not used."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, group_norm, zero_
+from diffusion.nn.layers import Block, Downsample, TimeEmbedding, Upsample, group_norm, zero_
 
 
 class UNet(nn.Module):
@@ -23,12 +23,10 @@ class UNet(nn.Module):
         self.size = (height, width)
         self.padding = (0, -width % cell, 0, -height % cell)
 
-        def block(channels_in: int, channels_out: int) -> ResidualBlock:
-            film = options.time_conditioning == "film"
-            return ResidualBlock(channels_in, channels_out, 4 * base, film, options.dropout)
-
-        def attention(level: int, channels: int) -> nn.Module:
-            return SelfAttention(channels) if level in options.attention_levels else nn.Identity()
+        def block(channels_in: int, channels_out: int, attention: bool) -> Block:
+            return Block(
+                channels_in, channels_out, 4 * base, options.time_conditioning == "film", options.dropout, attention
+            )
 
         self.time = TimeEmbedding(base)
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, base, 3, padding=1))
@@ -36,18 +34,16 @@ class UNet(nn.Module):
         current, skips = base, [base]
         for level, channels_out in enumerate(widths):
             for _ in range(options.blocks_per_level):
-                self.down.append(nn.ModuleList([block(current, channels_out), attention(level, channels_out)]))
+                self.down.append(block(current, channels_out, level in options.attention_levels))
                 current = channels_out
                 skips.append(current)
             if level < len(widths) - 1:
                 self.down.append(Downsample(current))
                 skips.append(current)
-        self.middle = nn.ModuleList([block(current, current), SelfAttention(current), block(current, current)])
+        self.middle = nn.ModuleList([block(current, current, True), block(current, current, False)])
         for level, channels_out in reversed(list(enumerate(widths))):
             for _ in range(options.blocks_per_level + 1):
-                self.up.append(
-                    nn.ModuleList([block(current + skips.pop(), channels_out), attention(level, channels_out)])
-                )
+                self.up.append(block(current + skips.pop(), channels_out, level in options.attention_levels))
                 current = channels_out
             if level > 0:
                 self.up.append(Upsample(current))
@@ -63,15 +59,12 @@ class UNet(nn.Module):
         x = self.stem(F.pad(x_t, self.padding) if any(self.padding) else x_t)
         skips = [x]
         for module in self.down:
-            if isinstance(module, Downsample):
-                x = module(x)
-            else:
-                x = module[1](module[0](x, emb))
+            x = module(x, emb)
             skips.append(x)
-        x = self.middle[2](self.middle[1](self.middle[0](x, emb)), emb)
+        for module in self.middle:
+            x = module(x, emb)
         for module in self.up:
-            if isinstance(module, Upsample):
-                x = module(x)
-            else:
-                x = module[1](module[0](torch.cat([x, skips.pop()], dim=1), emb))
+            if isinstance(module, Block):
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = module(x, emb)
         return self.head(x)[:, :, : self.size[0], : self.size[1]]

@@ -12,7 +12,7 @@ from diffusion.process.schedule import Schedule
 from diffusion.process.variance import Variance
 
 Noise = Callable[[int], Tensor]
-"""Gives standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
+"""Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
 
 
 @dataclass(frozen=True)

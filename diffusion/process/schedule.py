@@ -1,6 +1,6 @@
 """Noise schedules: how much of the image is left at each timestep.
 
-    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)        Ho et al. 2020 (DDPM), eq. 4
+q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)        Ho et al. 2020 (DDPM), eq. 4
 """
 
 import math

@@ -26,7 +26,7 @@ def run(params: Params, paths: Paths) -> None:
     metadata.describe(graph, model, sha256(paths.model / WEIGHTS))
     onnx.checker.check_model(graph, full_check=True)
     content = graph.SerializeToString(deterministic=True)
-    found = parity.compare(content, load_model(paths.model, device), Pairs(paths.pairs, "test"), device)
+    found = parity.compare(content, model, Pairs(paths.pairs, "test"), device)
     if not found.max_difference <= params.export.tolerance:
         raise UserError(
             f"ONNX Runtime differs from torch by up to {found.max_difference:.2e}, more than export.tolerance "

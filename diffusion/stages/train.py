@@ -16,7 +16,6 @@ import diffusion
 from diffusion import tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
-from diffusion.errors import UserError
 from diffusion.evaluation.heldout import quick_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json

@@ -34,9 +34,9 @@ def train(
 ) -> None:
     """Train `state` from its step to `options.steps`; Ho et al. 2020, algorithm 1.
 
-    `fetch(k)` gives the k-th batch. `report` is called after each step, `preview` every `preview_every` steps and at the
-    end, `checkpoint` every minute and whenever the training ends, so that an interrupted one goes on where it was, to
-    the bit. `check_stop` raises Stopped to end it. Raises UserError when the loss is no longer finite.
+    `fetch(k)` gives the k-th batch. `report` is called after each step, `preview` every `preview_every` steps and at
+    the end, `checkpoint` every minute and whenever the training ends, so that an interrupted one goes on where it
+    was, to the bit. `check_stop` raises Stopped to end it. Raises UserError when the loss is no longer finite.
     """
     saved = time.monotonic()
     try:

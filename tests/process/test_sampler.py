@@ -43,9 +43,7 @@ def noises(count: int, shape: tuple[int, ...] = (2, 1, 6, 6)) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("variance", "theirs"), [("fixed-small", "fixed_small"), ("fixed-large", "fixed_large")])
-def test_ancestral_steps_agree_with_diffusers(
-    variance: str, theirs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ancestral_steps_agree_with_diffusers(variance: str, theirs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, z = Scaled(), noises(T + 1)
     scheduler = DDPMScheduler(T, variance_type=theirs, clip_sample=True)
     scheduler.set_timesteps(T)
@@ -88,7 +86,9 @@ def test_evenly_spaced_goes_from_the_last_timestep_to_the_first() -> None:
     assert evenly_spaced(1000, 1) == [999]
 
 
-@pytest.mark.parametrize(("name", "variance"), [("ddpm", "fixed-large"), ("ddpm", "fixed-small"), ("ddim", "fixed-small")])
+@pytest.mark.parametrize(
+    ("name", "variance"), [("ddpm", "fixed-large"), ("ddpm", "fixed-small"), ("ddim", "fixed-small")]
+)
 def test_gaussian_data_are_sampled_with_their_own_variance(name: str, variance: str) -> None:
     """With the exact denoiser of N(0, s^2 I) (and s so small that clipping does nothing) samples have variance s^2."""
     made, s = process(variance), 0.2

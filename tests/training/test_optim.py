@@ -20,7 +20,9 @@ def test_the_rate_rises_linearly_and_reaches_its_peak(options: Train) -> None:
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
-@pytest.mark.parametrize(("decay", "halfway", "late"), [("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0245)])
+@pytest.mark.parametrize(
+    ("decay", "halfway", "late"), [("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0245)]
+)
 def test_the_rate_falls_as_asked(options: Train, decay: str, halfway: float, late: float) -> None:
     options = options.model_copy(update={"decay": decay})
     assert optim.learning_rate(55, options) == pytest.approx(halfway)
