@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffusion import params as parameters
 from diffusion import tracking
-from diffusion.errors import UserError
+from diffusion.errors import Stopped, UserError
 from diffusion.files import sha256, write_csv, write_json
 from diffusion.params import Params
 from diffusion.paths import Paths
@@ -350,8 +350,8 @@ def follow(live: tracking.LiveRun, paths: Paths, steps: range) -> None:
 def test_a_training_that_was_interrupted_goes_on_in_its_run(paths: Paths, known: bool) -> None:
     live = tracking.live(PARAMS, paths, None, "f1")
     follow(live, paths, range(81))  # the checkpoint is of step 50: what came later is trained again
-    with pytest.raises(KeyboardInterrupt), live:
-        raise KeyboardInterrupt
+    with pytest.raises(Stopped), live:
+        raise Stopped(signal.SIGTERM)
     assert live.run_id is not None
     client = client_of(paths)
     assert client.get_run(live.run_id).info.status == "KILLED"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from diffusion.errors import Stopped
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import store
@@ -45,7 +46,9 @@ class LiveRun:
     ) -> None:
         self._send()
         if kind is not None:
-            self._later(lambda run: run.end("FAILED" if issubclass(kind, Exception) else "KILLED"))
+            killed = issubclass(kind, Stopped) or not issubclass(kind, Exception)
+            status = "KILLED" if killed else "FAILED"
+            self._later(lambda run: run.end(status))
         self._thread.shutdown()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
