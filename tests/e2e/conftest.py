@@ -46,13 +46,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 def run(clone: Path) -> Command:
     """Runs a command in the clone as a user with the environment activated would; gives its status and output."""
     ports = {"PREFECT_PORT": str(_free_port()), "MLFLOW_PORT": str(_free_port())}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_", "PREFECT_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_", "PREFECT_"))
+    }
     environment |= ports | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(clone / ".ddpm" / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
         "COLUMNS": "300",
+        "OMP_NUM_THREADS": "1",  # two trainings at once on two cores
     }
 
     def call(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
