@@ -98,9 +98,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_goes_on_from_it(services: 
     for name, sign in (("long", "train: step 20: held-out"), ("again", "going on from step")):
         with ThreadPoolExecutor() as pool:
             watched = pool.submit(services, *RUN, "--flow-run-name", name, "-p", f"train={train}")
-            log = clone / ".ddpm" / "services" / "worker.log"
-            before = log.read_text().count(sign)
-            wait_for(lambda: log.read_text().count(sign) > before, 120)
+            wait_for_line(clone / ".ddpm" / "services" / "worker.log", sign)
             wait_for(lambda: trainings(clone) != [], 10)
             run_id = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
             cancelled = services("prefect", "flow-run", "cancel", run_id)
@@ -122,6 +120,12 @@ def trainings(clone: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def wait_for_line(log: Path, part: str) -> None:
+    """Wait until a log has one more line with `part` in it."""
+    before = log.read_text().count(part)
+    wait_for(lambda: log.read_text().count(part) > before, 120)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
