@@ -74,9 +74,15 @@ class Services:
         }
         return {**os.environ, **ours}
 
+    @property
+    def socket(self) -> Path:
+        return self.directory / "supervisor.sock"
+
     def supervisor(self) -> Any:
         """supervisord's interface (http://supervisord.org/api.html); its calls raise OSError when it is not running."""
-        transport = SupervisorTransport(None, None, f"unix://{self.directory}/supervisor.sock")
+        if not self.socket.exists():
+            raise FileNotFoundError(self.socket)
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
         return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
 
     def states(self) -> dict[str, str]:
@@ -173,8 +179,7 @@ def down(services: Services) -> None:
         services.supervisor().stopProcess("worker")
         _close_lost_runs(services)
     services.supervisor().shutdown()
-    socket_file = services.directory / "supervisor.sock"
-    if not _until(lambda: not socket_file.exists(), 60):
+    if not _until(lambda: not services.socket.exists(), 60):
         raise UserError(f"supervisord does not end; see {services.directory}/supervisord.log")
     print("stopped")
 

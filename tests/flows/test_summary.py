@@ -1,0 +1,68 @@
+"""A run's summary and report."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion.errors import UserError
+from flows import report, summary, workspace
+from flows.summary import StageSummary, Summary
+
+STAGES = [StageSummary("shard", 0.5, "cached"), StageSummary("train", 42.0, "run")]
+METRICS = {"mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.75}
+
+
+def finished(run: str, metrics: dict[str, float]) -> Summary:
+    return Summary(run, STAGES, metrics, "/somewhere/denoiser.onnx", "http://p/run", "http://m/run")
+
+
+@pytest.fixture
+def done(repository: Path) -> Path:
+    """The workspace of a run that is finished."""
+    assert Path.cwd() == repository
+    with workspace.use("one", "id", workspace.document(None, {})) as directory:
+        summary.write(directory, finished("one", METRICS))
+    return directory
+
+
+def test_it_is_read_as_it_was_written(done: Path) -> None:
+    assert summary.read(done) == finished("one", METRICS)
+
+
+@pytest.mark.usefixtures("done")
+def test_the_table_of_the_last_run(capsys: pytest.CaptureFixture[str]) -> None:
+    summary.show(None)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["run", "one"],
+        ["train", "42.0", "s", "run"],
+        ["held-out", "MSE", "0.2500"],
+        ["R²", "0.7500"],
+        ["Prefect", "http://p/run"],
+        ["MLflow", "http://m/run"],
+    ):
+        assert row in rows
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_run_that_is_not_finished_has_none() -> None:
+    with pytest.raises(UserError, match="no run has finished yet"):
+        summary.show(None)
+    with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {})):
+        raise RuntimeError
+    with pytest.raises(UserError, match=r"run 'bad': failed, so there is no summary"):
+        summary.show("bad")
+
+
+def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: Path) -> None:
+    evaluation = tmp_path / "reports" / "evaluation"
+    evaluation.mkdir(parents=True)
+    (evaluation / "bands.csv").write_text("t_from,t_to,mse,mse_low,mse_high,r2,wiener_mse\n0,99,0.5,0.4,0.6,0.5,0.7\n")
+    Image.new("L", (8, 8)).save(evaluation / "samples.png")
+    text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
+    assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.0500 |" in text
+    assert "last run (one)" in text
+    assert "| 0 to 99 | 0.5000 | 0.4000 to 0.6000 | 0.5000 | 0.7000 |" in text
+    assert "![samples](data:image/png;base64,iVBOR" in text
+    assert "[MLflow run](http://m/run)" in text
