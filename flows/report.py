@@ -41,10 +41,13 @@ def _metrics(summary: Summary, last: Summary | None) -> str:
         low, high = summary.metrics.get(f"{name}_low"), summary.metrics.get(f"{name}_high")
         interval = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""
         old = before.get(name)
-        rows.append(
-            [name, f"{value:.4f}", interval, *([f"{old:.4f}", f"{value - old:+.4f}"] if old is not None else ["", ""])]
-        )
+        compared = [_number(old), f"{value - old:+.4g}"] if old is not None else ["", ""]
+        rows.append([name, _number(value), interval, *compared])
     return _table(["metric", "value", "95 %", f"last run ({last.run})" if last else "last run", "change"], rows)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _bands(file: Path) -> str:

@@ -10,7 +10,7 @@ from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
 
 STAGES = [StageSummary("shard", 0.5, "cached"), StageSummary("train", 42.0, "run")]
-METRICS = {"mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.75}
+METRICS = {"images": 190, "mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.75}
 
 
 def finished(run: str, metrics: dict[str, float]) -> Summary:
@@ -61,7 +61,8 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     (evaluation / "bands.csv").write_text("t_from,t_to,mse,mse_low,mse_high,r2,wiener_mse\n0,99,0.5,0.4,0.6,0.5,0.7\n")
     Image.new("L", (8, 8)).save(evaluation / "samples.png")
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
-    assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.0500 |" in text
+    assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
+    assert "| images | 190 |  | 190 | +0 |" in text
     assert "last run (one)" in text
     assert "| 0 to 99 | 0.5000 | 0.4000 to 0.6000 | 0.5000 | 0.7000 |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text
