@@ -23,7 +23,13 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
+        if isinstance(given, Part):
+            return given.model_dump(exclude_unset=True)
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+NOTHING = Part()
+"""The default of every section: unlike None, it lets the form show the section's fields at once."""
 
 
 def part_of(section: type[params.Section]) -> type[Part]:

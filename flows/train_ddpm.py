@@ -30,7 +30,7 @@ from diffusion.errors import UserError
 from diffusion.params import Device, NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
-from flows.parameters import Part, PartOf, Preset, given
+from flows.parameters import NOTHING, Part, PartOf, Preset, given
 
 GPU_LIMIT = "gpu"
 """Global concurrency limit that training takes a slot of, where it exists."""
@@ -92,15 +92,15 @@ def train_ddpm(
     preset: Preset | None = None,
     seed: NonNegative | None = None,
     device: Device | None = None,
-    shard: Annotated[Part, PartOf("shard")] | None = None,
-    pairs: Annotated[Part, PartOf("pairs")] | None = None,
-    process: Annotated[Part, PartOf("process")] | None = None,
-    network: Annotated[Part, PartOf("network")] | None = None,
-    train: Annotated[Part, PartOf("train")] | None = None,
-    sample: Annotated[Part, PartOf("sample")] | None = None,
-    evaluate: Annotated[Part, PartOf("evaluate")] | None = None,
-    export: Annotated[Part, PartOf("export")] | None = None,
-    tracking: Annotated[Part, PartOf("tracking")] | None = None,
+    shard: Annotated[Part, PartOf("shard")] = NOTHING,
+    pairs: Annotated[Part, PartOf("pairs")] = NOTHING,
+    process: Annotated[Part, PartOf("process")] = NOTHING,
+    network: Annotated[Part, PartOf("network")] = NOTHING,
+    train: Annotated[Part, PartOf("train")] = NOTHING,
+    sample: Annotated[Part, PartOf("sample")] = NOTHING,
+    evaluate: Annotated[Part, PartOf("evaluate")] = NOTHING,
+    export: Annotated[Part, PartOf("export")] = NOTHING,
+    tracking: Annotated[Part, PartOf("tracking")] = NOTHING,
 ) -> State[Any]:
     """Train a denoising diffusion model and export it: shard, pairs, train, evaluate, export.
 

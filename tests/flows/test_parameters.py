@@ -33,7 +33,8 @@ def test_a_part_refuses_what_its_section_refuses(value: dict[str, Any], field: s
 def test_every_field_is_in_the_form_with_its_description() -> None:
     for name, section in params.SECTIONS.items():
         form = SCHEMA["definitions"][section.__name__]
-        assert SCHEMA["properties"][name]["description"]
+        assert SCHEMA["properties"][name]["$ref"] == f"#/definitions/{section.__name__}"
+        assert form["description"] == section.__doc__
         assert "required" not in form
         for key, field in section.model_fields.items():
             assert form["properties"][key]["description"] == field.description
