@@ -1,0 +1,108 @@
+"""DVC as a user types it: reproducible bytes, only what changed, metrics and plots, experiments, a remote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion import params
+
+STAGES = ["shard", "pairs", "train", "evaluate", "export"]
+
+
+def call(tree: Path, *command: str) -> str:
+    """A command's output; it has to succeed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_"))}
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env=environment | {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    """The stages that ran."""
+    return [stage for stage in STAGES if f"Running stage '{stage}':" in output]
+
+
+def git_clone(source: Path, target: Path) -> Path:
+    call(source, "git", "clone", "--quiet", str(source), str(target))
+    for key, value in (("user.name", "test"), ("user.email", "test@localhost")):
+        call(target, "git", "config", key, value)
+    return target
+
+
+@pytest.fixture(scope="module")
+def tree(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `dvc repro` has run once, its dvc.lock committed."""
+    target = git_clone(clone, tmp_path_factory.mktemp("dvc") / "tree")
+    assert ran(call(target, "dvc", "repro")) == STAGES
+    call(target, "git", "add", "dvc.lock")
+    call(target, "git", "commit", "--quiet", "--message", "results")
+    return target
+
+
+def test_a_second_time_nothing_has_changed(tree: Path) -> None:
+    assert "Data and pipelines are up to date." in call(tree, "dvc", "repro")
+
+
+def test_by_force_everything_is_the_same_bytes_again(tree: Path) -> None:
+    before = (tree / "dvc.lock").read_text()
+    assert ran(call(tree, "dvc", "repro", "--force")) == STAGES
+    assert (tree / "dvc.lock").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"train": {"steps": 21}}, ["train", "evaluate", "export"]),
+        ({"evaluate": {"resamples": 101}}, ["evaluate", "export"]),
+        ({"export": {"tolerance": 0.001}}, ["export"]),
+        ({"tracking": {"max_mse": 0.4}}, []),
+    ],
+)
+def test_changed_parameters_run_only_what_they_touch(tree: Path, change: dict[str, object], stages: list[str]) -> None:
+    path = tree / "params.yaml"
+    before = path.read_text()
+    params.write_yaml(path, params.overlay(params.read_yaml(path), change))
+    try:
+        status = json.loads(call(tree, "dvc", "status", "--json"))
+    finally:
+        path.write_text(before)
+    changed = {name for name, reasons in status.items() if any("changed deps" in reason for reason in reasons)}
+    assert changed == set(stages[:1])  # those after it run when its outputs are other ones
+
+
+def test_metrics_plots_and_experiments_work(tree: Path, tmp_path: Path) -> None:
+    shown = json.loads(call(tree, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert 0 < shown["reports/evaluate.json"]["data"]["mse"] < 2
+    call(tree, "dvc", "plots", "show", "--out", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    for title in ("Training loss", "Held-out noise MSE while training", "Held-out noise MSE by timestep"):
+        assert title in page
+    assert ran(call(tree, "dvc", "exp", "run", "-S", "train.steps=22")) == ["train", "evaluate", "export"]
+    difference = json.loads(call(tree, "dvc", "metrics", "diff", "--json"))
+    assert difference["reports/train.json"]["steps"] == {"old": 20, "new": 22, "diff": 2}
+    call(tree, "git", "checkout", "--quiet", "params.yaml", "dvc.lock")
+    call(tree, "dvc", "checkout")
+
+
+def test_a_clone_that_pulls_runs_nothing(tree: Path, tmp_path: Path) -> None:
+    second = git_clone(tree, tmp_path / "second")
+    for repository in (tree, second):
+        call(repository, "dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "storage"))
+    call(tree, "dvc", "push")
+    call(second, "dvc", "pull")
+    assert "Data and pipelines are up to date." in call(second, "dvc", "repro")
+    onnx = "models/onnx/denoiser.onnx"
+    assert (second / onnx).read_bytes() == (tree / onnx).read_bytes()
