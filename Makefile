@@ -9,7 +9,7 @@ ARGS ?=
 export PREFECT_PORT MLFLOW_PORT
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
-export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
+export PREFECT_API_URL := http://127.0.0.1:$(PREFECT_PORT)/api
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
@@ -45,8 +45,9 @@ down: setup ## Stop them; a training ends with a checkpoint.
 status: setup ## Show how they are.
 	@python -m flows.services status
 
-repro: setup ## Run the pipeline by DVC alone, in the working tree.
+repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.
 	dvc repro
+	@ddpm track
 
 lint: setup ## Check style and types.
 	ruff check

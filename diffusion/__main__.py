@@ -3,10 +3,13 @@
 import argparse
 import importlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from diffusion import params as parameters
 from diffusion.errors import Stopped, UserError
@@ -23,10 +26,19 @@ STAGES = {
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, stop)
     stop_with_parent()
+    # Every tar file of a large data set stays open while it is read.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     paths = Paths()
     params = parameters.load(paths.params)
     importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+
+
+def stop(signum: int, _: FrameType | None) -> NoReturn:
+    """End as after an error, so that nothing half-made is left behind."""
+    raise Stopped(signum)
 
 
 def show_params(_: argparse.Namespace) -> None:
@@ -43,7 +55,7 @@ def show_params(_: argparse.Namespace) -> None:
 def apply_preset(arguments: argparse.Namespace) -> None:
     paths = Paths()
     document = parameters.with_preset(parameters.read_yaml(paths.params), paths.presets, arguments.name)
-    parameters.validate(document, str(paths.presets / f"{arguments.name}.yaml"))
+    parameters.validate(document, f"{paths.params} with the preset {arguments.name}")
     parameters.write_yaml(paths.params, document)
     print(f"params.yaml now holds the preset {arguments.name}")
 
@@ -132,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -4,6 +4,7 @@ params.yaml is the only place where values stand: no field has a default here, s
 in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
 """
 
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,10 +15,12 @@ from ruamel.yaml.error import YAMLError
 from diffusion.errors import UserError
 from diffusion.files import write_atomic
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**53
+"""Larger whole numbers are not the same in every program that reads JSON."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class Section(BaseModel):
@@ -89,7 +92,7 @@ class Network(Section):
     time_conditioning: Literal["add", "film"]
     """How the timestep enters a block: added to the features (DDPM), or scaling and shifting them (Improved DDPM)."""
     attention_levels: tuple[NonNegative, ...]
-    """Levels with self-attention, counted from 0, the finest."""
+    """Levels with self-attention, counted from 0, the finest; the middle always has it."""
     patch_size: Positive
     """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
     dropout: Fraction
@@ -123,7 +126,7 @@ class Train(Section):
     grad_clip: Annotated[float, Field(gt=0)]
     """Largest norm of the gradient; above it the gradient is scaled down."""
     ema_decay: Fraction
-    """Decay per step of the exponential moving average of the weights; it rises to this value from zero."""
+    """Decay per step of the exponential moving average of the weights; in the first steps it is lower, rising."""
     flip: bool
     """Whether images are mirrored left to right at random."""
     log_every: Positive
@@ -155,7 +158,7 @@ class Evaluate(Section):
 class Export(Section):
     """ONNX export."""
 
-    opset: Annotated[int, Field(ge=18)]
+    opset: Annotated[int, Field(ge=18, le=23)]
     """ONNX operator set."""
     tolerance: Annotated[float, Field(gt=0)]
     """Largest difference allowed between ONNX Runtime and torch in any value of eps_hat."""
@@ -175,10 +178,10 @@ class Tracking(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: NonNegative
     """Seed of every random number."""
     device: Device
-    """auto (a GPU where there is one), cpu, mps, cuda or cuda:N."""
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     shard: Shard
     pairs: Pairs
     process: Process
@@ -223,7 +226,7 @@ def read_yaml(path: Path) -> Any:
         document = _yaml().load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected sections with fields, found {type(document).__name__}")
@@ -232,8 +235,6 @@ def read_yaml(path: Path) -> Any:
 
 def write_yaml(path: Path, document: Any) -> None:
     """Write what `read_yaml` gave, changed or not."""
-    from io import BytesIO
-
     buffer = BytesIO()
     _yaml().dump(document, buffer)
     write_atomic(path, buffer.getvalue())

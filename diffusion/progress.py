@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -65,11 +66,17 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            _say(line)
 
     def _print(self, note: str) -> None:
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         text = f"{self.stage}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left:.0f} s left"
-        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+        _say(f"{text}, {note}" if note else text)
+
+
+def _say(line: str) -> None:
+    # Who listened may be gone; the work is not less worth for it.
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)

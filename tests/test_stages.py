@@ -19,15 +19,19 @@ import torch
 
 from diffusion import params as parameters
 from diffusion.data.pairs import Pairs
+from diffusion.evaluation import wiener
+from diffusion.evaluation.heldout import predictions, quick_mse
+from diffusion.evaluation.noise_prediction import baselines, collect
 from diffusion.files import read_csv
 from diffusion.model import load_model
 from diffusion.paths import Paths
+from diffusion.stages import train
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
     "pairs": {"heldout_draws": 2},
     "network": {"base_channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "attention_levels": []},
-    "train": {"steps": 30, "batch_size": 32, "log_every": 10, "preview_every": 15, "warmup_steps": 5},
+    "train": {"steps": 200, "batch_size": 32, "log_every": 50, "preview_every": 100, "warmup_steps": 5},
     "sample": {"steps": 4, "count": 9},
     "evaluate": {"resamples": 100},
 }
@@ -81,17 +85,23 @@ def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_train_writes_what_it_promises(whole_tree: Path) -> None:
     report = json.loads((whole_tree / "reports/train.json").read_text())
-    assert report["steps"] == 30
-    assert report["images"] == 960
+    assert report["steps"] == 200
+    assert report["images"] == 6400
     loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
-    assert [row["step"] for row in loss] == [10, 20, 30]
+    assert [row["step"] for row in loss] == [50, 100, 150, 200]
     assert loss[-1]["loss"] < loss[0]["loss"]
-    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [15, 30]
+    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [100, 200]
     assert sorted(path.name for path in (whole_tree / "reports/previews").iterdir()) == [
-        "step-00000015.png",
-        "step-00000030.png",
+        "step-00000100.png",
+        "step-00000200.png",
     ]
-    assert load_model(whole_tree / "models/ddpm", torch.device("cpu")).shape == (1, 8, 8)
+    model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
+    assert model.shape == (1, 8, 8)
+    # The model is the one that was measured last: the average of the weights, on the validation pairs.
+    heldout = Pairs(Paths(whole_tree).pairs, "val")
+    mse = quick_mse(model.net, model.process, heldout, torch.device("cpu"), lambda: None)
+    assert mse == pytest.approx(report["heldout_mse"], rel=1e-6)
+    assert not any((whole_tree / ".ddpm/checkpoints").glob("*/"))
 
 
 def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None:
@@ -106,6 +116,14 @@ def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None
     assert report["mse"] == pytest.approx(float(np.square(np.concatenate(errors)).mean()), rel=1e-5)
     assert report["pairs"] == 2 * report["images"] == 2 * pairs.images
     assert report["mse_low"] < report["mse"] < report["mse_high"]
+    baseline = wiener.fit(Pairs(Paths(whole_tree).pairs, "train"))
+    sums = collect(
+        predictions(model.net, model.process, pairs, torch.device("cpu")),
+        pairs.images,
+        model.process.schedule,
+        baseline,
+    )
+    assert report["wiener_mse"] == pytest.approx(baselines(sums.by_t.sum(axis=0))["wiener_mse"])
     assert report["wiener_mse"] < report["zero_mse"]
     assert len(read_csv(whole_tree / "reports/evaluation/bands.csv")) == 10
     page = (whole_tree / "reports/report.html").read_text()
@@ -157,22 +175,54 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, who
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "step 15: held-out" in line:
+        if "step 100: held-out" in line:
             break
     process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     _, rest = process.communicate(timeout=30)
-    if process.returncode != 0:  # it may have been over already
-        assert process.returncode == 128 + signal.SIGTERM, rest
-        assert time.monotonic() - asked < 10
-        assert len(list((tree / ".ddpm/checkpoints").glob("*/*.safetensors"))) >= 1
-        assert not (tree / "models").exists()
-        again = ddpm(tree, "train")
-        assert again.returncode == 0, again.stderr
-        assert "going on from step" in again.stderr
-    expected = digests(whole_tree)
-    for name, digest in digests(tree).items():
-        assert digest == expected[name], name
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert time.monotonic() - asked < 10
+    assert len(list((tree / ".ddpm/checkpoints").glob("*/*.safetensors"))) == 1
+    assert not (tree / "models").exists()
+    again = ddpm(tree, "train")
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stderr
+    trained = [
+        name for name in digests(whole_tree) if name.startswith(("models/ddpm", "reports/train", "reports/prev"))
+    ]
+    assert digests(tree) == {name: digests(whole_tree)[name] for name in trained}
+
+
+def test_checkpoints_of_interrupted_trainings_are_kept_up_to_a_number(tmp_path: Path) -> None:
+    for number in range(train.KEPT_TRAININGS + 2):
+        (tmp_path / str(number)).mkdir()
+        os.utime(tmp_path / str(number), (number, number))
+    with train.lock_of(tmp_path / "0"):
+        train.drop_old_trainings(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert left == ["0", *map(str, range(2, train.KEPT_TRAININGS + 2))]  # the first is in use
+
+
+def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(pairs_tree, tree)
+    change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
+    done = ddpm(tree, "train")
+    assert done.returncode == 1
+    assert "made with schedule cosine, 1000 timesteps" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(pairs_tree, tree)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion", "shard"], cwd=tree, env=env(), stderr=writing, check=False
+    )
+    os.close(writing)
+    assert (done.returncode == 0) == (tree / "data/shards/manifest.json").exists()
 
 
 def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from diffusion.stages import train
+
 ROOT = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -114,3 +116,8 @@ def test_a_stage_depends_on_the_code_that_it_imports(stage: str) -> None:
     assert missing == set()
     superfluous = {str(dep) for dep in code if not any(file.is_relative_to(dep) for file in files)}
     assert superfluous == set()
+
+
+def test_the_checkpoints_fingerprint_covers_the_code_that_training_depends_on() -> None:
+    code = {str(dep) for dep in DVC["stages"]["train"]["deps"] if str(dep).startswith("diffusion/")}
+    assert {f"diffusion/{part}" for part in train.CODE} == code

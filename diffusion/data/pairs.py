@@ -61,8 +61,8 @@ class Manifest(Settings):
     """manifest.json of data/pairs."""
 
     splits: dict[Split, Contents]
-    data_mean: float
-    """Mean of x_0 over the training images, in [-1, 1]."""
+    alpha_bar: tuple[float, ...]
+    """(T,), for those who read the pairs without this code."""
 
 
 class HeldOut(NamedTuple):
@@ -119,20 +119,15 @@ def write(
     alpha_bar: (T,). `advance` is told of images done.
     """
     shape = (settings.channels, settings.height, settings.width)
-    total, splits = 0, dict[Split, Contents]()
+    splits = dict[Split, Contents]()
     for split in SPLITS:
         source = images[split]
         order = stream(settings.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
         with Writer(directory, split, max_bytes=MAX_TAR_BYTES) as writer:
             for block, start in enumerate(range(0, len(source), BLOCK)):
-                chosen = [source[int(index)] for index in order[start : start + BLOCK]]
-                x_0 = np.stack([fit(image, *shape) for image, _ in chosen])
-                arrays: dict[str, NDArray[np.generic]] = {
-                    "x_0": x_0,
-                    "y": np.array([-1 if label is None else label for _, label in chosen], dtype=np.int64),
-                }
+                x_0, y = _images_and_labels(source, order[start : start + BLOCK], shape)
+                arrays: dict[str, NDArray[np.generic]] = {"x_0": x_0, "y": y}
                 if split == "train":
-                    total += int(x_0.sum(dtype=np.int64))
                     arrays |= _train_arrays(settings, block, len(x_0))
                 else:
                     arrays |= _heldout_arrays(settings, split, block, x_0, alpha_bar)
@@ -141,10 +136,22 @@ def write(
         splits[split] = Contents(
             images=len(source), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
         )
-    values = splits["train"].images * int(np.prod(shape))
-    manifest = Manifest(**settings.model_dump(), splits=splits, data_mean=total / values / 127.5 - 1)
+    manifest = Manifest(**settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()))
     write_json(directory / MANIFEST, manifest.model_dump())
     return manifest
+
+
+def _images_and_labels(
+    source: LabelledImages, indices: NDArray[np.int64], shape: tuple[int, int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """A block's images (n, C, H, W) and labels (n,); each image is made small before the next is decoded."""
+    x_0, y = np.empty((len(indices), *shape), np.uint8), np.full(len(indices), -1, np.int64)
+    for place, index in enumerate(indices):
+        image, label = source[int(index)]
+        x_0[place] = fit(image, *shape)
+        if label is not None:
+            y[place] = label
+    return x_0, y
 
 
 def _train_arrays(settings: Settings, block: int, n: int) -> dict[str, NDArray[np.generic]]:
@@ -198,6 +205,15 @@ class Pairs:
             for member in members(mapped)
         }
         self._cached_recipe = lru_cache(maxsize=2)(self.recipe)
+
+    def check_process(self, schedule: str, num_timesteps: int, shape: tuple[int, int, int] | None = None) -> None:
+        """Raise UserError unless the pairs were made with this schedule, T and, if given, shape (C, H, W)."""
+        made = (self.manifest.schedule, self.manifest.num_timesteps, self.shape)
+        if made != (schedule, num_timesteps, shape or self.shape):
+            raise UserError(
+                f"data/pairs: made with schedule {made[0]}, {made[1]} timesteps and images of {made[2]}, which "
+                "the model is not for; `dvc repro` brings all stages up to date"
+            )
 
     def size(self, block: int) -> int:
         """Images in a block: BLOCK, or fewer in the last one."""

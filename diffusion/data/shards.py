@@ -115,10 +115,11 @@ def normalise(image: Image.Image) -> Image.Image:
 
     16-bit grey is scaled to 8 bits. Raises ValueError for 32-bit pixels, which have no known range.
     """
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
+    if not sixteen_bits and image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}: 32-bit pixels have no known range")
-    if image.mode.startswith("I;16"):
+    if sixteen_bits:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

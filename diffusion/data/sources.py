@@ -24,6 +24,8 @@ from diffusion.errors import UserError
 IDX = re.compile(r"(?P<part>train|t10k)[-_.](?P<kind>images[-_.]idx3|labels[-_.]idx1)[-_.]ubyte(\.gz)?")
 IMAGES_IDX, LABELS_IDX = 0x0803, 0x0801
 """The magic numbers: unsigned bytes in 3 dimensions (N, H, W), and in 1."""
+LARGEST_SIDE = 2**16
+"""Of an idx image: a larger number is a damaged header."""
 CHANNELS = [(), (1,), (3,), (4,)]
 """Trailing dimensions of an image array: grey, grey, RGB, RGBA."""
 
@@ -33,7 +35,7 @@ def open_source(path: Path) -> Source:
     if path.is_file() and path.suffix == ".npz":
         return Npz(path)
     if path.is_dir():
-        if any(IDX.fullmatch(file.name) for file in path.iterdir()):
+        if any(IDX.fullmatch(file.name) and file.is_file() for file in path.iterdir()):
             return Idx(path)
         if any(_is_image(file) for file in _files_below(path)):
             return Folder(path)
@@ -60,7 +62,7 @@ class Npz:
                 raise UserError(f"{path}: has no array `images`; it has {', '.join(names) or 'none'}")
             with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
                 self.shape = self._header(file)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: not a readable .npz file ({error})") from None
         if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(
@@ -101,7 +103,7 @@ class Idx:
     def __init__(self, folder: Path) -> None:
         self.files: dict[tuple[str, str], Path] = {}
         for path in sorted(folder.iterdir(), reverse=True):  # x before x.gz, if both are there
-            if match := IDX.fullmatch(path.name):
+            if (match := IDX.fullmatch(path.name)) and path.is_file():
                 self.files[match["part"], match["kind"][:6]] = path
         if ("train", "images") not in self.files:
             raise UserError(f"{folder}: idx files, but no train-images-idx3-ubyte(.gz)")
@@ -160,7 +162,8 @@ class Folder:
         self._own = {name: names[name] for name in top} if {"train"} < top <= names.keys() else {}
         self.own_splits: frozenset[Split] = frozenset(self._own.values())
         roots = [folder / name for name in self._own] or [folder]
-        self.classes = tuple(sorted({name for root in roots for name in _folders_in(root)}))
+        self._labels = sorted({name for root in roots for name in _folders_in(root)})
+        self.classes = tuple(map(_text, self._labels))
 
     @cached_property
     def _count(self) -> int:
@@ -170,20 +173,25 @@ class Folder:
         return self._count
 
     def __iter__(self) -> Iterator[Sample]:
-        labels = {name: label for label, name in enumerate(self.classes)}
+        labels = {name: label for label, name in enumerate(self._labels)}
         for path in _files_below(self.folder):
             inside = path.relative_to(self.folder)
             parts = inside.parts
             split = self._own.get(parts[0]) if len(parts) > 1 else None
             inner = parts[1:] if split else parts
             label = labels[inner[0]] if len(inner) > 1 else None
-            yield Sample(_key(inside), inside.as_posix(), label, split, partial(_decode, path))
+            yield Sample(_key(inside), _text(inside.as_posix()), label, split, partial(_decode, path))
 
 
 def _key(path: Path) -> str:
     """A readable key from a file's own path alone; the digest tells apart what reads the same (a-b/c, a/b-c, a/b/c)."""
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", str(path.with_suffix(""))).strip("-")
     return f"{readable[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def _text(name: str) -> str:
+    """A file's name as text that any encoding can hold: bytes that are no UTF-8 are written as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _decode(path: Path) -> Image.Image:
@@ -234,8 +242,8 @@ def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
         shape: tuple[int, ...] = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path}: not a readable idx file ({error})") from None
-    if 0 in shape:
-        raise UserError(f"{path}: an empty idx file, of shape {shape}")
+    if 0 in shape or max(shape[1:], default=0) > LARGEST_SIDE:
+        raise UserError(f"{path}: an idx file of shape {shape}, which holds no images")
     return shape
 
 

@@ -1,5 +1,6 @@
 """How well the noise of held-out pairs is predicted: errors overall and by timestep, with intervals and baselines."""
 
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -79,23 +80,36 @@ def baselines(sums: Array) -> dict[str, Array]:
         }
 
 
+def with_total(bands: Array) -> Array:
+    """Sums of all bands together, put before those of each: (..., BANDS, 6) to (..., 1 + BANDS, 6)."""
+    return np.concatenate([bands.sum(axis=-2, keepdims=True), bands], axis=-2)
+
+
 def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Array, Array]]:
     """95 % intervals of each statistic by the percentile bootstrap over images (Efron & Tibshirani 1993, ch. 13).
 
-    `by_image` is (images, K, 6); gives lower and upper ends, each (K,).
+    `by_image` is (images, BANDS, 6); gives lower and upper ends, each (1 + BANDS,), overall first. How many pairs a
+    band has is no matter of chance, since timesteps are stratified: in every resample each band counts as it does in
+    the data, or chance would seem to move the overall error far more than it can.
     """
-    images, parts, kinds = by_image.shape
-    flat = by_image.reshape(images, parts * kinds)
+    images = len(by_image)
+    flat = by_image.reshape(images, -1)
+    count = by_image[..., COUNT].sum(axis=0)
     rng = stream(seed, Purpose.BOOTSTRAP)
-    resampled = np.empty((resamples, parts, kinds))
+    resampled = np.empty((resamples, 1 + BANDS, by_image.shape[2]))
     for index in range(resamples):
         times_drawn = np.bincount(rng.integers(images, size=images), minlength=images)
-        resampled[index] = (times_drawn @ flat).reshape(parts, kinds)
+        bands = (times_drawn @ flat).reshape(by_image.shape[1:])
+        drawn = bands[:, COUNT]
+        scale = np.divide(count, drawn, out=np.zeros(BANDS), where=drawn > 0)
+        resampled[index] = with_total(bands * scale[:, None])
     found = {}
-    for name, values in statistics(resampled).items():
-        # A resample may leave a band of few images empty.
-        low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
-        found[name] = (low, high)
+    with warnings.catch_warnings():
+        # Of few images a resample may leave a band empty, and a band may have no pairs at all.
+        warnings.filterwarnings("ignore", message="All-NaN slice")
+        for name, values in statistics(resampled).items():
+            low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
+            found[name] = (low, high)
     return found
 
 
@@ -103,10 +117,8 @@ def summarize(
     sums: Sums, seed: int, resamples: int, num_timesteps: int
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """The overall figures, and a row for each band of t."""
-    # Part 0 is everything, the others are the bands: one bootstrap serves both.
-    by_image = np.concatenate([sums.by_image.sum(axis=1, keepdims=True), sums.by_image], axis=1)
-    total = by_image.sum(axis=0)
-    figures, ends, others = statistics(total), intervals(by_image, seed, resamples), baselines(total)
+    total = with_total(sums.by_image.sum(axis=0))
+    figures, ends, others = statistics(total), intervals(sums.by_image, seed, resamples), baselines(total)
 
     def row(part: int) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -122,7 +134,7 @@ def summarize(
         for band in range(BANDS)
         if sums.pairs[band]
     ]
-    return {"images": len(by_image), "pairs": int(sums.pairs.sum())} | row(0), bands
+    return {"images": len(sums.by_image), "pairs": int(sums.pairs.sum())} | row(0), bands
 
 
 def curve(sums: Sums, num_timesteps: int) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """The only place where a name in params.yaml becomes a network."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,12 +20,17 @@ def network(shape: tuple[int, int, int], options: params.Network) -> nn.Module:
 
 
 def device(name: str) -> torch.device:
-    """The device that params.yaml names; `auto` is a GPU where there is one. Raises UserError if it is not there."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    chosen = torch.device(name)
-    there = chosen.type == "cpu" or (accelerator is not None and accelerator.type == chosen.type)
-    if not there or (chosen.index or 0) >= max(torch.accelerator.device_count(), 1):
-        raise UserError(f"device: {name} is not there; set device to auto or cpu in params.yaml")
+    """The device that params.yaml names; `auto` is a GPU where there is one. Raises UserError if it is not there.
+
+    On a GPU torch is told to use deterministic kernels, of full float32 precision: those on a CPU are so by themselves.
+    """
+    gpus = torch.cuda.device_count()
+    chosen = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+    if chosen.type == "cuda":
+        if (chosen.index or 0) >= gpus:
+            raise UserError(f"device: {name} is not there; set device to auto or cpu in params.yaml")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return chosen

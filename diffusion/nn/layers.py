@@ -16,8 +16,8 @@ def zero_(module: nn.Conv2d) -> nn.Conv2d:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalization with 32 groups, as in DDPM, or as many as divide `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """Group normalization with 32 groups, as in DDPM, or as many as leave each at least four channels."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
 class TimeEmbedding(nn.Module):
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
     """Two convolutions with a timestep between them, around a shortcut: (B, C_in, H, W) to (B, C_out, H, W).
 
     The timestep is added to the features (Ho et al. 2020, app. B) or, with `film`, scales and shifts the normalized
-    ones (Nichol & Dhariwal 2021, sec. 3.4).
+    ones (Nichol & Dhariwal 2021, app. A).
     """
 
     def __init__(self, channels_in: int, channels_out: int, emb: int, film: bool, dropout: float) -> None:

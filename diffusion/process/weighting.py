@@ -8,7 +8,7 @@ from torch import Tensor
 
 class Weighting(Protocol):
     def __call__(self, snr: Tensor) -> Tensor:
-        """Weight of the squared error of eps at `snr` = alpha_bar / (1 - alpha_bar), same shape."""
+        """Weight of the loss at `snr` = alpha_bar / (1 - alpha_bar), same shape."""
 
 
 class Simple:

@@ -22,6 +22,7 @@ def run(params: Params, paths: Paths) -> None:
     device = networks.device(params.device)
     model = load_model(paths.model, device)
     pairs = Pairs(paths.pairs, "test")
+    pairs.check_process(model.config.process.schedule, model.config.process.num_timesteps, model.shape)
     T = model.process.schedule.num_timesteps
 
     with Progress("evaluate", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:

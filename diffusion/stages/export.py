@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import onnx
+import torch
 
 from diffusion import tracking
 from diffusion.data.pairs import Pairs
@@ -19,15 +20,17 @@ from diffusion.paths import Paths
 
 def run(params: Params, paths: Paths) -> None:
     """Export, check and write; a model that does not meet `export.tolerance` leaves no file behind."""
-    shutil.rmtree(paths.onnx, ignore_errors=True)
     device = networks.device(params.device)
-    model = load_model(paths.model, device)
+    model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
+    pairs.check_process(model.config.process.schedule, model.config.process.num_timesteps, model.shape)
     graph = to_onnx(model, params.export.opset)
     metadata.describe(graph, model, sha256(paths.model / WEIGHTS))
     onnx.checker.check_model(graph, full_check=True)
     content = graph.SerializeToString(deterministic=True)
-    found = parity.compare(content, model, Pairs(paths.pairs, "test"), device)
+    found = parity.compare(content, model, pairs, device)
     if not found.max_difference <= params.export.tolerance:
+        shutil.rmtree(paths.onnx, ignore_errors=True)
+        paths.export_report.unlink(missing_ok=True)
         raise UserError(
             f"ONNX Runtime differs from torch by up to {found.max_difference:.2e}, more than export.tolerance "
             f"({params.export.tolerance:g}) in params.yaml; no model was written"

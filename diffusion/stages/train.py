@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json
 from diffusion.model import Config, save_model
 from diffusion.nn import build as networks
-from diffusion.params import Params
+from diffusion.params import Params, Sample
 from diffusion.paths import Paths
 from diffusion.process import build as processes
 from diffusion.progress import Progress
@@ -29,22 +31,51 @@ from diffusion.training import ema, loop, optim
 from diffusion.training.state import Checkpoints, Row, State
 from diffusion.training.stop import StopSignals
 
-CODE = ["data/noise.py", "data/pairs.py", "nn", "process", "training", "stages/train.py"]
+CODE = [
+    "files.py",
+    "data/noise.py",
+    "data/pairs.py",
+    "data/tar.py",
+    "evaluation/heldout.py",
+    "evaluation/samples.py",
+    "model.py",
+    "nn",
+    "process",
+    "training",
+    "stages/train.py",
+]
+"""What can shape the outputs, as in dvc.yaml."""
 KEPT_TRAININGS = 5
+"""Interrupted trainings whose checkpoints are kept."""
 
 
 def run(params: Params, paths: Paths) -> None:
     """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was."""
     device = networks.device(params.device)
     pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
+    pairs.check_process(params.process.schedule, params.process.num_timesteps)
     fingerprint = training_fingerprint(params, paths, device)
     directory = paths.checkpoints / fingerprint
-    directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory / "lock") as lock:
-        drop_old_trainings(paths.checkpoints, keep=directory)
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(directory)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print("train: the same training is under way in another process; waiting for it to end", file=sys.stderr)
+        lock.acquire()
+    try:
+        directory.mkdir(exist_ok=True)
+        drop_old_trainings(paths.checkpoints)
         state = _train(params, paths, device, pairs, heldout, directory, fingerprint)
+        tracking.record(params, paths, state.run_id)
+        shutil.rmtree(directory)
+    finally:
         lock.release()
-    tracking.record(params, paths, state.run_id)
+
+
+def preview_options(num_timesteps: int) -> Sample:
+    """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
+    return Sample(sampler="ddpm", steps=min(250, num_timesteps), eta=0.0, count=36)
 
 
 def _train(
@@ -57,7 +88,7 @@ def _train(
         net=net,
         average=ema.average_of(net),
         optimizer=optim.optimizer(net, params.train),
-        sums=torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device),
+        sums=torch.zeros(2, dtype=torch.float64, device=device),
     )
     checkpoints = Checkpoints(directory)
     for line in checkpoints.restore(state):
@@ -68,6 +99,7 @@ def _train(
         + (f", going on from step {state.step}" if state.step else ""),
         file=sys.stderr,
     )
+    drawing = preview_options(params.process.num_timesteps)
     options, batch_size = params.train, params.train.batch_size
     previews = directory / "previews"
     clock = Clock(state.step)
@@ -89,8 +121,9 @@ def _train(
 
         def preview(state: State) -> None:
             mse = quick_mse(state.average, process, heldout, device, stop.check)
+            loop.check_finite(state, options, mse)
             images = draw_samples(
-                state.average, process, pairs.shape, params.sample, params.seed, device, check_stop=stop.check
+                state.average, process, pairs.shape, drawing, params.seed, device, check_stop=stop.check
             )
             picture = previews / f"step-{state.step:08d}.png"
             write_atomic(picture, grid_png(images))
@@ -150,7 +183,7 @@ class Clock:
 
 def training_fingerprint(params: Params, paths: Paths, device: torch.device) -> str:
     """A name for all that shapes the result: parameters, data, code, and the libraries that compute it."""
-    shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train", "sample"})
+    shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
     root = Path(diffusion.__file__).parent
     sources = sorted(file for part in CODE for file in [root / part, *(root / part).rglob("*.py")] if file.is_file())
     facts = {
@@ -164,15 +197,18 @@ def training_fingerprint(params: Params, paths: Paths, device: torch.device) -> 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def drop_old_trainings(checkpoints: Path, keep: Path) -> None:
-    """Delete the checkpoints of all but the last few trainings, never those of one that runs now."""
-    others = sorted((path for path in checkpoints.iterdir() if path != keep), key=lambda path: -path.stat().st_mtime)
-    for path in others[KEPT_TRAININGS:]:
-        try:
-            with filelock.FileLock(path / "lock", timeout=0):
-                shutil.rmtree(path)
-        except filelock.Timeout:
-            continue
+def lock_of(directory: Path) -> filelock.FileLock:
+    """Held by the training that has its checkpoints in `directory`."""
+    return filelock.FileLock(directory.with_suffix(".lock"))
+
+
+def drop_old_trainings(checkpoints: Path) -> None:
+    """Delete the checkpoints of all but the last few interrupted trainings, never those of one that runs now."""
+    with suppress(FileNotFoundError):  # another training does the same at this moment
+        trainings = sorted((path for path in checkpoints.iterdir() if path.is_dir()), key=os.path.getmtime)
+        for directory in trainings[:-KEPT_TRAININGS]:
+            with suppress(filelock.Timeout), lock_of(directory).acquire(timeout=0):
+                shutil.rmtree(directory)
 
 
 def without_step(row: Row) -> Row:

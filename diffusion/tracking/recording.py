@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,6 @@ from diffusion.tracking.store import WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
-
-LOCAL_SERVER = "http://127.0.0.1:5000"  # where `make up` shows the default store
 
 
 class Recorded(NamedTuple):
@@ -50,12 +49,10 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
             raise UserError(
                 f"{needed}: missing, and needed to track a training; make it with `dvc repro` or `dvc pull`"
             )
-    from mlflow.exceptions import MlflowException
-
     uri = store.tracking_uri(paths)
     try:
         recorded = _record(uri, params, paths, None)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # of a database, of a server, of a driver that is not installed
         raise UserError(f"MLflow at {uri}: {store.brief(error)}") from None
     if as_json:
         print(json.dumps(recorded._asdict()))
@@ -74,7 +71,7 @@ def _record(uri: str, params: Params, paths: Paths, run_id: str | None) -> Recor
         run.once("train", weights, lambda: _log_training(run, paths, weights))
         evaluation = _evaluation(paths, weights)
         if evaluation:
-            digest = sha256(paths.evaluate_report)
+            digest = sha256(paths.report)  # has the figures and the pictures in it
             run.once("evaluate", digest, lambda: _log_evaluation(run, params, paths, evaluation))
         version = registry.register(run, params, paths, weights)
         for file in (paths.params, paths.root / "dvc.lock"):
@@ -83,9 +80,14 @@ def _record(uri: str, params: Params, paths: Paths, run_id: str | None) -> Recor
         if run.status != "FINISHED":
             run.end("FINISHED")
         aliases = registry.promote(run.client, params, version, weights, evaluation) if version else []
-    base = uri.rstrip("/") if uri.startswith("http") else LOCAL_SERVER
-    url = f"{base}/#/experiments/{run.experiment_id}/runs/{run.id}"
-    return Recorded(run.id, url, str(version.version) if version else None, aliases)
+    return Recorded(run.id, _page(uri, run), str(version.version) if version else None, aliases)
+
+
+def _page(uri: str, run: TrackedRun) -> str:
+    """The address of a run's page; of a store without a server, the page where `make up` shows it."""
+    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
+    # Told so, MLflow opens its pages for training rather than those for language models.
+    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
 
 
 def _run_of(mlflow_store: Store, params: Params, paths: Paths, weights: str, run_id: str | None) -> TrackedRun:
@@ -116,7 +118,7 @@ def _log_training(run: TrackedRun, paths: Paths, weights: str) -> None:
 
 
 def _log_evaluation(run: TrackedRun, params: Params, paths: Paths, report: dict[str, Any]) -> None:
-    run.parameters(flat(params, "evaluate"))
+    run.parameters(flat(params, "evaluate", "sample"))
     run.scalars("evaluate", report)
     run.dataset(f"{Path(params.shard.source).stem}-heldout", report["pairs_sha256"], paths.pairs, "heldout")
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")

@@ -19,7 +19,7 @@ def start(store: Store, params: Params, paths: Paths, digest: str, tags: dict[st
     origin = _origin(paths)
     name = origin.pop("name", f"{data}-{digest[:8]}")
     run = TrackedRun(store.client, store.client.create_run(store.experiment, run_name=name, tags=origin | tags))
-    run.parameters(flat(params, *(set(Params.model_fields) - {"evaluate", "export", "tracking"})))
+    run.parameters(flat(params, *(set(Params.model_fields) - {"sample", "evaluate", "export", "tracking"})))
     run.dataset(data, sha256(paths.pairs / "manifest.json"), paths.pairs, "training")
     return run
 

@@ -145,6 +145,8 @@ def connect(uri: str, params: Params, paths: Paths) -> Store:
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(params.tracking.experiment)
     if experiment is not None:
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
         return Store(client, experiment.experiment_id)
     served = uri.startswith(("http", "databricks"))  # then the server knows where artifacts belong
     location = None if served else paths.mlflow_artifacts.resolve().as_uri()

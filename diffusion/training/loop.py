@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -79,9 +80,9 @@ def step(state: State, options: params.Train, seed: int, loss: Loss, batch: Batc
     state.sums += torch.stack([value.detach(), norm.detach()])
 
 
-def check_finite(state: State, options: params.Train) -> None:
-    """Raise UserError if a loss or gradient since the last point of the curve was not finite."""
-    if not state.sums.isfinite().all():
+def check_finite(state: State, options: params.Train, heldout_mse: float = 0.0) -> None:
+    """Raise UserError if a loss or gradient since the last point of the curve, or `heldout_mse`, is not finite."""
+    if not (state.sums.isfinite().all() and math.isfinite(heldout_mse)):
         raise UserError(
             f"the loss or its gradient was not finite between steps {state.last_point} and {state.step}; "
             f"lower train.learning_rate (now {options.learning_rate}) in params.yaml"

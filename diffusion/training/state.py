@@ -61,8 +61,8 @@ class State:
         for name, value in part("optimizer.").items():
             key, parameter = name.split(".", 1)
             target = parameters[parameter]
-            # Moments lie in memory as their weights do (channels_last); a step count stays where it is.
-            placed = torch.empty_like(target).copy_(value) if value.shape == target.shape else value
+            # Moments lie in memory as their weights do (channels_last); the step count is a scalar.
+            placed = torch.empty_like(target).copy_(value) if value.ndim else value.to(target.device)
             self.optimizer.state[target][key] = placed
         self.sums = tensors["sums"].to(self.sums.device)
         self.step = facts["step"]
@@ -94,9 +94,10 @@ class Checkpoints:
             "run_id": state.run_id,
         }
         write_json(self.directory / f"{name}.json", facts)
-        for old in self._newest_first()[self.KEEP :]:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        kept = {path.stem for path in self._newest_first()[: self.KEEP]}
+        for path in [*self.directory.glob("*.json*"), *self.directory.glob("*.safetensors*")]:
+            if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
+                path.unlink()
 
     def restore(self, state: State) -> list[str]:
         """Put the newest sound checkpoint into `state`, if there is one; gives a line for each damaged one."""

@@ -60,6 +60,8 @@ def test_by_force_everything_is_the_same_bytes_again(tree: Path) -> None:
     before = (tree / "dvc.lock").read_text()
     assert ran(call(tree, "dvc", "repro", "--force")) == STAGES
     assert (tree / "dvc.lock").read_text() == before
+    # No checkpoint of a finished training is left from which the second one could have gone on.
+    assert not any((tree / ".ddpm" / "checkpoints").glob("*/"))
 
 
 @pytest.mark.parametrize(

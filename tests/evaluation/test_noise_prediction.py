@@ -56,6 +56,19 @@ def test_intervals_have_the_width_of_the_standard_error() -> None:
     assert overall["mse_low"] < overall["mse"] < overall["mse_high"]
 
 
+def test_which_timesteps_were_drawn_does_not_widen_the_overall_interval() -> None:
+    """An error that depends on t alone is known exactly, since how often each t occurs is no matter of chance."""
+    rng = np.random.default_rng(1)
+    by_image = np.zeros((IMAGES, noise_prediction.BANDS, 6))
+    for image in range(IMAGES):
+        band = rng.integers(noise_prediction.BANDS)
+        by_image[image, band] = [16, 16 * (band + 1), 1, 1, 0, 16]
+    low, high = noise_prediction.intervals(by_image, seed=0, resamples=200)["mse"]
+    assert high[0] - low[0] < 0.2  # of errors between 1 and 10: only empty bands are left to move it
+    plain = by_image[:, :, noise_prediction.SQUARES].sum(axis=1) / 16
+    assert 3.92 * plain.std() / np.sqrt(IMAGES) > 1
+
+
 def test_the_interval_covers_the_truth() -> None:
     sums = noise_prediction.collect(predictions(0.3), IMAGES, SCHEDULE, IDENTITY)
     overall, _ = noise_prediction.summarize(sums, seed=0, resamples=1000, num_timesteps=1000)

@@ -60,6 +60,25 @@ def test_ancestral_steps_agree_with_diffusers(variance: str, theirs: str, monkey
     assert point.t == -1
 
 
+@pytest.mark.parametrize(("variance", "theirs"), [("fixed-small", "fixed_small"), ("fixed-large", "fixed_large")])
+def test_ancestral_sampling_in_few_steps_agrees_with_diffusers(
+    variance: str, theirs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, z, steps = Scaled(), noises(26), 25
+    scheduler = DDPMScheduler(T, variance_type=theirs, clip_sample=True, timestep_spacing="leading")
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()  # 960, 920, ..., 0
+    sampler = build.sampler(options("ddpm", steps), process(variance), net)
+    x_t = z[0]
+    for index, point in enumerate(trajectory(sampler, lambda place: z[place], timesteps), start=1):
+        t = timesteps[index - 1]
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, i=index, **__: z[i])
+        x_t = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t).prev_sample
+        if t > 0:
+            torch.testing.assert_close(point.x_t, x_t, atol=1e-5, rtol=1e-4)
+        x_t = point.x_t
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_steps_agree_with_diffusers(eta: float) -> None:
     net, z, steps = Scaled(), noises(26), 25

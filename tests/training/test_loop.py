@@ -1,5 +1,6 @@
 """The training loop: what it calls when, and that stopping and going on changes nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,13 @@ def new_state(params: Params) -> State:
     return State(net, ema.average_of(net), optim.optimizer(net, params.train), torch.zeros(2, dtype=torch.float64))
 
 
-def run(params: Params, state: State, checkpoints: Checkpoints, stop_at: int | None = None) -> list[str]:
+def run(
+    params: Params,
+    state: State,
+    checkpoints: Checkpoints,
+    stop_at: int | None = None,
+    fetch: Callable[[int], Batch] = fetch,
+) -> list[str]:
     """Train, and tell what was called."""
     called: list[str] = []
 
@@ -99,11 +106,40 @@ def test_a_stopped_training_goes_on_to_the_same_bits(params: Params, tmp_path: P
     assert second.heldout_curve == whole.heldout_curve
 
 
+def test_a_killed_training_goes_on_from_its_last_checkpoint_to_the_same_bits(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = new_state(params)
+    run(params, whole, Checkpoints(tmp_path / "whole"))
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    checkpoints = Checkpoints(tmp_path / "parts")
+
+    class Killed(BaseException):
+        """Ends the loop as SIGKILL would: nothing more is written."""
+
+    def die(step: int) -> Batch:
+        if step == 7:
+            raise Killed
+        return fetch(step)
+
+    with pytest.raises(Killed):
+        run(params, new_state(params), checkpoints, fetch=die)
+    second = new_state(params)
+    assert checkpoints.restore(second) == []
+    assert second.step == 7
+    run(params, second, checkpoints)
+    assert all(torch.equal(tensor, whole.tensors()[name]) for name, tensor in second.tensors().items())
+    assert second.loss_curve == whole.loss_curve
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(params: Params, tmp_path: Path) -> None:
     state, checkpoints = new_state(params), Checkpoints(tmp_path)
     for state.step in (1, 2, 3):
         checkpoints.write(state)
-    assert len(list(tmp_path.iterdir())) == 4  # the last two are kept
+    (tmp_path / ".0000000002.safetensors.x1y2").touch()  # a killed process left this
+    state.step = 3
+    checkpoints.write(state)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["0000000002"] * 2 + ["0000000003"] * 2
     newest = tmp_path / "0000000003.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     found = new_state(params)

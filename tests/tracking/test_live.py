@@ -1,0 +1,82 @@
+"""Following a training in its MLflow run."""
+
+import signal
+
+import pytest
+
+from diffusion import tracking
+from diffusion.errors import Stopped
+from diffusion.paths import Paths
+from tests.tracking.trees import (
+    LOSS,
+    PARAMS,
+    client_of,
+    content,
+    follow,
+    image_steps,
+    runs_of,
+    write_all,
+    write_training,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow"),
+]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_training_that_was_interrupted_goes_on_in_its_run(paths: Paths, known: bool) -> None:
+    live = tracking.live(PARAMS, paths, None, "f1")
+    follow(live, paths, range(81))  # the checkpoint is of step 50: what came later is trained again
+    with pytest.raises(Stopped), live:
+        raise Stopped(signal.SIGTERM)
+    assert live.run_id is not None
+    client = client_of(paths)
+    assert client.get_run(live.run_id).info.status == "KILLED"
+    with tracking.live(PARAMS, paths, live.run_id if known else None, "f1") as again:
+        assert again.run_id == live.run_id
+        assert client.get_run(live.run_id).info.status == "RUNNING"
+        follow(again, paths, range(51, 101))
+    write_all(paths)
+    recorded = tracking.record(PARAMS, paths, live.run_id)
+    assert recorded is not None
+    assert recorded.run_id == live.run_id
+    assert len(runs_of(client)) == 1
+    found = content(client, live.run_id)
+    assert found["curves"]["train/loss"] == [(row["step"], row["loss"]) for row in LOSS]
+    assert found["curves"]["train/images_per_second"] == [(row["step"], 1000.0) for row in LOSS]
+    assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
+    assert image_steps(found["files"]) == [50, 100]
+    assert found["status"] == "FINISHED"
+
+
+def test_a_failed_training_is_marked_so(paths: Paths) -> None:
+    live = tracking.live(PARAMS, paths, None, "f1")
+    with pytest.raises(ZeroDivisionError), live:
+        raise ZeroDivisionError
+    assert live.run_id is not None
+    assert client_of(paths).get_run(live.run_id).info.status == "FAILED"
+
+
+def train_again(paths: Paths, fingerprint: str, weights: bytes) -> tuple[str, str]:
+    """A whole training; returns the runs that it was followed and recorded in."""
+    with tracking.live(PARAMS, paths, None, fingerprint) as live:
+        follow(live, paths, range(101))
+    write_training(paths, weights)
+    recorded = tracking.record(PARAMS, paths, live.run_id)
+    assert live.run_id is not None
+    assert recorded is not None
+    return live.run_id, recorded.run_id
+
+
+def test_trainings_that_give_the_same_weights_share_a_run(paths: Paths) -> None:
+    _, first = train_again(paths, "f1", b"weights")
+    assert train_again(paths, "f1", b"weights") == (first, first)  # forced
+    followed, recorded = train_again(paths, "f2", b"weights")  # by code that changed without effect
+    assert recorded == first
+    assert followed != first
+    (run,) = runs_of(client_of(paths))
+    assert (run.info.run_id, run.info.status) == (first, "FINISHED")
+    followed, recorded = train_again(paths, "f1", b"others")  # an equal training on another machine
+    assert (followed, recorded != first) == (first, True)
+    assert [run.info.status for run in runs_of(client_of(paths))] == ["FINISHED", "FINISHED"]

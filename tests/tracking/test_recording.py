@@ -1,0 +1,235 @@
+"""Recording results: everything once, in the right run and version."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+from diffusion import params as parameters
+from diffusion import tracking
+from diffusion.errors import UserError
+from diffusion.files import sha256, write_json
+from diffusion.paths import Paths
+from tests.tracking.trees import (
+    LOSS,
+    PARAMS,
+    changed,
+    client_of,
+    content,
+    image_steps,
+    runs_of,
+    write_all,
+    write_evaluation,
+    write_export,
+    write_training,
+    write_tree,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow"),
+]
+
+
+def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
+    weights = write_all(paths)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    client = client_of(paths)
+    (run,) = runs_of(client)
+    assert run.info.run_id == recorded.run_id
+    found = content(client, recorded.run_id)
+    assert found["params"]["train.steps"] == "1000"
+    assert found["params"]["network.channel_multipliers"] == "[1, 2]"
+    assert set(found["params"]) == {
+        f"{section}.{key}" for section, model in parameters.SECTIONS.items() for key in model.model_fields
+    } | {"seed", "device"}
+    assert found["tags"]["ddpm.weights_sha256"] == weights
+    assert found["curves"]["train/loss"] == [(row["step"], row["loss"]) for row in LOSS]
+    assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
+    assert found["curves"]["train/steps"] == [(0, 100.0)]
+    assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
+    assert found["curves"]["export/max_difference"] == [(0, 1e-6)]
+    assert image_steps(found["files"]) == [50, 100]
+    expected = {"params.yaml", "dvc.lock", "config.json"} | {
+        f"evaluation/{name}" for name in ("bands.csv", "bands.json", "samples.png", "mse_by_t.png", "report.html")
+    }
+    assert expected <= set(found["files"])
+    manifest = sha256(paths.pairs / "manifest.json")[:36]
+    assert found["datasets"] == [("digits", manifest, "training"), ("digits-heldout", "a" * 36, "heldout")]
+    assert found["status"] == "FINISHED"
+    ((name, version, aliases, tags),) = found["versions"]
+    assert (name, version, aliases) == ("ddpm", "1", ["challenger", "champion"])
+    assert (tags["mse"], tags["r2"], tags["ddpm.weights_sha256"]) == ("0.3", "0.7", weights)
+    assert recorded.model_version == "1"
+    assert recorded.aliases == ["challenger", "champion"]
+    table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(table) == [{"path": "evaluation/bands.json", "type": "table"}]
+
+
+def test_the_registered_model_runs_from_the_registry(paths: Paths) -> None:
+    write_all(paths, b"123")
+    tracking.record(PARAMS, paths)
+    model = mlflow.pyfunc.load_model("models:/ddpm@champion")
+    x_t = np.ones((5, 1, 8, 8), np.float32)
+    assert np.array_equal(model.predict({"x_t": x_t, "t": np.arange(5)})["eps_hat"], 3 * x_t)
+    inputs = {spec.name: (spec.type, spec.shape) for spec in model.metadata.get_input_schema().inputs}
+    assert inputs == {"x_t": (np.dtype("float32"), (-1, 1, 8, 8)), "t": (np.dtype("int64"), (-1,))}
+    directory = Path(mlflow.artifacts.download_artifacts("models:/ddpm@champion"))
+    assert not [file for file in directory.rglob("*") if "pickle" in file.name or file.suffix == ".pkl"]
+
+
+def test_recording_again_adds_nothing(paths: Paths) -> None:
+    write_all(paths)
+    first = tracking.record(PARAMS, paths)
+    assert first is not None
+    before = content(client_of(paths), first.run_id)
+    assert tracking.record(PARAMS, paths) == first
+    assert content(client_of(paths), first.run_id) == before
+    assert len(runs_of(client_of(paths))) == 1
+
+
+def test_stages_log_to_the_run_of_their_weights_from_their_own_processes(paths: Paths) -> None:
+    digest = write_training(paths)
+    after_train = tracking.record(PARAMS, paths)
+    write_evaluation(paths, digest)
+    after_evaluate = tracking.record(PARAMS, paths)
+    write_export(paths, digest)
+    after_export = tracking.record(PARAMS, paths)
+    assert after_train
+    assert after_evaluate
+    assert after_export
+    assert after_train.run_id == after_evaluate.run_id == after_export.run_id
+    assert (after_train.model_version, after_export.model_version) == (None, "1")
+
+
+def test_other_weights_get_another_run_and_no_part_of_older_results(paths: Paths) -> None:
+    write_all(paths)
+    first = tracking.record(PARAMS, paths)
+    write_training(paths, b"other")  # evaluation and export of the first weights still lie there
+    second = tracking.record(PARAMS, paths)
+    assert first
+    assert second
+    assert first.run_id != second.run_id
+    found = content(client_of(paths), second.run_id)
+    assert second.model_version is None
+    assert "evaluate/mse" not in found["curves"]
+    assert found["versions"] == []
+
+
+def test_evaluating_again_replaces_the_scores(paths: Paths) -> None:
+    digest = write_all(paths)
+    first = tracking.record(PARAMS, paths)
+    assert first is not None
+    write_evaluation(paths, digest, mse=0.25)
+    again = tracking.record(changed(evaluate={"resamples": 200}), paths)
+    assert again is not None
+    assert (again.run_id, again.model_version) == (first.run_id, "1")
+    client = client_of(paths)
+    run = client.get_run(first.run_id)
+    assert run.data.metrics["evaluate/mse"] == 0.25
+    assert run.data.params["evaluate.resamples"] == "1000"
+    assert run.data.tags["evaluate.resamples"] == "200"
+    assert client.get_model_version("ddpm", "1").tags["mse"] == "0.25"
+    table = client.load_table(run.info.experiment_id, "evaluation/bands.json", run_ids=[first.run_id])
+    assert table["mse"].tolist() == [0.25] * 10
+
+
+@pytest.mark.parametrize(
+    ("mse", "pairs", "champion"),
+    [
+        (0.2, "a", "2"),  # better on the same pairs
+        (0.3, "a", "1"),  # not better
+        (0.2, "b", "1"),  # better, but on other pairs
+    ],
+)
+def test_champion(paths: Paths, mse: float, pairs: str, champion: str, capfd: pytest.CaptureFixture[str]) -> None:
+    write_all(paths, b"first", mse=0.3)
+    tracking.record(PARAMS, paths)
+    write_all(paths, b"second", mse=mse, pairs=pairs * 64)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    aliases = client_of(paths).get_registered_model("ddpm").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {"challenger": "2", "champion": champion}
+    assert recorded.aliases == (["challenger", "champion"] if champion == "2" else ["challenger"])
+    said = capfd.readouterr().err.splitlines()
+    other = "MLflow: champion stays ddpm version 1: it was scored on other held-out pairs"
+    assert said == ([other] if pairs == "b" else [])
+
+
+def test_the_gate_keeps_a_poor_model_from_becoming_champion(paths: Paths) -> None:
+    write_all(paths, mse=0.6)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    assert recorded.aliases == ["challenger"]
+    recorded = tracking.record(changed(tracking={"max_mse": 0.7}), paths)
+    assert recorded is not None
+    assert recorded.aliases == ["challenger", "champion"]
+
+
+def test_an_older_run_tracked_again_does_not_become_challenger(paths: Paths) -> None:
+    write_all(paths, b"old", mse=0.2)
+    tracking.record(PARAMS, paths)
+    write_all(paths, b"new", mse=0.3)
+    tracking.record(PARAMS, paths)
+    write_all(paths, b"old", mse=0.2)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    assert (recorded.model_version, recorded.aliases) == ("1", ["champion"])
+
+
+def test_the_code_is_named_by_the_workspace_or_by_git(paths: Paths) -> None:
+    write_training(paths, b"in a workspace")
+    run = {"name": "brave-otter", "flow_run_id": "17", "created": 0, "git_revision": "abc", "git_dirty": True}
+    write_json(paths.root / "run.json", run)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    tags = client_of(paths).get_run(recorded.run_id).data.tags
+    names = ("mlflow.runName", "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty")
+    assert [tags[name] for name in names] == ["brave-otter", "17", "abc", "true"]
+
+    (paths.root / "run.json").unlink()
+    write_training(paths, b"in a repository")
+    (paths.root / ".gitignore").write_text("/models\n/reports\n/data\n/.ddpm\n")
+    git = ["git", "-C", str(paths.root), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    (paths.root / "dvc.lock").write_text("changed by dvc repro\n")
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    tags = client_of(paths).get_run(recorded.run_id).data.tags
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert (tags["mlflow.source.git.commit"], tags["ddpm.git_dirty"]) == (head, "false")
+
+
+def test_each_tree_has_its_own_store_in_the_same_process(tmp_path: Path, template: Path) -> None:
+    trees = [Paths(tmp_path / name) for name in ("first", "second")]
+    for paths in trees:
+        paths.state.mkdir(parents=True)
+        shutil.copyfile(template, paths.mlflow_database)
+        write_tree(paths)
+        write_training(paths)
+        assert tracking.record(PARAMS, paths) is not None
+    assert [len(runs_of(client_of(paths))) for paths in trees] == [1, 1]
+
+
+def test_track_prints_where_things_are(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"model\.safetensors: missing"):
+        tracking.track(PARAMS, paths, as_json=False)
+    write_all(paths)
+    tracking.track(PARAMS, paths, as_json=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    found: Mapping[str, Any] = json.loads(line)
+    assert found["model_version"] == "1"
+    assert found["aliases"] == ["challenger", "champion"]
+    tracking.track(PARAMS, paths, as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        f"run      {found['run_id']}",
+        f"address  {found['url']}",
+        "model    ddpm version 1 (challenger, champion)",
+    ]

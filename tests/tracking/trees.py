@@ -1,0 +1,158 @@
+"""What the stages write, made up, and what MLflow then holds."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from onnx import TensorProto, helper
+from PIL import Image
+
+from diffusion import params as parameters
+from diffusion import tracking
+from diffusion.files import write_csv, write_json
+from diffusion.params import Params
+from diffusion.paths import Paths
+
+REPOSITORY = Path(__file__).parents[2]
+LOSS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 0.5} for step in range(20, 101, 20)]
+HELDOUT = [{"step": 50, "mse": 0.4}, {"step": 100, "mse": 0.3}]
+
+
+def changed(**sections: dict[str, Any]) -> Params:
+    """The repository's parameters with some of them changed."""
+    return parameters.validate(parameters.overlay(parameters.read_yaml(REPOSITORY / "params.yaml"), sections), "test")
+
+
+PARAMS = changed()
+
+
+def write_tree(paths: Paths) -> None:
+    """What is there before a training."""
+    paths.pairs.mkdir(parents=True, exist_ok=True)
+    write_json(paths.pairs / "manifest.json", {"images": 10})
+    shutil.copyfile(REPOSITORY / "params.yaml", paths.params)
+    (paths.root / "dvc.lock").write_text("schema: '2.0'\n")
+
+
+def write_training(paths: Paths, weights: bytes = b"weights") -> str:
+    """What train writes; returns the digest of the weights."""
+    for directory in (paths.model, paths.train_curves, paths.previews):
+        directory.mkdir(parents=True, exist_ok=True)
+    (paths.model / "model.safetensors").write_bytes(weights)
+    write_json(paths.model / "config.json", {"shape": [1, 8, 8]})
+    write_json(paths.train_report, {"steps": 100, "images": 12800, "loss": LOSS[-1]["loss"], "heldout_mse": 0.3})
+    write_csv(paths.train_curves / "loss.csv", LOSS)
+    write_csv(paths.train_curves / "heldout.csv", HELDOUT)
+    for row in HELDOUT:
+        write_picture(paths.previews / f"step-{row['step']:08d}.png")
+    return hashlib.sha256(weights).hexdigest()
+
+
+def write_picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+
+
+def write_evaluation(paths: Paths, weights: str, mse: float = 0.3, pairs: str = "a" * 64) -> None:
+    paths.evaluation.mkdir(parents=True, exist_ok=True)
+    scores = {"mse": mse, "mse_low": mse - 0.01, "mse_high": mse + 0.01, "r2": 1 - mse, "zero_mse": 1.0}
+    write_json(paths.evaluate_report, scores)
+    write_json(paths.evaluation / "scored.json", {"weights_sha256": weights, "pairs_sha256": pairs})
+    bands = [{"t_from": 100 * band, "t_to": 100 * band + 99, "mse": mse, "r2": 1 - mse} for band in range(10)]
+    write_csv(paths.evaluation / "bands.csv", bands)
+    write_csv(paths.evaluation / "mse_by_t.csv", [{"t": 5.5, "model": mse, "wiener": 0.6}])
+    write_picture(paths.evaluation / "samples.png")
+    write_picture(paths.evaluation / "mse_by_t.png")
+    paths.report.write_text(f"<h1>Report</h1>{mse}")
+
+
+def write_export(paths: Paths, weights: str, factor: float = 0.5) -> None:
+    """An ONNX file with the denoiser's inputs and output: eps_hat = factor x_t."""
+    image = ["B", 1, 8, 8]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x_t", "factor"], ["eps_hat"])],
+        "denoiser",
+        [
+            helper.make_tensor_value_info("x_t", TensorProto.FLOAT, image),
+            helper.make_tensor_value_info("t", TensorProto.INT64, ["B"]),
+        ],
+        [helper.make_tensor_value_info("eps_hat", TensorProto.FLOAT, image)],
+        [helper.make_tensor("factor", TensorProto.FLOAT, [], [factor])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, {"ddpm.weights_sha256": weights})
+    paths.onnx.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, paths.denoiser)
+    write_json(paths.export_report, {"max_difference": 1e-6, "mean_difference": 1e-7, "opset": 20})
+
+
+def write_all(paths: Paths, weights: bytes = b"weights", mse: float = 0.3, pairs: str = "a" * 64) -> str:
+    digest = write_training(paths, weights)
+    write_evaluation(paths, digest, mse, pairs)
+    write_export(paths, digest, factor=len(weights))
+    return digest
+
+
+def client_of(paths: Paths) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{paths.mlflow_database.resolve()}")
+
+
+def runs_of(client: MlflowClient) -> list[Run]:
+    experiment = client.get_experiment_by_name("ddpm")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def content(client: MlflowClient, run_id: str) -> dict[str, Any]:
+    """All that a store holds of a run, to be compared with what it holds later."""
+    run = client.get_run(run_id)
+
+    def files(path: str | None) -> Iterator[str]:
+        for file in client.list_artifacts(run_id, path):
+            if file.is_dir:
+                yield from files(file.path)
+            else:
+                yield file.path
+
+    return {
+        "params": run.data.params,
+        "tags": run.data.tags,
+        "curves": {
+            key: [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+            for key in run.data.metrics
+        },
+        "files": sorted(files(None)),
+        "datasets": sorted((d.dataset.name, d.dataset.digest, d.tags[0].value) for d in run.inputs.dataset_inputs),
+        "versions": [
+            (v.name, str(v.version), sorted(client.get_model_version(v.name, v.version).aliases), v.tags)
+            for v in client.search_model_versions(f"run_id = '{run_id}'")
+        ],
+        "status": run.info.status,
+    }
+
+
+def image_steps(files: list[str]) -> list[int]:
+    return sorted(
+        int(name.split("+step+")[1].split("+")[0]) for name in files if name.endswith(".png") and "+step+" in name
+    )
+
+
+def follow(live: tracking.LiveRun, paths: Paths, steps: range) -> None:
+    """What a training says while it goes through `steps`."""
+    for row in LOSS:
+        if row["step"] in steps:
+            values = {key: value for key, value in row.items() if key != "step"}
+            live.metrics({**values, "images_per_second": 1000.0}, int(row["step"]))
+    for row in HELDOUT:
+        if row["step"] in steps:
+            picture = paths.state / "picture.png"
+            write_picture(picture)
+            live.metrics({"heldout_mse": row["mse"]}, int(row["step"]))
+            live.image(picture, int(row["step"]))
+            picture.unlink()
