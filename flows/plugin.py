@@ -29,7 +29,9 @@ def answers(url: str) -> bool:
     """Whether anything listens at the address."""
     parts = urlsplit(url)
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=3):
+        with socket.create_connection(
+            (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), timeout=3
+        ):
             return True
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""The services in the background: `python -m flows.services up | deploy | down | status | worker`.
+"""The services in the background: `python -m flows.services up | down | status | worker`.
 
 supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
 loopback, with their files in `.ddpm/`.
@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from typing import Any
 from supervisor.xmlrpc import SupervisorTransport
 
 from diffusion.errors import UserError
-from diffusion.files import write_atomic
+from diffusion.files import write_atomic, write_json
 from diffusion.paths import Paths
 
 POOL, DEPLOYMENT = "ddpm", "train-ddpm/train-ddpm"
 PATIENCE = 180.0
 """Seconds to wait for a service to be healthy; a cold start on a slow disk takes a minute."""
+LONGEST_SOCKET = 103
+"""Bytes of a Unix socket's path: 107 on Linux, 103 on macOS."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Services:
             "PREFECT_HOME": str(Paths(self.root).state / "prefect"),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # On disk, in PREFECT_HOME: runs hold leases of the deployment's limit, and lose them with the server's memory.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_PLUGINS_ENABLED": "false",  # ours is for the command line alone
             "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # so that `--watch` shows the log
             "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
@@ -77,6 +81,21 @@ class Services:
     @property
     def socket(self) -> Path:
         return self.directory / "supervisor.sock"
+
+    def addresses(self) -> dict[str, str]:
+        """What a user may choose; `up` records it."""
+        environment = self.environment()
+        return {name: environment[name] for name in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI")}
+
+    def recorded(self) -> dict[str, str]:
+        """The addresses with which the services were last started."""
+        file = self.directory / "addresses.json"
+        return json.loads(file.read_text()) if file.exists() else self.addresses()
+
+    def as_started(self) -> "Services":
+        """The services on the ports with which they were last started."""
+        recorded = self.recorded()
+        return replace(self, prefect_port=int(recorded["PREFECT_PORT"]), mlflow_port=int(recorded["MLFLOW_PORT"]))
 
     def supervisor(self) -> Any:
         """supervisord's interface (http://supervisord.org/api.html); its calls raise OSError when it is not running."""
@@ -111,10 +130,18 @@ class Services:
 
 
 def up(services: Services) -> None:
-    """Start what is not running, and wait until all answer. Raises UserError: a port is taken, a service fails."""
+    """Start what is not running, wait until all answer, and deploy the flow.
+
+    Raises: UserError: the services run with other addresses, a port is taken, a service fails.
+    """
     states = services.states()
+    if states and (recorded := services.recorded()) != services.addresses():
+        raise UserError(
+            f"running with {', '.join(f'{name}={value}' for name, value in recorded.items())}; `make down` first"
+        )
     if states and set(states.values()) == {"RUNNING"} and all(services.healthy().values()):
         print(f"already up: Prefect {services.prefect}, MLflow {services.mlflow}")
+        _deploy(services)
         return
     if not states:
         for port, variable in ((services.prefect_port, "PREFECT_PORT"), (services.mlflow_port, "MLFLOW_PORT")):
@@ -122,10 +149,7 @@ def up(services: Services) -> None:
                 raise UserError(
                     f"port {port} is taken by another program: end it, or choose another with {variable}=..."
                 )
-        services.directory.mkdir(parents=True, exist_ok=True)
-        configuration = services.root / "deploy" / "supervisord.conf"
-        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
-        subprocess.run(command, env=services.environment(), check=True)
+        _start_supervisord(services)
     print("starting Prefect and MLflow ...", flush=True)
     for name in ("prefect", "mlflow"):
         _start(services, name)
@@ -134,9 +158,27 @@ def up(services: Services) -> None:
     _wait(services, "mlflow", lambda: _get(f"{services.mlflow}/health") is not None)
     _wait(services, "worker", services._worker_online)
     print(f"up: Prefect {services.prefect}, MLflow {services.mlflow}")
+    _deploy(services)
 
 
-def deploy(services: Services) -> None:
+def _start_supervisord(services: Services) -> None:
+    # supervisord binds the path with its process id at the end, of up to seven digits, before it renames it.
+    if (length := len(os.fsencode(services.socket)) + 8) > LONGEST_SOCKET:
+        raise UserError(
+            f"{services.socket}: {length - LONGEST_SOCKET} characters too long for a socket; "
+            "move the repository to a shorter path"
+        )
+    services.directory.mkdir(parents=True, exist_ok=True)
+    write_json(services.directory / "addresses.json", services.addresses())
+    configuration = services.root / "deploy" / "supervisord.conf"
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
+    done = subprocess.run(command, env=services.environment(), capture_output=True, text=True)
+    if done.returncode or not _until(lambda: services.states() != {}, 10):
+        last = done.stderr.strip().splitlines() or [f"see {services.directory}/supervisord.log"]
+        raise UserError(f"supervisord does not start: {' / '.join(last[:1])}")
+
+
+def _deploy(services: Services) -> None:
     """Make the deployment, unless it stands there as the present files would make it."""
     shaping = [
         Path("prefect.yaml"),
@@ -171,6 +213,7 @@ def worker(services: Services) -> None:
 
 def down(services: Services) -> None:
     """Stop all services, the worker first; what it runs ends with a checkpoint."""
+    services = services.as_started()
     states = services.states()
     if not states:
         print("not running")
@@ -186,6 +229,7 @@ def down(services: Services) -> None:
 
 def status(services: Services) -> None:
     """Print each service's state and address."""
+    services = services.as_started() if services.states() else services
     states, healthy = services.states(), services.healthy()
     addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}
     for name, address in addresses.items():
@@ -259,7 +303,7 @@ def _taken(port: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
-    commands = {command.__name__: command for command in (up, deploy, down, status, worker)}
+    commands = {command.__name__: command for command in (up, down, status, worker)}
     parser.add_argument("command", choices=commands)
     try:
         commands[parser.parse_args(argv).command](Services())

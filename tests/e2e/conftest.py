@@ -76,9 +76,8 @@ def run(clone: Path) -> Command:
 def services(run: Command) -> Iterator[Command]:
     """`run`, with the services up and the flow deployed."""
     try:
-        for command in ("up", "deploy"):
-            done = run("python", "-m", "flows.services", command)
-            assert done.returncode == 0, done.stdout
+        done = run("python", "-m", "flows.services", "up")
+        assert done.returncode == 0, done.stdout
         yield run
     finally:
         run("python", "-m", "flows.services", "down")

@@ -1,11 +1,15 @@
 """The services' commands where nothing runs; tests/e2e runs them for good."""
 
+import importlib
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_HOME, temporary_settings
 
 from diffusion.errors import UserError
+from diffusion.files import write_json
 from flows import services
 from flows.services import Services
 
@@ -37,3 +41,39 @@ def test_an_mlflow_of_the_users_own_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert Services(tmp_path, mlflow_port=5001).environment()["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5001"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     assert Services(tmp_path).environment()["MLFLOW_TRACKING_URI"] == "http://elsewhere"
+
+
+def test_leases_outlive_the_server(tmp_path: Path) -> None:
+    module = importlib.import_module(Services(tmp_path).environment()["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"])
+    with temporary_settings({PREFECT_HOME: tmp_path}):
+        assert module.ConcurrencyLeaseStorage().storage_path.is_relative_to(tmp_path)
+
+
+def test_other_addresses_than_those_of_the_running_services_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    running = Services(tmp_path, prefect_port=1, mlflow_port=2)
+    write_json(running.directory / "addresses.json", running.addresses())
+    monkeypatch.setattr(Services, "states", lambda _: {"prefect": "RUNNING"})
+    message = "running with PREFECT_PORT=1, MLFLOW_PORT=2, MLFLOW_TRACKING_URI=http://elsewhere; `make down` first"
+    with pytest.raises(UserError, match=message):
+        services.up(Services(tmp_path, prefect_port=3, mlflow_port=2))
+    assert Services(tmp_path, prefect_port=3).as_started() == running
+
+
+def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="characters too long for a socket"):
+        services.up(Services(tmp_path / ("x" * 100), prefect_port=free_port(), mlflow_port=free_port()))
+
+
+def test_it_says_why_supervisord_does_not_start() -> None:
+    with tempfile.TemporaryDirectory() as short, pytest.raises(UserError, match="supervisord does not start: Error: "):
+        services.up(Services(Path(short), prefect_port=free_port(), mlflow_port=free_port()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
