@@ -65,7 +65,7 @@ class Services:
             "PREFECT_HOME": str(Paths(self.root).state / "prefect"),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            # On disk, in PREFECT_HOME: runs hold leases of the deployment's limit, and lose them with the server's memory.
+            # In PREFECT_HOME: a run whose lease of the deployment's limit is lost with a restarted server is ended.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_PLUGINS_ENABLED": "false",  # ours is for the command line alone
             "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # so that `--watch` shows the log
@@ -174,8 +174,8 @@ def _start_supervisord(services: Services) -> None:
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
     done = subprocess.run(command, env=services.environment(), capture_output=True, text=True)
     if done.returncode or not _until(lambda: services.states() != {}, 10):
-        last = done.stderr.strip().splitlines() or [f"see {services.directory}/supervisord.log"]
-        raise UserError(f"supervisord does not start: {' / '.join(last[:1])}")
+        reason = (done.stderr.strip() or f"see {services.directory}/supervisord.log").splitlines()[0]
+        raise UserError(f"supervisord does not start: {reason}")
 
 
 def _deploy(services: Services) -> None:

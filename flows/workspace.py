@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffusion.paths import Paths
 
 KEEP_RUNS = int(os.environ.get("DDPM_KEEP_RUNS", "20"))
 KEEP_DAYS = float(os.environ.get("DDPM_KEEP_DAYS", "14"))
-"""Finished workspaces are removed beyond the newest KEEP_RUNS, and when older than KEEP_DAYS."""
+"""Workspaces are removed beyond the KEEP_RUNS that ended last, and KEEP_DAYS after their end."""
 
 State = Literal["running", "completed", "failed", "cancelled", "crashed"]
 
@@ -41,7 +41,10 @@ class Run:
     """ISO 8601, UTC."""
     git_revision: str
     git_dirty: bool
+    """Whether files that git tracks, dvc.lock aside, were not as committed."""
     state: State
+    ended: str = ""
+    """ISO 8601, UTC; empty while it runs, or when it was killed."""
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
@@ -76,37 +79,48 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
         flow_run_id: its id, which tells two runs of one name apart.
         parameters: what `document` gave.
     Raises:
-        UserError: the repository is no git repository, or the data cannot be had.
+        UserError: the repository is no git repository, the data cannot be had, or the same run goes on elsewhere.
     """
     runs = Paths().runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
-    _clean(runs)
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
-    if (runs / name / "run.json").exists() and Run.read(runs / name).flow_run_id != flow_run_id:
-        name = f"{name}-{flow_run_id[:8]}"
-    workspace = runs / name
-    with _lock(workspace):
-        if not workspace.exists():
-            _create(workspace, flow_run_id, parameters)
-        run = replace(Run.read(workspace), state="running")
+    with ExitStack() as held:
+        with FileLock(runs / ".lock"):  # one process at a time makes and removes workspaces
+            _clean(runs)
+            if (runs / name).exists() and Run.read(runs / name).flow_run_id != flow_run_id:
+                name = f"{name}-{flow_run_id[:8]}"
+            workspace = runs / name
+            try:
+                held.enter_context(_lock(workspace))
+            except Timeout:
+                raise UserError(f"run {name!r} goes on in another process") from None
+            if not workspace.exists():
+                _create(workspace, flow_run_id, parameters)
+        run = replace(Run.read(workspace), state="running", ended="")
         run.write(workspace)
         state: State = "completed"
         try:
             _bring_raw_data(workspace)
             yield workspace
-        except Exception:
-            state = "failed"
-            raise
-        except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt
-            state = "cancelled"
+        except BaseException as error:
+            state = _state_after(error)
             raise
         finally:
-            replace(run, state=state).write(workspace)
+            replace(run, state=state, ended=_now()).write(workspace)
+
+
+def _state_after(error: BaseException) -> State:
+    from prefect.exceptions import TerminationSignal  # late, since it takes a second that `ddpm runs` need not wait
+
+    if isinstance(error, Exception):
+        return "failed"
+    by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128
+    return "cancelled" if by_signal or isinstance(error, TerminationSignal | KeyboardInterrupt) else "crashed"
 
 
 def find(run: str) -> Path:
     """The workspace of a run, by its name or a beginning of it that no other has; raises UserError listing them."""
-    names = [workspace.name for workspace in _workspaces(Paths().runs)]
+    names = [workspace.name for workspace, _ in _workspaces(Paths().runs)]
     matches = [run] if run in names else [name for name in names if name.startswith(run)]
     match matches:
         case [name]:
@@ -118,24 +132,28 @@ def find(run: str) -> Path:
 
 
 def newest(state: State, other_than: Path | None = None) -> Path | None:
-    """The workspace of the newest run in a state."""
+    """The workspace of the run that ended last in a state."""
     found = [
-        each
-        for each in _workspaces(Paths().runs)
-        if Run.read(each).state == state and each.name != (other_than and other_than.name)
+        workspace
+        for workspace, run in _workspaces(Paths().runs)
+        if run.state == state and workspace.name != (other_than and other_than.name)
     ]
     return found[-1] if found else None
 
 
+def state(workspace: Path, run: Run | None = None) -> State:
+    """The state of a run; one that counts as running without a process has crashed."""
+    recorded = (run or Run.read(workspace)).state
+    return "crashed" if recorded == "running" and not _in_use(workspace) else recorded
+
+
 def list_runs() -> None:
-    """Print name, time, state and held-out MSE of each run that is kept, oldest first."""
+    """Print name, time, state and held-out MSE of each run that is kept, in the order in which they ended."""
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
-    for workspace in _workspaces(Paths().runs):
-        run = Run.read(workspace)
+    for workspace, run in _workspaces(Paths().runs):
         report = Paths(workspace).evaluate_report
         mse = f"{json.loads(report.read_text())['mse']:.4f}" if report.exists() else ""
-        state = "crashed" if run.state == "running" and not _in_use(workspace) else run.state
-        rows.append((run.name, run.created[:16].replace("T", " "), state, mse))
+        rows.append((run.name, run.created[:16].replace("T", " "), state(workspace, run), mse))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -182,9 +200,8 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
 """
     (temporary / ".dvc" / "config.local").write_text(local)
     params.write_yaml(Paths(temporary).params, parameters)
-    dirty = bool(git("status", "--porcelain").strip())
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    Run(workspace.name, flow_run_id, created, revision, dirty, "running").write(temporary)
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
+    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)
     temporary.replace(workspace)
 
 
@@ -214,14 +231,14 @@ def _bring_raw_data(workspace: Path) -> None:
 
 def _clean(runs: Path) -> None:
     """Remove old workspaces, and what is left of half-made ones; never one in use."""
-    workspaces = _workspaces(runs)
     oldest = datetime.now(UTC) - timedelta(days=KEEP_DAYS)
-    for index, workspace in enumerate(reversed(workspaces)):
-        if index >= KEEP_RUNS or datetime.fromisoformat(Run.read(workspace).created) < oldest:
+    for index, (workspace, run) in enumerate(reversed(_workspaces(runs))):
+        if index >= KEEP_RUNS or datetime.fromisoformat(run.ended or run.created) < oldest:
             with suppress(Timeout), _lock(workspace):
-                shutil.rmtree(_unfinished(workspace), ignore_errors=True)
-                workspace.replace(_unfinished(workspace))
-                shutil.rmtree(_unfinished(workspace))
+                if Run.read(workspace) == run:  # else it has ended just now
+                    shutil.rmtree(_unfinished(workspace), ignore_errors=True)
+                    workspace.replace(_unfinished(workspace))
+                    shutil.rmtree(_unfinished(workspace))
     for unfinished in runs.glob(".*.part"):
         with suppress(Timeout), _lock(runs / unfinished.name[1:].removesuffix(".part")):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -232,15 +249,22 @@ def _clean(runs: Path) -> None:
                 lock.unlink(missing_ok=True)
 
 
-def _workspaces(runs: Path) -> list[Path]:
-    """All workspaces, oldest first."""
-    found = [file.parent for file in runs.glob("[!.]*/run.json")]
-    return sorted(found, key=lambda workspace: (Run.read(workspace).created, workspace.name))
+def _workspaces(runs: Path) -> list[tuple[Path, Run]]:
+    """All workspaces, the one whose run ended last at the end."""
+    found = []
+    for file in runs.glob("[!.]*/run.json"):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            found.append((file.parent, Run.read(file.parent)))
+    return sorted(found, key=lambda each: (each[1].ended or each[1].created, each[0].name))
 
 
 def _lock(workspace: Path) -> FileLock:
     """The lock of a workspace, beside it; raises Timeout at once if another process holds it."""
     return FileLock(workspace.with_name(f".{workspace.name}.lock"), blocking=False)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _unfinished(workspace: Path) -> Path:

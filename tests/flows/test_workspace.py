@@ -1,14 +1,18 @@
 """Workspaces: made whole, kept apart, cleaned, found."""
 
 import json
+import signal
 import subprocess
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import Timeout
+from prefect.exceptions import TerminationSignal
 
 from diffusion import params
 from diffusion.errors import UserError
@@ -25,8 +29,8 @@ def make(name: str, changes: Mapping[str, Any] | None = None) -> Path:
 
 def age(name: str, days: float) -> None:
     file = RUNS / name / "run.json"
-    created = (datetime.now(UTC) - timedelta(days=days)).isoformat()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": created}))
+    ended = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ended": ended}))
 
 
 def state(name: str) -> str:
@@ -54,10 +58,18 @@ def test_it_holds_the_files_as_they_are_with_the_runs_parameters() -> None:
 @pytest.mark.usefixtures("repository")
 def test_how_the_block_ends_is_the_runs_state() -> None:
     document = workspace.document(None, {})
-    for error, expected in ((RuntimeError, "failed"), (KeyboardInterrupt, "cancelled")):
-        with pytest.raises(error), workspace.use(expected, expected, document):
-            raise AssertionError(state(expected)) if state(expected) != "running" else error
-        assert state(expected) == expected
+    for error, expected in (
+        (RuntimeError(), "failed"),
+        (KeyboardInterrupt(), "cancelled"),
+        (TerminationSignal(signal.SIGTERM), "cancelled"),
+        (SystemExit(128 + signal.SIGTERM), "cancelled"),
+        (SystemExit(1), "crashed"),
+        (GeneratorExit(), "crashed"),
+    ):
+        name = repr(error)
+        with pytest.raises(type(error)), workspace.use(name, name, document) as directory:
+            raise AssertionError if state(directory.name) != "running" else error
+        assert state(directory.name) == expected
     make("one")
     assert state("one") == "completed"
 
@@ -78,8 +90,62 @@ def test_the_same_run_goes_on_in_its_workspace_and_another_of_its_name_gets_its_
 @pytest.mark.usefixtures("repository")
 def test_a_workspace_in_use_is_no_one_elses() -> None:
     document = workspace.document(None, {})
-    with workspace.use("one", "first", document), pytest.raises(Timeout), workspace.use("one", "first", document):
-        pass
+    with workspace.use("one", "first", document):
+        with pytest.raises(UserError, match="run 'one' goes on in another process"), workspace.use("one", "first", {}):
+            pass
+        with workspace.use("one", "second-run", document) as other:
+            assert other.name == "one-second-r"
+
+
+@pytest.mark.usefixtures("repository")
+def test_runs_that_start_at_once_do_not_trip_over_the_removal_of_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = workspace.document(None, {})
+    for number in range(6):
+        make(f"old{number}")
+    monkeypatch.setattr(workspace, "KEEP_RUNS", 0)
+
+    def start(number: int) -> str:
+        with workspace.use("new", f"{number}-flow-run", document) as directory:
+            started.wait(60)
+            return directory.name
+
+    started = threading.Barrier(3)
+    with ThreadPoolExecutor() as pool:
+        names = list(pool.map(start, range(3)))
+    assert sorted(names)[0] == "new"
+    assert len(set(names)) == 3
+    assert list(RUNS.glob("old*")) == []
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_long_run_is_not_removed_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "KEEP_DAYS", 10)
+    directory = make("long")
+    started = (datetime.now(UTC) - timedelta(days=15)).isoformat()
+    replace(workspace.Run.read(directory), created=started).write(directory)
+    make("next")
+    assert directory.exists()
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_workspace_that_vanishes_while_runs_are_listed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    make("one")
+    gone = make("gone")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([gone / "run.json", RUNS / "one" / "run.json"]))
+    (gone / "run.json").unlink()
+    assert workspace.find("o").name == "one"
+
+
+@pytest.mark.usefixtures("repository")
+def test_files_that_git_does_not_track_and_dvc_lock_do_not_make_it_dirty() -> None:
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "lock")
+    Path("dvc.lock").write_text("schema: '2.0'\n")
+    Path("new.py").touch()
+    assert not workspace.Run.read(make("one")).git_dirty
+    Path("stage.py").write_text("changed")
+    assert workspace.Run.read(make("two")).git_dirty
 
 
 @pytest.mark.usefixtures("repository")
