@@ -66,17 +66,17 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            _say(line)
+            say(line)
 
     def _print(self, note: str) -> None:
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         text = f"{self.stage}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, {left:.0f} s left"
-        _say(f"{text}, {note}" if note else text)
+        say(f"{text}, {note}" if note else text)
 
 
-def _say(line: str) -> None:
-    # Who listened may be gone; the work is not less worth for it.
+def say(line: str) -> None:
+    """Print a line to standard error. Whoever listened there may be gone: the work is worth no less for it."""
     with suppress(BrokenPipeError):
         print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """evaluate: the model's noise prediction on the test pairs, and samples."""
 
 import hashlib
-import sys
 from collections.abc import Iterator
 
 from diffusion import tracking
@@ -14,7 +13,7 @@ from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Params, Sample
 from diffusion.paths import Paths
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -60,10 +59,9 @@ def run(params: Params, paths: Paths) -> None:
         write_json(temporary / "scored.json", digests)
     write_atomic(paths.report, page.encode())
     write_json(paths.evaluate_report, overall)
-    print(
+    say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
-        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs",
-        file=sys.stderr,
+        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs"
     )
     tracking.record(params, paths)
 

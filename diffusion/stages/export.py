@@ -1,7 +1,6 @@
 """export: the model as ONNX, checked in ONNX Runtime against torch before it counts as written."""
 
 import shutil
-import sys
 
 import onnx
 import torch
@@ -16,6 +15,7 @@ from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Params
 from diffusion.paths import Paths
+from diffusion.progress import say
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -38,9 +38,8 @@ def run(params: Params, paths: Paths) -> None:
     with new_directory(paths.onnx) as temporary:
         write_atomic(temporary / paths.denoiser.name, content)
     write_json(paths.export_report, {**found._asdict(), "bytes": len(content), "opset": params.export.opset})
-    print(
+    say(
         f"export: {paths.denoiser} ({len(content) / 1e6:.1f} MB), at most {found.max_difference:.1e} from torch "
-        f"on {found.pairs} held-out pairs",
-        file=sys.stderr,
+        f"on {found.pairs} held-out pairs"
     )
     tracking.record(params, paths)

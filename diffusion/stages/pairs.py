@@ -1,14 +1,12 @@
 """Stage pairs: shards into shuffled blocks with their noise pairs."""
 
-import sys
-
 from diffusion.data import pairs, shards
 from diffusion.data.noise import BLOCK
 from diffusion.files import new_directory
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.process import build
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -31,4 +29,4 @@ def run(params: Params, paths: Paths) -> None:
         manifest = pairs.write(directory, images, settings, alpha_bar, progress.advance)
     counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
     size = "x".join(map(str, (settings.channels, settings.height, settings.width)))
-    print(f"pairs: {counts} images of {size} in blocks of {BLOCK}", file=sys.stderr)
+    say(f"pairs: {counts} images of {size} in blocks of {BLOCK}")

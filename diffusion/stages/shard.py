@@ -1,13 +1,11 @@
 """Stage shard: raw images into webdataset shards."""
 
-import sys
-
 from diffusion.data import shards
 from diffusion.data.sources import open_source
 from diffusion.files import new_directory
 from diffusion.params import Params
 from diffusion.paths import Paths
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -25,4 +23,4 @@ def run(params: Params, paths: Paths) -> None:
         )
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    print(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} rejected", file=sys.stderr)
+    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} rejected")

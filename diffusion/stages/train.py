@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -26,7 +25,7 @@ from diffusion.nn import build as networks
 from diffusion.params import Params, Sample
 from diffusion.paths import Paths
 from diffusion.process import build as processes
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 from diffusion.training import ema, loop, optim
 from diffusion.training.state import Checkpoints, Row, State
 from diffusion.training.stop import StopSignals
@@ -61,7 +60,7 @@ def run(params: Params, paths: Paths) -> None:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print("train: the same training is under way in another process; waiting for it to end", file=sys.stderr)
+        say("train: the same training is under way in another process; waiting for it to end")
         lock.acquire()
     try:
         directory.mkdir(exist_ok=True)
@@ -92,12 +91,11 @@ def _train(
     )
     checkpoints = Checkpoints(directory)
     for line in checkpoints.restore(state):
-        print(f"train: {line}", file=sys.stderr)
+        say(f"train: {line}")
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    print(
+    say(
         f"train: {parameters:,} parameters on {device}, {pairs.images} images"
-        + (f", going on from step {state.step}" if state.step else ""),
-        file=sys.stderr,
+        + (f", going on from step {state.step}" if state.step else "")
     )
     drawing = preview_options(params.process.num_timesteps)
     options, batch_size = params.train, params.train.batch_size
