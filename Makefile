@@ -28,7 +28,6 @@ $(VENV)/installed: requirements.lock pyproject.toml
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
 
 train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" and the like.
-	@python -m flows.services deploy
 	prefect deployment run train-ddpm --watch $(ARGS)
 	@echo
 	@ddpm summary
