@@ -1,10 +1,13 @@
 """A run's parameters, dvc.lock and outputs, brought into the working tree."""
 
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffusion import params
+from ruamel import yaml
+
 from diffusion.errors import UserError
 from diffusion.files import write_atomic
 from diffusion.paths import Paths
@@ -20,11 +23,13 @@ def apply(run: str, force: bool) -> None:
         run: name of a flow run, or a beginning of it.
         force: whether to overwrite what is not committed.
     Raises:
-        UserError: no such run, it has no results, or changes would be lost. The working tree is then as it was.
+        UserError: no such run, it is not completed, changes would be lost, or outputs are not in the DVC cache. The
+            working tree is then as it was, except for outputs that --force let DVC overwrite and its cache lacks.
     """
     source = workspace.find(run)
-    if not (source / "dvc.lock").exists():
-        raise UserError(f"run {source.name!r}: no stage of it has finished")
+    state = workspace.state_of(source, workspace.Run.read(source))
+    if state != "completed":
+        raise UserError(f"run {source.name!r}: {state}; only a completed run can be applied")
     new = {name: (source / name).read_bytes() for name in FILES}
     old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
     lost = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
@@ -32,17 +37,30 @@ def apply(run: str, force: bool) -> None:
         raise UserError(
             f"{' and '.join(lost)}: changes that are not committed would be lost; commit them, or repeat with --force"
         )
-    for name, content in new.items():
-        write_atomic(Path(name), content)
+    stages = _stages(new["dvc.lock"])
+    raw = [file for file in _raw_data(source) if not file.exists()]
+    made = {*_outputs(stages), *(file.with_suffix("") for file in raw)}
+    absent = [path for path in made if not path.exists()]
+    kept = [path for path in _outputs(_stages(old["dvc.lock"])) if path.exists()]
     try:
-        stages = params.read_yaml(source / "dvc.lock")["stages"]
-        workspace.dvc(Path(), "checkout", *(["--force"] if force else []), *_missing_raw_data(source), *stages)
+        for name, content in new.items():
+            write_atomic(Path(name), content)
+        for file in raw:
+            write_atomic(file, (source / file).read_bytes())
+        workspace.dvc(Path(), "checkout", *(["--force"] if force else []), *map(str, raw), *stages)
     except BaseException:
         for name, previous in old.items():
-            write_atomic(Path(name), previous) if previous is not None else Path(name).unlink()
+            write_atomic(Path(name), previous) if previous is not None else Path(name).unlink(missing_ok=True)
+        for file in raw:
+            file.unlink(missing_ok=True)
+        for path in absent:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for path in kept:
+            with suppress(UserError):  # what is in no cache was not overwritten
+                workspace.dvc(Path(), "checkout", str(path))
         raise
     print(f"params.yaml, dvc.lock and the outputs of {', '.join(stages)} are now those of the run {source.name}")
-    if changed := _changed_code(source, stages):
+    if changed := _changed_inputs(source, stages):
         print(
             f"warning: {', '.join(changed)} differ from the run's: `dvc repro` will run the stages that use them",
             file=sys.stderr,
@@ -57,28 +75,30 @@ def _committed(name: str) -> bytes | None:
         return None
 
 
-def _missing_raw_data(source: Path) -> list[str]:
-    """Bring the .dvc files of raw data that the working tree lacks, and name them."""
-    brought = []
-    for file in sorted(Paths(source).raw.glob("*.dvc")):
-        target = file.relative_to(source)
-        if not target.exists():
-            write_atomic(target, file.read_bytes())
-            brought.append(str(target))
-    return brought
+def _raw_data(source: Path) -> list[Path]:
+    """The .dvc files of a run's raw data."""
+    return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
 
 
-def _changed_code(source: Path, stages: dict[str, Any]) -> list[str]:
-    """What the run's stages depend on, outputs of stages aside, that is different in the working tree."""
-    outputs = {out["path"] for stage in stages.values() for out in stage.get("outs", [])}
-    inputs = {dep["path"] for stage in stages.values() for dep in stage.get("deps", [])} - outputs
-    files = {"dvc.yaml"}
+def _stages(lock: bytes | None) -> dict[str, Any]:
+    """The stages in the content of a dvc.lock."""
+    return yaml.YAML(typ="safe").load(lock)["stages"] if lock else {}
+
+
+def _outputs(stages: dict[str, Any]) -> list[Path]:
+    return [Path(out["path"]) for stage in stages.values() for out in stage.get("outs", [])]
+
+
+def _changed_inputs(source: Path, stages: dict[str, Any]) -> list[str]:
+    """Code and raw data of the run, outputs of stages aside, that are different in the working tree."""
+    inputs = {Path(dep["path"]) for stage in stages.values() for dep in stage.get("deps", [])} - {*_outputs(stages)}
+    files = {Path("dvc.yaml"), *_raw_data(source)}
     for name in inputs:
         for root in (Path(), source):
             entry = root / name
             found = [entry] if entry.is_file() else entry.rglob("*.py")
-            files |= {str(file.relative_to(root)) for file in found}
-    return sorted(name for name in files if _content(Path(name)) != _content(source / name))
+            files |= {file.relative_to(root) for file in found}
+    return sorted(str(name) for name in files if _content(name) != _content(source / name))
 
 
 def _content(path: Path) -> bytes | None:

@@ -1,5 +1,7 @@
 """A run's results in the working tree."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,18 @@ from tests.flows.conftest import git
 
 
 @pytest.fixture
-def run(repository: Path) -> Path:
+def locked(repository: Path) -> Path:
+    """The repository with a dvc.lock that is committed, of the parameters as they are."""
+    workspace.dvc(Path(), "repro")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "lock")
+    return repository
+
+
+@pytest.fixture
+def run(locked: Path) -> Path:
     """The workspace of a finished run with 5 steps."""
-    assert Path.cwd() == repository
+    assert Path.cwd() == locked
     with workspace.use("one", "id", workspace.document(None, {"train": {"steps": 5}})) as directory:
         for stage in ("shard", "train"):
             dvc_stage.run(stage, directory, print)
@@ -54,14 +65,46 @@ def test_committed_changes_are_overwritten() -> None:
 
 @pytest.mark.usefixtures("run")
 def test_outputs_that_are_nowhere_else_are_kept_and_nothing_is_changed() -> None:
-    before = Path("params.yaml").read_text()
-    Path("models/ddpm").mkdir(parents=True)
+    before = {name: Path(name).read_text() for name in apply.FILES}
+    Path("models/ddpm/result").unlink()
     Path("models/ddpm/result").write_text("mine")
     with pytest.raises(UserError, match="without confirmation"):
         apply.apply("one", force=False)
     assert Path("models/ddpm/result").read_text() == "mine"
-    assert Path("params.yaml").read_text() == before
-    assert not Path("dvc.lock").exists()
+    assert {name: Path(name).read_text() for name in apply.FILES} == before
+
+
+@pytest.mark.usefixtures("run")
+def test_where_the_cache_lacks_an_output_everything_goes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    def tree() -> dict[str, str]:
+        names = [*apply.FILES, "models/ddpm/result", "data/shards/result"]
+        return {name: Path(name).read_text() for name in names if Path(name).exists()}
+
+    shutil.rmtree("data/shards")
+    before = tree()
+    # The run's model, whose parameters its one file holds, is in its workspace alone.
+    for file in Path(".dvc/cache/files").rglob("*"):
+        if file.is_file() and b"steps: 5" in file.read_bytes():
+            file.chmod(0o644)
+            file.unlink()
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"missing|cache"):
+            apply.apply("one", force=force)
+        assert tree() == before
+    assert "are now those" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("locked")
+def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None:
+    with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {"train": {"steps": 5}})):
+        raise RuntimeError
+    with pytest.raises(UserError, match="run 'bad': failed; only a completed run can be applied"):
+        apply.apply("bad", force=False)
+    assert params.load(Path("params.yaml")).train.steps != 5
+    lost = workspace.find("bad")
+    replace(workspace.Run.read(lost), state="running").write(lost)
+    with pytest.raises(UserError, match="crashed"):
+        apply.apply("bad", force=False)
 
 
 @pytest.mark.usefixtures("run")
@@ -72,7 +115,7 @@ def test_changed_code_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_raw_data_come_too() -> None:
+def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("data/raw/mine").mkdir()
     Path("data/raw/mine/a.png").write_bytes(b"image")
     workspace.dvc(Path(), "add", "data/raw/mine")
@@ -82,11 +125,7 @@ def test_raw_data_come_too() -> None:
     Path("data/raw/mine/a.png").unlink()
     apply.apply("one", force=False)
     assert Path("data/raw/mine/a.png").read_bytes() == b"image"
-
-
-@pytest.mark.usefixtures("repository")
-def test_a_run_without_results_is_refused() -> None:
-    with workspace.use("one", "id", workspace.document(None, {})):
-        pass
-    with pytest.raises(UserError, match="no stage of it has finished"):
-        apply.apply("one", force=False)
+    Path("data/raw/mine/b.png").write_bytes(b"another")
+    workspace.dvc(Path(), "add", "data/raw/mine")
+    apply.apply("one", force=False)
+    assert "warning: data/raw/mine.dvc differ from the run's" in capsys.readouterr().err
