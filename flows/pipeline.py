@@ -16,18 +16,26 @@ Log = Callable[[str], object]
 
 
 def run(
-    name: str, run_id: str, parameters: Any, stage: Callable[[str, Path], Outcome], log: Log, warn: Log
-) -> tuple[Path, summary.Summary]:
+    name: str,
+    run_id: str,
+    page: str,
+    parameters: Any,
+    stage: Callable[[str, Path], Outcome],
+    report: Callable[[Path, summary.Summary], object],
+    log: Log,
+    warn: Log,
+) -> summary.Summary:
     """Run every stage that is not up to date, bring the results into MLflow, and write the run's summary.
 
     Args:
         name: the run's name, which its workspace takes.
-        run_id: Prefect's id of the run.
+        run_id: its id, no other run's.
+        page: address of the run in Prefect's UI, empty without a server.
         parameters: what `workspace.document` gave.
         stage: brings one stage up to date, given its name and the workspace.
+        report: shows the summary, given the workspace too.
         log: takes lines of output.
         warn: takes what went wrong without making the run fail.
-    Returns: the workspace and the summary.
     """
     with workspace.use(name, run_id, parameters) as directory:
         log(f"workspace {directory}")
@@ -36,9 +44,10 @@ def run(
             started = time.monotonic()
             outcome = stage(each, directory)
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
-        result = summary.collect(directory, run_id, done, _track(directory, log, warn))
+        result = summary.collect(directory, page, done, _track(directory, log, warn))
         summary.write(directory, result)
-    return directory, result
+        report(directory, result)
+    return result
 
 
 def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:

@@ -12,9 +12,6 @@ from diffusion.paths import Paths
 from flows import workspace
 from flows.dvc_stage import Outcome
 
-PREFECT_API = os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-MLFLOW = os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-
 METRICS = {"mse": "held-out MSE", "r2": "R²", "bits_per_dim": "bits/dim"}
 
 
@@ -41,15 +38,22 @@ class Summary:
     """Address of the run in MLflow's UI, empty if it could not be tracked."""
 
 
-def collect(directory: Path, run_id: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
-    """The summary of a workspace in which all stages are done; `tracked` is what `ddpm track --json` printed."""
+def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
+    """The summary of a workspace in which all stages are done.
+
+    Args:
+        directory: the workspace.
+        page: address of the run in Prefect's UI, empty without a server.
+        stages: what became of each stage.
+        tracked: what `ddpm track --json` printed, None if it failed.
+    """
     paths = Paths(directory)
     return Summary(
         run=directory.name,
         stages=stages,
         metrics=json.loads(paths.evaluate_report.read_text()),
         onnx=str(paths.denoiser),
-        prefect=f"{PREFECT_API.removesuffix('/api')}/runs/flow-run/{run_id}" if run_id else "",
+        prefect=page,
         mlflow=tracked["url"] if tracked else "",
     )
 
@@ -63,9 +67,8 @@ def read(directory: Path) -> Summary:
     try:
         content = json.loads((directory / "summary.json").read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"run {directory.name!r}: {workspace.Run.read(directory).state}, so there is no summary"
-        ) from None
+        state = workspace.state_of(directory, workspace.Run.read(directory))
+        raise UserError(f"run {directory.name!r}: {state}, so there is no summary") from None
     return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
 
 
@@ -81,6 +84,7 @@ def show(run: str | None) -> None:
     print()
     lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
-    lines |= {"Prefect": summary.prefect or PREFECT_API.removesuffix("/api"), "MLflow": summary.mlflow or MLFLOW}
+    lines |= {"Prefect": summary.prefect} if summary.prefect else {}
+    lines |= {"MLflow": summary.mlflow or f"not tracked: `ddpm track {summary.run}`"}
     for title, value in lines.items():
         print(f"  {title:<14}{value}")

@@ -8,12 +8,13 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
@@ -21,8 +22,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
+from prefect.utilities.urls import url_for
 
 from diffusion import progress
 from diffusion.__main__ import STAGES
@@ -38,24 +40,42 @@ GPU_LIMIT = "gpu"
 
 def run_stage(stage: str, workspace: Path) -> State[Outcome]:
     """The body of all five tasks: one stage, its lines in the task's log."""
-    log = get_run_logger().info
-    artifact: UUID | None = None
+    log = get_run_logger()
+    show_progress = ProgressArtifact()
+    warned = False
 
     def on_line(line: str) -> None:
-        nonlocal artifact
-        log(line)
-        if stage == "train" and (done := progress.parse(line)):
-            percent = 100 * done.done / done.total
-            if artifact is None:
-                artifact = create_progress_artifact(  # type: ignore[assignment] # a coroutine only in async code
-                    percent, key="train-ddpm-progress", description="Images trained on"
-                )
-            else:
-                update_progress_artifact(artifact, percent)
+        nonlocal warned
+        try:
+            log.info(line)
+            if stage == "train" and (done := progress.parse(line)):
+                show_progress(100 * done.done / done.total)
+        except Exception as error:  # of Prefect's server, which may be back soon
+            if not warned:
+                warned = True
+                log.warning("Prefect does not show the progress (%s); the stage goes on", error)
 
     with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
-        outcome = dvc_stage.run(stage, workspace, on_line)
+        try:
+            outcome = dvc_stage.run(stage, workspace, on_line)
+        except dvc_stage.StageError as error:
+            return Failed(message=str(error), data=error)  # raised, it would be logged with a traceback
     return Completed(name="Cached" if outcome == "cached" else None, message=outcome, data=outcome)
+
+
+class ProgressArtifact:
+    """An artifact that shows how far training is, made at the first call."""
+
+    def __init__(self) -> None:
+        self._id: UUID | None = None
+
+    def __call__(self, percent: float) -> None:
+        if self._id is None:
+            self._id = create_progress_artifact(  # type: ignore[assignment] # a coroutine only in async code
+                percent, key="train-ddpm-progress", description="Images trained on"
+            )
+        else:
+            update_progress_artifact(self._id, percent)
 
 
 def limit_exists(name: str) -> bool:
@@ -70,7 +90,7 @@ def limit_exists(name: str) -> bool:
 
 def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
     """Only for what passes by itself; a deterministic failure fails at once."""
-    return isinstance(state.result(raise_on_failure=False), dvc_stage.PassingStageError)
+    return isinstance(state.result(raise_on_failure=False), dvc_stage.PassingStageError | httpx.TransportError)
 
 
 TASKS = {
@@ -109,7 +129,7 @@ def train_ddpm(
     Args:
         preset: A set of parameters from presets/, laid over params.yaml.
         seed: Seed of every random number.
-        device: auto (a GPU where there is one), cpu, mps, cuda or cuda:N.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         shard: Raw images into webdataset shards.
         pairs: Images of one size, in shuffled blocks, each with its noise recipe.
         process: The diffusion process.
@@ -121,23 +141,35 @@ def train_ddpm(
         tracking: MLflow names, and what a model must reach to become champion.
     """
     changes = given({name: value for name, value in locals().items() if name != "preset"})
-    parameters = workspace.document(preset, changes)
     log = get_run_logger()
 
     def stage(name: str, directory: Path) -> Outcome:
         # What a task returns as a State comes back as one.
         return TASKS[name](name, directory).result()
 
-    directory, result = pipeline.run(
-        runtime.flow_run.name, str(runtime.flow_run.id), parameters, stage, log.info, log.warning
-    )
+    run_id = str(runtime.flow_run.id)
+    page = url_for("flow-run", run_id) or ""
+    try:
+        parameters = workspace.document(preset, changes)
+        result = pipeline.run(
+            runtime.flow_run.name, run_id, page, parameters, stage, show_report, log.info, log.warning
+        )
+    except (UserError, dvc_stage.StageError) as error:
+        return Failed(message=str(error))  # raised, it would be logged with a traceback
+    ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
+    return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
+
+
+def show_report(directory: Path, result: summary.Summary) -> None:
+    """The report of a run as an artifact, beside the run that ended before it."""
     before = workspace.newest("completed", other_than=directory)
-    last = summary.read(before) if before else None
+    last = None
+    if before:
+        with suppress(FileNotFoundError):  # removed meanwhile
+            last = summary.read(before)
     create_markdown_artifact(
         report.markdown(directory, result, last), key="train-ddpm-report", description=f"Results of {result.run}"
     )
-    ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
-    return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,20 +185,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         changes = dict(_parameter(text) for text in arguments.param)
-        parameters = workspace.document(arguments.preset, changes)
+        parameters = workspace.document(changes.pop("preset", arguments.preset), changes)
 
         def log(line: str) -> None:
             print(line, flush=True)
 
-        pipeline.run(
-            arguments.name, "", parameters, lambda stage, directory: dvc_stage.run(stage, directory, log), log, log
-        )
+        def stage(name: str, directory: Path) -> Outcome:
+            return dvc_stage.run(name, directory, log)
+
+        def nothing(*_: object) -> None: ...
+
+        result = pipeline.run(arguments.name, str(uuid4()), "", parameters, stage, nothing, log, log)
     except (UserError, dvc_stage.StageError) as error:
         print(f"train-ddpm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    summary.show(arguments.name)
+    summary.show(result.run)
     return 0
 
 

@@ -141,10 +141,9 @@ def newest(state: State, other_than: Path | None = None) -> Path | None:
     return found[-1] if found else None
 
 
-def state(workspace: Path, run: Run | None = None) -> State:
+def state_of(workspace: Path, run: Run) -> State:
     """The state of a run; one that counts as running without a process has crashed."""
-    recorded = (run or Run.read(workspace)).state
-    return "crashed" if recorded == "running" and not _in_use(workspace) else recorded
+    return "crashed" if run.state == "running" and not _in_use(workspace) else run.state
 
 
 def list_runs() -> None:
@@ -153,7 +152,7 @@ def list_runs() -> None:
     for workspace, run in _workspaces(Paths().runs):
         report = Paths(workspace).evaluate_report
         mse = f"{json.loads(report.read_text())['mse']:.4f}" if report.exists() else ""
-        rows.append((run.name, run.created[:16].replace("T", " "), state(workspace, run), mse))
+        rows.append((run.name, run.created[:16].replace("T", " "), state_of(workspace, run), mse))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -107,6 +107,22 @@ def test_an_interruption_ends_the_stage_which_may_write_a_checkpoint(repository:
     assert time.monotonic() - began < dvc_stage.SECONDS_TO_STOP
 
 
+def test_an_error_over_its_lines_does_not_keep_a_stage_from_its_checkpoint(repository: Path) -> None:
+    (repository / "stage.py").write_text(
+        SLOW.replace("    print", "    time.sleep(0.5)\n    print", 1).replace(
+            "    sys.exit", "    time.sleep(0.5)\n    open('checkpoint', 'w')\n    sys.exit"
+        )
+    )
+
+    def fail(line: str) -> None:
+        if line in ("started", "checkpoint written"):
+            raise ConnectionError(line)
+
+    with pytest.raises(ConnectionError, match="started"):
+        dvc_stage.run("shard", repository, fail)
+    assert (repository / "checkpoint").exists()
+
+
 def test_a_stage_that_does_not_listen_is_killed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dvc_stage, "SECONDS_TO_STOP", 0.5)
     (repository / "stage.py").write_text(DEAF)

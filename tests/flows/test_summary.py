@@ -1,5 +1,6 @@
 """A run's summary and report."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def done(repository: Path) -> Path:
     with workspace.use("one", "id", workspace.document(None, {})) as directory:
         summary.write(directory, finished("one", METRICS))
     return directory
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_run_without_server_and_tracking_has_no_addresses(capsys: pytest.CaptureFixture[str]) -> None:
+    with workspace.use("one", "id", workspace.document(None, {})) as directory:
+        summary.write(directory, replace(finished("one", METRICS), prefect="", mlflow=""))
+    summary.show("one")
+    output = capsys.readouterr().out
+    assert "Prefect" not in output
+    assert "not tracked: `ddpm track one`" in output
+    assert "http" not in output
 
 
 def test_it_is_read_as_it_was_written(done: Path) -> None:
@@ -52,6 +64,10 @@ def test_a_run_that_is_not_finished_has_none() -> None:
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {})):
         raise RuntimeError
     with pytest.raises(UserError, match=r"run 'bad': failed, so there is no summary"):
+        summary.show("bad")
+    dead = workspace.find("bad")
+    replace(workspace.Run.read(dead), state="running").write(dead)
+    with pytest.raises(UserError, match=r"run 'bad': crashed, so there is no summary"):
         summary.show("bad")
 
 

@@ -1,13 +1,18 @@
 """The flow run without a server."""
 
+import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.states import Failed
 
+from diffusion import params
+from diffusion.paths import Paths
 from flows import dvc_stage, pipeline, train_ddpm, workspace
 
 
@@ -44,13 +49,71 @@ def test_only_a_passing_failure_is_retried() -> None:
         return train_ddpm.worth_retrying(train_ddpm.TASKS["train"], None, state)  # type: ignore[arg-type]
 
     assert retried(dvc_stage.PassingStageError("Unable to acquire lock"))
+    assert retried(httpx.ConnectError("refused"))
     assert not retried(dvc_stage.StageError("ValueError"))
 
 
 @pytest.mark.usefixtures("repository")
-def test_without_mlflow_the_run_is_none_the_worse() -> None:
-    with workspace.use("one", "id", workspace.document(None, {})) as directory:
-        warnings: list[str] = []
-        assert pipeline._track(directory, print, warnings.append) is None
+def test_without_mlflow_the_run_is_none_the_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with workspace.use("one", "id", workspace.document(None, {})) as directory:
+            paths = Paths(directory)
+            for there in (paths.train_curves, paths.pairs, paths.model):
+                there.mkdir(parents=True)
+            for file in (paths.train_report, paths.model / "model.safetensors"):
+                file.touch()
+            warnings: list[str] = []
+            assert pipeline._track(directory, print, warnings.append) is None
     assert len(warnings) == 1
+    assert f"MLflow at {uri}: " in warnings[0]
     assert warnings[0].endswith("`ddpm track one` brings it there later")
+
+
+@pytest.fixture
+def short(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository, its pipeline without the stages that would need results to work on."""
+    monkeypatch.setattr(pipeline, "STAGES", {"shard": "", "train": ""})
+    monkeypatch.setattr(pipeline, "_track", lambda *_: None)
+    with (repository / "stage.py").open("a") as stage:
+        stage.write("""pathlib.Path('reports').mkdir(exist_ok=True)
+pathlib.Path('reports/evaluate.json').write_text('{"mse": 0.25}')
+""")
+    return repository
+
+
+def test_a_name_that_is_taken_gets_a_workspace_of_its_own(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2):
+        assert train_ddpm.main(["--name", "one", "-p", f"seed={seed}", "-p", "preset=short"]) == 0
+    runs = sorted((short / ".ddpm" / "runs").glob("[!.]*"))
+    assert [run.name[:4] for run in runs] == ["one", "one-"]
+    assert [params.load(run / "params.yaml").seed for run in runs] == [1, 2]
+    assert params.load(runs[0] / "params.yaml").train.steps == 7
+    output = capsys.readouterr().out
+    assert f"\nrun {runs[1].name}\n" in output
+    assert "Prefect" not in output
+
+
+def test_what_prefect_cannot_show_does_not_end_a_stage(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(train_ddpm, "create_progress_artifact", fail)
+    monkeypatch.setattr(train_ddpm, "limit_exists", lambda _: False)
+    monkeypatch.setattr(train_ddpm, "get_run_logger", lambda: logging.getLogger("test"))
+    dvc_stage.run("shard", repository, print)
+    stage = repository / "stage.py"
+    stage.write_text(stage.read_text() + "print('train: 1/2 images')\nprint('train: 2/2 images')\n")
+    dvc_stage.run("shard", repository, print)
+    assert train_ddpm.run_stage("train", repository).is_completed()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "Prefect does not show the progress (refused); the stage goes on"
+    ]
+    stage.write_text("raise ValueError('wrong shape')")
+    failed = train_ddpm.run_stage("shard", repository)
+    assert failed.is_failed()
+    assert failed.message == "ValueError: wrong shape"
