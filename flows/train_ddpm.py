@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import FailedRun, ObjectNotFound
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.urls import url_for
@@ -155,9 +156,15 @@ def train_ddpm(
             runtime.flow_run.name, run_id, page, parameters, stage, show_report, log.info, log.warning
         )
     except (UserError, dvc_stage.StageError) as error:
+        logging.getLogger("prefect.flow_runs").addFilter(is_news)
         return Failed(message=str(error))  # raised, it would be logged with a traceback
     ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
     return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record is not Prefect's traceback of a Failed state, whose message it has logged already."""
+    return not (record.exc_info and isinstance(record.exc_info[1], FailedRun))
 
 
 def show_report(directory: Path, result: summary.Summary) -> None:

@@ -27,7 +27,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """The repository's files as they are, committed anew."""
-    target = tmp_path_factory.mktemp("e2e") / "clone"
+    target = tmp_path_factory.mktemp("e2e") / "a clone"  # with a space, as a user's path may have
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in names:

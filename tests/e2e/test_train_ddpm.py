@@ -110,12 +110,43 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_goes_on_from_it(services: 
         assert workspace.Run.read(clone / ".ddpm" / "runs" / name).state == "cancelled"
 
 
+def test_the_end_of_the_worker_ends_a_training_with_a_checkpoint(services: Command, clone: Path) -> None:
+    train = '{"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 20, "batch_size": 32}'
+    before = checkpoints(clone)
+    with ThreadPoolExecutor() as pool:
+        watched = pool.submit(services, *RUN, "--flow-run-name", "orphan", "-p", f"train={train}")
+        wait_for_line(clone / ".ddpm" / "services" / "worker.log", "train: step 20: held-out")
+        (worker,) = processes(clone, "worker", "start")
+        worker.terminate()
+        wait_for(lambda: not trainings(clone), 20)
+        done = watched.result()
+    assert done.returncode == 1
+    assert "Flow run finished in state 'Crashed'" in done.stdout
+    assert "run 'orphan': crashed, so there is no summary" in services("ddpm", "summary", "orphan").stdout
+    assert checkpoints(clone) > before
+
+
+def test_parameters_that_do_not_fit_together_are_said_in_one_line(services: Command) -> None:
+    done = services(*RUN, "-p", 'network={"attention_levels": [9]}')
+    assert done.returncode == 1
+    assert "attention_levels" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def checkpoints(clone: Path) -> set[Path]:
+    return set((clone / ".ddpm" / "checkpoints").glob("*/*.safetensors"))
+
+
 def trainings(clone: Path) -> list[psutil.Process]:
-    """The processes that train in the clone's workspaces."""
+    return processes(clone, "diffusion", "train")
+
+
+def processes(clone: Path, *words: str) -> list[psutil.Process]:
+    """The processes in the clone, or in its workspaces, with these words in their command."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[-2:] == ["diffusion", "train"] and Path(process.cwd()).is_relative_to(clone):
+            if {*words} <= {*process.cmdline()} and Path(process.cwd()).is_relative_to(clone):
                 found.append(process)
         except psutil.Error:
             continue
