@@ -26,6 +26,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
+	@mkdir -p $(PREFECT_HOME)
 
 train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" and the like.
 	prefect deployment run train-ddpm --watch $(ARGS)
