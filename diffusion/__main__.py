@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from diffusion import params as parameters
+from diffusion import yaml_files
 from diffusion.errors import Stopped, UserError
 from diffusion.paths import Paths
 from diffusion.watch import stop_with_parent
@@ -49,14 +50,14 @@ def show_params(_: argparse.Namespace) -> None:
             continue
         print(f"{name}: {(section.__doc__ or '').strip()}")
         for key, part in section.model_fields.items():
-            print(f"  {key}: {part.description}")
+            print(f"  {key}: {' '.join((part.description or '').split())}")
 
 
 def apply_preset(arguments: argparse.Namespace) -> None:
     paths = Paths()
-    document = parameters.with_preset(parameters.read_yaml(paths.params), paths.presets, arguments.name)
+    document = parameters.with_preset(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
     parameters.validate(document, f"{paths.params} with the preset {arguments.name}")
-    parameters.write_yaml(paths.params, document)
+    yaml_files.write_yaml(paths.params, document)
     print(f"params.yaml now holds the preset {arguments.name}")
 
 
@@ -64,6 +65,29 @@ def import_data(arguments: argparse.Namespace) -> None:
     from diffusion.data.importing import import_data
 
     import_data(arguments.path, arguments.name, Paths(), link=arguments.link)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    from diffusion.commands import sample
+
+    sample.run(arguments, Paths())
+
+
+def export_diffusers(arguments: argparse.Namespace) -> None:
+    from diffusion.exchange import diffusers
+
+    paths = Paths()
+    sample = parameters.load(paths.params).sample
+    diffusers.export_model(arguments.model or paths.model, arguments.directory, sample, arguments.force)
+    print(f"{arguments.directory} is now what diffusers.DDPMPipeline.from_pretrained loads")
+
+
+def import_diffusers(arguments: argparse.Namespace) -> None:
+    from diffusion.exchange import diffusers
+
+    out = arguments.out or Paths().model
+    sampling = diffusers.import_model(arguments.directory, out, arguments.force)
+    print(f"{out} now holds the model of {arguments.directory}; its scheduler has {sampling}")
 
 
 def track(arguments: argparse.Namespace) -> None:
@@ -115,6 +139,20 @@ def parser() -> argparse.ArgumentParser:
     imports.add_argument("--name", required=True, help="name below data/raw")
     imports.add_argument("--link", action="store_true", help="link to the files instead of copying them")
 
+    sample_options(command("sample", "make pictures with the trained model", sample))
+
+    exports = command("export-diffusers", "write a trained model as a pipeline of diffusers", export_diffusers)
+    exports.add_argument("directory", type=Path, metavar="DIR", help="what DDPMPipeline.from_pretrained will load")
+    exports.add_argument("--model", type=Path, metavar="DIR", help="a trained model; without it, models/ddpm")
+    exports.add_argument("--force", action="store_true", help="replace a pipeline that is there")
+
+    adopts = command("import-diffusers", "make a model of diffusers the trained model", import_diffusers)
+    adopts.add_argument("directory", type=Path, metavar="DIR", help="a DDPMPipeline, or a UNet2DModel")
+    adopts.add_argument(
+        "--out", type=Path, metavar="DIR", help="where it goes; without it, models/ddpm, as if trained here"
+    )
+    adopts.add_argument("--force", action="store_true", help="replace a model that is there")
+
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
     tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")
     tracks.add_argument("--json", action="store_true", help="print run id, address and model version as JSON")
@@ -127,6 +165,48 @@ def parser() -> argparse.ArgumentParser:
     shows = command("summary", "show a flow run's stages and results as a table", summary)
     shows.add_argument("run", nargs="?", help="name of a flow run; without it, the last one")
     return top
+
+
+def sample_options(samples: argparse.ArgumentParser) -> None:
+    samples.add_argument("--out", default="samples.png", help="a .png file (a grid), an .npz file or a folder (out/)")
+    samples.add_argument("--model", type=Path, metavar="DIR", help="a trained model; without it, models/ddpm")
+    samples.add_argument(
+        "--class",
+        dest="classes",
+        action="extend",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="CLASS",
+        help="class by name or number, or several (3,5): their pictures in turn; without it, all classes in turn",
+    )
+    samples.add_argument(
+        "--filmstrip", type=Path, metavar="FILE.png", help="draw the way of the first pictures as well"
+    )
+    given = samples.add_argument_group("from given pictures, in place of noise alone (of no class without --class)")
+    given.add_argument(
+        "--from",
+        dest="images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="pictures like this image, or from one image to another",
+    )
+    given.add_argument("--at", type=int, metavar="T", help="timestep up to which noise is added (default: half of all)")
+    given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
+    given.add_argument(
+        "--jump", type=int, default=10, help="with --mask: steps down before going up again (default 10)"
+    )
+    given.add_argument(
+        "--rounds", type=int, default=10, help="with --mask: how often; takes so many times longer (default 10)"
+    )
+    settings = samples.add_argument_group("settings, in place of those in params.yaml")
+    settings.add_argument("--seed", type=int, help="seed of the noise: picture i of a seed is the same in any number")
+    settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
+    for name, field in parameters.Sample.model_fields.items():
+        # A Literal has choices; any other field a number's type.
+        choices = get_args(field.annotation) or None
+        kind = str if choices else field.annotation
+        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)  # type: ignore[arg-type]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

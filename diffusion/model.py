@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion import params
 from diffusion.errors import UserError
@@ -17,6 +17,9 @@ from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn import build as networks
 from diffusion.process import build as processes
 from diffusion.process.build import Process
+from diffusion.process.denoiser import Guided, Net
+from diffusion.process.sampler import Sampler
+from diffusion.process.variance import Variance
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -29,8 +32,12 @@ class Config(BaseModel):
 
     shape: tuple[int, int, int]
     """Channels, height and width of the images."""
+    classes: tuple[str, ...]
+    """Names of the images' classes, by number; a network without classes was not told of them."""
     network: params.Network
     process: params.Process
+    eps_hat_square: tuple[float, ...] | None
+    """E |eps_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,36 @@ class Model:
     def shape(self) -> tuple[int, int, int]:
         return self.config.shape
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the network can be asked for; 0 if it knows none."""
+        return len(self.config.classes) if self.config.network.classes else 0
+
+    def net_for(self, y: Tensor | None = None, guidance: float = 1.0) -> Net:
+        """The network for images of the classes `y` int64 (B,), -1 for none; for any images if it knows no classes."""
+        if not self.num_classes or y is None:
+            return self.net
+        return Guided(self.net, y, guidance)
+
+    def variance(self, name: str) -> Variance:
+        """The reverse variance of that name; raises UserError if the model does not have what it needs."""
+        if name == "learned" and not self.config.process.learned_variance:
+            raise UserError("sample.variance: the model did not learn a variance; choose another")
+        square = self.config.eps_hat_square
+        table = None if square is None else torch.tensor(square, dtype=torch.float64)
+        return processes.variance(name, self.process, table)
+
+    def sampler(self, options: params.Sample, y: Tensor | None = None) -> Sampler:
+        """The sampler that `options` describes, for images of the classes `y` int64 (B,)."""
+        return processes.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
+
+
+def new_network(
+    shape: tuple[int, int, int], classes: int, network: params.Network, process: params.Process
+) -> nn.Module:
+    """A network for images of `shape` (C, H, W) of so many classes, and for a process."""
+    return networks.network(shape, network, classes, process.learned_variance)
+
 
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
     """Write a model's directory; atomic, and the same bytes for the same weights."""
@@ -58,7 +95,7 @@ def load_model(directory: Path, device: torch.device) -> Model:
     """The model in a directory, in evaluation mode on `device`; raises UserError naming the file at fault."""
     try:
         config = Config.model_validate(_read_json(directory / CONFIG))
-        net = networks.network(config.shape, config.network)
+        net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load_file(directory / WEIGHTS))
     except (OSError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{directory}: no model ({str(error).splitlines()[0]}); run `dvc repro train`") from None

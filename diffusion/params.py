@@ -4,16 +4,13 @@ params.yaml is the only place where values stand: no field has a default here, s
 in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
 """
 
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
-from diffusion.files import write_atomic
+from diffusion.yaml_files import overlay, read_yaml
 
 LARGEST = 2**53
 """Larger whole numbers are not the same in every program that reads JSON."""
@@ -66,37 +63,75 @@ class Pairs(Section):
 class Process(Section):
     """The diffusion process."""
 
-    schedule: Literal["linear", "cosine"]
-    """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
-    num_timesteps: Annotated[int, Field(ge=64)]
+    schedule: Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
+    """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
+    sigmoid (Jabri et al. 2022), or given, by `beta`."""
+    beta: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    """beta_t for each timestep, if the schedule is given; else empty."""
+    num_timesteps: Annotated[int, Field(ge=2)]
     """T, the number of timesteps."""
-    parameterization: Literal["eps"]
-    """What the network predicts: eps, the noise."""
-    variance: Literal["fixed-small", "fixed-large"]
-    """Variance of the reverse step: fixed-small (the posterior's) or fixed-large (beta_t)."""
-    weighting: Literal["simple"]
-    """Loss weight by timestep: simple, the same for all."""
+    zero_terminal_snr: bool
+    """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""
+    parameterization: Literal["eps", "x_0", "v", "mu"]
+    """What the network predicts: eps, the noise; x_0, the clean image; v, the velocity (Salimans & Ho 2022); or mu, the
+    mean of the reverse step (unstable; for study)."""
+    learned_variance: bool
+    """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
+    Dhariwal 2021); `sample.variance` is then free to be learned."""
+    weighting: Literal["simple", "vlb", "snr", "snr-plus-one", "truncated-snr", "min-snr", "p2"]
+    """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
+    same; snr is another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the same),
+    truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
+    min_snr_gamma: Annotated[float, Field(gt=0)]
+    """The gamma of the weighting min-snr; 5 in the paper."""
+    loss: Literal["mse", "l1", "huber"]
+    """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.schedule == "given" and len(self.beta) != self.num_timesteps:
+            raise ValueError(f"beta has {len(self.beta)} values, but num_timesteps is {self.num_timesteps}")
+        if self.schedule != "given" and self.beta:
+            raise ValueError(f"beta is for the schedule given; with {self.schedule} it must be []")
+        if self.schedule in ("linear", "scaled-linear") and self.num_timesteps < 21:
+            raise ValueError(f"the schedule {self.schedule} needs num_timesteps of at least 21")
+        if self.zero_terminal_snr and self.parameterization == "eps":
+            raise ValueError(
+                "zero_terminal_snr needs the parameterization v or x_0: at the last timestep x_t is noise alone, and "
+                "eps says nothing of the image"
+            )
+        return self
 
 
 class Network(Section):
     """The denoising network."""
 
-    kind: Literal["unet"]
-    """Family of networks."""
+    kind: Literal["unet", "uvit"]
+    """Family of networks: a U-Net (Ho et al. 2020) or a transformer with long skips, U-ViT (Bao et al. 2023)."""
     base_channels: Positive
-    """Channels of the first level; a multiple of 8."""
+    """Channels of the U-Net's first level, or of the transformer's tokens; a multiple of 8."""
     channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Channels of each level, in multiples of base_channels; each level halves the resolution."""
+    """U-Net: channels of each level, in multiples of base_channels; each level halves the resolution."""
     blocks_per_level: Positive
-    """Residual blocks at each level on the way down (one more on the way up)."""
-    time_conditioning: Literal["add", "film"]
-    """How the timestep enters a block: added to the features (DDPM), or scaling and shifting them (Improved DDPM)."""
+    """U-Net: residual blocks at each level on the way down (one more on the way up)."""
     attention_levels: tuple[NonNegative, ...]
-    """Levels with self-attention, counted from 0, the finest; the middle always has it."""
+    """U-Net: levels with self-attention, counted from 0, the finest; the middle always has it."""
+    depth: Positive
+    """Transformer: number of blocks, odd: as many before the middle one as after it."""
+    conditioning: Literal["add", "film", "token", "adaln"]
+    """How timestep and class enter. U-Net: added to the features (add; DDPM), or scaling and shifting them (film;
+    Improved DDPM). Transformer: as tokens (token; U-ViT), or scaling, shifting and gating (adaln; DiT)."""
+    head_channels: NonNegative
+    """Channels of each attention head; 0 for a single head."""
     patch_size: Positive
     """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
     dropout: Fraction
-    """Dropout rate inside the residual blocks."""
+    """Dropout rate inside the blocks."""
+    classes: bool
+    """Whether the network is told the class of each image, so that it can be asked for one."""
+    convention: Literal["ddpm", "diffusers"]
+    """U-Net: details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the
+    resolution, epsilon of the normalization): matters for exchanging weights alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -105,6 +140,17 @@ class Network(Section):
         levels = len(self.channel_multipliers)
         if wrong := [level for level in self.attention_levels if level >= levels]:
             raise ValueError(f"attention_levels names level {wrong[0]}, but levels go from 0 to {levels - 1}")
+        allowed = ("add", "film") if self.kind == "unet" else ("token", "adaln")
+        if self.conditioning not in allowed:
+            raise ValueError(f"conditioning of a {self.kind} must be {' or '.join(allowed)} (got {self.conditioning})")
+        if self.kind == "uvit" and self.depth % 2 == 0:
+            raise ValueError(f"depth must be odd (got {self.depth})")
+        if self.head_channels:
+            attending = {*self.attention_levels, levels - 1} if self.kind == "unet" else set[int]()
+            widths = [self.base_channels * self.channel_multipliers[level] for level in attending]
+            for width in widths or [self.base_channels]:
+                if width % self.head_channels:
+                    raise ValueError(f"head_channels ({self.head_channels}) must divide {width} channels")
         return self
 
 
@@ -127,8 +173,14 @@ class Train(Section):
     """Largest norm of the gradient; above it the gradient is scaled down."""
     ema_decay: Fraction
     """Decay per step of the exponential moving average of the weights; in the first steps it is lower, rising."""
+    timesteps: Literal["stratified", "uniform", "loss-second-moment", "log-snr-normal"]
+    """How timesteps are drawn: stratified over each block of images, independently (uniform), by the size of the loss,
+    with weights that keep it unbiased (loss-second-moment; Nichol & Dhariwal 2021), or most where log SNR is in the
+    middle (log-snr-normal; Karras et al. 2022)."""
     flip: bool
     """Whether images are mirrored left to right at random."""
+    class_dropout: Fraction
+    """How often the class is kept from the network, so that guidance can compare (Ho & Salimans 2022)."""
     log_every: Positive
     """Steps between two points of the loss curve."""
     preview_every: Positive
@@ -136,14 +188,24 @@ class Train(Section):
 
 
 class Sample(Section):
-    """Making pictures, for previews and the report."""
+    """Making pictures, for the report and by `ddpm sample`; the variance is also that of the bound in bits/dim."""
 
-    sampler: Literal["ddpm", "ddim"]
-    """ddpm: ancestral sampling; ddim: Song et al. 2021."""
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun"]
+    """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
+    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
     steps: Annotated[int, Field(ge=1)]
-    """Network evaluations per picture, at most num_timesteps."""
+    """Steps per picture, at most num_timesteps."""
+    spacing: Literal["linspace", "quadratic", "log-snr"]
+    """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
+    variance: Literal["fixed-small", "fixed-large", "learned", "analytic"]
+    """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
+    process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
     eta: Annotated[float, Field(ge=0, le=1)]
     """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
+    threshold: Literal["clip", "dynamic", "none"]
+    """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
+    guidance: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
     count: Positive
     """Pictures in a grid."""
 
@@ -153,6 +215,10 @@ class Evaluate(Section):
 
     resamples: Annotated[int, Field(ge=100)]
     """Bootstrap resamples (over images) behind the 95 % intervals."""
+    likelihood_images: Annotated[int, Field(ge=2)]
+    """Test images on which the bound in bits/dim is estimated, at some timesteps of each."""
+    exact_likelihood_images: Annotated[int, Field(ge=2)]
+    """Test images on which it is summed over every timestep."""
 
 
 class Export(Section):
@@ -198,6 +264,8 @@ class Params(Section):
             raise ValueError(
                 f"sample.steps ({self.sample.steps}) exceeds process.num_timesteps ({self.process.num_timesteps})"
             )
+        if self.sample.variance == "learned" and not self.process.learned_variance:
+            raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
         return self
 
 
@@ -206,45 +274,6 @@ SECTIONS: dict[str, type[Section]] = {
     for name, field in Params.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
-
-
-def overlay(base: Any, changes: Any) -> Any:
-    """`changes` laid over `base`: mappings are merged key by key, in place; anything else is replaced."""
-    if not isinstance(base, dict) or not isinstance(changes, dict):
-        return changes
-    for key, value in changes.items():
-        base[key] = overlay(base.get(key), value)
-    return base
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file as round-trip data: written again, it keeps its comments.
-
-    Raises UserError if the file is missing, no YAML, or not a mapping.
-    """
-    try:
-        document = _yaml().load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected sections with fields, found {type(document).__name__}")
-    return document
-
-
-def write_yaml(path: Path, document: Any) -> None:
-    """Write what `read_yaml` gave, changed or not."""
-    buffer = BytesIO()
-    _yaml().dump(document, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def _yaml() -> YAML:
-    yaml = YAML(typ="rt", pure=True)
-    yaml.width = 120
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml
 
 
 def validate(document: Any, origin: str) -> Params:

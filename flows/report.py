@@ -19,7 +19,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
             ["stage", "seconds", ""],
             [[stage.stage, f"{stage.seconds:.1f}", stage.outcome] for stage in summary.stages],
         ),
-        "## Held-out noise prediction",
+        "## Held-out evaluation",
         _metrics(summary, last),
         "## By timestep",
         _bands(Paths(directory).evaluation / "bands.csv"),
@@ -36,7 +36,7 @@ def _metrics(summary: Summary, last: Summary | None) -> str:
     before = last.metrics if last else {}
     rows = []
     for name, value in summary.metrics.items():
-        if name.endswith(("_low", "_high")):
+        if name.endswith(("_low", "_high", "_se")):
             continue
         low, high = summary.metrics.get(f"{name}_low"), summary.metrics.get(f"{name}_high")
         interval = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""

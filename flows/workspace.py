@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from diffusion import params
+from diffusion import params, yaml_files
 from diffusion.errors import UserError
 from diffusion.files import write_json
 from diffusion.paths import Paths
@@ -60,10 +60,10 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
     Raises: UserError naming the field, if the whole does not hold together.
     """
     paths = Paths()
-    merged = params.read_yaml(paths.params)
+    merged = yaml_files.read_yaml(paths.params)
     if preset:
         merged = params.with_preset(merged, paths.presets, preset)
-    merged = params.overlay(merged, dict(changes))
+    merged = yaml_files.overlay(merged, dict(changes))
     params.validate(merged, "parameters of the run")
     return merged
 
@@ -198,7 +198,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
     type = "reflink,hardlink,symlink,copy"
 """
     (temporary / ".dvc" / "config.local").write_text(local)
-    params.write_yaml(Paths(temporary).params, parameters)
+    yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)
     temporary.replace(workspace)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion import params as parameters
+from diffusion import yaml_files
 from diffusion.__main__ import main
 from diffusion.errors import UserError
 from diffusion.params import Params
@@ -81,4 +82,4 @@ def test_a_broken_file_gets_one_line(tmp_path: Path, text: str, message: str) ->
 
 def test_overlay_merges_mappings_and_replaces_the_rest() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
-    assert parameters.overlay(base, {"a": {"c": [9]}, "d": 4}) == {"a": {"b": 1, "c": [9]}, "d": 4}
+    assert yaml_files.overlay(base, {"a": {"c": [9]}, "d": 4}) == {"a": {"b": 1, "c": [9]}, "d": 4}

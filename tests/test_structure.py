@@ -19,16 +19,16 @@ DVC: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 
 # Lower layers first: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "files", "params", "paths", "progress", "watch"},
+    {"errors", "files", "params", "paths", "progress", "watch", "yaml_files"},
     {"process", "nn"},
     {"data"},
     {"model"},
     {"training", "evaluation", "export", "tracking"},
-    {"stages"},
+    {"stages", "commands", "exchange"},
     {"__main__"},
 ]
 # Code that cannot change what a stage writes: values stand in params.yaml alone, and MLflow and progress only watch.
-NOT_SHAPING = {"params", "paths", "errors", "progress", "tracking", "watch"}
+NOT_SHAPING = {"params", "paths", "errors", "progress", "tracking", "watch", "yaml_files"}
 
 
 def imports(module: str) -> set[str]:

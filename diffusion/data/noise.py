@@ -27,8 +27,12 @@ class Purpose(IntEnum):
     FLIP = 34
     INIT = 35
     DROPOUT = 36
+    CLASS_DROPOUT = 37
+    UNIFORM_TIMESTEPS = 38
+    EPS_HAT_SQUARE = 39
     SAMPLE = 48
     BOOTSTRAP = 49
+    LIKELIHOOD = 50
 
 
 def stream(seed: int, purpose: int, high: int = 0, low: int = 0) -> np.random.Generator:

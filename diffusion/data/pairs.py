@@ -86,7 +86,9 @@ class Batch(NamedTuple):
     eps: NDArray[np.float32]
     """(B, C, H, W)"""
     y: NDArray[np.int64]
-    """(B,), -1 where there is no label"""
+    """(B,), -1 where there is no label, or where it was dropped"""
+    u: NDArray[np.float64]
+    """(B,), uniform on [0, 1): for training at other timesteps than t"""
 
 
 class LabelledImages(Protocol):
@@ -206,13 +208,13 @@ class Pairs:
         }
         self._cached_recipe = lru_cache(maxsize=2)(self.recipe)
 
-    def check_process(self, schedule: str, num_timesteps: int, shape: tuple[int, int, int] | None = None) -> None:
-        """Raise UserError unless the pairs were made with this schedule, T and, if given, shape (C, H, W)."""
-        made = (self.manifest.schedule, self.manifest.num_timesteps, self.shape)
-        if made != (schedule, num_timesteps, shape or self.shape):
+    def check_process(self, alpha_bar: NDArray[np.float64], shape: tuple[int, int, int] | None = None) -> None:
+        """Raise UserError unless the pairs were made with this alpha_bar (T,) and, if given, shape (C, H, W)."""
+        made = self.manifest
+        if not np.array_equal(made.alpha_bar, alpha_bar) or self.shape != (shape or self.shape):
             raise UserError(
-                f"data/pairs: made with schedule {made[0]}, {made[1]} timesteps and images of {made[2]}, which "
-                "the model is not for; `dvc repro` brings all stages up to date"
+                f"data/pairs: made for another noise schedule ({made.schedule}, {made.num_timesteps} timesteps) or "
+                f"other images {self.shape} than the model; `dvc repro` brings all stages up to date"
             )
 
     def size(self, block: int) -> int:
@@ -264,14 +266,27 @@ def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArr
     return order, np.concatenate([[0], np.cumsum(sizes)])
 
 
+def _random(seed: int, purpose: Purpose, epoch: int, block: int) -> NDArray[np.float64]:
+    """Numbers uniform on [0, 1) for the images of a block in an epoch, (BLOCK,)."""
+    return stream(seed, purpose, high=epoch, low=block).random(BLOCK)
+
+
 def train_batch(
-    pairs: Pairs, seed: int, step: int, batch_size: int, *, flip: bool = False, rank: int = 0, world: int = 1
+    pairs: Pairs,
+    seed: int,
+    step: int,
+    batch_size: int,
+    *,
+    flip: bool = False,
+    class_dropout: float = 0.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batch:
     """Batch `step` of the training stream, a pure function of its arguments.
 
     The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Step k
     takes items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
-    `flip` mirrors x_0 left to right by random bits of (seed, e, block).
+    `flip` mirrors x_0 left to right by random bits of (seed, e, block), and labels are dropped by others.
     """
     share = batch_size // world
     batch = Batch(
@@ -279,6 +294,7 @@ def train_batch(
         t=np.empty(share, np.int64),
         eps=np.empty((share, *pairs.shape), np.float32),
         y=np.empty(share, np.int64),
+        u=np.empty(share, np.float64),
     )
     first, done = step * batch_size + rank * share, 0
     while done < share:
@@ -291,11 +307,13 @@ def train_batch(
         t, eps = pairs._cached_recipe(block, epoch)
         x_0 = pairs._view(block, "x_0", np.uint8, pairs.size(block), *pairs.shape)[taken]
         if flip:
-            mirrored = stream(seed, Purpose.FLIP, high=epoch, low=block).random(BLOCK)[taken] < 0.5
+            mirrored = _random(seed, Purpose.FLIP, epoch, block)[taken] < 0.5
             x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
         np.divide(x_0, np.float32(127.5), out=batch.x_0[into])
         batch.t[into], batch.eps[into] = t[taken], eps[taken]
-        batch.y[into] = pairs._view(block, "y", np.int64, pairs.size(block))[taken]
+        dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
+        batch.y[into] = np.where(dropped, -1, pairs._view(block, "y", np.int64, pairs.size(block))[taken])
+        batch.u[into] = _random(seed, Purpose.UNIFORM_TIMESTEPS, epoch, block)[taken]
         done += count
     np.subtract(batch.x_0, np.float32(1), out=batch.x_0)
     return batch

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.noise import BLOCK
+from diffusion.data.noise import BLOCK, Purpose, stream
 from diffusion.data.pairs import Pairs
-from diffusion.process.build import Process
+from diffusion.model import Model
+from diffusion.process.parameterization import split
 
 
 class Prediction(NamedTuple):
@@ -18,35 +19,61 @@ class Prediction(NamedTuple):
 
     images: NDArray[np.int64]  # (n,): index of each pair's image in its split
     t: NDArray[np.int64]  # (n,)
+    y: NDArray[np.int64]  # (n,): classes, -1 for none
     x_t: NDArray[np.float32]  # (n, C, H, W)
     eps: NDArray[np.float32]  # (n, C, H, W)
     eps_hat: NDArray[np.float32]  # (n, C, H, W)
 
 
 @torch.inference_mode()
-def predictions(net: torch.nn.Module, process: Process, pairs: Pairs, device: torch.device) -> Iterator[Prediction]:
+def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Prediction]:
     """Run the network over all stored draws of a held-out split, block by block."""
     for draw in range(pairs.manifest.heldout_draws):
         for block in range(pairs.blocks):
             t, x_t, eps = pairs.heldout(block, draw)
+            y = pairs.labels(block)
             on_device = torch.from_numpy(x_t).to(device, memory_format=torch.channels_last)
-            steps = torch.from_numpy(t).to(device)
-            eps_hat = process.parameterization.to_eps(net(on_device, steps), on_device, steps)
-            yield Prediction(block * BLOCK + np.arange(len(t)), t, x_t, eps, eps_hat.cpu().numpy())
+            steps, classes = torch.from_numpy(t).to(device), torch.from_numpy(y).to(device)
+            out, _ = split(model.net_for(classes)(on_device, steps), len(x_t[0]))
+            eps_hat = model.process.parameterization.to_eps(out, on_device, steps)
+            yield Prediction(block * BLOCK + np.arange(len(t)), t, y, x_t, eps, eps_hat.cpu().numpy())
 
 
 def quick_mse(
-    net: torch.nn.Module,
-    process: Process,
-    pairs: Pairs,
-    device: torch.device,
-    check_stop: Callable[[], None],
-    blocks: int = 16,
+    model: Model, pairs: Pairs, device: torch.device, check_stop: Callable[[], None], blocks: int = 16
 ) -> float:
     """Noise MSE over the first `blocks` blocks of a split's pairs (1,024 pairs): always the same ones."""
     total, count = 0.0, 0
-    for prediction in islice(predictions(net, process, pairs, device), blocks):
+    for prediction in islice(predictions(model, pairs, device), blocks):
         check_stop()
         total += float(np.square(prediction.eps_hat - prediction.eps, dtype=np.float64).sum())
         count += prediction.eps.size
     return total / count
+
+
+@torch.inference_mode()
+def eps_hat_square(
+    model: Model, pairs: Pairs, device: torch.device, seed: int, check_stop: Callable[[], None]
+) -> tuple[float, ...]:
+    """E |eps_hat(x_t, t)|^2 / d at each timestep, (T,), over held-out images: for the `Analytic` variance.
+
+    Some 16 images for each timestep, four timesteps for each block of them. Since E eps^2 = 1, the mean of
+    1 + eps_hat^2 - eps^2 is the same and varies far less.
+    """
+    schedule = model.process.schedule
+    total, count = np.zeros(schedule.num_timesteps), np.zeros(schedule.num_timesteps)
+    for group, first in enumerate(range(0, schedule.num_timesteps, 4)):
+        check_stop()
+        block = group % pairs.blocks
+        # A short block is gone round until there are BLOCK images.
+        chosen = np.arange(BLOCK) % pairs.size(block)
+        t = np.minimum(first + np.arange(BLOCK) // 16, schedule.num_timesteps - 1)
+        z = stream(seed, Purpose.EPS_HAT_SQUARE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)
+        x_0 = torch.from_numpy(pairs.x_0(block)[chosen] / np.float32(127.5) - 1).to(device)
+        steps, eps = torch.from_numpy(t).to(device), torch.from_numpy(z).to(device)
+        denoiser = model.process.denoiser(model.net_for(torch.from_numpy(pairs.labels(block)[chosen]).to(device)))
+        x_t = schedule.diffuse(x_0, steps, eps).to(memory_format=torch.channels_last)
+        eps_hat = denoiser(x_t, steps).eps_hat
+        np.add.at(total, t, (1 + eps_hat.square() - eps.square()).mean(dim=(1, 2, 3)).double().cpu().numpy())
+        np.add.at(count, t, 1)
+    return tuple((total / count).tolist())

@@ -42,7 +42,7 @@ def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, 
     alpha_bar_of = schedule.alpha_bar.numpy()
     by_image, by_t = np.zeros((images, BANDS, 6)), np.zeros((POINTS, 6))
     pairs = np.zeros(BANDS, dtype=np.int64)
-    for image, t, x_t, eps, eps_hat in predictions:
+    for image, t, _, x_t, eps, eps_hat in predictions:
         error = eps_hat.astype(np.float64) - eps
         wiener_error = wiener(x_t, alpha_bar_of[t].reshape(-1, 1, 1, 1)) - eps
         values = (np.ones_like(error), error**2, np.abs(error), wiener_error**2, eps, np.square(eps, dtype=np.float64))

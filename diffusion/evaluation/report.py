@@ -33,7 +33,7 @@ Intervals: 95 %, bootstrap over images.</p>
   <tr><td>MSE of predicting no noise</td><td>{{ number(overall.zero_mse) }}</td><td></td></tr>
 </table>
 <h2>By timestep</h2>
-<p><img alt="MSE of the predicted noise over t" src="{{ picture(by_t) }}"></p>
+<p><img alt="MSE of the predicted noise over t" src="{{ picture(pictures.mse_by_t) }}"></p>
 <table>
   <tr><th>t</th><th>pairs</th>{% for label in names.values() %}<th>{{ label }}</th>{% endfor %}
     <th>Wiener MSE</th></tr>
@@ -44,26 +44,55 @@ Intervals: 95 %, bootstrap over images.</p>
     <td>{{ number(band.wiener_mse) }}</td></tr>
   {% endfor %}
 </table>
+<h2>Likelihood</h2>
+<p>The variational bound on the negative log-likelihood of test images, in bits per dimension: the fewer, the better.
+Of each image its terms are summed over all timesteps (exact), or estimated from one timestep in each of some strata,
+which takes less and so covers more images. Variance of the reverse step: {{ variance }}; the estimated clean image is
+clipped to the range of images. Intervals: 95 %, mean over images ± 1.96 standard errors.</p>
+<table>
+  <tr><th></th><th>images</th><th>bits/dim</th><th>standard error</th><th>95 % interval</th></tr>
+  {% for name, label in bounds.items() %}
+  <tr><td>{{ label }}</td><td>{{ overall[name ~ "_images"] }}</td><td>{{ number(overall[name]) }}</td>
+    <td>{{ number(overall[name ~ "_se"]) }}</td>
+    <td>{{ number(overall[name ~ "_low"]) }} – {{ number(overall[name ~ "_high"]) }}</td></tr>
+  {% endfor %}
+  {% for name, label in parts.items() %}
+  <tr><td>{{ label }}</td><td></td><td>{{ number(overall[name]) }}</td><td></td><td></td></tr>
+  {% endfor %}
+</table>
+<p><img alt="Terms of the bound over t" src="{{ picture(pictures.vlb_by_t) }}"></p>
 <h2>Samples</h2>
-<p><img alt="Samples" src="{{ picture(samples) }}"></p>
+<p><img alt="Samples" src="{{ picture(pictures.samples) }}"></p>
 <p>{{ how }}</p>
+<h2>From noise to pictures</h2>
+<p><img alt="x_t and the estimated clean image while sampling" src="{{ picture(pictures.filmstrip) }}"></p>
+<p>The first of these samples on their way, evenly over the steps: x<sub>t</sub>, and below it the clean image that the
+network sees in it.</p>
 <h2>Training</h2>
-<p><img alt="Training loss and held-out error over the steps" src="{{ picture(training) }}"></p>
+<p><img alt="Training loss and held-out error over the steps" src="{{ picture(pictures.training) }}"></p>
 </html>
 """
 
 
-def page(overall: Row, bands: Sequence[Row], *, by_t: bytes, training: bytes, samples: bytes, how: str) -> str:
-    """The page: overall figures, a row per band of t, and the pictures as PNG; `how` says how the samples were made."""
+def page(overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, how: str, variance: str) -> str:
+    """The page: overall figures, a row per band of t, and the pictures as PNG, by name.
+
+    how: how the samples were made, in words; variance: of the reverse step in the bound.
+    """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
         overall=overall,
         bands=bands,
-        by_t=by_t,
-        training=training,
-        samples=samples,
+        pictures=pictures,
         how=how,
+        variance=variance,
         names={"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"},
+        bounds={"bits_per_dim": "Bound, estimated", "bits_per_dim_exact": "Bound, exact"},
+        parts={
+            "bits_per_dim_prior": "of the exact one, L_T: the noise that sampling begins with",
+            "bits_per_dim_diffusion": "the sum of L_t−1: the steps",
+            "bits_per_dim_decoder": "L_0: the last step, to whole pixel values",
+        },
         number=lambda value: f"{value:.4f}",
         picture=lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
     )

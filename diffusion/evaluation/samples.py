@@ -11,16 +11,17 @@ from PIL import Image
 
 from diffusion import params
 from diffusion.data.noise import Purpose, stream
-from diffusion.process.build import Process, sampler
-from diffusion.process.sampler import Noise, evenly_spaced, trajectory
+from diffusion.model import Model
+from diffusion.process import build
+from diffusion.process.sampler import Noise, trajectory
 
 
-def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.device) -> Noise:
-    """Sampling noise: image i of a seed gets the same, whatever the number of images."""
+def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> Noise:
+    """Sampling noise of images first, first + 1, ...: image i of a seed gets the same in any number of them."""
 
     def draw(place: int) -> torch.Tensor:
         images = [
-            stream(seed, Purpose.SAMPLE, high=image, low=place).standard_normal(shape, dtype=np.float32)
+            stream(seed, Purpose.SAMPLE, high=first + image, low=place).standard_normal(shape, dtype=np.float32)
             for image in range(count)
         ]
         return torch.from_numpy(np.stack(images)).to(device, memory_format=torch.channels_last)
@@ -28,19 +29,27 @@ def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.
     return draw
 
 
+def classes_in_turn(model: Model, count: int, device: torch.device, first: int = 0) -> torch.Tensor | None:
+    """Classes of images first, first + 1, ..., int64 (count,): each in turn; None if the network knows none."""
+    return torch.arange(first, first + count, device=device) % model.num_classes if model.num_classes else None
+
+
 def draw_samples(
-    net: torch.nn.Module,
-    process: Process,
-    shape: tuple[int, int, int],
+    model: Model,
     options: params.Sample,
     seed: int,
     device: torch.device,
     check_stop: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> NDArray[np.uint8]:
-    """Pictures as `options` say, uint8 (count, C, H, W); `check_stop` is called after each step."""
-    steps = evenly_spaced(process.schedule.num_timesteps, options.steps)
-    noise = noise_for(seed, options.count, shape, device)
-    for point in trajectory(sampler(options, process, net), noise, steps):
+    """Pictures as `options` say, uint8 (count, C, H, W), of the classes in turn; `check_stop` is called at each step.
+
+    They are the pictures first, first + 1, ... of the seed.
+    """
+    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    sampler = model.sampler(options, classes_in_turn(model, options.count, device, first))
+    noise = noise_for(seed, options.count, model.shape, device, first)
+    for point in trajectory(sampler, noise, timesteps):
         check_stop()
         x_t = point.x_t
     return to_uint8(x_t.cpu().numpy())

@@ -9,25 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.model import Model
-from diffusion.process.parameterization import Parameterization
+from diffusion.process.parameterization import Parameterization, split
 
 
 class EpsHat(nn.Module):
-    """(x_t float32 (B, C, H, W), t int64 (B,)) to eps_hat (B, C, H, W), whatever the network itself predicts."""
+    """(x_t float32 (B, C, H, W), t int64 (B,)[, y int64 (B,)]) to eps_hat (B, C, H, W), whatever the network predicts.
+
+    `y` is the class of each image, -1 for none; only networks with classes have it.
+    """
 
     def __init__(self, net: nn.Module, parameterization: Parameterization) -> None:
         super().__init__()
         self.net = net
         self.parameterization = parameterization
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.parameterization.to_eps(self.net(x_t, t), x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        out, _ = split(self.net(x_t, t, y), x_t.shape[1])
+        return self.parameterization.to_eps(out, x_t, t)
 
 
 def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     """The graph with a free batch size; the same bytes for the same weights."""
     module = EpsHat(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
-    example = (torch.zeros(2, *model.shape), torch.zeros(2, dtype=torch.int64))
+    example = {"x_t": torch.zeros(2, *model.shape), "t": torch.zeros(2, dtype=torch.int64)}
+    if model.num_classes:
+        example["y"] = torch.zeros(2, dtype=torch.int64)
     batch = torch.export.Dim("B")
     # The exporter reports its progress and its passes in logs and warnings that no reader of ours can act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -36,10 +42,10 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            example,
-            input_names=["x_t", "t"],
+            tuple(example.values()),
+            input_names=list(example),
             output_names=["eps_hat"],
-            dynamic_shapes={"x_t": {0: batch}, "t": {0: batch}},
+            dynamic_shapes={name: {0: batch} for name in example},
             opset_version=opset,
             dynamo=True,
             optimize=True,

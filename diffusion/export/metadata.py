@@ -16,6 +16,7 @@ def describe(graph: onnx.ModelProto, model: Model, weights_sha256: str) -> None:
         "ddpm.channels": channels,
         "ddpm.height": height,
         "ddpm.width": width,
+        "ddpm.classes": json.dumps(model.config.classes if model.num_classes else []),
         "ddpm.output": "eps_hat",
         "ddpm.schedule": model.config.process.schedule,
         "ddpm.num_timesteps": schedule.num_timesteps,

@@ -38,13 +38,14 @@ def compare(content: bytes, model: Model, pairs: Pairs, device: torch.device) ->
     torch computes on the CPU, where `model` is, ONNX Runtime on `device`.
     """
     onnx_session = session(content, device)
+    inputs = [value.name for value in onnx_session.get_inputs()]  # x_t, t and, with classes, y
     largest, total, values, count = 0.0, 0.0, 0, 0
-    for prediction in islice(predictions(model.net, model.process, pairs, torch.device("cpu")), BLOCKS):
+    for prediction in islice(predictions(model, pairs, torch.device("cpu")), BLOCKS):
         count += len(prediction.t)
         for size in BATCH_SIZES:
             outputs = [
                 onnx_session.run(
-                    ["eps_hat"], {"x_t": prediction.x_t[start : start + size], "t": prediction.t[start : start + size]}
+                    ["eps_hat"], {name: getattr(prediction, name)[start : start + size] for name in inputs}
                 )[0]
                 for start in range(0, len(prediction.t), size)
             ]

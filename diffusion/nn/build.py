@@ -9,13 +9,26 @@ from torch import nn
 from diffusion import params
 from diffusion.errors import UserError
 from diffusion.nn.unet import UNet
+from diffusion.nn.uvit import UViT
 
-NETWORKS: dict[str, Callable[[tuple[int, int, int], params.Network], nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, params.Network], nn.Module]] = {
+    "unet": UNet,
+    "uvit": UViT,
+}
 
 
-def network(shape: tuple[int, int, int], options: params.Network) -> nn.Module:
-    """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest."""
-    net = NETWORKS[options.kind](shape, options)
+def network(
+    shape: tuple[int, int, int], options: params.Network, num_classes: int, learned_variance: bool
+) -> nn.Module:
+    """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest.
+
+    It is called as net(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None), where y names one of `num_classes`
+    classes, or is negative or None for none; without `options.classes` it is not looked at. The raw output is
+    (B, C, H, W), or with `learned_variance` (B, 2 C, H, W): the second half is for the fraction by which the
+    variance lies between its bounds (Nichol & Dhariwal 2021, sec. 3.1). A new network gives zero.
+    """
+    channels_out = 2 * shape[0] if learned_variance else shape[0]
+    net = NETWORKS[options.kind](shape, channels_out, num_classes if options.classes else None, options)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs leave it out
 
 

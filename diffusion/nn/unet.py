@@ -5,16 +5,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Block, Downsample, TimeEmbedding, Upsample, group_norm, zero_
+from diffusion.nn.layers import Block, Conditions, Downsample, Upsample, group_norm, zero_
 
 
 class UNet(nn.Module):
-    """(x_t (B, C, H, W), t int64 (B,)) to the raw output (B, C, H, W).
+    """(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
 
-    Images whose sides the levels do not divide are padded inside and cropped back.
+    y is the class, negative or None for none; it counts if `num_classes` is not None. Images whose sides the levels do
+    not divide are padded inside and cropped back.
     """
 
-    def __init__(self, shape: tuple[int, int, int], options: params.Network) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: params.Network
+    ) -> None:
         super().__init__()
         channels, height, width = shape
         patch, base = options.patch_size, options.base_channels
@@ -23,39 +26,34 @@ class UNet(nn.Module):
         self.size = (height, width)
         self.padding = (0, -width % cell, 0, -height % cell)
 
-        def block(channels_in: int, channels_out: int, attention: bool) -> Block:
-            return Block(
-                channels_in, channels_out, 4 * base, options.time_conditioning == "film", options.dropout, attention
-            )
-
-        self.time = TimeEmbedding(base)
+        self.conditions = Conditions(base, 4 * base, num_classes)
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, base, 3, padding=1))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         current, skips = base, [base]
-        for level, channels_out in enumerate(widths):
+        for level, width_out in enumerate(widths):
             for _ in range(options.blocks_per_level):
-                self.down.append(block(current, channels_out, level in options.attention_levels))
-                current = channels_out
+                self.down.append(Block(current, width_out, level in options.attention_levels, options))
+                current = width_out
                 skips.append(current)
             if level < len(widths) - 1:
-                self.down.append(Downsample(current))
+                self.down.append(Downsample(current, options.convention))
                 skips.append(current)
-        self.middle = nn.ModuleList([block(current, current, True), block(current, current, False)])
-        for level, channels_out in reversed(list(enumerate(widths))):
+        self.middle = nn.ModuleList(Block(current, current, attention, options) for attention in (True, False))
+        for level, width_out in reversed(list(enumerate(widths))):
             for _ in range(options.blocks_per_level + 1):
-                self.up.append(block(current + skips.pop(), channels_out, level in options.attention_levels))
-                current = channels_out
+                self.up.append(Block(current + skips.pop(), width_out, level in options.attention_levels, options))
+                current = width_out
             if level > 0:
                 self.up.append(Upsample(current))
         self.head = nn.Sequential(
-            group_norm(current),
+            group_norm(current, options.convention),
             nn.SiLU(),
-            zero_(nn.Conv2d(current, channels * patch**2, 3, padding=1)),
+            zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1)),
             nn.PixelShuffle(patch),
         )
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        emb = self.time(t)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = F.silu(self.conditions(t, y).sum(dim=1))
         x = self.stem(F.pad(x_t, self.padding) if any(self.padding) else x_t)
         skips = [x]
         for module in self.down:

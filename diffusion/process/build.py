@@ -3,52 +3,105 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from diffusion import params
-from diffusion.process import schedule
-from diffusion.process.loss import Loss
-from diffusion.process.parameterization import Eps, Parameterization
-from diffusion.process.sampler import Ancestral, Ddim, Denoiser, Sampler
+from diffusion.errors import UserError
+from diffusion.process import loss, schedule, spacing, timesteps, weighting
+from diffusion.process.denoiser import Denoiser, Net, Threshold, clip, dynamic_threshold, unbounded
+from diffusion.process.loss import Kind, Loss
+from diffusion.process.parameterization import X0, Eps, Mu, Parameterization, V
+from diffusion.process.sampler import Ancestral, Ddim, DpmSolver, Heun, Sampler
 from diffusion.process.schedule import Schedule
-from diffusion.process.variance import FixedLarge, FixedSmall, Variance
-from diffusion.process.weighting import Simple, Weighting
+from diffusion.process.spacing import Spacing
+from diffusion.process.timesteps import Timesteps
+from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned, Variance
+from diffusion.process.weighting import Weighting
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": schedule.linear, "cosine": schedule.cosine}
-PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps}
-VARIANCES: dict[str, Callable[[Schedule], Variance]] = {"fixed-small": FixedSmall, "fixed-large": FixedLarge}
-WEIGHTINGS: dict[str, Callable[[], Weighting]] = {"simple": Simple}
-SAMPLERS: dict[str, Callable[[Denoiser, Variance, params.Sample], Sampler]] = {
-    "ddpm": lambda denoiser, variance, _: Ancestral(denoiser, variance),
-    "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
+SCHEDULES: dict[str, Callable[[params.Process], Tensor]] = {
+    "linear": lambda options: schedule.linear(options.num_timesteps),
+    "scaled-linear": lambda options: schedule.scaled_linear(options.num_timesteps),
+    "cosine": lambda options: schedule.cosine(options.num_timesteps),
+    "sigmoid": lambda options: schedule.sigmoid(options.num_timesteps),
+    "given": lambda options: torch.tensor(options.beta, dtype=torch.float64),
 }
+PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps, "x_0": X0, "v": V, "mu": Mu}
+WEIGHTINGS: dict[str, Callable[[params.Process], Weighting]] = {
+    "simple": lambda _: weighting.Simple(),
+    "vlb": lambda _: weighting.Vlb(),
+    "snr": lambda _: weighting.Simple(),
+    "snr-plus-one": lambda _: weighting.SnrPlusOne(),
+    "truncated-snr": lambda _: weighting.TruncatedSnr(),
+    "min-snr": lambda options: weighting.MinSnr(options.min_snr_gamma),
+    "p2": lambda _: weighting.P2(),
+}
+LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": loss.huber}
+TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
+    "stratified": lambda _: timesteps.Stratified(),
+    "uniform": lambda made: timesteps.Uniform(made.num_timesteps),
+    "loss-second-moment": lambda made: timesteps.LossSecondMoment(made.num_timesteps),
+    "log-snr-normal": timesteps.LogSnrNormal,
+}
+VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
+    "fixed-small": lambda made, _: FixedSmall(made),
+    "fixed-large": lambda made, _: FixedLarge(made),
+    "learned": lambda made, _: Learned(made),
+    "analytic": lambda made, eps_hat_square: _analytic(made, eps_hat_square),
+}
+SAMPLERS: dict[str, Callable[[Denoiser, Callable[[str], Variance], params.Sample], Sampler]] = {
+    "ddpm": lambda denoiser, variance_of, options: Ancestral(denoiser, variance_of(options.variance)),
+    "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
+    "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
+    "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
+    "heun": lambda denoiser, _, __: Heun(denoiser),
+}
+SPACINGS: dict[str, Spacing] = {
+    "linspace": spacing.linspace,
+    "quadratic": spacing.quadratic,
+    "log-snr": spacing.log_snr,
+}
+THRESHOLDS: dict[str, Threshold] = {"clip": clip, "dynamic": dynamic_threshold, "none": unbounded}
 
 
 @dataclass(frozen=True)
 class Process:
-    """A diffusion process, whole."""
+    """A diffusion process, as it is trained."""
 
     schedule: Schedule
     parameterization: Parameterization
-    variance: Variance
     loss: Loss
 
-    def denoiser(self, net: nn.Module) -> Denoiser:
-        return Denoiser(net, self.schedule, self.parameterization)
+    def denoiser(self, net: Net, threshold: Threshold = clip) -> Denoiser:
+        return Denoiser(net, self.schedule, self.parameterization, threshold)
 
 
 def process(options: params.Process) -> Process:
     """The process that `options` describes."""
-    made = Schedule(SCHEDULES[options.schedule](options.num_timesteps))
+    beta = SCHEDULES[options.schedule](options)
+    made = Schedule(schedule.zero_terminal(beta) if options.zero_terminal_snr else beta)
     parameterization = PARAMETERIZATIONS[options.parameterization](made)
-    return Process(
-        schedule=made,
-        parameterization=parameterization,
-        variance=VARIANCES[options.variance](made),
-        loss=Loss(made, parameterization, WEIGHTINGS[options.weighting]()),
-    )
+    weight = WEIGHTINGS[options.weighting](options)
+    return Process(made, parameterization, Loss(made, parameterization, weight, LOSSES[options.loss]))
 
 
-def sampler(options: params.Sample, process: Process, net: nn.Module) -> Sampler:
-    """The sampler that `options` describes, over a network."""
-    return SAMPLERS[options.sampler](process.denoiser(net), process.variance, options)
+def variance(name: str, process: Process, eps_hat_square: Tensor | None) -> Variance:
+    """The reverse variance of a name; `eps_hat_square` (T,) is what the model has for the analytic one."""
+    return VARIANCES[name](process.schedule, eps_hat_square)
+
+
+def sampler(options: params.Sample, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
+    """The sampler that `options` describes, over a network (one with classes as `Guided`)."""
+    denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
+    return SAMPLERS[options.sampler](denoiser, variance_of, options)
+
+
+def sampling_timesteps(options: params.Sample, schedule: Schedule) -> list[int]:
+    """The timesteps that sampling visits, descending."""
+    return SPACINGS[options.spacing](schedule, options.steps)
+
+
+def _analytic(schedule: Schedule, eps_hat_square: Tensor | None) -> Analytic:
+    if eps_hat_square is None:
+        raise UserError("sample.variance: the model holds no estimate for analytic; choose another, or train it here")
+    return Analytic(schedule, eps_hat_square)

@@ -1,40 +1,93 @@
-"""What the network predicts, and how x_0 and eps follow from it."""
+"""What the network predicts, and how x_0, eps and the reverse mean follow from it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from diffusion.process.schedule import Schedule
 
 
-class Parameterization(Protocol):
-    """All tensors are (B, C, H, W), `t` is int64 (B,)."""
+@dataclass(frozen=True)
+class Parameterization(ABC):
+    """The network's output says what x_0 is: x_0 = a x_t + b out, with a and b that depend on t alone.
+
+    All else follows from x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. Images are (B, C, H, W), `t` is int64
+    (B,); coefficients are float64 (B, 1, 1, 1).
+    """
+
+    schedule: Schedule
+
+    @abstractmethod
+    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of x_0 = a x_t + b out."""
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network's output should be."""
+        """What the network's output should be: (x_0 - a x_t) / b."""
+        alpha_bar = self.schedule(t)
+        a, b = self.of_x_t_and_out(t)
+        of_x_0, of_eps = (1 - a * alpha_bar.sqrt()) / b, -a * (1 - alpha_bar).sqrt() / b
+        return of_x_0.to(x_0.dtype) * x_0 + of_eps.to(x_0.dtype) * eps
 
     def to_x_0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimated clean image, from the network's output."""
+        a, b = self.of_x_t_and_out(t)
+        return a.to(out.dtype) * x_t + b.to(out.dtype) * out
 
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The estimated noise, from the network's output."""
+        """The estimated noise, from the network's output: (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
+        alpha_bar = self.schedule(t)
+        a, b = self.of_x_t_and_out(t)
+        root, scale = alpha_bar.sqrt(), (1 - alpha_bar).rsqrt()
+        return ((1 - root * a) * scale).to(out.dtype) * x_t - (root * b * scale).to(out.dtype) * out
+
+    def to_mu(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean of the reverse step to t - 1, from the network's output; Ho et al. 2020, eq. 7 and 11."""
+        return self.schedule.posterior_mean(self.to_x_0(out, x_t, t), x_t, t, t - 1)
 
 
-@dataclass(frozen=True)
-class Eps:
-    """The network predicts the noise; Ho et al. 2020, eq. 14."""
+class Eps(Parameterization):
+    """The network predicts the noise; Ho et al. 2020, eq. 14. Says nothing where alpha_bar = 0."""
 
-    schedule: Schedule
+    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.schedule(t)
+        return alpha_bar.rsqrt(), -(1 / alpha_bar - 1).sqrt()
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
         return eps
 
-    def to_x_0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t); eq. 4 solved for x_0."""
-        alpha_bar = self.schedule(t)
-        noise_to_signal = (1 / alpha_bar - 1).sqrt()
-        return alpha_bar.rsqrt().to(out.dtype) * x_t - noise_to_signal.to(out.dtype) * out
-
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
         return out
+
+
+class X0(Parameterization):
+    """The network predicts the clean image; Ho et al. 2020, section 3.2."""
+
+    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        one = self.schedule(t) ** 0
+        return 0 * one, one
+
+
+class V(Parameterization):
+    """The network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0; Salimans & Ho 2022, appendix D."""
+
+    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.schedule(t)
+        return alpha_bar.sqrt(), -(1 - alpha_bar).sqrt()
+
+
+class Mu(Parameterization):
+    """The network predicts the mean of the reverse step itself, posterior_mean(x_0, x_t); Ho et al. 2020, eq. 8.
+
+    The original choice, which "tends to be unstable" (section 3.4): the mean is nearly x_t, and what it tells of x_0 is
+    a small difference, multiplied up to 1 / a. For study.
+    """
+
+    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        of_x_0, of_x_t = self.schedule.posterior_coefficients(t, t - 1)
+        return -of_x_t / of_x_0, 1 / of_x_0
+
+
+def split(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A network's whole output as the part that is parameterized, (B, C, H, W), and the variance fraction, if any."""
+    return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None

@@ -2,38 +2,48 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.process.parameterization import Parameterization
-from diffusion.process.schedule import Schedule
+from diffusion.process.denoiser import Denoiser
 from diffusion.process.variance import Variance
 
 Noise = Callable[[int], Tensor]
 """Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """A network with its parameterization: (x_t, t) to the estimates of x_0 and eps, all (B, C, H, W)."""
+Draw = Callable[[], Tensor]
+"""One step's noise; a deterministic step does not ask for it."""
 
-    net: nn.Module
-    schedule: Schedule
-    parameterization: Parameterization
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0_hat clipped to [-1, 1], and the eps_hat that belongs to the clipped x_0_hat; `t` int64 (B,)."""
-        x_0_hat = self.parameterization.to_x_0(self.net(x_t, t), x_t, t).clamp(-1, 1)
-        alpha_bar = self.schedule(t)
-        eps_hat = (x_t - alpha_bar.sqrt().to(x_t.dtype) * x_0_hat) * (1 - alpha_bar).rsqrt().to(x_t.dtype)
-        return x_0_hat, eps_hat
+class Point(NamedTuple):
+    """One point of a sampling trajectory."""
+
+    t: int
+    """The timestep of x_t: -1 at the end, where x_t is the picture."""
+    x_t: Tensor
+    x_0_hat: Tensor
+
+
+class Before(NamedTuple):
+    """What the step before found, for samplers of several steps' memory."""
+
+    t: Tensor
+    """Where it began, int64 (B,)."""
+    x_0_hat: Tensor
+    """(B, C, H, W)"""
 
 
 class Sampler(Protocol):
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x_s and x_0_hat, (B, C, H, W), from x_t; `t`, `s` int64 (B,), -1 <= s < t; `z` standard normal noise."""
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+        """x_s and x_0_hat, (B, C, H, W), from x_t; `t`, `s` int64 (B,), -1 <= s < t.
+
+        z: gives this step's standard normal noise (B, C, H, W).
+        before: the step that led to x_t, if there was one.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,12 @@ class Ancestral:
     denoiser: Denoiser
     variance: Variance
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        x_0_hat, _ = self.denoiser(x_t, t)
-        alpha_bar_t, alpha_bar_s = self.denoiser.schedule(t), self.denoiser.schedule(s)
-        alpha = alpha_bar_t / alpha_bar_s
-        of_x_0 = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
-        of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
-        posterior_mean = of_x_0.to(x_t.dtype) * x_0_hat + of_x_t.to(x_t.dtype) * x_t
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        x_0_hat, _, fraction = self.denoiser(x_t, t)
+        mean = self.denoiser.schedule.posterior_mean(x_0_hat, x_t, t, s)
         # No noise in the last step: there the mean is x_0_hat itself.
-        scale = torch.where((s >= 0).view(-1, 1, 1, 1), self.variance(t, s), 0).sqrt()
-        return posterior_mean + scale.to(x_t.dtype) * z, x_0_hat
+        scale = torch.where((s >= 0).view(-1, 1, 1, 1), self.variance(t, s, fraction), 0).sqrt()
+        return mean + scale.to(x_t.dtype) * z(), x_0_hat
 
 
 @dataclass(frozen=True)
@@ -65,42 +71,95 @@ class Ddim:
     denoiser: Denoiser
     eta: float
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        x_0_hat, eps_hat = self.denoiser(x_t, t)
-        alpha_bar_t, alpha_bar_s = self.denoiser.schedule(t), self.denoiser.schedule(s)
-        variance = self.eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-        # 1 - alpha_bar_s - variance is zero for s = -1, and rounding must not take it below.
-        direction = (1 - alpha_bar_s - variance).clamp(min=0).sqrt()
-        x_s = alpha_bar_s.sqrt().to(x_t.dtype) * x_0_hat + direction.to(x_t.dtype) * eps_hat
-        return x_s + variance.sqrt().to(x_t.dtype) * z, x_0_hat
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        schedule = self.denoiser.schedule
+        x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
+        alpha_bar, variance = schedule(s), self.eta**2 * schedule.posterior_variance(t, s)
+        # 1 - alpha_bar - variance is zero for s = -1, and rounding must not take it below.
+        direction = (1 - alpha_bar - variance).clamp(min=0).sqrt()
+        x_s = alpha_bar.sqrt().to(x_t.dtype) * x_0_hat + direction.to(x_t.dtype) * eps_hat
+        return x_s + variance.sqrt().to(x_t.dtype) * z() if self.eta else x_s, x_0_hat
 
 
-class Point(NamedTuple):
-    """One point of a sampling trajectory."""
+@dataclass(frozen=True)
+class DpmSolver:
+    """DPM-Solver++(2M), or with `stochastic` SDE-DPM-Solver++(2M); Lu et al. 2022b, algorithm 2 and eq. 18.
 
-    t: int
-    """The timestep of x_t: -1 at the end, where x_t is the picture."""
-    x_t: Tensor
-    x_0_hat: Tensor
+    With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D the x_0_hat extrapolated from the step before,
+
+        x_s = sigma_s / sigma_t x_t + sqrt(alpha_bar_s) (1 - e^-h) D,   sigma^2 = 1 - alpha_bar.
+
+    Where h is not finite (to the clean image, or from pure noise) D is x_0_hat itself: a first-order step.
+    """
+
+    denoiser: Denoiser
+    stochastic: bool
+
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+        schedule = self.denoiser.schedule
+        x_0_hat, _, _ = self.denoiser(x_t, t)
+        alpha_bar_t, alpha_bar_s = schedule(t), schedule(s)
+        snr_t, snr_s = schedule.snr(t), schedule.snr(s)
+        decay = (snr_t / snr_s).sqrt()  # e^-h
+        direction = x_0_hat
+        if before is not None:
+            # h over the last step's: r^-1 in the paper.
+            ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(before.t)).log()
+            ratio = torch.where(ratio.isfinite(), ratio, 0).to(x_t.dtype)
+            direction = x_0_hat + ratio / 2 * (x_0_hat - before.x_0_hat)
+        of_x_t = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt()
+        if self.stochastic:
+            of_x_t, gain = of_x_t * decay, 1 - decay**2
+            noise = ((1 - alpha_bar_s) * gain).sqrt().to(x_t.dtype) * z()
+        else:
+            gain, noise = 1 - decay, torch.zeros_like(x_t)
+        return of_x_t.to(x_t.dtype) * x_t + (alpha_bar_s.sqrt() * gain).to(x_t.dtype) * direction + noise, x_0_hat
 
 
-def evenly_spaced(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` timesteps from T - 1 down to 0, evenly spaced (T - 1 alone for a single step)."""
-    return [round(t) for t in torch.linspace(num_timesteps - 1, 0, steps, dtype=torch.float64).tolist()]
+@dataclass(frozen=True)
+class Heun:
+    """Heun's second-order method; Karras et al. 2022 (EDM), algorithm 1, in terms of x_t.
+
+    An Euler step of dx/dsigma = eps_hat, for x = x_t / sqrt(alpha_bar) and sigma = SNR^(-1/2), is DDIM's; the noise is
+    then looked at again where it leads, and the mean of both is taken. Steps to the clean image, and those from beyond
+    EDM's largest sigma of 80, where x_t is noise and steps in sigma are huge, are Euler's.
+    """
+
+    denoiser: Denoiser
+    MAX_SIGMA = 80.0
+
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        schedule = self.denoiser.schedule
+        x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
+        alpha_bar = schedule(s)
+        x_s = alpha_bar.sqrt().to(x_t.dtype) * x_0_hat + (1 - alpha_bar).sqrt().to(x_t.dtype) * eps_hat
+        sigma_t, sigma_s = schedule.snr(t).rsqrt(), schedule.snr(s).rsqrt()
+        second = (s >= 0).view(-1, 1, 1, 1) & (sigma_t <= self.MAX_SIGMA)
+        if second.any():
+            _, eps_hat_s, _ = self.denoiser(x_s, s.clamp(min=0))
+            half_step = torch.where(second, alpha_bar.sqrt() * (sigma_s - sigma_t) / 2, 0).to(x_t.dtype)
+            x_s = x_s + half_step * (eps_hat_s - eps_hat)
+        return x_s, x_0_hat
 
 
 @torch.inference_mode()
-def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int]) -> Iterator[Point]:
-    """Sample along descending `timesteps`, giving every point on the way; the last one's x_t is the result."""
-    x_t = noise(0)
+def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor | None = None) -> Iterator[Point]:
+    """Sample along descending `timesteps`, giving every point on the way; the last one's x_t is the result.
+
+    It begins with `x_t` at timesteps[0], or with noise.
+    """
+    x_t = noise(0) if x_t is None else x_t
+    before = None
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
-        batch = torch.empty(len(x_t), dtype=torch.int64, device=x_t.device)
-        x_t, x_0_hat = sampler.step(x_t, batch.fill_(t), torch.full_like(batch, s), noise(index))
+        at, to = (torch.full((len(x_t),), step, device=x_t.device) for step in (t, s))
+        x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), before)
+        before = Before(at, x_0_hat)
         yield Point(s, x_t, x_0_hat)
 
 
-def sample(sampler: Sampler, noise: Noise, timesteps: list[int]) -> Tensor:
+def sample(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor | None = None) -> Tensor:
     """The pictures at the end of the trajectory, float (B, C, H, W) in about [-1, 1]."""
-    for point in trajectory(sampler, noise, timesteps):
+    for point in trajectory(sampler, noise, timesteps, x_t):
         x_t = point.x_t
+    assert x_t is not None
     return x_t

@@ -12,7 +12,8 @@ from torch import Tensor
 class Schedule:
     """The forward process, from its beta_t = 1 - alpha_t: all coefficients float64, (T,), indexed by t from 0.
 
-    Called with timesteps, it gives alpha_bar there; t = -1 is the clean image, alpha_bar = 1.
+    Called with timesteps, it gives alpha_bar there; t = -1 is the clean image, alpha_bar = 1. All that its methods give
+    for `t` (and an earlier `s`, -1 <= s < t), int64 (B,), is float64 (B, 1, 1, 1), to be combined and only then cast.
     """
 
     def __init__(self, beta: Tensor) -> None:
@@ -26,15 +27,46 @@ class Schedule:
         return len(self.beta)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """alpha_bar at `t`, int64 (B,) with -1 <= t < T: float64 (B, 1, 1, 1), to be combined and only then cast."""
+        """alpha_bar at `t`."""
         if self._table.device != t.device:
             self._table = self._table.to(t.device)
         return self._table[t].view(-1, 1, 1, 1)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar): infinite at t = -1."""
+        alpha_bar = self(t)
+        return alpha_bar / (1 - alpha_bar)
 
     def diffuse(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, (B, C, H, W); Ho et al. 2020, eq. 4."""
         alpha_bar = self(t)
         return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
+
+    def posterior_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of the mean a x_0 + b x_t of q(x_s | x_t, x_0); Ho et al. 2020, eq. 7, here for any s < t.
+
+        With alpha = alpha_bar_t / alpha_bar_s (alpha_t where s = t - 1),
+
+            a = sqrt(alpha_bar_s) (1 - alpha) / (1 - alpha_bar_t)
+            b = sqrt(alpha) (1 - alpha_bar_s) / (1 - alpha_bar_t).
+
+        Some texts print alpha where eq. 7 has alpha_bar, in a or in the denominators: that is another, wrong mean.
+        """
+        alpha_bar_t, alpha_bar_s = self(t), self(s)
+        alpha = alpha_bar_t / alpha_bar_s
+        of_x_0 = alpha_bar_s.sqrt() * (1 - alpha) / (1 - alpha_bar_t)
+        of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        return of_x_0, of_x_t
+
+    def posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The mean of q(x_s | x_t, x_0), (B, C, H, W)."""
+        of_x_0, of_x_t = self.posterior_coefficients(t, s)
+        return of_x_0.to(x_t.dtype) * x_0 + of_x_t.to(x_t.dtype) * x_t
+
+    def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
+        """The variance of q(x_s | x_t, x_0): (1 - alpha_bar_s) / (1 - alpha_bar_t) beta_t; Ho et al. 2020, eq. 7."""
+        alpha_bar_t, alpha_bar_s = self(t), self(s)
+        return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
 
 
 def linear(num_timesteps: int) -> Tensor:
@@ -46,6 +78,16 @@ def linear(num_timesteps: int) -> Tensor:
     return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
 
 
+def scaled_linear(num_timesteps: int) -> Tensor:
+    """sqrt(beta) evenly from sqrt(0.00085) to sqrt(0.012), float64 (T,); Rombach et al. 2022 (Stable Diffusion).
+
+    Scaled by 1000 / T as `linear` is. Of the image's variance 0.5 % is left at the last timestep, unless the schedule
+    is rescaled by `zero_terminal`.
+    """
+    scale = 1000 / num_timesteps
+    return torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), num_timesteps, dtype=torch.float64) ** 2 * scale
+
+
 def cosine(num_timesteps: int) -> Tensor:
     """beta for alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), float64 (T,).
 
@@ -53,5 +95,30 @@ def cosine(num_timesteps: int) -> Tensor:
     """
     s = 0.008
     time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
+    return _beta_of(torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2)
+
+
+def sigmoid(num_timesteps: int) -> Tensor:
+    """beta for alpha_bar = (f(t) - f(T)) / (f(0) - f(T)), f(t) = sigmoid(3 - 6 t/T), float64 (T,).
+
+    Jabri et al. 2022 (RIN), algorithm 4 of its appendix, with start = -3, end = 3 and temperature 1; beta is clipped at
+    0.999 as for `cosine`.
+    """
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.sigmoid(3 - 6 * time)
+    return _beta_of(f - f[-1])
+
+
+def _beta_of(f: Tensor) -> Tensor:
+    """beta, (T,), of an alpha_bar proportional to `f`, (T + 1,), which begins with the clean image."""
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def zero_terminal(beta: Tensor) -> Tensor:
+    """`beta`, (T,), changed so that nothing of the image is left at the last timestep; Lin et al. 2024, algorithm 1.
+
+    sqrt(alpha_bar) is shifted to end at zero and scaled to begin where it did; the last beta becomes 1.
+    """
+    root = torch.cumprod(1 - beta, dim=0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])

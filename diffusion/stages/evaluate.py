@@ -1,11 +1,12 @@
-"""evaluate: the model's noise prediction on the test pairs, and samples."""
+"""evaluate: the model's noise prediction on the test pairs, its likelihood of the test images, and samples."""
 
 import hashlib
 from collections.abc import Iterator
 
 from diffusion import tracking
 from diffusion.data.pairs import Pairs
-from diffusion.evaluation import noise_prediction, plots, report, wiener
+from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
+from diffusion.evaluation.filmstrip import moments
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, read_csv, sha256, write_atomic, write_csv, write_json
@@ -15,43 +16,67 @@ from diffusion.params import Params, Sample
 from diffusion.paths import Paths
 from diffusion.progress import Progress, say
 
+SAMPLERS = {
+    "ddpm": "Ancestral sampling with variance {variance}",
+    "ddim": "DDIM with eta = {eta:g}",
+    "dpm-solver++": "DPM-Solver++(2M)",
+    "dpm-solver++-sde": "SDE-DPM-Solver++(2M)",
+    "heun": "Heun's method",
+}
+SPACINGS = {"linspace": "evenly spaced", "quadratic": "quadratically spaced", "log-snr": "evenly spaced in log SNR"}
+THRESHOLDS = {
+    "clip": "estimated clean images clipped",
+    "dynamic": "estimated clean images dynamically thresholded",
+    "none": "estimated clean images as they are",
+}
+
 
 def run(params: Params, paths: Paths) -> None:
-    """Score the model on all test pairs, beside the baselines, and draw samples from it."""
+    """Score the model on all test pairs, beside the baselines, bound its likelihood, and draw samples from it."""
     device = networks.device(params.device)
     model = load_model(paths.model, device)
     pairs = Pairs(paths.pairs, "test")
-    pairs.check_process(model.config.process.schedule, model.config.process.num_timesteps, model.shape)
+    pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     T = model.process.schedule.num_timesteps
+    variance = model.variance(params.sample.variance)
+    sums_of = [  # images, and strata of timesteps
+        (min(params.evaluate.likelihood_images, pairs.images), likelihood.strata(T)),
+        (min(params.evaluate.exact_likelihood_images, pairs.images), likelihood.every_timestep(T)),
+    ]
+    terms = sum(images * (len(edges) - 1) for images, edges in sums_of)
 
-    with Progress("evaluate", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
+    with Progress("evaluate", pairs.images * pairs.manifest.heldout_draws + terms, "pairs") as progress:
 
         def counted() -> Iterator[Prediction]:
-            for prediction in predictions(model.net, model.process, pairs, device):
+            for prediction in predictions(model, pairs, device):
                 yield prediction
                 progress.advance(len(prediction.t))
 
         baseline = wiener.fit(Pairs(paths.pairs, "train"))
         sums = noise_prediction.collect(counted(), pairs.images, model.process.schedule, baseline)
+        estimate, exact = (
+            likelihood.measure(model, variance, pairs, images, edges, params.seed, device, progress.advance)
+            for images, edges in sums_of
+        )
     overall, bands = noise_prediction.summarize(sums, params.seed, params.evaluate.resamples, T)
-    curve = noise_prediction.curve(sums, T)
+    overall |= likelihood.summarize(estimate, exact)
+    mse_by_t, vlb_by_t = noise_prediction.curve(sums, T), likelihood.curve(exact)
 
-    samples = draw_samples(model.net, model.process, model.shape, params.sample, params.seed, device)
-    pictures = {"mse_by_t": plots.mse_by_t(curve), "samples": grid_png(samples)}
-    pictures["training"] = plots.training(
-        read_csv(paths.train_curves / "loss.csv"), read_csv(paths.train_curves / "heldout.csv")
-    )
-    page = report.page(
-        overall,
-        bands,
-        by_t=pictures["mse_by_t"],
-        training=pictures["training"],
-        samples=pictures["samples"],
-        how=describe(params.sample, params.seed),
-    )
+    pictures = {
+        "mse_by_t": plots.mse_by_t(mse_by_t),
+        "vlb_by_t": plots.vlb_by_t(vlb_by_t),
+        "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
+        "filmstrip": plots.filmstrip(moments(model, params.sample, params.seed, device)),
+        "training": plots.training(
+            read_csv(paths.train_curves / "loss.csv"), read_csv(paths.train_curves / "heldout.csv")
+        ),
+    }
+    how = describe(params.sample, params.seed, model.num_classes)
+    page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
     with new_directory(paths.evaluation) as temporary:
         write_csv(temporary / "bands.csv", bands)
-        write_csv(temporary / "mse_by_t.csv", curve)
+        write_csv(temporary / "mse_by_t.csv", mse_by_t)
+        write_csv(temporary / "vlb_by_t.csv", vlb_by_t)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         scored_on = hashlib.sha256(pairs.manifest.splits["test"].model_dump_json().encode()).hexdigest()
@@ -61,12 +86,21 @@ def run(params: Params, paths: Paths) -> None:
     write_json(paths.evaluate_report, overall)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
-        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs"
+        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs; "
+        f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
+        f"on {overall['bits_per_dim_images']} images"
     )
     tracking.record(params, paths)
 
 
-def describe(options: Sample, seed: int) -> str:
+def describe(options: Sample, seed: int, num_classes: int) -> str:
     """How the samples were made, in a sentence."""
-    name = f"DDIM with eta = {options.eta:g}" if options.sampler == "ddim" else "Ancestral sampling"
-    return f"{name}, {options.steps} steps, EMA weights, seed {seed}; none was left out."
+    parts = [
+        SAMPLERS[options.sampler].format(variance=options.variance, eta=options.eta),
+        f"{options.steps} steps {SPACINGS[options.spacing]}",
+        THRESHOLDS[options.threshold],
+        *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),
+        "EMA weights",
+        f"seed {seed}",
+    ]
+    return f"{', '.join(parts)}; none was left out."

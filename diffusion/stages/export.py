@@ -22,7 +22,7 @@ def run(params: Params, paths: Paths) -> None:
     """Export, check and write; a model that does not meet `export.tolerance` leaves no file behind."""
     device = networks.device(params.device)
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
-    pairs.check_process(model.config.process.schedule, model.config.process.num_timesteps, model.shape)
+    pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     graph = to_onnx(model, params.export.opset)
     metadata.describe(graph, model, sha256(paths.model / WEIGHTS))
     onnx.checker.check_model(graph, full_check=True)

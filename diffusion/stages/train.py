@@ -17,17 +17,21 @@ import diffusion
 from diffusion import tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
-from diffusion.evaluation.heldout import quick_mse
+from diffusion.errors import UserError
+from diffusion.evaluation.heldout import eps_hat_square, quick_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json
-from diffusion.model import Config, save_model
+from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
+from diffusion.nn.counting import count
 from diffusion.params import Params, Sample
+from diffusion.params import Process as ProcessOptions
 from diffusion.paths import Paths
 from diffusion.process import build as processes
+from diffusion.process.build import Process
 from diffusion.progress import Progress, say
-from diffusion.training import ema, loop, optim
-from diffusion.training.state import Checkpoints, Row, State
+from diffusion.training import loop
+from diffusion.training.state import Checkpoints, Row, State, begin
 from diffusion.training.stop import StopSignals
 
 CODE = [
@@ -52,7 +56,8 @@ def run(params: Params, paths: Paths) -> None:
     """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was."""
     device = networks.device(params.device)
     pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
-    pairs.check_process(params.process.schedule, params.process.num_timesteps)
+    process = processes.process(params.process)
+    pairs.check_process(process.schedule.alpha_bar.numpy())
     fingerprint = training_fingerprint(params, paths, device)
     directory = paths.checkpoints / fingerprint
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -65,39 +70,55 @@ def run(params: Params, paths: Paths) -> None:
     try:
         directory.mkdir(exist_ok=True)
         drop_old_trainings(paths.checkpoints)
-        state = _train(params, paths, device, pairs, heldout, directory, fingerprint)
+        state = _train(params, paths, process, device, pairs, heldout, directory, fingerprint)
         tracking.record(params, paths, state.run_id)
         shutil.rmtree(directory)
     finally:
         lock.release()
 
 
-def preview_options(num_timesteps: int) -> Sample:
+def preview_options(process: ProcessOptions) -> Sample:
     """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
-    return Sample(sampler="ddpm", steps=min(250, num_timesteps), eta=0.0, count=36)
+    return Sample(
+        sampler="ddpm",
+        steps=min(250, process.num_timesteps),
+        spacing="linspace",
+        variance="learned" if process.learned_variance else "fixed-small",
+        eta=0.0,
+        threshold="clip",
+        guidance=1.0,
+        count=36,
+    )
 
 
 def _train(
-    params: Params, paths: Paths, device: torch.device, pairs: Pairs, heldout: Pairs, directory: Path, fingerprint: str
+    params: Params,
+    paths: Paths,
+    process: Process,
+    device: torch.device,
+    pairs: Pairs,
+    heldout: Pairs,
+    directory: Path,
+    fingerprint: str,
 ) -> State:
-    process = processes.process(params.process)
     torch.manual_seed(int(stream(params.seed, Purpose.INIT).integers(2**63)))
-    net = networks.network(pairs.shape, params.network).to(device)
-    state = State(
-        net=net,
-        average=ema.average_of(net),
-        optimizer=optim.optimizer(net, params.train),
-        sums=torch.zeros(2, dtype=torch.float64, device=device),
+    classes = pairs.manifest.classes
+    if params.network.classes and not classes:
+        raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
+    net = new_network(pairs.shape, len(classes), params.network, params.process).to(device)
+    config = Config(
+        shape=pairs.shape, classes=classes, network=params.network, process=params.process, eps_hat_square=None
     )
+    state = begin(net, params.train, process.schedule)
     checkpoints = Checkpoints(directory)
     for line in checkpoints.restore(state):
         say(f"train: {line}")
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+    model, counts = Model(state.average, process, config), count(net, pairs.shape)
     say(
-        f"train: {parameters:,} parameters on {device}, {pairs.images} images"
-        + (f", going on from step {state.step}" if state.step else "")
+        f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on {device}, "
+        f"{pairs.images} images" + (f", going on from step {state.step}" if state.step else "")
     )
-    drawing = preview_options(params.process.num_timesteps)
+    drawing = preview_options(params.process)
     options, batch_size = params.train, params.train.batch_size
     previews = directory / "previews"
     clock = Clock(state.step)
@@ -118,11 +139,9 @@ def _train(
                 live.metrics({**without_step(row), "images_per_second": rate}, state.step)
 
         def preview(state: State) -> None:
-            mse = quick_mse(state.average, process, heldout, device, stop.check)
+            mse = quick_mse(model, heldout, device, stop.check)
             loop.check_finite(state, options, mse)
-            images = draw_samples(
-                state.average, process, pairs.shape, drawing, params.seed, device, check_stop=stop.check
-            )
+            images = draw_samples(model, drawing, params.seed, device, stop.check)
             picture = previews / f"step-{state.step:08d}.png"
             write_atomic(picture, grid_png(images))
             state.heldout_curve.append({"step": state.step, "mse": mse})
@@ -136,12 +155,20 @@ def _train(
             options,
             params.seed,
             process.loss,
-            partial(train_batch, pairs, params.seed, batch_size=batch_size, flip=options.flip),
+            partial(
+                train_batch,
+                pairs,
+                params.seed,
+                batch_size=batch_size,
+                flip=options.flip,
+                class_dropout=options.class_dropout,
+            ),
             report=report,
             preview=preview,
             checkpoint=checkpoints.write,
             check_stop=stop.check,
         )
+        square = eps_hat_square(model, heldout, device, params.seed, stop.check)
 
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
@@ -155,12 +182,13 @@ def _train(
         {
             "steps": state.step,
             "images": state.step * batch_size,
-            "parameters": parameters,
+            "parameters": counts.parameters,
+            "flops_per_image": counts.flops,
             "loss": state.loss_curve[-1]["loss"],
             "heldout_mse": state.heldout_curve[-1]["mse"],
         },
     )
-    save_model(paths.model, state.average, Config(shape=pairs.shape, network=params.network, process=params.process))
+    save_model(paths.model, state.average, config.model_copy(update={"eps_hat_square": square}))
     return state
 
 

@@ -10,7 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from diffusion import params
 from diffusion.files import sha256, write_atomic, write_json
+from diffusion.process.build import TIMESTEPS
+from diffusion.process.schedule import Schedule
+from diffusion.process.timesteps import Timesteps
+from diffusion.training import ema, optim
 
 Row = dict[str, float]
 
@@ -22,6 +27,7 @@ class State:
     net: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
+    timesteps: Timesteps
     sums: Tensor
     """Loss and gradient norm, summed since the last point of the loss curve, (2,)."""
     step: int = 0
@@ -43,6 +49,7 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"sums": self.sums}
         tensors |= {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        tensors |= {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for name, parameter in self.net.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -57,6 +64,7 @@ class State:
 
         self.net.load_state_dict(part("net."))
         self.average.load_state_dict(part("average."))
+        self.timesteps.load_state_dict(part("timesteps."))
         parameters = dict(self.net.named_parameters())
         for name, value in part("optimizer.").items():
             key, parameter = name.split(".", 1)
@@ -68,6 +76,18 @@ class State:
         self.step = facts["step"]
         self.loss_curve, self.heldout_curve = facts["loss_curve"], facts["heldout_curve"]
         self.run_id = facts["run_id"]
+
+
+def begin(net: nn.Module, options: params.Train, schedule: Schedule) -> State:
+    """A training that has not taken a step."""
+    device = next(net.parameters()).device
+    return State(
+        net=net,
+        average=ema.average_of(net),
+        optimizer=optim.optimizer(net, options),
+        timesteps=TIMESTEPS[options.timesteps](schedule).to(device),
+        sums=torch.zeros(2, dtype=torch.float64, device=device),
+    )
 
 
 class Checkpoints:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import params
+from diffusion import yaml_files
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
@@ -34,7 +34,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
-    params.write_yaml(target / "params.yaml", params.overlay(params.read_yaml(target / "params.yaml"), TINY))
+    yaml_files.write_yaml(
+        target / "params.yaml", yaml_files.overlay(yaml_files.read_yaml(target / "params.yaml"), TINY)
+    )
     (target / "dvc.lock").unlink(missing_ok=True)
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import params
+from diffusion import yaml_files
 
 STAGES = ["shard", "pairs", "train", "evaluate", "export"]
 
@@ -82,7 +82,7 @@ def test_changed_parameters_touch_only_their_own_stage(
     """Those that come after it run when its outputs are other ones."""
     path = tree / "params.yaml"
     before = path.read_text()
-    params.write_yaml(path, params.overlay(params.read_yaml(path), change))
+    yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), change))
     try:
         assert list(json.loads(call(tree, "dvc", "status", "--json"))) == stages
     finally:

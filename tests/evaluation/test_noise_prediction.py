@@ -23,7 +23,8 @@ def predictions(error: float) -> Iterator[Prediction]:
         eps = rng.standard_normal((IMAGES, *SHAPE), dtype=np.float32)
         eps_hat = (eps + error * rng.standard_normal(eps.shape)).astype(np.float32)
         t = rng.integers(1000, size=IMAGES)
-        yield Prediction(np.arange(IMAGES), t, rng.standard_normal(eps.shape, dtype=np.float32), eps, eps_hat)
+        y = np.full(IMAGES, -1)
+        yield Prediction(np.arange(IMAGES), t, y, rng.standard_normal(eps.shape, dtype=np.float32), eps, eps_hat)
 
 
 def test_figures_are_those_of_a_direct_computation() -> None:

@@ -8,9 +8,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.evaluation import samples
-from diffusion.params import Params
+from diffusion.evaluation import filmstrip, plots, samples
+from diffusion.model import Config, Model
+from diffusion.params import Params, Sample
 from diffusion.process import build
+
+CPU = torch.device("cpu")
+
+
+class Halved(nn.Module):
+    """Half of x_t, brighter by class."""
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return x_t / 2 - (0 if y is None else y.view(-1, 1, 1, 1) / 10)
+
+
+def model(params: Params, channels: int = 1, classes: tuple[str, ...] = ()) -> Model:
+    process = params.process.model_copy(update={"parameterization": "eps", "zero_terminal_snr": False})
+    network = params.network.model_copy(update={"classes": bool(classes)})
+    config = Config(shape=(channels, 8, 6), classes=classes, network=network, process=process, eps_hat_square=None)
+    return Model(Halved(), build.process(process), config)
+
+
+def options(params: Params, **changes: object) -> Sample:
+    return params.sample.model_copy(update={"steps": 5, "eta": 0.7, **changes})
 
 
 def test_uint8_is_the_inverse_of_the_scaling() -> None:
@@ -19,22 +40,36 @@ def test_uint8_is_the_inverse_of_the_scaling() -> None:
     assert samples.to_uint8(np.array([-3.0, 3.0], np.float32)).tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", list(build.SAMPLERS))
 def test_an_image_is_the_same_among_any_number(params: Params, sampler: str) -> None:
-    class Halved(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
-            return x_t / 2
-
-    process = build.process(params.process)
-    options = params.sample.model_copy(update={"sampler": sampler, "steps": 5, "eta": 0.7})
-    few, many = (
-        samples.draw_samples(
-            Halved(), process, (1, 8, 8), options.model_copy(update={"count": count}), 3, torch.device("cpu")
-        )
-        for count in (2, 9)
+    few, many, rest = (
+        samples.draw_samples(model(params), options(params, sampler=sampler, count=count), 3, CPU, first=first)
+        for count, first in ((2, 0), (9, 0), (7, 2))
     )
     assert (many[:2] == few).all()
+    assert (many[2:] == rest).all()
     assert not (many[2] == many[3]).all()
+
+
+def test_classes_come_in_turn(params: Params) -> None:
+    of_classes = model(params, classes=("a", "b", "c"))
+    assert samples.classes_in_turn(model(params), 4, CPU) is None
+    turns = samples.classes_in_turn(of_classes, 4, CPU, first=2)
+    assert turns is not None
+    assert turns.tolist() == [2, 0, 1, 2]
+    guided, plain = (
+        samples.draw_samples(made, options(params, count=3, guidance=1.0), 0, CPU).astype(int)
+        for made in (of_classes, model(params))
+    )
+    brighter = (guided - plain).mean(axis=(1, 2, 3))
+    assert brighter[0] == 0
+    assert 0 < brighter[1] < brighter[2]
+
+
+def test_it_can_be_stopped_at_each_step(params: Params) -> None:
+    calls: list[None] = []
+    samples.draw_samples(model(params), options(params, count=1), 0, CPU, lambda: calls.append(None))
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -51,3 +86,32 @@ def test_the_grid_holds_every_image(channels: int) -> None:
 def test_small_images_are_enlarged() -> None:
     images = np.zeros((64, 1, 8, 8), np.uint8)
     assert Image.open(io.BytesIO(samples.grid_png(images))).size == (521, 521)
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(5, 6), (40, 9)])
+def test_moments_lead_from_noise_to_the_samples(params: Params, steps: int, shown: int) -> None:
+    made, chosen = model(params, classes=("a", "b", "c")), options(params, steps=steps, count=6)
+    found = filmstrip.moments(made, chosen, 3, CPU)
+    timesteps = build.sampling_timesteps(chosen, made.process.schedule)
+    assert len(found) == shown
+    assert [moment.t for moment in found][:: shown - 1] == [timesteps[0], -1]
+    assert {moment.t for moment in found} <= {*timesteps, -1}
+    places = [[*timesteps, -1].index(moment.t) for moment in found]
+    assert max(np.diff(places)) - min(np.diff(places)) <= 1
+    assert (found[0].x_t == samples.to_uint8(samples.noise_for(3, 4, made.shape, CPU)(0).numpy())).all()
+    assert (found[-1].x_t == samples.draw_samples(made, chosen, 3, CPU)[:4]).all()
+    # What the network sees in the noise, and not in what a step made of it.
+    noise = samples.noise_for(3, 4, made.shape, CPU)(0)
+    t, y = torch.full((4,), timesteps[0]), samples.classes_in_turn(made, 4, CPU)
+    seen = made.process.denoiser(made.net_for(y))(noise, t).x_0_hat
+    assert (found[0].x_0_hat == samples.to_uint8(seen.numpy())).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_filmstrip_has_a_place_for_each_picture(params: Params, channels: int) -> None:
+    found = filmstrip.moments(model(params, channels), options(params), 0, CPU)
+    png = plots.filmstrip(found)
+    assert png == plots.filmstrip(found)
+    picture = Image.open(io.BytesIO(png))
+    assert picture.width > 60 * len(found)
+    assert picture.height > picture.width  # eight rows of six upright pictures

@@ -11,7 +11,12 @@ from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
 
 STAGES = [StageSummary("shard", 0.5, "cached"), StageSummary("train", 42.0, "run")]
-METRICS = {"images": 190, "mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.75}
+METRICS = {"images": 190, "mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.75} | {
+    "bits_per_dim": 4.5,
+    "bits_per_dim_se": 0.05,
+    "bits_per_dim_low": 4.402,
+    "bits_per_dim_high": 4.598,
+}
 
 
 def finished(run: str, metrics: dict[str, float]) -> Summary:
@@ -51,6 +56,7 @@ def test_the_table_of_the_last_run(capsys: pytest.CaptureFixture[str]) -> None:
         ["train", "42.0", "s", "run"],
         ["held-out", "MSE", "0.2500"],
         ["R²", "0.7500"],
+        ["bits/dim", "4.5000"],
         ["Prefect", "http://p/run"],
         ["MLflow", "http://m/run"],
     ):
@@ -79,6 +85,8 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
     assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
     assert "| images | 190 |  | 190 | +0 |" in text
+    assert "| bits_per_dim | 4.5000 | 4.4020 to 4.5980 | 4.5000 | +0 |" in text
+    assert "bits_per_dim_" not in text
     assert "last run (one)" in text
     assert "| 0 to 99 | 0.5000 | 0.4000 to 0.6000 | 0.5000 | 0.7000 |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text

@@ -1,40 +1,125 @@
-"""The simple loss against a closed form."""
+"""The training loss against closed forms, and the hybrid loss of a learned variance."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from scipy import stats
+from torch import Tensor
 
-from diffusion import params
-from diffusion.process import build
-
-LINEAR = params.Process(
-    schedule="linear", num_timesteps=1000, parameterization="eps", variance="fixed-large", weighting="simple"
+from diffusion.process.loss import huber
+from tests.process.fakes import (
+    PARAMETERIZATIONS,
+    Says,
+    at,
+    gaussian_x_0_hat,
+    mean_of_eq_7,
+    process,
+    randn,
+    some_x_0_hat,
 )
 
-
-class OptimalForGaussian(nn.Module):
-    """E[eps | x_t] for x_0 ~ N(0, s^2 I): sqrt(1 - alpha_bar) x_t / (alpha_bar s^2 + 1 - alpha_bar)."""
-
-    def __init__(self, s: float, alpha_bar: Tensor) -> None:
-        super().__init__()
-        self.s, self.alpha_bar = s, alpha_bar
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        a = self.alpha_bar[t].view(-1, 1, 1, 1).float()
-        return (1 - a).sqrt() * x_t / (a * self.s**2 + 1 - a)
+T = torch.tensor([0, 1, 2, 100, 500, 900, 999])
+X_0, EPS = randn(7, 2, 4, 4).clamp(-1, 1), randn(7, 2, 4, 4, seed=1)
 
 
 @pytest.mark.parametrize(("s", "mean_over_t"), [(1.0, 0.275513), (0.5, 0.173053)])
 def test_the_optimal_denoiser_of_gaussian_data_has_the_closed_forms_loss(s: float, mean_over_t: float) -> None:
-    process = build.process(LINEAR)
-    generator = torch.Generator().manual_seed(1)
+    made = process()
     t = torch.arange(1000)
-    x_0 = s * torch.randn(1000, 3, 40, 40, generator=generator)
-    eps = torch.randn(x_0.shape, generator=generator)
-    loss = process.loss(OptimalForGaussian(s, process.schedule.alpha_bar), x_0, t, eps)
-    a = process.schedule.alpha_bar
+    x_0, eps = s * randn(1000, 3, 40, 40).float(), randn(1000, 3, 40, 40, seed=1).float()
+    loss = made.loss(Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, s)), x_0, t, eps)
+    a = made.schedule.alpha_bar
     expected = a * s**2 / (a * s**2 + 1 - a)
     assert expected.mean().item() == pytest.approx(mean_over_t, abs=1e-6)
     assert loss.shape == (1000,)
     assert loss.mean().item() == pytest.approx(mean_over_t, rel=5e-3)
     torch.testing.assert_close(loss.double(), expected, rtol=0.12, atol=1e-4)  # 4,800 values each
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
+def test_the_kinds_of_loss(kind: str) -> None:
+    made = process(loss=kind)
+    error = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0]).view(-1, 1, 1, 1).double()
+    x_0 = torch.zeros_like(error)
+    loss = made.loss(lambda x_t, t, y: EPS[:, :1, :1, :1] + error, x_0, T, EPS[:, :1, :1, :1])
+    expected = {
+        "mse": [9, 1, 0.25, 0, 0.0625, 1, 4],
+        "l1": [3, 1, 0.5, 0, 0.25, 1, 2],
+        "huber": [5, 1, 0.25, 0, 0.0625, 1, 3],
+    }[kind]
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_huber_is_smooth_where_its_halves_meet() -> None:
+    error = torch.tensor([0.999999, 1.000001, -1.000001], requires_grad=True)
+    (slope,) = torch.autograd.grad(huber(error).sum(), error)
+    torch.testing.assert_close(slope, torch.tensor([2.0, 2.0, -2.0]), rtol=1e-5, atol=0)
+
+
+def test_the_network_is_told_the_class() -> None:
+    told = []
+
+    def net(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        told.append(y)
+        return x_t
+
+    y = torch.arange(7)
+    process().loss(net, X_0, T, EPS, y)
+    process().loss(net, X_0, T, EPS)
+    assert told[0] is y
+    assert told[1] is None
+
+
+def hybrid_term(made: object, x_0_hat: Tensor, fraction: float) -> Tensor:
+    """The bound's term at T in bits per dimension, from Nichol & Dhariwal 2021, eq. 15, and DDPM eq. 5 and 13."""
+    schedule = made.schedule  # type: ignore[attr-defined]
+    x_t = schedule.diffuse(X_0, T, EPS)
+    beta, a, before = schedule.beta[T].view(-1, 1, 1, 1), at(schedule, T), at(schedule, T - 1)
+    small = (1 - before) / (1 - a) * beta
+    clipped = torch.where(T.view(-1, 1, 1, 1) == 0, small[1], small)  # T holds 0 and then 1
+    v = (fraction + 1) / 2
+    variance = torch.exp(v * beta.log() + (1 - v) * clipped.log())
+    true_mean, mean = (mean_of_eq_7(schedule, x, x_t, T) for x in (X_0, x_0_hat))
+    kl = (variance / clipped).log() / 2 + (clipped + (true_mean - mean) ** 2) / (2 * variance) - 0.5
+    normal = stats.norm(mean[0].numpy(), variance[0].sqrt().numpy())
+    mass = torch.from_numpy(normal.cdf((X_0[0] + 1 / 255).numpy()) - normal.cdf((X_0[0] - 1 / 255).numpy()))
+    lower, upper = (
+        torch.from_numpy(f((X_0[0] + d).numpy())) for f, d in ((normal.cdf, 1 / 255), (normal.sf, -1 / 255))
+    )
+    mass = torch.where(X_0[0] == 1, upper, torch.where(X_0[0] == -1, lower, mass))
+    kl[0] = -mass.clamp(min=1e-12).log()
+    return kl.mean(dim=(1, 2, 3)) / torch.tensor(2.0, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize("fraction", [-1.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_the_hybrid_loss_is_simple_and_a_share_of_the_bound(name: str, fraction: float) -> None:
+    made = process(parameterization=name, learned_variance=True)
+    simple = made.loss(Says(name, made.schedule, some_x_0_hat), X_0, T, EPS)
+    hybrid = made.loss(Says(name, made.schedule, some_x_0_hat, fraction), X_0, T, EPS)
+    x_t = made.schedule.diffuse(X_0, T, EPS)
+    expected = simple + 0.001 * 1000 * hybrid_term(made, some_x_0_hat(x_t, T), fraction)
+    torch.testing.assert_close(hybrid, expected, rtol=1e-6, atol=0)
+
+
+def test_the_share_of_the_bound_does_not_reach_the_mean() -> None:
+    made = process(learned_variance=True)
+    both = randn(7, 4, 4, 4, seed=2).requires_grad_()
+    mean = both[:, :2].detach().requires_grad_()
+    made.loss(lambda x_t, t, y: both, X_0, T, EPS).sum().backward()
+    made.loss(lambda x_t, t, y: mean, X_0, T, EPS).sum().backward()
+    assert both.grad is not None
+    assert mean.grad is not None
+    torch.testing.assert_close(both.grad[:, :2], mean.grad, rtol=0, atol=0)
+    assert (both.grad[:, 2:].abs().sum(dim=(1, 2, 3)) > 0).all()
+
+
+def test_the_bound_wants_more_variance_where_the_mean_is_wrong() -> None:
+    """With x_0_hat as wrong as can be the gradient raises the fraction; with the truth it lowers it."""
+    made = process(parameterization="x_0", learned_variance=True)
+    for wrong, sign in ((2.0, -1), (0.0, 1)):
+        fraction = torch.zeros_like(X_0[1:], requires_grad=True)
+        made.loss(
+            lambda x_t, t, y, w=wrong, f=fraction: torch.cat([X_0[1:] + w, f], 1), X_0[1:], T[1:], EPS[1:]
+        ).sum().backward()
+        assert fraction.grad is not None
+        assert (fraction.grad.sign() == sign).all()

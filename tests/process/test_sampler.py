@@ -1,124 +1,261 @@
-"""Samplers against diffusers' schedulers, step for step, and against a closed form."""
+"""Samplers against diffusers' schedulers, step for step."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
-from torch import Tensor, nn
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from torch import Tensor
 
-from diffusion import params
 from diffusion.process import build
-from diffusion.process.sampler import evenly_spaced, sample, trajectory
+from diffusion.process.sampler import Before, Point, Sampler, sample, trajectory
+from tests.process.fakes import Says, at, gaussian_eps_hat_square, noise, options, process, randn, some_x_0_hat
 
-T = 1000
-
-
-def process(variance: str) -> build.Process:
-    return build.process(
-        params.Process.model_validate(
-            {
-                "schedule": "linear",
-                "num_timesteps": T,
-                "parameterization": "eps",
-                "variance": variance,
-                "weighting": "simple",
-            }
-        )
-    )
-
-
-def options(sampler: str, steps: int, eta: float = 0.0) -> params.Sample:
-    return params.Sample.model_validate({"sampler": sampler, "steps": steps, "eta": eta, "count": 1})
+SHAPE = (2, 1, 6, 6)
+NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' use of it
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+SAMPLERS = [
+    {"sampler": "ddpm", "variance": "fixed-small"},
+    {"sampler": "ddpm", "variance": "fixed-large"},
+    {"sampler": "ddpm", "variance": "analytic"},
+    {"sampler": "ddim", "eta": 0.0},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpm-solver++"},
+    {"sampler": "dpm-solver++-sde"},
+    {"sampler": "heun"},
+]
 
 
-class Scaled(nn.Module):
-    """Some function of (x_t, t) in place of a network."""
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return 0.9 * torch.tanh(x_t) + 0.1 * torch.sin(t.view(-1, 1, 1, 1) / 100)
+def made_sampler(made: build.Process, net: Says, **changes: object) -> Sampler:
+    square = gaussian_eps_hat_square(made.schedule, 0.5)
+    return build.sampler(options(**changes), made, net, lambda name: build.variance(name, made, square))
 
 
-def noises(count: int, shape: tuple[int, ...] = (2, 1, 6, 6)) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
+def with_noise(monkeypatch: pytest.MonkeyPatch, module: str) -> Callable[[Tensor], None]:
+    """Sets what diffusers' next step takes for noise."""
+
+    def setting(z: Tensor) -> None:
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: z)
+
+    return setting
 
 
-@pytest.mark.parametrize(("variance", "theirs"), [("fixed-small", "fixed_small"), ("fixed-large", "fixed_large")])
-def test_ancestral_steps_agree_with_diffusers(variance: str, theirs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, z = Scaled(), noises(T + 1)
-    scheduler = DDPMScheduler(T, variance_type=theirs, clip_sample=True)
-    scheduler.set_timesteps(T)
-    made = process(variance)
-    sampler = build.sampler(options("ddpm", T), made, net)
-    x_t = z[0]
-    for index, point in enumerate(trajectory(sampler, lambda place: z[place], evenly_spaced(T, T)), start=1):
-        t = T - index
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, i=index, **__: z[i])
-        x_t = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t).prev_sample
-        if variance == "fixed-small" or t > 0:
-            torch.testing.assert_close(point.x_t, x_t, atol=1e-5, rtol=1e-4)
-        x_t = point.x_t
+def in_float64(scheduler: DDPMScheduler, made: build.Process) -> None:
+    """diffusers keeps alpha_bar in float32, where its own rounding is seen."""
+    scheduler.alphas_cumprod = made.schedule.alpha_bar
+    for name in ("one", "final_alpha_cumprod"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("prediction", "steps"), [("eps", 1000), ("eps", 25), ("x_0", 25), ("v", 25)])
+@pytest.mark.parametrize(
+    ("variance", "theirs"),
+    [("fixed-small", "fixed_small"), ("fixed-large", "fixed_large"), ("learned", "learned_range")],
+)
+def test_ancestral_steps_agree_with_diffusers(
+    variance: str, theirs: str, prediction: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = process(parameterization=prediction)
+    net = Says(prediction, made.schedule, some_x_0_hat, 0.4 if variance == "learned" else None)
+    scheduler = DDPMScheduler(1000, variance_type=theirs, clip_sample=True, prediction_type=PREDICTIONS[prediction])
+    in_float64(scheduler, made)
+    scheduler.set_timesteps(steps)  # leading: 960, 920, ..., 0 for 25 steps
+    sampler, z = made_sampler(made, net, variance=variance, threshold="clip"), noise(*SHAPE)
+    x_t, set_noise = z(0), with_noise(monkeypatch, "scheduling_ddpm")
+    timesteps = scheduler.timesteps.tolist()
+    for index, point in enumerate(trajectory(sampler, z, timesteps), start=1):
+        t = timesteps[index - 1]
+        set_noise(z(index))
+        step = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t)
+        torch.testing.assert_close(point.x_0_hat, step.pred_original_sample, **CLOSE)
+        torch.testing.assert_close(point.x_t, step.prev_sample, **CLOSE)
+        x_t = step.prev_sample
     assert point.t == -1
 
 
-@pytest.mark.parametrize(("variance", "theirs"), [("fixed-small", "fixed_small"), ("fixed-large", "fixed_large")])
-def test_ancestral_sampling_in_few_steps_agrees_with_diffusers(
-    variance: str, theirs: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, z, steps = Scaled(), noises(26), 25
-    scheduler = DDPMScheduler(T, variance_type=theirs, clip_sample=True, timestep_spacing="leading")
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()  # 960, 920, ..., 0
-    sampler = build.sampler(options("ddpm", steps), process(variance), net)
-    x_t = z[0]
-    for index, point in enumerate(trajectory(sampler, lambda place: z[place], timesteps), start=1):
-        t = timesteps[index - 1]
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, i=index, **__: z[i])
-        x_t = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t).prev_sample
-        if t > 0:
-            torch.testing.assert_close(point.x_t, x_t, atol=1e-5, rtol=1e-4)
-        x_t = point.x_t
-
-
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_steps_agree_with_diffusers(eta: float) -> None:
-    net, z, steps = Scaled(), noises(26), 25
-    scheduler = DDIMScheduler(T, timestep_spacing="leading", clip_sample=True, set_alpha_to_one=True)
+def test_ddim_steps_agree_with_diffusers(eta: float, prediction: str) -> None:
+    made = process(parameterization=prediction)
+    net, steps = Says(prediction, made.schedule, some_x_0_hat), 25
+    scheduler = DDIMScheduler(
+        1000, timestep_spacing="leading", clip_sample=True, prediction_type=PREDICTIONS[prediction]
+    )
+    in_float64(scheduler, made)
     scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.tolist()  # 960, 920, ..., 0
-    sampler = build.sampler(options("ddim", steps, eta), process("fixed-small"), net)
-    x_t = z[0]
-    for index, point in enumerate(trajectory(sampler, lambda place: z[place], timesteps), start=1):
+    timesteps = scheduler.timesteps.tolist()
+    sampler, z = made_sampler(made, net, sampler="ddim", eta=eta, threshold="clip"), noise(*SHAPE)
+    x_t = z(0)
+    for index, point in enumerate(trajectory(sampler, z, timesteps), start=1):
         t = timesteps[index - 1]
         step = scheduler.step(
-            net(x_t, torch.full((2,), t)), t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=z[index]
+            net(x_t, torch.full((2,), t)), t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=z(index)
         )
-        torch.testing.assert_close(point.x_0_hat, step.pred_original_sample, atol=1e-5, rtol=1e-4)
-        if index < steps:  # diffusers counts the last step to t = -40 as clean: the same image, other noise
-            torch.testing.assert_close(point.x_t, step.prev_sample, atol=1e-5, rtol=1e-4)
-        x_t = point.x_t
+        torch.testing.assert_close(point.x_0_hat, step.pred_original_sample, **CLOSE)
+        torch.testing.assert_close(point.x_t, step.prev_sample, **CLOSE)
+        x_t = step.prev_sample
     torch.testing.assert_close(point.x_t, point.x_0_hat)
 
 
-def test_evenly_spaced_goes_from_the_last_timestep_to_the_first() -> None:
-    assert evenly_spaced(1000, 1000) == list(range(999, -1, -1))
-    assert evenly_spaced(1000, 4) == [999, 666, 333, 0]
-    assert evenly_spaced(1000, 1) == [999]
+@NUMPY
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("name", "theirs"), [("dpm-solver++", "dpmsolver++"), ("dpm-solver++-sde", "sde-dpmsolver++")])
+def test_dpm_solver_steps_agree_with_diffusers(
+    name: str, theirs: str, prediction: str, schedule: str, dynamic: bool
+) -> None:
+    made = process(parameterization=prediction, schedule=schedule)
+    net = Says(prediction, made.schedule, lambda x_t, t: 3 * some_x_0_hat(x_t, t))
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
+        beta_start=1e-4,
+        beta_end=0.02,
+        algorithm_type=theirs,
+        prediction_type=PREDICTIONS[prediction],
+        thresholding=dynamic,
+        sample_max_value=math.inf,
+    )
+    timesteps = list(range(960, -1, -60))
+    in_float64(scheduler, made)
+    scheduler.set_timesteps(timesteps=timesteps)
+    shape = (2, 1, 1, 401)  # so that diffusers' quantile is one of the values
+    threshold = "dynamic" if dynamic else "none"
+    sampler, z = made_sampler(made, net, sampler=name, threshold=threshold), noise(*shape, dtype=torch.float32)
+    x_t, before = z(0), None
+    for t, s in pairwise([*timesteps, -1]):  # both from the same x_t, since float32 errors grow from step to step
+        when, to = torch.full((2,), t), torch.full((2,), s)
+        x_s, x_0_hat = sampler.step(x_t, when, to, lambda: z(1), before)
+        before = Before(when, x_0_hat)
+        x_t = scheduler.step(net(x_t, when), t, x_t, variance_noise=z(1)).prev_sample
+        torch.testing.assert_close(x_s, x_t, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("name", "variance"), [("ddpm", "fixed-large"), ("ddpm", "fixed-small"), ("ddim", "fixed-small")]
-)
-def test_gaussian_data_are_sampled_with_their_own_variance(name: str, variance: str) -> None:
-    """With the exact denoiser of N(0, s^2 I) (and s so small that clipping does nothing) samples have variance s^2."""
-    made, s = process(variance), 0.2
+@NUMPY
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_heun_steps_agree_with_diffusers(prediction: str, clip: bool) -> None:
+    """Theirs is of x_t / sqrt(alpha_bar) and takes each step in two."""
+    made = process(parameterization=prediction)
+    net = Says(prediction, made.schedule, lambda x_t, t: 2 * some_x_0_hat(x_t, t))
+    scheduler = HeunDiscreteScheduler(
+        1000, beta_start=1e-4, beta_end=0.02, prediction_type=PREDICTIONS[prediction], clip_sample=clip
+    )
+    timesteps = list(range(900, -1, -60))  # from sigma = 61
+    in_float64(scheduler, made)
+    scheduler.set_timesteps(timesteps=timesteps)
+    z, threshold = noise(*SHAPE), "clip" if clip else "none"
+    found = trajectory(made_sampler(made, net, sampler="heun", threshold=threshold), z, timesteps)
+    x, theirs = z(0) / made.schedule.alpha_bar[900].sqrt(), list[Tensor]()
+    for t in scheduler.timesteps:
+        out = net(scheduler.scale_model_input(x, t), torch.full((2,), int(t)))
+        x = scheduler.step(out, t, x).prev_sample
+        theirs.append(x)
+    for point, x in zip(found, [*theirs[1::2], theirs[-1]], strict=True):
+        torch.testing.assert_close(point.x_t, at(made.schedule, torch.tensor(point.t)).sqrt() * x, **CLOSE)
 
-    class Optimal(nn.Module):
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            a = made.schedule(t).float()
-            return (1 - a).sqrt() * x_t / (a * s**2 + 1 - a)
 
-    generator = torch.Generator().manual_seed(5)
-    sampler = build.sampler(options(name, T), made, Optimal())
-    x = sample(sampler, lambda _: torch.randn(20_000, 1, 1, 1, generator=generator), evenly_spaced(T, T))
-    assert x.mean().item() == pytest.approx(0, abs=0.01)
-    assert x.std().item() == pytest.approx(s, rel=0.05)
+def heun_of_edm(net: Callable[[Tensor, int], Tensor], alpha_bar: Tensor, x_t: Tensor, timesteps: list[int]) -> Tensor:
+    """Karras et al. 2022, algorithm 1: D(x; sigma), in x = x_t / sqrt(alpha_bar) and sigma; Euler to sigma = 0."""
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+    x = x_t / alpha_bar[timesteps[0]].sqrt()
+
+    def slope(x: Tensor, t: int) -> Tensor:
+        return (x - net(alpha_bar[t].sqrt() * x, t)) / sigma[t]
+
+    for t, s in pairwise(timesteps):
+        d = slope(x, t)
+        euler = x + (sigma[s] - sigma[t]) * d
+        x = x + (sigma[s] - sigma[t]) * (d + slope(euler, s)) / 2
+    return x - sigma[timesteps[-1]] * slope(x, timesteps[-1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_heun_is_edms(schedule: str) -> None:
+    made = process(schedule=schedule)
+    timesteps, z = list(range(900, -1, -60)), noise(*SHAPE)
+    found = sample(made_sampler(made, Says("eps", made.schedule, some_x_0_hat), sampler="heun"), z, timesteps)
+    expected = heun_of_edm(
+        lambda x_t, t: some_x_0_hat(x_t, torch.full((2,), t)), made.schedule.alpha_bar, z(0), timesteps
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_euler_steps_lead_to_edms_largest_sigma(schedule: str) -> None:
+    """Beyond sigma = 80 a step is DDIM's, and the network is asked once; so it is in the last step."""
+    made, asked = process(schedule=schedule), []
+
+    def spying(x_t: Tensor, t: Tensor) -> Tensor:
+        asked.append(int(t[0]))
+        return some_x_0_hat(x_t, t)
+
+    sigma = (1 / made.schedule.alpha_bar - 1).sqrt()
+    timesteps = [999, 990, 500, 0]
+    heun = made_sampler(made, Says("eps", made.schedule, spying), sampler="heun")
+    list(trajectory(heun, noise(*SHAPE), timesteps))
+    twice = sigma[990] <= 80
+    assert sigma[999] > 80
+    assert asked == [999, 990, *([500] if twice else []), 500, 0, 0]
+
+
+@pytest.mark.parametrize("spacing", sorted(build.SPACINGS))
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
+def test_every_sampler_ends_at_the_clean_image(
+    changes: dict[str, object], zero_terminal_snr: bool, spacing: str
+) -> None:
+    """With a network that always says the same image, any number of steps gives it, and all points are finite."""
+    image = randn(*SHAPE).clamp(-1, 1)
+    made = process(schedule="cosine", num_timesteps=50, parameterization="v", zero_terminal_snr=zero_terminal_snr)
+    sampler = made_sampler(made, Says("v", made.schedule, lambda x_t, t: image), **changes)
+    for steps in (1, 2, 3, 17, 50):
+        timesteps = build.SPACINGS[spacing](made.schedule, steps)
+        points: list[Point] = list(trajectory(sampler, noise(*SHAPE), timesteps))
+        assert [point.t for point in points] == [*timesteps[1:], -1]
+        for point in points:
+            assert point.x_t.isfinite().all()
+            torch.testing.assert_close(point.x_0_hat, image)
+        torch.testing.assert_close(points[-1].x_t, image)
+
+
+@pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
+def test_an_image_is_the_same_in_any_batch(changes: dict[str, object]) -> None:
+    made, z = process(num_timesteps=50), noise(5, 1, 4, 4, dtype=torch.float32)
+    timesteps = build.SPACINGS["linspace"](made.schedule, 12)
+
+    def images(part: slice) -> Tensor:
+        sampler = made_sampler(made, Says("eps", made.schedule, some_x_0_hat), **changes)
+        return sample(sampler, lambda place: z(place)[part], timesteps)
+
+    together = images(slice(0, 5))
+    for part in (slice(0, 1), slice(3, 4), slice(2, 5)):
+        torch.testing.assert_close(images(part), together[part], rtol=1e-6, atol=1e-6)
+
+
+def test_sampling_begins_where_it_is_told() -> None:
+    made, z = process(), noise(*SHAPE)
+    sampler = made_sampler(made, Says("eps", made.schedule, some_x_0_hat))
+    timesteps = [999, 700, 400, 100]
+    points = list(trajectory(sampler, z, timesteps))
+    torch.testing.assert_close(sample(sampler, z, timesteps), points[-1].x_t)
+    assert sample(sampler, z, timesteps, z(0)).equal(points[-1].x_t)
+    rest = list(trajectory(sampler, lambda place: z(place + 1), timesteps[1:], points[0].x_t))
+    torch.testing.assert_close(rest[-1].x_t, points[-1].x_t)
+
+
+def test_deterministic_samplers_draw_no_noise_but_the_first() -> None:
+    made, places = process(), []
+
+    def z(place: int) -> Tensor:
+        places.append(place)
+        return noise(*SHAPE)(place)
+
+    for name in ("ddim", "dpm-solver++", "heun"):
+        sample(made_sampler(made, Says("eps", made.schedule, some_x_0_hat), sampler=name), z, [999, 500, 0])
+    assert places == [0, 0, 0]

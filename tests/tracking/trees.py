@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from diffusion import params as parameters
-from diffusion import tracking
+from diffusion import tracking, yaml_files
 from diffusion.files import write_csv, write_json
 from diffusion.params import Params
 from diffusion.paths import Paths
@@ -26,7 +26,7 @@ HELDOUT = [{"step": 50, "mse": 0.4}, {"step": 100, "mse": 0.3}]
 
 def changed(**sections: dict[str, Any]) -> Params:
     """The repository's parameters with some of them changed."""
-    return parameters.validate(parameters.overlay(parameters.read_yaml(REPOSITORY / "params.yaml"), sections), "test")
+    return parameters.validate(yaml_files.overlay(yaml_files.read_yaml(REPOSITORY / "params.yaml"), sections), "test")
 
 
 PARAMS = changed()

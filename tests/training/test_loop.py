@@ -10,18 +10,18 @@ import torch
 from diffusion.data.noise import timesteps
 from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
-from diffusion.nn import build as networks
+from diffusion.model import new_network
 from diffusion.params import Params
 from diffusion.process import build as processes
-from diffusion.training import ema, loop, optim
-from diffusion.training.state import Checkpoints, State
+from diffusion.training import loop
+from diffusion.training.state import Checkpoints, State, begin
 
 
 def fetch(step: int) -> Batch:
     rng = np.random.default_rng(step)
     x_0 = rng.uniform(-1, 1, (64, 1, 8, 8)).astype(np.float32)
     eps = rng.standard_normal((64, 1, 8, 8), dtype=np.float32)
-    return Batch(x_0, timesteps(0, "train", step, 0, 1000), eps, np.full(64, -1))
+    return Batch(x_0, timesteps(0, "train", step, 0, 30), eps, np.full(64, -1), rng.random(64))
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def params(params: Params) -> Params:
 
 def new_state(params: Params) -> State:
     torch.manual_seed(1)
-    net = networks.network((1, 8, 8), params.network)
-    return State(net, ema.average_of(net), optim.optimizer(net, params.train), torch.zeros(2, dtype=torch.float64))
+    net = new_network((1, 8, 8), 0, params.network, params.process)
+    return begin(net, params.train, processes.process(params.process).schedule)
 
 
 def run(
@@ -85,8 +85,15 @@ def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> N
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in state.loss_curve)
 
 
+@pytest.mark.parametrize("timesteps", processes.TIMESTEPS)
 @pytest.mark.parametrize("stop_at", [3, 4, 8, 11])
-def test_a_stopped_training_goes_on_to_the_same_bits(params: Params, tmp_path: Path, stop_at: int) -> None:
+def test_a_stopped_training_goes_on_to_the_same_bits(
+    params: Params, tmp_path: Path, stop_at: int, timesteps: str
+) -> None:
+    train = params.train.model_copy(update={"timesteps": timesteps})
+    # So few timesteps that loss-second-moment has seen ten losses of each before the end.
+    process = params.process.model_copy(update={"num_timesteps": 30})
+    params = params.model_copy(update={"train": train, "process": process})
     whole = new_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
 

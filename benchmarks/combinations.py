@@ -1,0 +1,150 @@
+"""Every combination of parameterization, weighting and variance, trained briefly on the digits.
+
+    python benchmarks/combinations.py --out reports/combinations.csv
+
+prints a table and a JSON line. The two fixed variances and the analytic one belong to the same training, the
+learned one to a training of its own (with the hybrid loss). The weighting `snr` is left out: it is `simple` by another
+name.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffusion import params as parameters
+from diffusion.data.pairs import Pairs, train_batch
+from diffusion.evaluation import likelihood
+from diffusion.evaluation.heldout import eps_hat_square, quick_mse
+from diffusion.model import Config, Model, new_network
+from diffusion.params import Params
+from diffusion.paths import Paths
+from diffusion.process import build
+from diffusion.stages import pairs as pairs_stage
+from diffusion.stages import shard as shard_stage
+from diffusion.training import loop
+from diffusion.training.state import begin
+
+PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
+WEIGHTINGS = [name for name in build.WEIGHTINGS if name != "snr"]
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+
+
+def nothing() -> None:
+    """Nobody asks it to stop."""
+
+
+def train(params: Params, paths: Paths) -> Model:
+    """The average of the weights after `params.train.steps` steps."""
+    torch.manual_seed(params.seed)
+    pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
+    net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
+    state = begin(net, params.train, process.schedule)
+    for step in range(params.train.steps):
+        batch = train_batch(pairs, params.seed, step, params.train.batch_size)
+        loop.step(state, params.train, params.seed, process.loss, batch)
+    config = Config(shape=pairs.shape, classes=(), network=params.network, process=params.process, eps_hat_square=None)
+    model = Model(state.average, process, config)
+    square = eps_hat_square(model, Pairs(paths.pairs, "val"), CPU, params.seed, nothing)
+    return Model(state.average, process, config.model_copy(update={"eps_hat_square": square}))
+
+
+def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
+    """Train one combination; a row for each variance that it can be given."""
+    torch.set_num_threads(1)
+    paths = Paths(root)
+    base = parameters.load(paths.params)
+    params = base.model_copy(update={"process": base.process.model_copy(update=changes)})
+    began = time.perf_counter()
+    model = train(params, paths)
+    seconds, test = time.perf_counter() - began, Pairs(paths.pairs, "test")
+    mse, strata = quick_mse(model, test, CPU, nothing), likelihood.strata(params.process.num_timesteps)
+    rows = []
+    for variance in ["learned"] if params.process.learned_variance else ["fixed-small", "fixed-large", "analytic"]:
+        total = likelihood.measure(model, model.variance(variance), test, images, strata, params.seed, CPU).total
+        rows.append(
+            {
+                "parameterization": params.process.parameterization,
+                "weighting": params.process.weighting,
+                "variance": variance,
+                "mse": mse,
+                "bits_per_dim": float(total.mean()),
+                "bits_per_dim_se": float(total.std(ddof=1) / len(total) ** 0.5),
+                "finite": all(parameter.isfinite().all().item() for parameter in model.net.parameters()),
+                "seconds": seconds,
+            }
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: held-out noise MSE, and bits per dimension with each variance."""
+    variances = ["fixed-small", "fixed-large", "analytic", "learned"]
+    lines = [
+        "| network predicts | weighting | MSE | MSE, learned | " + " | ".join(variances) + " |",
+        "|---|---|---|---|" + "---|" * len(variances),
+    ]
+    for parameterization, weighting in product(PARAMETERIZATIONS, WEIGHTINGS):
+        found = {
+            row["variance"]: row
+            for row in rows
+            if (row["parameterization"], row["weighting"]) == (parameterization, weighting)
+        }
+        cells = [f"{found[name]['mse']:.3f}" for name in ("fixed-small", "learned")]
+        cells += [f"{found[name]['bits_per_dim']:.2f}" for name in variances]
+        lines.append(f"| {parameterization} | {weighting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each training")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--images", type=int, default=128, help="test images for bits/dim")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, of one thread each")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    arguments = parser.parse_args()
+
+    repository = Path(__file__).parents[1]
+    preset = parameters.load(repository / "presets" / "digits.yaml").model_dump(mode="json")
+    preset["shard"]["source"] = str(repository / "data" / "raw" / "digits.npz")
+    preset["network"]["base_channels"] = 16
+    preset["train"] |= {
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "warmup_steps": arguments.steps // 10,
+        "ema_decay": 0.99,
+    }
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.jobs) as pool:
+        root = Path(directory)
+        params = parameters.validate(preset, "presets/digits.yaml")
+        (root / "params.yaml").write_text(json.dumps(preset))  # JSON is YAML
+        shard_stage.run(params, Paths(root))
+        pairs_stage.run(params, Paths(root))
+        combinations = [
+            {"parameterization": parameterization, "weighting": weighting, "learned_variance": learned}
+            for parameterization, weighting, learned in product(PARAMETERIZATIONS, WEIGHTINGS, [False, True])
+        ]
+        found = pool.map(partial(measure, root, arguments.images), combinations)
+        rows = [row for part in tqdm(found, total=len(combinations), disable=None) for row in part]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(table(rows))
+    print(json.dumps({"benchmark": "combinations", "steps": arguments.steps, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A distance between sets of pictures: Fréchet's, over what a small classifier sees in them.
+
+The classifier is trained on the same images as the diffusion model, so the distance knows what matters in them; it is
+no FID, and compares only with itself on the same data.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from diffusion.data.pairs import Pairs
+from diffusion.paths import Paths
+
+FEATURES = 32
+Images = NDArray[np.uint8]
+"""(N, C, H, W)"""
+
+
+class Classifier(nn.Module):
+    """Three convolutions, their mean over the picture in 32 features, and the classes' scores."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+        )
+        self.features = nn.LazyLinear(FEATURES)
+        self.scores = nn.Linear(FEATURES, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 32) and scores (B, classes) of images (B, C, H, W) in [-1, 1]."""
+        features = self.features(self.convolutions(x).flatten(1))
+        return features, self.scores(F.relu(features))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier, and what it sees in the training images."""
+
+    classifier: Classifier
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    accuracy: float
+    """Share of the test images whose class it tells."""
+
+    def distance(self, images: Images) -> float:
+        """Fréchet distance of the pictures' features to the training images'; Heusel et al. 2017, eq. 6."""
+        mean, covariance = moments(features(self.classifier, images))
+        values, vectors = np.linalg.eigh(self.covariance)
+        root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+        cross = np.sqrt(np.linalg.eigvalsh(root @ covariance @ root).clip(0)).sum()
+        return float(np.square(mean - self.mean).sum() + np.trace(covariance) + np.trace(self.covariance) - 2 * cross)
+
+
+def split(paths: Paths, name: str) -> tuple[Images, NDArray[np.int64]]:
+    """The images and labels of a split of data/pairs."""
+    pairs = Pairs(paths.pairs, name)  # type: ignore[arg-type]
+    blocks = range(pairs.blocks)
+    return np.concatenate([pairs.x_0(b) for b in blocks]), np.concatenate([pairs.labels(b) for b in blocks])
+
+
+def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> Judge:
+    """Train the classifier on the training split."""
+    torch.manual_seed(seed)
+    images, labels = split(paths, "train")
+    x, y = as_tensor(images), torch.from_numpy(labels)
+    classifier = Classifier(images.shape[1], int(labels.max()) + 1)
+    classifier(x[:2])  # makes the lazy layer
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = torch.randint(len(x), (batch_size,))
+        _, scores = classifier(x[batch])
+        optimizer.zero_grad()
+        F.cross_entropy(scores, y[batch], label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval()
+    test_images, test_labels = split(paths, "test")
+    with torch.inference_mode():
+        found = torch.cat([classifier(part)[1].argmax(dim=1) for part in as_tensor(test_images).split(500)])
+    accuracy = float((found.numpy() == test_labels).mean())
+    return Judge(classifier, *moments(features(classifier, images)), accuracy)
+
+
+def as_tensor(images: Images) -> Tensor:
+    return torch.from_numpy(images / np.float32(127.5) - 1)
+
+
+@torch.inference_mode()
+def features(classifier: Classifier, images: Images) -> NDArray[np.float64]:
+    """(N, 32)"""
+    parts = [classifier(part)[0].double().numpy() for part in as_tensor(images).split(500)]
+    return np.concatenate(parts)
+
+
+def moments(seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and covariance."""
+    return seen.mean(axis=0), np.cov(seen, rowvar=False)

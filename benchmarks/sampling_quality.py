@@ -1,0 +1,170 @@
+"""How good the pictures of each sampler are after so many looks at the network: a table, a picture and a JSON line.
+
+Run it in a tree where `dvc repro` (or `ddpm shard`, `pairs` and `train`) has made data/pairs and models/ddpm:
+
+    python benchmarks/sampling_quality.py --count 1000 --out reports/samplers
+
+Quality is the Fréchet distance to the training images over the features of a small classifier trained on them
+(benchmarks/features.py); beside it stands that of as many real test images. Heun looks twice in each step, so it takes
+half as many steps.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import features
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffusion.evaluation.samples import draw_samples
+from diffusion.model import Model, load_model
+from diffusion.params import Sample
+from diffusion.paths import Paths
+
+BATCH = 64
+SPACINGS = ("linspace", "quadratic", "log-snr")
+SAMPLERS = {
+    "ddpm, fixed-small": {"sampler": "ddpm", "variance": "fixed-small"},
+    "ddpm, fixed-large": {"sampler": "ddpm", "variance": "fixed-large"},
+    "ddpm, analytic": {"sampler": "ddpm", "variance": "analytic"},
+    "ddim": {"sampler": "ddim"},
+    "dpm-solver++": {"sampler": "dpm-solver++"},
+    "dpm-solver++-sde": {"sampler": "dpm-solver++-sde"},
+    "heun": {"sampler": "heun"},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the table."""
+
+    name: str
+    spacing: str
+    looks: int
+    """Evaluations of the network per picture."""
+
+    def options(self, count: int) -> Sample:
+        return Sample.model_validate(
+            {
+                "spacing": self.spacing,
+                "steps": max(self.looks // 2, 1) if self.name == "heun" else self.looks,
+                "variance": "fixed-small",
+                "eta": 0.0,
+                "threshold": "clip",
+                "guidance": 1.0,
+                "count": count,
+            }
+            | SAMPLERS[self.name]
+        )
+
+
+def draw(model: Model, setting: Setting, count: int, device: torch.device) -> features.Images:
+    parts = [
+        draw_samples(model, setting.options(min(BATCH, count - first)), 0, device, first=first)
+        for first in range(0, count, BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def settings(looks: list[int], num_timesteps: int) -> list[Setting]:
+    """All spacings, where they differ: in as many steps as there are timesteps all visit all of them."""
+    return [
+        Setting(name, spacing, n)
+        for n in looks
+        for name in SAMPLERS
+        for spacing in (SPACINGS if n < num_timesteps else SPACINGS[:1])
+    ]
+
+
+def picture(best: dict[tuple[str, int], features.Images], looks: list[int], path: Path) -> None:
+    """Nine pictures of each cell."""
+    figure, axes = plt.subplots(
+        len(SAMPLERS), len(looks), figsize=(2.0 * len(looks) + 1.6, 2.05 * len(SAMPLERS)), squeeze=False, dpi=80
+    )
+    for row, name in enumerate(SAMPLERS):
+        for column, n in enumerate(looks):
+            axis, images = axes[row][column], best[name, n][:9]
+            mosaic = np.concatenate(
+                [np.concatenate(list(images[3 * line : 3 * line + 3]), axis=2) for line in range(3)], axis=1
+            )
+            axis.imshow(mosaic.transpose(1, 2, 0).squeeze(), cmap="gray", interpolation="bicubic")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(f"{n} looks")
+            if column == 0:
+                axis.set_ylabel(name)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def table(rows: list[dict[str, Any]], looks: list[int], real: float) -> str:
+    """Markdown: the best spacing of each sampler at each number of looks."""
+    lines = [f"| sampler | {' | '.join(f'{n} looks' for n in looks)} |", f"|---|{'---|' * len(looks)}"]
+    for name in SAMPLERS:
+        cells = []
+        for n in looks:
+            best = min(
+                (row for row in rows if row["sampler"] == name and row["looks"] == n), key=lambda r: r["frechet"]
+            )
+            cells.append(f"{best['frechet']:.2f}" + (f" ({best['spacing']})" if n < looks[-1] else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(f"| *real test images* | {' | '.join([f'{real:.2f}'] * len(looks))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs and models/ddpm")
+    parser.add_argument("--count", type=int, default=1000, help="pictures of each setting")
+    parser.add_argument("--looks", type=int, nargs="+", default=[10, 20, 50, 1000], help="evaluations of the network")
+    parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv and OUT.png")
+    arguments = parser.parse_args()
+
+    paths, device = Paths(arguments.tree), torch.device("cpu")
+    model, judge = load_model(paths.model, device), features.train_judge(paths)
+    test, _ = features.split(paths, "test")
+    real = judge.distance(test[: arguments.count])
+    rows: list[dict[str, Any]] = []
+    best: dict[tuple[str, int], features.Images] = {}
+    for setting in tqdm(settings(arguments.looks, model.process.schedule.num_timesteps), disable=None):
+        began = time.perf_counter()
+        images = draw(model, setting, arguments.count, device)
+        seconds, distance = time.perf_counter() - began, judge.distance(images)
+        cell = [row["frechet"] for row in rows if (row["sampler"], row["looks"]) == (setting.name, setting.looks)]
+        if not cell or distance < min(cell):
+            best[setting.name, setting.looks] = images
+        rows.append(
+            {
+                "sampler": setting.name,
+                "spacing": setting.spacing,
+                "looks": setting.looks,
+                "frechet": distance,
+                "images_per_second": arguments.count / seconds,
+            }
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    picture(best, arguments.looks, arguments.out.with_suffix(".png"))
+    print(table(rows, arguments.looks, real))
+    print(f"\nclassifier: {judge.accuracy:.1%} of the test images right")
+    facts = {"count": arguments.count, "real": real, "classifier_accuracy": judge.accuracy, "rows": rows}
+    print(json.dumps({"benchmark": "sampling_quality", **facts}))
+
+
+if __name__ == "__main__":
+    main()

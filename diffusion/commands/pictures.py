@@ -1,0 +1,90 @@
+"""Pictures that a user gives and gets: image files and masks in; a grid, an .npz file or a folder of images out."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffusion.data.pairs import fit
+from diffusion.data.shards import normalise, png
+from diffusion.errors import UserError
+from diffusion.evaluation.samples import grid_png
+from diffusion.files import write_atomic
+
+Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
+"""Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file, upright, in mode L, RGB or RGBA; raises UserError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return normalise(image)
+    except Exception as error:  # the decoders raise what they like
+        raise UserError(f"{path}: not a readable image ({getattr(error, 'strerror', None) or error})") from None
+
+
+def to_x_0(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """An image as (1, C, H, W) in [-1, 1], cropped and resized to `shape` (C, H, W) if need be."""
+    return torch.from_numpy(fit(image, *shape) / np.float32(127.5) - np.float32(1))[None]
+
+
+def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """1 where the mask of an image is dark, 0 where it is light, (1, 1, H, W) float; fitted to `shape` as the image is.
+
+    Raises UserError if it has not the image's size.
+    """
+    mask = read_image(path)
+    if mask.size != image.size:
+        raise UserError(
+            f"{path}: the mask has {mask.width}x{mask.height} pixels, but its image {image.width}x{image.height}"
+        )
+    return (to_x_0(mask, (1, *shape[1:])) < 0).float()
+
+
+def writer(out: str) -> Write:
+    """What writes pictures to `out`, by its ending; raises UserError for an unknown one."""
+    path = Path(out)
+    kind = "" if out.endswith("/") or path.is_dir() else path.suffix.lower()
+    if kind not in FILES:
+        raise UserError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder (out/)")
+
+    def write(pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> None:
+        for file, content in FILES[kind](path, pictures, y):
+            write_file(file, content)
+
+    return write
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file; raises UserError if it cannot be."""
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _grid(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
+    yield path, grid_png(pictures)
+
+
+def _npz(path: Path, pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
+    buffer = io.BytesIO()
+    labels = {} if y is None else {"labels": y}
+    np.savez(buffer, images=pictures.transpose(0, 2, 3, 1), allow_pickle=False, **labels)
+    yield path, buffer.getvalue()
+
+
+def _folder(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
+    for number, picture in enumerate(pictures):
+        image = Image.fromarray(picture[0] if len(picture) == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
+        yield path / f"{number:05}.png", png(image)
+
+
+FILES = {".png": _grid, ".npz": _npz, "": _folder}
+"""The files and their content, by the ending of --out."""

@@ -1,0 +1,213 @@
+"""`ddpm sample`: pictures from a model: from noise alone, like a given one, between two, or one with a part anew."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from diffusion import params as parameters
+from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
+from diffusion.errors import UserError
+from diffusion.evaluation.filmstrip import moments
+from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.model import Config, Model, load_model
+from diffusion.nn import build as networks
+from diffusion.params import Device, NonNegative, Sample, Section
+from diffusion.paths import Paths
+from diffusion.process import build
+from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
+from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
+from diffusion.process.schedule import Schedule
+from diffusion.progress import Progress, say
+from diffusion.yaml_files import overlay, read_yaml
+
+BATCH = 64
+"""Pictures that are made at once: memory does not grow with their number."""
+
+
+class Settings(Section):
+    """What of params.yaml matters here."""
+
+    seed: NonNegative
+    device: Device
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to pictures."""
+
+    steps: int
+    """How often it asks the sampler for a step."""
+    make: Callable[[Sampler, Noise, Tensor], Tensor]
+    """(sampler, noise, numbers of the pictures int64 (B,)) to pictures (B, C, H, W) in [-1, 1]."""
+    one_noise: bool = False
+    """Whether all pictures are made with the noise of the first."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A sampler whose steps are counted."""
+
+    sampler: Sampler
+    progress: Progress
+
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+        made = self.sampler.step(x_t, t, s, z, before)
+        self.progress.advance(1)
+        return made
+
+
+def run(arguments: argparse.Namespace, paths: Paths) -> None:
+    """Make and write the pictures that the command line asks for; raises UserError for what it has wrong."""
+    settings = read_settings(arguments, paths)
+    options, write = settings.sample, writer(arguments.out)
+    if arguments.filmstrip is not None and (arguments.images or arguments.classes):
+        raise UserError("--filmstrip: shows pictures from noise, of the classes in turn; without --from and --class")
+    device = networks.device(settings.device)
+    model = load_model(arguments.model or paths.model, device)
+    check(options, model.config)
+    # A given picture has a class of its own, which nobody told.
+    y = None if arguments.images else classes_in_turn(model, options.count, device)
+    if arguments.classes:
+        numbers = torch.tensor(class_numbers(arguments.classes, model), device=device)
+        y = numbers[torch.arange(options.count, device=device) % len(numbers)]
+    pictures = draw(model, options, settings.seed, way(arguments, options, model, device), device, y)
+    write(pictures, None if y is None else y.cpu().numpy())
+    say(f"sample: wrote {arguments.out}")
+    if arguments.filmstrip is not None:
+        from diffusion.evaluation import plots  # slow to import
+
+        few = moments(model, options, settings.seed, device, images=min(options.count, 4))
+        write_file(arguments.filmstrip, plots.filmstrip(few))
+        say(f"sample: wrote {arguments.filmstrip}")
+
+
+def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
+    """params.yaml, if there is one, with the options laid over it."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    sample = {name: given[name] for name in Sample.model_fields if name in given}
+    changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
+    document = {"device": "auto"}
+    if paths.params.exists():
+        document |= {name: value for name, value in read_yaml(paths.params).items() if name in Settings.model_fields}
+    elif missing := [f"--{name}" for name in (*Sample.model_fields, "seed") if name not in given]:
+        raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
+    try:
+        return Settings.model_validate(overlay(document, changes))
+    except ValidationError as error:
+        raise UserError(f"{paths.params} with the options given: {parameters.describe(error)}") from None
+
+
+def check(options: Sample, config: Config) -> None:
+    """Raise UserError unless a model can sample so."""
+    T = config.process.num_timesteps
+    if options.steps > T:
+        raise UserError(
+            f"sample.steps ({options.steps}) exceeds the model's num_timesteps ({T}); give fewer by --steps"
+        )
+    if options.variance == "learned" and not config.process.learned_variance:
+        raise UserError("sample.variance is learned, but the model has not learned it; choose another by --variance")
+
+
+def class_numbers(names: Sequence[str], model: Model) -> list[int]:
+    """Numbers of the classes that are given by name or number."""
+    known = model.config.classes
+    if not model.num_classes:
+        raise UserError("--class: the model knows no classes (it was trained with network.classes: false)")
+    numbers = [known.index(name) if name in known else int(name) if name.isdecimal() else -1 for name in names]
+    for name, number in zip(names, numbers, strict=True):
+        if not 0 <= number < len(known):
+            raise UserError(
+                f"--class: {name!r} is no class of the model; there are {', '.join(known)}, "
+                f"and their numbers from 0 to {len(known) - 1}"
+            )
+    return numbers
+
+
+def way(arguments: argparse.Namespace, options: Sample, model: Model, device: torch.device) -> Way:
+    """The way to pictures that the command line asks for."""
+    schedule = model.process.schedule
+    timesteps = build.sampling_timesteps(options, schedule)
+    if len(arguments.images) > 2:
+        raise UserError(f"--from: one image, or two to go from one to the other (got {len(arguments.images)})")
+    if arguments.mask is not None and len(arguments.images) != 1:
+        raise UserError("--mask: needs the image whose part is to be made anew; give one by --from")
+    if arguments.at is not None and (not arguments.images or arguments.mask is not None):
+        raise UserError("--at: is for images given by --from, without --mask")
+    pictures = [read_image(path) for path in arguments.images]
+    x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
+    if arguments.mask is not None:
+        keep = read_mask(arguments.mask, pictures[0], model.shape).to(device)
+        for name in ("jump", "rounds"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name}: must be at least 1 (got {getattr(arguments, name)})")
+        return made_anew(schedule, repaint_path(timesteps, arguments.jump, arguments.rounds), x_0[0], keep)
+    if not pictures:
+        return Way(len(timesteps), lambda sampler, noise, _: sample(sampler, noise, timesteps))
+    at = schedule.num_timesteps // 2 if arguments.at is None else arguments.at
+    if not 0 <= at < schedule.num_timesteps:
+        raise UserError(f"--at: the model's timesteps go from 0 to {schedule.num_timesteps - 1} (got {at})")
+    rest = [at, *(t for t in timesteps if t < at)]
+    return alike(schedule, rest, x_0[0]) if len(x_0) == 1 else between(schedule, rest, x_0[0], x_0[1], options.count)
+
+
+def alike(schedule: Schedule, timesteps: list[int], x_0: Tensor) -> Way:
+    """Pictures like x_0 (1, C, H, W)."""
+
+    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
+        return image_to_image(sampler, schedule, noise, timesteps, x_0.expand(len(numbers), -1, -1, -1))
+
+    return Way(len(timesteps), make)
+
+
+def between(schedule: Schedule, timesteps: list[int], x_0: Tensor, x_0_other: Tensor, count: int) -> Way:
+    """Pictures evenly from x_0 to x_0_other (1, C, H, W); of one noise, so that only the mixture changes."""
+
+    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
+        fraction = numbers.double() / max(count - 1, 1)
+        return interpolate(sampler, schedule, noise, timesteps, x_0, x_0_other, fraction)
+
+    return Way(len(timesteps), make, one_noise=True)
+
+
+def made_anew(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) -> Way:
+    """x_0 (1, C, H, W) with all that `keep` (1, 1, H, W) leaves out made anew."""
+
+    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
+        for x in inpaint(sampler, schedule, noise, path, x_0.expand(len(numbers), -1, -1, -1), keep):
+            last = x
+        return last
+
+    return Way(sum(s < t for t, s in pairwise(path)), make)
+
+
+def draw(
+    model: Model, options: Sample, seed: int, way: Way, device: torch.device, y: Tensor | None = None
+) -> NDArray[np.uint8]:
+    """Pictures uint8 (count, C, H, W), of the classes `y` int64 (count,), or of any.
+
+    The noise of picture i is a function of (seed, i): it is the same picture among any number of them.
+    """
+    pictures = []
+    batches = torch.arange(options.count, device=device).split(BATCH)
+    with Progress("sample", way.steps * len(batches), "steps") as progress:
+        for numbers in batches:
+            sampler = model.sampler(options, None if y is None else y[numbers])
+            noise = noise_for(seed, len(numbers), model.shape, device, int(numbers[0]))
+            if way.one_noise:
+                noise = repeated(noise_for(seed, 1, model.shape, device), len(numbers))
+            x_0 = way.make(Counted(sampler, progress), noise, numbers)
+            pictures.append(to_uint8(x_0.cpu().numpy()))
+    return np.concatenate(pictures)
+
+
+def repeated(noise: Noise, count: int) -> Noise:
+    """The noise of one picture for `count` of them."""
+    return lambda place: noise(place).expand(count, -1, -1, -1)

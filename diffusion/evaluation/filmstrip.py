@@ -1,0 +1,48 @@
+"""Pictures on their way from noise."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffusion import params
+from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.model import Model
+from diffusion.process import build
+from diffusion.process.sampler import trajectory
+
+
+class Moment(NamedTuple):
+    """A few pictures at one point of sampling, uint8 (n, C, H, W) each."""
+
+    t: int
+    """-1 at the end."""
+    x_t: NDArray[np.uint8]
+    x_0_hat: NDArray[np.uint8]
+    """What the network sees in this x_t; at the end, the picture."""
+
+
+def moments(
+    model: Model, options: params.Sample, seed: int, device: torch.device, images: int = 4, count: int = 9
+) -> list[Moment]:
+    """The seed's first pictures at `count` moments of sampling, evenly over the steps, from noise to picture.
+
+    There are fewer moments if there are fewer steps.
+    """
+    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())
+    noise = noise_for(seed, images, model.shape, device)
+    sampler = model.sampler(options, classes_in_turn(model, images, device))
+    t, x_t = timesteps[0], noise(0)
+    found = []
+    # A point has the x_t that a step leads to; its x_0_hat belongs to the one where the step began.
+    for index, point in enumerate(trajectory(sampler, noise, timesteps, x_t)):
+        if index in chosen:
+            found.append(_moment(t, x_t, point.x_0_hat))
+        t, x_t = point.t, point.x_t
+    return [*found, _moment(t, x_t, x_t)]
+
+
+def _moment(t: int, x_t: torch.Tensor, x_0_hat: torch.Tensor) -> Moment:
+    return Moment(t, to_uint8(x_t.cpu().numpy()), to_uint8(x_0_hat.cpu().numpy()))

@@ -1,0 +1,134 @@
+"""Models to and from diffusers' folders: a DDPMPipeline, or in import a bare UNet2DModel."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from diffusion import model, params
+from diffusion.errors import UserError
+from diffusion.exchange import weights
+from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
+from diffusion.files import new_directory, write_atomic, write_json
+from diffusion.nn.unet import UNet
+
+PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
+UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+INDEX = {
+    "_class_name": "DDPMPipeline",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+Read = TypeVar("Read", bound=BaseModel)
+
+
+def export_model(source: Path, directory: Path, sample: params.Sample, force: bool) -> None:
+    """Write the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
+
+    `sample` says how its scheduler samples. Raises UserError naming every parameter that has no counterpart, or if
+    `directory` is in use.
+    """
+    _check_free(directory, PIPELINE, force)
+    loaded = model.load_model(source, torch.device("cpu"))
+    net, config = loaded.net, loaded.config
+    if problems := obstacles(net, config, sample):
+        raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
+    assert isinstance(net, UNet)
+    (groups,) = _groups(net)
+    config_json = UNetConfig.of(config, groups, weights.freq_shift(net)).document()
+    with new_directory(directory) as temporary:
+        write_json(temporary / PIPELINE, INDEX)
+        write_json(temporary / UNET / UNET_CONFIG, config_json)
+        write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
+        write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, SchedulerConfig.of(config.process, sample).document())
+
+
+def obstacles(net: nn.Module, config: model.Config, sample: params.Sample) -> list[str]:
+    """Each parameter that stands in the way of an export, with its value and what it would have to be."""
+    network, process, (_, height, width) = config.network, config.process, config.shape
+    predicted = process.parameterization
+    cell = 2 ** (len(network.channel_multipliers) - 1) if network.kind == "unet" else 1
+    variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large"]
+    wanted: list[tuple[str, object, bool, str]] = [
+        ("network.kind", network.kind, network.kind == "unet", "unet"),
+        ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
+        ("network.classes", str(network.classes).lower(), not network.classes, "false"),
+        ("network.base_channels", network.base_channels, len(_groups(net)) < 2, "a multiple of 128"),
+        ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),
+        ("pairs.width", width, width % cell == 0, f"a multiple of {cell}"),
+        ("process.parameterization", predicted, predicted in PREDICTIONS, "eps, x_0 or v"),
+        ("sample.variance", sample.variance, sample.variance in variances, " or ".join(variances)),
+        ("sample.threshold", sample.threshold, sample.threshold != "dynamic", "clip or none"),
+    ]
+    return [f"{field} is {value}, but must be {must}" for field, value, holds, must in wanted if not holds]
+
+
+def import_model(source: Path, directory: Path, force: bool) -> str:
+    """Write the DDPMPipeline or UNet2DModel in the folder `source` as a model of ours.
+
+    Gives the parameters for sampling that its scheduler has. Raises UserError naming every setting that has no
+    counterpart here, or if `directory` is in use.
+    """
+    _check_free(directory, model.CONFIG, force)
+    # The first published models have all files in one folder.
+    unet_path = (source / UNET if (source / UNET).is_dir() else source) / UNET_CONFIG
+    scheduler_path = (source / SCHEDULER if (source / SCHEDULER).is_dir() else source) / SCHEDULER_CONFIG
+    unet = _read(unet_path, UNetConfig)
+    learned = unet.out_channels > unet.in_channels
+    if scheduler_path.exists():
+        scheduler = _read(scheduler_path, SchedulerConfig)
+    else:  # a bare network, taken to be of a scheduler with defaults
+        scheduler = SchedulerConfig(variance_type="learned_range" if learned else "fixed_small")
+    try:
+        network, process = unet.network(), scheduler.process()
+    except ValidationError as error:
+        raise UserError(f"{source}: in our parameters, {params.describe(error)}") from None
+    if learned != process.learned_variance:
+        must = "learned_range" if learned else "fixed_small or fixed_large"
+        raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
+
+    config = model.Config(
+        shape=(unet.in_channels, *unet.sample_size), classes=(), network=network, process=process, eps_hat_square=None
+    )
+    net = model.new_network(config.shape, 0, network, process)
+    assert isinstance(net, UNet)
+    if _groups(net) != {unet.norm_num_groups}:
+        must = " and ".join(map(str, sorted(_groups(net))))
+        raise UserError(f"{unet_path}: norm_num_groups must be {must} for such channels (got {unet.norm_num_groups})")
+    weights_path, pickle = unet_path.with_name(WEIGHTS), unet_path.with_name(PICKLE)
+    if pickle.exists() and not weights_path.exists():
+        raise UserError(f"{pickle}: pickles can run code, and are not read; have diffusers save it as {WEIGHTS}")
+    try:
+        weights.from_diffusers(load_file(weights_path), net, unet.freq_shift, unet.flip_sin_to_cos)
+    except (OSError, SafetensorError, UserError) as error:
+        raise UserError(f"{weights_path}: {error}") from None
+    model.save_model(directory, net, config)
+    return scheduler.sampling()
+
+
+def _groups(net: nn.Module) -> set[int]:
+    """The numbers of groups in a network's normalizations."""
+    return {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
+
+
+def _check_free(directory: Path, marker: str, force: bool) -> None:
+    """Raises UserError unless a folder is new, empty or, with `force`, a former one, which has the file `marker`."""
+    if directory.is_dir() and (not any(directory.iterdir()) or (force and (directory / marker).exists())):
+        return
+    if directory.exists():
+        raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
+
+
+def _read(path: Path, kind: type[Read]) -> Read:
+    try:
+        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{path}: {params.describe(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({getattr(error, 'strerror', None) or error})") from None

@@ -1,0 +1,72 @@
+"""Pictures from pictures: image to image, interpolation, inpainting. Images are (B, C, H, W) in [-1, 1]."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion.process.sampler import Before, Noise, Sampler, sample
+from diffusion.process.schedule import Schedule
+
+
+def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps: list[int], x_0: Tensor) -> Tensor:
+    """Images like x_0: noise is added up to timesteps[0], and taken away along the descending `timesteps`.
+
+    Meng et al. 2022 (SDEdit), algorithm 1. The higher timesteps[0], the less of x_0 is left.
+    """
+    t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
+    return sample(sampler, noise, timesteps, schedule.diffuse(x_0, t, noise(0)))
+
+
+def interpolate(
+    sampler: Sampler,
+    schedule: Schedule,
+    noise: Noise,
+    timesteps: list[int],
+    x_0: Tensor,
+    x_0_other: Tensor,
+    fraction: Tensor,
+) -> Tensor:
+    """Images between x_0 (fraction 0) and x_0_other (fraction 1): mixed with noise at timesteps[0], then sampled.
+
+    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance. fraction: (B,).
+    """
+    mixed = torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
+    return image_to_image(sampler, schedule, noise, timesteps, mixed)
+
+
+def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:
+    """The timesteps that RePaint visits, -1 at the end: every stretch of `jump` steps down is gone `rounds` times.
+
+    In between it goes up again, step by step. With one round it is `timesteps` and -1.
+    """
+    path = [timesteps[0]]
+    for start in range(0, len(timesteps), jump):
+        stretch = [*timesteps, -1][start : start + jump + 1]
+        path += (stretch[1:] + stretch[-2::-1]) * (rounds - 1) + stretch[1:]
+    return path
+
+
+@torch.inference_mode()
+def inpaint(
+    sampler: Sampler, schedule: Schedule, noise: Noise, path: list[int], x_0: Tensor, keep: Tensor
+) -> Iterator[Tensor]:
+    """x_0 with what `keep` leaves out made anew, to fit the rest; Lugmayr et al. 2022 (RePaint), algorithm 1.
+
+    Gives x after each step; the last one is the result. path: of `repaint_path`. keep: (B or 1, 1, H, W), 1 where x_0
+    is kept and 0 elsewhere. At each timestep the kept part is x_0 with fresh noise; going up adds noise to all.
+    """
+    x, before = noise(0), None
+    for index, (t, s) in enumerate(pairwise(path)):
+        at, to = (torch.full((len(x),), step, device=x.device) for step in (t, s))
+        places = (2 * index + 1, 2 * index + 2)
+        if s < t:
+            unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), before)
+            x = keep * schedule.diffuse(x_0, to, noise(places[1])) + (1 - keep) * unknown
+            before = Before(at, x_0_hat)
+        else:
+            alpha = schedule(to) / schedule(at)
+            x, before = alpha.sqrt().to(x.dtype) * x + (1 - alpha).sqrt().to(x.dtype) * noise(places[0]), None
+        yield x

@@ -1,0 +1,80 @@
+"""The variational bound on the negative log-likelihood, in bits per dimension.
+
+-log p(x_0) <= L_T + sum_{t=1}^{T-1} KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_{t=0})
+
+Ho et al. 2020, eq. 5, with timesteps counted from 0: its L_{t-1} is `term` at t >= 1, its L_0 is `term` at t = 0.
+Images (B, C, H, W) are 8-bit ones, scaled to [-1, 1]; each value's bin is 2/255 wide.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.schedule import Schedule
+from diffusion.process.variance import Variance
+
+BITS = 1 / math.log(2)
+"""Bits in a nat."""
+
+
+def normal_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
+    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each value, in nats."""
+    ratio = variance_1 / variance_2
+    return 0.5 * (ratio - 1 - ratio.log() + (mean_1 - mean_2) ** 2 / variance_2)
+
+
+def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """-log of the mass that N(mean, variance) has in the bin of each value of x_0, in nats; Ho et al. 2020, eq. 13.
+
+    The bins of -1 and 1 are open to the outside.
+    """
+    scale = variance.rsqrt()
+    above = torch.where(x_0 > 0.999, 1, torch.special.ndtr((x_0 + 1 / 255 - mean) * scale))
+    below = torch.where(x_0 < -0.999, 0, torch.special.ndtr((x_0 - 1 / 255 - mean) * scale))
+    return -(above - below).clamp(min=1e-12).log()
+
+
+def prior(schedule: Schedule, x_0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, bits per dimension, (B,)."""
+    alpha_bar = schedule.alpha_bar[-1].to(x_0.device, x_0.dtype)
+    zero, one = torch.zeros_like(x_0), torch.ones_like(x_0)
+    return BITS * normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar) * one, zero, one).mean(dim=(1, 2, 3))
+
+
+def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tensor, variance: Tensor) -> Tensor:
+    """The bound's term at `t` (B,), of each image, bits per dimension, (B,), for the step that the model takes there.
+
+    x_0_hat: the model's estimate of the clean image; variance: of its step from t to t - 1. L_0 where t = 0.
+    """
+    s = t - 1
+    mean = schedule.posterior_mean(x_0_hat, x_t, t, s)
+    true_mean = schedule.posterior_mean(x_0, x_t, t, s)
+    # At t = 0 the posterior has no variance; any other number does, since that divergence is not used.
+    true_variance = schedule.posterior_variance(t.clamp(min=1), s.clamp(min=0)).to(x_0.dtype)
+    variance = variance.to(x_0.dtype)
+    divergence = normal_kl(true_mean, true_variance, mean, variance)
+    last = (t == 0).view(-1, 1, 1, 1)
+    return BITS * torch.where(last, decoder_nll(x_0, mean, variance), divergence).mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound for a model: `prior`, and `term` summed over all t, with x_t drawn once for each."""
+
+    denoiser: Denoiser
+    variance: Variance
+
+    def term(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The bound's term at `t` int64 (B,) with noise `eps` (B, C, H, W): bits per dimension, float64 (B,)."""
+        schedule = self.denoiser.schedule
+        x_t = schedule.diffuse(x_0, t, eps)
+        estimate = self.denoiser(x_t, t)
+        variance = self.variance(t, t - 1, estimate.variance_fraction)
+        return term(schedule, x_0.double(), x_t.double(), t, estimate.x_0_hat.double(), variance)
+
+    def prior(self, x_0: Tensor) -> Tensor:
+        """L_T of each image, bits per dimension, float64 (B,)."""
+        return prior(self.denoiser.schedule, x_0.double())

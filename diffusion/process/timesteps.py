@@ -1,0 +1,114 @@
+"""At which timesteps the network is trained.
+
+The pairs bring timesteps that are stratified over each block of images. A sampler turns them, or independent uniform
+numbers, into those it wants; so what is drawn stays a function of the position in the data.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.process.schedule import Schedule
+
+
+class Timesteps(nn.Module, ABC):
+    """A module, so that what it learns of the losses is kept with the rest of a training's state."""
+
+    @abstractmethod
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps int64 (B,), and the weight of the loss at each, (B,).
+
+        t: the pairs' timesteps, int64 (B,), each uniform on [0, T). u: independent numbers uniform on [0, 1), (B,).
+        """
+
+    def observe(self, t: Tensor, loss: Tensor) -> None:
+        """Learn what the loss (B,) was at `t` (B,)."""
+
+
+class Stratified(Timesteps):
+    """The pairs' own timesteps: each uniform on [0, T), their mean far less random; Kingma et al. 2021, app. I.1."""
+
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return t, torch.ones_like(u)
+
+
+class Uniform(Timesteps):
+    """Each independent, uniform on [0, T); Ho et al. 2020, algorithm 1."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        super().__init__()
+        self.num_timesteps = num_timesteps
+
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        return (u * self.num_timesteps).long(), torch.ones_like(u)
+
+
+class _ByProbability(Timesteps):
+    """Timesteps drawn with given probabilities, still stratified: (t + u) / T goes through their quantile function."""
+
+    def draw_by(self, probability: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """Timesteps int64 (B,) with `probability` float64 (T,), which adds up to 1."""
+        cumulative = probability.cumsum(dim=0)
+        wanted = (t + u.double()) / len(probability) * cumulative[-1]
+        return torch.searchsorted(cumulative, wanted, right=True).clamp(max=len(probability) - 1)
+
+
+class LogSnrNormal(_ByProbability):
+    """log SNR normally distributed, with mean 2.4 and standard deviation 2.4; Karras et al. 2022 (EDM), section 5.
+
+    Those are EDM's -1.2 and 1.2 for log sigma = -log(SNR) / 2. As there, the loss is not weighted against it: the
+    middle counts more.
+    """
+
+    MEAN, STD = 2.4, 2.4
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        # Of the normal distribution each timestep has the part that is nearer to its log SNR than to the next one's.
+        log_snr = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log()
+        middle = (log_snr[1:] + log_snr[:-1]) / 2
+        edges = torch.cat([torch.tensor([torch.inf]), middle, torch.tensor([-torch.inf])])
+        mass = -torch.special.ndtr((edges - self.MEAN) / self.STD).diff()
+        self.probability: Tensor
+        self.register_buffer("probability", mass, persistent=False)
+
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.draw_by(self.probability, t, u), torch.ones_like(u)
+
+
+class LossSecondMoment(_ByProbability):
+    """Timesteps in proportion to the root of the mean squared loss there; Nichol & Dhariwal 2021, section 3.3.
+
+    The mean is over the last ten losses at each timestep; until every timestep has so many, all are drawn alike. The
+    loss is weighted by 1 / (T p(t)), so that its expectation is that of uniform timesteps.
+    """
+
+    HISTORY = 10
+    UNIFORM = 0.001
+    """Share of the draws that is uniform whatever the losses were."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        super().__init__()
+        self.losses: Tensor
+        self.seen: Tensor
+        self.register_buffer("losses", torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.int64))
+
+    def probability(self) -> Tensor:
+        """The probability of each timestep, float64 (T,)."""
+        T = len(self.seen)
+        if (self.seen < self.HISTORY).any():
+            return torch.full((T,), 1 / T, dtype=torch.float64, device=self.seen.device)
+        root = self.losses.square().mean(dim=1).sqrt()
+        return root / root.sum() * (1 - self.UNIFORM) + self.UNIFORM / T
+
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        probability = self.probability()
+        chosen = self.draw_by(probability, t, u)
+        return chosen, (1 / (len(probability) * probability[chosen])).to(u.dtype)
+
+    def observe(self, t: Tensor, loss: Tensor) -> None:
+        for at, value in zip(t.tolist(), loss.tolist(), strict=True):
+            self.losses[at, int(self.seen[at]) % self.HISTORY] = value
+            self.seen[at] += 1

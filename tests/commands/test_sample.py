@@ -1,0 +1,284 @@
+"""`ddpm sample` through the command line, with a tiny model of random weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffusion import yaml_files
+from diffusion.__main__ import main
+from diffusion.commands import sample
+from diffusion.data.pairs import fit
+from diffusion.evaluation.samples import draw_samples, grid_png
+from diffusion.model import Config, load_model, save_model
+from diffusion.params import Process, Sample
+from tests.nn.networks import network, options, randomize
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+PROCESS = Process(
+    schedule="cosine",
+    beta=(),
+    num_timesteps=40,
+    zero_terminal_snr=False,
+    parameterization="v",
+    learned_variance=False,
+    weighting="simple",
+    min_snr_gamma=5.0,
+    loss="mse",
+)
+SETTINGS = Sample(
+    sampler="ddpm",
+    steps=6,
+    spacing="linspace",
+    variance="fixed-small",
+    eta=0.5,
+    threshold="clip",
+    guidance=2.0,
+    count=5,
+)
+CLASSES = ("zero", "one", "two")
+
+
+def save(directory: Path, shape: tuple[int, int, int] = (1, 8, 8), classes: tuple[str, ...] = CLASSES) -> None:
+    net = randomize(network(shape, "unet", "film", classes=bool(classes)))
+    described = options("unet", "film", classes=bool(classes))
+    config = Config(shape=shape, classes=classes, network=described, process=PROCESS, eps_hat_square=None)
+    save_model(directory, net, config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "ddpm"
+    save(directory)
+    return directory
+
+
+@pytest.fixture
+def tree(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working tree, and the current directory, with a model, parameters, two images and a mask."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/ddpm").symlink_to(model)
+    document = {"seed": 3, "device": "cpu", "sample": SETTINGS.model_dump()}
+    yaml_files.write_yaml(tmp_path / "params.yaml", document)
+    values = np.random.default_rng(0).integers(256, size=(2, 8, 8), dtype=np.uint8)
+    for name, image in zip(("a", "b"), values, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 3:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pictures(*arguments: str) -> NDArray[np.uint8]:
+    """What the command makes, (N, H, W, C)."""
+    assert main(["sample", "--out", "made.npz", *arguments]) == 0
+    with np.load("made.npz") as arrays:
+        return arrays["images"]
+
+
+def same(some: NDArray[np.uint8], others: NDArray[np.uint8]) -> bool:
+    """Whether pictures are the same, but for how float32 sums round in batches of different sizes."""
+    return int(np.abs(some.astype(int) - others).max()) <= 1
+
+
+def test_all_from_params_as_a_grid(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample"]) == 0
+    expected = draw_samples(load_model(tree / "models/ddpm", CPU), SETTINGS, 3, CPU)
+    assert (tree / "samples.png").read_bytes() == grid_png(expected)
+    assert "sample: 6/6 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun"])
+def test_options_lie_over_params(tree: Path, sampler: str) -> None:
+    changes = {"sampler": sampler, "spacing": "quadratic", "steps": 4, "threshold": "dynamic", "guidance": 1.5}
+    given = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    expected = draw_samples(load_model(tree / "models/ddpm", CPU), SETTINGS.model_copy(update=changes), 8, CPU)
+    assert (pictures("--seed", "8", *given) == expected.transpose(0, 2, 3, 1)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9)])
+def test_grid_archive_and_folder_hold_the_same(tree: Path, shape: tuple[int, int, int]) -> None:
+    save(tree / "other", shape, classes=())
+    made = pictures("--model", "other")
+    assert made.shape == (5, *shape[1:], shape[0])
+    assert "labels" not in np.load("made.npz")
+    for out in ("new.folder/", "new.folder", "folder", "grid.PNG"):
+        assert main(["sample", "--model", "other", "--out", out]) == 0
+    for folder in ("new.folder", "folder"):
+        files = sorted((tree / folder).iterdir())
+        assert [file.name for file in files] == [f"{number:05}.png" for number in range(5)]
+        read = [np.asarray(Image.open(file)).reshape(made.shape[1:]) for file in files]
+        assert (np.stack(read) == made).all()
+    assert (tree / "grid.PNG").read_bytes() == grid_png(made.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("how", [(), ("--from", "a.png"), ("--from", "a.png", "--mask", "mask.png", "--rounds", "2")])
+def test_a_picture_is_the_same_in_any_batch_and_number(
+    tree: Path,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    how: tuple[str, ...],
+) -> None:
+    many = pictures("--count", "9", *how)
+    monkeypatch.setattr(sample, "BATCH", 4)
+    assert same(pictures("--count", "9", *how), many)
+    assert same(pictures("--count", "2", *how), many[:2])
+    assert not same(many[3:6], many[6:9])
+    assert not same(pictures("--count", "2", "--seed", "4", *how), many[:2])
+
+
+def test_classes_by_name_and_number_in_turn(tree: Path) -> None:  # noqa: ARG001
+    made = pictures()
+    assert np.load("made.npz")["labels"].tolist() == [0, 1, 2, 0, 1]
+    chosen = pictures("--class", "two, 1", "--class", "1")
+    assert np.load("made.npz")["labels"].tolist() == [2, 1, 1, 2, 1]
+    assert same(chosen[[1, 4]], made[[1, 4]])
+    assert all(not same(chosen[index], made[index]) for index in (0, 2, 3))
+
+
+def test_guidance(tree: Path) -> None:  # noqa: ARG001
+    ignored, heeded, overdone = (pictures("--guidance", value) for value in "013")
+    assert not same(ignored, heeded)
+    assert not same(heeded, overdone)
+    assert same(ignored, pictures("--guidance", "0", "--class", "two"))
+
+
+def test_an_image_is_the_less_kept_the_more_noise_is_added(tree: Path) -> None:
+    image = np.asarray(Image.open(tree / "a.png"))[..., None]
+    distances = []
+    for at in ("0", "10", "39"):
+        made = pictures("--from", "a.png", "--at", at, "--steps", "40")
+        assert not same(made[0], made[1])
+        distances.append(np.abs(made.astype(int) - image).mean())
+    assert distances[0] < 10 < distances[1] < distances[2]
+    assert (pictures("--from", "a.png") == pictures("--from", "a.png", "--at", "20")).all()
+
+
+def test_a_given_image_has_the_class_that_is_asked_for_or_none(tree: Path) -> None:  # noqa: ARG001
+    assert not same(pictures("--from", "a.png"), pictures("--from", "a.png", "--class", "1"))
+    assert same(pictures("--from", "a.png"), pictures("--from", "a.png", "--class", "1", "--guidance", "0"))
+
+
+def test_an_interpolation_goes_from_one_image_to_the_other(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """Its ends are what the images alone give, of the same noise."""
+    monkeypatch.setattr(sample, "BATCH", 4)
+    made = pictures("--from", "a.png", "b.png")
+    assert same(made[0], pictures("--from", "a.png", "--count", "1")[0])
+    assert same(made[4], pictures("--from", "b.png", "--count", "1")[0])
+    steps = np.abs(np.diff(made.astype(int), axis=0)).mean(axis=(1, 2, 3))
+    assert 0 < steps.max() < np.abs(made[0].astype(int) - made[4]).mean()
+
+
+def test_inpainting_keeps_what_the_mask_leaves_dark(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = pictures("--from", "a.png", "--mask", "mask.png", "--jump", "4", "--rounds", "3")
+    assert "sample: 18/18 steps" in capsys.readouterr().err
+    image, anew = (np.asarray(Image.open(tree / f"{name}.png")) for name in ("a", "mask"))
+    assert (made[:, anew == 0, 0] == image[anew == 0]).all()
+    assert all(not same(picture[anew > 0, 0], image[anew > 0]) for picture in made)
+    assert not same(made[0], made[1])
+
+
+def test_images_and_masks_are_fitted_to_the_model(tree: Path) -> None:
+    for name in ("a", "mask"):
+        Image.open(tree / f"{name}.png").convert("RGB").resize((16, 16), Image.Resampling.NEAREST).save(
+            tree / f"large-{name}.webp", lossless=True
+        )
+    made = pictures("--from", "large-a.webp", "--mask", "large-mask.webp", "--rounds", "1")
+    image = fit(Image.open(tree / "large-a.webp"), 1, 8, 8)[0]
+    kept = np.asarray(Image.open(tree / "mask.png")) == 0
+    assert (made[:, kept, 0] == image[kept]).all()
+    assert not same(made[0, ~kept, 0], image[~kept])
+
+
+def test_the_filmstrip(tree: Path) -> None:
+    assert main(["sample", "--filmstrip", "way.png", "--count", "2"]) == 0
+    with Image.open(tree / "way.png") as picture:
+        assert picture.width > picture.height
+
+
+def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = pictures()
+    (tree / "params.yaml").unlink()
+    given = [text for name, value in SETTINGS.model_dump().items() for text in (f"--{name}", str(value))]
+    assert (pictures("--seed", "3", *given) == made).all()
+    capsys.readouterr()
+    assert main(["sample", *given[2:]]) == 1
+    message = "params.yaml: no such file here; without it, these must be given: --sampler, --seed"
+    assert capsys.readouterr().err == f"ddpm sample: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 0", "params.yaml with the options given: sample.steps: input should be greater than or equal to 1"),
+        ("--steps 41", "sample.steps (41) exceeds the model's num_timesteps (40); give fewer by --steps"),
+        ("--eta 2", "sample.eta: input should be less than or equal to 1 (got 2.0)"),
+        ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
+        ("--device gpu", "device: string should match pattern"),
+        ("--variance learned", "sample.variance is learned, but the model has not learned it"),
+        ("--variance analytic", "sample.variance: the model holds no estimate for analytic"),
+        ("--model nowhere", "nowhere: no model (["),
+        ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (out/)"),
+        ("--out a.png/", "a.png/00000.png: cannot be written (File exists)"),
+        (
+            "--class four",
+            "--class: 'four' is no class of the model; there are zero, one, two, and their numbers from 0",
+        ),
+        ("--class 3", "--class: '3' is no class of the model"),
+        ("--class one,", "--class: '' is no class of the model"),
+        ("--model plain --class 0", "--class: the model knows no classes"),
+        ("--from c.png", "c.png: not a readable image (No such file or directory)"),
+        ("--from params.yaml", "params.yaml: not a readable image (cannot identify image file 'params.yaml')"),
+        ("--from a.png b.png a.png", "--from: one image, or two to go from one to the other (got 3)"),
+        ("--from a.png --at 40", "--at: the model's timesteps go from 0 to 39 (got 40)"),
+        ("--from a.png --at -1", "--at: the model's timesteps go from 0 to 39 (got -1)"),
+        ("--at 5", "--at: is for images given by --from, without --mask"),
+        ("--mask mask.png", "--mask: needs the image whose part is to be made anew; give one by --from"),
+        ("--from a.png --mask small.png", "small.png: the mask has 5x4 pixels, but its image 8x8"),
+        ("--from a.png --mask mask.png --at 5", "--at: is for images given by --from, without --mask"),
+        ("--class 1 --filmstrip way.png", "--filmstrip: shows pictures from noise, of the classes in turn"),
+        ("--from a.png --mask mask.png --jump 0", "--jump: must be at least 1 (got 0)"),
+        ("--from a.png --mask mask.png --rounds 0", "--rounds: must be at least 1 (got 0)"),
+    ],
+)
+def test_what_is_wrong_gets_one_line(
+    tree: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    save(tree / "plain", classes=())
+    Image.new("L", (5, 4)).save(tree / "small.png")
+    assert main(["sample", *arguments.split()]) == 1
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("sample: 6/6 steps"))
+    assert error.startswith("ddpm sample: error: ")
+    assert message in error
+    assert not (tree / "samples.png").exists()
+
+
+def test_wrong_names_list_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, right in (("--sampler", "dpm-solver++"), ("--spacing", "log-snr"), ("--threshold", "dynamic")):
+        with pytest.raises(SystemExit):
+            main(["sample", option, "other"])
+        assert right in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_itself(tree: Path) -> None:
+    def ddpm(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "diffusion", "sample", *arguments]
+        return subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        )
+
+    shown = ddpm("--help").stdout
+    assert all(f"--{name} " in shown for name in (*Sample.model_fields, "class", "from", "mask", "out", "seed"))
+    done = ddpm("--count", "1", "--out", "one.png")
+    assert done.returncode == 0, done.stderr
+    assert (tree / "one.png").exists()
+    done = ddpm("--class", "four")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,57 @@
+"""What the report says."""
+
+import pytest
+
+from diffusion.evaluation import report
+from diffusion.params import Params
+from diffusion.process import build
+from diffusion.stages import evaluate
+
+NAMES = ("mse", "rmse", "mae", "r2", "bits_per_dim", "bits_per_dim_exact")
+ENDS = ("", "_low", "_high", "_se", "_images")
+PICTURES = ("mse_by_t", "vlb_by_t", "samples", "filmstrip", "training")
+
+
+def test_every_choice_of_sampling_has_its_words(params: Params) -> None:
+    assert set(evaluate.SAMPLERS) == set(build.SAMPLERS)
+    assert set(evaluate.SPACINGS) == set(build.SPACINGS)
+    assert set(evaluate.THRESHOLDS) == set(build.THRESHOLDS)
+    options = params.sample.model_copy(
+        update={"sampler": "ddpm", "variance": "analytic", "steps": 20, "spacing": "log-snr", "threshold": "dynamic"}
+    )
+    assert evaluate.describe(options, 7, num_classes=0) == (
+        "Ancestral sampling with variance analytic, 20 steps evenly spaced in log SNR, estimated clean images "
+        "dynamically thresholded, EMA weights, seed 7; none was left out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "words"),
+    [
+        ({"sampler": "ddim", "eta": 0.5}, 0, "DDIM with eta = 0.5, "),
+        ({"sampler": "dpm-solver++-sde"}, 0, "SDE-DPM-Solver++(2M), "),
+        ({"guidance": 1.5}, 10, ", classes in turn with guidance 1.5, "),
+    ],
+)
+def test_how_samples_were_made(params: Params, changes: dict[str, object], classes: int, words: str) -> None:
+    text = evaluate.describe(params.sample.model_copy(update=changes), 0, classes)
+    assert words in text
+    assert ("guidance" in text) == bool(classes)
+
+
+def test_the_page_holds_all_figures_and_pictures() -> None:
+    overall = {f"{name}{end}": 0.5 for name in NAMES for end in ENDS} | {
+        "images": 3,
+        "pairs": 6,
+        "wiener_mse": 0.5,
+        "zero_mse": 1.0,
+        "bits_per_dim": 4.4321,
+        "bits_per_dim_exact_images": 16,
+        "bits_per_dim_prior": 0.0123,
+        "bits_per_dim_diffusion": 3.2109,
+        "bits_per_dim_decoder": 1.2098,
+    }
+    page = report.page(overall, [], dict.fromkeys(PICTURES, b"png"), how="Somehow < 5", variance="analytic")
+    for text in ("4.4321", "0.0123", "3.2109", "1.2098", "<td>16</td>", "Somehow &lt; 5", "reverse step: analytic;"):
+        assert text in page
+    assert page.count('src="data:image/png;base64,cG5n"') == len(PICTURES)

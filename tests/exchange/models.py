@@ -1,0 +1,91 @@
+"""Small models of ours and of diffusers', for the tests of exchange."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from diffusion import model, params, yaml_files
+
+ROOT = Path(__file__).parents[2]
+CHANNELS = 128
+"""The least that has the same number of groups in every normalization."""
+SMALL: dict[str, Any] = {
+    "network": {"base_channels": CHANNELS, "channel_multipliers": [1, 1], "conditioning": "add"},
+    "process": {"schedule": "linear", "parameterization": "eps"},
+}
+"""Changes to the digits preset that give a model which diffusers has too."""
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (CHANNELS, CHANNELS),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+}
+"""A UNet2DModel with diffusers' defaults, as in its own training example, but small."""
+DDPM_CIFAR10: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "downsample_padding": 0,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+}
+"""The DDPM paper's network for CIFAR-10, as it is published for diffusers."""
+
+
+def settings(**changes: dict[str, Any]) -> params.Params:
+    """The parameters of a small model that diffusers has too, with changes by section."""
+    document = yaml_files.read_yaml(ROOT / "presets" / "digits.yaml")
+    return params.validate(yaml_files.overlay(yaml_files.overlay(document, SMALL), changes), "test")
+
+
+def randomize(net: nn.Module) -> nn.Module:
+    """Give every weight something to do, the same in every run; in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    return net.eval()
+
+
+def save(directory: Path, chosen: params.Params, classes: tuple[str, ...] = ()) -> model.Model:
+    """A model of ours with random weights, in a directory."""
+    shape = (chosen.pairs.channels, chosen.pairs.height, chosen.pairs.width)
+    torch.manual_seed(0)
+    net = randomize(model.new_network(shape, len(classes), chosen.network, chosen.process))
+    config = model.Config(
+        shape=shape, classes=classes, network=chosen.network, process=chosen.process, eps_hat_square=None
+    )
+    model.save_model(directory, net, config)
+    return load(directory)
+
+
+def load(directory: Path) -> model.Model:
+    return model.load_model(directory, torch.device("cpu"))
+
+
+def unet(**changes: Any) -> UNet2DModel:
+    """A small UNet2DModel with random weights."""
+    torch.manual_seed(0)
+    net = UNet2DModel(**UNET | changes)
+    randomize(net)
+    return net
+
+
+@torch.no_grad()
+def outputs(net: nn.Module, shape: tuple[int, int, int], timesteps: tuple[int, ...] = (0, 1, 17, 500, 999)) -> Tensor:
+    """What a network, ours or theirs, says of fixed x_t at the timesteps, (B, C, H, W)."""
+    x_t = torch.randn(len(timesteps), *shape, generator=torch.Generator().manual_seed(1))
+    out = net(x_t, torch.tensor(timesteps))
+    return out if isinstance(out, Tensor) else out.sample

@@ -1,0 +1,180 @@
+"""Models to diffusers and back, with diffusers itself as the judge of what they compute."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from diffusion import __main__, params, yaml_files
+from diffusion.process import build as processes
+from diffusion.process.sampler import sample
+from tests.exchange import models
+
+EXPORTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "film": {"network": {"conditioning": "film"}},
+    "attention everywhere, in heads": {"network": {"attention_levels": [0, 1], "head_channels": 32}},
+    "attention in the middle alone": {"network": {"attention_levels": [], "blocks_per_level": 2}},
+    "diffusers' convention, dropout": {"network": {"convention": "diffusers", "dropout": 0.1}},
+    "growing, RGB, not square": {
+        "network": {"channel_multipliers": [1, 2]},
+        "pairs": {"channels": 3, "height": 4, "width": 6},
+    },
+    "one level": {"network": {"channel_multipliers": [1], "attention_levels": [0]}},
+    "learned variance": {"process": {"learned_variance": True}, "sample": {"variance": "learned"}},
+}
+IMPORTS: dict[str, dict[str, Any]] = {
+    "diffusers' defaults": {},
+    "as the authors' code": {
+        "downsample_padding": 0,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    },
+    "film": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
+    "RGB, not square, other blocks": {
+        "sample_size": (8, 4),
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (128, 128, 128),
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
+    },
+    "cosines first, with a shift": {"freq_shift": 1, "flip_sin_to_cos": True},
+    "deeper, half the channels a head": {"layers_per_block": 2, "attention_head_dim": 64},
+}
+
+SAMPLED: dict[str, dict[str, Any]] = {
+    "eps": {"sample": {"variance": "fixed-large"}},
+    "v, given beta, nothing left at the end": {
+        "process": {"schedule": "sigmoid", "parameterization": "v", "zero_terminal_snr": True}
+    },
+    "x_0, learned variance": {
+        "process": {"schedule": "cosine", "parameterization": "x_0", "learned_variance": True},
+        "sample": {"variance": "learned"},
+    },
+    "not clipped": {"process": {"schedule": "scaled-linear", "parameterization": "v"}, "sample": {"threshold": "none"}},
+}
+
+
+def run(*arguments: object) -> None:
+    assert __main__.main([str(argument) for argument in arguments]) == 0
+
+
+def export(tree: Path, chosen: params.Params) -> DDPMPipeline:
+    """The model in `tree`/models/ddpm through `ddpm export-diffusers` and diffusers."""
+    (tree / "params.yaml").write_text(chosen.model_dump_json())
+    run("export-diffusers", tree / "exported")
+    return DDPMPipeline.from_pretrained(tree / "exported", local_files_only=True)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("changes", EXPORTS.values(), ids=EXPORTS)
+def test_diffusers_computes_what_was_exported(tree: Path, changes: dict[str, Any]) -> None:
+    chosen = models.settings(**changes)
+    trained = models.save(tree / "models" / "ddpm", chosen)
+    pipeline = export(tree, chosen)
+    ours = models.outputs(trained.net, trained.shape)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(models.outputs(pipeline.unet.eval(), trained.shape), ours, atol=1e-5, rtol=0)
+    assert pipeline.unet.config.dropout == chosen.network.dropout
+
+
+@pytest.mark.parametrize("changes", IMPORTS.values(), ids=IMPORTS)
+def test_an_imported_network_computes_what_it_did(tree: Path, changes: dict[str, Any]) -> None:
+    unet = models.unet(**changes)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tree / "published")
+    run("import-diffusers", tree / "published")
+    adopted = models.load(tree / "models" / "ddpm")
+    theirs = models.outputs(unet, adopted.shape)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(models.outputs(adopted.net, adopted.shape), theirs, atol=1e-5, rtol=0)
+    # And back again: the frequencies that it brought are kept.
+    back = export(tree, models.settings())
+    torch.testing.assert_close(models.outputs(back.unet, adopted.shape), theirs, atol=1e-5, rtol=0)
+
+
+def test_the_papers_cifar10_network_goes_both_ways(tree: Path, root: Path) -> None:
+    published = UNet2DModel(**models.DDPM_CIFAR10)
+    models.randomize(published).save_pretrained(tree / "published")
+    run("import-diffusers", tree / "published")
+    adopted = models.load(tree / "models" / "ddpm")
+    preset = params.load(root / "presets" / "cifar10.yaml")
+    assert adopted.config.network == preset.network.model_copy(update={"depth": 1, "dropout": 0.0})
+    assert adopted.config.process == preset.process
+    assert sum(parameter.numel() for parameter in adopted.net.parameters()) == 35_746_307
+    ours, theirs = (models.outputs(net, adopted.shape, (0, 999)) for net in (adopted.net, published))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    back = export(tree, preset)
+    torch.testing.assert_close(models.outputs(back.unet, adopted.shape, (0, 999)), theirs, atol=1e-5, rtol=0)
+
+
+def test_the_first_published_models_are_read(tree: Path) -> None:
+    """All files in one folder, layers of attention under their former names, few fields in config.json."""
+    unet = models.unet(flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None)
+    unet.save_pretrained(tree / "published")
+    path = tree / "published" / "config.json"
+    kept = [*models.UNET, "_class_name", "flip_sin_to_cos", "freq_shift", "attention_head_dim"]
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name in kept}))
+    weights = load_file(tree / "published" / "diffusion_pytorch_model.safetensors")
+    for new, old in {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}.items():
+        weights = {name.replace(new, old): tensor for name, tensor in weights.items()}
+    save_file(weights, tree / "published" / "diffusion_pytorch_model.safetensors")
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 200, "variance_type": "fixed_large"}
+    (tree / "published" / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+    run("import-diffusers", tree / "published", "--out", tree / "adopted")
+    adopted = models.load(tree / "adopted")
+    assert adopted.config.process.num_timesteps == 200
+    ours, theirs = (models.outputs(net, adopted.shape, (0, 199)) for net in (adopted.net, unet))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changes", SAMPLED.values(), ids=SAMPLED)
+def test_the_pipeline_samples_as_ours_does(tree: Path, changes: dict[str, Any]) -> None:
+    steps = 6
+    chosen = models.settings(**yaml_files.overlay({"sample": {"steps": steps}}, changes))
+    trained = models.save(tree / "models" / "ddpm", chosen)
+    pipeline = export(tree, chosen)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=steps, output_type="pt").images
+
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(2, *trained.shape, generator=generator) for _ in range(steps + 1)]
+    timesteps = processes.sampling_timesteps(chosen.sample, trained.process.schedule)
+    assert pipeline.scheduler.timesteps.tolist() == timesteps
+    ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
+    # Their coefficients are float32, and where there is little but noise x_0_hat is up to 157 times the output.
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=3e-5, rtol=0)
+    assert ours.std() > 0.1
+
+
+def test_a_folder_in_use_is_replaced_only_on_request(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = models.settings()
+    models.save(tree / "models" / "ddpm", chosen)
+    export(tree, chosen)
+    (tree / "exported" / "mine").touch()
+    assert __main__.main(["export-diffusers", "exported"]) == 1
+    assert __main__.main(["import-diffusers", "exported"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    ending = "already there; choose another folder, or replace a former one with --force"
+    assert said[-2:] == [
+        f"ddpm export-diffusers: error: exported: {ending}",
+        f"ddpm import-diffusers: error: models/ddpm: {ending}",
+    ]
+    run("import-diffusers", "exported", "--force")
+    run("export-diffusers", "exported", "--force")
+    assert not (tree / "exported" / "mine").exists()
+    # What is no pipeline is kept in any case.
+    assert __main__.main(["export-diffusers", "models", "--force"]) == 1
+    models.load(tree / "models" / "ddpm")

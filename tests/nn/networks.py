@@ -1,0 +1,50 @@
+"""Small networks of every kind, for the tests."""
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import params
+from diffusion.nn import build
+
+OPTIONS = {
+    "kind": "unet",
+    "base_channels": 16,
+    "channel_multipliers": [1, 2],
+    "blocks_per_level": 1,
+    "attention_levels": [1],
+    "depth": 3,
+    "conditioning": "film",
+    "head_channels": 8,
+    "patch_size": 1,
+    "dropout": 0.0,
+    "classes": False,
+    "convention": "ddpm",
+}
+CONDITIONINGS = [("unet", "add"), ("unet", "film"), ("uvit", "token"), ("uvit", "adaln")]
+"""Every family with every way in which timestep and class enter."""
+NUM_CLASSES = 3
+
+
+def options(kind: str, conditioning: str, **changes: object) -> params.Network:
+    return params.Network.model_validate(OPTIONS | {"kind": kind, "conditioning": conditioning} | changes)
+
+
+def network(
+    shape: tuple[int, int, int], kind: str, conditioning: str, learned_variance: bool = False, **changes: object
+) -> nn.Module:
+    """A new network in evaluation mode, always with the same weights."""
+    torch.manual_seed(0)
+    return build.network(shape, options(kind, conditioning, **changes), NUM_CLASSES, learned_variance).eval()
+
+
+def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the layers that start at zero something to do."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

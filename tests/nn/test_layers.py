@@ -1,0 +1,86 @@
+"""Building blocks against diffusers' and closed forms."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from diffusion.nn.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, attend, group_norm
+from tests.nn.networks import noise, options, randomize
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (16, 4), (48, 4), (96, 8), (128, 32), (256, 32)])
+def test_groups_have_four_channels_or_more(channels: int, groups: int) -> None:
+    assert group_norm(channels, "ddpm").num_groups == groups
+
+
+def test_time_embedding_has_diffusers_features_in_their_order() -> None:
+    time, t = TimeEmbedding(16, 32), torch.tensor([0, 1, 500, 999])
+    time.layers = nn.Sequential()
+    torch.testing.assert_close(time(t), get_timestep_embedding(t, 16, downscale_freq_shift=0), atol=1e-4, rtol=0)
+    # The DDPM authors' frequencies end at 1/10000: weights trained with them bring them along.
+    shifted = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(8) / 7)
+    time.load_state_dict({"frequencies": shifted})
+    torch.testing.assert_close(time(t), get_timestep_embedding(t, 16, downscale_freq_shift=1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("convention", "padding"), [("ddpm", 0), ("diffusers", 1)])
+def test_downsampling_pads_as_the_convention_says(convention: str, padding: int) -> None:
+    ours, theirs = Downsample(8, convention), Downsample2D(8, use_conv=True, padding=padding)
+    theirs.conv.load_state_dict(ours.conv.state_dict())
+    x = noise(2, 8, 6, 10)
+    torch.testing.assert_close(ours(x, noise(2, 4)), theirs(x))
+    assert ours(x, noise(2, 4)).shape == (2, 8, 3, 5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_is_a_softmax_over_the_keys_of_each_head(heads: int) -> None:
+    qkv = noise(2, 5, 24)
+    q, k, v = (part.reshape(2, 5, heads, 8 // heads) for part in qkv.chunk(3, dim=2))
+    shares = torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) / (8 // heads) ** 0.5, dim=3)
+    torch.testing.assert_close(attend(qkv, heads), torch.einsum("bhnm,bmhd->bnhd", shares, v).reshape(2, 5, 8))
+
+
+@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("diffusers", 1e-5)])
+@pytest.mark.parametrize("head_channels", [0, 8])
+def test_attention_agrees_with_diffusers(convention: str, eps: float, head_channels: int) -> None:
+    ours = randomize(SelfAttention(16, options("unet", "add", convention=convention, head_channels=head_channels)))
+    size = head_channels or 16
+    theirs = Attention(
+        16, heads=16 // size, dim_head=size, bias=True, norm_num_groups=4, eps=eps, residual_connection=True
+    )
+    weights = {f"group_norm.{name}": tensor for name, tensor in ours.norm.state_dict().items()}
+    for name in ("weight", "bias"):
+        for part, tensor in zip("qkv", getattr(ours.qkv, name).chunk(3), strict=True):
+            weights[f"to_{part}.{name}"] = tensor.flatten(1) if name == "weight" else tensor
+        weights[f"to_out.0.{name}"] = getattr(ours.out, name).flatten(1) if name == "weight" else ours.out.bias
+    theirs.load_state_dict(weights)
+    # Small values, so that the normalization's epsilon counts.
+    x = 0.01 * noise(2, 16, 3, 5)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("conditioning", "theirs_name"), [("add", "default"), ("film", "scale_shift")])
+@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("diffusers", 1e-5)])
+def test_residual_block_agrees_with_diffusers(conditioning: str, theirs_name: str, convention: str, eps: float) -> None:
+    ours = randomize(ResidualBlock(16, 32, options("unet", conditioning, convention=convention)))
+    theirs = ResnetBlock2D(
+        in_channels=16,
+        out_channels=32,
+        temb_channels=64,
+        groups=4,
+        groups_out=8,
+        eps=eps,
+        time_embedding_norm=theirs_name,
+    )
+    names = {"emb.": "time_emb_proj.", "shortcut.": "conv_shortcut."}
+    weights = ours.state_dict()
+    for mine, other in names.items():
+        weights = {name.replace(mine, other): tensor for name, tensor in weights.items()}
+    theirs.load_state_dict(weights)
+    x, emb = 0.01 * noise(2, 16, 6, 5), noise(2, 64)
+    # Ours is given the embedding behind the nonlinearity that theirs applies in each block.
+    torch.testing.assert_close(ours(x, nn.functional.silu(emb)), theirs(x, emb), atol=1e-6, rtol=1e-5)

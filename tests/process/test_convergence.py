@@ -1,0 +1,94 @@
+"""Samplers against the closed forms of Gaussian data: the exact reverse ODE, its orders, and the data's variance."""
+
+import pytest
+import torch
+
+from diffusion.process import build
+from diffusion.process.sampler import Sampler, sample, trajectory
+from tests.process.fakes import (
+    Says,
+    gaussian_eps_hat_square,
+    gaussian_x_0_hat,
+    marginal_variance,
+    noise,
+    options,
+    process,
+    randn,
+)
+
+STD = 0.5
+ALL = [
+    {"sampler": "ddpm", "variance": "fixed-small"},
+    {"sampler": "ddpm", "variance": "fixed-large"},
+    {"sampler": "ddpm", "variance": "analytic"},
+    {"sampler": "ddim", "eta": 0.0},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpm-solver++"},
+    {"sampler": "dpm-solver++-sde"},
+    {"sampler": "heun"},
+]
+
+
+def optimal(made: build.Process, name: str = "eps", std: float = STD, **changes: object) -> Sampler:
+    """A sampler over the exact denoiser of N(0, std^2)."""
+    net, square = (
+        Says(name, made.schedule, gaussian_x_0_hat(made.schedule, std)),
+        gaussian_eps_hat_square(made.schedule, std),
+    )
+    return build.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, square))
+
+
+def error(made: build.Process, sampler: str, steps: int) -> float:
+    """Relative error at t = 0 of the way from T - 1, evenly in log SNR.
+
+    The reverse ODE carries each x_t along as sqrt(Var(x_t)) goes: x_s = x_t sqrt(Var(x_s) / Var(x_t)).
+    """
+    x_t, T = randn(1, 1, 1, 1), made.schedule.num_timesteps
+    timesteps = build.SPACINGS["log-snr"](made.schedule, steps)
+    points = list(trajectory(optimal(made, sampler=sampler), noise(1, 1, 1, 1), timesteps, x_t))
+    variance = marginal_variance(made.schedule, torch.tensor([0, T - 1]), STD)
+    exact = x_t * (variance[0] / variance[1]).sqrt()
+    assert points[-2].t == 0
+    return (points[-2].x_t / exact - 1).abs().item()
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm-solver++", 2), ("heun", 2)])
+def test_orders_of_convergence(sampler: str, order: int) -> None:
+    """Twice the steps, a 2nd or a 4th of the error."""
+    made = process(num_timesteps=4000)  # long, so that steps are even in log SNR
+    errors = [error(made, sampler, steps) for steps in (41, 81, 161)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert coarse / fine == pytest.approx(2**order, rel=0.1)
+    assert errors[-1] < (0.02 if order == 1 else 1e-3)
+
+
+def test_second_order_is_nearer_to_the_exact_ode_than_first() -> None:
+    made = process()
+    for steps in (20, 40, 80):
+        first = error(made, "ddim", steps)
+        assert error(made, "dpm-solver++", steps) < first / 5
+        assert error(made, "heun", steps) < first / 3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("changes", ALL, ids=lambda changes: "-".join(str(value) for value in changes.values()))
+def test_gaussian_data_are_sampled_with_their_own_variance(changes: dict[str, object], schedule: str) -> None:
+    made, std = process(schedule=schedule, num_timesteps=250), 0.2
+    timesteps = build.sampling_timesteps(options(steps=250), made.schedule)
+    x = sample(optimal(made, std=std, **changes), noise(10_000, 1, 1, 1), timesteps)
+    assert x.mean().item() == pytest.approx(0, abs=0.01)
+    assert x.std().item() == pytest.approx(std, rel=0.04)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_few_steps_with_the_true_variance_are_as_good_as_many(steps: int) -> None:
+    """What Analytic-DPM is for: between 5 steps the fixed variances are too small or too large, the true one never."""
+    made = process(parameterization="v", zero_terminal_snr=True)
+    timesteps = build.sampling_timesteps(options(steps=steps), made.schedule)
+    std = {
+        variance: sample(optimal(made, "v", variance=variance), noise(20_000, 1, 1, 1), [*timesteps[:-1], 0])
+        .std()
+        .item()
+        for variance in ("fixed-small", "analytic", "fixed-large")
+    }
+    print(steps, std)

@@ -1,0 +1,92 @@
+"""Everything that can be chosen for training learns, alone and together."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.data.noise import timesteps
+from diffusion.data.pairs import Batch
+from diffusion.model import new_network
+from diffusion.params import Params
+from diffusion.process import build
+from diffusion.training import loop
+from diffusion.training.state import begin
+
+
+def train(params: Params, steps: int = 15) -> list[float]:
+    """The loss at each step, on the same images, noise and timesteps."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    x_0 = rng.uniform(-1, 1, (64, 1, 1, 1)) * np.ones((1, 1, 8, 8))
+    eps = rng.standard_normal((64, 1, 8, 8))
+    t = timesteps(0, "train", 0, 0, params.process.num_timesteps)
+    batch = Batch(x_0.astype(np.float32), t, eps.astype(np.float32), np.arange(64) % 3 - 1, rng.random(64))
+    process = build.process(params.process)
+    state = begin(new_network((1, 8, 8), 2, params.network, params.process), params.train, process.schedule)
+    losses = []
+    for _ in range(steps):
+        state.sums.zero_()
+        loop.step(state, params.train, 0, process.loss, batch)
+        losses.append(float(state.sums[0]))
+    assert all(parameter.isfinite().all() for parameter in state.average.parameters())
+    return losses
+
+
+@pytest.fixture
+def tiny(params: Params) -> dict[str, Any]:
+    plain = params.model_dump()
+    plain["network"] |= {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": ()}
+    plain["train"] |= {"steps": 1000, "warmup_steps": 0, "batch_size": 64}
+    return plain
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+@pytest.mark.parametrize("weighting", build.WEIGHTINGS)
+@pytest.mark.parametrize("parameterization", build.PARAMETERIZATIONS)
+def test_every_process_learns(
+    tiny: dict[str, Any], parameterization: str, weighting: str, learned_variance: bool
+) -> None:
+    tiny["process"] |= {
+        "parameterization": parameterization,
+        "weighting": weighting,
+        "learned_variance": learned_variance,
+    }
+    losses = train(Params.model_validate(tiny))
+    assert np.mean(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize("parameterization", [name for name in build.PARAMETERIZATIONS if name != "eps"])
+@pytest.mark.parametrize("schedule", [name for name in build.SCHEDULES if name != "given"])
+def test_every_schedule_that_ends_in_pure_noise_learns(
+    tiny: dict[str, Any], parameterization: str, schedule: str
+) -> None:
+    tiny["process"] |= {"parameterization": parameterization, "schedule": schedule, "zero_terminal_snr": True}
+    losses = train(Params.model_validate(tiny))
+    assert np.mean(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize("loss", build.LOSSES)
+@pytest.mark.parametrize("timesteps", build.TIMESTEPS)
+def test_every_loss_learns_at_every_choice_of_timesteps(tiny: dict[str, Any], loss: str, timesteps: str) -> None:
+    tiny["process"] |= {"loss": loss}
+    tiny["train"] |= {"timesteps": timesteps}
+    losses = train(Params.model_validate(tiny))
+    assert np.mean(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "unet", "conditioning": "add", "head_channels": 4, "convention": "diffusers"},
+        {"kind": "unet", "conditioning": "film", "patch_size": 2},
+        {"kind": "uvit", "conditioning": "token", "depth": 3, "patch_size": 2, "head_channels": 8},
+        {"kind": "uvit", "conditioning": "adaln", "depth": 1, "patch_size": 4},
+    ],
+)
+def test_every_network_learns(tiny: dict[str, Any], changes: dict[str, Any], classes: bool) -> None:
+    tiny["network"] |= changes | {"classes": classes}
+    losses = train(Params.model_validate(tiny))
+    assert np.mean(losses[-3:]) < losses[0]
