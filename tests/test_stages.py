@@ -164,6 +164,46 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
     )
 
 
+def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None:
+    """A transformer that knows classes and learns its variance, and all else unlike the default."""
+    tree = tmp_path / "tree"
+    shutil.copytree(pairs_tree, tree)
+    network = {"kind": "uvit", "base_channels": 16, "conditioning": "adaln", "depth": 3, "patch_size": 3}
+    changes = {
+        "process": {
+            "schedule": "sigmoid",
+            "num_timesteps": 100,
+            "zero_terminal_snr": True,
+            "parameterization": "x_0",
+            "learned_variance": True,
+            "weighting": "min-snr",
+            "loss": "huber",
+        },
+        "network": network | {"classes": True, "dropout": 0.1},
+        "train": {"steps": 50, "timesteps": "loss-second-moment", "class_dropout": 0.2},
+        "sample": {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "learned", "guidance": 2.0},
+    }
+    change(tree, changes)
+    for stage in ("pairs", "train", "evaluate", "export"):
+        done = ddpm(tree, stage)
+        assert done.returncode == 0, done.stderr
+    report = json.loads((tree / "reports/evaluate.json").read_text())
+    assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
+    assert report["bits_per_dim_prior"] == 0  # nothing of the image is left at the last timestep
+    assert "guidance 2" in (tree / "reports/report.html").read_text()
+    session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
+    model = load_model(tree / "models/ddpm", torch.device("cpu"))
+    x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 50, 99]), torch.tensor([3, -1, 9, 0])
+    (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})
+    expected = model.process.parameterization.to_eps(model.net(x_t, t, y)[:, :1], x_t, t)
+    np.testing.assert_allclose(eps_hat, expected.numpy(), atol=1e-4)
+    # The analytic variance needs no other training.
+    assert model.config.eps_hat_square is not None
+    change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
+    done = ddpm(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_difference_over_the_tolerance_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(whole_tree, tree)
@@ -252,6 +292,14 @@ def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path
         ({"train": {"stepz": 5}}, "params.yaml: train.stepz: no such parameter"),
         ({"train": {"steps": 0}}, "params.yaml: train.steps: input should be greater than or equal to 1 (got 0)"),
         ({"process": {"schedule": "square"}}, "params.yaml: process.schedule: input should be 'linear', "),
+        (
+            {"process": {"beta": [0.5]}},
+            "params.yaml: process: beta is for the schedule given; with cosine it must be []",
+        ),
+        ({"process": {"parameterization": "eps", "zero_terminal_snr": True}}, "needs the parameterization v or x_0"),
+        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr', "),
+        ({"network": {"conditioning": "token"}}, "conditioning of a unet must be add or film (got token)"),
+        ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (1000)"),
         ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 1"),
         ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu in params.yaml"),

@@ -8,13 +8,13 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from diffusion import model, params
 from diffusion.errors import UserError
 from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.files import new_directory, write_atomic, write_json
+from diffusion.nn.layers import groups
 from diffusion.nn.unet import UNet
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
@@ -37,11 +37,10 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
     _check_free(directory, PIPELINE, force)
     loaded = model.load_model(source, torch.device("cpu"))
     net, config = loaded.net, loaded.config
-    if problems := obstacles(net, config, sample):
+    if problems := obstacles(config, sample):
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
-    (groups,) = _groups(net)
-    config_json = UNetConfig.of(config, groups, weights.freq_shift(net)).document()
+    config_json = UNetConfig.of(config, groups(config.network.base_channels), weights.freq_shift(net)).document()
     with new_directory(directory) as temporary:
         write_json(temporary / PIPELINE, INDEX)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
@@ -49,7 +48,7 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
         write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, SchedulerConfig.of(config.process, sample).document())
 
 
-def obstacles(net: nn.Module, config: model.Config, sample: params.Sample) -> list[str]:
+def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
     """Each parameter that stands in the way of an export, with its value and what it would have to be."""
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization
@@ -59,7 +58,6 @@ def obstacles(net: nn.Module, config: model.Config, sample: params.Sample) -> li
         ("network.kind", network.kind, network.kind == "unet", "unet"),
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
         ("network.classes", str(network.classes).lower(), not network.classes, "false"),
-        ("network.base_channels", network.base_channels, len(_groups(net)) < 2, "a multiple of 128"),
         ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),
         ("pairs.width", width, width % cell == 0, f"a multiple of {cell}"),
         ("process.parameterization", predicted, predicted in PREDICTIONS, "eps, x_0 or v"),
@@ -98,9 +96,8 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     )
     net = model.new_network(config.shape, 0, network, process)
     assert isinstance(net, UNet)
-    if _groups(net) != {unet.norm_num_groups}:
-        must = " and ".join(map(str, sorted(_groups(net))))
-        raise UserError(f"{unet_path}: norm_num_groups must be {must} for such channels (got {unet.norm_num_groups})")
+    if (wanted := groups(network.base_channels)) != unet.norm_num_groups:
+        raise UserError(f"{unet_path}: norm_num_groups must be {wanted} for such channels (got {unet.norm_num_groups})")
     weights_path, pickle = unet_path.with_name(WEIGHTS), unet_path.with_name(PICKLE)
     if pickle.exists() and not weights_path.exists():
         raise UserError(f"{pickle}: pickles can run code, and are not read; have diffusers save it as {WEIGHTS}")
@@ -110,11 +107,6 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         raise UserError(f"{weights_path}: {error}") from None
     model.save_model(directory, net, config)
     return scheduler.sampling()
-
-
-def _groups(net: nn.Module) -> set[int]:
-    """The numbers of groups in a network's normalizations."""
-    return {module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
 
 
 def _check_free(directory: Path, marker: str, force: bool) -> None:

@@ -20,9 +20,14 @@ def zero_(layer: Layer) -> Layer:
     return layer
 
 
-def group_norm(channels: int, convention: str) -> nn.GroupNorm:
-    """Group normalization with 32 groups, as in DDPM, or as many as leave each at least four channels."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6 if convention == "ddpm" else 1e-5)
+def groups(base_channels: int) -> int:
+    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels."""
+    return math.gcd(32, base_channels // 4)
+
+
+def group_norm(channels: int, options: params.Network) -> nn.GroupNorm:
+    """Group normalization of a network's features, at any of its levels."""
+    return nn.GroupNorm(groups(options.base_channels), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -89,10 +94,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, options: params.Network) -> None:
         super().__init__()
         self.film = options.conditioning == "film"
-        self.norm1 = group_norm(channels_in, options.convention)
+        self.norm1 = group_norm(channels_in, options)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.emb = nn.Linear(4 * options.base_channels, 2 * channels_out if self.film else channels_out)
-        self.norm2 = group_norm(channels_out, options.convention)
+        self.norm2 = group_norm(channels_out, options)
         self.dropout = nn.Dropout(options.dropout)
         self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
@@ -114,7 +119,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, options: params.Network) -> None:
         super().__init__()
         self.heads = channels // (options.head_channels or channels)
-        self.norm = group_norm(channels, options.convention)
+        self.norm = group_norm(channels, options)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_(nn.Conv2d(channels, channels, 1))
 

@@ -46,7 +46,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(current))
         self.head = nn.Sequential(
-            group_norm(current, options.convention),
+            group_norm(current, options),
             nn.SiLU(),
             zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1)),
             nn.PixelShuffle(patch),

@@ -3,41 +3,44 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from diffusion.process.schedule import Schedule
 
+LEAST = -10.2
+"""log SNR where Ho's linear schedule ends, about; below it there is nothing to see of the image."""
 Spacing = Callable[[Schedule, int], list[int]]
 """(schedule, number of steps n) to n different timesteps, descending; a single one is T - 1."""
 
 
 def linspace(schedule: Schedule, steps: int) -> list[int]:
     """Evenly spaced from T - 1 to 0."""
-    return _distinct(torch.linspace(schedule.num_timesteps - 1, 0, steps, dtype=torch.float64))
+    return _distinct(torch.linspace(schedule.num_timesteps - 1, 0, steps, dtype=torch.float64).tolist())
 
 
 def quadratic(schedule: Schedule, steps: int) -> list[int]:
     """Squares of evenly spaced numbers, closer together near 0; Song et al. 2021, appendix D.2."""
-    return _distinct(torch.linspace((schedule.num_timesteps - 1) ** 0.5, 0, steps, dtype=torch.float64) ** 2)
+    return _distinct(
+        torch.linspace((schedule.num_timesteps - 1) ** 0.5, 0, steps, dtype=torch.float64).square().tolist()
+    )
 
 
 def log_snr(schedule: Schedule, steps: int) -> list[int]:
-    """Evenly spaced in log SNR, as far as whole timesteps can be; Lu et al. 2022 (DPM-Solver), section 3.4.
+    """Evenly spaced in log SNR, as far as whole timesteps can be; Lu et al. 2022a (DPM-Solver), section 3.4.
 
-    From pure noise, where log SNR is infinite, the second one is the last timestep where it is not.
+    A schedule that goes on into pure noise would have most of its steps there: from T - 1 the second step then leads to
+    where log SNR is above LEAST.
     """
-    table = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log()
-    finite = int(table.isfinite().sum())
-    skipped = min(schedule.num_timesteps - finite, steps)
-    wanted = torch.linspace(float(table[finite - 1]), float(table[0]), steps - skipped, dtype=torch.float64)
-    nearest = (table[:finite, None] - wanted).abs().argmin(dim=0)
-    return _distinct(torch.cat([torch.arange(schedule.num_timesteps - 1, finite - 1, -1)[:skipped], nearest]))
+    table, end = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log(), schedule.num_timesteps - 1
+    begin = int((table > LEAST).sum()) - 1
+    wanted = torch.linspace(float(table[0]), float(table[begin]), steps - (begin < end), dtype=torch.float64)
+    nearest = (table[: begin + 1, None] - wanted).abs().argmin(dim=0)
+    return _distinct([end, *nearest.flip(0)[len(nearest) - steps + 1 :].tolist()])
 
 
-def _distinct(points: Tensor) -> list[int]:
+def _distinct(points: list[float]) -> list[int]:
     """Descending points rounded to whole numbers, moved apart where they meet."""
-    steps, chosen = len(points), list[int]()
-    for index, point in enumerate(points.tolist()):
+    chosen = list[int]()
+    for left, point in zip(range(len(points) - 1, -1, -1), points, strict=True):
         highest = chosen[-1] - 1 if chosen else round(point)
-        chosen.append(max(min(round(point), highest), steps - 1 - index))
+        chosen.append(max(min(round(point), highest), left))
     return chosen

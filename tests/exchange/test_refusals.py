@@ -18,7 +18,6 @@ EXPORTS: dict[str, dict[str, Any]] = {
     },
     "network.patch_size is 2, but must be 1": {"network": {"patch_size": 2}},
     "network.classes is true, but must be false": {"network": {"classes": True}},
-    "network.base_channels is 32, but must be a multiple of 128": {"network": {"base_channels": 32}},
     "pairs.height is 7, but must be a multiple of 2; pairs.width is 9, but must be a multiple of 2": {
         "pairs": {"height": 7, "width": 9}
     },

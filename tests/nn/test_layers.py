@@ -12,9 +12,11 @@ from diffusion.nn.layers import Downsample, ResidualBlock, SelfAttention, TimeEm
 from tests.nn.networks import noise, options, randomize
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (16, 4), (48, 4), (96, 8), (128, 32), (256, 32)])
-def test_groups_have_four_channels_or_more(channels: int, groups: int) -> None:
-    assert group_norm(channels, "ddpm").num_groups == groups
+@pytest.mark.parametrize(("base", "groups"), [(8, 2), (16, 4), (48, 4), (96, 8), (128, 32), (256, 32)])
+def test_groups_are_as_many_at_every_level(base: int, groups: int) -> None:
+    assert {group_norm(base * by, options("unet", "add", base_channels=base)).num_groups for by in (1, 2, 3)} == {
+        groups
+    }
 
 
 def test_time_embedding_has_diffusers_features_in_their_order() -> None:
@@ -72,7 +74,6 @@ def test_residual_block_agrees_with_diffusers(conditioning: str, theirs_name: st
         out_channels=32,
         temb_channels=64,
         groups=4,
-        groups_out=8,
         eps=eps,
         time_embedding_norm=theirs_name,
     )

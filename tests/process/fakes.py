@@ -88,6 +88,11 @@ class Says(nn.Module):
         return out if self.fraction is None else torch.cat([out, torch.full_like(out, self.fraction)], dim=1)
 
 
+def always(value: Tensor) -> Callable[..., Tensor]:
+    """Whatever it is asked, it says `value`: as a network's output, or as x_0_hat."""
+    return lambda *_: value
+
+
 def some_x_0_hat(x_t: Tensor, t: Tensor) -> Tensor:
     """A denoiser that is nobody's: bounded, wrong, and different at each timestep."""
     return 0.7 * torch.tanh(1.3 * x_t) + 0.2 * torch.sin(t.to(x_t.dtype).view(-1, 1, 1, 1) / 100)

@@ -2,19 +2,53 @@
 
 from typing import get_args
 
+import pytest
+from torch import nn
+
 from diffusion import params
 from diffusion.nn.build import NETWORKS
 from diffusion.process import build
+from diffusion.process.weighting import MinSnr
+from tests.process.fakes import options, process
 
 
-def names(section: type[params.Section], field: str) -> set[str]:
-    return set(get_args(section.model_fields[field].annotation))
+@pytest.mark.parametrize(
+    ("section", "field", "built"),
+    [
+        (params.Process, "schedule", build.SCHEDULES),
+        (params.Process, "parameterization", build.PARAMETERIZATIONS),
+        (params.Process, "weighting", build.WEIGHTINGS),
+        (params.Process, "loss", build.LOSSES),
+        (params.Train, "timesteps", build.TIMESTEPS),
+        (params.Sample, "variance", build.VARIANCES),
+        (params.Sample, "sampler", build.SAMPLERS),
+        (params.Sample, "spacing", build.SPACINGS),
+        (params.Sample, "threshold", build.THRESHOLDS),
+        (params.Network, "kind", NETWORKS),
+    ],
+)
+def test_names_in_params_are_the_names_that_can_be_built(
+    section: type[params.Section], field: str, built: dict[str, object]
+) -> None:
+    assert set(get_args(section.model_fields[field].annotation)) == set(built)
 
 
-def test_names_in_params_are_the_names_that_can_be_built() -> None:
-    assert names(params.Process, "schedule") == set(build.SCHEDULES)
-    assert names(params.Process, "parameterization") == set(build.PARAMETERIZATIONS)
-    assert names(params.Process, "variance") == set(build.VARIANCES)
-    assert names(params.Process, "weighting") == set(build.WEIGHTINGS)
-    assert names(params.Sample, "sampler") == set(build.SAMPLERS)
-    assert names(params.Network, "kind") == set(NETWORKS)
+def test_options_reach_what_is_built() -> None:
+    assert process(num_timesteps=77).schedule.num_timesteps == 77
+    assert process(weighting="min-snr", min_snr_gamma=3.0).loss.weighting == MinSnr(3.0)
+    assert process(zero_terminal_snr=True, parameterization="v").schedule.alpha_bar[-1] == 0
+    assert build.sampling_timesteps(options(steps=3, spacing="quadratic"), process().schedule) == [999, 250, 0]
+
+
+@pytest.mark.parametrize("name", sorted(build.SAMPLERS))
+def test_a_variance_is_asked_for_only_where_it_is_used(name: str) -> None:
+    """So that other samplers need no estimate of the analytic one."""
+    asked = []
+    made = process()
+
+    def variance_of(name: str) -> build.Variance:
+        asked.append(name)
+        return build.variance("fixed-small", made, None)
+
+    build.sampler(options(sampler=name, variance="analytic"), made, nn.Identity(), variance_of)
+    assert asked == (["analytic"] if name == "ddpm" else [])

@@ -16,6 +16,7 @@ from diffusion.process.variance import FixedSmall
 from tests.process.fakes import (
     PARAMETERIZATIONS,
     Says,
+    always,
     gaussian_eps_hat_square,
     gaussian_x_0_hat,
     process,
@@ -150,7 +151,7 @@ def test_the_bound_uses_the_estimate_kept_in_range() -> None:
     x_0, t, eps = images(3).double(), torch.tensor([0, 10, 900]), randn(3, 1, 4, 4)
     terms = []
     for value, threshold in ((5.0, clip), (1.0, unbounded)):
-        net = Says("eps", made.schedule, lambda x_t, t, v=value: torch.full_like(x_t, v))
+        net = Says("eps", made.schedule, always(torch.full_like(x_0, value)))
         terms.append(Bound(made.denoiser(net, threshold), FixedSmall(made.schedule)).term(x_0, t, eps))
     torch.testing.assert_close(*terms)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.process import build
 from diffusion.process.sampler import Before, Point, Sampler, sample, trajectory
-from tests.process.fakes import Says, at, gaussian_eps_hat_square, noise, options, process, randn, some_x_0_hat
+from tests.process.fakes import Says, always, at, gaussian_eps_hat_square, noise, options, process, randn, some_x_0_hat
 
 SHAPE = (2, 1, 6, 6)
 NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' use of it
@@ -213,7 +213,7 @@ def test_every_sampler_ends_at_the_clean_image(
     """With a network that always says the same image, any number of steps gives it, and all points are finite."""
     image = randn(*SHAPE).clamp(-1, 1)
     made = process(schedule="cosine", num_timesteps=50, parameterization="v", zero_terminal_snr=zero_terminal_snr)
-    sampler = made_sampler(made, Says("v", made.schedule, lambda x_t, t: image), **changes)
+    sampler = made_sampler(made, Says("v", made.schedule, always(image)), **changes)
     for steps in (1, 2, 3, 17, 50):
         timesteps = build.SPACINGS[spacing](made.schedule, steps)
         points: list[Point] = list(trajectory(sampler, noise(*SHAPE), timesteps))

@@ -16,7 +16,7 @@ STEPS = torch.tensor([(1, 0), (2, 1), (500, 499), (999, 998), (999, 500), (500, 
 
 
 def true_variance(schedule: Schedule, t: Tensor, s: Tensor, std: float) -> Tensor:
-    """Var(x_s | x_t) for x_0 ~ N(0, std^2): of two jointly normal variables with Cov(x_s, x_t) = sqrt(alpha) Var(x_s)."""
+    """Var(x_s | x_t) for x_0 ~ N(0, std^2): of two jointly normal ones with Cov(x_s, x_t) = sqrt(alpha) Var(x_s)."""
     alpha = at(schedule, t) / at(schedule, s)
     before = marginal_variance(schedule, s, std)
     return before - alpha * before**2 / marginal_variance(schedule, t, std)
