@@ -4,6 +4,7 @@ params.yaml is the only place where values stand: no field has a default here, s
 in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -66,9 +67,9 @@ class Process(Section):
     schedule: Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
     sigmoid (Jabri et al. 2022), or given, by `beta`."""
-    beta: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    beta: tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...]
     """beta_t for each timestep, if the schedule is given; else empty."""
-    num_timesteps: Annotated[int, Field(ge=2)]
+    num_timesteps: Annotated[int, Field(ge=3)]
     """T, the number of timesteps."""
     zero_terminal_snr: bool
     """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""
@@ -95,10 +96,12 @@ class Process(Section):
             raise ValueError(f"beta is for the schedule given; with {self.schedule} it must be []")
         if self.schedule in ("linear", "scaled-linear") and self.num_timesteps < 21:
             raise ValueError(f"the schedule {self.schedule} needs num_timesteps of at least 21")
+        if math.prod(1 - beta for beta in self.beta[:-1]) < 1e-12:
+            raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
         if self.zero_terminal_snr and self.parameterization == "eps":
             raise ValueError(
-                "zero_terminal_snr needs the parameterization v or x_0: at the last timestep x_t is noise alone, and "
-                "eps says nothing of the image"
+                "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
+                "alone, and eps says nothing of the image"
             )
         return self
 

@@ -296,7 +296,14 @@ def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path
             {"process": {"beta": [0.5]}},
             "params.yaml: process: beta is for the schedule given; with cosine it must be []",
         ),
-        ({"process": {"parameterization": "eps", "zero_terminal_snr": True}}, "needs the parameterization v or x_0"),
+        (
+            {"process": {"parameterization": "eps", "zero_terminal_snr": True}},
+            "needs another parameterization than eps",
+        ),
+        (
+            {"process": {"schedule": "given", "beta": [0.9] * 20, "num_timesteps": 20}},
+            "beta leaves nothing of the image",
+        ),
         ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr', "),
         ({"network": {"conditioning": "token"}}, "conditioning of a unet must be add or film (got token)"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),

@@ -31,7 +31,7 @@ def log_snr(schedule: Schedule, steps: int) -> list[int]:
     where log SNR is above LEAST.
     """
     table, end = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log(), schedule.num_timesteps - 1
-    begin = int((table > LEAST).sum()) - 1
+    begin = max(int((table > LEAST).sum()), 1) - 1
     wanted = torch.linspace(float(table[0]), float(table[begin]), steps - (begin < end), dtype=torch.float64)
     nearest = (table[: begin + 1, None] - wanted).abs().argmin(dim=0)
     return _distinct([end, *nearest.flip(0)[len(nearest) - steps + 1 :].tolist()])

@@ -66,12 +66,12 @@ class Learned:
 
 @dataclass(frozen=True)
 class Analytic:
-    """The best variance for the network's mean: the posterior's and what is not known of x_0; Bao et al. 2022, eq. 8.
+    """The best variance for the network's mean: the posterior's and what is not known of x_0; Bao et al. 2022, th. 1.
 
         sigma^2 = posterior variance + a^2 Var(x_0 | x_t),   Var(x_0 | x_t) = (1 - alpha_bar_t) / alpha_bar_t (1 - G_t)
 
     with a the posterior mean's coefficient of x_0 and G_t = E |eps_hat(x_t, t)|^2 / d, (T,): (1 - alpha_bar_t) Gamma_t
-    in the paper's terms. Var(x_0 | x_t) is at most 1, since images lie in [-1, 1] (corollary 1, eq. 12).
+    in the paper's terms. Var(x_0 | x_t) is at most 1, since images lie in [-1, 1] (their theorem 2).
     """
 
     schedule: Schedule

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process import build, editing
-from diffusion.process.sampler import Sampler, sample
+from diffusion.process.sampler import Before, Sampler, sample
 from tests.process.fakes import (
     Says,
     X0Hat,
@@ -139,6 +139,25 @@ def test_going_up_again_is_the_forward_process() -> None:
         alpha = at(made.schedule, torch.tensor(t)) / at(made.schedule, torch.tensor(s))
         expected = alpha.sqrt() * images[index - 1] + (1 - alpha).sqrt() * z(2 * index + 1)
         torch.testing.assert_close(images[index], expected)
+
+
+def test_a_multistep_sampler_forgets_what_was_before_it_went_up() -> None:
+    made, x_0, z = process(), randn(*SHAPE), noise(*SHAPE)
+    sampler = made_sampler(made, some_x_0_hat, sampler="dpm-solver++")
+    path, keep = [999, 800, 400, 600, 300, 100], torch.zeros(1, 1, 1, 1)
+    images = list(editing.inpaint(sampler, made.schedule, z, path, x_0, keep))
+    t = {step: torch.full((len(x_0),), step) for step in path}
+
+    def step(index: int, before: Before | None) -> Tensor:
+        return sampler.step(images[index - 1], t[path[index]], t[path[index + 1]], lambda: z(0), before)[0]
+
+    def before(index: int) -> Before:
+        at = t[path[index]]
+        return Before(at, some_x_0_hat(images[index - 1], at))
+
+    torch.testing.assert_close(images[1], step(1, Before(t[999], some_x_0_hat(z(0), t[999]))))
+    torch.testing.assert_close(images[3], step(3, None))  # from 600, where it went up to
+    torch.testing.assert_close(images[4], step(4, before(3)))
 
 
 RHO, STD = 0.9, 0.5

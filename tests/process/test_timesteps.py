@@ -77,6 +77,7 @@ def test_loss_second_moment_is_uniform_until_every_timestep_has_ten_losses() -> 
     drawn, weight = sampler.draw(t, u)
     assert drawn.equal(t)
     torch.testing.assert_close(weight, torch.ones(len(t)))
+    assert LossSecondMoment(64).draw(torch.arange(64), torch.zeros(64))[0].equal(torch.arange(64))
     sampler.observe(torch.tensor([T - 1]), torch.ones(1))
     assert not sampler.draw(t, u)[0].equal(t)
 
