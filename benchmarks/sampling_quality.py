@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import features
 import matplotlib.pyplot as plt
 import numpy as np
@@ -138,10 +136,12 @@ def main() -> None:
     real = judge.distance(test[: arguments.count])
     rows: list[dict[str, Any]] = []
     best: dict[tuple[str, int], features.Images] = {}
-    for setting in tqdm(settings(arguments.looks, model.process.schedule.num_timesteps), disable=None):
+    progress = tqdm(settings(arguments.looks, model.process.schedule.num_timesteps))
+    for setting in progress:
         began = time.perf_counter()
         images = draw(model, setting, arguments.count, device)
         seconds, distance = time.perf_counter() - began, judge.distance(images)
+        progress.write(f"{setting.looks:5} looks, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr)
         cell = [row["frechet"] for row in rows if (row["sampler"], row["looks"]) == (setting.name, setting.looks)]
         if not cell or distance < min(cell):
             best[setting.name, setting.looks] = images

@@ -31,6 +31,16 @@ SAMPLE = {
     "guidance": 1.0,
     "count": 1,
 }
+SAMPLERS: list[dict[str, object]] = [
+    {"sampler": "ddpm", "variance": "fixed-small"},
+    {"sampler": "ddpm", "variance": "fixed-large"},
+    {"sampler": "ddpm", "variance": "analytic"},
+    {"sampler": "ddim", "eta": 0.0},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpm-solver++"},
+    {"sampler": "dpm-solver++-sde"},
+    {"sampler": "heun"},
+]
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
 X0Hat = Callable[[Tensor, Tensor], Tensor]
 

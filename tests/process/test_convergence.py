@@ -8,6 +8,7 @@ import torch
 from diffusion.process import build
 from diffusion.process.sampler import Sampler, sample, trajectory
 from tests.process.fakes import (
+    SAMPLERS,
     Says,
     gaussian_eps_hat_square,
     gaussian_x_0_hat,
@@ -19,16 +20,6 @@ from tests.process.fakes import (
 )
 
 STD = 0.5
-ALL = [
-    {"sampler": "ddpm", "variance": "fixed-small"},
-    {"sampler": "ddpm", "variance": "fixed-large"},
-    {"sampler": "ddpm", "variance": "analytic"},
-    {"sampler": "ddim", "eta": 0.0},
-    {"sampler": "ddim", "eta": 1.0},
-    {"sampler": "dpm-solver++"},
-    {"sampler": "dpm-solver++-sde"},
-    {"sampler": "heun"},
-]
 
 
 def optimal(made: build.Process, name: str = "eps", std: float = STD, **changes: object) -> Sampler:
@@ -73,7 +64,7 @@ def test_second_order_is_nearer_to_the_exact_ode_than_first() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-@pytest.mark.parametrize("changes", ALL, ids=lambda changes: "-".join(str(value) for value in changes.values()))
+@pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
 def test_gaussian_data_are_sampled_with_their_own_variance(changes: dict[str, object], schedule: str) -> None:
     made, std = process(schedule=schedule, num_timesteps=250), 0.2
     timesteps = build.sampling_timesteps(options(steps=250), made.schedule)

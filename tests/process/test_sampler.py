@@ -11,22 +11,23 @@ from torch import Tensor
 
 from diffusion.process import build
 from diffusion.process.sampler import Before, Point, Sampler, sample, trajectory
-from tests.process.fakes import Says, always, at, gaussian_eps_hat_square, noise, options, process, randn, some_x_0_hat
+from tests.process.fakes import (
+    SAMPLERS,
+    Says,
+    always,
+    at,
+    gaussian_eps_hat_square,
+    noise,
+    options,
+    process,
+    randn,
+    some_x_0_hat,
+)
 
 SHAPE = (2, 1, 6, 6)
 NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' use of it
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
-SAMPLERS = [
-    {"sampler": "ddpm", "variance": "fixed-small"},
-    {"sampler": "ddpm", "variance": "fixed-large"},
-    {"sampler": "ddpm", "variance": "analytic"},
-    {"sampler": "ddim", "eta": 0.0},
-    {"sampler": "ddim", "eta": 1.0},
-    {"sampler": "dpm-solver++"},
-    {"sampler": "dpm-solver++-sde"},
-    {"sampler": "heun"},
-]
 
 
 def made_sampler(made: build.Process, net: Says, **changes: object) -> Sampler:
