@@ -24,7 +24,7 @@ from tqdm import tqdm
 from diffusion import params as parameters
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.evaluation import likelihood
-from diffusion.evaluation.heldout import eps_hat_square, quick_mse
+from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.model import Config, Model, new_network
 from diffusion.params import Params
 from diffusion.paths import Paths
@@ -53,10 +53,10 @@ def train(params: Params, paths: Paths) -> Model:
     for step in range(params.train.steps):
         batch = train_batch(pairs, params.seed, step, params.train.batch_size)
         loop.step(state, params.train, params.seed, process.loss, batch)
-    config = Config(shape=pairs.shape, classes=(), network=params.network, process=params.process, eps_hat_square=None)
+    config = Config(shape=pairs.shape, classes=(), network=params.network, process=params.process, x_0_mse=None)
     model = Model(state.average, process, config)
-    square = eps_hat_square(model, Pairs(paths.pairs, "val"), CPU, params.seed, nothing)
-    return Model(state.average, process, config.model_copy(update={"eps_hat_square": square}))
+    square = x_0_mse(model, Pairs(paths.pairs, "val"), CPU, params.seed, nothing)
+    return Model(state.average, process, config.model_copy(update={"x_0_mse": square}))
 
 
 def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:

@@ -1,12 +1,12 @@
-"""How good the pictures of each sampler are after so many looks at the network: a table, a picture and a JSON line.
+"""How good the pictures of each sampler are for so many network evaluations: a table, a picture and a JSON line.
 
 Run it in a tree where `dvc repro` (or `ddpm shard`, `pairs` and `train`) has made data/pairs and models/ddpm:
 
     python benchmarks/sampling_quality.py --count 1000 --out reports/samplers
 
 Quality is the Fréchet distance to the training images over the features of a small classifier trained on them
-(benchmarks/features.py); beside it stands that of as many real test images. Heun looks twice in each step, so it takes
-half as many steps.
+(benchmarks/features.py). It falls with the number of pictures, so beside it stands that of as many training images.
+Heun evaluates the network twice in each step, so it takes half as many steps.
 """
 
 import argparse
@@ -48,14 +48,14 @@ class Setting:
 
     name: str
     spacing: str
-    looks: int
+    evaluations: int
     """Evaluations of the network per picture."""
 
     def options(self, count: int) -> Sample:
         return Sample.model_validate(
             {
                 "spacing": self.spacing,
-                "steps": max(self.looks // 2, 1) if self.name == "heun" else self.looks,
+                "steps": max(self.evaluations // 2, 1) if self.name == "heun" else self.evaluations,
                 "variance": "fixed-small",
                 "eta": 0.0,
                 "threshold": "clip",
@@ -74,23 +74,29 @@ def draw(model: Model, setting: Setting, count: int, device: torch.device) -> fe
     return np.concatenate(parts)
 
 
-def settings(looks: list[int], num_timesteps: int) -> list[Setting]:
+def settings(evaluations: list[int], samplers: list[str], num_timesteps: int) -> list[Setting]:
     """All spacings, where they differ: in as many steps as there are timesteps all visit all of them."""
     return [
         Setting(name, spacing, n)
-        for n in looks
-        for name in SAMPLERS
+        for n in evaluations
+        for name in samplers
         for spacing in (SPACINGS if n < num_timesteps else SPACINGS[:1])
     ]
 
 
-def picture(best: dict[tuple[str, int], features.Images], looks: list[int], path: Path) -> None:
+def picture(
+    best: dict[tuple[str, int], features.Images], samplers: list[str], evaluations: list[int], path: Path
+) -> None:
     """Nine pictures of each cell."""
     figure, axes = plt.subplots(
-        len(SAMPLERS), len(looks), figsize=(2.0 * len(looks) + 1.6, 2.05 * len(SAMPLERS)), squeeze=False, dpi=80
+        len(samplers),
+        len(evaluations),
+        figsize=(2.0 * len(evaluations) + 1.6, 2.05 * len(samplers)),
+        squeeze=False,
+        dpi=80,
     )
-    for row, name in enumerate(SAMPLERS):
-        for column, n in enumerate(looks):
+    for row, name in enumerate(samplers):
+        for column, n in enumerate(evaluations):
             axis, images = axes[row][column], best[name, n][:9]
             mosaic = np.concatenate(
                 [np.concatenate(list(images[3 * line : 3 * line + 3]), axis=2) for line in range(3)], axis=1
@@ -99,7 +105,7 @@ def picture(best: dict[tuple[str, int], features.Images], looks: list[int], path
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
-                axis.set_title(f"{n} looks")
+                axis.set_title(f"{n} evaluations")
             if column == 0:
                 axis.set_ylabel(name)
     figure.tight_layout()
@@ -107,18 +113,21 @@ def picture(best: dict[tuple[str, int], features.Images], looks: list[int], path
     figure.savefig(path, metadata={"Software": None})
 
 
-def table(rows: list[dict[str, Any]], looks: list[int], real: float) -> str:
-    """Markdown: the best spacing of each sampler at each number of looks."""
-    lines = [f"| sampler | {' | '.join(f'{n} looks' for n in looks)} |", f"|---|{'---|' * len(looks)}"]
-    for name in SAMPLERS:
+def table(rows: list[dict[str, Any]], samplers: list[str], evaluations: list[int], real: float) -> str:
+    """Markdown: the best spacing of each sampler at each number of evaluations."""
+    lines = [
+        f"| sampler | {' | '.join(f'{n} evaluations' for n in evaluations)} |",
+        f"|---|{'---|' * len(evaluations)}",
+    ]
+    for name in samplers:
         cells = []
-        for n in looks:
+        for n in evaluations:
             best = min(
-                (row for row in rows if row["sampler"] == name and row["looks"] == n), key=lambda r: r["frechet"]
+                (row for row in rows if row["sampler"] == name and row["evaluations"] == n), key=lambda r: r["frechet"]
             )
-            cells.append(f"{best['frechet']:.2f}" + (f" ({best['spacing']})" if n < looks[-1] else ""))
+            cells.append(f"{best['frechet']:.2f}" + (f" ({best['spacing']})" if n < evaluations[-1] else ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"| *real test images* | {' | '.join([f'{real:.2f}'] * len(looks))} |")
+    lines.append(f"| *as many training images* | {' | '.join([f'{real:.2f}'] * len(evaluations))} |")
     return "\n".join(lines)
 
 
@@ -126,30 +135,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs and models/ddpm")
     parser.add_argument("--count", type=int, default=1000, help="pictures of each setting")
-    parser.add_argument("--looks", type=int, nargs="+", default=[10, 20, 50, 1000], help="evaluations of the network")
+    parser.add_argument(
+        "--evaluations", type=int, nargs="+", default=[10, 20, 50, 1000], help="evaluations of the network"
+    )
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="some of them alone")
     parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv and OUT.png")
     arguments = parser.parse_args()
 
     paths, device = Paths(arguments.tree), torch.device("cpu")
     model, judge = load_model(paths.model, device), features.train_judge(paths)
-    test, _ = features.split(paths, "test")
-    real = judge.distance(test[: arguments.count])
+    images, _ = features.split(paths, "train")
+    real = judge.distance(images[: arguments.count])
     rows: list[dict[str, Any]] = []
     best: dict[tuple[str, int], features.Images] = {}
-    progress = tqdm(settings(arguments.looks, model.process.schedule.num_timesteps))
+    progress = tqdm(settings(arguments.evaluations, arguments.samplers, model.process.schedule.num_timesteps))
     for setting in progress:
         began = time.perf_counter()
         images = draw(model, setting, arguments.count, device)
         seconds, distance = time.perf_counter() - began, judge.distance(images)
-        progress.write(f"{setting.looks:5} looks, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr)
-        cell = [row["frechet"] for row in rows if (row["sampler"], row["looks"]) == (setting.name, setting.looks)]
+        progress.write(
+            f"{setting.evaluations:5} evaluations, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr
+        )
+        cell = [
+            row["frechet"]
+            for row in rows
+            if (row["sampler"], row["evaluations"]) == (setting.name, setting.evaluations)
+        ]
         if not cell or distance < min(cell):
-            best[setting.name, setting.looks] = images
+            best[setting.name, setting.evaluations] = images
         rows.append(
             {
                 "sampler": setting.name,
                 "spacing": setting.spacing,
-                "looks": setting.looks,
+                "evaluations": setting.evaluations,
                 "frechet": distance,
                 "images_per_second": arguments.count / seconds,
             }
@@ -159,8 +177,8 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    picture(best, arguments.looks, arguments.out.with_suffix(".png"))
-    print(table(rows, arguments.looks, real))
+    picture(best, arguments.samplers, arguments.evaluations, arguments.out.with_suffix(".png"))
+    print(table(rows, arguments.samplers, arguments.evaluations, real))
     print(f"\nclassifier: {judge.accuracy:.1%} of the test images right")
     facts = {"count": arguments.count, "real": real, "classifier_accuracy": judge.accuracy, "rows": rows}
     print(json.dumps({"benchmark": "sampling_quality", **facts}))

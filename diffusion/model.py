@@ -36,8 +36,8 @@ class Config(BaseModel):
     """Names of the images' classes, by number; a network without classes was not told of them."""
     network: params.Network
     process: params.Process
-    eps_hat_square: tuple[float, ...] | None
-    """E |eps_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
+    x_0_mse: tuple[float, ...] | None
+    """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Model:
         """The reverse variance of that name; raises UserError if the model does not have what it needs."""
         if name == "learned" and not self.config.process.learned_variance:
             raise UserError("sample.variance: the model did not learn a variance; choose another")
-        square = self.config.eps_hat_square
-        table = None if square is None else torch.tensor(square, dtype=torch.float64)
+        x_0_mse = self.config.x_0_mse
+        table = None if x_0_mse is None else torch.tensor(x_0_mse, dtype=torch.float64)
         return processes.variance(name, self.process, table)
 
     def sampler(self, options: params.Sample, y: Tensor | None = None) -> Sampler:

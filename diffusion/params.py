@@ -66,7 +66,7 @@ class Process(Section):
 
     schedule: Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
-    sigmoid (Jabri et al. 2022), or given, by `beta`."""
+    sigmoid (Chen 2023), or given, by `beta`."""
     beta: tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...]
     """beta_t for each timestep, if the schedule is given; else empty."""
     num_timesteps: Annotated[int, Field(ge=3)]
@@ -102,6 +102,11 @@ class Process(Section):
             raise ValueError(
                 "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
                 "alone, and eps says nothing of the image"
+            )
+        if self.zero_terminal_snr and self.weighting not in ("snr-plus-one", "truncated-snr"):
+            raise ValueError(
+                "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
+                f"{self.weighting} gives the last timestep, where sampling begins, no weight"
             )
         return self
 
@@ -262,11 +267,13 @@ class Params(Section):
     tracking: Tracking
 
     @model_validator(mode="after")
-    def _sampling_fits_the_process(self) -> Self:
+    def _fits_the_process(self) -> Self:
         if self.sample.steps > self.process.num_timesteps:
             raise ValueError(
                 f"sample.steps ({self.sample.steps}) exceeds process.num_timesteps ({self.process.num_timesteps})"
             )
+        if self.process.zero_terminal_snr and self.train.timesteps == "log-snr-normal":
+            raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
         if self.sample.variance == "learned" and not self.process.learned_variance:
             raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
         return self

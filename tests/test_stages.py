@@ -176,7 +176,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
             "zero_terminal_snr": True,
             "parameterization": "x_0",
             "learned_variance": True,
-            "weighting": "min-snr",
+            "weighting": "truncated-snr",
             "loss": "huber",
         },
         "network": network | {"classes": True, "dropout": 0.1},
@@ -194,11 +194,13 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
     x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 50, 99]), torch.tensor([3, -1, 9, 0])
-    (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})
-    expected = model.process.parameterization.to_eps(model.net(x_t, t, y)[:, :1], x_t, t)
-    np.testing.assert_allclose(eps_hat, expected.numpy(), atol=1e-4)
+    inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()}
+    eps_hat, x_0_hat = session.run(["eps_hat", "x_0_hat"], inputs)
+    out = model.net(x_t, t, y)[:, :1]
+    np.testing.assert_allclose(eps_hat, model.process.parameterization.to_eps(out, x_t, t).numpy(), atol=1e-4)
+    np.testing.assert_allclose(x_0_hat, out.numpy(), atol=1e-4)
     # The analytic variance needs no other training.
-    assert model.config.eps_hat_square is not None
+    assert model.config.x_0_mse is not None
     change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
     done = ddpm(tree, "evaluate")
     assert done.returncode == 0, done.stderr
@@ -299,6 +301,10 @@ def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path
         (
             {"process": {"parameterization": "eps", "zero_terminal_snr": True}},
             "needs another parameterization than eps",
+        ),
+        (
+            {"process": {"zero_terminal_snr": True}},
+            "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr",
         ),
         (
             {"process": {"schedule": "given", "beta": [0.9] * 20, "num_timesteps": 20}},

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion import params as parameters
 from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
 from diffusion.errors import UserError
-from diffusion.evaluation.filmstrip import moments
+from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
     if arguments.filmstrip is not None:
         from diffusion.evaluation import plots  # slow to import
 
-        few = moments(model, options, settings.seed, device, images=min(options.count, 4))
+        few = frames(model, options, settings.seed, device, images=min(options.count, 4))
         write_file(arguments.filmstrip, plots.filmstrip(few))
         say(f"sample: wrote {arguments.filmstrip}")
 

@@ -28,8 +28,8 @@ class Purpose(IntEnum):
     INIT = 35
     DROPOUT = 36
     CLASS_DROPOUT = 37
-    UNIFORM_TIMESTEPS = 38
-    EPS_HAT_SQUARE = 39
+    TIMESTEP_UNIFORMS = 38
+    X_0_MSE = 39
     SAMPLE = 48
     BOOTSTRAP = 49
     LIKELIHOOD = 50

@@ -313,7 +313,7 @@ def train_batch(
         batch.t[into], batch.eps[into] = t[taken], eps[taken]
         dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
         batch.y[into] = np.where(dropped, -1, pairs._view(block, "y", np.int64, pairs.size(block))[taken])
-        batch.u[into] = _random(seed, Purpose.UNIFORM_TIMESTEPS, epoch, block)[taken]
+        batch.u[into] = _random(seed, Purpose.TIMESTEP_UNIFORMS, epoch, block)[taken]
         done += count
     np.subtract(batch.x_0, np.float32(1), out=batch.x_0)
     return batch

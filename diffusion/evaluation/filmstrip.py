@@ -13,7 +13,7 @@ from diffusion.process import build
 from diffusion.process.sampler import trajectory
 
 
-class Moment(NamedTuple):
+class Frame(NamedTuple):
     """A few pictures at one point of sampling, uint8 (n, C, H, W) each."""
 
     t: int
@@ -23,12 +23,12 @@ class Moment(NamedTuple):
     """What the network sees in this x_t; at the end, the picture."""
 
 
-def moments(
+def frames(
     model: Model, options: params.Sample, seed: int, device: torch.device, images: int = 4, count: int = 9
-) -> list[Moment]:
-    """The seed's first pictures at `count` moments of sampling, evenly over the steps, from noise to picture.
+) -> list[Frame]:
+    """The seed's first pictures at `count` frames of sampling, evenly over the steps, from noise to picture.
 
-    There are fewer moments if there are fewer steps.
+    There are fewer frames if there are fewer steps.
     """
     timesteps = build.sampling_timesteps(options, model.process.schedule)
     chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())
@@ -39,10 +39,10 @@ def moments(
     # A point has the x_t that a step leads to; its x_0_hat belongs to the one where the step began.
     for index, point in enumerate(trajectory(sampler, noise, timesteps, x_t)):
         if index in chosen:
-            found.append(_moment(t, x_t, point.x_0_hat))
+            found.append(_frame(t, x_t, point.x_0_hat))
         t, x_t = point.t, point.x_t
-    return [*found, _moment(t, x_t, x_t)]
+    return [*found, _frame(t, x_t, x_t)]
 
 
-def _moment(t: int, x_t: torch.Tensor, x_0_hat: torch.Tensor) -> Moment:
-    return Moment(t, to_uint8(x_t.cpu().numpy()), to_uint8(x_0_hat.cpu().numpy()))
+def _frame(t: int, x_t: torch.Tensor, x_0_hat: torch.Tensor) -> Frame:
+    return Frame(t, to_uint8(x_t.cpu().numpy()), to_uint8(x_0_hat.cpu().numpy()))

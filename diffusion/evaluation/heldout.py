@@ -52,13 +52,12 @@ def quick_mse(
 
 
 @torch.inference_mode()
-def eps_hat_square(
+def x_0_mse(
     model: Model, pairs: Pairs, device: torch.device, seed: int, check_stop: Callable[[], None]
 ) -> tuple[float, ...]:
-    """E |eps_hat(x_t, t)|^2 / d at each timestep, (T,), over held-out images: for the `Analytic` variance.
+    """E |x_0 - x_0_hat|^2 / d at each timestep, (T,), over held-out images: for the `Analytic` variance.
 
-    Some 16 images for each timestep, four timesteps for each block of them. Since E eps^2 = 1, the mean of
-    1 + eps_hat^2 - eps^2 is the same and varies far less.
+    Some 16 images for each timestep, four timesteps for each block of them.
     """
     schedule = model.process.schedule
     total, count = np.zeros(schedule.num_timesteps), np.zeros(schedule.num_timesteps)
@@ -68,12 +67,12 @@ def eps_hat_square(
         # A short block is gone round until there are BLOCK images.
         chosen = np.arange(BLOCK) % pairs.size(block)
         t = np.minimum(first + np.arange(BLOCK) // 16, schedule.num_timesteps - 1)
-        z = stream(seed, Purpose.EPS_HAT_SQUARE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)
+        z = stream(seed, Purpose.X_0_MSE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)
         x_0 = torch.from_numpy(pairs.x_0(block)[chosen] / np.float32(127.5) - 1).to(device)
         steps, eps = torch.from_numpy(t).to(device), torch.from_numpy(z).to(device)
         denoiser = model.process.denoiser(model.net_for(torch.from_numpy(pairs.labels(block)[chosen]).to(device)))
         x_t = schedule.diffuse(x_0, steps, eps).to(memory_format=torch.channels_last)
-        eps_hat = denoiser(x_t, steps).eps_hat
-        np.add.at(total, t, (1 + eps_hat.square() - eps.square()).mean(dim=(1, 2, 3)).double().cpu().numpy())
+        x_0_hat = denoiser(x_t, steps).x_0_hat
+        np.add.at(total, t, (x_0 - x_0_hat).square().mean(dim=(1, 2, 3)).double().cpu().numpy())
         np.add.at(count, t, 1)
     return tuple((total / count).tolist())

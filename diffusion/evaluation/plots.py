@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffusion.evaluation.filmstrip import Moment
+from diffusion.evaluation.filmstrip import Frame
 
 Row = dict[str, float]
 
@@ -29,24 +29,24 @@ def vlb_by_t(curve: Sequence[Row]) -> bytes:
     return _png(figure)
 
 
-def filmstrip(moments: Sequence[Moment]) -> bytes:
+def filmstrip(frames: Sequence[Frame]) -> bytes:
     """Pictures on their way from noise, left to right: of each a row of x_t, and one of x_0_hat below it."""
-    images, _, height, width = moments[0].x_t.shape
-    across, down = len(moments), 2 * images
+    images, _, height, width = frames[0].x_t.shape
+    across, down = len(frames), 2 * images
     gap = 0.25  # between pictures, in heights
     bottoms = [row + gap * (row // 2) for row in range(down)]
     figure = Figure(figsize=(across + 0.5, (down + gap * images) * height / width + 0.5), dpi=80, layout="constrained")
     axes = figure.subplots()
-    for column, moment in enumerate(moments):
+    for column, frame in enumerate(frames):
         for index in range(images):
-            for row, picture in ((2 * index, moment.x_t[index]), (2 * index + 1, moment.x_0_hat[index])):
+            for row, picture in ((2 * index, frame.x_t[index]), (2 * index + 1, frame.x_0_hat[index])):
                 extent = (column + 0.02, column + 0.98, bottoms[row] + 0.98, bottoms[row] + 0.02)
                 pixels = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
                 axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bicubic")
     axes.set_xlim(0, across)
     axes.set_ylim(bottoms[-1] + 1, 0)
     axes.set_aspect(height / width)
-    labels = [f"t = {moment.t}" if moment.t >= 0 else "picture" for moment in moments]
+    labels = [f"t = {frame.t}" if frame.t >= 0 else "picture" for frame in frames]
     axes.set_xticks([column + 0.5 for column in range(across)], labels)
     axes.set_yticks([bottom + 0.5 for bottom in bottoms], ["$x_t$", r"$\hat{x}_0$"] * images)
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)

@@ -92,7 +92,7 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
 
     config = model.Config(
-        shape=(unet.in_channels, *unet.sample_size), classes=(), network=network, process=process, eps_hat_square=None
+        shape=(unet.in_channels, *unet.sample_size), classes=(), network=network, process=process, x_0_mse=None
     )
     net = model.new_network(config.shape, 0, network, process)
     assert isinstance(net, UNet)

@@ -12,8 +12,8 @@ from diffusion.model import Model
 from diffusion.process.parameterization import Parameterization, split
 
 
-class EpsHat(nn.Module):
-    """(x_t float32 (B, C, H, W), t int64 (B,)[, y int64 (B,)]) to eps_hat (B, C, H, W), whatever the network predicts.
+class Step(nn.Module):
+    """(x_t float32 (B, C, H, W), t int64 (B,)[, y int64 (B,)]) to eps_hat and x_0_hat, whatever the network predicts.
 
     `y` is the class of each image, -1 for none; only networks with classes have it.
     """
@@ -23,14 +23,14 @@ class EpsHat(nn.Module):
         self.net = net
         self.parameterization = parameterization
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out, _ = split(self.net(x_t, t, y), x_t.shape[1])
-        return self.parameterization.to_eps(out, x_t, t)
+        return self.parameterization.to_eps(out, x_t, t), self.parameterization.to_x_0(out, x_t, t)
 
 
 def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     """The graph with a free batch size; the same bytes for the same weights."""
-    module = EpsHat(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
+    module = Step(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
     example = {"x_t": torch.zeros(2, *model.shape), "t": torch.zeros(2, dtype=torch.int64)}
     if model.num_classes:
         example["y"] = torch.zeros(2, dtype=torch.int64)
@@ -44,7 +44,7 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
             module,
             tuple(example.values()),
             input_names=list(example),
-            output_names=["eps_hat"],
+            output_names=["eps_hat", "x_0_hat"],
             dynamic_shapes={name: {0: batch} for name in example},
             opset_version=opset,
             dynamo=True,

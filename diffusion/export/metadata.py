@@ -17,7 +17,7 @@ def describe(graph: onnx.ModelProto, model: Model, weights_sha256: str) -> None:
         "ddpm.height": height,
         "ddpm.width": width,
         "ddpm.classes": json.dumps(model.config.classes if model.num_classes else []),
-        "ddpm.output": "eps_hat",
+        "ddpm.output": "eps_hat, x_0_hat (not clipped)",
         "ddpm.schedule": model.config.process.schedule,
         "ddpm.num_timesteps": schedule.num_timesteps,
         "ddpm.alpha_bar": json.dumps(schedule.alpha_bar.tolist()),

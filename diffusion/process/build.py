@@ -16,7 +16,7 @@ from diffusion.process.sampler import Ancestral, Ddim, DpmSolver, Heun, Sampler
 from diffusion.process.schedule import Schedule
 from diffusion.process.spacing import Spacing
 from diffusion.process.timesteps import Timesteps
-from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned, Variance
+from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned, Unseen, Variance
 from diffusion.process.weighting import Weighting
 
 SCHEDULES: dict[str, Callable[[params.Process], Tensor]] = {
@@ -47,10 +47,10 @@ VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
     "fixed-small": lambda made, _: FixedSmall(made),
     "fixed-large": lambda made, _: FixedLarge(made),
     "learned": lambda made, _: Learned(made),
-    "analytic": lambda made, eps_hat_square: _analytic(made, eps_hat_square),
+    "analytic": lambda made, x_0_mse: _analytic(made, x_0_mse),
 }
 SAMPLERS: dict[str, Callable[[Denoiser, Callable[[str], Variance], params.Sample], Sampler]] = {
-    "ddpm": lambda denoiser, variance_of, options: Ancestral(denoiser, variance_of(options.variance)),
+    "ddpm": lambda denoiser, variance_of, options: Ancestral(denoiser, _for_sampling(options.variance, variance_of)),
     "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
     "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
     "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
@@ -85,9 +85,9 @@ def process(options: params.Process) -> Process:
     return Process(made, parameterization, Loss(made, parameterization, weight, LOSSES[options.loss]))
 
 
-def variance(name: str, process: Process, eps_hat_square: Tensor | None) -> Variance:
-    """The reverse variance of a name; `eps_hat_square` (T,) is what the model has for the analytic one."""
-    return VARIANCES[name](process.schedule, eps_hat_square)
+def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
+    """The reverse variance of a name; `x_0_mse` (T,) is what the model has for the analytic one."""
+    return VARIANCES[name](process.schedule, x_0_mse)
 
 
 def sampler(options: params.Sample, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
@@ -101,7 +101,11 @@ def sampling_timesteps(options: params.Sample, schedule: Schedule) -> list[int]:
     return SPACINGS[options.spacing](schedule, options.steps)
 
 
-def _analytic(schedule: Schedule, eps_hat_square: Tensor | None) -> Analytic:
-    if eps_hat_square is None:
+def _for_sampling(name: str, variance_of: Callable[[str], Variance]) -> Variance:
+    return Unseen(variance_of(name)) if name == "analytic" else variance_of(name)
+
+
+def _analytic(schedule: Schedule, x_0_mse: Tensor | None) -> Analytic:
+    if x_0_mse is None:
         raise UserError("sample.variance: the model holds no estimate for analytic; choose another, or train it here")
-    return Analytic(schedule, eps_hat_square)
+    return Analytic(schedule, x_0_mse)

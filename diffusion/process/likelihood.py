@@ -62,7 +62,7 @@ def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tenso
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound for a model: `prior`, and `term` summed over all t, with x_t drawn once for each."""
+    """The terms of the bound for a model: `prior` and the sum of these over all t, with x_t drawn once for each."""
 
     denoiser: Denoiser
     variance: Variance
@@ -74,7 +74,3 @@ class Bound:
         estimate = self.denoiser(x_t, t)
         variance = self.variance(t, t - 1, estimate.variance_fraction)
         return term(schedule, x_0.double(), x_t.double(), t, estimate.x_0_hat.double(), variance)
-
-    def prior(self, x_0: Tensor) -> Tensor:
-        """L_T of each image, bits per dimension, float64 (B,)."""
-        return prior(self.denoiser.schedule, x_0.double())

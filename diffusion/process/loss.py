@@ -27,8 +27,8 @@ class Loss:
     """The error of x_0_hat, scaled by the root of its weight, in the mean of its `kind`; Ho et al. 2020, eq. 14.
 
     With the weighting `Simple` the scaled error is that of the noise. Where the network learns the variance, the bound
-    is added (Nichol & Dhariwal 2021, eq. 16): lambda T times its term at t in bits per dimension, an unbiased estimate
-    of lambda times the sum over t; it does not reach the mean, which is detached.
+    is added (Nichol & Dhariwal 2021, eq. 16): lambda T times its term at t in bits per dimension, for uniform
+    timesteps an unbiased estimate of lambda times the sum over t; it does not reach the mean, which is detached.
     """
 
     schedule: Schedule

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Schedule
@@ -64,8 +65,8 @@ class X0(Parameterization):
     """The network predicts the clean image; Ho et al. 2020, section 3.2."""
 
     def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        one = self.schedule(t) ** 0
-        return 0 * one, one
+        one = torch.ones_like(self.schedule(t))
+        return torch.zeros_like(one), one
 
 
 class V(Parameterization):
@@ -79,8 +80,8 @@ class V(Parameterization):
 class Mu(Parameterization):
     """The network predicts the mean of the reverse step itself, posterior_mean(x_0, x_t); Ho et al. 2020, eq. 8.
 
-    The original choice, which "tends to be unstable" (section 3.4): the mean is nearly x_t, and what it tells of x_0 is
-    a small difference, multiplied up to 1 / a. For study.
+    The original choice, which "works well only when trained on the true variational bound" (section 4.2), the weighting
+    vlb: the mean is nearly x_t, and what it tells of x_0 is a small difference, multiplied up to 1 / a. For study.
     """
 
     def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ class Ddim:
 
 @dataclass(frozen=True)
 class DpmSolver:
-    """DPM-Solver++(2M), or with `stochastic` SDE-DPM-Solver++(2M); Lu et al. 2022b, algorithm 2 and eq. 18.
+    """DPM-Solver++(2M), or with `stochastic` SDE-DPM-Solver++(2M); Lu et al. 2022b.
 
     With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D the x_0_hat extrapolated from the step before,
 

@@ -101,8 +101,8 @@ def cosine(num_timesteps: int) -> Tensor:
 def sigmoid(num_timesteps: int) -> Tensor:
     """beta for alpha_bar = (f(t) - f(T)) / (f(0) - f(T)), f(t) = sigmoid(3 - 6 t/T), float64 (T,).
 
-    Jabri et al. 2022 (RIN), algorithm 4 of its appendix, with start = -3, end = 3 and temperature 1; beta is clipped at
-    0.999 as for `cosine`.
+    Chen 2023, "On the importance of noise scheduling for diffusion models", algorithm 1, with start = -3, end = 3 and
+    temperature 1; beta is clipped at 0.999 as for `cosine`.
     """
     time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.sigmoid(3 - 6 * time)

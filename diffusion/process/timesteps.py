@@ -13,7 +13,9 @@ from diffusion.process.schedule import Schedule
 
 
 class Timesteps(nn.Module, ABC):
-    """A module, so that what it learns of the losses is kept with the rest of a training's state."""
+    """A module, so that what it learns of the losses is kept with the rest of a training's state. It stays on the CPU:
+    sums of floating numbers are always the same there.
+    """
 
     @abstractmethod
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ class LogSnrNormal(_ByProbability):
     """log SNR normally distributed, with mean 2.4 and standard deviation 2.4; Karras et al. 2022 (EDM), section 5.
 
     Those are EDM's -1.2 and 1.2 for log sigma = -log(SNR) / 2. As there, the loss is not weighted against it: the
-    middle counts more.
+    middle counts more. Of the linear schedule's last fifth hardly any timestep is drawn; it is for the cosine one.
     """
 
     MEAN, STD = 2.4, 2.4
@@ -80,8 +82,9 @@ class LogSnrNormal(_ByProbability):
 class LossSecondMoment(_ByProbability):
     """Timesteps in proportion to the root of the mean squared loss there; Nichol & Dhariwal 2021, section 3.3.
 
-    The mean is over the last ten losses at each timestep; until every timestep has so many, all are drawn alike. The
-    loss is weighted by 1 / (T p(t)), so that its expectation is that of uniform timesteps.
+    The mean is over the last ten losses at each timestep; until every timestep has so many, all are drawn alike. It is
+    that of a single process: several would each have seen other losses. The loss is weighted by
+    1 / (T p(t)), so that its expectation is that of uniform timesteps.
     """
 
     HISTORY = 10
@@ -109,6 +112,7 @@ class LossSecondMoment(_ByProbability):
         return chosen, (1 / (len(probability) * probability[chosen])).to(u.dtype)
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
+        losses, seen = self.losses.numpy(), self.seen.numpy()  # their own memory, quicker to write one by one
         for at, value in zip(t.tolist(), loss.tolist(), strict=True):
-            self.losses[at, int(self.seen[at]) % self.HISTORY] = value
-            self.seen[at] += 1
+            losses[at, seen[at] % self.HISTORY] = value
+            seen[at] += 1

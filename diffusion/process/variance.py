@@ -3,6 +3,7 @@
 All give float64 (B, 1, 1, 1), or with a learned fraction (B, C, H, W), for `t`, `s` int64 (B,), -1 <= s < t.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,24 +67,39 @@ class Learned:
 
 @dataclass(frozen=True)
 class Analytic:
-    """The best variance for the network's mean: the posterior's and what is not known of x_0; Bao et al. 2022, th. 1.
+    """The best variance for the network's mean: the posterior's, and what the network does not know of x_0.
 
-        sigma^2 = posterior variance + a^2 Var(x_0 | x_t),   Var(x_0 | x_t) = (1 - alpha_bar_t) / alpha_bar_t (1 - G_t)
+        sigma^2 = posterior variance + a^2 E |x_0 - x_0_hat|^2 / d
 
-    with a the posterior mean's coefficient of x_0 and G_t = E |eps_hat(x_t, t)|^2 / d, (T,): (1 - alpha_bar_t) Gamma_t
-    in the paper's terms. Var(x_0 | x_t) is at most 1, since images lie in [-1, 1] (their theorem 2).
+    with a the posterior mean's coefficient of x_0. For a perfect network it is that of Analytic-DPM (Bao et al. 2022a,
+    theorem 1), where (1 - alpha_bar_t) Gamma_t = E |eps_hat|^2 / d = 1 - E |eps - eps_hat|^2 / d; for any other one it
+    is still the best (Bao et al. 2022b, "Estimating the optimal covariance with imperfect mean"), where theirs can come
+    out below the posterior's. Images lie in [-1, 1], so the error is at most 1.
     """
 
     schedule: Schedule
-    eps_hat_square: Tensor
-    """G_t, float64 (T,)."""
+    x_0_mse: Tensor
+    """E |x_0 - x_0_hat|^2 / d at each timestep, float64 (T,)."""
 
     def __call__(self, t: Tensor, s: Tensor, fraction: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        alpha_bar = self.schedule(t)
-        unknown = 1 - self.eps_hat_square.to(t.device)[t].view(-1, 1, 1, 1).clamp(max=1)
+        x_0_mse = self.x_0_mse.to(t.device)[t].view(-1, 1, 1, 1).clamp(max=1)
         of_x_0, _ = self.schedule.posterior_coefficients(t, s)
-        x_0_variance = torch.where(alpha_bar > 0, (1 - alpha_bar) / alpha_bar * unknown, 1).clamp(max=1)
+        variance = self.schedule.posterior_variance(t, s) + of_x_0**2 * x_0_mse
         # In the last step the posterior's is zero, and a perfect network's whole variance: the decoder needs some.
         least = FixedSmall(self.schedule)(t, s)
-        variance = self.schedule.posterior_variance(t, s) + of_x_0**2 * x_0_variance
         return torch.where((s < 0).view(-1, 1, 1, 1), torch.maximum(variance, least), variance)
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """`variance` for sampling, but a step to t = 0 adds a grey level of noise at most: E |sigma z| <= 2 / 255.
+
+    The last step could not take away again what a long step before it adds; Bao et al. 2022a, appendix on clipping.
+    """
+
+    variance: Variance
+    LARGEST = (2 / 255) ** 2 * math.pi / 2
+
+    def __call__(self, t: Tensor, s: Tensor, fraction: Tensor | None) -> Tensor:
+        found = self.variance(t, s, fraction)
+        return torch.where((s == 0).view(-1, 1, 1, 1), found.clamp(max=self.LARGEST), found)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from diffusion import tracking
 from diffusion.data.pairs import Pairs
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
-from diffusion.evaluation.filmstrip import moments
+from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, read_csv, sha256, write_atomic, write_csv, write_json
@@ -66,7 +66,7 @@ def run(params: Params, paths: Paths) -> None:
         "mse_by_t": plots.mse_by_t(mse_by_t),
         "vlb_by_t": plots.vlb_by_t(vlb_by_t),
         "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
-        "filmstrip": plots.filmstrip(moments(model, params.sample, params.seed, device)),
+        "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
         "training": plots.training(
             read_csv(paths.train_curves / "loss.csv"), read_csv(paths.train_curves / "heldout.csv")
         ),

@@ -18,7 +18,7 @@ from diffusion import tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
-from diffusion.evaluation.heldout import eps_hat_square, quick_mse
+from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json
 from diffusion.model import Config, Model, new_network, save_model
@@ -106,9 +106,7 @@ def _train(
     if params.network.classes and not classes:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
     net = new_network(pairs.shape, len(classes), params.network, params.process).to(device)
-    config = Config(
-        shape=pairs.shape, classes=classes, network=params.network, process=params.process, eps_hat_square=None
-    )
+    config = Config(shape=pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None)
     state = begin(net, params.train, process.schedule)
     checkpoints = Checkpoints(directory)
     for line in checkpoints.restore(state):
@@ -168,7 +166,7 @@ def _train(
             checkpoint=checkpoints.write,
             check_stop=stop.check,
         )
-        square = eps_hat_square(model, heldout, device, params.seed, stop.check)
+        errors = x_0_mse(model, heldout, device, params.seed, stop.check)
 
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
@@ -188,7 +186,7 @@ def _train(
             "heldout_mse": state.heldout_curve[-1]["mse"],
         },
     )
-    save_model(paths.model, state.average, config.model_copy(update={"eps_hat_square": square}))
+    save_model(paths.model, state.average, config.model_copy(update={"x_0_mse": errors}))
     return state
 
 

@@ -66,11 +66,12 @@ def step(state: State, options: params.Train, seed: int, loss: Loss, batch: Batc
     """One step of the optimizer and of the average."""
     # Dropout draws from torch's own generator: its seed, too, is a function of the position alone.
     torch.manual_seed(int(stream(seed, Purpose.DROPOUT, high=state.step).integers(2**63)))
-    x_0, t, eps, y, u = (torch.from_numpy(array).to(state.device, non_blocking=True) for array in batch)
+    x_0, t, eps, y, u = (torch.from_numpy(array) for array in batch)
+    drawn, weight = state.timesteps.draw(t, u)
+    x_0, t, eps, y, weight = (x.to(state.device, non_blocking=True) for x in (x_0, drawn, eps, y, weight))
     x_0, eps = (tensor.to(memory_format=torch.channels_last) for tensor in (x_0, eps))
-    t, weight = state.timesteps.draw(t, u)
     losses = loss(state.net, x_0, t, eps, y)
-    state.timesteps.observe(t, losses.detach())
+    state.timesteps.observe(drawn, losses.detach())
     value = (weight.to(losses.dtype) * losses).mean()
     value.backward()
     norm = nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip)

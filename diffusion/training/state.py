@@ -85,7 +85,7 @@ def begin(net: nn.Module, options: params.Train, schedule: Schedule) -> State:
         net=net,
         average=ema.average_of(net),
         optimizer=optim.optimizer(net, options),
-        timesteps=TIMESTEPS[options.timesteps](schedule).to(device),
+        timesteps=TIMESTEPS[options.timesteps](schedule),
         sums=torch.zeros(2, dtype=torch.float64, device=device),
     )
 

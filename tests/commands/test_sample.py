@@ -49,7 +49,7 @@ CLASSES = ("zero", "one", "two")
 def save(directory: Path, shape: tuple[int, int, int] = (1, 8, 8), classes: tuple[str, ...] = CLASSES) -> None:
     net = randomize(network(shape, "unet", "film", classes=bool(classes)))
     described = options("unet", "film", classes=bool(classes))
-    config = Config(shape=shape, classes=classes, network=described, process=PROCESS, eps_hat_square=None)
+    config = Config(shape=shape, classes=classes, network=described, process=PROCESS, x_0_mse=None)
     save_model(directory, net, config)
 
 

@@ -56,8 +56,8 @@ def gaussian_model(params: Params, num_timesteps: int, classes: tuple[str, ...] 
     network = params.network.model_copy(update={"classes": bool(classes)})
     process = build.process(options)
     left = 1 - process.schedule.alpha_bar
-    square = tuple((left / (process.schedule.alpha_bar * SCALE**2 + left)).tolist())
-    config = Config(shape=SHAPE, classes=classes, network=network, process=options, eps_hat_square=square)
+    x_0_mse = tuple((left * SCALE**2 / (process.schedule.alpha_bar * SCALE**2 + left)).tolist())
+    config = Config(shape=SHAPE, classes=classes, network=network, process=options, x_0_mse=x_0_mse)
     return Model(Best(process.schedule.alpha_bar), process, config)
 
 
@@ -86,7 +86,7 @@ def test_strata_are_few_and_narrow_where_the_terms_are_large() -> None:
 def test_the_exact_sum_meets_the_likelihood_of_normal_images(params: Params) -> None:
     """With the best mean and variance each step is right, and the bound tight: -log2 of the mass in each value's bin.
 
-    E |eps_hat|^2 / d = (1 - alpha_bar) / (alpha_bar SCALE^2 + 1 - alpha_bar) for the best eps_hat.
+    E |x_0 - x_0_hat|^2 / d = (1 - alpha_bar) SCALE^2 / (alpha_bar SCALE^2 + 1 - alpha_bar) for the best x_0_hat.
     """
     model, images = gaussian_model(params, 100), 320
     exact, by_fixed = (

@@ -26,7 +26,7 @@ class Halved(nn.Module):
 def model(params: Params, channels: int = 1, classes: tuple[str, ...] = ()) -> Model:
     process = params.process.model_copy(update={"parameterization": "eps", "zero_terminal_snr": False})
     network = params.network.model_copy(update={"classes": bool(classes)})
-    config = Config(shape=(channels, 8, 6), classes=classes, network=network, process=process, eps_hat_square=None)
+    config = Config(shape=(channels, 8, 6), classes=classes, network=network, process=process, x_0_mse=None)
     return Model(Halved(), build.process(process), config)
 
 
@@ -91,12 +91,12 @@ def test_small_images_are_enlarged() -> None:
 @pytest.mark.parametrize(("steps", "shown"), [(5, 6), (40, 9)])
 def test_moments_lead_from_noise_to_the_samples(params: Params, steps: int, shown: int) -> None:
     made, chosen = model(params, classes=("a", "b", "c")), options(params, steps=steps, count=6)
-    found = filmstrip.moments(made, chosen, 3, CPU)
+    found = filmstrip.frames(made, chosen, 3, CPU)
     timesteps = build.sampling_timesteps(chosen, made.process.schedule)
     assert len(found) == shown
-    assert [moment.t for moment in found][:: shown - 1] == [timesteps[0], -1]
-    assert {moment.t for moment in found} <= {*timesteps, -1}
-    places = [[*timesteps, -1].index(moment.t) for moment in found]
+    assert [frame.t for frame in found][:: shown - 1] == [timesteps[0], -1]
+    assert {frame.t for frame in found} <= {*timesteps, -1}
+    places = [[*timesteps, -1].index(frame.t) for frame in found]
     assert max(np.diff(places)) - min(np.diff(places)) <= 1
     assert (found[0].x_t == samples.to_uint8(samples.noise_for(3, 4, made.shape, CPU)(0).numpy())).all()
     assert (found[-1].x_t == samples.draw_samples(made, chosen, 3, CPU)[:4]).all()
@@ -109,7 +109,7 @@ def test_moments_lead_from_noise_to_the_samples(params: Params, steps: int, show
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_filmstrip_has_a_place_for_each_picture(params: Params, channels: int) -> None:
-    found = filmstrip.moments(model(params, channels), options(params), 0, CPU)
+    found = filmstrip.frames(model(params, channels), options(params), 0, CPU)
     png = plots.filmstrip(found)
     assert png == plots.filmstrip(found)
     picture = Image.open(io.BytesIO(png))

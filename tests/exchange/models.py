@@ -64,9 +64,7 @@ def save(directory: Path, chosen: params.Params, classes: tuple[str, ...] = ()) 
     shape = (chosen.pairs.channels, chosen.pairs.height, chosen.pairs.width)
     torch.manual_seed(0)
     net = randomize(model.new_network(shape, len(classes), chosen.network, chosen.process))
-    config = model.Config(
-        shape=shape, classes=classes, network=chosen.network, process=chosen.process, eps_hat_square=None
-    )
+    config = model.Config(shape=shape, classes=classes, network=chosen.network, process=chosen.process, x_0_mse=None)
     model.save_model(directory, net, config)
     return load(directory)
 

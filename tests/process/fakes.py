@@ -46,6 +46,8 @@ X0Hat = Callable[[Tensor, Tensor], Tensor]
 
 
 def process(**changes: object) -> build.Process:
+    if changes.get("zero_terminal_snr"):  # the default weighting gives its last timestep no weight, and is refused
+        changes = {"weighting": "snr-plus-one"} | changes
     return build.process(params.Process.model_validate(PROCESS | changes))
 
 
@@ -119,7 +121,7 @@ def gaussian_x_0_hat(schedule: Schedule, s: float) -> X0Hat:
     return lambda x_t, t: (at(schedule, t).sqrt() * s**2 / marginal_variance(schedule, t, s)).to(x_t.dtype) * x_t
 
 
-def gaussian_eps_hat_square(schedule: Schedule, s: float) -> Tensor:
-    """E eps_hat^2 at every t, (T,), for x_0 ~ N(0, s^2 I): (1 - alpha_bar) / Var(x_t)."""
+def gaussian_x_0_mse(schedule: Schedule, s: float) -> Tensor:
+    """E (x_0_hat - x_0)^2 at every t, (T,), for x_0 ~ N(0, s^2 I): (1 - alpha_bar) s^2 / Var(x_t)."""
     t = torch.arange(schedule.num_timesteps)
-    return (1 - schedule.alpha_bar) / marginal_variance(schedule, t, s).flatten()
+    return (1 - schedule.alpha_bar) * s**2 / marginal_variance(schedule, t, s).flatten()

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from diffusion.process import build
-from diffusion.process.sampler import Sampler, sample, trajectory
+from diffusion.process.denoiser import unbounded
+from diffusion.process.sampler import Ancestral, Sampler, sample, trajectory
+from diffusion.process.variance import Analytic, FixedLarge, FixedSmall
 from tests.process.fakes import (
     SAMPLERS,
     Says,
-    gaussian_eps_hat_square,
     gaussian_x_0_hat,
+    gaussian_x_0_mse,
     marginal_variance,
     noise,
     options,
@@ -26,7 +28,7 @@ def optimal(made: build.Process, name: str = "eps", std: float = STD, **changes:
     """A sampler over the exact denoiser of N(0, std^2)."""
     net, square = (
         Says(name, made.schedule, gaussian_x_0_hat(made.schedule, std)),
-        gaussian_eps_hat_square(made.schedule, std),
+        gaussian_x_0_mse(made.schedule, std),
     )
     return build.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, square))
 
@@ -77,10 +79,11 @@ def test_gaussian_data_are_sampled_with_their_own_variance(changes: dict[str, ob
 def test_few_steps_with_the_true_variance_are_as_good_as_many(steps: int) -> None:
     """What Analytic-DPM is for: in long steps the fixed variances are too small and too large by far."""
     made = process()
-    timesteps = build.SPACINGS["linspace"](made.schedule, steps)
+    denoiser = made.denoiser(Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, STD)), unbounded)
+    x_0_mse, timesteps = gaussian_x_0_mse(made.schedule, STD), build.SPACINGS["linspace"](made.schedule, steps)
     small, true, large = (
-        sample(optimal(made, variance=variance), noise(20_000, 1, 1, 1), timesteps).std().item()
-        for variance in ("fixed-small", "analytic", "fixed-large")
+        sample(Ancestral(denoiser, found), noise(20_000, 1, 1, 1), timesteps).std().item()
+        for found in (FixedSmall(made.schedule), Analytic(made.schedule, x_0_mse), FixedLarge(made.schedule))
     )
     assert true == pytest.approx(STD, rel=0.015)
     assert small < 0.8 * STD

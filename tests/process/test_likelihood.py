@@ -17,8 +17,8 @@ from tests.process.fakes import (
     PARAMETERIZATIONS,
     Says,
     always,
-    gaussian_eps_hat_square,
     gaussian_x_0_hat,
+    gaussian_x_0_mse,
     process,
     randn,
     some_x_0_hat,
@@ -96,7 +96,7 @@ def test_every_term_is_that_of_an_independent_implementation(name: str, variance
         of_step = (array[step].numpy() for array in (x_0, x_t, x_0_hat))
         expected = paper.term(step + 1, *of_step, paper.variance(variance, step + 1, 0.3))
         assert terms[step].item() == pytest.approx(expected, rel=1e-6), step
-    assert found.prior(x_0).tolist() == pytest.approx([paper.prior(image.numpy()) for image in x_0])
+    assert likelihood.prior(made.schedule, x_0).tolist() == pytest.approx([paper.prior(image.numpy()) for image in x_0])
 
 
 def test_the_terms_are_float64_whatever_the_images_are() -> None:
@@ -104,7 +104,7 @@ def test_the_terms_are_float64_whatever_the_images_are() -> None:
     found = bound(made, Says("eps", made.schedule, some_x_0_hat), "fixed-small")
     x_0, t, eps = images(5), torch.tensor([0, 1, 2, 500, 999]), randn(5, 1, 4, 4).float()
     terms, same = found.term(x_0, t, eps), found.term(x_0.double(), t, eps.double())
-    assert terms.dtype == found.prior(x_0).dtype == torch.float64
+    assert terms.dtype == torch.float64
     torch.testing.assert_close(terms, same, rtol=1e-3, atol=1e-9)
 
 
@@ -164,7 +164,7 @@ def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) 
     """
     made = process(num_timesteps=T)
     net = Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, std))
-    found = bound(made, net, variance, gaussian_eps_hat_square(made.schedule, std))
+    found = bound(made, net, variance, gaussian_x_0_mse(made.schedule, std))
     x_0 = torch.special.ndtri((torch.arange(values, dtype=torch.float64) + 0.5) / values)
     x_0 = x_0 / x_0.square().mean().sqrt()
     eps = randn(T, 1, 1, values)
@@ -172,7 +172,7 @@ def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) 
     eps = eps / eps.square().mean(dim=-1, keepdim=True).sqrt()
     terms = found.term((std * x_0).expand(T, 1, 1, -1), torch.arange(T), eps)
     nll = -stats.norm(0, std).logpdf(std * x_0.numpy()).mean() / math.log(2) - math.log2(2 / 255)
-    return terms, float(found.prior(std * x_0.view(1, 1, 1, -1)) - nll)
+    return terms, float(likelihood.prior(made.schedule, std * x_0.view(1, 1, 1, -1)) - nll)
 
 
 @pytest.mark.parametrize("T", [50, 100, 400, 1000])
@@ -193,7 +193,7 @@ def test_a_fixed_variance_costs_its_divergence_from_the_true_one(variance: str) 
     for T in (100, 400):
         made = process(num_timesteps=T)
         t = torch.arange(1, T)
-        true = build.variance("analytic", made, gaussian_eps_hat_square(made.schedule, 0.2))(t, t - 1, None)
+        true = build.variance("analytic", made, gaussian_x_0_mse(made.schedule, 0.2))(t, t - 1, None)
         ratio = (true / build.variance(variance, made, None)(t, t - 1, None)).flatten()
         cost = (gaussian_terms(variance, T)[0] - gaussian_terms("analytic", T)[0])[1:]
         torch.testing.assert_close(cost, (ratio - 1 - ratio.log()) / 2 / math.log(2), rtol=1e-5, atol=1e-9)

@@ -16,7 +16,7 @@ from tests.process.fakes import (
     Says,
     always,
     at,
-    gaussian_eps_hat_square,
+    gaussian_x_0_mse,
     noise,
     options,
     process,
@@ -31,7 +31,7 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 
 def made_sampler(made: build.Process, net: Says, **changes: object) -> Sampler:
-    square = gaussian_eps_hat_square(made.schedule, 0.5)
+    square = gaussian_x_0_mse(made.schedule, 0.5)
     return build.sampler(options(**changes), made, net, lambda name: build.variance(name, made, square))
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.process import build
+from diffusion.process.sampler import Ancestral
 from diffusion.process.schedule import Schedule
 from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned
-from tests.process.fakes import at, gaussian_eps_hat_square, marginal_variance, process, randn
+from tests.process.fakes import Says, at, gaussian_x_0_hat, gaussian_x_0_mse, marginal_variance, options, process, randn
 
 LINEAR = process().schedule
 STEPS = torch.tensor([(1, 0), (2, 1), (500, 499), (999, 998), (999, 500), (500, 0), (999, 0)])
@@ -60,7 +61,7 @@ def test_the_last_steps_variance_is_that_of_the_step_before() -> None:
 @pytest.mark.parametrize("std", [1.0, 0.3])
 def test_analytic_variance_is_the_formula_of_the_paper(std: float) -> None:
     t = torch.arange(1, 1000)
-    square = gaussian_eps_hat_square(LINEAR, std)
+    square = gaussian_x_0_mse(LINEAR, std)
     gamma = 1 / marginal_variance(LINEAR, t, std).flatten()  # E |score|^2 / d, the score being -x_t / Var(x_t)
     found = Analytic(LINEAR, square)(t, t - 1).flatten()
     torch.testing.assert_close(found, bao_et_al(LINEAR, t, gamma))
@@ -71,12 +72,8 @@ def test_analytic_variance_is_the_formula_of_the_paper(std: float) -> None:
 def test_analytic_variance_is_the_true_one_of_gaussian_data(std: float, zero_terminal_snr: bool) -> None:
     schedule = process(parameterization="v", zero_terminal_snr=zero_terminal_snr).schedule
     t, s = STEPS.T
-    found = Analytic(schedule, gaussian_eps_hat_square(schedule, std))(t, s)
-    expected = true_variance(schedule, t, s, std)
-    # From pure noise x_0's own variance is not to be known from eps_hat: there it is the largest it can be.
-    known = at(schedule, t) > 0
-    torch.testing.assert_close(found[known], expected[known])
-    torch.testing.assert_close(found[~known], torch.ones_like(found[~known]))
+    found = Analytic(schedule, gaussian_x_0_mse(schedule, std))(t, s)
+    torch.testing.assert_close(found, true_variance(schedule, t, s, std))
     # The fixed ones bound it: right for a single x_0, and for N(0, I).
     assert (found >= FixedSmall(schedule)(t, s)).all()
     assert (found <= FixedLarge(schedule)(t, s) * (1 + 1e-9)).all()
@@ -93,28 +90,41 @@ def test_analytic_variance_stays_in_its_bounds(square: float) -> None:
     a = at(LINEAR, s).sqrt() - ((1 - at(LINEAR, s) - small) * at(LINEAR, t) / (1 - at(LINEAR, t))).sqrt()
     assert (found >= small).all()
     assert (found <= small + a**2 + 1e-12).all()
-    if square >= 1:
+    if square == 0:
         torch.testing.assert_close(found, small)
 
 
 def test_analytic_variance_of_the_last_step_is_what_is_not_known_of_x_0() -> None:
     last, clean = torch.tensor([0]), torch.tensor([-1])
-    found = Analytic(LINEAR, gaussian_eps_hat_square(LINEAR, 0.3))(last, clean)
+    found = Analytic(LINEAR, gaussian_x_0_mse(LINEAR, 0.3))(last, clean)
     assert found.item() == pytest.approx(0.3**2 * 1e-4 / marginal_variance(LINEAR, last, 0.3).item(), rel=1e-6)
-    perfect = Analytic(LINEAR, torch.ones(1000, dtype=torch.float64))(last, clean)
+    perfect = Analytic(LINEAR, torch.zeros(1000, dtype=torch.float64))(last, clean)
     assert perfect == FixedSmall(LINEAR)(last, clean)
 
 
 @pytest.mark.parametrize("name", sorted(build.VARIANCES))
 def test_variances_are_finite_and_positive_with_zero_terminal_snr(name: str) -> None:
     made = process(parameterization="v", zero_terminal_snr=True)
-    square = gaussian_eps_hat_square(made.schedule, 0.5)
+    square = gaussian_x_0_mse(made.schedule, 0.5)
     t = torch.arange(1000)
     found = build.variance(name, made, square)(t, t - 1, torch.zeros(1000, 1, 1, 1))
     assert found.dtype == torch.float64
     assert found.isfinite().all()
     assert (found > 0).all()
     assert (found <= 1).all()
+
+
+def test_analytic_sampling_adds_a_grey_level_of_noise_at_most_in_the_step_to_t_0() -> None:
+    x_0_mse = gaussian_x_0_mse(LINEAR, 0.5)
+    net = Says("eps", LINEAR, gaussian_x_0_hat(LINEAR, 0.5))
+    sampler = build.sampler(
+        options(variance="analytic"), process(), net, lambda name: build.variance(name, process(), x_0_mse)
+    )
+    assert isinstance(sampler, Ancestral)
+    t, s = torch.tensor([500, 500, 999]), torch.tensor([0, 1, 998])
+    plain, found = Analytic(LINEAR, x_0_mse)(t, s).flatten(), sampler.variance(t, s, None).flatten()
+    assert found[1:].tolist() == plain[1:].tolist()
+    assert (found[0].sqrt() * randn(100_000)).abs().mean().item() == pytest.approx(2 / 255, rel=0.02)
 
 
 def test_analytic_variance_without_an_estimate_is_refused() -> None:

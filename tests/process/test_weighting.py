@@ -84,7 +84,7 @@ def test_weights_are_the_papers(weighting: str, parameterization: str, expected:
 
 @pytest.mark.parametrize("learned_variance", [False, True])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("weighting", sorted(build.WEIGHTINGS))
+@pytest.mark.parametrize("weighting", ["snr-plus-one", "truncated-snr"])
 @pytest.mark.parametrize("parameterization", ["x_0", "v", "mu"])
 def test_losses_and_gradients_are_finite_with_zero_terminal_snr(
     parameterization: str, weighting: str, schedule: str, learned_variance: bool
@@ -96,6 +96,7 @@ def test_losses_and_gradients_are_finite_with_zero_terminal_snr(
     loss = made.loss(always(out), x_0, t, eps)
     loss.sum().backward()
     assert t[-1] == 999
+    assert made.loss.scale(t)[-1] > 0  # where sampling begins
     assert loss.isfinite().all()
     assert out.grad is not None
     assert out.grad.isfinite().all()

@@ -63,6 +63,7 @@ def test_every_schedule_that_ends_in_pure_noise_learns(
     tiny: dict[str, Any], parameterization: str, schedule: str
 ) -> None:
     tiny["process"] |= {"parameterization": parameterization, "schedule": schedule, "zero_terminal_snr": True}
+    tiny["process"]["weighting"] = "snr-plus-one"
     losses = train(Params.model_validate(tiny))
     assert np.mean(losses[-3:]) < losses[0]
 
