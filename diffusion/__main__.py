@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -85,9 +86,14 @@ def export_diffusers(arguments: argparse.Namespace) -> None:
 def import_diffusers(arguments: argparse.Namespace) -> None:
     from diffusion.exchange import diffusers
 
-    out = arguments.out or Paths().model
-    sampling = diffusers.import_model(arguments.directory, out, arguments.force)
-    print(f"{out} now holds the model of {arguments.directory}; its scheduler has {sampling}")
+    paths = Paths()
+    out = arguments.out or paths.model
+    told = diffusers.import_model(arguments.directory, out, arguments.force)
+    if arguments.out is None:  # what was said of the training of the model before
+        paths.train_report.unlink(missing_ok=True)
+        for former in (paths.train_curves, paths.previews):
+            shutil.rmtree(former, ignore_errors=True)
+    print(f"{out} now holds the model of {arguments.directory}; {told}")
 
 
 def track(arguments: argparse.Namespace) -> None:
@@ -191,7 +197,12 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="pictures like this image, or from one image to another",
     )
-    given.add_argument("--at", type=int, metavar="T", help="timestep up to which noise is added (default: half of all)")
+    given.add_argument(
+        "--at",
+        type=int,
+        metavar="T",
+        help="timestep up to which noise is added (default: where half of the image is left)",
+    )
     given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
     given.add_argument(
         "--jump", type=int, default=10, help="with --mask: steps down before going up again (default 10)"

@@ -3,10 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -38,6 +38,12 @@ class Config(BaseModel):
     process: params.Process
     x_0_mse: tuple[float, ...] | None
     """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.x_0_mse is not None and len(self.x_0_mse) != self.process.num_timesteps:
+            raise ValueError(f"x_0_mse has {len(self.x_0_mse)} values for {self.process.num_timesteps} timesteps")
+        return self
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,11 @@ def load_model(directory: Path, device: torch.device) -> Model:
         config = Config.model_validate(_read_json(directory / CONFIG))
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
+    except ValidationError as error:
+        raise UserError(f"{directory / CONFIG}: {params.describe(error)}; run `dvc repro train`") from None
+    except RuntimeError:
+        raise UserError(f"{directory / WEIGHTS}: not of the network in {CONFIG}; run `dvc repro train`") from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: no model ({str(error).splitlines()[0]}); run `dvc repro train`") from None
     return Model(net.eval().requires_grad_(False).to(device), processes.process(config.process), config)
 

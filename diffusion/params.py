@@ -24,7 +24,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, a docstring per field (shown in Prefect's form)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Shard(Section):
@@ -215,7 +215,7 @@ class Sample(Section):
     guidance: Annotated[float, Field(ge=0)]
     """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
     count: Positive
-    """Pictures in a grid."""
+    """How many pictures."""
 
 
 class Evaluate(Section):
@@ -272,6 +272,8 @@ class Params(Section):
             raise ValueError(
                 f"sample.steps ({self.sample.steps}) exceeds process.num_timesteps ({self.process.num_timesteps})"
             )
+        if self.network.patch_size > min(self.pairs.height, self.pairs.width):
+            raise ValueError(f"network.patch_size ({self.network.patch_size}) exceeds the images' side")
         if self.process.zero_terminal_snr and self.train.timesteps == "log-snr-normal":
             raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
         if self.sample.variance == "learned" and not self.process.learned_variance:
@@ -296,20 +298,23 @@ def validate(document: Any, origin: str) -> Params:
 
 def describe(error: ValidationError) -> str:
     """A validation error in one line: field, what is wrong, the value found."""
-    problems = []
-    for problem in error.errors(include_url=False):
+    problems, found = [], error.errors(include_url=False)
+    for problem in found[:8]:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
                 text = "missing (presets/digits.yaml has every field)"
             case "extra_forbidden":
                 text = "no such parameter"
+            case "tuple_type":
+                text = f"must be a list, as [1, 2] (got {problem['input']!r})"
             case "value_error":
                 text = str(problem["ctx"]["error"])
             case _:
                 text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
         problems.append(f"{field}: {text}" if field else text)
-    return "; ".join(problems)
+    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+    return "; ".join(problems + more)
 
 
 def load(path: Path) -> Params:

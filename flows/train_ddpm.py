@@ -136,7 +136,7 @@ def train_ddpm(
         process: The diffusion process.
         network: The denoising network.
         train: Training.
-        sample: Making pictures, for previews and the report.
+        sample: Making pictures, for the report.
         evaluate: Held-out evaluation.
         export: ONNX export.
         tracking: MLflow names, and what a model must reach to become champion.

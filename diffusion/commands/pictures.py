@@ -51,8 +51,13 @@ def writer(out: str) -> Write:
     """What writes pictures to `out`, by its ending; raises UserError for an unknown one."""
     path = Path(out)
     kind = "" if out.endswith("/") or path.is_dir() else path.suffix.lower()
-    if kind not in FILES:
+    if not out or kind not in FILES:
         raise UserError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder (out/)")
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from None
 
     def write(pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> None:
         for file, content in FILES[kind](path, pictures, y):

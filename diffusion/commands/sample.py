@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
     options, write = settings.sample, writer(arguments.out)
     if arguments.filmstrip is not None and (arguments.images or arguments.classes):
         raise UserError("--filmstrip: shows pictures from noise, of the classes in turn; without --from and --class")
+    if arguments.filmstrip is not None and arguments.filmstrip.suffix.lower() != ".png":
+        raise UserError(f"--filmstrip: {arguments.filmstrip} is no .png file")
     device = networks.device(settings.device)
     model = load_model(arguments.model or paths.model, device)
     check(options, model.config)
@@ -151,7 +153,8 @@ def way(arguments: argparse.Namespace, options: Sample, model: Model, device: to
         return made_anew(schedule, repaint_path(timesteps, arguments.jump, arguments.rounds), x_0[0], keep)
     if not pictures:
         return Way(len(timesteps), lambda sampler, noise, _: sample(sampler, noise, timesteps))
-    at = schedule.num_timesteps // 2 if arguments.at is None else arguments.at
+    half = max(int((schedule.alpha_bar >= 0.5).sum()) - 1, 0)
+    at = half if arguments.at is None else arguments.at
     if not 0 <= at < schedule.num_timesteps:
         raise UserError(f"--at: the model's timesteps go from 0 to {schedule.num_timesteps - 1} (got {at})")
     rest = [at, *(t for t in timesteps if t < at)]

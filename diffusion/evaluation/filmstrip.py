@@ -26,9 +26,9 @@ class Frame(NamedTuple):
 def frames(
     model: Model, options: params.Sample, seed: int, device: torch.device, images: int = 4, count: int = 9
 ) -> list[Frame]:
-    """The seed's first pictures at `count` frames of sampling, evenly over the steps, from noise to picture.
+    """The seed's first pictures at `count` points of sampling, evenly over the steps, from noise to picture.
 
-    There are fewer frames if there are fewer steps.
+    There are fewer if there are fewer steps.
     """
     timesteps = build.sampling_timesteps(options, model.process.schedule)
     chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())

@@ -56,11 +56,17 @@ def filmstrip(frames: Sequence[Frame]) -> bytes:
 
 def training(loss: Sequence[Row], heldout: Sequence[Row]) -> bytes:
     """Training loss and held-out error over the steps."""
-    figure, axes = _axes("step", "noise MSE")
+    figure, axes = _axes("step", "")
     axes.plot(
-        [row["step"] for row in loss], [row["loss"] for row in loss], linewidth=1, alpha=0.7, label="training loss"
+        [row["step"] for row in loss],
+        [row["loss"] for row in loss],
+        linewidth=1,
+        alpha=0.7,
+        label="training loss, as weighted",
     )
-    axes.plot([row["step"] for row in heldout], [row["mse"] for row in heldout], "o-", label="held-out, EMA weights")
+    axes.plot(
+        [row["step"] for row in heldout], [row["mse"] for row in heldout], "o-", label="held-out noise MSE, EMA weights"
+    )
     axes.set_yscale("log")
     axes.legend()
     return _png(figure)

@@ -68,8 +68,10 @@ clipped to the range of images. Intervals: 95 %, mean over images ± 1.96 standa
 <p><img alt="x_t and the estimated clean image while sampling" src="{{ picture(pictures.filmstrip) }}"></p>
 <p>The first of these samples on their way, evenly over the steps: x<sub>t</sub>, and below it the clean image that the
 network sees in it.</p>
+{% if "training" in pictures %}
 <h2>Training</h2>
 <p><img alt="Training loss and held-out error over the steps" src="{{ picture(pictures.training) }}"></p>
+{% endif %}
 </html>
 """
 

@@ -197,7 +197,7 @@ class SchedulerConfig(_Json):
                 "beta_end": float(beta[-1]),
                 "beta_schedule": SCHEDULES.get(process.schedule, "linear"),
                 "trained_betas": None if known else beta.tolist(),
-                "variance_type": VARIANCES[sample.variance],
+                "variance_type": VARIANCES.get(sample.variance, "fixed_small"),
                 "clip_sample": sample.threshold == "clip",
                 "prediction_type": PREDICTIONS[process.parameterization],
                 "timestep_spacing": "linspace",
@@ -220,7 +220,7 @@ class SchedulerConfig(_Json):
                 "zero_terminal_snr": self.rescale_betas_zero_snr,
                 "parameterization": key_of(PREDICTIONS, self.prediction_type),
                 "learned_variance": self.variance_type == "learned_range",
-                "weighting": "simple",
+                "weighting": "snr-plus-one" if self.rescale_betas_zero_snr else "simple",
                 "min_snr_gamma": 5.0,
                 "loss": "mse",
             }

@@ -1,6 +1,8 @@
 """Models to and from diffusers' folders: a DDPMPipeline, or in import a bare UNet2DModel."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,14 +36,14 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
     `sample` says how its scheduler samples. Raises UserError naming every parameter that has no counterpart, or if
     `directory` is in use.
     """
-    _check_free(directory, PIPELINE, force)
+    _check_free(directory, {PIPELINE, UNET, SCHEDULER}, force)
     loaded = model.load_model(source, torch.device("cpu"))
     net, config = loaded.net, loaded.config
     if problems := obstacles(config, sample):
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
     config_json = UNetConfig.of(config, groups(config.network.base_channels), weights.freq_shift(net)).document()
-    with new_directory(directory) as temporary:
+    with _writing(directory), new_directory(directory) as temporary:
         write_json(temporary / PIPELINE, INDEX)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
@@ -53,7 +55,8 @@ def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization
     cell = 2 ** (len(network.channel_multipliers) - 1) if network.kind == "unet" else 1
-    variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large"]
+    # The analytic variance has no counterpart, but it is no part of the model: fixed-small stands in.
+    variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large", "analytic"]
     wanted: list[tuple[str, object, bool, str]] = [
         ("network.kind", network.kind, network.kind == "unet", "unet"),
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
@@ -70,18 +73,19 @@ def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
 def import_model(source: Path, directory: Path, force: bool) -> str:
     """Write the DDPMPipeline or UNet2DModel in the folder `source` as a model of ours.
 
-    Gives the parameters for sampling that its scheduler has. Raises UserError naming every setting that has no
-    counterpart here, or if `directory` is in use.
+    Says what its scheduler has for sampling, or what is taken in its place. Raises UserError naming every setting that
+    has no counterpart here, or if `directory` is in use.
     """
-    _check_free(directory, model.CONFIG, force)
+    _check_free(directory, {model.CONFIG, model.WEIGHTS}, force)
     # The first published models have all files in one folder.
     unet_path = (source / UNET if (source / UNET).is_dir() else source) / UNET_CONFIG
     scheduler_path = (source / SCHEDULER if (source / SCHEDULER).is_dir() else source) / SCHEDULER_CONFIG
     unet = _read(unet_path, UNetConfig)
     learned = unet.out_channels > unet.in_channels
-    if scheduler_path.exists():
+    bare = not scheduler_path.exists() and not (source / PIPELINE).exists()
+    if not bare:
         scheduler = _read(scheduler_path, SchedulerConfig)
-    else:  # a bare network, taken to be of a scheduler with defaults
+    else:
         scheduler = SchedulerConfig(variance_type="learned_range" if learned else "fixed_small")
     try:
         network, process = unet.network(), scheduler.process()
@@ -105,14 +109,28 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         weights.from_diffusers(load_file(weights_path), net, unet.freq_shift, unet.flip_sin_to_cos)
     except (OSError, SafetensorError, UserError) as error:
         raise UserError(f"{weights_path}: {error}") from None
-    model.save_model(directory, net, config)
-    return scheduler.sampling()
+    with _writing(directory):
+        model.save_model(directory, net, config)
+    if bare:
+        return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
+    return f"its scheduler has {scheduler.sampling()}"
 
 
-def _check_free(directory: Path, marker: str, force: bool) -> None:
-    """Raises UserError unless a folder is new, empty or, with `force`, a former one, which has the file `marker`."""
-    if directory.is_dir() and (not any(directory.iterdir()) or (force and (directory / marker).exists())):
-        return
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Raises UserError for what the system has against writing to a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
+
+
+def _check_free(directory: Path, ours: set[str], force: bool) -> None:
+    """Raises UserError unless a folder is new, empty or, with `force`, a former one, which has nothing but `ours`."""
+    if directory.is_dir():
+        found = {entry.name for entry in directory.iterdir()}
+        if not found or (force and found <= ours):
+            return
     if directory.exists():
         raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
 

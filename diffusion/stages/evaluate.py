@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from diffusion import tracking
 from diffusion.data.pairs import Pairs
+from diffusion.errors import UserError
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
@@ -38,6 +39,8 @@ def run(params: Params, paths: Paths) -> None:
     pairs = Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     T = model.process.schedule.num_timesteps
+    if params.sample.steps > T:
+        raise UserError(f"sample.steps ({params.sample.steps}) exceeds the model's num_timesteps ({T})")
     variance = model.variance(params.sample.variance)
     sums_of = [  # images, and strata of timesteps
         (min(params.evaluate.likelihood_images, pairs.images), likelihood.strata(T)),
@@ -67,10 +70,10 @@ def run(params: Params, paths: Paths) -> None:
         "vlb_by_t": plots.vlb_by_t(vlb_by_t),
         "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
         "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
-        "training": plots.training(
-            read_csv(paths.train_curves / "loss.csv"), read_csv(paths.train_curves / "heldout.csv")
-        ),
     }
+    if paths.train_curves.exists():  # an imported model has none
+        loss, heldout = (read_csv(paths.train_curves / name) for name in ("loss.csv", "heldout.csv"))
+        pictures["training"] = plots.training(loss, heldout)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
     with new_directory(paths.evaluation) as temporary:

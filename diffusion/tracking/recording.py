@@ -34,6 +34,8 @@ def record(params: Params, paths: Paths, run_id: str | None = None) -> Recorded 
 
     `run_id` is the run that followed the training, if there was one.
     """
+    if not paths.train_report.exists():
+        return None  # an imported model, of no training here
     uri = store.tracking_uri(paths)
     try:
         return _record(uri, params, paths, run_id)

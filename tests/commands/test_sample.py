@@ -18,6 +18,7 @@ from diffusion.data.pairs import fit
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, load_model, save_model
 from diffusion.params import Process, Sample
+from diffusion.process import build as processes
 from tests.nn.networks import network, options, randomize
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,8 @@ def test_an_image_is_the_less_kept_the_more_noise_is_added(tree: Path) -> None:
         assert not same(made[0], made[1])
         distances.append(np.abs(made.astype(int) - image).mean())
     assert distances[0] < 10 < distances[1] < distances[2]
-    assert (pictures("--from", "a.png") == pictures("--from", "a.png", "--at", "20")).all()
+    half = str(int((processes.process(PROCESS).schedule.alpha_bar >= 0.5).sum()) - 1)
+    assert (pictures("--from", "a.png") == pictures("--from", "a.png", "--at", half)).all()
 
 
 def test_a_given_image_has_the_class_that_is_asked_for_or_none(tree: Path) -> None:  # noqa: ARG001

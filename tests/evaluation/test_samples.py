@@ -31,7 +31,7 @@ def model(params: Params, channels: int = 1, classes: tuple[str, ...] = ()) -> M
 
 
 def options(params: Params, **changes: object) -> Sample:
-    return params.sample.model_copy(update={"steps": 5, "eta": 0.7, **changes})
+    return params.sample.model_copy(update={"steps": 5, "eta": 0.7, "variance": "fixed-small", **changes})
 
 
 def test_uint8_is_the_inverse_of_the_scaling() -> None:

@@ -11,10 +11,11 @@ from diffusion import model, params, yaml_files
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = 128
-"""The least that has the same number of groups in every normalization."""
+"""The least with as many groups as diffusers has by default."""
 SMALL: dict[str, Any] = {
     "network": {"base_channels": CHANNELS, "channel_multipliers": [1, 1], "conditioning": "add"},
     "process": {"schedule": "linear", "parameterization": "eps"},
+    "sample": {"sampler": "ddpm", "spacing": "linspace", "variance": "fixed-small"},
 }
 """Changes to the digits preset that give a model which diffusers has too."""
 UNET: dict[str, Any] = {

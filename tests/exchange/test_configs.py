@@ -17,7 +17,12 @@ OURS: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine"},
     "sigmoid": {"schedule": "sigmoid", "num_timesteps": 100},
     "given": {"schedule": "given", "beta": [0.1, 0.2, 0.3, 0.5, 0.9], "num_timesteps": 5},
-    "zero-terminal, v": {"schedule": "linear", "zero_terminal_snr": True, "parameterization": "v"},
+    "zero-terminal, v": {
+        "schedule": "linear",
+        "zero_terminal_snr": True,
+        "parameterization": "v",
+        "weighting": "snr-plus-one",
+    },
     "x_0": {"schedule": "cosine", "parameterization": "x_0"},
 }
 THEIRS: dict[str, tuple[dict[str, Any], str]] = {

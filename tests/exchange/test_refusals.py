@@ -22,7 +22,6 @@ EXPORTS: dict[str, dict[str, Any]] = {
         "pairs": {"height": 7, "width": 9}
     },
     "process.parameterization is mu, but must be eps, x_0 or v": {"process": {"parameterization": "mu"}},
-    "sample.variance is analytic, but must be fixed-small or fixed-large": {"sample": {"variance": "analytic"}},
     "sample.variance is fixed-small, but must be learned": {"process": {"learned_variance": True}},
     "sample.threshold is dynamic, but must be clip or none": {"sample": {"threshold": "dynamic"}},
     "network.patch_size is 2, but must be 1; process.parameterization is mu, but must be eps, x_0 or v": {
@@ -127,7 +126,7 @@ def test_settings_that_contradict_each_other_are_not_imported(
     (tree / "config.json").write_text((published / "config.json").read_text())
     (tree / "scheduler_config.json").write_text(json.dumps({"rescale_betas_zero_snr": True}))
     said = refusal(capsys, "import-diffusers", ".")
-    assert said.startswith(".: in our parameters, zero_terminal_snr needs the parameterization v or x_0")
+    assert said.startswith(".: in our parameters, zero_terminal_snr needs another parameterization than eps")
 
 
 def test_files_that_are_missing_or_wrong(tree: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
