@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import features
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from diffusion.evaluation.samples import draw_samples
+from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Model, load_model
 from diffusion.params import Sample
 from diffusion.paths import Paths
@@ -97,11 +99,8 @@ def picture(
     )
     for row, name in enumerate(samplers):
         for column, n in enumerate(evaluations):
-            axis, images = axes[row][column], best[name, n][:9]
-            mosaic = np.concatenate(
-                [np.concatenate(list(images[3 * line : 3 * line + 3]), axis=2) for line in range(3)], axis=1
-            )
-            axis.imshow(mosaic.transpose(1, 2, 0).squeeze(), cmap="gray", interpolation="bicubic")
+            axis = axes[row][column]
+            axis.imshow(Image.open(BytesIO(grid_png(best[name, n][:9], side=150))), cmap="gray")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
