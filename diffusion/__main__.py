@@ -204,12 +204,8 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
         help="timestep up to which noise is added (default: where half of the image is left)",
     )
     given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
-    given.add_argument(
-        "--jump", type=int, default=10, help="with --mask: steps down before going up again (default 10)"
-    )
-    given.add_argument(
-        "--rounds", type=int, default=10, help="with --mask: how often; takes so many times longer (default 10)"
-    )
+    given.add_argument("--jump", type=int, help="with --mask: steps down before going up again (default 10)")
+    given.add_argument("--rounds", type=int, help="with --mask: how often; takes so many times longer (default 10)")
     settings = samples.add_argument_group("settings, in place of those in params.yaml")
     settings.add_argument("--seed", type=int, help="seed of the noise: picture i of a seed is the same in any number")
     settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)

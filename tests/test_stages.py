@@ -206,6 +206,15 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
+def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(whole_tree, tree)
+    shutil.rmtree(tree / "reports")
+    done = ddpm(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "<h2>Training</h2>" not in (tree / "reports/report.html").read_text()
+
+
 def test_a_difference_over_the_tolerance_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(whole_tree, tree)

@@ -31,6 +31,10 @@ BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
 
 
+REPAINT = 10
+"""Jump and rounds of RePaint unless given; Lugmayr et al. 2022, section 5."""
+
+
 class Settings(Section):
     """What of params.yaml matters here."""
 
@@ -75,6 +79,8 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
     device = networks.device(settings.device)
     model = load_model(arguments.model or paths.model, device)
     check(options, model.config)
+    if arguments.guidance not in (None, 1) and not model.num_classes:
+        raise UserError("--guidance: the model knows no classes (it was trained with network.classes: false)")
     # A given picture has a class of its own, which nobody told.
     y = None if arguments.images else classes_in_turn(model, options.count, device)
     if arguments.classes:
@@ -143,14 +149,18 @@ def way(arguments: argparse.Namespace, options: Sample, model: Model, device: to
         raise UserError("--mask: needs the image whose part is to be made anew; give one by --from")
     if arguments.at is not None and (not arguments.images or arguments.mask is not None):
         raise UserError("--at: is for images given by --from, without --mask")
+    for name in ("jump", "rounds"):
+        given = getattr(arguments, name)
+        if given is not None and arguments.mask is None:
+            raise UserError(f"--{name}: is for --mask")
+        if given is not None and given < 1:
+            raise UserError(f"--{name}: must be at least 1 (got {given})")
     pictures = [read_image(path) for path in arguments.images]
     x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
     if arguments.mask is not None:
         keep = read_mask(arguments.mask, pictures[0], model.shape).to(device)
-        for name in ("jump", "rounds"):
-            if getattr(arguments, name) < 1:
-                raise UserError(f"--{name}: must be at least 1 (got {getattr(arguments, name)})")
-        return made_anew(schedule, repaint_path(timesteps, arguments.jump, arguments.rounds), x_0[0], keep)
+        jump, rounds = (REPAINT if given is None else given for given in (arguments.jump, arguments.rounds))
+        return made_anew(schedule, repaint_path(timesteps, jump, rounds), x_0[0], keep)
     if not pictures:
         return Way(len(timesteps), lambda sampler, noise, _: sample(sampler, noise, timesteps))
     half = max(int((schedule.alpha_bar >= 0.5).sum()) - 1, 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.data.noise import BLOCK
 from diffusion.evaluation import likelihood
+from diffusion.evaluation.heldout import x_0_mse
 from diffusion.evaluation.likelihood import Terms
 from diffusion.model import Config, Model
 from diffusion.params import Params
@@ -56,8 +57,8 @@ def gaussian_model(params: Params, num_timesteps: int, classes: tuple[str, ...] 
     network = params.network.model_copy(update={"classes": bool(classes)})
     process = build.process(options)
     left = 1 - process.schedule.alpha_bar
-    x_0_mse = tuple((left * SCALE**2 / (process.schedule.alpha_bar * SCALE**2 + left)).tolist())
-    config = Config(shape=SHAPE, classes=classes, network=network, process=options, x_0_mse=x_0_mse)
+    errors = tuple((left * SCALE**2 / (process.schedule.alpha_bar * SCALE**2 + left)).tolist())
+    config = Config(shape=SHAPE, classes=classes, network=network, process=options, x_0_mse=errors)
     return Model(Best(process.schedule.alpha_bar), process, config)
 
 
@@ -168,3 +169,24 @@ def test_a_single_image_has_figures_too() -> None:
     one = Terms(np.array([0.5]), np.array([[1.0, 2.0]]))
     figures = likelihood.summarize(one, one)
     assert (figures["bits_per_dim"], figures["bits_per_dim_se"]) == (3.5, 0)
+
+
+@pytest.mark.parametrize(("T", "size"), [(101, BLOCK), (40, 5)])
+def test_the_error_of_the_clean_image_is_estimated_at_every_timestep(params: Params, T: int, size: int) -> None:
+    """Of the best denoiser it is known; a short block of images is gone round."""
+    model = gaussian_model(params, T)
+
+    class Blocks(GaussianPairs):
+        blocks = 7
+
+        def size(self, block: int) -> int:  # noqa: ARG002
+            return size
+
+    pairs: Any = Blocks()
+    found = np.array(x_0_mse(model, pairs, CPU, 0, lambda: None))
+    expected = np.array(model.config.x_0_mse)
+    assert found.shape == (T,)
+    # 16 images of 16 values each; the images' values are whole grey levels, which counts where all else is known.
+    assert (np.abs(found / (expected + (2 / 255) ** 2 / 12) - 1) < 0.6).all()
+    assert np.mean(found / expected) == pytest.approx(1, abs=0.1)
+    assert found.tolist() == list(x_0_mse(model, pairs, CPU, 0, lambda: None))

@@ -1,0 +1,100 @@
+"""A model's directory: what is written is read, and what is wrong with it gets one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusion.errors import UserError
+from diffusion.model import Config, Model, load_model, new_network, save_model
+from diffusion.params import Params
+from diffusion.process.denoiser import Guided
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture
+def saved(params: Params, tmp_path: Path) -> tuple[Path, Model]:
+    """A small model of two classes, in its directory and as it is."""
+    network = params.network.model_copy(update={"base_channels": 8, "classes": True})
+    errors = tuple(0.001 * t for t in range(params.process.num_timesteps))
+    config = Config(shape=SHAPE, classes=("a", "b"), network=network, process=params.process, x_0_mse=errors)
+    net = new_network(SHAPE, 2, network, params.process)
+    save_model(tmp_path / "ddpm", net, config)
+    return tmp_path / "ddpm", Model(net, load_model(tmp_path / "ddpm", CPU).process, config)
+
+
+def change(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_what_is_written_is_read(saved: tuple[Path, Model]) -> None:
+    directory, model = saved
+    found = load_model(directory, CPU)
+    assert found.config == model.config
+    assert found.num_classes == 2
+    ours, theirs = found.net.state_dict(), model.net.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert found.variance("analytic") is not None
+
+
+def test_a_class_is_asked_for_only_of_a_network_that_knows_some(saved: tuple[Path, Model]) -> None:
+    directory, _ = saved
+    y = torch.tensor([1])
+    model = load_model(directory, CPU)
+    assert isinstance(model.net_for(y, 2.0), Guided)
+    assert model.net_for(None) is model.net
+    network = model.config.network.model_copy(update={"classes": False})
+    deaf = Model(model.net, model.process, model.config.model_copy(update={"network": network}))
+    assert deaf.num_classes == 0
+    assert deaf.net_for(y, 2.0) is deaf.net
+
+
+def test_a_variance_that_the_model_does_not_have_is_refused(saved: tuple[Path, Model]) -> None:
+    directory, _ = saved
+    with pytest.raises(UserError, match="did not learn a variance"):
+        load_model(directory, CPU).variance("learned")
+    change(directory, x_0_mse=None)
+    with pytest.raises(UserError, match="no estimate for analytic"):
+        load_model(directory, CPU).variance("analytic")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_0_mse": [0.5]}, "config.json: x_0_mse has 1 values for 1000 timesteps; run `dvc repro train`"),
+        ({"process": {}}, "config.json: process.schedule: missing"),
+        ({"more": 1}, "config.json: more: no such parameter"),
+        ({"shape": [1, 8]}, "config.json: shape.2: missing"),
+        ({"classes": ["a", "b", "c"]}, "model.safetensors: not of the network in config.json; run `dvc repro train`"),
+    ],
+)
+def test_a_directory_that_does_not_fit_together_gets_one_line(
+    saved: tuple[Path, Model], changes: dict[str, Any], message: str
+) -> None:
+    directory, _ = saved
+    change(directory, **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(directory, CPU)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_get_one_line(saved: tuple[Path, Model]) -> None:
+    directory, _ = saved
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "head" not in name}, directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: not of the network"):
+        load_model(directory, CPU)
+    (directory / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no model"):
+        load_model(directory, CPU)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no model"):
+        load_model(directory, CPU)
