@@ -221,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.action(arguments)
     except UserError as error:
-        print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that train together, one speaks
+            print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(f"ddpm {arguments.command}: {stopped}", file=sys.stderr)

@@ -45,9 +45,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write rows of the same fields as CSV, each number in the fewest digits that give it back exactly."""
+    """Write rows as CSV, each number in the fewest digits that give it back exactly; a cell may be missing."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    fields = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(buffer, fieldnames=list(fields), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, buffer.getvalue().encode())
@@ -56,7 +57,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 def read_csv(path: Path) -> list[dict[str, float]]:
     """The rows that `write_csv` wrote, all numbers as float."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 @contextmanager

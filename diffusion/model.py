@@ -15,6 +15,7 @@ from diffusion import params
 from diffusion.errors import UserError
 from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn import build as networks
+from diffusion.nn.layers import Network
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.process.denoiser import Guided, Net
@@ -82,9 +83,7 @@ class Model:
         return processes.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
 
 
-def new_network(
-    shape: tuple[int, int, int], classes: int, network: params.Network, process: params.Process
-) -> nn.Module:
+def new_network(shape: tuple[int, int, int], classes: int, network: params.Network, process: params.Process) -> Network:
     """A network for images of `shape` (C, H, W) of so many classes, and for a process."""
     return networks.network(shape, network, classes, process.learned_variance)
 

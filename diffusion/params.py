@@ -169,22 +169,28 @@ class Train(Section):
     """Optimizer steps."""
     batch_size: Positive
     """Images per step, over all processes."""
+    optimizer: Literal["adamw", "muon"]
+    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices and kernels between first layer and
+    last, with adamw for the rest."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
+    muon_learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate of Muon."""
     warmup_steps: NonNegative
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rates rise from zero."""
     decay: Literal["constant", "linear", "cosine"]
-    """How the learning rate goes on after warm-up: constant, or falling to zero at the last step."""
+    """How the learning rates go on after warm-up: constant, or falling to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's weight decay, of matrices and kernels."""
     grad_clip: Annotated[float, Field(gt=0)]
     """Largest norm of the gradient; above it the gradient is scaled down."""
-    ema_decay: Fraction
-    """Decay per step of the exponential moving average of the weights; in the first steps it is lower, rising."""
-    timesteps: Literal["stratified", "uniform", "loss-second-moment", "log-snr-normal"]
-    """How timesteps are drawn: stratified over each block of images, independently (uniform), by the size of the loss,
-    with weights that keep it unbiased (loss-second-moment; Nichol & Dhariwal 2021), or most where log SNR is in the
-    middle (log-snr-normal; Karras et al. 2022)."""
+    ema_width: Annotated[float, Field(gt=0, lt=0.288)]
+    """Width of the moving average of the weights that becomes the model, as a share of the training so far (EDM2's
+    power-function average; Karras et al. 2024)."""
+    timesteps: Literal["stratified", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]
+    """How timesteps are drawn: stratified over each block of images; independently (uniform); by the root of the loss
+    (rms-error) or of its mean square (loss-second-moment; Nichol & Dhariwal 2021), both with weights that keep it
+    unbiased; or most where log SNR is in the middle (log-snr-normal; Karras et al. 2022)."""
     flip: bool
     """Whether images are mirrored left to right at random."""
     class_dropout: Fraction
@@ -193,6 +199,30 @@ class Train(Section):
     """Steps between two points of the loss curve."""
     preview_every: Positive
     """Steps between two held-out measurements and sample grids."""
+    patience: NonNegative
+    """Training ends early once so many held-out measurements in a row were none better; 0 for never."""
+    keep_best: bool
+    """Whether the model is the one of the best held-out measurement instead of the last."""
+    processes: Positive
+    """Processes that train together on this machine, one for each GPU; under torchrun it is torchrun's number."""
+    sharding: Literal["none", "weights"]
+    """What several processes share out besides the batch: nothing (DDP), or weights, gradients and optimizer state as
+    well, for networks too large for one GPU (FSDP2)."""
+    accumulate: Positive
+    """Parts in which each process goes through its share of a batch, for batches that do not fit into memory."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere."""
+    compile: bool | Literal["auto"]
+    """Whether the network is compiled (torch.compile); auto: on a GPU."""
+    recompute: bool
+    """Whether blocks are computed again on the way back instead of kept: less memory, a third slower."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        parts = self.processes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of processes x accumulate ({parts})")
+        return self
 
 
 class Sample(Section):

@@ -4,22 +4,20 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from diffusion import params
 from diffusion.errors import UserError
+from diffusion.nn.layers import Network
 from diffusion.nn.unet import UNet
 from diffusion.nn.uvit import UViT
 
-NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, params.Network], nn.Module]] = {
+NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, params.Network], Network]] = {
     "unet": UNet,
     "uvit": UViT,
 }
 
 
-def network(
-    shape: tuple[int, int, int], options: params.Network, num_classes: int, learned_variance: bool
-) -> nn.Module:
+def network(shape: tuple[int, int, int], options: params.Network, num_classes: int, learned_variance: bool) -> Network:
     """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest.
 
     It is called as net(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None), where y names one of `num_classes`
@@ -32,16 +30,19 @@ def network(
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs leave it out
 
 
-def device(name: str) -> torch.device:
+def device(name: str, local_rank: int = 0) -> torch.device:
     """The device that params.yaml names; `auto` is a GPU where there is one. Raises UserError if it is not there.
+
+    Of several processes that train together, each takes the GPU of its `local_rank`, if none is named by number.
 
     On a GPU torch is told to use deterministic kernels, of full float32 precision: those on a CPU are so by themselves.
     """
     gpus = torch.cuda.device_count()
     chosen = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
     if chosen.type == "cuda":
-        if (chosen.index or 0) >= gpus:
-            raise UserError(f"device: {name} is not there; set device to auto or cpu in params.yaml")
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        if chosen.index >= gpus:
+            raise UserError(f"device: {chosen} is not there; set device to auto or cpu in params.yaml")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False

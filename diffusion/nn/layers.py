@@ -36,6 +36,14 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class Network(nn.Module):
+    """What every network is: see `network` in build.py for how it is called."""
+
+    def hidden(self) -> list[nn.Module]:
+        """The blocks between the first layer and the last, which hold nearly all the weights."""
+        raise NotImplementedError
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of t (Vaswani et al. 2017, sec. 3.5), then two layers: int64 (B,) to (B, emb).
 

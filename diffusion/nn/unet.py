@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Block, Conditions, Downsample, Upsample, group_norm, zero_
+from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, zero_
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
 
     y is the class, negative or None for none; it counts if `num_classes` is not None. Images whose sides the levels do
@@ -51,6 +51,9 @@ class UNet(nn.Module):
             zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1)),
             nn.PixelShuffle(patch),
         )
+
+    def hidden(self) -> list[nn.Module]:
+        return [*self.down, *self.middle, *self.up]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = F.silu(self.conditions(t, y).sum(dim=1))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Conditions, attend, zero_
+from diffusion.nn.layers import Conditions, Network, attend, zero_
 
 
 class Attention(nn.Module):
@@ -54,7 +54,7 @@ class Block(nn.Module):
         return self.perceptron(self.attention(x, emb), emb)
 
 
-class UViT(nn.Module):
+class UViT(Network):
     """(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
 
     y is the class, negative or None for none; it counts if `num_classes` is not None. Timestep and class are tokens
@@ -83,6 +83,9 @@ class UViT(nn.Module):
         self.last = nn.ModuleList(Block(options) for _ in range(half))
         self.head = nn.Sequential(nn.LayerNorm(base), nn.Linear(base, channels_out * patch**2))
         self.final = nn.Sequential(nn.PixelShuffle(patch), zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1)))
+
+    def hidden(self) -> list[nn.Module]:
+        return [*self.first, self.middle, *self.merge, *self.last]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         conditions = self.conditions(t, y)

@@ -40,7 +40,8 @@ LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": loss.h
 TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
     "stratified": lambda _: timesteps.Stratified(),
     "uniform": lambda made: timesteps.Uniform(made.num_timesteps),
-    "loss-second-moment": lambda made: timesteps.LossSecondMoment(made.num_timesteps),
+    "rms-error": lambda made: timesteps.ByLoss(made.num_timesteps, power=1),
+    "loss-second-moment": lambda made: timesteps.ByLoss(made.num_timesteps, power=2),
     "log-snr-normal": timesteps.LogSnrNormal,
 }
 VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {

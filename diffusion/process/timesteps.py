@@ -24,8 +24,11 @@ class Timesteps(nn.Module, ABC):
         t: the pairs' timesteps, int64 (B,), each uniform on [0, T). u: independent numbers uniform on [0, 1), (B,).
         """
 
+    learns = False
+    """Whether `observe` has to be called."""
+
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        """Learn what the loss (B,) was at `t` (B,)."""
+        """Learn what the loss (B,) was at `t` (B,), both of the whole batch, in its order."""
 
 
 class Stratified(Timesteps):
@@ -79,40 +82,51 @@ class LogSnrNormal(_ByProbability):
         return self.draw_by(self.probability, t, u), torch.ones_like(u)
 
 
-class LossSecondMoment(_ByProbability):
-    """Timesteps in proportion to the root of the mean squared loss there; Nichol & Dhariwal 2021, section 3.3.
+class ByLoss(_ByProbability):
+    """Timesteps in proportion to the root of the mean there of the loss to a power, by what it was of late.
 
-    The mean is over the last ten losses at each timestep; until every timestep has so many, all are drawn alike. It is
-    that of a single process: several would each have seen other losses. The loss is weighted by
-    1 / (T p(t)), so that its expectation is that of uniform timesteps.
+    The loss is weighted by 1 / (T p(t)), so that its expectation is that of uniform timesteps; what differs is how much
+    the gradient varies. With the power 2 as in Nichol & Dhariwal 2021, section 3.3; with 1 it is the error's root mean
+    square: the gradient of a squared error is in proportion to the error, and so its variance is the least
+    (Katharopoulos & Fleuret 2018, eq. 6).
+
+    [0, T) is divided into equal strata, of each of which the last losses are kept; until every one is full, timesteps
+    are drawn uniformly.
     """
 
-    HISTORY = 10
+    learns = True
+    STRATA = 64
+    HISTORY = 64
     UNIFORM = 0.001
     """Share of the draws that is uniform whatever the losses were."""
 
-    def __init__(self, num_timesteps: int) -> None:
+    def __init__(self, num_timesteps: int, power: int) -> None:
         super().__init__()
+        self.num_timesteps, self.power = num_timesteps, power
+        self.strata = min(self.STRATA, num_timesteps)
         self.losses: Tensor
         self.seen: Tensor
-        self.register_buffer("losses", torch.zeros(num_timesteps, self.HISTORY, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.int64))
+        self.register_buffer("losses", torch.zeros(self.strata, self.HISTORY, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(self.strata, dtype=torch.int64))
 
     def probability(self) -> Tensor:
         """The probability of each timestep, float64 (T,)."""
-        T = len(self.seen)
+        T = self.num_timesteps
         if (self.seen < self.HISTORY).any():
-            return torch.full((T,), 1 / T, dtype=torch.float64, device=self.seen.device)
-        root = self.losses.square().mean(dim=1).sqrt()
+            return torch.full((T,), 1 / T, dtype=torch.float64)
+        root = self.losses.pow(self.power).mean(dim=1).sqrt()[self._stratum(torch.arange(T))]
         return root / root.sum() * (1 - self.UNIFORM) + self.UNIFORM / T
 
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         probability = self.probability()
         chosen = self.draw_by(probability, t, u)
-        return chosen, (1 / (len(probability) * probability[chosen])).to(u.dtype)
+        return chosen, (1 / (self.num_timesteps * probability[chosen])).to(u.dtype)
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
         losses, seen = self.losses.numpy(), self.seen.numpy()  # their own memory, quicker to write one by one
-        for at, value in zip(t.tolist(), loss.tolist(), strict=True):
-            losses[at, seen[at] % self.HISTORY] = value
-            seen[at] += 1
+        for stratum, value in zip(self._stratum(t).tolist(), loss.tolist(), strict=True):
+            losses[stratum, seen[stratum] % self.HISTORY] = value
+            seen[stratum] += 1
+
+    def _stratum(self, t: Tensor) -> Tensor:
+        return t * self.strata // self.num_timesteps

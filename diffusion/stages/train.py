@@ -1,11 +1,12 @@
 """train: training pairs to a model, with its curves and previews."""
 
+import copy
 import hashlib
 import json
 import os
 import shutil
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,21 +19,23 @@ from diffusion import tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
-from diffusion.evaluation.heldout import quick_mse, x_0_mse
-from diffusion.evaluation.samples import draw_samples, grid_png
-from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json
+from diffusion.evaluation.heldout import x_0_mse
+from diffusion.files import new_directory, sha256, write_csv, write_json
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
-from diffusion.nn.counting import count
-from diffusion.params import Params, Sample
-from diffusion.params import Process as ProcessOptions
+from diffusion.nn.counting import Counts, count
+from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say
-from diffusion.training import loop
-from diffusion.training.state import Checkpoints, Row, State, begin
+from diffusion.training import distributed, launching, loop
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.distributed import World
+from diffusion.training.hardware import Ahead, precision, runnable
+from diffusion.training.state import State, begin
 from diffusion.training.stop import StopSignals
+from diffusion.training.watching import Watch, picture, preview_options
 
 CODE = [
     "files.py",
@@ -53,42 +56,34 @@ KEPT_TRAININGS = 5
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was."""
-    device = networks.device(params.device)
-    pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
+    """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was.
+
+    With several processes this one only starts them, and each runs this again.
+    """
+    device = networks.device(params.device, distributed.local_rank())
+    pairs = Pairs(paths.pairs, "train")
     process = processes.process(params.process)
     pairs.check_process(process.schedule.alpha_bar.numpy())
-    fingerprint = training_fingerprint(params, paths, device)
-    directory = paths.checkpoints / fingerprint
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    lock = lock_of(directory)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say("train: the same training is under way in another process; waiting for it to end")
-        lock.acquire()
-    try:
-        directory.mkdir(exist_ok=True)
-        drop_old_trainings(paths.checkpoints)
-        state = _train(params, paths, process, device, pairs, heldout, directory, fingerprint)
-        tracking.record(params, paths, state.run_id)
-        shutil.rmtree(directory)
-    finally:
-        lock.release()
-
-
-def preview_options(process: ProcessOptions) -> Sample:
-    """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
-    return Sample(
-        sampler="ddpm",
-        steps=min(250, process.num_timesteps),
-        spacing="linspace",
-        variance="learned" if process.learned_variance else "fixed-small",
-        eta=0.0,
-        threshold="clip",
-        guidance=1.0,
-        count=36,
-    )
+    if params.network.classes and not pairs.manifest.classes:
+        raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
+    if params.train.processes > 1 and not distributed.is_worker():
+        launching.launch(params.train.processes)
+        return
+    with distributed.joined(device) as world, ExitStack() as held:
+        parts = world.size * params.train.accumulate
+        if params.train.batch_size % parts:
+            raise UserError(
+                f"train.batch_size: {params.train.batch_size} is not a multiple of {parts}, the processes times "
+                "train.accumulate; change it in params.yaml"
+            )
+        fingerprint = training_fingerprint(params, paths, device, world)
+        directory = paths.checkpoints / fingerprint
+        if world.main:
+            held.enter_context(taken(directory))
+        state = _train(params, paths, process, device, pairs, directory, fingerprint, world)
+        if world.main:
+            tracking.record(params, paths, state.run_id)
+            shutil.rmtree(directory)
 
 
 def _train(
@@ -97,84 +92,68 @@ def _train(
     process: Process,
     device: torch.device,
     pairs: Pairs,
-    heldout: Pairs,
     directory: Path,
     fingerprint: str,
+    world: World,
 ) -> State:
+    options, classes = params.train, pairs.manifest.classes
     torch.manual_seed(int(stream(params.seed, Purpose.INIT).integers(2**63)))
-    classes = pairs.manifest.classes
-    if params.network.classes and not classes:
-        raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
     net = new_network(pairs.shape, len(classes), params.network, params.process).to(device)
+    counts = count(net, pairs.shape)
+    undivided = copy.deepcopy(net).eval() if world.size > 1 and options.sharding == "weights" else None
+    state = begin(net, options, process.schedule, partial(distributed.share_out, options=options, world=world))
+    checkpoints = Checkpoints(directory, world)
+    checkpoints.restore(state)
     config = Config(shape=pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None)
-    state = begin(net, params.train, process.schedule)
-    checkpoints = Checkpoints(directory)
-    for line in checkpoints.restore(state):
-        say(f"train: {line}")
-    model, counts = Model(state.average, process, config), count(net, pairs.shape)
-    say(
-        f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on {device}, "
-        f"{pairs.images} images" + (f", going on from step {state.step}" if state.step else "")
+    model, heldout = Model(undivided or state.average, process, config), Pairs(paths.pairs, "val")
+    fetch = partial(
+        train_batch,
+        pairs,
+        params.seed,
+        batch_size=options.batch_size,
+        flip=options.flip,
+        class_dropout=options.class_dropout,
+        rank=world.rank,
+        world=world.size,
     )
-    drawing = preview_options(params.process)
-    options, batch_size = params.train, params.train.batch_size
     previews = directory / "previews"
-    clock = Clock(state.step)
+    with StopSignals() as stop, Ahead(fetch) as batches, ExitStack() as watched:
+        live = progress = None
+        if world.main:
+            say(
+                f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
+                + (f"{world.size} x {device.type}" if world.size > 1 else f"{device}")
+                + f", {pairs.images} images"
+                + (f", going on from step {state.step}" if state.step else "")
+            )
+            live = watched.enter_context(tracking.live(params, paths, state.run_id, fingerprint))
+            total, done = options.steps * options.batch_size, state.step * options.batch_size
+            progress = watched.enter_context(Progress("train", total, "images", done=done))
+            state.run_id = live.run_id
+        forward = runnable(state.net, options, world)
+        trainer = loop.Trainer(options, params.seed, process.loss, batches, forward, world, precision(options, device))
+        drawing = preview_options(params.process)
+        watch = Watch(trainer, model, heldout, device, drawing, previews, stop, progress, live)
+        loop.train(state, trainer, checkpoints, report=watch.report, preview=watch.preview, stop_signal=stop.received)
+        state.kept_into(model.net)
+        if world.main:
+            errors = x_0_mse(model, heldout, device, params.seed, stop.check)
+    if world.main:
+        _write(paths, state, options.batch_size, counts, previews)
+        save_model(paths.model, model.net, config.model_copy(update={"x_0_mse": errors}))
+    return state
 
-    with (
-        StopSignals() as stop,
-        tracking.live(params, paths, state.run_id, fingerprint) as live,
-        Progress("train", options.steps * batch_size, "images", done=state.step * batch_size) as progress,
-    ):
-        state.run_id = live.run_id
 
-        def report(state: State) -> None:
-            note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
-            progress.advance(batch_size, note)
-            if state.step - state.last_point >= options.log_every or state.step == options.steps:
-                row = loop.add_point(state, options)
-                rate = clock.rate(state.step) * batch_size
-                live.metrics({**without_step(row), "images_per_second": rate}, state.step)
-
-        def preview(state: State) -> None:
-            mse = quick_mse(model, heldout, device, stop.check)
-            loop.check_finite(state, options, mse)
-            images = draw_samples(model, drawing, params.seed, device, stop.check)
-            picture = previews / f"step-{state.step:08d}.png"
-            write_atomic(picture, grid_png(images))
-            state.heldout_curve.append({"step": state.step, "mse": mse})
-            progress.write(f"train: step {state.step}: held-out MSE {mse:.4f}")
-            live.metrics({"heldout_mse": mse}, state.step)
-            live.image(picture, state.step)
-            clock.restart(state.step)
-
-        loop.train(
-            state,
-            options,
-            params.seed,
-            process.loss,
-            partial(
-                train_batch,
-                pairs,
-                params.seed,
-                batch_size=batch_size,
-                flip=options.flip,
-                class_dropout=options.class_dropout,
-            ),
-            report=report,
-            preview=preview,
-            checkpoint=checkpoints.write,
-            check_stop=stop.check,
-        )
-        errors = x_0_mse(model, heldout, device, params.seed, stop.check)
-
+def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews: Path) -> None:
+    """Write all that is told of a training."""
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
-            name = f"step-{int(row['step']):08d}.png"
-            shutil.copyfile(previews / name, temporary / name)
+            drawn = picture(previews, int(row["step"]))
+            shutil.copyfile(drawn, temporary / drawn.name)
     with new_directory(paths.train_curves) as temporary:
         write_csv(temporary / "loss.csv", state.loss_curve)
         write_csv(temporary / "heldout.csv", state.heldout_curve)
+    kept = loop.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
     write_json(
         paths.train_report,
         {
@@ -183,29 +162,15 @@ def _train(
             "parameters": counts.parameters,
             "flops_per_image": counts.flops,
             "loss": state.loss_curve[-1]["loss"],
-            "heldout_mse": state.heldout_curve[-1]["mse"],
+            "heldout_mse": kept["mse"],
+            "kept_step": int(kept["step"]),
+            "skipped_steps": state.skipped,
+            "rollbacks": state.rollbacks,
         },
     )
-    save_model(paths.model, state.average, config.model_copy(update={"x_0_mse": errors}))
-    return state
 
 
-class Clock:
-    """Steps per second since the last look, previews left out."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._time = step, time.monotonic()
-
-    def rate(self, step: int) -> float:
-        rate = (step - self._step) / max(time.monotonic() - self._time, 1e-9)
-        self.restart(step)
-        return rate
-
-
-def training_fingerprint(params: Params, paths: Paths, device: torch.device) -> str:
+def training_fingerprint(params: Params, paths: Paths, device: torch.device, world: World) -> str:
     """A name for all that shapes the result: parameters, data, code, and the libraries that compute it."""
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
     root = Path(diffusion.__file__).parent
@@ -215,10 +180,27 @@ def training_fingerprint(params: Params, paths: Paths, device: torch.device) -> 
         "pairs": sha256(paths.pairs / "manifest.json"),
         "code": {str(file.relative_to(root)): sha256(file) for file in sources},
         "device": device.type,
+        "processes": world.size,
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def taken(directory: Path) -> Iterator[None]:
+    """A block in which `directory` holds the checkpoints of this training and of no other process."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(directory)
+    try:
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say("train: the same training is under way in another process; waiting for it to end")
+        held = lock.acquire()
+    with held:
+        directory.mkdir(exist_ok=True)
+        drop_old_trainings(directory.parent)
+        yield
 
 
 def lock_of(directory: Path) -> filelock.FileLock:
@@ -233,7 +215,3 @@ def drop_old_trainings(checkpoints: Path) -> None:
         for directory in trainings[:-KEPT_TRAININGS]:
             with suppress(filelock.Timeout), lock_of(directory).acquire(timeout=0):
                 shutil.rmtree(directory)
-
-
-def without_step(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "step"}

@@ -1,41 +1,59 @@
-"""All that a training is, at one step; written to and read from checkpoints."""
+"""All that a training is, at one step."""
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from diffusion import params
-from diffusion.files import sha256, write_atomic, write_json
+from diffusion.nn.layers import Network
 from diffusion.process.build import TIMESTEPS
 from diffusion.process.schedule import Schedule
 from diffusion.process.timesteps import Timesteps
 from diffusion.training import ema, optim
+from diffusion.training.distributed import placed, whole
 
 Row = dict[str, float]
+BANDS = 10
+"""Equal stretches of [0, T) whose loss is told apart."""
 
 
 @dataclass
-class State:
-    """A training at one step. Its position in the data is the step itself: batch k is a function of k."""
+class Facts:
+    """What a checkpoint holds besides tensors. A training's position in the data is its step: batch k is a function of
+    k.
+    """
 
-    net: nn.Module
-    average: nn.Module
-    optimizer: torch.optim.Optimizer
-    timesteps: Timesteps
-    sums: Tensor
-    """Loss and gradient norm, summed since the last point of the loss curve, (2,)."""
     step: int = 0
-    """Steps taken."""
+    """Steps gone through, those among them that were skipped."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
+    skipped_in_row: int = 0
+    rollbacks: int = 0
+    """How often the training went back to an earlier step because too many steps in a row were skipped."""
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None
     """The MLflow run that watches this training."""
+
+
+@dataclass
+class State(Facts):
+    """A training at one step."""
+
+    net: Network = field(kw_only=True)
+    average: Network = field(kw_only=True)
+    optimizers: list[torch.optim.Optimizer] = field(kw_only=True)
+    timesteps: Timesteps = field(kw_only=True)
+    sums: Tensor = field(kw_only=True)
+    """Since the last point of the loss curve, float64 (3 + 2 BANDS,): steps, loss, gradient norm, and of each band of t
+    the loss and the weight."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The average's weights where the held-out error was least, if they are to be kept."""
 
     @property
     def device(self) -> torch.device:
@@ -46,94 +64,80 @@ class State:
         """The step of the loss curve's last point."""
         return int(self.loss_curve[-1]["step"]) if self.loss_curve else 0
 
+    def facts(self) -> dict[str, Any]:
+        """The fields of `Facts`, as plain data."""
+        return {part.name: getattr(self, part.name) for part in fields(Facts)}
+
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {"sums": self.sums}
-        tensors |= {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
-        tensors |= {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        for name, parameter in self.net.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        """Everything else, on the CPU. Where the processes share the weights out, all of them call this together."""
+        return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in self._named()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Become what `tensors` and `facts` say; the inverse of `tensors` and of what `write` adds."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        self.net.load_state_dict(part("net."))
-        self.average.load_state_dict(part("average."))
-        self.timesteps.load_state_dict(part("timesteps."))
+        """Become what `tensors` and `facts` say: the inverse of the two methods above."""
+        self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
         parameters = dict(self.net.named_parameters())
-        for name, value in part("optimizer.").items():
-            key, parameter = name.split(".", 1)
-            target = parameters[parameter]
-            # Moments lie in memory as their weights do (channels_last); the step count is a scalar.
-            placed = torch.empty_like(target).copy_(value) if value.ndim else value.to(target.device)
-            self.optimizer.state[target][key] = placed
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state.pop(parameter, None)
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind.isdigit():  # an optimizer's: its number, then what it is, then the parameter's name
+                key, _, parameter_name = rest.partition(".")
+                target = parameters[parameter_name]
+                # Moments lie in memory as their weights do (channels_last); Adam's count of steps is a scalar.
+                moment = placed(value, target) if value.ndim else value.clone()
+                self.optimizers[int(kind)].state[target][key] = moment
+        for prefix, module in self._modules():
+            own = module.state_dict()
+            with torch.no_grad():
+                for name, target in own.items():
+                    target.copy_(placed(tensors[f"{prefix}.{name}"], target))
         self.sums = tensors["sums"].to(self.sums.device)
-        self.step = facts["step"]
-        self.loss_curve, self.heldout_curve = facts["loss_curve"], facts["heldout_curve"]
-        self.run_id = facts["run_id"]
+        for name, value in vars(Facts(**facts)).items():
+            setattr(self, name, value)
+
+    def average_into(self, net: nn.Module) -> None:
+        """Copy the average's weights into `net`, a whole network. All processes call this together."""
+        if net is not self.average:
+            net.load_state_dict({name: whole(tensor) for name, tensor in self.average.state_dict().items()})
+
+    def kept_into(self, net: nn.Module) -> None:
+        """Copy into `net`, likewise, the weights that become the model: the average's best, if kept, or its last."""
+        self.average_into(net)
+        if self.best:
+            net.load_state_dict({name: whole(tensor) for name, tensor in self.best.items()})
+
+    def _modules(self) -> Iterable[tuple[str, nn.Module]]:
+        return (("net", self.net), ("average", self.average), ("timesteps", self.timesteps))
+
+    def _named(self) -> Iterable[tuple[str, Tensor]]:
+        yield "sums", self.sums
+        for prefix, module in self._modules():
+            for name, tensor in module.state_dict().items():
+                yield f"{prefix}.{name}", tensor
+        for name, tensor in self.best.items():
+            yield f"best.{name}", tensor
+        for number, optimizer in enumerate(self.optimizers):
+            for name, parameter in self.net.named_parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    yield f"{number}.{key}.{name}", value
 
 
-def begin(net: nn.Module, options: params.Train, schedule: Schedule) -> State:
-    """A training that has not taken a step."""
+def begin(
+    net: Network,
+    options: params.Train,
+    schedule: Schedule,
+    share_out: Callable[[Network], Network] = lambda net: net,
+) -> State:
+    """A training that has not taken a step; `share_out` lays a network out over the processes."""
     device = next(net.parameters()).device
+    average = share_out(ema.average_of(net))
+    net = share_out(net)
     return State(
         net=net,
-        average=ema.average_of(net),
-        optimizer=optim.optimizer(net, options),
+        average=average,
+        optimizers=optim.optimizers(net, net.hidden(), options),
         timesteps=TIMESTEPS[options.timesteps](schedule),
-        sums=torch.zeros(2, dtype=torch.float64, device=device),
+        sums=torch.zeros(3 + 2 * BANDS, dtype=torch.float64, device=device),
     )
-
-
-class Checkpoints:
-    """The rolling checkpoints of one training: a directory with the last two.
-
-    A checkpoint is STEP.safetensors and then STEP.json, which holds the digest of the former: without a JSON file, or
-    with another digest, it does not count.
-    """
-
-    KEEP = 2
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def write(self, state: State) -> None:
-        name = f"{state.step:010d}"
-        weights = self.directory / f"{name}.safetensors"
-        write_atomic(weights, save(state.tensors()))
-        facts = {
-            "sha256": sha256(weights),
-            "step": state.step,
-            "loss_curve": state.loss_curve,
-            "heldout_curve": state.heldout_curve,
-            "run_id": state.run_id,
-        }
-        write_json(self.directory / f"{name}.json", facts)
-        kept = {path.stem for path in self._newest_first()[: self.KEEP]}
-        for path in [*self.directory.glob("*.json*"), *self.directory.glob("*.safetensors*")]:
-            if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
-                path.unlink()
-
-    def restore(self, state: State) -> list[str]:
-        """Put the newest sound checkpoint into `state`, if there is one; gives a line for each damaged one."""
-        damaged = []
-        for path in self._newest_first():
-            try:
-                facts = json.loads(path.read_text(encoding="utf-8"))
-                weights = path.with_suffix(".safetensors")
-                if sha256(weights) != facts["sha256"]:
-                    raise ValueError("its digest does not match")
-                state.restore(load_file(weights), facts)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                damaged.append(f"checkpoint {path.stem} is damaged ({error}); going back to the one before")
-            else:
-                break
-        return damaged
-
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("*.json"), reverse=True)

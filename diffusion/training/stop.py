@@ -11,7 +11,7 @@ class StopSignals:
     """Within the block a SIGTERM or SIGINT is noted, and `check` raises Stopped once one has come."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self._received = 0
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -26,6 +26,10 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._received = signum
 
+    def received(self) -> int:
+        """The number of the signal that has come, or 0."""
+        return self._received
+
     def check(self) -> None:
-        if self._received is not None:
+        if self._received:
             raise Stopped(self._received)

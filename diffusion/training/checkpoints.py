@@ -1,0 +1,95 @@
+"""The rolling checkpoints of a training."""
+
+import hashlib
+import json
+import os
+from itertools import islice
+from pathlib import Path
+
+from safetensors.torch import load, save
+
+from diffusion.files import sha256, write_atomic, write_json
+from diffusion.progress import say
+from diffusion.training.distributed import World
+from diffusion.training.state import State
+
+SECONDS = "DDPM_CHECKPOINT_SECONDS"
+
+
+def seconds_between() -> float:
+    """How often a checkpoint is written, besides those after each held-out measurement: a minute, or as the
+    environment says. It does not shape the result, and so is no parameter.
+    """
+    return float(os.environ.get(SECONDS, "60"))
+
+
+class Checkpoints:
+    """The checkpoints of one training: a directory with the last two and the last good one.
+
+    A checkpoint is STEP.safetensors and then STEP.json, which holds the digest of the former: without a JSON file, or
+    with another digest, it does not count. A good one was written at a step that the parameters name, after a
+    measurement that was finite: what goes back to it does not depend on when the others happened to be written.
+    """
+
+    KEEP = 2
+
+    def __init__(self, directory: Path, world: World = World()) -> None:  # noqa: B008 (it is immutable)
+        self.directory, self.world = directory, world
+
+    def write(self, state: State, good: bool = False) -> None:
+        """Write the state. All processes call this together; the main one writes."""
+        tensors = state.tensors()
+        if not self.world.main:
+            return
+        name = f"{state.step:010d}"
+        weights = self.directory / f"{name}.safetensors"
+        # If this step's is there already, its JSON goes first: at no moment it speaks of other weights.
+        good = good or _is_good(weights.with_suffix(".json"))
+        weights.with_suffix(".json").unlink(missing_ok=True)
+        write_atomic(weights, save(tensors))
+        write_json(weights.with_suffix(".json"), {"sha256": sha256(weights), "good": good, "facts": state.facts()})
+        newest = self._newest_first()
+        kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
+        for path in [*self.directory.glob("*.json*"), *self.directory.glob("*.safetensors*")]:
+            if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
+                path.unlink()
+
+    def restore(self, state: State, good: bool = False) -> bool:
+        """Put the newest sound checkpoint (of the good ones) into `state`; false if there is none.
+
+        All processes call this together; only the main one has to have the files.
+        """
+        facts, weights = b"", b""
+        for path in self._newest_first() if self.world.main else []:
+            if good and not _is_good(path):
+                continue
+            try:
+                facts, weights = path.read_bytes(), path.with_suffix(".safetensors").read_bytes()
+                if hashlib.sha256(weights).hexdigest() != json.loads(facts)["sha256"]:
+                    raise ValueError("its digest does not match")
+            except (OSError, ValueError, KeyError) as error:
+                facts = b""
+                say(f"train: checkpoint {path.stem} is damaged ({error}); going back to the one before")
+            else:
+                break
+        facts = self.world.bytes_from_main(facts)
+        if facts:
+            state.restore(load(self.world.bytes_from_main(weights)), json.loads(facts)["facts"])
+        return bool(facts)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps than `step`."""
+        for path in self._newest_first() if self.world.main else []:
+            if int(path.stem) > step:
+                path.unlink()
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.directory.glob("*.json"), reverse=True)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes())["good"])
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,0 +1,181 @@
+"""Several processes that train one network together: their places, and all that they have to agree on.
+
+A launcher has started them (see launching.py) and says in the environment which is which (RANK, WORLD_SIZE, ...).
+"""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion import params
+from diffusion.errors import UserError
+from diffusion.nn.layers import Network
+
+SECONDS_TO_STOP = 10
+STORE = "DDPM_STORE"
+"""File through which the processes of one machine find each other, so that no port is opened for it."""
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those that train together; by default it is alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes files and is watched."""
+        return self.rank == 0
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes: what one of them wants, all of them do."""
+        if self.size == 1:
+            return [*values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors (B / size, ...) of all processes as one (B, ...), in the order of their ranks."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def from_main(self, *values: float) -> list[float]:
+        """The values that the main process has, NaN among them."""
+        if self.size == 1:
+            return [*values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    def bytes_from_main(self, content: bytes) -> bytes:
+        """The bytes that the main process has: files need not be shared between machines."""
+        if self.size == 1:
+            return content
+        (length,) = self.from_main(len(content))
+        if not length:
+            return b""
+        buffer = torch.frombuffer(bytearray(content.ljust(int(length), b"\0")), dtype=torch.uint8)
+        dist.broadcast(buffer, src=0)
+        return buffer.numpy().tobytes()
+
+
+def is_worker() -> bool:
+    """Whether this process was started by a launcher, torch's or `launch`."""
+    return "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int:
+    """The place of this process among those on this machine: the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world of this process, connected with the others. A lost one ends the block with a UserError."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    rank, file = int(os.environ["RANK"]), os.environ.get(STORE)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _end_with_parent()
+    # The processes agree over CPU tensors, so that a GPU never waits for it.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, store=FileStore(file, size) if file else None)
+    try:
+        yield World(rank, size)
+        dist.barrier()  # the main one may still have been at work
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"process {rank} of {size} has lost another one; `dvc repro` goes on from the last checkpoint"
+        ) from None
+    dist.destroy_process_group()
+
+
+def share_out(net: Network, options: params.Train, world: World) -> Network:
+    """The network with its weights shared out over the processes, block by block, if `options` say so (FSDP2)."""
+    if world.size > 1 and options.sharding == "weights":
+        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 takes no other
+        for part in net.hidden():
+            fully_shard(part)
+        fully_shard(net)
+    return net
+
+
+def synchronized(net: Network, options: params.Train, world: World) -> nn.Module:
+    """The network as one whose gradients are the means over all processes."""
+    if world.size == 1 or options.sharding == "weights":
+        return net  # FSDP2's hooks do it
+    device = next(net.parameters()).device
+    return DistributedDataParallel(
+        net,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextmanager
+def synchronizing(net: nn.Module, now: bool) -> Iterator[None]:
+    """A block whose gradients are only added up, not yet exchanged between processes, unless `now`."""
+    if isinstance(net, DistributedDataParallel):
+        with nullcontext() if now else net.no_sync():
+            yield
+        return
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(now)
+    yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, as a whole (all of them call this together); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, laid out over them and in memory as `like` is."""
+    if isinstance(like, DTensor):
+        tensor = tensor.to(like.device)
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _end_with_parent() -> None:
+    """End this process soon after its launcher is gone, as one in a session of its own would not."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SECONDS_TO_STOP)  # for a checkpoint; one that waits for a lost process cannot write any
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

@@ -1,0 +1,120 @@
+"""What is seen of a training while it runs: its loss curve, held-out error, pictures and throughput."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffusion import params
+from diffusion.data.pairs import Pairs
+from diffusion.errors import Stopped
+from diffusion.evaluation.heldout import quick_mse
+from diffusion.evaluation.samples import draw_samples, grid_png
+from diffusion.files import write_atomic
+from diffusion.model import Model
+from diffusion.progress import Progress
+from diffusion.tracking import LiveRun
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.training.state import Row, State
+from diffusion.training.stop import StopSignals
+
+
+class Clock:
+    """Steps per second since the last look, previews left out."""
+
+    def __init__(self) -> None:
+        self._steps, self._time = 0, time.monotonic()
+
+    def tick(self) -> None:
+        """One more step is done."""
+        self._steps += 1
+
+    def restart(self) -> None:
+        self._steps, self._time = 0, time.monotonic()
+
+    def rate(self) -> float:
+        rate = self._steps / max(time.monotonic() - self._time, 1e-9)
+        self.restart()
+        return rate
+
+
+def picture(directory: Path, step: int) -> Path:
+    """The sample grid of a step."""
+    return directory / f"step-{step:08d}.png"
+
+
+def preview_options(process: params.Process) -> params.Sample:
+    """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
+    return params.Sample(
+        sampler="ddpm",
+        steps=min(250, process.num_timesteps),
+        spacing="linspace",
+        variance="learned" if process.learned_variance else "fixed-small",
+        eta=0.0,
+        threshold="clip",
+        guidance=1.0,
+        count=36,
+    )
+
+
+@dataclass
+class Watch:
+    """The loop's hooks. All processes call them together; the main one measures, draws and tells."""
+
+    trainer: Trainer
+    model: Model
+    """The average of the weights, as a whole."""
+    heldout: Pairs
+    device: torch.device
+    drawing: params.Sample
+    previews: Path
+    stop: StopSignals
+    progress: Progress | None
+    """None in all processes but the main one, as is `live`."""
+    live: LiveRun | None
+    clock: Clock = field(default_factory=Clock)
+
+    def report(self, state: State) -> None:
+        """After a step: progress, and from time to time a point of the loss curve."""
+        options = self.trainer.options
+        self.clock.tick()
+        if self.progress:
+            note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
+            self.progress.advance(options.batch_size, note)
+        if state.step - state.last_point >= options.log_every or state.step == options.steps:
+            row = loop.add_point(state, self.trainer)
+            if self.live and row:
+                rate = self.clock.rate() * options.batch_size
+                self.live.metrics({**without_step(row), "images_per_second": rate}, state.step)
+
+    def preview(self, state: State) -> None:
+        """Measure the held-out error, and draw samples."""
+        state.average_into(self.model.net)
+        mse, signum = math.nan, 0.0
+        if self.trainer.world.main:
+            try:
+                mse = self._measure(state)
+            except Stopped as stopped:
+                signum = stopped.signum
+        mse, signum = self.trainer.world.from_main(mse, signum)
+        if signum:
+            raise Stopped(int(signum))
+        state.heldout_curve.append({"step": state.step, "mse": mse})
+        if self.live and self.progress:
+            self.progress.write(f"train: step {state.step}: held-out MSE {mse:.4f}")
+            self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
+            self.live.image(picture(self.previews, state.step), state.step)
+        self.clock.restart()
+
+    def _measure(self, state: State) -> float:
+        mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
+        images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, self.stop.check)
+        write_atomic(picture(self.previews, state.step), grid_png(images))
+        return mse
+
+
+def without_step(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "step"}
