@@ -50,9 +50,10 @@ def train(params: Params, paths: Paths) -> Model:
     pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
     state = begin(net, params.train, process.schedule)
-    for step in range(params.train.steps):
-        batch = train_batch(pairs, params.seed, step, params.train.batch_size)
-        loop.step(state, params.train, params.seed, process.loss, batch)
+    fetch = partial(train_batch, pairs, params.seed, batch_size=params.train.batch_size)
+    trainer = loop.Trainer(params.train, params.seed, process.loss, fetch, state.net)
+    for _ in range(params.train.steps):
+        loop.step(state, trainer)
     config = Config(shape=pairs.shape, classes=(), network=params.network, process=params.process, x_0_mse=None)
     model = Model(state.average, process, config)
     square = x_0_mse(model, Pairs(paths.pairs, "val"), CPU, params.seed, nothing)
@@ -123,7 +124,7 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "warmup_steps": arguments.steps // 10,
-        "ema_decay": 0.99,
+        "ema_width": 0.05,
     }
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.jobs) as pool:
         root = Path(directory)

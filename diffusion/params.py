@@ -133,6 +133,9 @@ class Network(Section):
     """Channels of each attention head; 0 for a single head."""
     patch_size: Positive
     """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
+    fine_channels: NonNegative
+    """U-Net: features of each pixel that are made before the patches, and go around all levels to the last layer; 0 for
+    none. They cost little, and tell noise from texture where there is little noise."""
     dropout: Fraction
     """Dropout rate inside the blocks."""
     classes: bool
@@ -170,8 +173,8 @@ class Train(Section):
     batch_size: Positive
     """Images per step, over all processes."""
     optimizer: Literal["adamw", "muon"]
-    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices and kernels between first layer and
-    last, with adamw for the rest."""
+    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices and kernels between the
+    first layer and the last, with adamw for the rest."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
     muon_learning_rate: Annotated[float, Field(gt=0)]

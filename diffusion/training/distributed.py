@@ -137,7 +137,7 @@ def synchronized(net: Network, options: params.Train, world: World) -> nn.Module
     return DistributedDataParallel(
         net,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
     )
 

@@ -76,7 +76,7 @@ def train(
                 check_measured(state)
                 if trainer.options.keep_best and state.heldout_curve[-1] is best(state.heldout_curve):
                     state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
-                checkpoints.write(state, good=True)
+                checkpoints.write(state, good=not state.skipped_in_row)
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
                 return
             signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > seconds_between())

@@ -15,7 +15,7 @@ from diffusion.training import loop
 from diffusion.training.state import begin
 
 
-def train(params: Params, steps: int = 15) -> list[float]:
+def train(params: Params, steps: int = 15, precision: torch.dtype = torch.float32) -> list[float]:
     """The loss at each step, on the same images, noise and timesteps."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -25,11 +25,12 @@ def train(params: Params, steps: int = 15) -> list[float]:
     batch = Batch(x_0.astype(np.float32), t, eps.astype(np.float32), np.arange(64) % 3 - 1, rng.random(64))
     process = build.process(params.process)
     state = begin(new_network((1, 8, 8), 2, params.network, params.process), params.train, process.schedule)
+    trainer = loop.Trainer(params.train, 0, process.loss, lambda _: batch, state.net, precision=precision)
     losses = []
     for _ in range(steps):
         state.sums.zero_()
-        loop.step(state, params.train, 0, process.loss, batch)
-        losses.append(float(state.sums[0]))
+        loop.step(state, trainer)
+        losses.append(float(state.sums[1]))
     assert all(parameter.isfinite().all() for parameter in state.average.parameters())
     return losses
 
@@ -65,6 +66,18 @@ def test_every_schedule_that_ends_in_pure_noise_learns(
     tiny["process"] |= {"parameterization": parameterization, "schedule": schedule, "zero_terminal_snr": True}
     tiny["process"]["weighting"] = "snr-plus-one"
     losses = train(Params.model_validate(tiny))
+    assert np.mean(losses[-3:]) < losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["unet", "uvit"])
+def test_every_optimizer_learns_at_every_precision(
+    tiny: dict[str, Any], kind: str, optimizer: str, precision: torch.dtype
+) -> None:
+    tiny["network"] |= {"kind": kind, "conditioning": {"unet": "film", "uvit": "adaln"}[kind]}
+    tiny["train"] |= {"optimizer": optimizer}
+    losses = train(Params.model_validate(tiny), precision=precision)
     assert np.mean(losses[-3:]) < losses[0]
 
 

@@ -1,22 +1,23 @@
-"""Learning rate and optimizer."""
+"""Learning rates and optimizers."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffusion.params import Params, Train
 from diffusion.training import optim
+from tests.nn.networks import CONDITIONINGS, network
 
 
 @pytest.fixture
 def options(params: Params) -> Train:
-    return params.train.model_copy(
-        update={"steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "decay": "constant", "weight_decay": 0.1}
-    )
+    changes = {"steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "decay": "constant", "weight_decay": 0.1}
+    return params.train.model_copy(update=changes)
 
 
 def test_the_rate_rises_linearly_and_reaches_its_peak(options: Train) -> None:
-    rates = [optim.learning_rate(step, options) for step in range(12)]
+    rates = [optim.rate(step, options) for step in range(12)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
@@ -25,13 +26,71 @@ def test_the_rate_rises_linearly_and_reaches_its_peak(options: Train) -> None:
 )
 def test_the_rate_falls_as_asked(options: Train, decay: str, halfway: float, late: float) -> None:
     options = options.model_copy(update={"decay": decay})
-    assert optim.learning_rate(55, options) == pytest.approx(halfway)
-    assert optim.learning_rate(91, options) == pytest.approx(late, rel=0.01)
+    assert optim.rate(55, options) == pytest.approx(halfway)
+    assert optim.rate(91, options) == pytest.approx(late, rel=0.01)
 
 
-def test_only_matrices_decay(options: Train) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    decaying, others = optim.optimizer(net, options).param_groups
-    assert (decaying["weight_decay"], len(decaying["params"])) == (0.1, 1)
-    assert (others["weight_decay"], len(others["params"])) == (0.0, 3)
-    assert isinstance(decaying["params"][0], torch.Tensor)
+def test_every_group_gets_its_share_of_its_own_peak(options: Train) -> None:
+    net = network((1, 8, 8), "unet", "film")
+    options = options.model_copy(update={"optimizer": "muon", "muon_learning_rate": 0.02})
+    made = optim.optimizers(net, net.hidden(), options)
+    optim.set_rate(made, 0.25)
+    optim.set_rate(made, 0.5)
+    assert [group["lr"] for optimizer in made for group in optimizer.param_groups] == [0.5, 0.5, 0.01]
+
+
+@pytest.mark.parametrize(("kind", "conditioning"), CONDITIONINGS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(options: Train, kind: str, conditioning: str, optimizer: str) -> None:
+    net = network((1, 8, 8), kind, conditioning, classes=True)
+    made = optim.optimizers(net, net.hidden(), options.model_copy(update={"optimizer": optimizer}))
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for one in made for group in one.param_groups]
+    assert sorted(name for group in groups for name in group) == sorted(names.values())
+    # Weights of linear layers and convolutions decay, nothing else: no positions, no table of classes.
+    decaying = [names[module.weight] for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    muons = groups[2] if optimizer == "muon" else []
+    assert sorted(groups[0] + muons) == sorted(decaying)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [0.1, 0.0]
+    inside = ("down.", "middle.", "up.", "first.", "merge.", "last.")
+    assert bool(muons) == (optimizer == "muon")
+    assert all(name.startswith(inside) for name in muons)
+    assert not any(name.startswith(inside) for name in groups[0]) or optimizer == "adamw"
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (4, 30, 6)])
+def test_orthogonal_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = optim.orthogonal(matrices)
+    for matrix, close in zip(matrices.double().numpy(), found.double().numpy(), strict=True):
+        u, _, v = np.linalg.svd(matrix, full_matrices=False)
+        singular = np.diag(u.T @ close @ v.T)  # same singular vectors, and values that the polynomial brings near 1
+        np.testing.assert_allclose(u @ np.diag(singular) @ v, close, atol=1e-5)
+        assert 0.3 < singular.min() <= singular.max() < 1.3
+
+
+def test_muon_is_torchs_own_on_matrices() -> None:
+    """torch.optim.Muon computes in bfloat16, hence the tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(6, 12), (6, 12), (20, 5)]]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    muon, oracle = optim.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.0, momentum=0.95)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        muon.step()
+        oracle.step()
+    for one, other, first in zip(ours, theirs, start, strict=True):
+        assert (one - first).abs().max() > 0.01
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
+
+
+def test_muon_takes_a_kernel_for_the_matrix_of_its_rows() -> None:
+    start = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    kernel = nn.Parameter(start.to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(start.flatten(1))
+    for parameter in (kernel, matrix):
+        parameter.grad = (parameter.detach() ** 2).clone()
+        optim.Muon([parameter], lr=0.1).step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach())

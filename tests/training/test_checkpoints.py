@@ -1,0 +1,133 @@
+"""Checkpoints on disk: which are kept, which count, and that no moment of writing one is a bad one to be killed at."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion.params import Params
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.state import State
+from tests.training.test_loop import Killed, changed, new_state
+
+
+@pytest.fixture
+def params(params: Params) -> Params:
+    return changed(params, network={"base_channels": 8, "channel_multipliers": [1], "attention_levels": []})
+
+
+def at(state: State, step: int) -> State:
+    """A state whose weights tell its step."""
+    state.step = step
+    with torch.no_grad():
+        next(state.net.parameters()).fill_(float(step))
+    return state
+
+
+def steps(directory: Path) -> list[int]:
+    assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors"}
+    return sorted(int(path.stem) for path in directory.glob("*.json"))
+
+
+def test_the_last_two_are_kept_and_the_last_good_one(params: Params, tmp_path: Path) -> None:
+    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    for step in range(7):
+        checkpoints.write(at(state, step), good=step in (0, 2))
+    assert steps(tmp_path) == [2, 5, 6]
+    (tmp_path / ".0000000002.safetensors.x1y2").touch()  # a killed process left this
+    checkpoints.write(at(state, 7), good=True)
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_a_good_one_is_found_again_behind_the_others(params: Params, tmp_path: Path) -> None:
+    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    for step in range(4):
+        checkpoints.write(at(state, step), good=step == 1)
+    found = new_state(params)
+    assert checkpoints.restore(found, good=True)
+    assert found.step == 1
+    assert (next(found.net.parameters()) == 1).all()
+    checkpoints.drop_after(1)
+    assert steps(tmp_path) == [1]
+    checkpoints.write(at(state, 1))  # the same step again: good it stays
+    assert checkpoints.restore(new_state(params), good=True)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "other", "gone"])
+def test_a_damaged_one_falls_back_to_the_one_before(
+    params: Params, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.write(at(state, step))
+    newest = tmp_path / "0000000003.safetensors"
+    content = newest.read_bytes()
+    match damage:
+        case "shorter":
+            newest.write_bytes(content[:-1])
+        case "other":
+            newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case _:
+            newest.unlink()
+    found = new_state(params)
+    assert checkpoints.restore(found)
+    assert found.step == 2
+    assert "checkpoint 0000000003 is damaged" in capsys.readouterr().err
+
+
+def test_without_any_the_state_stays_as_it_is(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "0000000003.json").write_text(json.dumps({"sha256": "?"})[:-4])
+    state = at(new_state(params), 9)
+    assert not Checkpoints(tmp_path).restore(state)
+    assert state.step == 9
+
+
+def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call into the file system while the third and fourth are written is, in turn, the last one."""
+    countdown = -1
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal countdown
+            if countdown == 0:
+                raise Killed
+            countdown -= 1
+            return call(*arguments, **options)
+
+        return counting
+
+    for owner, name in [(os, "fdopen"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]:
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    state, moments = new_state(params), 0
+    while True:
+        directory = tmp_path / str(moments)
+        checkpoints = Checkpoints(directory)
+        countdown = -1
+        for step in (1, 2):
+            checkpoints.write(at(state, step))
+        countdown = moments
+        written = 2
+        try:
+            for step in (3, 4):
+                checkpoints.write(at(state, step))
+                written = step
+        except Killed:
+            moments += 1
+        else:
+            break
+        finally:
+            countdown = -1
+        found = new_state(params)
+        assert Checkpoints(directory).restore(found)
+        assert found.step in (written, written + 1)
+        assert (next(found.net.parameters()) == found.step).all()
+        # And the next one is written as ever; nothing unfinished stays.
+        checkpoints.write(at(found, found.step + 1))
+        assert len(steps(directory)) == 2
+    assert moments > 20
