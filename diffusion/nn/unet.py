@@ -54,10 +54,8 @@ class UNet(Network):
                 self.up.append(Upsample(current))
         self.last: nn.Conv2d | None = None
         if fine:
-            to_patch, self.last = (
-                nn.Conv2d(current, fine * patch**2, 1),
-                nn.Conv2d(2 * fine, channels_out, 3, padding=1),
-            )
+            to_patch = nn.Conv2d(current, fine * patch**2, 1)
+            self.last = zero_(nn.Conv2d(2 * fine, channels_out, 3, padding=1))
         else:
             to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
         self.head = nn.Sequential(group_norm(current, options), nn.SiLU(), to_patch, nn.PixelShuffle(patch))

@@ -1,0 +1,132 @@
+"""Several processes that train together: the same model as one process, and a clean end when one of them is lost."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.files import read_csv
+from tests.training import trees
+
+
+def weights(tree: Path) -> dict[str, torch.Tensor]:
+    return load_file(tree / "models/ddpm/model.safetensors")
+
+
+def assert_nearly_same(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=1e-3)
+    for file in ("loss.csv", "heldout.csv"):
+        curves = [read_csv(tree / "reports/train_curves" / file) for tree in (one, other)]
+        for row, expected in zip(*curves, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process comes to."""
+    tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("alone") / "tree")
+    done = trees.run(tree)
+    assert done.returncode == 0, done.stderr
+    return tree
+
+
+@pytest.fixture(scope="module")
+def two(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two come to."""
+    tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("two") / "tree", processes=2)
+    done = trees.run(tree)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stderr
+    assert done.stderr.count("step 40: held-out MSE") == 1
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return tree
+
+
+def test_two_processes_make_the_model_of_one(alone: Path, two: Path) -> None:
+    assert_nearly_same(two, alone)
+
+
+def test_weights_shared_out_over_two_processes_make_it_too(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    options = {"processes": 2, "sharding": "weights", "accumulate": 2, "keep_best": True, "recompute": True}
+    tree = trees.copy(pairs_tree, tmp_path / "tree", **options)
+    stopped = trees.start(tree)
+    trees.wait_for(stopped, "step 20: held-out")
+    stopped.send_signal(signal.SIGTERM)
+    _, rest = stopped.communicate(timeout=30)
+    assert stopped.returncode == 128 + signal.SIGTERM, rest
+    done = trees.run(tree)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert_nearly_same(tree, alone)
+
+
+def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
+    two: Path, pairs_tree: Path, tmp_path: Path
+) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
+    process = trees.start(tree, **trees.seconds(0))
+    trees.wait_for(process, "step 20: held-out")
+    workers = psutil.Process(process.pid).children()
+    ranked = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    ranked[0].kill()
+    asked = time.monotonic()
+    _, rest = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 20
+    assert process.returncode == 1
+    assert "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint" in rest
+    assert "Traceback" not in rest
+    assert not any(worker.is_running() for worker in workers)
+    done = trees.run(tree)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+
+
+def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
+    process = trees.start(tree)
+    trees.wait_for(process, "step 20: held-out")
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(workers) == 2
+    assert not alive
+    assert len(list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))) > 0
+
+
+def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    """Two launchers with a tree each stand for two machines without a common file system."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = [trees.copy(pairs_tree, tmp_path / name) for name in ("first", "second")]
+    torchrun = Path(sys.executable).with_name("torchrun")
+    running: list[subprocess.Popen[str]] = []
+    for rank, tree in enumerate(machines):
+        where = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+        command = [str(torchrun), *where, f"--master-port={port}", "-m", "diffusion", "train"]
+        running.append(trees.start(tree, *command, GLOO_SOCKET_IFNAME="lo"))
+    for process in running:
+        _, told = process.communicate(timeout=90)
+        assert process.returncode == 0, told
+    assert_nearly_same(machines[0], alone)
+    assert not (machines[1] / "models").exists()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=3)
+    done = trees.run(tree)
+    assert done.returncode == 1
+    assert "train: batch_size (32) must be a multiple of processes x accumulate (3)" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,89 @@
+"""Working trees for tests that train through the real command, with a tiny network on the digits."""
+
+import os
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from diffusion import yaml_files
+from diffusion.training.checkpoints import SECONDS
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "pairs": {"draws": 1, "heldout_draws": 1},
+    "process": {"num_timesteps": 100},
+    "network": {
+        "base_channels": 8,
+        "channel_multipliers": [1],
+        "attention_levels": [],
+        "patch_size": 2,
+        "fine_channels": 4,
+    },
+    "train": {
+        "steps": 40,
+        "batch_size": 32,
+        "log_every": 10,
+        "preview_every": 20,
+        "warmup_steps": 5,
+        "optimizer": "muon",
+        "timesteps": "rms-error",
+    },
+    "sample": {"steps": 4, "count": 4},
+}
+TRAIN = (sys.executable, "-m", "diffusion", "train")
+
+
+def environment(**more: str) -> dict[str, str]:
+    # Nothing listens there: what is written must not depend on MLflow.
+    given = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return os.environ | given | more
+
+
+def change(tree: Path, changes: dict[str, Any]) -> None:
+    path = tree / "params.yaml"
+    yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), changes))
+
+
+def copy(tree: Path, target: Path, **train: Any) -> Path:
+    """A copy of a tree with other parameters of training."""
+    shutil.copytree(tree, target)
+    change(target, {"train": train})
+    return target
+
+
+def run(tree: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A command's end; by default the training's."""
+    return subprocess.run(
+        command or TRAIN, cwd=tree, env=environment(**more), capture_output=True, text=True, check=False
+    )
+
+
+def start(tree: Path, *command: str, **more: str) -> subprocess.Popen[str]:
+    """A training under way, whose standard error is to be read."""
+    return subprocess.Popen(
+        command or TRAIN, cwd=tree, env=environment(**more), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    """Read a training's lines until one has these words in it; gives that line."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if words in line:
+            return line
+    raise AssertionError("".join(seen))
+
+
+def digests(tree: Path, *parts: str) -> dict[str, str]:
+    files = [path for part in parts for path in sorted((tree / part).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(tree)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def seconds(value: float) -> dict[str, str]:
+    """The environment for a checkpoint every so many seconds."""
+    return {SECONDS: str(value)}
