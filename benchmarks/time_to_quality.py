@@ -1,0 +1,320 @@
+"""How soon a training here reaches the held-out error of diffusers' own training, on the same data and machine.
+
+Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs of the preset:
+
+    python benchmarks/time_to_quality.py --preset presets/fashion-mnist.yaml --out docs/time-to-quality
+
+Three trainings take turns, a slice of some seconds each, so that all of them see the machine fast and slow alike:
+the preset; the preset with a tenth of its steps; and the peer, for as long as the preset takes: UNet2DModel and
+DDPMScheduler as diffusers' training example has them, sized for 28x28 pixels, with its warm-up, cosine decay and EMA.
+Only training counts as time. The error is the MSE of the predicted noise on 1,024 test pairs, of the raw or the
+averaged weights, whichever is less. The peer is given all training images, as `ours` is.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from functools import partial
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import features
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from diffusion import params as parameters
+from diffusion.data.pairs import Pairs, train_batch
+from diffusion.evaluation.samples import draw_samples, grid_png
+from diffusion.model import Config, Model, new_network
+from diffusion.params import Params, Sample
+from diffusion.paths import Paths
+from diffusion.process import build
+from diffusion.training import loop
+from diffusion.training.distributed import World
+from diffusion.training.hardware import Ahead, runnable
+from diffusion.training.state import begin
+
+MARKS = (1 / 40, 1 / 20, 1 / 10, 3 / 20, 1 / 5, 3 / 10, 2 / 5, 3 / 5, 4 / 5, 1.0)
+"""Shares of a training after which its error is measured."""
+BLOCKS = 16
+"""Blocks of 64 test pairs."""
+Row = dict[str, Any]
+UNet: Any = UNet2DModel  # diffusers has no types
+
+
+class Training(ABC):
+    """One of those that take turns."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.seconds, self.images, self.rows = 0.0, 0, list[Row]()
+
+    @abstractmethod
+    def step(self) -> int:
+        """Train on a batch; gives its number of images."""
+
+    @abstractmethod
+    def share(self) -> float:
+        """How much of the training is done, 1 at its end."""
+
+    @abstractmethod
+    def nets(self) -> dict[str, torch.nn.Module]:
+        """The raw network and its average, each giving eps_hat for (x_t, t)."""
+
+    def slice(self, seconds: float, test: Pairs) -> None:
+        """Train for so long, and measure where a mark is passed."""
+        until = self.seconds + seconds
+        while self.seconds < until and self.share() < 1:
+            before, began = self.share(), time.perf_counter()
+            self.images += self.step()
+            self.seconds += time.perf_counter() - began
+            if any(before < mark <= self.share() + 1e-9 for mark in MARKS):
+                errors = {name: heldout_mse(net, test) for name, net in self.nets().items()}
+                self.rows.append({"training": self.name, "seconds": self.seconds, "images": self.images} | errors)
+                row = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
+                print(f"{self.name}: {self.seconds:.0f} s, {self.images} images: {row}", file=sys.stderr, flush=True)
+
+    def best(self) -> list[tuple[float, float]]:
+        """Seconds and error, of the better weights, at each mark."""
+        return [(row["seconds"], min(row["raw"], row["average"])) for row in self.rows]
+
+
+class Ours(Training):
+    """A preset, through the same step as the stage `train`, with its batches made meanwhile."""
+
+    def __init__(self, name: str, params: Params, pairs: Pairs) -> None:
+        super().__init__()
+        self.name, self.params = name, params
+        self.process = build.process(params.process)
+        torch.manual_seed(params.seed)
+        net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
+        self.state = begin(net, params.train, self.process.schedule)
+        options = params.train
+        fetch = partial(train_batch, pairs, params.seed, batch_size=options.batch_size, flip=options.flip)
+        self.trainer = loop.Trainer(
+            options, params.seed, self.process.loss, Ahead(fetch), runnable(net, options, World())
+        )
+        self.config = Config(
+            shape=pairs.shape, classes=(), network=params.network, process=params.process, x_0_mse=None
+        )
+
+    def step(self) -> int:
+        loop.step(self.state, self.trainer)
+        return self.params.train.batch_size
+
+    def share(self) -> float:
+        return self.state.step / self.params.train.steps
+
+    def nets(self) -> dict[str, torch.nn.Module]:
+        return {"raw": self.net(self.state.net), "average": self.net(self.state.average)}
+
+    def net(self, net: torch.nn.Module) -> torch.nn.Module:
+        return EpsOf(Model(net, self.process, self.config))
+
+    def model(self) -> Model:
+        return Model(self.state.average, self.process, self.config)
+
+
+class EpsOf(torch.nn.Module):
+    """The noise that a model predicts."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.net, self.parameterization = model.net, model.process.parameterization
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.parameterization.to_eps(self.net(x_t, t), x_t, t)
+
+
+class Peer(Training):
+    """diffusers' unconditional training example, for as long as another training takes."""
+
+    name = "diffusers"
+    BATCH, RATE, WARMUP = 64, 4e-4, 100
+
+    def __init__(self, beside: Training, images: features.Images, params: Params) -> None:
+        super().__init__()
+        self.beside, self.source = beside, images
+        self.process = build.process(params.process.model_copy(update={"parameterization": "eps"}))
+        torch.manual_seed(0)
+        self.net = UNet(
+            sample_size=images.shape[2],
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=self.RATE, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        self.average = EMAModel(
+            self.net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet
+        )
+        self.generator, self.steps = torch.Generator().manual_seed(0), 0
+
+    def step(self) -> int:
+        chosen = torch.randint(len(self.source), (self.BATCH,), generator=self.generator)
+        x_0 = torch.from_numpy(self.source[chosen.numpy()] / np.float32(127.5) - 1)
+        t = torch.randint(self.process.schedule.num_timesteps, (self.BATCH,), generator=self.generator)
+        eps = torch.randn(x_0.shape, generator=self.generator)
+        # Its cosine decay ends when the other training does: time is shared, steps are not.
+        rate = min(1.0, (self.steps + 1) / self.WARMUP) * 0.5 * (1 + math.cos(math.pi * self.share()))
+        self.optimizer.param_groups[0]["lr"] = self.RATE * rate
+        loss = F.mse_loss(self.net(self.process.schedule.diffuse(x_0, t, eps), t, return_dict=False)[0], eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.net.parameters())
+        self.steps += 1
+        return self.BATCH
+
+    def share(self) -> float:
+        """By the other's time, of which the whole is known once it has ended."""
+        whole = self.beside.seconds / max(self.beside.share(), 1e-9)
+        return min(1.0, self.seconds / whole) if self.beside.seconds else 0.0
+
+    def nets(self) -> dict[str, torch.nn.Module]:
+        averaged = UNet.from_config(self.net.config)
+        self.average.copy_to(averaged.parameters())
+        return {"raw": First(self.net), "average": First(averaged)}
+
+    def model(self, config: Config) -> Model:
+        """Its average, as a model of ours; of `config` the shape alone counts."""
+        return Model(self.nets()["average"], self.process, config)
+
+
+class First(torch.nn.Module):
+    """A diffusers network as one that gives a tensor."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.net(x_t, t, return_dict=False)[0]
+        return out
+
+
+@torch.inference_mode()
+def heldout_mse(net: torch.nn.Module, test: Pairs) -> float:
+    net.eval()
+    total, count = 0.0, 0
+    for block in range(BLOCKS):
+        t, x_t, eps = (torch.from_numpy(array) for array in test.heldout(block, 0))
+        error = net(x_t.to(memory_format=torch.channels_last), t) - eps
+        total, count = total + error.square().double().sum().item(), count + error.numel()
+    net.train()
+    return total / count
+
+
+def time_to(curve: list[tuple[float, float]], error: float) -> float | None:
+    """Seconds at which a curve falls to an error, between its points on a logarithmic scale; None if it never does."""
+    if curve[0][1] <= error:
+        return curve[0][0]
+    for (before, above), (after, below) in pairwise(curve):
+        if below <= error:
+            part = math.log(above / error) / math.log(above / below)
+            return math.exp(math.log(before) + part * math.log(after / before))
+    return None
+
+
+def plot(trainings: list[Training], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
+    for training in trainings:
+        seconds, errors = zip(*training.best(), strict=True)
+        axis.plot(seconds, errors, marker="o", markersize=3, label=training.name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel("held-out MSE of the noise")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+
+
+def pictures(models: dict[str, Model], judge: features.Judge, count: int, path: Path) -> dict[str, float]:
+    """Each model's pictures by 20 steps of DDIM from the same noise, as one image; and their Fréchet distance."""
+    figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.3), dpi=100)
+    distances = {}
+    for axis, (name, model) in zip(axes, models.items(), strict=True):
+        model.net.eval()
+        options = {"sampler": "ddim", "steps": 20, "spacing": "linspace", "variance": "fixed-small", "eta": 0.0}
+        sample = Sample.model_validate(options | {"threshold": "clip", "guidance": 1.0, "count": 64})
+        drawn = [draw_samples(model, sample, 0, torch.device("cpu"), first=first) for first in range(0, count, 64)]
+        distances[name] = judge.distance(np.concatenate(drawn))
+        axis.imshow(plt.imread(BytesIO(grid_png(drawn[0][:49], side=400))), cmap="gray")
+        axis.set_title(f"{name}: Fréchet {distances[name]:.1f}")
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path.with_name(f"{path.name}-samples.png"), metadata={"Software": None})
+    return distances
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs")
+    parser.add_argument("--preset", type=Path, required=True, help="parameters of the preset")
+    parser.add_argument("--slice", type=float, default=10.0, help="seconds of each turn")
+    parser.add_argument("--steps", type=int, help="steps of the preset's training; without it, the preset's own")
+    parser.add_argument("--count", type=int, default=256, help="pictures of each for the Fréchet distance")
+    parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv, OUT.png and OUT-samples.png")
+    arguments = parser.parse_args()
+
+    paths = Paths(arguments.tree)
+    params = parameters.load(arguments.preset)
+    pairs, test = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "test")
+    steps = arguments.steps or params.train.steps
+    short = {"steps": steps // 10, "warmup_steps": min(params.train.warmup_steps, steps // 100)}
+    whole, tenth = (
+        Ours(name, params.model_copy(update={"train": params.train.model_copy(update=changes)}), pairs)
+        for name, changes in (("ours", {"steps": steps}), ("ours, a tenth of the steps", short))
+    )
+    images, _ = features.split(paths, "train")
+    peer = Peer(whole, images, params)
+    trainings: list[Training] = [whole, tenth, peer]
+    while any(training.share() < 1 for training in trainings):
+        for training in trainings:
+            training.slice(arguments.slice, test)
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row for training in trainings for row in training.rows]
+    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(trainings, arguments.out)
+    models = {"diffusers": peer.model(whole.config), tenth.name: tenth.model(), "ours": whole.model()}
+    distances = pictures(models, features.train_judge(paths), arguments.count, arguments.out)
+
+    reached = {training.name: training.best()[-1][1] for training in trainings}
+    facts: Row = {"seconds": peer.seconds, "mse": reached, "frechet": distances}
+    for training in (whole, tenth):
+        seconds = time_to(training.best(), reached["diffusers"])
+        facts[f"seconds to diffusers' error, {training.name}"] = seconds
+        facts[f"ratio, {training.name}"] = peer.seconds / seconds if seconds else None
+    print("| training | seconds | images | images/s | MSE | Fréchet |\n|---|---|---|---|---|---|")
+    for training in trainings:
+        rate = training.images / training.seconds
+        cells = [training.name, f"{training.seconds:.0f}", str(training.images), f"{rate:.0f}"]
+        print(f"| {' | '.join(cells)} | {reached[training.name]:.4f} | {distances[training.name]:.1f} |")
+    print(json.dumps({"benchmark": "time_to_quality", **facts}))
+
+
+if __name__ == "__main__":
+    main()
