@@ -34,8 +34,9 @@ def runnable(net: Network, options: params.Train, world: World) -> nn.Module:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     device = next(net.parameters()).device
     made = synchronized(net, options, world)
-    compiled = device.type == "cuda" if options.compile == "auto" else options.compile
-    return torch.compile(made, dynamic=False) if compiled else made  # type: ignore[return-value]
+    if device.type == "cuda" if options.compile == "auto" else options.compile:
+        made.compile(dynamic=False)
+    return made
 
 
 class Ahead(Generic[Item]):

@@ -1,0 +1,106 @@
+"""How a network is run: whatever saves time or memory leaves what is computed as it is."""
+
+import shutil
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.params import Params
+from diffusion.training import hardware
+from diffusion.training.distributed import World
+from diffusion.training.hardware import Ahead
+from tests.nn.networks import CONDITIONINGS, network, noise, randomize
+
+CPU = torch.device("cpu")
+
+
+def result(params: Params, kind: str, conditioning: str, **options: Any) -> list[Tensor]:
+    """Output and gradients of a network that is run as the options say."""
+    net = randomize(network((1, 8, 8), kind, conditioning, dropout=0.3)).train()
+    made = hardware.runnable(net, params.train.model_copy(update=options), World())
+    torch.manual_seed(5)
+    out = made(noise(4, 1, 8, 8), torch.tensor([1, 2, 3, 500]), None)
+    out.square().mean().backward()
+    return [out.detach(), *[parameter.grad for parameter in net.parameters() if parameter.grad is not None]]
+
+
+@pytest.mark.parametrize(("kind", "conditioning"), CONDITIONINGS)
+def test_recomputed_blocks_give_the_same_bits(params: Params, kind: str, conditioning: str) -> None:
+    plain, recomputed = (result(params, kind, conditioning, recompute=value) for value in (False, True))
+    assert len(plain) == len(recomputed) > 10
+    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+
+
+def test_recomputed_blocks_keep_less(params: Params) -> None:
+    """Counted in bytes that the way back has kept."""
+    kept = []
+    for recompute in (False, True):
+        net = network((1, 8, 8), "unet", "film", blocks_per_level=3)
+        made = hardware.runnable(net, params.train.model_copy(update={"recompute": recompute}), World())
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made(noise(16, 1, 8, 8), torch.arange(16), None)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch warns of itself
+def test_a_compiled_network_gives_the_same_within_rounding(params: Params) -> None:
+    def without_dropout(**options: Any) -> list[Tensor]:
+        net = randomize(network((1, 8, 8), "uvit", "adaln", depth=1, patch_size=4))
+        made = hardware.runnable(net, params.train.model_copy(update=options), World())
+        out = made(noise(4, 1, 8, 8), torch.tensor([1, 2, 3, 500]), None)
+        out.square().mean().backward()
+        return [out.detach(), *[parameter.grad for parameter in net.parameters() if parameter.grad is not None]]
+
+    for one, other in zip(without_dropout(compile=False), without_dropout(compile=True), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_auto_is_full_precision_on_a_cpu(params: Params) -> None:
+    def chosen(name: str, device: torch.device) -> torch.dtype:
+        return hardware.precision(params.train.model_copy(update={"precision": name}), device)
+
+    assert [chosen(name, CPU) for name in ("auto", "fp32", "bf16")] == [torch.float32, torch.float32, torch.bfloat16]
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    assert chosen("auto", torch.device("cuda")) == (torch.bfloat16 if has_bf16 else torch.float32)
+
+
+def test_ahead_makes_the_next_item_meanwhile_and_any_that_is_asked_for() -> None:
+    made, ready = list[int](), threading.Semaphore(0)
+
+    def fetch(step: int) -> int:
+        made.append(step)
+        ready.release()
+        return 10 * step
+
+    with Ahead(fetch) as ahead:
+        assert ahead(3) == 30
+        for _ in range(2):
+            assert ready.acquire(timeout=10)
+        assert made == [3, 4]  # made without being asked for
+        assert ahead(4) == 40
+        assert ahead(0) == 0  # the training went back
+        assert ahead(1) == 10
+    assert made.count(4) == 1
+
+
+def test_an_error_of_the_thread_is_raised_where_the_item_is_asked_for() -> None:
+    def fetch(step: int) -> int:
+        if step == 1:
+            raise OSError("gone")
+        return step
+
+    with Ahead(fetch) as ahead:
+        assert ahead(0) == 0
+        with pytest.raises(OSError, match="gone"):
+            ahead(1)
