@@ -39,6 +39,7 @@ class Checkpoints:
     def write(self, state: State, good: bool = False) -> None:
         """Write the state. All processes call this together; the main one writes."""
         tensors = state.tensors()
+        tensors["sums"] = self.world.gather(state.sums[None]).cpu()  # each process has its own
         if not self.world.main:
             return
         name = f"{state.step:010d}"
@@ -74,7 +75,9 @@ class Checkpoints:
                 break
         facts = self.world.bytes_from_main(facts)
         if facts:
-            state.restore(load(self.world.bytes_from_main(weights)), json.loads(facts)["facts"])
+            tensors = load(self.world.bytes_from_main(weights))
+            tensors["sums"] = tensors["sums"][self.world.rank]
+            state.restore(tensors, json.loads(facts)["facts"])
         return bool(facts)
 
     def drop_after(self, step: int) -> None:

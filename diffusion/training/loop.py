@@ -77,6 +77,10 @@ def train(
                 if trainer.options.keep_best and state.heldout_curve[-1] is best(state.heldout_curve):
                     state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
                 checkpoints.write(state, good=not state.skipped_in_row)
+            if done and not state.loss_curve:
+                raise UserError(
+                    f"in none of {state.step} steps loss and gradient were finite; {advice(trainer.options)}"
+                )
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
                 return
             signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > seconds_between())
@@ -212,13 +216,19 @@ def go_back(state: State, options: params.Train, checkpoints: Checkpoints, seen:
 
     Raises UserError if that was done before, or there is none.
     """
-    advice = f"lower train.learning_rate (now {options.learning_rate}) in params.yaml"
     if state.rollbacks:
-        raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice}")
+        raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
     if not checkpoints.restore(state, good=True):
-        raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice}")
+        raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
     state.rollbacks += 1
     checkpoints.drop_after(state.step)
     checkpoints.write(state, good=True)
     if checkpoints.world.main:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
+
+
+def advice(options: params.Train) -> str:
+    rates = f"learning_rate (now {options.learning_rate})"
+    if options.optimizer == "muon":
+        rates += f" and muon_learning_rate (now {options.muon_learning_rate})"
+    return f"lower {rates} in the section train of params.yaml"

@@ -240,13 +240,19 @@ def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params
 
 def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     state = new_state(params)
-    message = "at 5 steps in a row, from 6, loss or gradient was not finite, even after going back once .* lower train"
+    message = "from 6, loss or gradient was not finite, even after going back once .* lower learning_rate"
     with pytest.raises(UserError, match=message):
         run(params, state, Checkpoints(tmp_path), fetch=spoiled(*range(6, 12)))
     kept = new_state(params)
     Checkpoints(tmp_path).restore(kept)
     assert (kept.step, kept.rollbacks) == (8, 1)
     assert all(parameter.isfinite().all() for parameter in kept.net.parameters())
+
+
+def test_a_training_without_a_single_good_step_ends_and_says_so(params: Params, tmp_path: Path) -> None:
+    params = changed(params, train={"steps": 3})
+    with pytest.raises(UserError, match="in none of 3 steps loss and gradient were finite; lower learning_rate"):
+        run(params, new_state(params), Checkpoints(tmp_path), fetch=spoiled(0, 1, 2))
 
 
 def test_a_held_out_error_that_is_not_finite_leads_back_too(params: Params, tmp_path: Path) -> None:

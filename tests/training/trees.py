@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
     "train": {
         "steps": 40,
         "batch_size": 32,
-        "log_every": 10,
+        "log_every": 15,
         "preview_every": 20,
         "warmup_steps": 5,
         "optimizer": "muon",
