@@ -45,7 +45,7 @@ from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, runnable
 from diffusion.training.state import begin
 
-MARKS = (1 / 40, 1 / 20, 1 / 10, 3 / 20, 1 / 5, 3 / 10, 2 / 5, 3 / 5, 4 / 5, 1.0)
+MARKS = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 2 / 5, 7 / 10, 1.0)
 """Shares of a training after which its error is measured."""
 BLOCKS = 16
 """Blocks of 64 test pairs."""

@@ -14,9 +14,9 @@ from typing import NoReturn, get_args
 
 from diffusion import params as parameters
 from diffusion import yaml_files
-from diffusion.errors import Stopped, UserError
+from diffusion.errors import Echo, Stopped, UserError
 from diffusion.paths import Paths
-from diffusion.watch import stop_with_parent
+from diffusion.watch import launched, stop_with_parent
 
 STAGES = {
     "shard": "raw images into webdataset shards",
@@ -221,14 +221,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.action(arguments)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that train together, one speaks
+        if not (launched() and isinstance(error, Echo)):
             print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(f"ddpm {arguments.command}: {stopped}", file=sys.stderr)
+        if not launched():
+            print(f"ddpm {arguments.command}: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
-        print(f"ddpm {arguments.command}: interrupted", file=sys.stderr)
+        if not launched():
+            print(f"ddpm {arguments.command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Echo(UserError):
+    """What another process tells of as well, where several train together."""
+
+
 class Stopped(Exception):
     """A signal asked the process to end; what had to be kept has been kept."""
 

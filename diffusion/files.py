@@ -44,11 +44,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write rows as CSV, each number in the fewest digits that give it back exactly; a cell may be missing."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, float]], columns: Sequence[str] = ()) -> None:
+    """Write rows as CSV, each number in the fewest digits that give it back exactly.
+
+    A row may lack some of the `columns`; without these, all rows have the same.
+    """
     buffer = io.StringIO()
-    fields = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(buffer, fieldnames=list(fields), lineterminator="\n")
+    writer = csv.DictWriter(buffer, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, buffer.getvalue().encode())

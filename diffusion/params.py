@@ -187,7 +187,7 @@ class Train(Section):
     """AdamW's weight decay, of matrices and kernels."""
     grad_clip: Annotated[float, Field(gt=0)]
     """Largest norm of the gradient; above it the gradient is scaled down."""
-    ema_width: Annotated[float, Field(gt=0, lt=0.288)]
+    ema_width: Annotated[float, Field(ge=0.001, lt=0.288)]
     """Width of the moving average of the weights that becomes the model, as a share of the training so far (EDM2's
     power-function average; Karras et al. 2024)."""
     timesteps: Literal["stratified", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]

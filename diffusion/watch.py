@@ -1,25 +1,47 @@
-"""A stage that a flow run started ends with it, even when the flow's process is killed outright."""
+"""A process ends with the one that started it, even when that one is killed outright."""
 
 import os
 import signal
 import sys
 import threading
+import time
 
 STOP_WITH = "DDPM_STOP_WITH"
 """Set to "stdin" by whoever starts a stage and keeps its standard input open for as long as it should run."""
+LAUNCHER = "DDPM_LAUNCHER"
+"""The process id of a training that has started this one, to train together with others."""
+SECONDS_TO_STOP = 10
+"""How long a process may take to write a checkpoint and end."""
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a training has started; that one speaks for all."""
+    return LAUNCHER in os.environ
 
 
 def stop_with_parent() -> None:
-    """Watch standard input, where the environment says so: its end is taken for SIGTERM.
+    """Watch whoever started this process, where the environment says so: its end is taken for SIGTERM."""
+    watches = []
+    if os.environ.get(STOP_WITH) == "stdin":
+        watches.append(_wait_for_stdin)
+    if "WORLD_SIZE" in os.environ:
+        watches.append(_wait_for_launcher)
+    for wait in watches:
+        threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
 
-    Unlike the parent's process id, which may be given to another process, a pipe that closes cannot mislead.
-    """
-    if os.environ.get(STOP_WITH) != "stdin":
-        return
 
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
+def _wait_for_stdin() -> None:
+    """Unlike the parent's process id, which may be given to another process, a pipe that closes cannot mislead."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="stop-with-parent", daemon=True).start()
+
+def _wait_for_launcher() -> None:
+    """A launcher's processes are in sessions of their own, and it starts them without a pipe."""
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_STOP)  # one that waits for a lost process writes no checkpoint, and hears no signal
+    os.kill(os.getpid(), signal.SIGKILL)

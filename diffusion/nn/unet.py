@@ -82,4 +82,4 @@ class UNet(Network):
         out = self.head(x)
         if self.last is not None:
             out = self.last(F.silu(torch.cat([out, pixels], dim=1)))
-        return out[:, :, : self.size[0], : self.size[1]]
+        return out[:, :, : self.size[0], : self.size[1]] if any(self.padding) else out

@@ -36,6 +36,7 @@ from diffusion.training.hardware import Ahead, precision, runnable
 from diffusion.training.state import State, begin
 from diffusion.training.stop import StopSignals
 from diffusion.training.watching import Watch, picture, preview_options
+from diffusion.watch import launched
 
 CODE = [
     "files.py",
@@ -67,7 +68,11 @@ def run(params: Params, paths: Paths) -> None:
     if params.network.classes and not pairs.manifest.classes:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
     if params.train.processes > 1 and not distributed.is_worker():
-        launching.launch(params.train.processes)
+        check_devices(params, device)
+        launching.divide_threads(params.train.processes)
+        several = World(size=params.train.processes)
+        with taken(paths.checkpoints / training_fingerprint(params, paths, device, several)):
+            launching.launch(several.size)
         return
     with distributed.joined(device) as world, ExitStack() as held:
         parts = world.size * params.train.accumulate
@@ -78,12 +83,23 @@ def run(params: Params, paths: Paths) -> None:
             )
         fingerprint = training_fingerprint(params, paths, device, world)
         directory = paths.checkpoints / fingerprint
-        if world.main:
+        if world.main and not launched():
             held.enter_context(taken(directory))
         state = _train(params, paths, process, device, pairs, directory, fingerprint, world)
         if world.main:
             tracking.record(params, paths, state.run_id)
             shutil.rmtree(directory)
+
+
+def check_devices(params: Params, device: torch.device) -> None:
+    """Raise UserError unless every process can have a GPU of its own, or none."""
+    processes, gpus = params.train.processes, torch.cuda.device_count()
+    if device.type == "cuda" and params.device not in ("auto", "cuda"):
+        raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
+    if device.type == "cuda" and processes > gpus:
+        raise UserError(
+            f"train.processes: {processes} processes need a GPU each, but there are {gpus}; set it to {gpus}"
+        )
 
 
 def _train(
@@ -146,12 +162,14 @@ def _train(
 
 def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews: Path) -> None:
     """Write all that is told of a training."""
+    names = dict.fromkeys(name for row in state.loss_curve for name in row)
+    columns = sorted(names, key=lambda name: name if name.startswith("loss_t") else "")  # bands last, by timestep
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
             drawn = picture(previews, int(row["step"]))
             shutil.copyfile(drawn, temporary / drawn.name)
     with new_directory(paths.train_curves) as temporary:
-        write_csv(temporary / "loss.csv", state.loss_curve)
+        write_csv(temporary / "loss.csv", state.loss_curve, columns)
         write_csv(temporary / "heldout.csv", state.heldout_curve)
     kept = loop.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
     write_json(
@@ -181,6 +199,7 @@ def training_fingerprint(params: Params, paths: Paths, device: torch.device, wor
         "code": {str(file.relative_to(root)): sha256(file) for file in sources},
         "device": device.type,
         "processes": world.size,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "numpy": np.__version__,
     }

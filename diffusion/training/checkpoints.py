@@ -5,10 +5,11 @@ import json
 import os
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
 
-from diffusion.files import sha256, write_atomic, write_json
+from diffusion.files import write_atomic, write_json
 from diffusion.progress import say
 from diffusion.training.distributed import World
 from diffusion.training.state import State
@@ -26,8 +27,8 @@ def seconds_between() -> float:
 class Checkpoints:
     """The checkpoints of one training: a directory with the last two and the last good one.
 
-    A checkpoint is STEP.safetensors and then STEP.json, which holds the digest of the former: without a JSON file, or
-    with another digest, it does not count. A good one was written at a step that the parameters name, after a
+    A checkpoint is STEP.safetensors and then STEP.json, which holds the digest of both: without a JSON file, or with
+    another digest, it does not count. A good one was written at a step that the parameters name, after a
     measurement that was finite: what goes back to it does not depend on when the others happened to be written.
     """
 
@@ -38,8 +39,8 @@ class Checkpoints:
 
     def write(self, state: State, good: bool = False) -> None:
         """Write the state. All processes call this together; the main one writes."""
-        tensors = state.tensors()
-        tensors["sums"] = self.world.gather(state.sums[None]).cpu()  # each process has its own
+        sums = self.world.gather(state.sums[None]).cpu()  # each process has its own
+        tensors = state.tensors() if self.world.main or state.shared_out else {}
         if not self.world.main:
             return
         name = f"{state.step:010d}"
@@ -47,8 +48,9 @@ class Checkpoints:
         # If this step's is there already, its JSON goes first: at no moment it speaks of other weights.
         good = good or _is_good(weights.with_suffix(".json"))
         weights.with_suffix(".json").unlink(missing_ok=True)
-        write_atomic(weights, save(tensors))
-        write_json(weights.with_suffix(".json"), {"sha256": sha256(weights), "good": good, "facts": state.facts()})
+        content, facts = save(tensors | {"sums": sums}), {"good": good} | state.facts()
+        write_atomic(weights, content)
+        write_json(weights.with_suffix(".json"), {"sha256": _digest(content, facts), "facts": facts})
         newest = self._newest_first()
         kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
         for path in [*self.directory.glob("*.json*"), *self.directory.glob("*.safetensors*")]:
@@ -60,24 +62,26 @@ class Checkpoints:
 
         All processes call this together; only the main one has to have the files.
         """
-        facts, weights = b"", b""
+        facts: dict[str, Any] = {}
+        weights = b""
         for path in self._newest_first() if self.world.main else []:
             if good and not _is_good(path):
                 continue
             try:
-                facts, weights = path.read_bytes(), path.with_suffix(".safetensors").read_bytes()
-                if hashlib.sha256(weights).hexdigest() != json.loads(facts)["sha256"]:
+                written, weights = json.loads(path.read_bytes()), path.with_suffix(".safetensors").read_bytes()
+                if _digest(weights, written["facts"]) != written["sha256"]:
                     raise ValueError("its digest does not match")
-            except (OSError, ValueError, KeyError) as error:
-                facts = b""
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 say(f"train: checkpoint {path.stem} is damaged ({error}); going back to the one before")
             else:
+                facts = written["facts"]
                 break
-        facts = self.world.bytes_from_main(facts)
+        facts = json.loads(self.world.bytes_from_main(json.dumps(facts).encode()))
         if facts:
+            del facts["good"]
             tensors = load(self.world.bytes_from_main(weights))
             tensors["sums"] = tensors["sums"][self.world.rank]
-            state.restore(tensors, json.loads(facts)["facts"])
+            state.restore(tensors, facts)
         return bool(facts)
 
     def drop_after(self, step: int) -> None:
@@ -91,8 +95,12 @@ class Checkpoints:
         return sorted(self.directory.glob("*.json"), reverse=True)
 
 
+def _digest(weights: bytes, facts: dict[str, Any]) -> str:
+    return hashlib.sha256(weights + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _is_good(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_bytes())["good"])
-    except (OSError, ValueError, KeyError):
+        return bool(json.loads(path.read_bytes())["facts"]["good"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False

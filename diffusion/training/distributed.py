@@ -5,9 +5,7 @@ A launcher has started them (see launching.py) and says in the environment which
 
 import os
 import re
-import signal
-import threading
-import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,18 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import params
-from diffusion.errors import UserError
+from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
 
-SECONDS_TO_STOP = 10
 STORE = "DDPM_STORE"
 """File through which the processes of one machine find each other, so that no port is opened for it."""
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out", re.IGNORECASE)
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|remote process|communicator was aborted|[Tt]imed out"
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ def joined(device: torch.device) -> Iterator[World]:
     rank, file = int(os.environ["RANK"]), os.environ.get(STORE)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _end_with_parent()
     # The processes agree over CPU tensors, so that a GPU never waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, store=FileStore(file, size) if file else None)
@@ -113,9 +112,14 @@ def joined(device: torch.device) -> Iterator[World]:
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise
-        raise UserError(
-            f"process {rank} of {size} has lost another one; `dvc repro` goes on from the last checkpoint"
+        reason = str(error).splitlines()[0]
+        raise Echo(
+            f"process {rank} of {size} has lost another one ({reason}); `dvc repro` goes on from the last checkpoint"
         ) from None
+    except UserError as error:
+        if rank == 0:
+            raise
+        raise Echo(str(error)) from None  # all have come to it together
     dist.destroy_process_group()
 
 
@@ -123,9 +127,11 @@ def share_out(net: Network, options: params.Train, world: World) -> Network:
     """The network with its weights shared out over the processes, block by block, if `options` say so (FSDP2)."""
     if world.size > 1 and options.sharding == "weights":
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 takes no other
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nobody writes to
+        mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
         for part in net.hidden():
-            fully_shard(part)
-        fully_shard(net)
+            fully_shard(part, mesh=mesh)
+        fully_shard(net, mesh=mesh)
     return net
 
 
@@ -165,17 +171,3 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
         tensor = tensor.to(like.device)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like).copy_(tensor)
-
-
-def _end_with_parent() -> None:
-    """End this process soon after its launcher is gone, as one in a session of its own would not."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(SECONDS_TO_STOP)  # for a checkpoint; one that waits for a lost process cannot write any
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

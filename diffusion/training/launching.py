@@ -10,12 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion.errors import Stopped, UserError
-from diffusion.training.distributed import SECONDS_TO_STOP, STORE
+from diffusion.training.distributed import STORE
+from diffusion.watch import LAUNCHER, SECONDS_TO_STOP
+
+
+def divide_threads(processes: int) -> None:
+    """Give each of so many processes, and this one, its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    torch.set_num_threads(int(threads))
 
 
 def launch(processes: int) -> None:
@@ -24,8 +32,10 @@ def launch(processes: int) -> None:
     Raises Stopped after a signal that ended them, UserError if one was killed, and SystemExit with the status of one
     that has said itself why it failed.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of signals and ends at length
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells of signals and ends at length
+    os.environ[LAUNCHER] = str(os.getpid())
     # One machine: its processes meet in files, and speak over the loopback interface alone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

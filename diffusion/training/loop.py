@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,11 @@ def train(
                 if trainer.options.keep_best and state.heldout_curve[-1] is best(state.heldout_curve):
                     state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
                 checkpoints.write(state, good=not state.skipped_in_row)
-            if done and not state.loss_curve:
-                raise UserError(
-                    f"in none of {state.step} steps loss and gradient were finite; {advice(trainer.options)}"
-                )
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
+                if state.last_point < state.step:
+                    add_point(state, trainer)
+                if not state.loss_curve:
+                    raise UserError(f"loss or gradient was finite in no step; {advice(trainer.options)}")
                 return
             signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > seconds_between())
             if signum:
@@ -177,19 +178,19 @@ def add_point(state: State, trainer: Trainer) -> Row | None:
         "learning_rate": trainer.options.learning_rate * rate(state, state.step - 1, trainer.options),
         "grad_norm": norm / steps,
     }
-    T = trainer.loss.schedule.num_timesteps
-    for band, (total, weight) in enumerate(zip(bands[:BANDS], bands[BANDS:], strict=True)):
+    names = bands_of(trainer.loss.schedule.num_timesteps)
+    for name, total, weight in zip(names, bands[:BANDS], bands[BANDS:], strict=True):
         if weight:
-            row[band_name(band, T)] = total / weight
+            row[name] = total / weight
     state.loss_curve.append(row)
     return row
 
 
-def band_name(band: int, num_timesteps: int) -> str:
-    """The column of a band's loss, such as loss_t000_099."""
-    first, after = (-(-edge * num_timesteps // BANDS) for edge in (band, band + 1))
+def bands_of(num_timesteps: int) -> list[str]:
+    """The columns of the bands' losses, such as loss_t000_099."""
+    edges = [-(-band * num_timesteps // BANDS) for band in range(BANDS + 1)]
     digits = len(str(num_timesteps - 1))
-    return f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}"
+    return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(edges)]
 
 
 def best(heldout_curve: list[Row]) -> Row:
@@ -218,11 +219,12 @@ def go_back(state: State, options: params.Train, checkpoints: Checkpoints, seen:
     """
     if state.rollbacks:
         raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
+    skipped = state.skipped
     if not checkpoints.restore(state, good=True):
         raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
-    state.rollbacks += 1
-    checkpoints.drop_after(state.step)
+    state.rollbacks, state.skipped = state.rollbacks + 1, skipped
     checkpoints.write(state, good=True)
+    checkpoints.drop_after(state.step)
     if checkpoints.world.main:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffusion import params
 from diffusion.nn.layers import Network
@@ -64,6 +65,11 @@ class State(Facts):
         """The step of the loss curve's last point."""
         return int(self.loss_curve[-1]["step"]) if self.loss_curve else 0
 
+    @property
+    def shared_out(self) -> bool:
+        """Whether the processes share out the weights."""
+        return any(isinstance(parameter, DTensor) for parameter in self.net.parameters())
+
     def facts(self) -> dict[str, Any]:
         """The fields of `Facts`, as plain data."""
         return {part.name: getattr(self, part.name) for part in fields(Facts)}
@@ -86,7 +92,7 @@ class State(Facts):
                 key, _, parameter_name = rest.partition(".")
                 target = parameters[parameter_name]
                 # Moments lie in memory as their weights do (channels_last); Adam's count of steps is a scalar.
-                moment = placed(value, target) if value.ndim else value.clone()
+                moment = placed(value, target) if value.ndim else value.to(target.device, copy=True)
                 self.optimizers[int(kind)].state[target][key] = moment
         for prefix, module in self._modules():
             own = module.state_dict()

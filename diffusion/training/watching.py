@@ -83,7 +83,7 @@ class Watch:
         self.clock.tick()
         if self.progress:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
-            self.progress.advance(options.batch_size, note)
+            self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = loop.add_point(state, self.trainer)
             if self.live and row:

@@ -57,7 +57,7 @@ def test_a_good_one_is_found_again_behind_the_others(params: Params, tmp_path: P
     assert checkpoints.restore(new_state(params), good=True)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "other", "gone"])
+@pytest.mark.parametrize("damage", ["shorter", "other", "gone", "facts", "list"])
 def test_a_damaged_one_falls_back_to_the_one_before(
     params: Params, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +69,11 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     match damage:
         case "shorter":
             newest.write_bytes(content[:-1])
+        case "facts":
+            facts = newest.with_suffix(".json")
+            facts.write_text(facts.read_text().replace('"step": 3', '"step": 7'))
+        case "list":
+            newest.with_suffix(".json").write_text("[]")
         case "other":
             newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case _:

@@ -208,7 +208,7 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
     state, checkpoints = new_state(params), Checkpoints(tmp_path)
     run(params, state, checkpoints, fetch=bad_once)
     assert asked == [*range(10), *range(4, 12)]
-    assert (state.step, state.rollbacks, state.skipped) == (12, 1, 0)
+    assert (state.step, state.rollbacks, state.skipped) == (12, 1, 5)
     assert state.loss_curve[0]["learning_rate"] == pytest.approx(
         0.5 * params.train.learning_rate * loop.optim.rate(4, params.train)
     )
@@ -251,7 +251,7 @@ def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_pat
 
 def test_a_training_without_a_single_good_step_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     params = changed(params, train={"steps": 3})
-    with pytest.raises(UserError, match="in none of 3 steps loss and gradient were finite; lower learning_rate"):
+    with pytest.raises(UserError, match="loss or gradient was finite in no step; lower learning_rate"):
         run(params, new_state(params), Checkpoints(tmp_path), fetch=spoiled(0, 1, 2))
 
 
@@ -274,6 +274,7 @@ def test_the_best_measurement_is_kept_and_patience_ends_the_training(params: Par
     state, at_8 = new_state(params), new_state(params)
     run(params, state, Checkpoints(tmp_path / "a"), measured=errors.__getitem__)
     assert state.step == 16
+    assert [row["step"] for row in state.loss_curve] == [5, 10, 15, 16]  # what was left is told too
     with pytest.raises(Stopped):
         run(params, at_8, Checkpoints(tmp_path / "b"), stop_at=8, measured=errors.__getitem__)
     kept = new_state(params)

@@ -86,6 +86,7 @@ def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
     assert process.returncode == 1
     assert "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint" in rest
     assert "Traceback" not in rest
+    psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
     done = trees.run(tree)
     assert done.returncode == 0, done.stderr
@@ -93,16 +94,32 @@ def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
     assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
 
 
-def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path, early: bool) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
-    process = trees.start(tree)
-    trees.wait_for(process, "step 20: held-out")
-    workers = psutil.Process(process.pid).children()
-    process.kill()
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    assert len(workers) == 2
+    with trees.start(tree) as process:
+        if not early:
+            trees.wait_for(process, "step 20: held-out")
+        launcher = psutil.Process(process.pid)
+        while len(workers := launcher.children()) < 2:
+            time.sleep(0.01)
+        process.kill()
+        _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-    assert len(list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))) > 0
+    assert early or list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))
+
+
+def test_an_interrupt_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
+    with trees.start(tree) as process:
+        trees.wait_for(process, "step 20: held-out")
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        _, rest = process.communicate(timeout=30)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 128 + signal.SIGINT, rest
+    assert rest.endswith("ddpm train: stopped by SIGINT\n")
+    assert [line for line in rest.splitlines() if "images, " not in line] == ["ddpm train: stopped by SIGINT"]
 
 
 def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
