@@ -125,6 +125,9 @@ def main() -> None:
         "batch_size": arguments.batch_size,
         "warmup_steps": arguments.steps // 10,
         "ema_width": 0.05,
+        "optimizer": "adamw",
+        "decay": "cosine",
+        "timesteps": "stratified",
     }
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.jobs) as pool:
         root = Path(directory)

@@ -10,9 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from diffusion.errors import Echo, UserError
 from diffusion.files import read_csv
+from diffusion.params import Params
+from diffusion.stages.train import check_devices
+from diffusion.training.distributed import joined
 from tests.training import trees
 
 
@@ -139,6 +144,42 @@ def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp
         assert process.returncode == 0, told
     assert_nearly_same(machines[0], alone)
     assert not (machines[1] / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "message"),
+    [
+        ("auto", 3, "train.processes: 3 processes need a GPU each, but there are 2; set it to 2"),
+        ("cuda:1", 2, "device: cuda:1 is one GPU, but train.processes is 2; set device to cuda"),
+    ],
+)
+def test_every_process_needs_a_gpu_of_its_own(
+    params: Params, monkeypatch: pytest.MonkeyPatch, device: str, processes: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    train = params.train.model_copy(update={"processes": processes})
+    with pytest.raises(UserError, match=message):
+        check_devices(params.model_copy(update={"device": device, "train": train}), torch.device("cuda", 0))
+    check_devices(params.model_copy(update={"device": "cuda", "train": train}), torch.device("cpu"))
+
+
+def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a world of two, whose second process stands here: it raises what the first one says."""
+
+    def ends_with(error: Exception, rank: int) -> type[BaseException]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name in ("init_process_group", "destroy_process_group", "barrier"):
+            monkeypatch.setattr(dist, name, lambda *_, **__: None)
+        with pytest.raises(type(error)) as raised, joined(torch.device("cpu")):
+            raise error
+        return raised.type
+
+    assert ends_with(UserError("diverged"), rank=0) is UserError
+    assert ends_with(UserError("diverged"), rank=1) is Echo
+    with pytest.raises(Echo, match=r"process 1 of 2 has lost another one \(.*Connection closed by peer"):
+        ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1)
+    assert ends_with(RuntimeError("gloo: no such interface"), rank=1) is RuntimeError
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(pairs_tree: Path, tmp_path: Path) -> None:
