@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.action(arguments)
     except UserError as error:
-        if not (launched() and isinstance(error, Echo)):
+        if not isinstance(error, Echo):
             print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:

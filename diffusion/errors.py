@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class Echo(UserError):
-    """What another process tells of as well, where several train together."""
+    """What another process tells of, where several train together: here it is not said again."""
 
 
 class Stopped(Exception):

@@ -9,14 +9,14 @@ import time
 STOP_WITH = "DDPM_STOP_WITH"
 """Set to "stdin" by whoever starts a stage and keeps its standard input open for as long as it should run."""
 LAUNCHER = "DDPM_LAUNCHER"
-"""The process id of a training that has started this one, to train together with others."""
+"""The process id of a training that has started others, to train together."""
 SECONDS_TO_STOP = 10
 """How long a process may take to write a checkpoint and end."""
 
 
 def launched() -> bool:
     """Whether this process is one of several that a training has started; that one speaks for all."""
-    return LAUNCHER in os.environ
+    return os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
 
 
 def stop_with_parent() -> None:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion import params
 from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
+from diffusion.watch import launched
 
 STORE = "DDPM_STORE"
 """File through which the processes of one machine find each other, so that no port is opened for it."""
@@ -113,7 +114,8 @@ def joined(device: torch.device) -> Iterator[World]:
         if not _LOST.search(str(error)):
             raise
         reason = str(error).splitlines()[0]
-        raise Echo(
+        kind = Echo if launched() else UserError
+        raise kind(
             f"process {rank} of {size} has lost another one ({reason}); `dvc repro` goes on from the last checkpoint"
         ) from None
     except UserError as error:

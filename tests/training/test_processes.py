@@ -18,6 +18,7 @@ from diffusion.files import read_csv
 from diffusion.params import Params
 from diffusion.stages.train import check_devices
 from diffusion.training.distributed import joined
+from diffusion.watch import LAUNCHER
 from tests.training import trees
 
 
@@ -177,8 +178,13 @@ def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -
 
     assert ends_with(UserError("diverged"), rank=0) is UserError
     assert ends_with(UserError("diverged"), rank=1) is Echo
+    monkeypatch.setenv(LAUNCHER, "1")
     with pytest.raises(Echo, match=r"process 1 of 2 has lost another one \(.*Connection closed by peer"):
         ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1)
+    monkeypatch.delenv(LAUNCHER)
+    with pytest.raises(UserError) as told:  # torchrun does not tell of it
+        ends_with(RuntimeError("[gloo] Connection closed by peer"), rank=1)
+    assert told.type is UserError
     assert ends_with(RuntimeError("gloo: no such interface"), rank=1) is RuntimeError
 
 
