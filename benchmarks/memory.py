@@ -8,6 +8,7 @@ own memory at its most; pages of the files that it maps are the system's to drop
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 def own_memory(command: list[str], tree: Path) -> int:
     """Bytes of its own that a command has at its most."""
     most = 0
-    with subprocess.Popen(command, cwd=tree, stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tree}/mlflow.db"}
+    with subprocess.Popen(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             try:

@@ -6,7 +6,7 @@ Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs of the
 
 Three trainings take turns, a slice of some seconds each, so that all of them see the machine fast and slow alike:
 the preset; the preset with a tenth of its steps; and the peer, for as long as the preset takes: UNet2DModel and
-DDPMScheduler as diffusers' training example has them, sized for 28x28 pixels, with its warm-up, cosine decay and EMA.
+DDPMScheduler as diffusers' training example has them, for 28x28 grey pixels, with its warm-up, cosine decay and EMA.
 Only training counts as time. The error is the MSE of the predicted noise on 1,024 test pairs, of the raw or the
 averaged weights, whichever is less. The peer is given all training images, as `ours` is.
 """
@@ -69,6 +69,9 @@ class Training(ABC):
     def share(self) -> float:
         """How much of the training is done, 1 at its end."""
 
+    def done(self) -> bool:
+        return self.share() >= 1
+
     @abstractmethod
     def nets(self) -> dict[str, torch.nn.Module]:
         """The raw network and its average, each giving eps_hat for (x_t, t)."""
@@ -76,15 +79,20 @@ class Training(ABC):
     def slice(self, seconds: float, test: Pairs) -> None:
         """Train for so long, and measure where a mark is passed."""
         until = self.seconds + seconds
-        while self.seconds < until and self.share() < 1:
-            before, began = self.share(), time.perf_counter()
+        while self.seconds < until and not self.done():
+            began = time.perf_counter()
             self.images += self.step()
             self.seconds += time.perf_counter() - began
-            if any(before < mark <= self.share() + 1e-9 for mark in MARKS):
-                errors = {name: heldout_mse(net, test) for name, net in self.nets().items()}
-                self.rows.append({"training": self.name, "seconds": self.seconds, "images": self.images} | errors)
-                row = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
-                print(f"{self.name}: {self.seconds:.0f} s, {self.images} images: {row}", file=sys.stderr, flush=True)
+            if self.share() >= MARKS[len(self.rows)] and not self.done():
+                self.measure(test)
+        if self.done():
+            self.measure(test)
+
+    def measure(self, test: Pairs) -> None:
+        errors = {name: heldout_mse(net, test) for name, net in self.nets().items()}
+        self.rows.append({"training": self.name, "seconds": self.seconds, "images": self.images} | errors)
+        row = ", ".join(f"{name} {value:.4f}" for name, value in errors.items())
+        print(f"{self.name}: {self.seconds:.0f} s, {self.images} images: {row}", file=sys.stderr, flush=True)
 
     def best(self) -> list[tuple[float, float]]:
         """Seconds and error, of the better weights, at each mark."""
@@ -118,9 +126,9 @@ class Ours(Training):
         return self.state.step / self.params.train.steps
 
     def nets(self) -> dict[str, torch.nn.Module]:
-        return {"raw": self.net(self.state.net), "average": self.net(self.state.average)}
+        return {"raw": self.eps_of(self.state.net), "average": self.eps_of(self.state.average)}
 
-    def net(self, net: torch.nn.Module) -> torch.nn.Module:
+    def eps_of(self, net: torch.nn.Module) -> torch.nn.Module:
         return EpsOf(Model(net, self.process, self.config))
 
     def model(self) -> Model:
@@ -184,9 +192,10 @@ class Peer(Training):
         return self.BATCH
 
     def share(self) -> float:
-        """By the other's time, of which the whole is known once it has ended."""
+        """By the other's time, of which the whole is only estimated until it has ended."""
         whole = self.beside.seconds / max(self.beside.share(), 1e-9)
-        return min(1.0, self.seconds / whole) if self.beside.seconds else 0.0
+        share = min(1.0, self.seconds / whole) if self.beside.seconds else 0.0
+        return share if self.beside.done() else min(share, 0.999)
 
     def nets(self) -> dict[str, torch.nn.Module]:
         averaged = UNet.from_config(self.net.config)
@@ -212,13 +221,14 @@ class First(torch.nn.Module):
 
 @torch.inference_mode()
 def heldout_mse(net: torch.nn.Module, test: Pairs) -> float:
+    training = net.training
     net.eval()
     total, count = 0.0, 0
     for block in range(BLOCKS):
         t, x_t, eps = (torch.from_numpy(array) for array in test.heldout(block, 0))
         error = net(x_t.to(memory_format=torch.channels_last), t) - eps
         total, count = total + error.square().double().sum().item(), count + error.numel()
-    net.train()
+    net.train(training)
     return total / count
 
 
@@ -288,8 +298,8 @@ def main() -> None:
     images, _ = features.split(paths, "train")
     peer = Peer(whole, images, params)
     trainings: list[Training] = [whole, tenth, peer]
-    while any(training.share() < 1 for training in trainings):
-        for training in trainings:
+    while waiting := [training for training in trainings if not training.done()]:
+        for training in waiting:
             training.slice(arguments.slice, test)
 
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from diffusion import params
-from diffusion.errors import UserError
+from diffusion.errors import UserError, describe
 from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn import build as networks
 from diffusion.nn.layers import Network
@@ -103,7 +103,7 @@ def load_model(directory: Path, device: torch.device) -> Model:
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load_file(directory / WEIGHTS))
     except ValidationError as error:
-        raise UserError(f"{directory / CONFIG}: {params.describe(error)}; run `dvc repro train`") from None
+        raise UserError(f"{directory / CONFIG}: {describe(error)}; run `dvc repro train`") from None
     except RuntimeError:
         raise UserError(f"{directory / WEIGHTS}: not of the network in {CONFIG}; run `dvc repro train`") from None
     except (OSError, ValueError, SafetensorError) as error:

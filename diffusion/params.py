@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, describe
 from diffusion.yaml_files import overlay, read_yaml
 
 LARGEST = 2**53
@@ -210,7 +210,7 @@ class Train(Section):
     """Processes that train together on this machine, one for each GPU; under torchrun it is torchrun's number."""
     sharding: Literal["none", "weights"]
     """What several processes share out besides the batch: nothing (DDP), or weights, gradients and optimizer state as
-    well, for networks too large for one GPU (FSDP2)."""
+    well, where they do not fit into one GPU together (FSDP2)."""
     accumulate: Positive
     """Parts in which each process goes through its share of a batch, for batches that do not fit into memory."""
     precision: Literal["auto", "fp32", "bf16"]
@@ -327,27 +327,6 @@ def validate(document: Any, origin: str) -> Params:
         return Params.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{origin}: {describe(error)}") from None
-
-
-def describe(error: ValidationError) -> str:
-    """A validation error in one line: field, what is wrong, the value found."""
-    problems, found = [], error.errors(include_url=False)
-    for problem in found[:8]:
-        field = ".".join(str(part) for part in problem["loc"])
-        match problem["type"]:
-            case "missing":
-                text = "missing (presets/digits.yaml has every field)"
-            case "extra_forbidden":
-                text = "no such parameter"
-            case "tuple_type":
-                text = f"must be a list, as [1, 2] (got {problem['input']!r})"
-            case "value_error":
-                text = str(problem["ctx"]["error"])
-            case _:
-                text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-        problems.append(f"{field}: {text}" if field else text)
-    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
-    return "; ".join(problems + more)
 
 
 def load(path: Path) -> Params:

@@ -24,7 +24,7 @@ def stop_with_parent() -> None:
     watches = []
     if os.environ.get(STOP_WITH) == "stdin":
         watches.append(_wait_for_stdin)
-    if "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         watches.append(_wait_for_launcher)
     for wait in watches:
         threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()

@@ -46,3 +46,10 @@ def test_json_refuses_what_json_has_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "t.json", {"loss": float("nan")})
     assert not (tmp_path / "t.json").exists()
+
+
+def test_a_row_of_a_csv_file_may_lack_a_column(tmp_path: Path) -> None:
+    rows = [{"step": 1.0, "loss": 0.1}, {"step": 2.0, "band": 1 / 3}]
+    files.write_csv(tmp_path / "a.csv", rows, ["step", "loss", "band"])
+    assert (tmp_path / "a.csv").read_text().splitlines()[:2] == ["step,loss,band", "1.0,0.1,"]
+    assert files.read_csv(tmp_path / "a.csv") == rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion import params as parameters
 from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
-from diffusion.errors import UserError
+from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Config, Model, load_model
@@ -110,7 +110,7 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     try:
         return Settings.model_validate(overlay(document, changes))
     except ValidationError as error:
-        raise UserError(f"{paths.params} with the options given: {parameters.describe(error)}") from None
+        raise UserError(f"{paths.params} with the options given: {describe(error)}") from None
 
 
 def check(options: Sample, config: Config) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from diffusion import model, params
-from diffusion.errors import UserError
+from diffusion.errors import UserError, describe
 from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.files import new_directory, write_atomic, write_json
@@ -91,7 +91,7 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     try:
         network, process = unet.network(), scheduler.process()
     except ValidationError as error:
-        raise UserError(f"{source}: in our parameters, {params.describe(error)}") from None
+        raise UserError(f"{source}: in our parameters, {describe(error)}") from None
     if learned != process.learned_variance:
         must = "learned_range" if learned else "fixed_small or fixed_large"
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
@@ -140,6 +140,6 @@ def _read(path: Path, kind: type[Read]) -> Read:
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise UserError(f"{path}: {params.describe(error)}") from None
+        raise UserError(f"{path}: {describe(error)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable JSON file ({getattr(error, 'strerror', None) or error})") from None

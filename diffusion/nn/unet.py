@@ -52,10 +52,9 @@ class UNet(Network):
                 current = width_out
             if level > 0:
                 self.up.append(Upsample(current))
-        self.last: nn.Conv2d | None = None
+        self.last = zero_(nn.Conv2d(2 * fine, channels_out, 3, padding=1)) if fine else None
         if fine:
             to_patch = nn.Conv2d(current, fine * patch**2, 1)
-            self.last = zero_(nn.Conv2d(2 * fine, channels_out, 3, padding=1))
         else:
             to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
         self.head = nn.Sequential(group_norm(current, options), nn.SiLU(), to_patch, nn.PixelShuffle(patch))
@@ -65,10 +64,10 @@ class UNet(Network):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = F.silu(self.conditions(t, y).sum(dim=1))
-        pixels = F.pad(x_t, self.padding) if any(self.padding) else x_t
+        fine = F.pad(x_t, self.padding) if any(self.padding) else x_t
         if self.fine is not None:
-            pixels = self.fine(pixels)
-        x = self.stem(pixels)
+            fine = self.fine(fine)
+        x = self.stem(fine)
         skips = [x]
         for module in self.down:
             x = module(x, emb)
@@ -81,5 +80,5 @@ class UNet(Network):
             x = module(x, emb)
         out = self.head(x)
         if self.last is not None:
-            out = self.last(F.silu(torch.cat([out, pixels], dim=1)))
+            out = self.last(F.silu(torch.cat([out, fine], dim=1)))
         return out[:, :, : self.size[0], : self.size[1]] if any(self.padding) else out

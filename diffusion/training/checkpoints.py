@@ -45,11 +45,12 @@ class Checkpoints:
             return
         name = f"{state.step:010d}"
         weights = self.directory / f"{name}.safetensors"
-        # If this step's is there already, its JSON goes first: at no moment it speaks of other weights.
+        # If another one of this step is there already, its JSON goes first: at no moment it speaks of other weights.
         good = good or _is_good(weights.with_suffix(".json"))
-        weights.with_suffix(".json").unlink(missing_ok=True)
         content, facts = save(tensors | {"sums": sums}), {"good": good} | state.facts()
-        write_atomic(weights, content)
+        if not weights.exists() or weights.read_bytes() != content:
+            weights.with_suffix(".json").unlink(missing_ok=True)
+            write_atomic(weights, content)
         write_json(weights.with_suffix(".json"), {"sha256": _digest(content, facts), "facts": facts})
         newest = self._newest_first()
         kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
@@ -96,7 +97,9 @@ class Checkpoints:
 
 
 def _digest(weights: bytes, facts: dict[str, Any]) -> str:
-    return hashlib.sha256(weights + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(weights)
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _is_good(path: Path) -> bool:

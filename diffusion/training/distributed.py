@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from diffusion.watch import launched
 
 STORE = "DDPM_STORE"
 """File through which the processes of one machine find each other, so that no port is opened for it."""
+PATIENCE = timedelta(hours=12)
+"""How long the others wait while the main process measures, draws or writes. A lost one is noticed at once."""
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|remote process|communicator was aborted|[Tt]imed out"
 )
@@ -86,7 +89,7 @@ class World:
 
 def is_worker() -> bool:
     """Whether this process was started by a launcher, torch's or `launch`."""
-    return "WORLD_SIZE" in os.environ
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def local_rank() -> int:
@@ -97,7 +100,7 @@ def local_rank() -> int:
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world of this process, connected with the others. A lost one ends the block with a UserError."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
         yield World()
         return
@@ -106,7 +109,9 @@ def joined(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     # The processes agree over CPU tensors, so that a GPU never waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, store=FileStore(file, size) if file else None)
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, store=FileStore(file, size) if file else None, timeout=PATIENCE
+    )
     try:
         yield World(rank, size)
         dist.barrier()  # the main one may still have been at work

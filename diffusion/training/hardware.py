@@ -20,7 +20,11 @@ Item = TypeVar("Item")
 def precision(options: params.Train, device: torch.device) -> torch.dtype:
     """What matrix products and convolutions are computed in; weights and all else are float32."""
     if options.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return torch.bfloat16 if options.precision == "bf16" else torch.float32
 
 

@@ -22,7 +22,8 @@ from diffusion.watch import LAUNCHER, SECONDS_TO_STOP
 
 def divide_threads(processes: int) -> None:
     """Give each of so many processes, and this one, its share of the cores, unless OMP_NUM_THREADS says otherwise."""
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     torch.set_num_threads(int(threads))
 
 
@@ -59,7 +60,8 @@ def launch(processes: int) -> None:
         except SignalException as stopped:
             raise Stopped(stopped.sigval) from None
         except ChildFailedError as failed:
-            rank, failure = failed.get_first_failure()
+            # The first one; of those in the same second, the one that was killed, for the others only lost it.
+            rank, failure = min(failed.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
             if failure.exitcode >= 0:
                 raise SystemExit(failure.exitcode) from None
             raise UserError(

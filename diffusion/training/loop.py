@@ -60,8 +60,8 @@ def train(
 
     `report` is called after each step, `preview` every `preview_every` steps and at the end; it measures the held-out
     error and adds it to the curve. `stop_signal` gives the number of a signal that has come, or 0: then a checkpoint is
-    written and Stopped is raised. Others are written every minute and whenever the training ends, so that an
-    interrupted one goes on where it was, to the bit.
+    written and Stopped is raised. Others are written at the start, after each measurement and every minute, so that an
+    interrupted training goes on where it was, to the bit.
 
     Raises UserError when loss or gradients stay out of the finite numbers, with a lower learning rate as well.
     """
@@ -78,6 +78,7 @@ def train(
                 if trainer.options.keep_best and state.heldout_curve[-1] is best(state.heldout_curve):
                     state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
                 checkpoints.write(state, good=not state.skipped_in_row)
+                saved = time.monotonic()
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
                 if state.last_point < state.step:
                     add_point(state, trainer)
@@ -219,12 +220,14 @@ def go_back(state: State, options: params.Train, checkpoints: Checkpoints, seen:
     """
     if state.rollbacks:
         raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
-    skipped = state.skipped
+    kept = {"skipped": state.skipped, "run_id": state.run_id, "rollbacks": 1}
     if not checkpoints.restore(state, good=True):
         raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
-    state.rollbacks, state.skipped = state.rollbacks + 1, skipped
-    checkpoints.write(state, good=True)
+    # Killed before the last of these, it goes on from an earlier state and comes here again.
     checkpoints.drop_after(state.step)
+    for name, value in kept.items():
+        setattr(state, name, value)
+    checkpoints.write(state, good=True)
     if checkpoints.world.main:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
 

@@ -71,10 +71,11 @@ def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: params.Trai
     With AdamW the weights of linear layers and convolutions decay; biases, norms, positions and tables do not.
     """
     layers: list[Any] = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    known = set(layers)
     inside = {parameter for block in hidden for parameter in block.parameters()} if options.optimizer == "muon" else ()
     matrices = [weight for weight in layers if weight in inside]
     decaying = [weight for weight in layers if weight not in inside]
-    others = [parameter for parameter in net.parameters() if not any(parameter is weight for weight in layers)]
+    others = [parameter for parameter in net.parameters() if parameter not in known]
     groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -30,12 +30,12 @@ class Facts:
     """
 
     step: int = 0
-    """Steps gone through, those among them that were skipped."""
+    """Steps gone through, skipped ones included."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
     skipped_in_row: int = 0
     rollbacks: int = 0
-    """How often the training went back to an earlier step because too many steps in a row were skipped."""
+    """How often the training went back to an earlier step (see loop.go_back)."""
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None

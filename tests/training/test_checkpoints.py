@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from diffusion.params import Params
+from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State
 from tests.training.test_loop import Killed, changed, new_state
@@ -91,43 +93,41 @@ def test_without_any_the_state_stays_as_it_is(params: Params, tmp_path: Path) ->
     assert state.step == 9
 
 
-def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call into the file system while the third and fourth are written is, in turn, the last one."""
-    countdown = -1
+class Countdown:
+    """Lets so many calls into the file system pass, and raises Killed at the next; None: all of them."""
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left: int | None = None
+        for owner, name in [(os, "fdopen"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]:
+            monkeypatch.setattr(owner, name, self._watched(getattr(owner, name)))
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*arguments: Any, **options: Any) -> Any:
-            nonlocal countdown
-            if countdown == 0:
+            if self.left == 0:
                 raise Killed
-            countdown -= 1
+            if self.left is not None:
+                self.left -= 1
             return call(*arguments, **options)
 
         return counting
 
-    for owner, name in [(os, "fdopen"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]:
-        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    state, moments = new_state(params), 0
-    while True:
+
+def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call into the file system while the third and fourth are written is, in turn, the last one."""
+    countdown, state, moments, written = Countdown(monkeypatch), new_state(params), 0, 2
+    while written < 4:
         directory = tmp_path / str(moments)
         checkpoints = Checkpoints(directory)
-        countdown = -1
         for step in (1, 2):
             checkpoints.write(at(state, step))
-        countdown = moments
-        written = 2
-        try:
+        countdown.left, written = moments, 2
+        with suppress(Killed):
             for step in (3, 4):
                 checkpoints.write(at(state, step))
                 written = step
-        except Killed:
-            moments += 1
-        else:
-            break
-        finally:
-            countdown = -1
+        countdown.left = None
         found = new_state(params)
         assert Checkpoints(directory).restore(found)
         assert found.step in (written, written + 1)
@@ -135,4 +135,35 @@ def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
         # And the next one is written as ever; nothing unfinished stays.
         checkpoints.write(at(found, found.step + 1))
         assert len(steps(directory)) == 2
+        moments += 1
     assert moments > 20
+
+
+def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    countdown, moments, done = Countdown(monkeypatch), 0, False
+    while not done:
+        directory = tmp_path / str(moments)
+        state, checkpoints = new_state(params), Checkpoints(directory)
+        for step in range(3):
+            checkpoints.write(at(state, step), good=step == 1)
+        state.skipped = 5
+        countdown.left = moments
+        try:
+            loop.go_back(state, params.train, checkpoints, "seen")
+            done = True
+        except Killed:
+            countdown.left = None
+            again = new_state(params)
+            assert checkpoints.restore(again)
+            if not again.rollbacks:  # it trains on, and is where it was
+                again.skipped = 5
+                loop.go_back(again, params.train, checkpoints, "seen")
+            state = again
+        countdown.left = None
+        assert (state.step, state.rollbacks, state.skipped) == (1, 1, 5)
+        assert (next(state.net.parameters()) == 1).all()
+        assert steps(directory) == [1]
+        moments += 1
+    assert moments > 5

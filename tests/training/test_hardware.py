@@ -66,12 +66,16 @@ def test_a_compiled_network_gives_the_same_within_rounding(params: Params) -> No
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_auto_is_full_precision_on_a_cpu(params: Params) -> None:
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_auto_is_full_precision_where_there_is_no_other(
+    params: Params, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+
     def chosen(name: str, device: torch.device) -> torch.dtype:
         return hardware.precision(params.train.model_copy(update={"precision": name}), device)
 
     assert [chosen(name, CPU) for name in ("auto", "fp32", "bf16")] == [torch.float32, torch.float32, torch.bfloat16]
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     assert chosen("auto", torch.device("cuda")) == (torch.bfloat16 if has_bf16 else torch.float32)
 
 

