@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion import params as parameters
 from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
