@@ -152,9 +152,9 @@ class Peer(Training):
     name = "diffusers"
     BATCH, RATE, WARMUP = 64, 4e-4, 100
 
-    def __init__(self, beside: Training, images: features.Images, params: Params) -> None:
+    def __init__(self, beside: Training, images: features.Images, params: Params, decay: str) -> None:
         super().__init__()
-        self.beside, self.source = beside, images
+        self.beside, self.source, self.decay = beside, images, decay
         self.process = build.process(params.process.model_copy(update={"parameterization": "eps"}))
         torch.manual_seed(0)
         self.net = UNet(
@@ -179,8 +179,9 @@ class Peer(Training):
         x_0 = torch.from_numpy(self.source[chosen.numpy()] / np.float32(127.5) - 1)
         t = torch.randint(self.process.schedule.num_timesteps, (self.BATCH,), generator=self.generator)
         eps = torch.randn(x_0.shape, generator=self.generator)
-        # Its cosine decay ends when the other training does: time is shared, steps are not.
-        rate = min(1.0, (self.steps + 1) / self.WARMUP) * 0.5 * (1 + math.cos(math.pi * self.share()))
+        rate = min(1.0, (self.steps + 1) / self.WARMUP)
+        if self.decay == "cosine":  # ends when the other training does: time is shared, steps are not
+            rate *= 0.5 * (1 + math.cos(math.pi * self.share()))
         self.optimizer.param_groups[0]["lr"] = self.RATE * rate
         loss = F.mse_loss(self.net(self.process.schedule.diffuse(x_0, t, eps), t, return_dict=False)[0], eps)
         loss.backward()
@@ -282,6 +283,7 @@ def main() -> None:
     parser.add_argument("--preset", type=Path, required=True, help="parameters of the preset")
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of each turn")
     parser.add_argument("--steps", type=int, help="steps of the preset's training; without it, the preset's own")
+    parser.add_argument("--peer-decay", choices=["cosine", "constant"], default="cosine", help="of its learning rate")
     parser.add_argument("--count", type=int, default=256, help="pictures of each for the Fréchet distance")
     parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv, OUT.png and OUT-samples.png")
     arguments = parser.parse_args()
@@ -296,7 +298,7 @@ def main() -> None:
         for name, changes in (("ours", {"steps": steps}), ("ours, a tenth of the steps", short))
     )
     images, _ = features.split(paths, "train")
-    peer = Peer(whole, images, params)
+    peer = Peer(whole, images, params, arguments.peer_decay)
     trainings: list[Training] = [whole, tenth, peer]
     while waiting := [training for training in trainings if not training.done()]:
         for training in waiting:
