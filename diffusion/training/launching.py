@@ -60,11 +60,16 @@ def launch(processes: int) -> None:
         except SignalException as stopped:
             raise Stopped(stopped.sigval) from None
         except ChildFailedError as failed:
-            # The first one; of those in the same second, the one that was killed, for the others only lost it.
-            rank, failure = min(failed.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
+            # The one that was killed, if there is one: the others only lost it, or were told to end.
+            rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1].exitcode))
             if failure.exitcode >= 0:
                 raise SystemExit(failure.exitcode) from None
             raise UserError(
                 f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}; "
                 "`dvc repro` goes on from the last checkpoint"
             ) from None
+
+
+def _blame(exitcode: int) -> tuple[bool, int]:
+    """Sorts first what another process cannot have caused: signals (below 0), but for the launcher's SIGTERM."""
+    return exitcode == -signal.SIGTERM, exitcode

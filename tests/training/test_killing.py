@@ -9,6 +9,8 @@ import pytest
 from tests.training import trees
 
 KILLS, STEPS = 20, 700
+WRITING = ".ddpm/checkpoints/*/.0*"
+"""What a checkpoint is called until it is whole."""
 
 
 @pytest.mark.timeout(1800)
@@ -19,20 +21,24 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(pairs_tree: Path, tmp_p
     assert done.returncode == 0, done.stderr
 
     killed, chance = trees.copy(pairs_tree, tmp_path / "killed", **options), random.Random(0)
-    always = trees.seconds(0)  # a checkpoint at every step: about every other kill is in the midst of writing one
+    always = trees.seconds(0)  # a checkpoint at every step
     going_on, unfinished = 0, 0
-    for step in sorted(chance.sample(range(STEPS - 50), KILLS)):
+    for number, step in enumerate(sorted(chance.sample(range(STEPS - 50), KILLS))):
         with trees.start(killed, **always) as process:
             going_on += "going on from step" in trees.wait_for(process, "parameters, ")
             while not any(int(path.stem) >= step for path in killed.glob(".ddpm/checkpoints/*/0*.json")):
                 assert process.poll() is None
                 time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.05))
+            if number % 2:  # at any moment of a step
+                time.sleep(chance.uniform(0, 0.05))
+            else:  # in the midst of writing
+                while not any(killed.glob(WRITING)):
+                    assert process.poll() is None
             assert process.poll() is None, "it ended before it could be killed"
             process.kill()
-        unfinished += any(path.name.startswith(".") for path in killed.glob(".ddpm/checkpoints/*/*"))
+        unfinished += any(killed.glob(WRITING))
     assert going_on >= KILLS - 1
-    assert unfinished > 0  # killed in the midst of writing
+    assert unfinished > 0
     done = trees.run(killed)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr

@@ -107,7 +107,7 @@ def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> N
         f"{what} {step}" for step in (4, 8, 12) for what in ("preview", "good checkpoint")
     ]
     assert run(params, state, Checkpoints(tmp_path)) == called
-    assert [row["step"] for row in state.loss_curve] == [5, 10]
+    assert [row["step"] for row in state.loss_curve] == [5, 10, 12]
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in state.loss_curve)
 
 
