@@ -35,7 +35,10 @@ def run_stage(arguments: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     paths = Paths()
     params = parameters.load(paths.params)
-    importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+    try:
+        importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+    finally:  # it ends anyway: while Python shuts down, `stop` would only leave a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def stop(signum: int, _: FrameType | None) -> NoReturn:
