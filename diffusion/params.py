@@ -133,9 +133,6 @@ class Network(Section):
     """Channels of each attention head; 0 for a single head."""
     patch_size: Positive
     """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
-    fine_channels: NonNegative
-    """U-Net: features of each pixel that are made before the patches, and go around all levels to the last layer; 0 for
-    none. They cost little, and tell noise from texture where there is little noise."""
     dropout: Fraction
     """Dropout rate inside the blocks."""
     classes: bool

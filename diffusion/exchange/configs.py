@@ -158,7 +158,6 @@ class UNetConfig(_Json):
                 "conditioning": key_of(CONDITIONINGS, self.resnet_time_scale_shift),
                 "head_channels": self.attention_head_dim or 0,
                 "patch_size": 1,
-                "fine_channels": 0,
                 "dropout": self.dropout,
                 "classes": False,
                 "convention": key_of(CONVENTIONS, (self.downsample_padding, self.norm_eps)),

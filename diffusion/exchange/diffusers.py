@@ -60,7 +60,6 @@ def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
     wanted: list[tuple[str, object, bool, str]] = [
         ("network.kind", network.kind, network.kind == "unet", "unet"),
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
-        ("network.fine_channels", network.fine_channels, network.fine_channels == 0, "0"),
         ("network.classes", str(network.classes).lower(), not network.classes, "false"),
         ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),
         ("pairs.width", width, width % cell == 0, f"a multiple of {cell}"),

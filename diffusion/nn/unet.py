@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020, app. B), optionally on patches, with a path for the finest features around it."""
+"""The U-Net of DDPM (Ho et al. 2020, app. B), optionally on patches."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ class UNet(Network):
 
     y is the class, negative or None for none; it counts if `num_classes` is not None. Images whose sides the levels do
     not divide are padded inside and cropped back.
-
-    With `fine_channels` the patches are of features that a first convolution makes of the pixels, and the last one
-    sees these features again: what noise is, where there is little of it, depends on the nearest pixels alone.
     """
 
     def __init__(
@@ -30,11 +27,7 @@ class UNet(Network):
         self.padding = (0, -width % cell, 0, -height % cell)
 
         self.conditions = Conditions(base, 4 * base, num_classes)
-        fine = options.fine_channels
-        self.fine = nn.Conv2d(channels, fine, 3, padding=1) if fine else None
-        self.stem = nn.Sequential(
-            nn.PixelUnshuffle(patch), nn.Conv2d((fine or channels) * patch**2, base, 3, padding=1)
-        )
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, base, 3, padding=1))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         current, skips = base, [base]
         for level, width_out in enumerate(widths):
@@ -52,11 +45,7 @@ class UNet(Network):
                 current = width_out
             if level > 0:
                 self.up.append(Upsample(current))
-        self.last = zero_(nn.Conv2d(2 * fine, channels_out, 3, padding=1)) if fine else None
-        if fine:
-            to_patch = nn.Conv2d(current, fine * patch**2, 1)
-        else:
-            to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
+        to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
         self.head = nn.Sequential(group_norm(current, options), nn.SiLU(), to_patch, nn.PixelShuffle(patch))
 
     def hidden(self) -> list[nn.Module]:
@@ -64,10 +53,7 @@ class UNet(Network):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = F.silu(self.conditions(t, y).sum(dim=1))
-        fine = F.pad(x_t, self.padding) if any(self.padding) else x_t
-        if self.fine is not None:
-            fine = self.fine(fine)
-        x = self.stem(fine)
+        x = self.stem(F.pad(x_t, self.padding) if any(self.padding) else x_t)
         skips = [x]
         for module in self.down:
             x = module(x, emb)
@@ -79,6 +65,4 @@ class UNet(Network):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = module(x, emb)
         out = self.head(x)
-        if self.last is not None:
-            out = self.last(F.silu(torch.cat([out, fine], dim=1)))
         return out[:, :, : self.size[0], : self.size[1]] if any(self.padding) else out

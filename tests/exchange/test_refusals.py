@@ -17,7 +17,6 @@ EXPORTS: dict[str, dict[str, Any]] = {
         "network": {"kind": "uvit", "conditioning": "token", "base_channels": 16}
     },
     "network.patch_size is 2, but must be 1": {"network": {"patch_size": 2}},
-    "network.fine_channels is 8, but must be 0": {"network": {"fine_channels": 8}},
     "network.classes is true, but must be false": {"network": {"classes": True}},
     "pairs.height is 7, but must be a multiple of 2; pairs.width is 9, but must be a multiple of 2": {
         "pairs": {"height": 7, "width": 9}

@@ -16,7 +16,6 @@ OPTIONS = {
     "conditioning": "film",
     "head_channels": 8,
     "patch_size": 1,
-    "fine_channels": 0,
     "dropout": 0.0,
     "classes": False,
     "convention": "ddpm",

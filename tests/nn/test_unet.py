@@ -25,10 +25,8 @@ def test_heads_have_the_channels_asked_for(head_channels: int, heads: list[int])
 
 
 @pytest.mark.parametrize("convention", ["ddpm", "diffusers"])
-@pytest.mark.parametrize("fine_channels", [0, 8])
-def test_padding_inside_is_the_same_as_zeros_around_the_image(convention: str, fine_channels: int) -> None:
-    changes = {"convention": convention, "fine_channels": fine_channels}
-    odd, even = (randomize(network(shape, "unet", "film", **changes)) for shape in [(1, 7, 9), (1, 8, 10)])
+def test_padding_inside_is_the_same_as_zeros_around_the_image(convention: str) -> None:
+    odd, even = (randomize(network(shape, "unet", "film", convention=convention)) for shape in [(1, 7, 9), (1, 8, 10)])
     x_t, t = noise(2, 1, 7, 9), torch.tensor([3, 500])
     padded = nn.functional.pad(x_t, (0, 1, 0, 1))
     torch.testing.assert_close(odd(x_t, t), even(padded, t)[:, :, :7, :9])
@@ -41,25 +39,12 @@ def test_conventions_share_their_weights_but_not_their_output() -> None:
     ddpm.load_state_dict(diffusers.state_dict())
 
 
-def test_fine_features_go_around_the_levels() -> None:
-    """With nothing from the levels, the output is still a function of the nearest pixels, two convolutions wide."""
-    net = randomize(network((1, 8, 8), "unet", "film", patch_size=2, fine_channels=8))
-    with torch.no_grad():
-        for parameter in net.head.parameters():
-            parameter.zero_()
-    x_t, other = noise(1, 1, 8, 8), noise(1, 1, 8, 8, seed=1)
-    other[:, :, :5, :5] = x_t[:, :, :5, :5]
-    ours, theirs = (net(image, torch.tensor([3])) for image in (x_t, other))
-    torch.testing.assert_close(ours[:, :, :3, :3], theirs[:, :, :3, :3])
-    assert (ours - theirs)[:, :, 5:, 5:].abs().min() > 0
-
-
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 15, 9)])
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_a_new_network_with_fine_features_predicts_zero_and_then_learns_with_all_its_weights(
+def test_a_new_network_predicts_zero_and_then_learns_with_all_its_weights(
     shape: tuple[int, int, int], patch_size: int
 ) -> None:
-    net = network(shape, "unet", "film", learned_variance=True, patch_size=patch_size, fine_channels=8)
+    net = network(shape, "unet", "film", learned_variance=True, patch_size=patch_size)
     x_t, t = noise(2, *shape), torch.tensor([3, 500])
     out = net(x_t, t)
     assert out.shape == (2, 2 * shape[0], *shape[1:])

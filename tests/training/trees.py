@@ -20,7 +20,6 @@ TINY: dict[str, Any] = {
         "channel_multipliers": [1],
         "attention_levels": [],
         "patch_size": 2,
-        "fine_channels": 4,
     },
     "train": {
         "steps": 40,
