@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn, get_args
 
 from diffusion import params as parameters
-from diffusion import yaml_files
+from diffusion import presets, yaml_files
 from diffusion.errors import Echo, Stopped, UserError
 from diffusion.paths import Paths
 from diffusion.watch import launched, stop_with_parent
@@ -59,7 +59,7 @@ def show_params(_: argparse.Namespace) -> None:
 
 def apply_preset(arguments: argparse.Namespace) -> None:
     paths = Paths()
-    document = parameters.with_preset(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
+    document = presets.laid_over(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
     parameters.validate(document, f"{paths.params} with the preset {arguments.name}")
     yaml_files.write_yaml(paths.params, document)
     print(f"params.yaml now holds the preset {arguments.name}")
@@ -97,6 +97,12 @@ def import_diffusers(arguments: argparse.Namespace) -> None:
         for former in (paths.train_curves, paths.previews):
             shutil.rmtree(former, ignore_errors=True)
     print(f"{out} now holds the model of {arguments.directory}; {told}")
+
+
+def verify_onnx(arguments: argparse.Namespace) -> None:
+    from diffusion.commands import verify_onnx
+
+    verify_onnx.run(arguments.file, arguments.device)
 
 
 def track(arguments: argparse.Namespace) -> None:
@@ -139,9 +145,7 @@ def parser() -> argparse.ArgumentParser:
 
     command("params", "say what every parameter means", show_params)
     preset = command("preset", "write a preset into params.yaml", apply_preset)
-    preset.add_argument(
-        "name", help=f"one of: {', '.join(parameters.preset_names(Paths().presets)) or 'presets/*.yaml'}"
-    )
+    preset.add_argument("name", help=f"one of: {', '.join(presets.names(Paths().presets)) or 'presets/*.yaml'}")
 
     imports = command("import", "bring images under data/raw and DVC", import_data)
     imports.add_argument("path", type=Path, help="an .npz file, a folder of idx files or a folder of images")
@@ -161,6 +165,10 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="where it goes; without it, models/ddpm, as if trained here"
     )
     adopts.add_argument("--force", action="store_true", help="replace a model that is there")
+
+    verifies = command("verify-onnx", "check an exported ONNX file by the test that it carries", verify_onnx)
+    verifies.add_argument("file", type=Path, metavar="FILE", help="models/onnx/sampler.onnx, say")
+    verifies.add_argument("--device", default="auto", help=parameters.Params.model_fields["device"].description)
 
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
     tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")

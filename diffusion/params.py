@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.errors import UserError, describe
-from diffusion.yaml_files import overlay, read_yaml
+from diffusion.yaml_files import read_yaml
 
 LARGEST = 2**53
 """Larger whole numbers are not the same in every program that reads JSON."""
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun"]
+Spacing = Literal["linspace", "quadratic", "log-snr"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -228,12 +230,12 @@ class Train(Section):
 class Sample(Section):
     """Making pictures, for the report and by `ddpm sample`; the variance is also that of the bound in bits/dim."""
 
-    sampler: Literal["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun"]
+    sampler: Sampler
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
     solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
     steps: Annotated[int, Field(ge=1)]
     """Steps per picture, at most num_timesteps."""
-    spacing: Literal["linspace", "quadratic", "log-snr"]
+    spacing: Spacing
     """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
     variance: Literal["fixed-small", "fixed-large", "learned", "analytic"]
     """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
@@ -266,6 +268,12 @@ class Export(Section):
     """ONNX operator set."""
     tolerance: Annotated[float, Field(gt=0)]
     """Largest difference allowed between ONNX Runtime and torch in any value of eps_hat."""
+    sampler: Sampler
+    """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
+    steps: Annotated[int, Field(ge=1)]
+    """Its steps unless asked otherwise."""
+    spacing: Spacing
+    """Which timesteps they are at."""
 
 
 class Tracking(Section):
@@ -298,16 +306,19 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _fits_the_process(self) -> Self:
-        if self.sample.steps > self.process.num_timesteps:
-            raise ValueError(
-                f"sample.steps ({self.sample.steps}) exceeds process.num_timesteps ({self.process.num_timesteps})"
-            )
+        for name, steps in (("sample.steps", self.sample.steps), ("export.steps", self.export.steps)):
+            if steps > self.process.num_timesteps:
+                raise ValueError(f"{name} ({steps}) exceeds process.num_timesteps ({self.process.num_timesteps})")
         if self.network.patch_size > min(self.pairs.height, self.pairs.width):
             raise ValueError(f"network.patch_size ({self.network.patch_size}) exceeds the images' side")
         if self.process.zero_terminal_snr and self.train.timesteps == "log-snr-normal":
             raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
         if self.sample.variance == "learned" and not self.process.learned_variance:
             raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
+        if self.sample.variance == "learned" and self.export.sampler == "ddpm":
+            raise ValueError(
+                "export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another"
+            )
         return self
 
 
@@ -329,16 +340,3 @@ def validate(document: Any, origin: str) -> Params:
 def load(path: Path) -> Params:
     """The parameters in a file like params.yaml; raises UserError naming the file and the field."""
     return validate(read_yaml(path), str(path))
-
-
-def preset_names(directory: Path) -> list[str]:
-    """Names of the presets in a directory."""
-    return sorted(path.stem for path in directory.glob("*.yaml"))
-
-
-def with_preset(document: Any, directory: Path, name: str) -> Any:
-    """The parameters `document` with preset `name` laid over it; raises UserError listing the presets there are."""
-    names = preset_names(directory)
-    if name not in names:
-        raise UserError(f"preset {name!r}: no such preset; there are {', '.join(names)} (in {directory}/)")
-    return overlay(document, read_yaml(directory / f"{name}.yaml"))

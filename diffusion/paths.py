@@ -73,6 +73,10 @@ class Paths:
         return self.onnx / "denoiser.onnx"
 
     @property
+    def sampler(self) -> Path:
+        return self.onnx / "sampler.onnx"
+
+    @property
     def export_report(self) -> Path:
         return self.root / "reports" / "export.json"
 

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model, 
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
-from diffusion import params
+from diffusion import params, presets
 from diffusion.paths import Paths
 
-Preset = StrEnum("Preset", {name: name for name in params.preset_names(Paths().presets)})  # type: ignore[misc]
+Preset = StrEnum("Preset", {name: name for name in presets.names(Paths().presets)})  # type: ignore[misc]
 """Names of the presets in the working tree."""
 
 

@@ -52,7 +52,7 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
         run=directory.name,
         stages=stages,
         metrics=json.loads(paths.evaluate_report.read_text()),
-        onnx=str(paths.denoiser),
+        onnx=str(paths.sampler),
         prefect=page,
         mlflow=tracked["url"] if tracked else "",
     )

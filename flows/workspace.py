@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from diffusion import params, yaml_files
+from diffusion import params, presets, yaml_files
 from diffusion.errors import UserError
 from diffusion.files import write_json
 from diffusion.paths import Paths
@@ -62,7 +62,7 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
     paths = Paths()
     merged = yaml_files.read_yaml(paths.params)
     if preset:
-        merged = params.with_preset(merged, paths.presets, preset)
+        merged = presets.laid_over(merged, paths.presets, preset)
     merged = yaml_files.overlay(merged, dict(changes))
     params.validate(merged, "parameters of the run")
     return merged

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion import params as parameters
-from diffusion import yaml_files
+from diffusion import presets, yaml_files
 from diffusion.__main__ import main
 from diffusion.errors import UserError
 from diffusion.params import Params
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "presets"
 
 
-@pytest.mark.parametrize("name", parameters.preset_names(PRESETS))
+@pytest.mark.parametrize("name", presets.names(PRESETS))
 def test_every_preset_is_complete(name: str) -> None:
     assert isinstance(parameters.load(PRESETS / f"{name}.yaml"), Params)
 

@@ -19,7 +19,7 @@ DVC: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 
 # Lower layers first: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "files", "params", "paths", "progress", "watch", "yaml_files"},
+    {"errors", "files", "params", "paths", "presets", "progress", "watch", "yaml_files"},
     {"process", "nn"},
     {"data"},
     {"model"},

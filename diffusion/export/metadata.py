@@ -1,28 +1,66 @@
-"""What a consumer of the ONNX file must know, written into it."""
+"""What a consumer of an ONNX file must know, written into it; deploy/ONNX.md explains each key."""
 
+import hashlib
 import json
+from typing import Any
 
 import onnx
 
+from diffusion import params
 from diffusion.model import Model
 
+VERSION = 2
+"""Of the keys: another one when a key changes its meaning or goes."""
 
-def describe(graph: onnx.ModelProto, model: Model, weights_sha256: str) -> None:
-    """Put the process, the value range and the weights' digest into the file's `metadata_props`, as text."""
-    schedule = model.process.schedule
+
+def of_model(model: Model, weights_sha256: str, data_sha256: str, scores: dict[str, Any]) -> dict[str, str]:
+    """The keys of both graphs: how the model was made, what its values mean, what it scored."""
+    process = model.config.process
+    alpha_bar = model.process.schedule.alpha_bar.numpy().astype("<f8")
     channels, height, width = model.shape
     facts = {
-        "ddpm.version": "1",
-        "ddpm.channels": channels,
-        "ddpm.height": height,
-        "ddpm.width": width,
-        "ddpm.classes": json.dumps(model.config.classes if model.num_classes else []),
-        "ddpm.output": "eps_hat, x_0_hat (not clipped)",
-        "ddpm.schedule": model.config.process.schedule,
-        "ddpm.num_timesteps": schedule.num_timesteps,
-        "ddpm.alpha_bar": json.dumps(schedule.alpha_bar.tolist()),
-        "ddpm.timesteps": "t is 0-based: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps",
-        "ddpm.value_range": "x_0 in [-1, 1]; uint8 = round((x_0 + 1) * 127.5)",
-        "ddpm.weights_sha256": weights_sha256,
+        "version": VERSION,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "classes": json.dumps(model.config.classes if model.num_classes else []),
+        "parameterization": process.parameterization,
+        "schedule": process.schedule,
+        "num_timesteps": process.num_timesteps,
+        "timesteps": "t is 0-based: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps",
+        "alpha_bar": json.dumps(alpha_bar.tolist()),
+        "alpha_bar_sha256": hashlib.sha256(alpha_bar.tobytes()).hexdigest(),
+        "value_range": "x_0 in [-1, 1]; uint8 = round((x_0 + 1) * 127.5)",
+        "weights_sha256": weights_sha256,
+        "data_sha256": data_sha256,
+        "heldout": json.dumps(scores),
     }
-    onnx.helper.set_model_props(graph, {name: str(value) for name, value in facts.items()})
+    return _named(facts)
+
+
+def of_sampler(options: params.Sample, graph: onnx.ModelProto) -> dict[str, str]:
+    """The further keys of sampler.onnx."""
+    stochastic = "steps_noise" in {value.name for value in graph.graph.input}
+    facts: dict[str, Any] = {
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "spacing": options.spacing,
+        "threshold": options.threshold,
+        "guidance": options.guidance,
+        "stochastic": str(stochastic).lower(),
+    }
+    if options.sampler == "ddpm":
+        facts["variance"] = options.variance
+    if options.sampler == "ddim":
+        facts["eta"] = options.eta
+    return _named(facts)
+
+
+def describe(graph: onnx.ModelProto, facts: dict[str, str]) -> None:
+    """Put facts into the file's `metadata_props`, in place of what is there."""
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, facts)
+
+
+def _named(facts: dict[str, Any]) -> dict[str, str]:
+    return {f"ddpm.{name}": str(value) for name, value in facts.items()}

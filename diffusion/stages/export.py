@@ -1,15 +1,16 @@
-"""export: the model as ONNX, checked in ONNX Runtime against torch before it counts as written."""
+"""export: the model as two ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
 
+import json
 import shutil
+from typing import Any
 
 import onnx
 import torch
 
 from diffusion import tracking
-from diffusion.data.pairs import Pairs
+from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
-from diffusion.export import metadata, parity
-from diffusion.export.denoiser import to_onnx
+from diffusion.export import denoiser, golden, metadata, parity, sampler_graph
 from diffusion.files import new_directory, sha256, write_atomic, write_json
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
@@ -19,27 +20,53 @@ from diffusion.progress import say
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Export, check and write; a model that does not meet `export.tolerance` leaves no file behind."""
-    device = networks.device(params.device)
+    """Export, check and write; if a check fails, no file is left behind."""
+    device, export = networks.device(params.device), params.export
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
-    graph = to_onnx(model, params.export.opset)
-    metadata.describe(graph, model, sha256(paths.model / WEIGHTS))
-    onnx.checker.check_model(graph, full_check=True)
-    content = graph.SerializeToString(deterministic=True)
-    found = parity.compare(content, model, pairs, device)
-    if not found.max_difference <= params.export.tolerance:
+    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
+    sample = params.sample.model_copy(update=settings)
+    weights = sha256(paths.model / WEIGHTS)
+    facts = metadata.of_model(model, weights, sha256(paths.pairs / MANIFEST), scores(paths, weights))
+    try:
+        step = denoiser.to_onnx(model, export.opset)
+        loop = sampler_graph.to_onnx(step, model, sample)
+        contents = {
+            paths.denoiser: finished(step, facts, device),
+            paths.sampler: finished(loop, facts | metadata.of_sampler(sample, loop), device),
+        }
+        one, whole = (parity.session(content, device) for content in contents.values())
+        report: dict[str, Any] = {
+            "denoiser": parity.check_denoiser(one, model, pairs, export.tolerance),
+            "sampler": parity.check_sampler(whole, model, sample),
+        }
+    except UserError:
         shutil.rmtree(paths.onnx, ignore_errors=True)
         paths.export_report.unlink(missing_ok=True)
-        raise UserError(
-            f"ONNX Runtime differs from torch by up to {found.max_difference:.2e}, more than export.tolerance "
-            f"({params.export.tolerance:g}) in params.yaml; no model was written"
-        )
+        raise
     with new_directory(paths.onnx) as temporary:
-        write_atomic(temporary / paths.denoiser.name, content)
-    write_json(paths.export_report, {**found._asdict(), "bytes": len(content), "opset": params.export.opset})
+        for path, content in contents.items():
+            write_atomic(temporary / path.name, content)
+            report[path.stem]["bytes"] = len(content)
+    write_json(paths.export_report, report)
     say(
-        f"export: {paths.denoiser} ({len(content) / 1e6:.1f} MB), at most {found.max_difference:.1e} from torch "
-        f"on {found.pairs} held-out pairs"
+        f"export: {paths.denoiser} and {paths.sampler} ({len(content) / 1e6:.1f} MB), at most "
+        f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs"
     )
     tracking.record(params, paths)
+
+
+def finished(graph: onnx.ModelProto, facts: dict[str, str], device: torch.device) -> bytes:
+    """A graph with its facts and its golden test, checked; the same bytes for the same weights."""
+    onnx.checker.check_model(graph, full_check=True)
+    session = parity.session(graph.SerializeToString(), device)
+    metadata.describe(graph, facts | {"ddpm.golden": golden.made(session, facts)})
+    return graph.SerializeToString(deterministic=True)
+
+
+def scores(paths: Paths, weights: str) -> dict[str, Any]:
+    """What evaluate measured of these weights; nothing if it did not."""
+    scored = paths.evaluation / "scored.json"
+    if not scored.exists() or json.loads(scored.read_text())["weights_sha256"] != weights:
+        return {}
+    return json.loads(paths.evaluate_report.read_text())

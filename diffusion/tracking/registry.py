@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
+    from numpy.typing import NDArray
 
 ONNX = "ddpm.onnx_sha256"
 
@@ -27,17 +28,19 @@ def register(run: TrackedRun, params: Params, paths: Paths, weights: str) -> Mod
     import onnx
     from mlflow.exceptions import MlflowException
 
-    if not paths.denoiser.exists() or not paths.export_report.exists():
+    if not paths.sampler.exists() or not paths.export_report.exists():
         return None
-    graph = onnx.load(paths.denoiser)
+    graph = onnx.load(paths.sampler)
     if WEIGHTS not in {prop.key for prop in graph.metadata_props if prop.value == weights}:
         return None  # an older one: it lies there until a new one is written
-    name, digest = params.tracking.model_name, sha256(paths.denoiser)
+    name, digest = params.tracking.model_name, sha256(paths.sampler)
     for version in run.client.search_model_versions(f"run_id = '{run.id}'"):
         if version.name == name and version.tags.get(ONNX) == digest:
             return version
     run.parameters(flat(params, "export", "tracking"))
-    run.scalars("export", json.loads(paths.export_report.read_text()))
+    for file, report in json.loads(paths.export_report.read_text()).items():
+        run.scalars(f"export/{file}", report)
+    run.client.log_artifact(run.id, str(paths.denoiser), "onnx")
     try:
         run.client.create_registered_model(name)
     except MlflowException as error:
@@ -58,14 +61,21 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from diffusion.export import golden
+
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:
         kind = value.type.tensor_type
         shape = [dim.dim_value or -1 for dim in kind.shape.dim]  # -1: of any size
         return TensorSpec(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape, value.name)
 
     inputs, outputs = [spec(v) for v in model.graph.input], [spec(v) for v in model.graph.output]
+
+    def example(spec: TensorSpec) -> NDArray[Any]:
+        shape = tuple(abs(size) for size in spec.shape)
+        return golden.normal(0, 0, shape) if spec.type == np.float32 else np.zeros(shape, spec.type)
+
     client = run.client
-    logged = client.create_logged_model(run.experiment_id, name="denoiser", source_run_id=run.id)
+    logged = client.create_logged_model(run.experiment_id, name="sampler", source_run_id=run.id)
     # What mlflow.onnx.log_model would do, but for running the model: ONNX Runtime prints errors where CUDA is missing.
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="mlflow")  # importing mlflow.pyfunc warns of its own type hints
@@ -74,7 +84,7 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
             f"{temporary}/model",
             mlflow_model=Model(logged.artifact_location, run.id, model_id=logged.model_id),
             signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
-            input_example={spec.name: np.zeros([abs(size) for size in spec.shape], spec.type) for spec in inputs},
+            input_example={spec.name: example(spec) for spec in inputs},
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
                 f"onnx=={onnx.__version__}",

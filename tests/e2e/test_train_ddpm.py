@@ -41,7 +41,7 @@ def test_the_literal_command_trains_and_exports(
     for line in ("Running stage 'train':", "Running stage 'export':", "Flow run finished successfully"):
         assert line in first.stdout
     report = artifact(services, "train-ddpm-report")
-    for part in ("# first", "| mse |", "| 0 to ", "data:image/png;base64,", "denoiser.onnx", "[MLflow run](http://"):
+    for part in ("# first", "| mse |", "| 0 to ", "data:image/png;base64,", "sampler.onnx", "[MLflow run](http://"):
         assert part in report
     table = services("ddpm", "summary").stdout
     assert "held-out MSE" in table

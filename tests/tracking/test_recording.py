@@ -54,7 +54,7 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
     assert found["curves"]["train/steps"] == [(0, 100.0)]
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
-    assert found["curves"]["export/max_difference"] == [(0, 1e-6)]
+    assert found["curves"]["export/denoiser/max_difference"] == [(0, 1e-6)]
     assert image_steps(found["files"]) == [50, 100]
     expected = {"params.yaml", "dvc.lock", "config.json"} | {
         f"evaluation/{name}" for name in ("bands.csv", "bands.json", "samples.png", "mse_by_t.png", "report.html")
@@ -76,10 +76,10 @@ def test_the_registered_model_runs_from_the_registry(paths: Paths) -> None:
     write_all(paths, b"123")
     tracking.record(PARAMS, paths)
     model = mlflow.pyfunc.load_model("models:/ddpm@champion")
-    x_t = np.ones((5, 1, 8, 8), np.float32)
-    assert np.array_equal(model.predict({"x_t": x_t, "t": np.arange(5)})["eps_hat"], 3 * x_t)
+    noise = np.ones((5, 1, 8, 8), np.float32)
+    assert np.array_equal(model.predict({"noise": noise, "steps": np.array([10])})["x_0"], 3 * noise)
     inputs = {spec.name: (spec.type, spec.shape) for spec in model.metadata.get_input_schema().inputs}
-    assert inputs == {"x_t": (np.dtype("float32"), (-1, 1, 8, 8)), "t": (np.dtype("int64"), (-1,))}
+    assert inputs == {"noise": (np.dtype("float32"), (-1, 1, 8, 8)), "steps": (np.dtype("int64"), (1,))}
     directory = Path(mlflow.artifacts.download_artifacts("models:/ddpm@champion"))
     assert not [file for file in directory.rglob("*") if "pickle" in file.name or file.suffix == ".pkl"]
 

@@ -1,0 +1,93 @@
+"""A sampler as a linear recurrence: all that a graph needs of it.
+
+Between two looks of the network a sampler only mixes images, by numbers that depend on the step alone. So its own
+`step` is asked, once for each step, with coordinates in place of images; what it answers is the mixture.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion import params
+from diffusion.process import build
+from diffusion.process.build import Process
+from diffusion.process.parameterization import X0
+from diffusion.process.sampler import Before
+from diffusion.process.variance import Variance
+
+STATE = INPUT, X_T, LAST = range(3)
+"""The images that go from look to look: what the network is shown next, the step's x_t, and the last x_0_hat."""
+SOURCES = OF_X_T, OF_LAST, OF_X_0_HAT, OF_Z = range(4)
+"""What they are mixed of: two of them, what the network says now, and the step's noise."""
+LOOKS = 2
+"""A step looks at the network so often at most (Heun)."""
+
+
+class Recurrence(NamedTuple):
+    """One row for each look of the network.
+
+    t: the timestep of the look, int64 (N,).
+    mixture: the next state from the sources, float64 (N, 3, 4).
+    """
+
+    t: NDArray[np.int64]
+    mixture: NDArray[np.float64]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool(self.mixture[:, :, OF_Z].any())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def recurrence(
+    options: params.Sample, process: Process, variance_of: Callable[[str], Variance], timesteps: list[int]
+) -> Recurrence:
+    """The sampler of `options` along descending `timesteps`; thresholds and guidance are the network's affair.
+
+    The learned variance is no number, and not for this.
+    """
+    seen = list[tuple[Tensor, Tensor]]()
+
+    def look(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x, t))
+        return _unit(2 + len(seen))
+
+    # x_t, the x_0_hat of the step before and z have the first three coordinates, what the looks say has the next.
+    x_t, last, z = (_unit(coordinate) for coordinate in range(3))
+    plain = options.model_copy(update={"threshold": "none"})
+    sampler = build.sampler(plain, replace(process, parameterization=X0(process.schedule)), look, variance_of)
+    times, mixtures, before = list[int](), list[NDArray[np.float64]](), None
+    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        seen.clear()
+        at, to = torch.tensor([t]), torch.tensor([s])
+        x_s, _ = sampler.step(x_t, at, to, lambda: z, before)
+        before = Before(at, last)
+        shown = [image for image, _ in seen[1:]]
+        for number, image in enumerate([*shown, x_s]):
+            coordinates = image.flatten().numpy()
+            mixture = np.zeros((len(STATE), len(SOURCES)))
+            kept = [0, 2 + number if number else 1, 3 + number, 2]  # in the order of SOURCES
+            mixture[INPUT] = coordinates[kept]
+            assert np.count_nonzero(coordinates) == np.count_nonzero(mixture[INPUT]), "mixed of what is not kept"
+            if number == len(shown):
+                mixture[X_T] = mixture[INPUT]
+            else:
+                mixture[X_T, OF_X_T] = 1
+            mixture[LAST, OF_X_0_HAT] = 1
+            mixtures.append(mixture)
+        times += [int(t[0]) for _, t in seen]
+    return Recurrence(np.array(times), np.stack(mixtures))
+
+
+def _unit(coordinate: int) -> Tensor:
+    """An image that is a coordinate, float64 (1, 5, 1, 1)."""
+    return torch.eye(3 + LOOKS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)

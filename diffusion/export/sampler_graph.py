@@ -1,0 +1,206 @@
+"""Noise in, pictures out: a sampler's whole loop around the network, as one ONNX graph.
+
+The loop's body holds the weights as its own initializers: from outside of it ONNX Runtime would not arrange them
+beforehand for its matrix products, and each look of the network would take nearly twice as long.
+"""
+
+from math import ceil
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, parser
+from onnx.utils import Extractor
+
+from diffusion import params
+from diffusion.export.recurrence import Recurrence, recurrence
+from diffusion.model import Model
+from diffusion.process import build
+
+FREE = 50
+"""Any number of steps up to this can be asked of the graph."""
+
+OUTER = """
+sampler ({inputs}) => (uint8[B,{H},{W},{C}] images, float[B,{C},{H},{W}] x_0)
+{{
+    {steps}
+    begin = Gather <axis = 0> (BEGINS, steps)
+    looks = Gather <axis = 0> (LENGTHS, steps)
+    one_noise = Unsqueeze (noise, ZERO)
+    state = Concat <axis = 0> (one_noise, one_noise, one_noise)
+    most = Squeeze (looks)
+    states = Loop (most, GOES_ON, state)
+    x_0 = Gather <axis = 0> (states, FIRST)
+    in_range = Clip (x_0, MINUS_ONE, PLUS_ONE)
+    from_zero = Add (in_range, PLUS_ONE)
+    of_255 = Mul (from_zero, HALF_OF_255)
+    rounded = Round (of_255)
+    bytes = Cast <to = 2> (rounded)
+    images = Transpose <perm = [0, 2, 3, 1]> (bytes)
+}}
+"""
+BODY = """
+body (int64 look, bool goes_on, float[3,B,{C},{H},{W}] now) => (bool goes_on_still, float[3,B,{C},{H},{W}] next)
+{{
+    goes_on_still = Identity (goes_on)
+    row = Add (begin, look)
+    x = Gather <axis = 0> (now, FIRST)
+    t_row = Gather <axis = 0> (TIMESTEPS, row)
+    count = Shape <start = 0, end = 1> (x)
+    {before}
+    said = Network ()
+    {after}
+    {threshold}
+    kept = Slice (now, ONE, END)
+    x_0_hat_row = Unsqueeze (x_0_hat, ZERO)
+    {noise}
+    rows = Reshape (sources, AS_ROWS)
+    mixture = Gather <axis = 0> (MIXTURES, row)
+    mixed = MatMul (mixture, rows)
+    shape = Shape (now)
+    next = Reshape (mixed, shape)
+}}
+"""
+PLAIN = ("x_shown = Identity (x) t = Expand (t_row, count)", "free = Identity (said)")
+GUIDED = (
+    # With a guidance of 1 nothing is looked at twice: then the last `count` answers are the first.
+    """
+    unguided = Equal (guidance, PLUS_ONE)
+    again = Where (unguided, ZERO, count)
+    twice = Add (count, again)
+    t = Expand (t_row, twice)
+    x_again = Slice (x, ZERO, again)
+    x_shown = Concat <axis = 0> (x, x_again)
+    none = Expand (MINUS, again)
+    y_shown = Concat <axis = 0> (y, none)
+    """,
+    """
+    of_class = Slice (said, ZERO, count)
+    minus_count = Neg (count)
+    of_none = Slice (said, minus_count, END)
+    difference = Sub (of_class, of_none)
+    guided = Mul (guidance, difference)
+    free = Add (of_none, guided)
+    """,
+)
+THRESHOLDS = {
+    "none": "x_0_hat = Identity (free)",
+    "clip": "x_0_hat = Clip (free, MINUS_ONE, PLUS_ONE)",
+    "dynamic": """
+    size = Abs (free)
+    sizes = Reshape (size, AS_ROWS)
+    largest, places = TopK (sizes, TOP)
+    quantile = Slice (largest, MINUS, END, ONE)
+    at_least_one = Max (quantile, PLUS_ONE)
+    edge = Reshape (at_least_one, AS_IMAGES)
+    minus_edge = Neg (edge)
+    not_below = Max (free, minus_edge)
+    inside = Min (not_below, edge)
+    x_0_hat = Div (inside, edge)
+    """,
+}
+DETERMINISTIC = "sources = Concat <axis = 0> (kept, x_0_hat_row)"
+STOCHASTIC = """
+    z = Gather <axis = 0> (steps_noise, look)
+    z_row = Unsqueeze (z, ZERO)
+    sources = Concat <axis = 0> (kept, x_0_hat_row, z_row)
+"""
+
+
+def to_onnx(denoiser: ModelProto, model: Model, options: params.Sample) -> ModelProto:
+    """The graph from `noise` float32 (B, C, H, W) to `images` uint8 (B, H, W, C) and `x_0` float32 (B, C, H, W).
+
+    denoiser: of the same model, as denoiser.py makes it.
+
+    A deterministic sampler has an input `steps` int64 (1,), a number up to FREE or that of `options`, or 0 for it. A
+    stochastic one takes as many steps as `steps_noise` float32 (S, B, C, H, W) has noise for. For a network of classes
+    there are `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
+    """
+    table, begins, lengths = tables(model, options)
+    guided, (C, H, W) = model.num_classes > 0, model.shape
+    sides = {"C": C, "H": H, "W": W}
+    image = f"float[B,{C},{H},{W}]"
+    inputs = [f"{image} noise", f"float[S,B,{C},{H},{W}] steps_noise" if table.stochastic else "int64[1] steps"]
+    if guided:
+        inputs += ["int64[B] y", "float[1] guidance"]
+    before, after = GUIDED if guided else PLAIN
+    body = parser.parse_graph(
+        BODY.format(
+            before=before,
+            after=after,
+            threshold=THRESHOLDS[options.threshold],
+            noise=STOCHASTIC if table.stochastic else DETERMINISTIC,
+            **sides,
+        )
+    )
+    put_network(body, denoiser, guided)
+    count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
+    outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
+    loop = next(node for node in outer.node if node.op_type == "Loop")
+    loop.attribute.append(helper.make_attribute("body", body))
+    values = C * H * W
+    sources = 4 if table.stochastic else 3
+    constants = {
+        "BEGINS": begins,
+        "LENGTHS": lengths,
+        "TIMESTEPS": table.t,
+        "MIXTURES": table.mixture[:, :, :sources].astype(np.float32),
+        "FIRST": np.int64(0),
+        "ZERO": np.array([0]),
+        "ONE": np.array([1]),
+        "MINUS": np.array([-1]),
+        "END": np.array([np.iinfo(np.int64).max]),
+        "AS_ROWS": np.array([0, -1]),
+        "AS_IMAGES": np.array([-1, 1, 1, 1]),
+        "TOP": np.array([values - ceil(0.995 * values) + 1]),  # see dynamic_threshold
+        "PLUS_ONE": np.float32(1),
+        "MINUS_ONE": np.float32(-1),
+        "HALF_OF_255": np.float32(127.5),
+        "GOES_ON": np.True_,
+    }
+    used = {name for graph in (outer, body) for node in graph.node for name in node.input}
+    outer.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used
+    )
+    return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
+
+
+def tables(model: Model, options: params.Sample) -> tuple[Recurrence, np.ndarray, np.ndarray]:
+    """The rows for every number of steps that can be asked for; and by that number, where its rows begin, how many.
+
+    0 stands for that of `options`. For other numbers rows begin where there are none, and the graph fails.
+    """
+    schedule = model.process.schedule
+    numbers = sorted({*range(1, min(FREE, schedule.num_timesteps) + 1), options.steps})
+    parts = []
+    for number in numbers:
+        timesteps = build.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
+        parts.append(recurrence(options, model.process, model.variance, timesteps))
+    joined = Recurrence.joined(parts)
+    begins = np.full(numbers[-1] + 1, len(joined.t))
+    lengths = np.ones(numbers[-1] + 1, np.int64)
+    lengths[numbers] = [len(part.t) for part in parts]
+    begins[numbers] = np.cumsum([0, *lengths[numbers[:-1]]])
+    lengths[0], begins[0] = lengths[options.steps], begins[options.steps]
+    return joined, begins, lengths
+
+
+def put_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
+    """Replace the node Network of the body by the nodes that give `x_0_hat` in the denoiser, with their weights."""
+    wires = {"x_t": "x_shown", "t": "t", "y": "y_shown", "x_0_hat": "said", "": ""}
+    given = ["x_t", "t", *(["y"] if guided else [])]
+    network = Extractor(denoiser).extract_model(given, ["x_0_hat"]).graph
+
+    def inside(name: str) -> str:
+        return wires.get(name, f"network.{name}")
+
+    nodes = list[NodeProto]()
+    for node in network.node:
+        node.input[:] = [inside(name) for name in node.input]
+        node.output[:] = [inside(name) for name in node.output]
+        nodes.append(node)
+    for weight in network.initializer:
+        weight.name = inside(weight.name)
+    body.initializer.extend(network.initializer)
+    place = next(index for index, node in enumerate(body.node) if node.op_type == "Network")
+    around = list(body.node)
+    del body.node[:]
+    body.node.extend([*around[:place], *nodes, *around[place + 1 :]])

@@ -1,0 +1,146 @@
+"""The whole loop in ONNX Runtime, against the samplers in torch."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from diffusion import params
+from diffusion.evaluation.samples import to_uint8
+from diffusion.export import denoiser, sampler_graph
+from diffusion.model import Config, Model
+from diffusion.process import build
+from diffusion.process.sampler import sample
+from tests.nn.networks import NUM_CLASSES, network, options, randomize
+from tests.process import fakes
+
+SHAPE = (3, 7, 10)
+PROCESS = fakes.PROCESS | {"parameterization": "v", "num_timesteps": 100}
+X_0_MSE = tuple(fakes.gaussian_x_0_mse(fakes.process(num_timesteps=100).schedule, 0.5).tolist())
+
+
+@cache
+def parts(classes: bool) -> tuple[Model, onnx.ModelProto]:
+    """A model with random weights, and its denoiser."""
+    net = randomize(network(SHAPE, "unet", "film", classes=classes))
+    process = params.Process.model_validate(PROCESS)
+    config = Config(
+        shape=SHAPE,
+        classes=tuple(map(str, range(NUM_CLASSES))),
+        network=options("unet", "film", classes=classes),
+        process=process,
+        x_0_mse=X_0_MSE,
+    )
+    model = Model(net, build.process(process), config)
+    return model, denoiser.to_onnx(model, opset=20)
+
+
+def session(graph: onnx.ModelProto) -> ort.InferenceSession:
+    onnx.checker.check_model(graph, full_check=True)
+    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def given(count: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    return {
+        "noise": generator.standard_normal((count, *SHAPE), np.float32),
+        "steps_noise": generator.standard_normal((steps, count, *SHAPE), np.float32),
+        "steps": np.array([steps]),
+        "y": np.arange(count) % (NUM_CLASSES + 1) - 1,
+        "guidance": np.array([2.5], np.float32),
+    }
+
+
+def pictures(model: Model, settings: params.Sample, inputs: dict[str, Any]) -> torch.Tensor:
+    def noise(place: int) -> torch.Tensor:
+        return torch.from_numpy(inputs["noise"] if place == 0 else inputs["steps_noise"][place - 1])
+
+    timesteps = build.sampling_timesteps(settings, model.process.schedule)
+    return sample(model.sampler(settings, torch.from_numpy(inputs["y"])), noise, timesteps)
+
+
+def same(found: list[Any], expected: torch.Tensor) -> None:
+    images, x_0 = found
+    np.testing.assert_allclose(x_0, expected.numpy(), rtol=0, atol=2e-4)
+    off = np.abs(images.astype(int) - to_uint8(expected.numpy()).transpose(0, 2, 3, 1))
+    assert images.dtype == np.uint8
+    assert off.max() <= 1
+    assert (off > 0).mean() < 0.005
+
+
+@pytest.mark.parametrize("changes", fakes.SAMPLERS, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_graph_makes_the_pictures_of_the_sampler(changes: dict[str, object], classes: bool) -> None:
+    model, step = parts(classes)
+    settings = fakes.options(**changes, steps=5, threshold="clip", guidance=2.5, spacing="quadratic")
+    found = session(sampler_graph.to_onnx(step, model, settings))
+    names = [value.name for value in found.get_inputs()]
+    stochastic = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or bool(changes.get("eta"))
+    assert names == ["noise", "steps_noise" if stochastic else "steps", *(["y", "guidance"] if classes else [])]
+    for count in (1, 4):
+        inputs = given(count, 5)
+        same(found.run(None, {name: inputs[name] for name in names}), pictures(model, settings, inputs))
+
+
+@pytest.mark.parametrize("threshold", ["none", "clip", "dynamic"])
+def test_thresholds(threshold: str) -> None:
+    model, step = parts(False)
+    settings = fakes.options(sampler="ddim", steps=3, threshold=threshold)
+    inputs = given(3, 3)
+    found = session(sampler_graph.to_onnx(step, model, settings)).run(
+        None, {name: inputs[name] for name in ("noise", "steps")}
+    )
+    same(found, pictures(model, settings, inputs))
+
+
+def test_another_number_of_steps_can_be_asked_for() -> None:
+    model, step = parts(False)
+    settings = fakes.options(sampler="heun", steps=60, threshold="clip")
+    found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 3)
+    for steps in (0, 1, 9, sampler_graph.FREE, 60):
+        asked = {"noise": inputs["noise"], "steps": np.array([steps])}
+        same(found.run(None, asked), pictures(model, settings.model_copy(update={"steps": steps or 60}), inputs))
+    for steps in (55, 61):
+        with pytest.raises(Exception, match="out of data bounds"):
+            found.run(None, {"noise": inputs["noise"], "steps": np.array([steps])})
+
+
+def test_a_stochastic_sampler_takes_a_step_for_each_noise() -> None:
+    model, step = parts(False)
+    settings = fakes.options(sampler="ddpm", steps=5, threshold="clip")
+    found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 8)
+    asked = {name: inputs[name] for name in ("noise", "steps_noise")}
+    same(found.run(None, asked), pictures(model, settings.model_copy(update={"steps": 8}), inputs))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
+def test_guidance_can_be_given(guidance: float) -> None:
+    model, step = parts(True)
+    settings = fakes.options(sampler="dpm-solver++", steps=4, threshold="clip", guidance=1.5)
+    found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(4, 4)
+    asked = {name: inputs[name] for name in ("noise", "steps", "y")} | {"guidance": np.array([guidance], np.float32)}
+    same(found.run(None, asked), pictures(model, settings.model_copy(update={"guidance": guidance}), inputs))
+
+
+def test_the_weights_are_in_the_loop_and_nowhere_else() -> None:
+    """Outside of it ONNX Runtime does not arrange them beforehand, and each look takes nearly twice as long."""
+    model, step = parts(False)
+    graph = sampler_graph.to_onnx(step, model, fakes.options(sampler="ddim", threshold="clip")).graph
+    (loop,) = [node for node in graph.node if node.op_type == "Loop"]
+    weights = {value.name for value in loop.attribute[0].g.initializer}
+    assert len(weights) == len(loop.attribute[0].g.initializer) > 20
+    assert all(len(value.dims) < 4 for value in graph.initializer)
+
+
+def test_the_same_bytes_twice() -> None:
+    model, _ = parts(False)
+    settings = fakes.options(sampler="ddim", threshold="clip")
+    first, second = (
+        sampler_graph.to_onnx(denoiser.to_onnx(model, opset=20), model, settings).SerializeToString(deterministic=True)
+        for _ in range(2)
+    )
+    assert first == second
