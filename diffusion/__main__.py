@@ -23,7 +23,7 @@ STAGES = {
     "pairs": "shards into shuffled blocks with their noise pairs",
     "train": "train the network on the training pairs",
     "evaluate": "score the network on held-out pairs, and draw samples",
-    "export": "write the network as an ONNX model, checked against torch",
+    "export": "write the model as two ONNX graphs, of a step and of all sampling, checked against torch",
 }
 
 
@@ -105,6 +105,13 @@ def verify_onnx(arguments: argparse.Namespace) -> None:
     verify_onnx.run(arguments.file, arguments.device)
 
 
+def triton(arguments: argparse.Namespace) -> None:
+    from diffusion.commands import triton
+
+    triton.run(arguments.directory, Paths(), arguments.max_batch, arguments.force)
+    print(f"{arguments.directory} is now what `tritonserver --model-repository` takes")
+
+
 def track(arguments: argparse.Namespace) -> None:
     from diffusion import tracking
     from flows import workspace
@@ -169,6 +176,11 @@ def parser() -> argparse.ArgumentParser:
     verifies = command("verify-onnx", "check an exported ONNX file by the test that it carries", verify_onnx)
     verifies.add_argument("file", type=Path, metavar="FILE", help="models/onnx/sampler.onnx, say")
     verifies.add_argument("--device", default="auto", help=parameters.Params.model_fields["device"].description)
+
+    serves = command("triton", "write both ONNX graphs as a model repository of Triton Inference Server", triton)
+    serves.add_argument("directory", type=Path, metavar="DIR", help="the model repository")
+    serves.add_argument("--max-batch", type=int, default=64, help="images that are computed at once (default 64)")
+    serves.add_argument("--force", action="store_true", help="replace a repository that is there")
 
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
     tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")

@@ -228,7 +228,10 @@ class Train(Section):
 
 
 class Sample(Section):
-    """Making pictures, for the report and by `ddpm sample`; the variance is also that of the bound in bits/dim."""
+    """Making pictures, for the report and by `ddpm sample`; the variance is also that of the bound in bits/dim.
+
+    sampler.onnx takes variance, eta, threshold and guidance from here, and the rest from the section `export`.
+    """
 
     sampler: Sampler
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
@@ -267,7 +270,7 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=23)]
     """ONNX operator set."""
     tolerance: Annotated[float, Field(gt=0)]
-    """Largest difference allowed between ONNX Runtime and torch in any value of eps_hat."""
+    """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
     sampler: Sampler
     """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
     steps: Annotated[int, Field(ge=1)]

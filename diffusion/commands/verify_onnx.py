@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import onnx
+from pydantic import TypeAdapter, ValidationError
 
-from diffusion.errors import UserError
+from diffusion import params
+from diffusion.errors import UserError, describe
 from diffusion.export import golden, parity
 from diffusion.nn import build as networks
 
@@ -13,21 +15,29 @@ from diffusion.nn import build as networks
 def run(path: Path, device: str) -> None:
     """Check the graph and run the golden test that the file carries; raises UserError for what does not hold."""
     try:
+        TypeAdapter(params.Device).validate_python(device)
+    except ValidationError as error:
+        raise UserError(f"--device: {describe(error)}") from None
+    chosen = networks.device(device)
+    try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
     try:
         onnx.checker.check_model(content, full_check=True)
-        session = parity.session(content, networks.device(device))
+        session = parity.session(content, chosen)
     except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
-        raise UserError(f"{path}: no ONNX model that can be run ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: no ONNX model that can be run ({golden.brief(error)}); `ddpm export` makes one"
+        ) from None
     facts = session.get_modelmeta().custom_metadata_map
     try:
         outcome = golden.check(session, facts)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     bits = "the same bits" if outcome.exact else f"within {outcome.largest:.2g}"
-    scores = json.loads(facts["ddpm.heldout"])
-    told = f"; held-out MSE {scores['mse']:.4f}" if scores else ""
-    print(f"{path}: passes its golden test ({bits}) on {session.get_providers()[0]}{told}")
-    print(f"weights {facts['ddpm.weights_sha256']}")
+    print(f"{path}: passes its golden test ({bits}) on {session.get_providers()[0]}")
+    print(f"weights   {facts.get('ddpm.weights_sha256')}")
+    for name, value in json.loads(facts.get("ddpm.heldout", "{}")).items():
+        if name in ("mse", "r2", "bits_per_dim"):
+            print(f"{name:<12} {value:.4f}")

@@ -5,6 +5,7 @@ same on any machine, for any batch size and number of processes. Blocks of BLOCK
 a block is its d-th (t, eps); training epoch e is draw e, without end. data/README.md describes the files.
 """
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -207,6 +208,11 @@ class Pairs:
             for member in members(mapped)
         }
         self._cached_recipe = lru_cache(maxsize=2)(self.recipe)
+
+    @property
+    def digest(self) -> str:
+        """Of the split's files: what was scored on it."""
+        return hashlib.sha256(self.manifest.splits[self.split].model_dump_json().encode()).hexdigest()
 
     def check_process(self, alpha_bar: NDArray[np.float64], shape: tuple[int, int, int] | None = None) -> None:
         """Raise UserError unless the pairs were made with this alpha_bar (T,) and, if given, shape (C, H, W)."""

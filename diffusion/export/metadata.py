@@ -13,7 +13,9 @@ VERSION = 2
 """Of the keys: another one when a key changes its meaning or goes."""
 
 
-def of_model(model: Model, weights_sha256: str, data_sha256: str, scores: dict[str, Any]) -> dict[str, str]:
+def of_model(
+    model: Model, variance: str, weights_sha256: str, data_sha256: str, scores: dict[str, Any]
+) -> dict[str, str]:
     """The keys of both graphs: how the model was made, what its values mean, what it scored."""
     process = model.config.process
     alpha_bar = model.process.schedule.alpha_bar.numpy().astype("<f8")
@@ -30,9 +32,10 @@ def of_model(model: Model, weights_sha256: str, data_sha256: str, scores: dict[s
         "timesteps": "t is 0-based: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps",
         "alpha_bar": json.dumps(alpha_bar.tolist()),
         "alpha_bar_sha256": hashlib.sha256(alpha_bar.tobytes()).hexdigest(),
-        "value_range": "x_0 in [-1, 1]; uint8 = round((x_0 + 1) * 127.5)",
+        "value_range": "x_0 in [-1, 1]; uint8 = round((x_0 + 1) * 127.5), clipped before, halves to even",
         "weights_sha256": weights_sha256,
         "data_sha256": data_sha256,
+        "variance": variance,
         "heldout": json.dumps(scores),
     }
     return _named(facts)
@@ -49,8 +52,6 @@ def of_sampler(options: params.Sample, graph: onnx.ModelProto) -> dict[str, str]
         "guidance": options.guidance,
         "stochastic": str(stochastic).lower(),
     }
-    if options.sampler == "ddpm":
-        facts["variance"] = options.variance
     if options.sampler == "ddim":
         facts["eta"] = options.eta
     return _named(facts)

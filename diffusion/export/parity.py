@@ -24,6 +24,8 @@ SMALL = 4
 BANDS = 10
 """Of timesteps: each is compared by itself."""
 PICTURES = 64
+ALONE = 8
+"""Batches of each size at most."""
 OFF_BY_ONE = 1e-3
 """Share of the pictures' values that may differ, by one grey level of 255."""
 
@@ -31,59 +33,72 @@ OFF_BY_ONE = 1e-3
 def session(content: bytes, device: torch.device) -> ort.InferenceSession:
     """An ONNX Runtime session for a model's bytes, on the GPU where `device` is one."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    gpu = ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0})
+    options.log_severity_level = 4  # errors are raised as well
+    # Neither rounded products, nor kernels chosen by how fast they happened to be.
+    exact = {"device_id": device.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
+    gpu = ("CUDAExecutionProvider", exact)
     providers = [gpu] if device.type == "cuda" else []
-    return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+    made = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+    if providers and made.get_providers()[0] != gpu[0]:
+        raise UserError(f"device: ONNX Runtime finds no way to use {device}; set device to cpu in params.yaml")
+    return made
 
 
 def check_denoiser(
     denoiser: ort.InferenceSession, model: Model, pairs: Pairs, tolerance: float
-) -> dict[str, float | int | list[float]]:
+) -> dict[str, float | int | list[float | None]]:
     """Run all pairs of a held-out split through both; torch computes on the CPU, where `model` is.
 
-    Gives the differences of eps_hat, by tenths of [0, T) as well, and the held-out MSE that ONNX Runtime comes to.
-    Raises UserError if a value of eps_hat differs by more than `tolerance`, or the MSE by that share of it.
+    Gives the differences of eps_hat, by tenths of [0, T) as well (None where there are no pairs), and the held-out MSE
+    that ONNX Runtime comes to. Raises UserError if a value of eps_hat differs by more than `tolerance`, x_0_hat does
+    not go with it, or the MSE differs by that share of it.
     """
-    inputs = [value.name for value in denoiser.get_inputs()]  # x_t, t and, with classes, y
-    T = model.process.schedule.num_timesteps
-    by_band, total, values, count = np.zeros(BANDS), 0.0, 0, 0
-    errors = {"onnx": 0.0, "torch": 0.0}
+    inputs, T = golden.names(denoiser), model.process.schedule.num_timesteps
+    by_band, total, values, count = np.full(BANDS, np.nan), 0.0, 0, 0
+    apart, errors = 0.0, {"onnx": 0.0, "torch": 0.0}
     with Progress("export", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
         for number, prediction in enumerate(predictions(model, pairs, torch.device("cpu"))):
-            size_of_block = len(prediction.t)
+            length = len(prediction.t)
             for size in BATCH_SIZES if number < SMALL else BATCH_SIZES[-1:]:
-                outputs = [
+                parts = [
                     denoiser.run(
-                        ["eps_hat"], {name: getattr(prediction, name)[start : start + size] for name in inputs}
-                    )[0]
-                    for start in range(0, size_of_block, size)
+                        ["eps_hat", "x_0_hat"],
+                        {name: getattr(prediction, name)[start : start + size] for name in inputs},
+                    )
+                    for start in range(0, length, size)
                 ]
-                eps_hat: NDArray[np.float64] = np.concatenate(outputs).astype(np.float64)
+                eps_hat, x_0_hat = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
                 difference = np.abs(eps_hat - prediction.eps_hat)
-                np.maximum.at(by_band, prediction.t * BANDS // T, difference.max(axis=(1, 2, 3)))
+                np.fmax.at(by_band, prediction.t * BANDS // T, difference.max(axis=(1, 2, 3)))
                 total, values = total + float(difference.sum()), values + difference.size
+                alpha_bar = model.process.schedule(torch.from_numpy(prediction.t)).numpy()
+                x_t = np.sqrt(alpha_bar) * x_0_hat + np.sqrt(1 - alpha_bar) * eps_hat
+                apart = max(apart, float(np.abs(x_t - prediction.x_t).max()))
             for name, found in (("onnx", eps_hat), ("torch", prediction.eps_hat)):
                 errors[name] += float(np.square(found - prediction.eps, dtype=np.float64).sum())
-            count += size_of_block
-            progress.advance(size_of_block)
+            count += length
+            progress.advance(length)
     mse = {name: error / (count * prediction.eps[0].size) for name, error in errors.items()}
-    largest = float(by_band.max())
+    largest, allowed = float(np.nanmax(by_band)), f"export.tolerance ({tolerance:g}) in params.yaml"
     if not largest <= tolerance:
-        band = int(by_band.argmax())
+        band = int(np.nanargmax(by_band))
         raise UserError(
-            f"denoiser.onnx: ONNX Runtime differs from torch by up to {largest:.2e} at t in [{band * T // BANDS}, "
-            f"{(band + 1) * T // BANDS}), more than export.tolerance ({tolerance:g}) in params.yaml; "
+            f"denoiser.onnx: ONNX Runtime differs from torch by up to {largest:.2e} at t from "
+            f"{-(-band * T // BANDS)} to {-(-(band + 1) * T // BANDS) - 1}, more than {allowed}; no model was written"
+        )
+    if not apart <= tolerance:
+        raise UserError(
+            f"denoiser.onnx: x_0_hat and eps_hat are not parts of x_t, by up to {apart:.2e}, more than {allowed}; "
             "no model was written"
         )
     if not abs(mse["onnx"] - mse["torch"]) <= tolerance * mse["torch"]:
         raise UserError(
             f"denoiser.onnx: the held-out MSE is {mse['onnx']:.6f} in ONNX Runtime and {mse['torch']:.6f} in torch, "
-            f"more apart than export.tolerance ({tolerance:g}) in params.yaml allows; no model was written"
+            f"more apart than {allowed}; no model was written"
         )
     return {
         "max_difference": largest,
-        "max_difference_by_band": by_band.tolist(),
+        "max_difference_by_band": [None if np.isnan(value) else float(value) for value in by_band],
         "mean_difference": total / values,
         "pairs": count,
         "mse": mse["onnx"],
@@ -93,45 +108,50 @@ def check_denoiser(
 def check_sampler(sampler: ort.InferenceSession, model: Model, options: params.Sample) -> dict[str, float | int]:
     """Make pictures with both from the same noise, in ONNX Runtime in batches of several sizes.
 
-    Raises UserError if more than OFF_BY_ONE of their values differ, or one by more than a grey level.
+    Of a network of classes they are of all classes and of none, with and without guidance. Raises UserError if more
+    than OFF_BY_ONE of their values differ, or one by more than a grey level.
     """
-    C, H, W = model.shape
-    names = {value.name for value in sampler.get_inputs()}
-    given: dict[str, NDArray[Any]] = {"noise": golden.normal(golden.SEED, 0, (PICTURES, C, H, W))}
-    if "steps_noise" in names:
-        given["steps_noise"] = golden.normal(golden.SEED, 1, (options.steps, PICTURES, C, H, W))
-    if "steps" in names:
-        given["steps"] = np.array([options.steps])
-    if "y" in names:
-        given["guidance"] = np.array([options.guidance], np.float32)
-        given["y"] = np.arange(PICTURES) % model.num_classes
+    facts = sampler.get_modelmeta().custom_metadata_map
+    given = golden.inputs(golden.names(sampler), facts, golden.SEED, PICTURES)
+    differing, values, largest = 0, 0, 0
+    for guidance in (options.guidance, 2.0 if options.guidance == 1 else 1.0) if "y" in given else (1.0,):
+        if "y" in given:
+            given["y"] = np.arange(PICTURES) % (model.num_classes + 1) - 1
+            given["guidance"] = np.array([guidance], np.float32)
+        expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
+        for size in BATCH_SIZES:
+            count = min(PICTURES, ALONE * size)
+            made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
+            images = np.concatenate(made).astype(int)
+            off = np.abs(images - expected[: len(images)])
+            differing, values, largest = (
+                differing + int((off > 0).sum()),
+                values + off.size,
+                max(largest, int(off.max())),
+            )
+    share = differing / values
+    if largest > 1 or share > OFF_BY_ONE:
+        raise UserError(
+            f"sampler.onnx: of its pictures' values {share:.2%} differ from torch's, by up to {largest} grey "
+            f"levels ({OFF_BY_ONE:.1%} and 1 are allowed); no model was written: choose another export.sampler, or "
+            "fewer export.steps"
+        )
+    return {"images": PICTURES, "values_off_by_one": share}
+
+
+def _with_torch(model: Model, options: params.Sample, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """The pictures of the same inputs, uint8 (B, H, W, C)."""
 
     def noise(place: int) -> torch.Tensor:
         return torch.from_numpy(given["noise"] if place == 0 else given["steps_noise"][place - 1])
 
-    def part(name: str, array: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-        if name in ("steps", "guidance"):
-            return array
-        return array[:, start:end] if name == "steps_noise" else array[start:end]
-
-    y = torch.from_numpy(given["y"]) if "y" in names else None
+    y = torch.from_numpy(given["y"]) if "y" in given else None
     timesteps = build.sampling_timesteps(options, model.process.schedule)
-    expected = to_uint8(sample(model.sampler(options, y), noise, timesteps).numpy()).transpose(0, 2, 3, 1).astype(int)
-    differing, largest = 0.0, 0
-    for size in BATCH_SIZES:
-        made = [
-            sampler.run(
-                ["images"],
-                {name: part(name, array, start, start + size) for name, array in given.items()},
-            )[0]
-            for start in range(0, PICTURES if size > 1 else 4, size)
-        ]
-        images = np.concatenate(made).astype(int)
-        off = np.abs(images - expected[: len(images)])
-        differing, largest = max(differing, float((off > 0).mean())), max(largest, int(off.max()))
-    if largest > 1 or differing > OFF_BY_ONE:
-        raise UserError(
-            f"sampler.onnx: of its pictures {differing:.2%} of the values differ from torch's, by up to {largest} grey "
-            f"levels ({OFF_BY_ONE:.1%} and 1 are allowed); no model was written"
-        )
-    return {"images": PICTURES, "values_off_by_one": differing}
+    return to_uint8(sample(model.sampler(options, y), noise, timesteps).numpy()).transpose(0, 2, 3, 1)
+
+
+def _part(given: dict[str, NDArray[Any]], start: int, end: int) -> dict[str, NDArray[Any]]:
+    """The inputs of some of the pictures."""
+    part = {name: array[start:end] for name, array in given.items() if name in ("noise", "y")}
+    part |= {name: given[name] for name in ("steps", "guidance") if name in given}
+    return part | ({"steps_noise": given["steps_noise"][:, start:end]} if "steps_noise" in given else {})

@@ -22,8 +22,9 @@ OUTER = """
 sampler ({inputs}) => (uint8[B,{H},{W},{C}] images, float[B,{C},{H},{W}] x_0)
 {{
     {steps}
-    begin = Gather <axis = 0> (BEGINS, steps)
-    looks = Gather <axis = 0> (LENGTHS, steps)
+    asked = Max (steps, MINUS)
+    begin = Gather <axis = 0> (BEGINS, asked)
+    looks = Gather <axis = 0> (LENGTHS, asked)
     one_noise = Unsqueeze (noise, ZERO)
     state = Concat <axis = 0> (one_noise, one_noise, one_noise)
     most = Squeeze (looks)
@@ -175,8 +176,8 @@ def tables(model: Model, options: params.Sample) -> tuple[Recurrence, np.ndarray
         timesteps = build.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
         parts.append(recurrence(options, model.process, model.variance, timesteps))
     joined = Recurrence.joined(parts)
-    begins = np.full(numbers[-1] + 1, len(joined.t))
-    lengths = np.ones(numbers[-1] + 1, np.int64)
+    size = numbers[-1] + 2  # the last one is what the graph takes for a negative number
+    begins, lengths = np.full(size, len(joined.t)), np.ones(size, np.int64)
     lengths[numbers] = [len(part.t) for part in parts]
     begins[numbers] = np.cumsum([0, *lengths[numbers[:-1]]])
     lengths[0], begins[0] = lengths[options.steps], begins[options.steps]

@@ -1,6 +1,5 @@
 """evaluate: the model's noise prediction on the test pairs, its likelihood of the test images, and samples."""
 
-import hashlib
 from collections.abc import Iterator
 
 from diffusion import tracking
@@ -76,17 +75,16 @@ def run(params: Params, paths: Paths) -> None:
         pictures["training"] = plots.training(loss, heldout)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
+    write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
     with new_directory(paths.evaluation) as temporary:
         write_csv(temporary / "bands.csv", bands)
         write_csv(temporary / "mse_by_t.csv", mse_by_t)
         write_csv(temporary / "vlb_by_t.csv", vlb_by_t)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
-        scored_on = hashlib.sha256(pairs.manifest.splits["test"].model_dump_json().encode()).hexdigest()
-        digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": scored_on}
+        digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
         write_json(temporary / "scored.json", digests)
     write_atomic(paths.report, page.encode())
-    write_json(paths.evaluate_report, overall)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
         f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs; "

@@ -24,16 +24,21 @@ def run(params: Params, paths: Paths) -> None:
     device, export = networks.device(params.device), params.export
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
+    if export.steps > model.process.schedule.num_timesteps:
+        raise UserError(
+            f"export.steps ({export.steps}) exceeds the model's num_timesteps ({model.process.schedule.num_timesteps})"
+        )
     settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
     sample = params.sample.model_copy(update=settings)
     weights = sha256(paths.model / WEIGHTS)
-    facts = metadata.of_model(model, weights, sha256(paths.pairs / MANIFEST), scores(paths, weights))
+    measured = scores(paths, weights, pairs.digest)
+    facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
+    step = denoiser.to_onnx(model, export.opset)
+    loop = sampler_graph.to_onnx(step, model, sample)
     try:
-        step = denoiser.to_onnx(model, export.opset)
-        loop = sampler_graph.to_onnx(step, model, sample)
         contents = {
-            paths.denoiser: finished(step, facts, device),
-            paths.sampler: finished(loop, facts | metadata.of_sampler(sample, loop), device),
+            paths.denoiser: finished("denoiser.onnx", step, facts),
+            paths.sampler: finished("sampler.onnx", loop, facts | metadata.of_sampler(sample, loop)),
         }
         one, whole = (parity.session(content, device) for content in contents.values())
         report: dict[str, Any] = {
@@ -50,23 +55,32 @@ def run(params: Params, paths: Paths) -> None:
             report[path.stem]["bytes"] = len(content)
     write_json(paths.export_report, report)
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({len(content) / 1e6:.1f} MB), at most "
-        f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs"
+        f"export: {paths.denoiser} and {paths.sampler} ({sum(map(len, contents.values())) / 1e6:.1f} MB), at most "
+        f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "
+        f"{one.get_providers()[0]}"
     )
     tracking.record(params, paths)
 
 
-def finished(graph: onnx.ModelProto, facts: dict[str, str], device: torch.device) -> bytes:
-    """A graph with its facts and its golden test, checked; the same bytes for the same weights."""
-    onnx.checker.check_model(graph, full_check=True)
-    session = parity.session(graph.SerializeToString(), device)
-    metadata.describe(graph, facts | {"ddpm.golden": golden.made(session, facts)})
+def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
+    """A graph with its facts and its golden test, checked; the same bytes for the same weights on the same CPU.
+
+    The golden test is made on the CPU: kernels of a GPU may be chosen by how fast they happened to be.
+    """
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+        session = parity.session(graph.SerializeToString(), torch.device("cpu"))
+        metadata.describe(graph, facts | {"ddpm.golden": golden.made(session, facts)})
+    except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
+        raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None
     return graph.SerializeToString(deterministic=True)
 
 
-def scores(paths: Paths, weights: str) -> dict[str, Any]:
-    """What evaluate measured of these weights; nothing if it did not."""
+def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, Any]:
+    """What evaluate measured of these weights on these pairs; nothing if it did not."""
     scored = paths.evaluation / "scored.json"
-    if not scored.exists() or json.loads(scored.read_text())["weights_sha256"] != weights:
+    if not scored.exists() or not paths.evaluate_report.exists():
+        return {}
+    if json.loads(scored.read_text()) != {"weights_sha256": weights_sha256, "pairs_sha256": pairs_sha256}:
         return {}
     return json.loads(paths.evaluate_report.read_text())

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-    from numpy.typing import NDArray
 
 ONNX = "ddpm.onnx_sha256"
 
@@ -70,10 +69,7 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
 
     inputs, outputs = [spec(v) for v in model.graph.input], [spec(v) for v in model.graph.output]
 
-    def example(spec: TensorSpec) -> NDArray[Any]:
-        shape = tuple(abs(size) for size in spec.shape)
-        return golden.normal(0, 0, shape) if spec.type == np.float32 else np.zeros(shape, spec.type)
-
+    facts = {prop.key: prop.value for prop in model.metadata_props}
     client = run.client
     logged = client.create_logged_model(run.experiment_id, name="sampler", source_run_id=run.id)
     # What mlflow.onnx.log_model would do, but for running the model: ONNX Runtime prints errors where CUDA is missing.
@@ -84,7 +80,7 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
             f"{temporary}/model",
             mlflow_model=Model(logged.artifact_location, run.id, model_id=logged.model_id),
             signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
-            input_example={spec.name: example(spec) for spec in inputs},
+            input_example=golden.inputs([value.name for value in model.graph.input], facts, golden.SEED, 1),
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
                 f"onnx=={onnx.__version__}",

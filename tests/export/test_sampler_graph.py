@@ -11,7 +11,7 @@ import torch
 
 from diffusion import params
 from diffusion.evaluation.samples import to_uint8
-from diffusion.export import denoiser, sampler_graph
+from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
 from diffusion.process import build
 from diffusion.process.sampler import sample
@@ -69,7 +69,7 @@ def same(found: list[Any], expected: torch.Tensor) -> None:
     off = np.abs(images.astype(int) - to_uint8(expected.numpy()).transpose(0, 2, 3, 1))
     assert images.dtype == np.uint8
     assert off.max() <= 1
-    assert (off > 0).mean() < 0.005
+    assert (off > 0).sum() <= 1 + parity.OFF_BY_ONE * off.size
 
 
 @pytest.mark.parametrize("changes", fakes.SAMPLERS, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -104,7 +104,7 @@ def test_another_number_of_steps_can_be_asked_for() -> None:
     for steps in (0, 1, 9, sampler_graph.FREE, 60):
         asked = {"noise": inputs["noise"], "steps": np.array([steps])}
         same(found.run(None, asked), pictures(model, settings.model_copy(update={"steps": steps or 60}), inputs))
-    for steps in (55, 61):
+    for steps in (-70, -61, -50, -1, 55, 61):
         with pytest.raises(Exception, match="out of data bounds"):
             found.run(None, {"noise": inputs["noise"], "steps": np.array([steps])})
 

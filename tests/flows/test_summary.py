@@ -20,7 +20,7 @@ METRICS = {"images": 190, "mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.
 
 
 def finished(run: str, metrics: dict[str, float]) -> Summary:
-    return Summary(run, STAGES, metrics, "/somewhere/denoiser.onnx", "http://p/run", "http://m/run")
+    return Summary(run, STAGES, metrics, "/somewhere/sampler.onnx", "http://p/run", "http://m/run")
 
 
 @pytest.fixture

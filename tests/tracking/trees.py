@@ -86,11 +86,12 @@ def write_export(paths: Paths, weights: str, factor: float = 0.5) -> None:
         [helper.make_tensor("factor", TensorProto.FLOAT, [], [factor])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    helper.set_model_props(model, {"ddpm.weights_sha256": weights})
+    sides = {"ddpm.channels": "1", "ddpm.height": "8", "ddpm.width": "8", "ddpm.steps": "10"}
+    helper.set_model_props(model, {"ddpm.weights_sha256": weights} | sides)
     paths.onnx.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, paths.sampler)
     onnx.save_model(model, paths.denoiser)
-    report = {"denoiser": {"max_difference": 1e-6, "bands": [1e-6]}, "sampler": {"images": 64}}
+    report = {"denoiser": {"max_difference": 1e-6, "max_difference_by_band": [1e-6]}, "sampler": {"images": 64}}
     write_json(paths.export_report, report)
 
 

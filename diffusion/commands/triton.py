@@ -1,0 +1,114 @@
+"""`ddpm triton`: both graphs as a model repository of NVIDIA's Triton Inference Server, which batches requests.
+
+Triton joins requests along the first dimension of every input. So the sampler's graph is given a fixed number of steps
+and a fixed guidance there, and a stochastic one takes its noise as (B, S, C, H, W).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, ValueInfoProto, helper, numpy_helper
+
+from diffusion.errors import UserError
+from diffusion.files import new_directory, write_atomic
+from diffusion.paths import Paths
+
+MAX_BATCH = 64
+DELAY = 2000
+"""Microseconds that a request waits at most for others to come."""
+CONFIG = """\
+# weights {weights}
+name: "{name}"
+platform: "onnxruntime_onnx"
+max_batch_size: {max_batch}
+dynamic_batching {{ max_queue_delay_microseconds: {delay} }}
+input [
+{inputs}
+]
+output [
+{outputs}
+]
+"""
+TYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+    onnx.TensorProto.UINT8: "TYPE_UINT8",
+}
+
+
+def run(directory: Path, paths: Paths, max_batch: int, force: bool) -> None:
+    """Write the repository, whole or not at all; raises UserError if `directory` is in use or a graph is missing."""
+    files = (paths.denoiser, paths.sampler)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file; choose a folder")
+    found = {entry.name for entry in directory.iterdir()} if directory.exists() else set[str]()
+    if found and not (force and found <= {file.stem for file in files}):
+        raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
+    if max_batch < 1:
+        raise UserError(f"--max-batch: must be at least 1 (got {max_batch})")
+    graphs = {file.stem: batched(_read(file)) for file in files}
+    try:
+        with new_directory(directory) as temporary:
+            for name, graph in graphs.items():
+                write_atomic(temporary / name / "1" / "model.onnx", graph.SerializeToString(deterministic=True))
+                write_atomic(temporary / name / "config.pbtxt", config(name, graph, max_batch).encode())
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
+
+
+def batched(model: ModelProto) -> ModelProto:
+    """A graph whose inputs all begin with the batch."""
+    facts, graph = {prop.key: prop.value for prop in model.metadata_props}, model.graph
+    fixed = {"steps": np.int64, "guidance": np.float32}
+    for value in list(graph.input):
+        if value.name in fixed:
+            number = np.array([facts[f"ddpm.{value.name}"]], dtype=fixed[value.name])
+            graph.initializer.append(numpy_helper.from_array(number, value.name))
+            graph.input.remove(value)
+        elif value.name == "steps_noise":
+            by_step, by_image, *image = value.type.tensor_type.shape.dim
+            value.type.tensor_type.shape.ClearField("dim")
+            value.type.tensor_type.shape.dim.extend([by_image, by_step, *image])
+            _rename(graph, "steps_noise", "noise_by_step")
+            graph.node.insert(
+                0, helper.make_node("Transpose", ["steps_noise"], ["noise_by_step"], perm=[1, 0, 2, 3, 4])
+            )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def config(name: str, model: ModelProto, max_batch: int) -> str:
+    """The text of config.pbtxt."""
+    facts = {prop.key: prop.value for prop in model.metadata_props}
+    return CONFIG.format(
+        weights=facts["ddpm.weights_sha256"],
+        name=name,
+        max_batch=max_batch,
+        delay=DELAY,
+        inputs=",\n".join(map(_tensor, model.graph.input)),
+        outputs=",\n".join(map(_tensor, model.graph.output)),
+    )
+
+
+def _tensor(value: ValueInfoProto) -> str:
+    """An input or output of config.pbtxt, which leaves out the batch; a number for each image is a [1]."""
+    kind = value.type.tensor_type
+    dims = [dim.dim_value or -1 for dim in kind.shape.dim[1:]]
+    shape = f"dims: {dims}" if dims else "dims: [ 1 ] reshape: { shape: [ ] }"
+    return f'  {{ name: "{value.name}" data_type: {TYPES[kind.elem_type]} {shape} }}'
+
+
+def _rename(graph: GraphProto, old: str, new: str) -> None:
+    """Rename an input where nodes read it, in loops' bodies too."""
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        for attribute in node.attribute:
+            _rename(attribute.g, old, new)
+
+
+def _read(path: Path) -> ModelProto:
+    try:
+        return onnx.load(path)
+    except Exception as error:  # of the file system, or of protobuf
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `ddpm export` makes it") from None

@@ -1,0 +1,89 @@
+"""The model repository for Triton, as far as it can be tried without Triton: by ONNX Runtime, as Triton would."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from diffusion.__main__ import main
+from diffusion.export import metadata, sampler_graph
+from diffusion.paths import Paths
+from tests.export.test_sampler_graph import SHAPE, given, parts, session
+from tests.process import fakes
+
+
+def exported(root: Path, classes: bool, sampler: str) -> onnx.ModelProto:
+    """models/onnx with both graphs; gives the sampler's."""
+    model, step = parts(classes)
+    settings = fakes.options(sampler=sampler, threshold="clip", steps=4, guidance=2.5)
+    loop = sampler_graph.to_onnx(step, model, settings)
+    facts = metadata.of_model(model, "analytic", "a" * 64, "data", {}) | metadata.of_sampler(settings, loop)
+    paths = Paths(root)
+    paths.onnx.mkdir(parents=True)
+    for path, graph in ((paths.denoiser, onnx.ModelProto.FromString(step.SerializeToString())), (paths.sampler, loop)):
+        metadata.describe(graph, facts)
+        onnx.save_model(graph, path)
+    return loop
+
+
+def names_and_dims(line: str) -> tuple[str, list[int]]:
+    return line.split('"')[1], [int(size) for size in line.split("dims: [")[1].split("]")[0].split(",")]
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "ddpm"])
+def test_requests_can_be_joined_along_the_first_dimension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: bool, sampler: str
+) -> None:
+    loop = exported(tmp_path, classes, sampler)
+    monkeypatch.chdir(tmp_path)
+    assert main(["triton", "repository", "--max-batch", "16"]) == 0
+    for name in ("denoiser", "sampler"):
+        text = (tmp_path / "repository" / name / "config.pbtxt").read_text()
+        assert f'name: "{name}"' in text
+        assert "max_batch_size: 16" in text
+        served = ort.InferenceSession(
+            tmp_path / "repository" / name / "1" / "model.onnx", providers=["CPUExecutionProvider"]
+        )
+        told = dict(names_and_dims(line) for line in text.splitlines() if line.startswith("  {"))
+        for value in [*served.get_inputs(), *served.get_outputs()]:
+            assert value.shape[0] == "B"
+            sizes = [size if isinstance(size, int) else -1 for size in value.shape[1:]]
+            assert told.pop(value.name) == (sizes or [1])
+        assert not told
+    inputs = given(3, 4)
+    plain = session(loop)
+    expected = plain.run(["images"], {value.name: inputs[value.name] for value in plain.get_inputs()})[0]
+    inputs["steps_noise"] = inputs["steps_noise"].swapaxes(0, 1)
+    asked = {value.name: inputs[value.name] for value in served.get_inputs()}
+    assert set(asked) <= {"noise", "y", "steps_noise"}
+    assert np.array_equal(served.run(["images"], asked)[0], expected)
+    assert expected.shape == (3, *SHAPE[1:], SHAPE[0])
+
+
+def test_what_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(tmp_path, False, "ddim")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "letter.txt").write_text("dear")
+    for options in ([], ["--force"]):
+        assert main(["triton", "used", *options]) == 1
+    assert main(["triton", "repository"]) == 0
+    assert main(["triton", "repository"]) == 1
+    assert main(["triton", "repository", "--force"]) == 0
+    assert main(["triton", "other", "--max-batch", "0"]) == 1
+    shutil.rmtree(tmp_path / "models")
+    assert main(["triton", "other"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[0] == lines[1]
+    assert "used: already there" in lines[0]
+    assert "--max-batch: must be at least 1 (got 0)" in lines[3]
+    assert "models/onnx/denoiser.onnx: cannot be read" in lines[4]
+    assert (tmp_path / "used" / "letter.txt").read_text() == "dear"
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,67 @@
+"""What keeps an export from being written, and what it says of the model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from diffusion.errors import UserError
+from diffusion.export import metadata, parity, sampler_graph
+from diffusion.files import write_json
+from diffusion.paths import Paths
+from diffusion.stages import export
+from tests.export.test_sampler_graph import parts
+from tests.process import fakes
+
+
+@pytest.mark.parametrize(("classes", "sampler"), [(False, "ddpm"), (True, "dpm-solver++")])
+def test_pictures_of_other_weights_are_told(classes: bool, sampler: str) -> None:
+    model, step = parts(classes)
+    settings = fakes.options(sampler=sampler, steps=3, threshold="clip")
+    graph = sampler_graph.to_onnx(step, model, settings)
+    facts = metadata.of_model(model, "analytic", "weights", "data", {})
+    metadata.describe(graph, facts | metadata.of_sampler(settings, graph))
+    loaded = parity.session(graph.SerializeToString(), torch.device("cpu"))
+    found = parity.check_sampler(loaded, model, settings)
+    assert found["images"] == 64
+    assert found["values_off_by_one"] <= parity.OFF_BY_ONE
+    weights = max(model.net.parameters(), key=torch.numel)
+    before = weights.detach().clone()
+    try:
+        with torch.no_grad():
+            weights.mul_(1.2)
+        with pytest.raises(UserError, match=r"sampler\.onnx: of its pictures' values .* no model was written"):
+            parity.check_sampler(loaded, model, settings)
+    finally:
+        weights.data.copy_(before)
+
+
+def test_a_graph_that_cannot_be_run_is_told() -> None:
+    _, step = parts(False)
+    broken = onnx.ModelProto.FromString(step.SerializeToString())
+    del broken.graph.node[3]
+    with pytest.raises(UserError, match=r"denoiser\.onnx: the graph cannot be run .* no model was written"):
+        export.finished("denoiser.onnx", broken, {})
+
+
+def test_scores_are_of_these_weights_and_pairs_or_none(tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    assert export.scores(paths, "w", "p") == {}
+    write_json(paths.evaluation / "scored.json", {"weights_sha256": "w", "pairs_sha256": "p"})
+    assert export.scores(paths, "w", "p") == {}
+    write_json(paths.evaluate_report, {"mse": 0.25})
+    assert export.scores(paths, "w", "p") == {"mse": 0.25}
+    assert export.scores(paths, "other", "p") == {}
+    assert export.scores(paths, "w", "other") == {}
+
+
+def test_the_facts_give_the_schedule_back_exactly() -> None:
+    model, _ = parts(True)
+    facts = metadata.of_model(model, "analytic", "weights", "data", {})
+    alpha_bar = np.array(json.loads(facts["ddpm.alpha_bar"]))
+    assert np.array_equal(alpha_bar, model.process.schedule.alpha_bar.numpy())
+    assert facts["ddpm.classes"] == '["0", "1", "2"]'
+    assert facts["ddpm.parameterization"] == "v"
