@@ -43,7 +43,7 @@ THEIRS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("changes", OURS.values(), ids=OURS)
 def test_our_process_is_the_same_in_diffusers_and_after_coming_back(changes: dict[str, Any]) -> None:
     steps = {"steps": changes.get("num_timesteps", 1000)}
-    chosen = settings(process=changes, sample=steps)
+    chosen = settings(process=changes, sample=steps, export=steps)
     written = SchedulerConfig.of(chosen.process, chosen.sample)
     theirs = DDPMScheduler.from_config(written.document())
     schedule = processes.process(chosen.process).schedule
