@@ -34,7 +34,7 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 	@ddpm summary
 
 test: setup ## Run the tests, a file at a time on each core.
-	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile
+	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up

@@ -228,10 +228,7 @@ class Train(Section):
 
 
 class Sample(Section):
-    """Making pictures, for the report and by `ddpm sample`; the variance is also that of the bound in bits/dim.
-
-    sampler.onnx takes variance, eta, threshold and guidance from here, and the rest from the section `export`.
-    """
+    """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
 
     sampler: Sampler
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
