@@ -71,6 +71,7 @@ def with_torch(model: Model, options: Sample) -> Make:
 
 
 def with_diffusers(directory: Path, steps: int) -> Make:
+    diffusers.utils.logging.disable_progress_bar()
     trained = diffusers.DDPMPipeline.from_pretrained(directory)
     scheduler = diffusers.DDIMScheduler.from_config(trained.scheduler.config)
     pipeline = diffusers.DDIMPipeline(unet=trained.unet, scheduler=scheduler)
