@@ -14,7 +14,6 @@ from diffusion.errors import UserError
 from diffusion.files import new_directory, write_atomic
 from diffusion.paths import Paths
 
-MAX_BATCH = 64
 DELAY = 2000
 """Microseconds that a request waits at most for others to come."""
 CONFIG = """\

@@ -68,7 +68,6 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
         return TensorSpec(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape, value.name)
 
     inputs, outputs = [spec(v) for v in model.graph.input], [spec(v) for v in model.graph.output]
-
     facts = {prop.key: prop.value for prop in model.metadata_props}
     client = run.client
     logged = client.create_logged_model(run.experiment_id, name="sampler", source_run_id=run.id)
@@ -80,7 +79,7 @@ def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:
             f"{temporary}/model",
             mlflow_model=Model(logged.artifact_location, run.id, model_id=logged.model_id),
             signature=ModelSignature(Schema([*inputs]), Schema([*outputs])),
-            input_example=golden.inputs([value.name for value in model.graph.input], facts, golden.SEED, 1),
+            input_example=golden.inputs([v.name for v in model.graph.input], facts, golden.SEED, 1),
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
                 f"onnx=={onnx.__version__}",
