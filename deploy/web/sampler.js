@@ -1,0 +1,98 @@
+// sampler.onnx: what the file says of itself, and pictures by it. ../ONNX.md explains inputs and metadata.
+import * as ort from "onnxruntime-web";
+import { PbfReader } from "pbf";
+import { normal } from "./noise.js";
+
+// ONNX Runtime works in a worker that it starts by itself: the page stays responsive, and no worker need be written.
+ort.env.wasm.proxy = true;
+
+const VERSION = "2"; // of the metadata's keys
+const FREE = 50; // any number of steps up to this can be asked for
+
+export class Sampler {
+  #session;
+  #last = Promise.resolve();
+
+  // bytes: the file, as a Uint8Array. An Error's message says in one line what is wrong with it.
+  static async open(bytes) {
+    const facts = metadata(bytes);
+    if (!("ddpm.version" in facts)) throw new Error("is not one that ddpm export wrote");
+    if (facts["ddpm.version"] !== VERSION) throw new Error(`is of another version than this page (${VERSION})`);
+    if (!("ddpm.sampler" in facts)) throw new Error("is the denoiser; what makes pictures is sampler.onnx");
+    try {
+      return new Sampler(facts, await ort.InferenceSession.create(bytes));
+    } catch (error) {
+      throw new Error(`cannot be loaded: ${error.message}`);
+    }
+  }
+
+  constructor(facts, session) {
+    this.#session = session;
+    this.facts = Object.fromEntries(Object.entries(facts).map(([key, value]) => [key.replace("ddpm.", ""), value]));
+    [this.channels, this.height, this.width] = ["channels", "height", "width"].map((side) => Number(this.facts[side]));
+    this.size = this.channels * this.height * this.width;
+    this.classes = JSON.parse(this.facts.classes);
+    this.stochastic = this.facts.stochastic === "true";
+    this.steps = Number(this.facts.steps);
+    this.guidance = Number(this.facts.guidance);
+    this.mostFree = Math.min(FREE, Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
+  }
+
+  // What picture `number` of a seed is made of: float32 (C, H, W).
+  noise(seed, number) {
+    return normal(seed, number, 0, this.size);
+  }
+
+  // Picture `number` of a seed: uint8 (H, W, C). y: its class by number, -1 for none.
+  async picture(seed, number, { steps, y, guidance }) {
+    const shape = [1, this.channels, this.height, this.width];
+    const inputs = { noise: new ort.Tensor("float32", this.noise(seed, number), shape) };
+    if (this.stochastic) {
+      const values = new Float32Array(steps * this.size);
+      for (let step = 0; step < steps; step++) values.set(normal(seed, number, step + 1, this.size), step * this.size);
+      inputs.steps_noise = new ort.Tensor("float32", values, [steps, ...shape]);
+    } else {
+      inputs.steps = new ort.Tensor("int64", [BigInt(steps)], [1]);
+    }
+    if (this.classes.length) {
+      inputs.y = new ort.Tensor("int64", [BigInt(y)], [1]);
+      inputs.guidance = new ort.Tensor("float32", [guidance], [1]);
+    }
+    const { images } = await this.#inTurn(() => this.#session.run(inputs, ["images"]));
+    return images.data;
+  }
+
+  close() {
+    return this.#inTurn(() => this.#session.release());
+  }
+
+  // A session is for one run at a time.
+  #inTurn(work) {
+    const done = this.#last.then(work);
+    this.#last = done.catch(() => {});
+    return done;
+  }
+}
+
+// metadata_props of an ONNX file, which onnxruntime-web does not tell; the numbers are those of onnx.proto.
+function metadata(bytes) {
+  const [GRAPH, METADATA_PROPS, KEY, VALUE] = [7, 14, 1, 2];
+  const facts = {};
+  let graph = false;
+  const reader = new PbfReader(bytes);
+  const text = (field, entry) => {
+    if (field === KEY || field === VALUE) entry[field] = reader.readString();
+  };
+  try {
+    reader.readFields((field) => {
+      if (field === GRAPH) graph = true;
+      if (field !== METADATA_PROPS) return;
+      const entry = reader.readMessage(text, {});
+      facts[entry[KEY]] = entry[VALUE] ?? "";
+    });
+  } catch {
+    graph = false;
+  }
+  if (!graph || reader.pos !== bytes.length) throw new Error("is not an ONNX file, or not a whole one");
+  return facts;
+}

@@ -1,0 +1,267 @@
+"""The page in a real browser, against the same model in Python."""
+
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from sklearn.utils import murmurhash3_32  # an implementation by others; comes with mlflow
+
+from diffusion.export import metadata
+from tests.deploy.conftest import program, write_model
+from tests.export.test_sampler_graph import SHAPE, parts
+
+STEPS = 4
+OFF_BY_ONE = 0.001
+"""So many values may be off by one: WebAssembly sums in another order, and some values lie between two grey levels."""
+CHROMIUM = ("chromium", "chromium", "chromium-browser", "google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+READ = """canvases => canvases.map(canvas => {
+    const { width, height, data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    return [height, width, [...data]];
+})"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Files without a log."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(installed: Callable[[str], Path]) -> Path:
+    """The page's folder with its packages; models are put there."""
+    program(*CHROMIUM)
+    return installed("web")
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = program(*CHROMIUM)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=QUIET) as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """An empty page. At the end it must have asked no other host for anything, and have no error in its console."""
+    hosts, errors = set[str](), list[str]()
+    with browser.new_context(base_url=address) as context, context.new_page() as opened:
+        context.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        yield opened
+    assert hosts - {""} == {urlsplit(address).netloc}  # data: has no host
+    assert [error for error in errors if "status of 404" not in error] == []
+
+
+def model(site: Path, sampler: str, classes: bool) -> Path:
+    path = site / f"{sampler.replace('+', '')}-{'classes' if classes else 'plain'}.onnx"  # a + in an address is a space
+    return path if path.exists() else write_model(path, sampler, classes, STEPS)
+
+
+def made(page: Page, count: int) -> NDArray[np.uint8]:
+    """The page's pictures, uint8 (B, H, W, 3), when as many as these are ready."""
+    expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ", timeout=60_000)
+    expect(page.locator("#pictures [data-made=true]")).to_have_count(count)
+    return read(page, "#pictures canvas")
+
+
+def read(page: Page, canvases: str) -> NDArray[np.uint8]:
+    read = [np.array(data, np.uint8).reshape(*sides, 4) for *sides, data in page.locator(canvases).evaluate_all(READ)]
+    images = np.stack(read)
+    assert (images[..., 3] == 255).all()
+    return images[..., :3]
+
+
+def normal(seed: int, number: int, step: int) -> NDArray[np.float32]:
+    """Noise (C, H, W) as deploy/web/README.md has it."""
+    keys = [struct.pack("<III", number, step, k) for k in range(2 * int(np.prod(SHAPE)))]
+    words = np.array([murmurhash3_32(key, seed=seed, positive=True) for key in keys], np.float64)
+    u, v = (words[0::2] + 1) / 2**32, words[1::2] / 2**32
+    return (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).astype(np.float32).reshape(SHAPE)
+
+
+def expected(
+    path: Path, seed: int, y: list[int], steps: int = STEPS, guidance: float = 2.5, first: int = 0
+) -> NDArray[np.uint8]:
+    """The pictures from number `first` on, by ONNX Runtime in Python."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    numbers = range(first, first + len(y))
+    given = {
+        "noise": np.stack([normal(seed, number, 0) for number in numbers]),
+        "steps_noise": np.array([[normal(seed, number, step + 1) for number in numbers] for step in range(steps)]),
+        "steps": np.array([steps]),
+        "y": np.array(y),
+        "guidance": np.array([guidance], np.float32),
+    }
+    images: NDArray[np.uint8] = session.run(
+        ["images"], {value.name: given[value.name] for value in session.get_inputs()}
+    )[0]
+    return images
+
+
+def same(found: NDArray[np.uint8], images: NDArray[np.uint8]) -> None:
+    assert found.shape == images.shape
+    off = np.abs(found.astype(int) - images)
+    assert off.max() <= 1
+    assert (off > 0).sum() <= 1 + OFF_BY_ONE * off.size
+    assert (off.reshape(len(off), -1).max(1) == 0).mean() > 0.5  # whole pictures
+
+
+@pytest.mark.parametrize(
+    ("sampler", "choice", "y"),
+    [
+        ("dpm-solver++", None, [0] * 6),
+        ("dpm-solver++-sde", None, [0] * 6),
+        ("heun", "2", [2] * 6),
+        ("heun", "turn", [0, 1, 2, 0, 1, 2]),
+        ("ddpm", "-1", [-1] * 6),
+    ],
+)
+def test_the_pictures_are_those_of_python(
+    site: Path, page: Page, sampler: str, choice: str | None, y: list[int]
+) -> None:
+    path = model(site, sampler, choice is not None)
+    page.goto(f"?model={path.name}&count=1")
+    made(page, 1)
+    page.get_by_label("Seed").fill("4000000000")
+    page.get_by_label("Pictures").fill("6")
+    for label in ("Class", "Guidance"):
+        expect(page.get_by_label(label)).to_be_visible(visible=choice is not None)
+    if choice is not None:
+        page.get_by_label("Class").select_option(choice)
+        page.get_by_label("Guidance").fill("1.5")
+    page.get_by_role("button", name="Make").click()
+    found = made(page, 6)
+    assert len(found) == 6
+    same(found, expected(path, 4_000_000_000, y, guidance=1.5))
+
+
+def test_a_link_shows_the_same_pictures(site: Path, page: Page) -> None:
+    path = model(site, "heun", True)
+    page.goto(f"?model={path.name}&seed=3&count=4&steps=2&class=1")
+    found = made(page, 4)
+    same(found, expected(path, 3, [1] * 4, steps=2))
+    query = parse_qs(urlsplit(page.url).query)
+    assert query == {
+        "model": [path.name], "seed": ["3"], "count": ["4"], "steps": ["2"], "class": ["1"], "guidance": ["2.5"]
+    }  # fmt: skip
+    page.reload()
+    assert np.array_equal(made(page, 4), found)
+    expect(page.locator("#facts")).to_have_text(
+        "7 × 10, RGB · 3 classes · heun, 4 steps · 0.500 MSE of the noise on test pairs · weights aaaaaaaaaaaa"
+    )
+
+
+def test_a_link_with_a_choice_that_there_is_not_makes_nothing(site: Path, page: Page) -> None:
+    path = model(site, "heun", True)
+    for choice in ("count=65", "seed=-1", "steps=51", "class=3", "guidance=x"):
+        page.goto(f"?model={path.name}&{choice}")
+        expect(page.get_by_label("Seed")).to_be_visible()
+        assert page.locator("#form :invalid").get_attribute("name") == choice.split("=")[0]
+        expect(page.locator("canvas")).to_have_count(0)
+
+
+def test_more_steps_than_others_can_be_asked_for_if_they_were_exported(site: Path, page: Page) -> None:
+    path = write_model(site / "long.onnx", "dpm-solver++", False, steps=60)
+    page.goto(f"?model={path.name}&count=2&seed=1")
+    same(made(page, 2), expected(path, 1, [0, 0], steps=60))
+    steps = page.get_by_role("spinbutton", name="Steps")
+    for asked, fits in ((50, True), (51, False), (60, True), (61, False)):
+        steps.fill(str(asked))
+        assert steps.evaluate("field => field.validity.valid") is fits
+
+
+def test_a_click_shows_a_picture_in_fewer_steps(site: Path, page: Page) -> None:
+    path = model(site, "dpm-solver++", False)
+    page.goto(f"?model={path.name}&seed=5&count=3")
+    pictures = made(page, 3)
+    page.locator("#pictures button").nth(1).press("Enter")
+    expect(page.locator("#way figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
+    expect(page.locator("#way [data-made=true]")).to_have_count(4)
+    way = read(page, "#way canvas")
+    assert np.array_equal(way[-1], pictures[1])
+    same(way, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 4)]))
+    page.keyboard.press("Escape")
+    expect(page.locator("#way")).to_be_hidden()
+    page.goto(f"?model={model(site, 'ddpm', False).name}&count=1")
+    made(page, 1)
+    expect(page.locator("#pictures button")).to_have_count(0)
+
+
+def test_it_stops(site: Path, page: Page) -> None:
+    page.goto(f"?model={model(site, 'heun', True).name}&count=64&steps=50")
+    expect(page.locator("#pictures [data-made=true]").first).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#status")).to_contain_text("stopped")
+    page.get_by_role("spinbutton", name="Steps").fill("1")
+    finished = page.locator("#pictures [data-made=true]").count()
+    assert 0 < finished < 64
+    expect(page.locator("#pictures canvas")).to_have_count(64)  # the others show their noise
+    noise = normal(7, 63, 0).astype(np.float64).transpose(1, 2, 0)
+    assert np.array_equal(read(page, "#pictures canvas")[-1], np.rint(np.clip((noise + 1) * 127.5, 0, 255)))
+    page.get_by_label("Pictures").fill("2")
+    page.get_by_role("button", name="Make").click()
+    made(page, 2)
+
+
+def test_what_is_no_model_is_told_in_a_line(site: Path, page: Page, tmp_path: Path) -> None:
+    whole = model(site, "dpm-solver++", False).read_bytes()
+    bare = onnx.ModelProto.FromString(whole)
+    del bare.metadata_props[:]
+    later = onnx.ModelProto.FromString(whole)
+    next(fact for fact in later.metadata_props if fact.key == "ddpm.version").value = "99"
+    denoiser = onnx.ModelProto.FromString(parts(False)[1].SerializeToString())
+    metadata.describe(denoiser, metadata.of_model(parts(False)[0], "analytic", "weights", "data", {}))
+    broken = onnx.ModelProto.FromString(whole)
+    broken.graph.node[0].op_type = "Nonsense"
+    page.goto("")
+    line = page.locator("#status")
+    expect(line).to_have_text("sampler.onnx is not there (404): put it beside this page, or choose a file")
+    for name, content, says in (
+        ("text", b"Dear model,", "is not an ONNX file, or not a whole one"),
+        ("empty", b"", "is not an ONNX file, or not a whole one"),
+        ("half", whole[: len(whole) // 2], "is not an ONNX file, or not a whole one"),
+        ("bare", bare.SerializeToString(), "is not one that ddpm export wrote"),
+        ("later", later.SerializeToString(), "is of another version than this page (2)"),
+        ("denoiser", denoiser.SerializeToString(), "is the denoiser; what makes pictures is sampler.onnx"),
+    ):
+        (tmp_path / f"{name}.onnx").write_bytes(content)
+        page.locator("#file").set_input_files(tmp_path / f"{name}.onnx")
+        expect(line).to_have_text(f"{name}.onnx {says}")
+        expect(page.locator("#form")).to_be_hidden()
+    (tmp_path / "broken.onnx").write_bytes(broken.SerializeToString())
+    page.locator("#file").set_input_files(tmp_path / "broken.onnx")
+    expect(line).to_contain_text("broken.onnx cannot be loaded: ")
+
+
+def test_another_model_can_be_chosen(site: Path, page: Page) -> None:
+    page.goto(f"?model={model(site, 'heun', True).name}&count=2&class=2&steps=2&seed=9")
+    made(page, 2)
+    path = model(site, "dpm-solver++", False)
+    page.locator("#file").set_input_files(path)
+    expect(page.locator("#facts")).to_contain_text("dpm-solver++, 4 steps")
+    same(made(page, 2), expected(path, 9, [0, 0]))
+    assert parse_qs(urlsplit(page.url).query) == {"seed": ["9"], "count": ["2"], "steps": ["4"]}
