@@ -70,11 +70,20 @@ class Paths:
 
     @property
     def denoiser(self) -> Path:
-        return self.onnx / "denoiser.onnx"
+        return self.denoiser_in("fp32")
 
     @property
     def sampler(self) -> Path:
-        return self.onnx / "sampler.onnx"
+        return self.sampler_in("fp32")
+
+    def denoiser_in(self, precision: str) -> Path:
+        return self._graph("denoiser", precision)
+
+    def sampler_in(self, precision: str) -> Path:
+        return self._graph("sampler", precision)
+
+    def _graph(self, name: str, precision: str) -> Path:
+        return self.onnx / (f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx")
 
     @property
     def export_report(self) -> Path:

@@ -7,8 +7,10 @@ import warnings
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from diffusion.model import Model
+from diffusion.nn.layers import GroupNorm
 from diffusion.process.parameterization import Parameterization, split
 
 
@@ -28,9 +30,32 @@ class Step(nn.Module):
         return self.parameterization.to_eps(out, x_t, t), self.parameterization.to_x_0(out, x_t, t)
 
 
+class FastGroupNorm(nn.Module):
+    """A GroupNorm as ONNX Runtime has it faster: with one factor and one term for each channel, instead of two of each.
+
+    The exporter would make it an InstanceNormalization, for which ONNX Runtime takes a single thread.
+    """
+
+    def __init__(self, norm: GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        grouped = x.unflatten(1, (self.norm.num_groups, -1))
+        normalized = F.layer_norm(grouped, grouped.shape[2:], eps=self.norm.eps).flatten(1, 2)
+        factor, term = self.norm.weight[None], self.norm.bias[None]
+        if scale is not None and shift is not None:
+            factor, term = factor * (1 + scale), term * (1 + scale) + shift
+        return normalized * factor[:, :, None, None] + term[:, :, None, None]
+
+
 def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     """The graph with a free batch size; the same bytes for the same weights."""
     module = Step(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, GroupNorm):
+                setattr(part, name, FastGroupNorm(child))
     example = {"x_t": torch.zeros(2, *model.shape), "t": torch.zeros(2, dtype=torch.int64)}
     if model.num_classes:
         example["y"] = torch.zeros(2, dtype=torch.int64)

@@ -25,9 +25,17 @@ def groups(base_channels: int) -> int:
     return math.gcd(32, base_channels // 4)
 
 
-def group_norm(channels: int, options: params.Network) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group normalization (Wu & He 2018); then, if given, 1 + `scale` times it plus `shift`, each (B, C)."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        h = super().forward(x)
+        return h if scale is None or shift is None else h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+
+
+def group_norm(channels: int, options: params.Network) -> GroupNorm:
     """Group normalization of a network's features, at any of its levels."""
-    return nn.GroupNorm(groups(options.base_channels), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
+    return GroupNorm(groups(options.base_channels), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -59,7 +67,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t.to(self.frequencies.dtype)[:, None] * self.frequencies
-        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return self.layers(waves.to(next(self.layers.parameters()).dtype))
 
 
 class ClassEmbedding(nn.Module):
@@ -112,12 +121,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        condition = self.emb(emb)[:, :, None, None]
-        if self.film:
-            scale, shift = condition.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + condition)
+        condition = self.emb(emb)
+        h = self.norm2(h, *condition.chunk(2, dim=1)) if self.film else self.norm2(h + condition[:, :, None, None])
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 

@@ -1,16 +1,18 @@
-"""export: the model as two ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
+"""export: the model as ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnxruntime import InferenceSession
 
 from diffusion import tracking
 from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
-from diffusion.export import denoiser, golden, metadata, parity, sampler_graph
+from diffusion.export import denoiser, golden, metadata, parity, sampler_graph, speed, variants
 from diffusion.files import new_directory, sha256, write_atomic, write_json
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
@@ -34,32 +36,46 @@ def run(params: Params, paths: Paths) -> None:
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
     step = denoiser.to_onnx(model, export.opset)
-    loop = sampler_graph.to_onnx(step, model, sample)
+    val = Pairs(paths.pairs, "val")
+    graphs = {"fp32": step} | {name: variants.build(name, model, step, export.opset, val) for name in export.variants}
+    contents, report, sessions = dict[Path, bytes](), dict[str, Any](), dict[str, InferenceSession]()
     try:
-        contents = {
-            paths.denoiser: finished("denoiser.onnx", step, facts),
-            paths.sampler: finished("sampler.onnx", loop, facts | metadata.of_sampler(sample, loop)),
-        }
-        one, whole = (parity.session(content, device) for content in contents.values())
-        report: dict[str, Any] = {
-            "denoiser": parity.check_denoiser(one, model, pairs, export.tolerance),
-            "sampler": parity.check_sampler(whole, model, sample),
-        }
+        for name, graph in graphs.items():
+            facts["ddpm.precision"] = name
+            loop = sampler_graph.to_onnx(graph, model, sample)
+            one, whole = paths.denoiser_in(name), paths.sampler_in(name)
+            contents[one] = finished(one.name, graph, facts)
+            contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
+            sessions[name] = parity.session(contents[one], device)
+            if name == "fp32":
+                report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
+                report["sampler"] = parity.check_sampler(parity.session(contents[whole], device), model, sample)
+            else:
+                mse = report["denoiser"]["mse"]
+                report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
     except UserError:
         shutil.rmtree(paths.onnx, ignore_errors=True)
         paths.export_report.unlink(missing_ok=True)
         raise
+    report["bytes"] = {path.stem: len(content) for path, content in contents.items()}
     with new_directory(paths.onnx) as temporary:
         for path, content in contents.items():
             write_atomic(temporary / path.name, content)
-            report[path.stem]["bytes"] = len(content)
     write_json(paths.export_report, report)
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({sum(map(len, contents.values())) / 1e6:.1f} MB), at most "
+        f"export: {paths.denoiser} and {paths.sampler} ({len(contents[paths.sampler]) / 1e6:.1f} MB each), at most "
         f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "
-        f"{one.get_providers()[0]}"
+        f"{sessions['fp32'].get_providers()[0]}"
     )
-    tracking.record(params, paths)
+    times = speed.measure(sessions)
+    for name in export.variants:
+        alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
+        say(
+            f"export: {paths.sampler_in(name)} ({len(contents[paths.sampler_in(name)]) / 1e6:.1f} MB), MSE "
+            f"{report[name]['loss']:+.2%}, {alone:.1f} times as fast for a picture alone, {joined:.1f} in batches of "
+            f"{speed.BATCHES[-1]}"
+        )
+    tracking.record(params, paths, speed=times)
 
 
 def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:

@@ -1,8 +1,8 @@
 """MLflow: one run for each trained set of weights, and a version of the registered model for each exported one.
 
 MLflow only remembers: no stage's output depends on it, and a stage whose server is away goes on after one line that
-says so. Everything logged but the throughput is read from files that the stages wrote, so that `ddpm track` can bring
-it later. A run is found again by its tag `ddpm.weights_sha256` (while training, by its id or the training's
+says so. Everything logged but speeds is read from files that the stages wrote, so that `ddpm track` can bring it
+later. A run is found again by its tag `ddpm.weights_sha256` (while training, by its id or the training's
 fingerprint), and what was logged is marked with tags `ddpm.logged.PART`: doing anything twice adds nothing.
 
 The store is MLFLOW_TRACKING_URI, or else the sqlite file .ddpm/mlflow.db with its artifacts beside it. A server may

@@ -29,16 +29,18 @@ class Recorded(NamedTuple):
     aliases: list[str]
 
 
-def record(params: Params, paths: Paths, run_id: str | None = None) -> Recorded | None:
+def record(
+    params: Params, paths: Paths, run_id: str | None = None, speed: dict[str, dict[str, float]] | None = None
+) -> Recorded | None:
     """Bring into MLflow what the files hold of the present weights and is not there yet; None if it cannot be reached.
 
-    `run_id` is the run that followed the training, if there was one.
+    `run_id` is the run that followed the training, if there was one; `speed` what an export measured.
     """
     if not paths.train_report.exists():
         return None  # an imported model, of no training here
     uri = store.tracking_uri(paths)
     try:
-        return _record(uri, params, paths, run_id)
+        return _record(uri, params, paths, run_id, speed or {})
     except Exception as error:
         store.say_unusable(uri, error)
         return None
@@ -53,7 +55,7 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
             )
     uri = store.tracking_uri(paths)
     try:
-        recorded = _record(uri, params, paths, None)
+        recorded = _record(uri, params, paths, None, {})
     except Exception as error:  # of a database, of a server, of a driver that is not installed
         raise UserError(f"MLflow at {uri}: {store.brief(error)}") from None
     if as_json:
@@ -65,7 +67,7 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
         print(f"model    {params.tracking.model_name} version {recorded.model_version} ({aliases})")
 
 
-def _record(uri: str, params: Params, paths: Paths, run_id: str | None) -> Recorded:
+def _record(uri: str, params: Params, paths: Paths, run_id: str | None, speed: dict[str, dict[str, float]]) -> Recorded:
     weights = sha256(_weights(paths))
     with store.lock(paths):
         mlflow_store = store.connect(uri, params, paths)
@@ -75,7 +77,7 @@ def _record(uri: str, params: Params, paths: Paths, run_id: str | None) -> Recor
         if evaluation:
             digest = sha256(paths.report)  # has the figures and the pictures in it
             run.once("evaluate", digest, lambda: _log_evaluation(run, params, paths, evaluation))
-        version = registry.register(run, params, paths, weights)
+        version = registry.register(run, params, paths, weights, speed)
         for file in (paths.params, paths.root / "dvc.lock"):
             if file.exists():
                 run.once(file.name, sha256(file), partial(run.client.log_artifact, run.id, str(file)))

@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 ONNX = "ddpm.onnx_sha256"
 
 
-def register(run: TrackedRun, params: Params, paths: Paths, weights: str) -> ModelVersion | None:
-    """The registered version of the exported model, made if there is none; None without an export of these weights."""
+def register(
+    run: TrackedRun, params: Params, paths: Paths, weights: str, speed: dict[str, dict[str, float]]
+) -> ModelVersion | None:
+    """The registered version of the exported model, made if there is none; None without an export of these weights.
+
+    speed: what the export measured, for each of its precisions; it is in no file.
+    """
     import onnx
     from mlflow.exceptions import MlflowException
 
@@ -32,14 +37,11 @@ def register(run: TrackedRun, params: Params, paths: Paths, weights: str) -> Mod
     graph = onnx.load(paths.sampler)
     if WEIGHTS not in {prop.key for prop in graph.metadata_props if prop.value == weights}:
         return None  # an older one: it lies there until a new one is written
+    run.once("export", sha256(paths.export_report), lambda: _log_export(run, params, paths, speed))
     name, digest = params.tracking.model_name, sha256(paths.sampler)
     for version in run.client.search_model_versions(f"run_id = '{run.id}'"):
         if version.name == name and version.tags.get(ONNX) == digest:
             return version
-    run.parameters(flat(params, "export", "tracking"))
-    for file, report in json.loads(paths.export_report.read_text()).items():
-        run.scalars(f"export/{file}", report)
-    run.client.log_artifact(run.id, str(paths.denoiser), "onnx")
     try:
         run.client.create_registered_model(name)
     except MlflowException as error:
@@ -49,6 +51,17 @@ def register(run: TrackedRun, params: Params, paths: Paths, weights: str) -> Mod
     return run.client.create_model_version(
         name, model.model_uri, run_id=run.id, model_id=model.model_id, tags={ONNX: digest}
     )
+
+
+def _log_export(run: TrackedRun, params: Params, paths: Paths, speed: dict[str, dict[str, float]]) -> None:
+    run.parameters(flat(params, "export", "tracking"))
+    for part, report in json.loads(paths.export_report.read_text()).items():
+        run.scalars(f"export/{part}", report)
+    for precision, times in speed.items():
+        run.scalars(f"export/speed/{precision}", times)
+    for file in sorted(paths.onnx.iterdir()):
+        if file != paths.sampler:  # which is the registered model
+            run.client.log_artifact(run.id, str(file), "onnx")
 
 
 def _log_model(run: TrackedRun, model: onnx.ModelProto) -> LoggedModel:

@@ -1,0 +1,29 @@
+"""How fast ONNX Runtime is here with graphs of one model in more or fewer bits."""
+
+import time
+from statistics import median
+
+import onnxruntime as ort
+
+from diffusion.export import golden
+
+BATCHES = (1, 64)
+TURNS = 5
+
+
+def measure(denoisers: dict[str, ort.InferenceSession]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a look (a run of a denoiser), `ms_at_B`, for each size of batch: the median of some turns."""
+    facts = next(iter(denoisers.values())).get_modelmeta().custom_metadata_map
+    found: dict[str, dict[str, float]] = {name: {} for name in denoisers}
+    for batch in BATCHES:
+        taken: dict[str, list[float]] = {name: [] for name in denoisers}
+        for _ in range(TURNS):
+            for name, session in denoisers.items():
+                feed = golden.inputs(golden.names(session), facts, golden.SEED, batch)
+                session.run(["eps_hat"], feed)  # wakes its threads, which others' had put to sleep
+                began = time.perf_counter()
+                session.run(["eps_hat"], feed)
+                taken[name].append(1000 * (time.perf_counter() - began))
+        for name, times in taken.items():
+            found[name][f"ms_at_{batch}"] = median(times)
+    return found

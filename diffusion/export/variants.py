@@ -1,0 +1,155 @@
+"""The denoiser in fewer bits: float16, or int8 where products with the weights are computed.
+
+The sampler around a variant is built as around the denoiser itself, and stays in float32.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from diffusion.data.pairs import Pairs
+from diffusion.errors import UserError
+from diffusion.export import golden
+from diffusion.export.denoiser import to_onnx
+from diffusion.model import Model
+from diffusion.nn.layers import TimeEmbedding
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+CALIBRATION_BATCHES, CALIBRATION_BATCH = 32, 16
+"""The activations of so many batches of pairs are held against each other; those of one are in memory at once."""
+PERCENTILE = 99.999
+"""Activations between these percentiles are told apart; what is outside counts as the nearest of them."""
+
+
+class Score(NamedTuple):
+    """How a variant does on held-out pairs."""
+
+    mse: float
+    loss: float
+    """By what share of the denoiser's own MSE it is worse."""
+
+
+class Half(nn.Module):
+    """A network in float16 between float32 images; so are the sines of t, of which float16 would leave nothing."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).half()
+        for whole, part in zip(net.modules(), self.net.modules(), strict=True):
+            if isinstance(whole, TimeEmbedding) and isinstance(part, TimeEmbedding):
+                part.frequencies = whole.frequencies
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.net(x_t.half(), t, y).float()
+
+
+def build(name: str, model: Model, denoiser: ModelProto, opset: int, pairs: Pairs) -> ModelProto:
+    """The variant of that name (`export.variants`) of a model's `denoiser`; int8 is calibrated on `pairs`, of val."""
+    if name == "fp16":
+        return to_onnx(replace(model, net=Half(model.net)), opset)
+    return int8(denoiser, pairs)
+
+
+def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
+    """Products with weights in 8 bits (Jacob et al. 2018), statically: ranges are those seen on pairs of all t.
+
+    What sees x_t itself or features that nothing has normalized, with a few values far off, stays in float32: the first
+    convolution, and those of single pixels, in shortcuts and around attention, which take little time.
+    """
+    from onnxruntime import quantization
+
+    kernels = {weight.name: weight.dims[2:] for weight in denoiser.graph.initializer}
+    stem, *others = (node for node in denoiser.graph.node if node.op_type == "Conv")
+    exact = [stem.name, *(node.name for node in others if max(kernels[node.input[1]]) == 1)]
+    with TemporaryDirectory() as temporary, _quiet():
+        whole, file = Path(temporary) / "denoiser.onnx", Path(temporary) / "int8.onnx"
+        onnx.save_model(denoiser, whole)  # a graph in memory would be changed
+        quantization.quantize_static(
+            whole,
+            file,
+            _Calibration(denoiser, pairs),
+            op_types_to_quantize=list(PRODUCTS),
+            nodes_to_exclude=exact,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.Percentile,
+            extra_options={
+                "CalibPercentile": PERCENTILE,
+                "CalibTensorRangeSymmetric": False,
+                "CalibStridedMinMax": 1,  # a batch at a time
+            },
+        )
+        return onnx.load(file)
+
+
+def check(name: str, session: ort.InferenceSession, pairs: Pairs, mse: float, max_loss: float) -> Score:
+    """A variant's MSE on all held-out pairs; raises UserError if it is worse than `mse` by more than that share."""
+    inputs, total, count = golden.names(session), 0.0, 0
+    for feed, eps in _batches(pairs, inputs):
+        total += float(np.square(session.run(["eps_hat"], feed)[0] - eps, dtype=np.float64).sum())
+        count += eps.size
+    score = Score(total / count, total / count / mse - 1)
+    if not score.loss <= max_loss:
+        raise UserError(
+            f"export.variants: {name} has a held-out MSE of {score.mse:.6f} instead of {mse:.6f}, {score.loss:.2%} "
+            f"more, and export.max_loss is {max_loss:.2%}; leave {name} out or allow more; no model was written"
+        )
+    return score
+
+
+def _batches(
+    pairs: Pairs, inputs: list[str], size: int | None = None
+) -> Iterator[tuple[dict[str, NDArray[Any]], NDArray[np.float32]]]:
+    """What a denoiser is given, and the noise in it, in batches: of `size`, or a block each."""
+    for draw in range(pairs.manifest.heldout_draws):
+        for block in range(pairs.blocks):
+            given = {**pairs.heldout(block, draw)._asdict(), "y": pairs.labels(block)}
+            for start in range(0, pairs.size(block), size or pairs.size(block)):
+                part = {name: array[start:][:size] for name, array in given.items()}
+                yield {name: part[name] for name in inputs}, part["eps"]
+
+
+class _Calibration:
+    """The pairs, as ONNX Runtime's calibration asks for them (CalibrationDataReader)."""
+
+    def __init__(self, denoiser: ModelProto, pairs: Pairs) -> None:
+        inputs = [value.name for value in denoiser.graph.input]
+        batches = islice(_batches(pairs, inputs, CALIBRATION_BATCH), CALIBRATION_BATCHES)
+        self.feeds = [feed for feed, _ in batches]
+        self.set_range(0, len(self.feeds))
+
+    def __len__(self) -> int:
+        return len(self.feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self.left = iter(self.feeds[start_index:end_index])
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        return next(self.left, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's quantization prints its progress, and logs advice that is not ours to take."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
