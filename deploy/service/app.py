@@ -1,0 +1,181 @@
+"""The routes, and what becomes of errors."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.service import pictures, protocol
+from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.metrics import Metrics
+from deploy.service.models import Model, Served
+
+VERSION = "1"
+log = logging.getLogger("ddpm.service")
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    name: str
+    served: Served
+    batcher: Batcher
+    metrics: Metrics
+    max_images: int = 64
+    max_body: int = 64 * 2**20
+    draining: bool = False
+    """A signal has come: not ready any more, and each answer ends its connection."""
+
+
+def create(service: Service) -> FastAPI:
+    """The application."""
+    app = FastAPI(title="ddpm", version=VERSION, docs_url=None, redoc_url=None)
+    app.add_middleware(Watch, service=service)
+    _answer_errors(app)
+
+    def current(request: Request) -> Model:
+        """The model of a path, which the request stays with, whatever is served later."""
+        model, asked = service.served.current, request.path_params
+        if asked["name"] != service.name:
+            raise HTTPException(404, f"model {asked['name']}: unknown; here is {service.name}")
+        if asked.get("version", model.version) != model.version:
+            raise HTTPException(404, f"version {asked['version']}: not served; version {model.version} is")
+        return model
+
+    Current = Annotated[Model, Depends(current)]
+    newest, numbered = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+
+    @app.get("/v2")
+    async def server() -> dict[str, Any]:
+        return {"name": "ddpm", "version": VERSION, "extensions": []}
+
+    @app.get("/v2/health/live")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    async def ready() -> Response:
+        # The specification's field is "live", here too; "ready" is what one looks for.
+        return JSONResponse({"live": True, "ready": not service.draining}, 503 if service.draining else 200)
+
+    @app.get(f"{newest}/ready")
+    @app.get(f"{numbered}/ready")
+    async def model_ready(_: Current) -> Response:
+        body = {"name": service.name, "ready": not service.draining}
+        return JSONResponse(body, 503 if service.draining else 200)
+
+    @app.get(newest)
+    @app.get(numbered)
+    async def metadata(model: Current) -> dict[str, Any]:
+        return protocol.metadata(service.name, model)
+
+    @app.post(f"{newest}/infer")
+    @app.post(f"{numbered}/infer")
+    async def infer(request: Request, model: Current) -> Response:
+        body = await read(request, service.max_body)
+        asked = await asyncio.to_thread(protocol.parse, body, model, service.max_images)
+        results = await service.batcher.submit(model.run, asked.feeds)
+        answer = await asyncio.to_thread(protocol.answer, asked, service.name, model, results)
+        return Response(answer, media_type="application/json")
+
+    @app.get("/images")
+    async def images(request: Request, wish: Annotated[pictures.Wish, Query()]) -> Response:
+        model, seed = service.served.current, wish.seed
+        headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
+        if seed is None:
+            seed = secrets.randbelow(2**32)
+        else:  # the same until the model is another one, which the ETag tells at the price of a question
+            headers |= {"Cache-Control": "no-cache", "ETag": pictures.tag(wish, model)}
+        headers["X-Seed"] = str(seed)
+        feeds = await asyncio.to_thread(pictures.feeds, wish, seed, model, service.max_images)
+        if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
+            return Response(status_code=304, headers=headers)
+        results = await service.batcher.submit(model.run, feeds)
+        png = await asyncio.to_thread(pictures.png, results["images"], wish.scale)
+        return Response(png, media_type="image/png", headers=headers)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        service.metrics.waiting.set(service.batcher.waiting)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def read(request: Request, most: int) -> bytes:
+    """The body, counted while it comes; raises HTTPException 413 once it is longer than `most` bytes."""
+    body, told = bytearray(), request.headers.get("Content-Length", "0")
+    if int(told) <= most:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                break
+        else:
+            return bytes(body)
+    line = f"the body is longer than {most} bytes; send fewer images at a time"
+    raise HTTPException(413, line, {"Connection": "close"})  # the rest of it is not waited for
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """All errors are {"error": one line}, as the protocol has it."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        headers: Mapping[str, str] | None = None
+        match error:
+            case StarletteHTTPException():
+                status, line, headers = error.status_code, error.detail, error.headers
+            case protocol.Invalid():
+                status, line = 400, str(error)
+            case RequestValidationError():
+                status, line = 400, protocol.describe(error.errors())
+            case ClientDisconnect():
+                status, line = 400, "the connection ended before the body did"
+            case Full():
+                status, line, headers = 503, str(error), {"Retry-After": "1"}
+            case Failed():
+                status, line = 500, f"the model could not be run: {error}"
+                log.error("a request failed: %s", error)
+            case _:  # Starlette raises it again, so that its traceback is logged
+                status, line = 500, "an error of the service's own; its log has more"
+        return JSONResponse({"error": line}, status, headers)
+
+    answered = (StarletteHTTPException, protocol.Invalid, RequestValidationError, ClientDisconnect, Full, Failed)
+    for kind in (*answered, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+class Watch:
+    """Middleware: counts and times answers, and has each end its connection when the service is to end."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.perf_counter(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self._service.draining:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            path, metrics = getattr(scope.get("route"), "path", "other"), self._service.metrics
+            metrics.requests.labels(path, str(status)).inc()
+            metrics.seconds.labels(path).observe(time.perf_counter() - began)

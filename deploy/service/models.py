@@ -1,0 +1,212 @@
+"""The model that is served: from a file or from MLflow, verified before it answers, and an alias followed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from diffusion.export import golden
+
+log = logging.getLogger("ddpm.service")
+Feeds = dict[str, NDArray[Any]]
+"""Inputs, or outputs, of the graph by name."""
+METADATA_VERSION = "2"
+FREE = 50
+"""Any number of steps up to this can be asked for; see deploy/ONNX.md."""
+DATATYPES = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(uint8)": "UINT8"}
+
+
+class ModelError(Exception):
+    """A model that cannot be had now; the message is one line."""
+
+
+class Refused(ModelError):
+    """A model that will not do, however often it is tried."""
+
+
+class Tensor(NamedTuple):
+    """What a graph says of an input or output; -1 in the shape is any size."""
+
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class Model:
+    """A verified sampler in ONNX Runtime."""
+
+    def __init__(self, content: bytes, version: str | None, device: str = "cpu", threads: int = 0) -> None:
+        """Load the bytes of a sampler.onnx and run its golden test, which warms it up as well.
+
+        version: None for the beginning of the weights' digest. threads: 0 for as many as there are cores.
+
+        Raises: Refused: no sampler, the golden test fails, or the device cannot be used.
+        """
+        try:
+            self.session = _session(content, device, threads)
+            facts = self.session.get_modelmeta().custom_metadata_map
+        except Refused:
+            raise
+        except Exception as error:  # ONNX Runtime's have nothing in common
+            raise Refused(f"no ONNX model that can be run ({golden.brief(error)})") from None
+        self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
+        if "noise" not in self.inputs or "images" not in self.outputs:
+            raise Refused("no sampler.onnx: it does not lead from `noise` to `images`")
+        if facts.get("ddpm.version") != METADATA_VERSION:
+            raise Refused(f"ddpm.version is {facts.get('ddpm.version')}; this service knows {METADATA_VERSION}")
+        try:
+            golden.check(self.session, facts)
+            self.weights = facts["ddpm.weights_sha256"]
+            self.classes: list[str] = json.loads(facts["ddpm.classes"])
+            self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
+            self._most_steps = min(FREE, int(facts["ddpm.num_timesteps"]))
+        except (KeyError, ValueError) as error:
+            raise Refused(golden.brief(error)) from None
+        self.version = version or self.weights[:12]
+        self.shape = self.inputs["noise"].shape[1:]
+        self.stochastic = "steps_noise" in self.inputs
+
+    def allows(self, steps: int) -> bool:
+        """Whether the sampler can take this number of steps."""
+        return 1 <= steps <= self._most_steps or steps == self.steps
+
+    @property
+    def steps_allowed(self) -> str:
+        more = f", or {self.steps}" if self.steps > self._most_steps else ""
+        return f"1 to {self._most_steps}{more}"
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """All outputs, from all inputs."""
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+
+
+def _session(content: bytes, device: str, threads: int) -> ort.InferenceSession:
+    ort.set_default_logger_severity(4)  # errors are raised as well
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
+    cuda = "CUDAExecutionProvider"
+    wanted = device != "cpu" and cuda in ort.get_available_providers()
+    # Neither rounded products, nor kernels chosen by how fast they happened to be.
+    providers = [(cuda, {"use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"})] if wanted else []
+    session = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+    if device == "cuda" and session.get_providers()[0] != cuda:
+        raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
+    return session
+
+
+def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:
+    return {
+        value.name: Tensor(
+            DATATYPES.get(value.type, value.type), tuple(s if isinstance(s, int) else -1 for s in value.shape)
+        )
+        for value in values
+    }
+
+
+class Source(Protocol):
+    """Where models come from."""
+
+    def version(self) -> str | None:
+        """The version that is to be served now; raises ModelError if that cannot be said."""
+        ...
+
+    def read(self, version: str | None) -> bytes:
+        """Its sampler.onnx; raises ModelError."""
+        ...
+
+
+class File:
+    """A sampler.onnx, read once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def version(self) -> None:
+        return None
+
+    def read(self, version: str | None) -> bytes:  # noqa: ARG002 there is but one
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ModelError(
+                f"cannot be read ({error.strerror}); `ddpm export` makes models/onnx/sampler.onnx"
+            ) from None
+
+
+class Registered:
+    """A model in MLflow's registry: models:/NAME/VERSION, or models:/NAME@ALIAS, which may come to name another one."""
+
+    def __init__(self, uri: str) -> None:
+        found = re.fullmatch(r"models:/([^/@]+)(?:/([0-9]+)|@([^/@]+))", uri)
+        if not found:
+            raise ModelError("is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+        self.name, self._number, self.alias = found.groups()
+
+    def version(self) -> str:
+        if self._number:
+            return str(self._number)
+        return _mlflow(lambda client, _: str(client.get_model_version_by_alias(self.name, self.alias).version))
+
+    def read(self, version: str | None) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="ddpm-service-") as directory:
+            uri = f"models:/{self.name}/{version}/model.onnx"
+            return Path(_mlflow(lambda _, download: download(artifact_uri=uri, dst_path=directory))).read_bytes()
+
+
+def _mlflow(call: Callable[[Any, Any], str]) -> str:
+    """What a call with MLflow's client and its function for downloads gives."""
+    try:  # a service that reads a file needs no MLflow
+        from mlflow import MlflowClient
+        from mlflow.artifacts import download_artifacts
+
+        return call(MlflowClient(), download_artifacts)
+    except Exception as error:  # of MLflow, its database, HTTP and its storage
+        line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error))  # the same cause, the same line
+        raise ModelError(f"not to be had from MLflow ({line})") from None
+
+
+class Served:
+    """`current` is the model that answers; `update` puts what the source names by now in its place."""
+
+    def __init__(self, source: Source, load: Callable[[bytes, str | None], Model]) -> None:
+        """Raises: ModelError: there is none to begin with."""
+        self._source, self._load = source, load
+        version = source.version()
+        self.current = load(source.read(version), version)
+        self.failures = 0
+        """Updates that failed."""
+        self._told = ""
+        self._refused: dict[str | None, Refused] = {}
+
+    def update(self) -> None:
+        """Ask the source once. What goes wrong is logged when it is new, and counted; the present model stays."""
+        version = None
+        try:
+            version = self._source.version()
+            if version != self.current.version:
+                if version in self._refused:  # no need to download it again
+                    raise self._refused[version]
+                self.current = self._load(self._source.read(version), version)
+                log.info("now serving version %s (weights %s)", version, self.current.weights[:12])
+            self._told = ""
+        except ModelError as error:
+            self.failures += 1
+            if isinstance(error, Refused):
+                self._refused[version] = error
+            line = f"version {version}: {error}" if version else str(error)
+            if line != self._told:
+                log.error("still serving version %s: %s", self.current.version, line)
+            self._told = line
+
+    def follow(self, seconds: float, stop: threading.Event) -> None:
+        """Update every so many seconds, until told to stop."""
+        while not stop.wait(seconds):
+            self.update()

@@ -1,0 +1,103 @@
+"""Pictures to look at: noise from a seed, and a grid as PNG."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from deploy.service.models import Feeds, Model
+from deploy.service.protocol import Invalid
+from diffusion.export import golden
+
+MAX_SIDE = 4096
+"""Pixels of a grid's longer side."""
+STEPS_NOISE = 2**63
+"""Added to a picture's number for the key of its steps' noise, so that it is no picture's first noise."""
+
+
+class Wish(BaseModel):
+    """The query of GET /images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: int = Field(16, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    cls: str | None = Field(None, alias="class")
+    steps: int = Field(0, ge=0)
+    guidance: float | None = Field(None, allow_inf_nan=False)
+    scale: int = Field(4, ge=1, le=16)
+
+
+def tag(wish: Wish, model: Model) -> str:
+    """An ETag of all that decides on the picture. A weak one: other company in a batch may change a rounding."""
+    digest = hashlib.sha256(f"{model.version} {model.weights} {wish!r}".encode()).hexdigest()
+    return f'W/"{digest[:32]}"'
+
+
+def feeds(wish: Wish, seed: int, model: Model, max_images: int) -> Feeds:
+    """The model's inputs for a wish.
+
+    Picture i has noise of the key (seed, i), and for its steps of (seed, 2^63 + i); so it is the same among any number.
+
+    Raises: Invalid: more than the model or the limits allow.
+    """
+    if wish.n > max_images:
+        raise Invalid(f"n: must be at most {max_images} (got {wish.n})")
+    columns, rows = layout(wish.n)
+    _, height, width = model.shape
+    side = 1 + max(columns * (width * wish.scale + 1), rows * (height * wish.scale + 1))
+    if side > MAX_SIDE:
+        raise Invalid(f"the picture would have {side} pixels, and at most {MAX_SIDE} it may; lower n or scale")
+    steps = wish.steps or model.steps
+    if not model.allows(steps):
+        raise Invalid(f"steps: must be {model.steps_allowed}, or 0 for {model.steps} (got {steps})")
+    if wish.guidance is not None and not model.classes:
+        raise Invalid("guidance: the model knows no classes; leave it out")
+    guidance = model.guidance if wish.guidance is None else wish.guidance
+    given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
+    given["y"] = np.full(wish.n, -1 if wish.cls is None else number(wish.cls, model.classes))
+    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(wish.n)])
+    if model.stochastic:
+        shape = (steps, *model.shape)
+        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(wish.n)], axis=1)
+    return {name: given[name] for name in model.inputs}
+
+
+def number(name: str, classes: list[str]) -> int:
+    """A class's number, by its name or the number itself; raises Invalid."""
+    if not classes:
+        raise Invalid("class: the model knows no classes; leave it out")
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    raise Invalid(f"class: must be a name ({known}), or a number below {len(classes)} (got {name[:50]})")
+
+
+def layout(count: int) -> tuple[int, int]:
+    """Columns and rows of a nearly square grid."""
+    columns = math.ceil(math.sqrt(count))
+    return columns, math.ceil(count / columns)
+
+
+def png(images: NDArray[Any], scale: int) -> bytes:
+    """A grid of uint8 images (B, H, W, C), row by row, with a line between; each pixel is a square of `scale`."""
+    count, height, width, channels = images.shape
+    columns, rows = layout(count)
+    height, width = height * scale + 1, width * scale + 1
+    cells = np.full((rows * columns, height, width, channels), 128, np.uint8)
+    cells[:count, 1:, 1:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    grid = grid.reshape(rows * height, columns * width, channels)
+    grid = np.pad(grid, ((0, 1), (0, 1), (0, 0)), constant_values=128)
+    buffer = io.BytesIO()
+    Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(buffer, format="PNG")
+    return buffer.getvalue()

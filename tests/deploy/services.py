@@ -1,0 +1,118 @@
+"""The service of deploy/service for the tests: in this process, or in one of its own."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.service.app import Service, create
+from deploy.service.batching import Batcher
+from deploy.service.metrics import Metrics
+from deploy.service.models import Feeds, File, Model, Served
+from tests.deploy.conftest import write_model
+
+REPOSITORY = Path(__file__).parents[2]
+INFER = "/v2/models/ddpm/infer"
+
+
+def service(path: Path, max_batch: int = 8, max_waiting: int = 64, **limits: int) -> Service:
+    served = Served(File(path), Model)
+    metrics = Metrics(served)
+    batcher = Batcher(max_batch, max_waiting, observe=metrics.batch)
+    return Service("ddpm", served, batcher, metrics, **{"max_images": 16, **limits})
+
+
+@cache
+def shared(sampler: str, classes: bool) -> Service:
+    """A service for several tests."""
+    with TemporaryDirectory() as directory:
+        return service(write_model(Path(directory) / "sampler.onnx", sampler, classes))
+
+
+def ask(service: Service, *requests: httpx.Request) -> list[httpx.Response]:
+    """The answers to requests that are sent at the same time."""
+
+    async def gather() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport) as client:
+            return await asyncio.gather(*(client.send(request) for request in requests))
+
+    return asyncio.run(gather())
+
+
+def get(path: str, **headers: str) -> httpx.Request:
+    return httpx.Request("GET", f"http://test{path}", headers=headers)
+
+
+def post(body: Any, path: str = INFER) -> httpx.Request:
+    return httpx.Request("POST", f"http://test{path}", json=body)
+
+
+def tensor(name: str, value: NDArray[Any], datatype: str = "") -> dict[str, Any]:
+    datatype = datatype or {"f": "FP32", "i": "INT64"}[value.dtype.kind]
+    return {"name": name, "datatype": datatype, "shape": list(value.shape), "data": value.reshape(-1).tolist()}
+
+
+def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
+    """The outputs of an inference."""
+    assert answer.status_code == 200, answer.text
+    dtypes = {"FP32": np.float32, "UINT8": np.uint8}
+    return {
+        output["name"]: np.array(output["data"], dtypes[output["datatype"]]).reshape(output["shape"])
+        for output in answer.json()["outputs"]
+    }
+
+
+def direct(service: Service, **feeds: Any) -> Feeds:
+    """The outputs of ONNX Runtime alone."""
+    return service.served.current.run({name: np.asarray(value) for name, value in feeds.items()})
+
+
+def same(found: NDArray[Any], expected: NDArray[Any]) -> None:
+    """The same pictures, but for what another size of batch rounds otherwise."""
+    off = np.abs(found.astype(int) - expected.astype(int))
+    assert off.max() <= 1
+    assert (off > 0).mean() <= 0.001
+
+
+class Running(NamedTuple):
+    """A service in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def lines(self, text: str) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if text in line]
+
+    def wait_for(self, text: str) -> None:
+        """Wait until its log has a line with a text; as long as the test may take."""
+        while not self.lines(text):
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
+
+@contextmanager
+def running(directory: Path, model: str, *options: str, **environment: str) -> Iterator[Running]:
+    log = directory / "service.log"
+    command = [sys.executable, "-m", "deploy.service", "--model", model, "--port", "0", "--threads", "1", *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment}, stderr=file)
+    started = Running(process, "", log)
+    try:
+        started.wait_for(" on http://")
+        yield started._replace(url=started.lines(" on http://")[0].rpartition(" ")[2])
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,165 @@
+"""Which requests are joined, in which order they run, and what becomes of errors."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+
+from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.models import Feeds
+
+
+class Model:
+    """Its outputs say what it was given. It waits for `go` where there is one."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[float]] = []
+        self.go = threading.Event()
+
+    def run(self, feeds: Feeds) -> Feeds:
+        assert self.go.wait(60)
+        first = feeds["noise"][:, 0]
+        self.batches.append(first.tolist())
+        if (first < 0).any():
+            raise RuntimeError("negative\nand more")
+        parts = [first * 10] + [feeds[name][0] for name in ("steps", "guidance") if name in feeds]
+        parts += [feeds["steps_noise"].sum((0, 2)) for name in ("steps_noise",) if name in feeds]
+        return {"images": np.stack(np.broadcast_arrays(*parts), axis=1)}
+
+
+def feeds(*noise: float, **others: Any) -> Feeds:
+    return {"noise": np.array(noise).reshape(-1, 1), **{name: np.array(value) for name, value in others.items()}}
+
+
+async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
+    """Submit one that runs alone, then the others while it does; their outputs or errors."""
+    tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
+    await asyncio.sleep(0.01)  # it is running, and waits
+    tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in jobs]
+    await asyncio.sleep(0)
+    assert batcher.waiting == sum(len(job["noise"]) for job in jobs)
+    model.go.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert batcher.waiting == 0
+    return [result["images"][:, 0].tolist() if isinstance(result, dict) else result for result in results[1:]]
+
+
+def batches(*jobs: Feeds, max_batch: int = 8) -> list[list[float]]:
+    """The noise of each batch that is run of jobs that wait together."""
+    model, sizes = Model(), list[int]()
+    batcher = Batcher(max_batch, 100, observe=sizes.append)
+    results = asyncio.run(together(batcher, model, *jobs))
+    assert results == [[10 * value for value in job["noise"][:, 0]] for job in jobs]
+    assert sizes == [len(batch) for batch in model.batches]
+    return model.batches[1:]
+
+
+def test_what_waits_is_joined() -> None:
+    assert batches(feeds(1), feeds(2, 3), feeds(4)) == [[1, 2, 3, 4]]
+
+
+def test_a_batch_has_so_many_images_and_starts_with_the_oldest() -> None:
+    assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[1, 2, 5], [3, 4], [6, 7]]
+
+
+def test_a_larger_request_runs_alone() -> None:
+    assert batches(feeds(1), feeds(*range(2, 7)), feeds(8), max_batch=3) == [[1, 8], [2, 3, 4, 5, 6]]
+
+
+def test_what_holds_for_the_whole_batch_has_to_be_equal() -> None:
+    ten, five = {"steps": [10], "guidance": [1.0]}, {"steps": [5], "guidance": [1.0]}
+    other = {"steps": [10], "guidance": [2.0]}
+    jobs = [feeds(1, **ten), feeds(2, **five), feeds(3, **other), feeds(4, **ten), feeds(5, **five)]
+    assert batches(*jobs) == [[1, 4], [2, 5], [3]]
+
+
+def test_noise_of_the_steps_is_joined_along_its_second_axis() -> None:
+    def job(first: float, steps: int) -> Feeds:
+        return feeds(first, steps_noise=np.full((steps, 1, 1), first))
+
+    model, jobs = Model(), [job(1, 3), job(2, 4), job(3, 3)]
+    model.go.set()
+
+    async def run() -> list[Feeds]:
+        batcher = Batcher(8, 8)
+        return await asyncio.gather(*(batcher.submit(model.run, each) for each in jobs))
+
+    assert [result["images"].tolist() for result in asyncio.run(run())] == [[[10, 3]], [[20, 8]], [[30, 9]]]
+    assert model.batches == [[1, 3], [2]]
+
+
+def test_models_do_not_mix() -> None:
+    one, two = Model(), Model()
+    one.go.set()
+    two.go.set()
+
+    async def run() -> None:
+        batcher = Batcher(8, 8)
+        await asyncio.gather(*(batcher.submit(m.run, feeds(i)) for i, m in enumerate([one, two, one, two])))
+
+    asyncio.run(run())
+    assert (one.batches, two.batches) == ([[0, 2]], [[1, 3]])
+
+
+def test_a_request_that_fails_spoils_no_other() -> None:
+    model = Model()
+    good, bad, also = asyncio.run(together(Batcher(8, 8), model, feeds(1), feeds(-2), feeds(3)))
+    assert (good, also) == ([10], [30])
+    assert isinstance(bad, Failed)
+    assert str(bad) == "negative"
+    assert model.batches[1:] == [[1, -2, 3], [1], [-2], [3]]
+
+
+def test_the_queue_is_bounded() -> None:
+    model = Model()
+    first, second, third = asyncio.run(_crowd(Batcher(8, 3), model))
+    assert (first, third) == ([10, 20], [50])
+    assert isinstance(second, Full)
+
+
+async def _crowd(batcher: Batcher, model: Model) -> list[Any]:
+    tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
+    await asyncio.sleep(0.01)
+    tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in (feeds(1, 2), feeds(3, 4), feeds(5))]
+    await asyncio.sleep(0)
+    model.go.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    return [result["images"][:, 0].tolist() if isinstance(result, dict) else result for result in results[1:]]
+
+
+def test_with_a_delay_the_first_waits_for_company() -> None:
+    model = Model()
+    model.go.set()
+
+    async def run() -> None:
+        batcher = Batcher(2, 8, delay=60)
+        first = asyncio.create_task(batcher.submit(model.run, feeds(1)))
+        await asyncio.sleep(0.01)
+        assert not model.batches
+        await asyncio.gather(first, batcher.submit(model.run, feeds(2)))
+
+    _soon(run())
+    assert model.batches == [[1, 2]]
+
+
+def _soon(work: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(work, 30)
+
+    asyncio.run(limited())
+
+
+def test_who_is_gone_is_not_missed() -> None:
+    model = Model()
+
+    async def run() -> None:
+        batcher = Batcher(8, 8)
+        first = asyncio.create_task(batcher.submit(model.run, feeds(1)))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        model.go.set()
+        assert (await batcher.submit(model.run, feeds(2)))["images"].tolist() == [[20]]
+
+    asyncio.run(run())

@@ -1,0 +1,170 @@
+"""Which models are taken, and how an alias in MLflow is followed."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import onnx
+import pytest
+from mlflow import MlflowClient
+
+from deploy.service.models import File, Model, ModelError, Refused, Registered, Served
+from diffusion.export import metadata
+from tests.deploy.conftest import write_model
+
+CHAMPION = "models:/ddpm@champion"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_model(tmp_path_factory.mktemp("model") / "sampler.onnx", "dpm-solver++", False).read_bytes()
+
+
+def changed(content: bytes, **values: str) -> bytes:
+    """A file with other metadata."""
+    graph = onnx.load_from_string(content)
+    facts = {prop.key: prop.value for prop in graph.metadata_props}
+    metadata.describe(graph, facts | {f"ddpm.{key}": value for key, value in values.items()})
+    return bytes(graph.SerializeToString())
+
+
+def broken(content: bytes) -> bytes:
+    """A file whose golden test fails."""
+    graph = onnx.load_from_string(content)
+    test = json.loads(next(prop.value for prop in graph.metadata_props if prop.key == "ddpm.golden"))
+    return changed(content, golden=json.dumps(test | {"values": [255 - value for value in test["values"]]}))
+
+
+class Store:
+    """An MLflow database with versions of the registered model `ddpm`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.uri, self._directory = f"sqlite:///{directory}/mlflow.db", directory
+        self._client = MlflowClient(self.uri)
+        self._client.create_registered_model("ddpm")
+
+    def add(self, content: bytes) -> str:
+        """A new version, which becomes the champion."""
+        number = len(self._client.search_model_versions("name = 'ddpm'")) + 1
+        folder = self._directory / str(number)
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(content)
+        self._client.create_model_version("ddpm", folder.as_uri())
+        self.point(str(number))
+        return str(number)
+
+    def point(self, version: str) -> None:
+        self._client.set_registered_model_alias("ddpm", "champion", version)
+
+    def remove(self, version: str) -> None:
+        shutil.rmtree(self._directory / version)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = Store(tmp_path)
+    mlflow.set_tracking_uri(made.uri)
+    yield made
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda _: b"", "no ONNX model that can be run"),
+        (lambda content: content[:5000], "no ONNX model that can be run"),
+        (lambda content: changed(content, version="1"), "ddpm.version is 1; this service knows 2"),
+        (lambda content: changed(content, golden="{}"), "carries no golden test that can be run"),
+        (lambda content: changed(content, alpha_bar="[0.5]"), "the file was changed"),
+        (lambda content: changed(content, steps="many"), "carries no golden test that can be run"),
+        (lambda content: changed(content, classes="none"), "Expecting value"),
+        (broken, "golden test failed"),
+    ],
+)
+def test_what_is_refused(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:
+    with pytest.raises(Refused) as error:
+        Model(spoil(good), None)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gpu_that_is_not_there(good: bytes) -> None:
+    model = Model(good, None, device="auto")
+    if "CUDAExecutionProvider" in model.session.get_providers():
+        pytest.skip("there is a GPU")
+    with pytest.raises(Refused, match="ONNX Runtime finds no CUDA"):
+        Model(good, None, device="cuda")
+
+
+@pytest.mark.parametrize("uri", ["models:/ddpm", "models:/ddpm/latest", "models:/ddpm@a/1", "models:ddpm/1"])
+def test_other_addresses(uri: str) -> None:
+    with pytest.raises(ModelError, match="is not of the form"):
+        Registered(uri)
+
+
+@pytest.mark.usefixtures("store")
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for source in (Registered(CHAMPION), Registered("models:/ddpm/7"), File(tmp_path / "no.onnx")):
+        with pytest.raises(ModelError) as error:
+            Served(source, Model)
+        assert "\n" not in str(error.value)
+
+
+def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    first = store.add(good)
+    served, fixed = Served(Registered(CHAMPION), Model), Served(Registered("models:/ddpm/1"), Model)
+    before = served.current
+    served.update()
+    assert (served.current, before.version) == (before, first)
+    with caplog.at_level(logging.INFO):
+        second = store.add(changed(good, weights_sha256="b" * 64))
+        served.update()
+    assert (served.current.version, served.current.weights) == (second, "b" * 64)
+    assert (before.version, before.weights) == (first, "a" * 64)
+    assert caplog.messages == ["now serving version 2 (weights bbbbbbbbbbbb)"]
+    store.point(first)
+    served.update()
+    assert (served.current.version, fixed.current.version, served.failures) == (first, first, 0)
+
+
+def test_a_bad_new_one_is_told_of_once(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store.add(good)
+    loaded = list[str | None]()
+
+    def load(content: bytes, version: str | None) -> Model:
+        loaded.append(version)
+        return Model(content, version)
+
+    served = Served(Registered(CHAMPION), load)
+    with caplog.at_level(logging.INFO):
+        store.add(broken(good))
+        for _ in range(3):
+            served.update()
+    assert (served.current.version, served.failures) == ("1", 3)
+    assert loaded == ["1", "2"]
+    (line,) = caplog.messages
+    assert line.startswith("still serving version 1: version 2: golden test failed")
+    store.add(good)
+    served.update()
+    assert (served.current.version, served.failures) == ("3", 3)
+
+
+def test_while_mlflow_is_away(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store.add(good)
+    served = Served(Registered(CHAMPION), Model)
+    second = store.add(good)
+    store.remove(second)
+    for _ in range(2):
+        served.update()
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        for _ in range(2):
+            served.update()
+    assert (served.current.version, served.failures) == ("1", 4)
+    away, refused = caplog.messages
+    assert "version 2: not to be had from MLflow" in away
+    assert "not to be had from MLflow" in refused

@@ -1,0 +1,102 @@
+"""GET /images, in this process."""
+
+import io
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from deploy.service.app import Service
+from deploy.service.pictures import STEPS_NOISE
+from diffusion.export import golden
+from tests.deploy.services import ask, direct, get, same, shared
+from tests.export.test_sampler_graph import SHAPE
+
+
+@pytest.fixture(scope="module")
+def classes() -> Service:
+    """Of a deterministic sampler, of a network with three classes."""
+    return shared("dpm-solver++", True)
+
+
+@pytest.fixture(scope="module")
+def stochastic() -> Service:
+    return shared("ddpm", False)
+
+
+def cells(answer: httpx.Response, scale: int, columns: int, count: int) -> NDArray[np.uint8]:
+    """The pictures (B, H, W, C) of a grid."""
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png"), answer.text
+    grid = np.array(Image.open(io.BytesIO(answer.content)))
+    height, width = (side * scale + 1 for side in SHAPE[1:])
+    places = [(index // columns * height + 1, index % columns * width + 1) for index in range(count)]
+    return np.stack([grid[top : top + height - 1 : scale, left : left + width - 1 : scale] for top, left in places])
+
+
+def test_pictures(classes: Service) -> None:
+    normal = np.stack([golden.normal(7, index, SHAPE) for index in range(5)])
+    five, three = ask(
+        classes,
+        get("/images?n=5&seed=7&class=2&steps=3&guidance=1.5&scale=2"),
+        get("/images?n=3&seed=7&class=2&steps=3&guidance=1.5"),
+    )
+    found = cells(five, 2, 3, 5)
+    same(found, direct(classes, noise=normal, steps=[3], y=[2] * 5, guidance=np.float32([1.5]))["images"])
+    same(cells(three, 4, 2, 3), found[:3])
+    assert (five.headers["X-Seed"], five.headers["X-Model-Version"]) == ("7", "a" * 12)
+
+
+def test_pictures_of_a_stochastic_sampler(stochastic: Service) -> None:
+    normal = np.stack([golden.normal(7, index, SHAPE) for index in range(3)])
+    steps = np.stack([golden.normal(7, STEPS_NOISE + index, (4, *SHAPE)) for index in range(3)], axis=1)
+    one, three = ask(stochastic, get("/images?n=1&seed=7"), get("/images?n=3&seed=7"))
+    same(cells(three, 4, 2, 3), direct(stochastic, noise=normal, steps_noise=steps)["images"])
+    same(cells(one, 4, 1, 1), cells(three, 4, 2, 3)[:1])
+
+
+def test_what_may_be_cached(classes: Service) -> None:
+    first, other, random = ask(classes, get("/images?seed=1"), get("/images?seed=2"), get("/images"))
+    assert first.headers["Cache-Control"] == "no-cache"
+    assert first.headers["ETag"] != other.headers["ETag"]
+    assert (random.headers["Cache-Control"], "ETag" in random.headers) == ("no-store", False)
+    again = get(f"/images?seed={random.headers['X-Seed']}")
+    known = get("/images?seed=1", **{"If-None-Match": first.headers["ETag"]})
+    same_seed, unchanged = ask(classes, again, known)
+    same(cells(same_seed, 4, 4, 16), cells(random, 4, 4, 16))
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    ("query", "line"),
+    [
+        ("n=0", "n: input should be greater than or equal to 1 (got 0)"),
+        ("n=17", "n: must be at most 16 (got 17)"),
+        ("n=many", "n: input should be a valid integer"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
+        (f"seed={2**64}", "seed: input should be less than"),
+        ("class=3", "class: must be a name (0, 1, 2), or a number below 3 (got 3)"),
+        ("class=cat", "class: must be a name"),
+        ("steps=51", "steps: must be 1 to 50, or 0 for 4 (got 51)"),
+        ("guidance=nan", "guidance: input should be a finite number"),
+        ("scale=17", "scale: input should be less than or equal to 16"),
+        ("step=3", "step: there is no such thing here"),
+    ],
+)
+def test_wrong_wishes(classes: Service, query: str, line: str) -> None:
+    (answer,) = ask(classes, get(f"/images?{query}"))
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(line)
+
+
+def test_what_only_networks_of_classes_take(stochastic: Service) -> None:
+    for query in ("class=1", "guidance=2"):
+        (answer,) = ask(stochastic, get(f"/images?{query}"))
+        assert (answer.status_code, "the model knows no classes" in answer.text) == (400, True)
+
+
+def test_pictures_have_a_limit(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.service.pictures.MAX_SIDE", 100)
+    (answer,) = ask(classes, get("/images?n=16&scale=8"))
+    assert (answer.status_code, "lower n or scale" in answer.text) == (400, True)

@@ -1,0 +1,182 @@
+"""The service as it is run: its start, a champion that changes under load, and its end."""
+
+import http.client
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.deploy.conftest import write_model
+from tests.deploy.services import REPOSITORY, running
+from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
+
+CLIENTS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "sampler.onnx", "dpm-solver++", False)
+
+
+class Clients:
+    """Clients that ask one after the other, on connections that they keep, until they are refused or told to stop."""
+
+    def __init__(self, url: str) -> None:
+        self.answers: list[httpx.Response] = []
+        self.lost: list[Exception] = []
+        self.stop = threading.Event()
+        self._url = url
+        self.threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(CLIENTS)]
+
+    def _ask(self, seed: int) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self.stop.is_set():
+                try:
+                    self.answers.append(client.get("/images", params={"n": 2, "seed": seed}))
+                except httpx.ConnectError:
+                    return
+                except httpx.HTTPError as error:
+                    self.lost.append(error)
+                    return
+
+    def versions(self) -> list[str]:
+        return [answer.headers["X-Model-Version"] for answer in list(self.answers)]
+
+    def wait_for(self, count: int) -> None:
+        """Until there are so many more answers."""
+        enough = len(self.answers) + count
+        while len(self.answers) < enough and not self.lost:
+            time.sleep(0.01)
+
+
+@contextmanager
+def load(url: str) -> Iterator[Clients]:
+    clients = Clients(url)
+    for thread in clients.threads:
+        thread.start()
+    try:
+        yield clients
+    finally:
+        clients.stop.set()
+        for thread in clients.threads:
+            thread.join()
+
+
+def test_a_file_is_served_until_a_signal_and_nothing_sent_is_lost(model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, str(model), "--drain", "0.5") as service, load(service.url) as clients:
+        clients.wait_for(3 * CLIENTS)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+        for thread in clients.threads:
+            thread.join(60)  # each ends when it is refused
+        assert clients.lost == []
+        assert {answer.status_code for answer in clients.answers} == {200}
+        assert clients.answers[-1].headers["Connection"] == "close"
+        assert len(service.log.read_text().splitlines()) == 3, service.log.read_text()
+
+
+def test_what_was_connected_before_the_end_is_answered(model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, str(model), "--drain", "0") as service:
+        address = httpx.URL(service.url)
+        early = http.client.HTTPConnection(address.host, address.port or 0, timeout=60)
+        early.connect()
+        service.process.send_signal(signal.SIGINT)
+        with suppress(ConnectionRefusedError):
+            while True:
+                with socket.create_connection((address.host, address.port or 0), timeout=60):
+                    time.sleep(0.01)
+        early.request("GET", "/images?n=1")
+        answer = early.getresponse()
+        assert (answer.status, answer.headers["Connection"]) == (200, "close")
+        early.close()
+        assert service.process.wait(60) == 0
+
+
+def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, str(model), "--drain", "600") as service:
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for("a second signal ends at once")
+        assert httpx.get(f"{service.url}/v2/health/ready").status_code == 503
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_champion_that_changes_under_load(model: Path, tmp_path: Path) -> None:
+    store, good = Store(tmp_path), model.read_bytes()
+    store.add(good)
+    with (
+        running(tmp_path, CHAMPION, "--poll", "0.1", MLFLOW_TRACKING_URI=store.uri) as service,
+        load(service.url) as clients,
+    ):
+        clients.wait_for(CLIENTS)
+        assert set(clients.versions()) == {"1"}
+        store.add(changed(good, weights_sha256="b" * 64))
+        service.wait_for("now serving version 2")
+        before = len(clients.answers)
+        clients.wait_for(2 * CLIENTS)
+        assert clients.versions()[before + CLIENTS :] == ["2"] * len(clients.versions()[before + CLIENTS :])
+        store.add(broken(good))
+        service.wait_for("still serving version 2: version 3: golden test failed")
+        clients.wait_for(CLIENTS)
+        assert httpx.get(f"{service.url}/v2/models/ddpm").json()["versions"] == ["2"]
+        metrics = httpx.get(f"{service.url}/metrics").text
+        assert 'ddpm_model_info{version="2"' in metrics
+        assert "ddpm_model_update_failures_total 0.0" not in metrics
+        store.point("1")
+        service.wait_for("now serving version 1")
+        clients.wait_for(CLIENTS)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 0
+        assert clients.lost == []
+        assert {answer.status_code for answer in clients.answers} == {200}
+        assert len(service.lines("ERROR")) == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "bad", "store"])
+def test_without_a_model_it_does_not_start(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad").write_text("no model")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    name = CHAMPION if kind == "store" else str(tmp_path / kind)
+    command = [sys.executable, "-m", "deploy.service", "--model", name, "--port", "0"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --model {name}: ")
+
+
+def test_a_port_that_is_taken(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "deploy.service", "--model", str(model)]
+        command += ["--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot be listened on" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_torch_is_not_imported(model: Path, tmp_path: Path) -> None:
+    """Neither by the service nor by what it takes of MLflow."""
+    store = Store(tmp_path)
+    store.add(model.read_bytes())
+    program = """
+import sys
+from deploy.service.__main__ import main
+from deploy.service.server import Server
+
+Server.run = lambda *_: None
+assert main(["--model", "models:/ddpm@champion", "--port", "0"]) == 0
+assert not {"torch", "onnx", "mlflow.pyfunc"} & set(sys.modules)
+"""
+    environment = {"MLFLOW_TRACKING_URI": store.uri, "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
