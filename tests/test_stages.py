@@ -25,7 +25,6 @@ from diffusion.evaluation.noise_prediction import baselines, collect
 from diffusion.files import read_csv
 from diffusion.model import load_model
 from diffusion.paths import Paths
-from diffusion.stages import train
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
@@ -34,6 +33,7 @@ TINY: dict[str, Any] = {
     "train": {"steps": 200, "batch_size": 32, "log_every": 50, "preview_every": 100, "warmup_steps": 5},
     "sample": {"steps": 4, "count": 9},
     "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},
+    "export": {"variants": ["int8"], "max_loss": 1.0},
 }
 OUTPUTS = ("models", "reports")
 
@@ -215,13 +215,23 @@ def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_pa
     assert "<h2>Training</h2>" not in (tree / "reports/report.html").read_text()
 
 
-def test_a_difference_over_the_tolerance_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
+def test_variants_stand_beside_the_model(whole_tree: Path) -> None:
+    for name in ("denoiser", "sampler"):
+        props = onnx.load(whole_tree / f"models/onnx/{name}_int8.onnx").metadata_props
+        assert {prop.key: prop.value for prop in props}["ddpm.precision"] == "int8"
+    report = json.loads((whole_tree / "reports/export.json").read_text())
+    assert report["int8"]["loss"] == pytest.approx(report["int8"]["mse"] / report["denoiser"]["mse"] - 1)
+    assert report["bytes"]["sampler_int8"] == (whole_tree / "models/onnx/sampler_int8.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(("field", "line"), [("tolerance", "more than export.tolerance (1e-12)"), ("max_loss", "int8")])
+def test_a_check_that_fails_leaves_no_model(whole_tree: Path, tmp_path: Path, field: str, line: str) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(whole_tree, tree)
-    change(tree, {"export": {"tolerance": 1e-12}})
+    change(tree, {"export": {field: 1e-12}})
     done = ddpm(tree, "export")
     assert done.returncode == 1
-    assert "more than export.tolerance (1e-12)" in done.stderr
+    assert line in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tree / "models/onnx").exists()
 
@@ -251,16 +261,6 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, who
         name for name in digests(whole_tree) if name.startswith(("models/ddpm", "reports/train", "reports/prev"))
     ]
     assert digests(tree) == {name: digests(whole_tree)[name] for name in trained}
-
-
-def test_checkpoints_of_interrupted_trainings_are_kept_up_to_a_number(tmp_path: Path) -> None:
-    for number in range(train.KEPT_TRAININGS + 2):
-        (tmp_path / str(number)).mkdir()
-        os.utime(tmp_path / str(number), (number, number))
-    with train.lock_of(tmp_path / "0"):
-        train.drop_old_trainings(tmp_path)
-    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert left == ["0", *map(str, range(2, train.KEPT_TRAININGS + 2))]  # the first is in use
 
 
 def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) -> None:

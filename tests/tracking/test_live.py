@@ -19,10 +19,6 @@ from tests.tracking.trees import (
     write_training,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow"),
-]
-
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_training_that_was_interrupted_goes_on_in_its_run(paths: Paths, known: bool) -> None:

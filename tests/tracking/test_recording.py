@@ -31,10 +31,6 @@ from tests.tracking.trees import (
     write_tree,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow"),
-]
-
 
 def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     weights = write_all(paths)
@@ -70,6 +66,30 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert recorded.aliases == ["challenger", "champion"]
     table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
     assert json.loads(table) == [{"path": "evaluation/bands.json", "type": "table"}]
+
+
+def test_variants_are_brought_to_the_version_that_there_is(paths: Paths) -> None:
+    digest = write_all(paths)
+    first = tracking.record(PARAMS, paths)
+    small = paths.sampler_in("int8")
+    shutil.copyfile(paths.sampler, small)
+    report = json.loads(paths.export_report.read_text())
+    write_json(paths.export_report, report | {"int8": {"mse": 0.31, "loss": 0.03}, "bytes": {small.stem: 7}})
+    again = tracking.record(PARAMS, paths, speed={"fp32": {"ms_at_1": 2.5}, "int8": {"ms_at_1": 1.5}})
+    assert first
+    assert again == first
+    found = content(client_of(paths), first.run_id)
+    assert found["tags"]["ddpm.weights_sha256"] == digest
+    assert {"onnx/denoiser.onnx", "onnx/sampler_int8.onnx"} <= set(found["files"])
+    assert "onnx/sampler.onnx" not in found["files"]  # it is the registered model
+    assert {key: points[0][1] for key, points in found["curves"].items() if "int8" in key or "speed" in key} == {
+        "export/int8/mse": 0.31,
+        "export/int8/loss": 0.03,
+        "export/bytes/sampler_int8": 7,
+        "export/speed/fp32/ms_at_1": 2.5,
+        "export/speed/int8/ms_at_1": 1.5,
+    }
+    assert len(found["versions"]) == 1
 
 
 def test_the_registered_model_runs_from_the_registry(paths: Paths) -> None:

@@ -31,10 +31,6 @@ from tests.tracking.trees import (
     write_training,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow"),
-]
-
 
 def in_another_process(paths: Paths, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     program = f"""

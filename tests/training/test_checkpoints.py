@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffusion.params import Params
+from diffusion.stages import train
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State
@@ -167,3 +168,13 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
         assert steps(directory) == [1]
         moments += 1
     assert moments > 5
+
+
+def test_checkpoints_of_interrupted_trainings_are_kept_up_to_a_number(tmp_path: Path) -> None:
+    for number in range(train.KEPT_TRAININGS + 2):
+        (tmp_path / str(number)).mkdir()
+        os.utime(tmp_path / str(number), (number, number))
+    with train.lock_of(tmp_path / "0"):
+        train.drop_old_trainings(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert left == ["0", *map(str, range(2, train.KEPT_TRAININGS + 2))]  # the first is in use
