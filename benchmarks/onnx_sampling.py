@@ -1,11 +1,12 @@
-"""How fast models/onnx/sampler.onnx makes pictures, beside the same weights in torch and in diffusers.
+"""How fast models/onnx/sampler.onnx and its variants make pictures, beside the same weights in torch and in diffusers.
 
 Run it in a tree with a trained and exported model that diffusers has a counterpart for (`ddpm export-diffusers`):
 
     python benchmarks/onnx_sampling.py
 
-All take turns, a call each, in batches of 1 and of 64, so that all see the machine fast and slow alike; the median of
-the turns counts. The same weights in torch go through the project's own sampler, as they are and with the network
+All take turns, in batches of 1 and of 64, so that all see the machine fast and slow alike; the median of the turns
+counts. Before each turn the threads of whoever went before are left to go to sleep, and a call that does not count
+wakes one's own. The same weights in torch go through the project's own sampler, as they are and with the network
 through torch.compile; in diffusers through its DDIMPipeline, with the sampler's number of steps and with 50. Quality is
 the Fréchet distance of --count pictures, by a classifier trained on the same data.
 """
@@ -45,8 +46,8 @@ Make = Callable[[int, int], Images]
 """(number of pictures, seed) to pictures (N, C, H, W)."""
 
 
-def with_onnx(paths: Paths) -> Make:
-    session = parity.session(paths.sampler.read_bytes(), torch.device("cpu"))
+def with_onnx(path: Path) -> Make:
+    session = parity.session(path.read_bytes(), torch.device("cpu"))
     shape = session.get_inputs()[0].shape[1:]
     if [value.name for value in session.get_inputs()] != ["noise", "steps"]:
         sys.exit("models/onnx/sampler.onnx: the benchmark is for deterministic samplers and networks without classes")
@@ -86,10 +87,12 @@ def with_diffusers(directory: Path, steps: int) -> Make:
 
 
 def seconds(makers: dict[str, Make], batch: int, turns: int) -> dict[str, float]:
-    """Median seconds of a call; the first ones, which compile and allocate, do not count."""
+    """Median seconds of a call; those of the first turn, which compile and allocate, do not count."""
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(turns + 1):
         for name, make in makers.items():
+            time.sleep(0.1)  # ONNX Runtime's threads wait for work without sleeping, and take time from others
+            make(1, turn)
             began = time.perf_counter()
             make(batch, turn)
             taken[name].append(time.perf_counter() - began)
@@ -115,7 +118,7 @@ def main() -> None:
         exchanged = Path(temporary) / "diffusers"
         export_model(paths.model, exchanged, params.sample.model_copy(update={"threshold": "clip"}), force=False)
         makers = {
-            "sampler.onnx": with_onnx(paths),
+            **{path.name: with_onnx(path) for path in sorted(paths.onnx.glob("sampler*.onnx"))},
             "torch": with_torch(model, options),
             "torch.compile": with_torch(compiled, options),
             f"DDIMPipeline, {export.steps} steps": with_diffusers(exchanged, export.steps),
@@ -125,7 +128,7 @@ def main() -> None:
 
     judge = features.train_judge(paths)
     distances = {}
-    for name in ("sampler.onnx", *list(makers)[-2:]):
+    for name in (name for name in makers if not name.startswith("torch")):
         parts = [makers[name](64, seed) for seed in range(-(-arguments.count // 64))]
         distances[name] = judge.distance(np.concatenate(parts)[: arguments.count])
     print("| | ms, a picture alone | images/s, batch of 64 | Fréchet |\n|---|---|---|---|")
