@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from diffusion import params as parameters
 from diffusion.evaluation.samples import to_uint8
 from diffusion.exchange.diffusers import export_model
-from diffusion.export import parity
+from diffusion.export import parity, speed
 from diffusion.model import Model, load_model
 from diffusion.params import Sample
 from diffusion.paths import Paths
@@ -91,7 +91,7 @@ def seconds(makers: dict[str, Make], batch: int, turns: int) -> dict[str, float]
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(turns + 1):
         for name, make in makers.items():
-            time.sleep(0.1)  # ONNX Runtime's threads wait for work without sleeping, and take time from others
+            time.sleep(speed.PAUSE)
             make(1, turn)
             began = time.perf_counter()
             make(batch, turn)

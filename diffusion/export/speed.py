@@ -9,6 +9,8 @@ from diffusion.export import golden
 
 BATCHES = (1, 64)
 TURNS = 5
+PAUSE = 0.1
+"""Seconds after which a session's threads are asleep: they wait for more work without, and take time from others."""
 
 
 def measure(denoisers: dict[str, ort.InferenceSession]) -> dict[str, dict[str, float]]:
@@ -20,7 +22,8 @@ def measure(denoisers: dict[str, ort.InferenceSession]) -> dict[str, dict[str, f
         for _ in range(TURNS):
             for name, session in denoisers.items():
                 feed = golden.inputs(golden.names(session), facts, golden.SEED, batch)
-                session.run(["eps_hat"], feed)  # wakes its threads, which others' had put to sleep
+                time.sleep(PAUSE)
+                session.run(["eps_hat"], feed)  # wakes its threads
                 began = time.perf_counter()
                 session.run(["eps_hat"], feed)
                 taken[name].append(1000 * (time.perf_counter() - began))
