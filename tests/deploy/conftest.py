@@ -1,4 +1,4 @@
-"""Small models in files, and what npm and Debian bring."""
+"""Services of small models, and what npm and Debian bring."""
 
 import os
 import shutil
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.export import metadata, sampler_graph
-from diffusion.stages.export import finished
-from tests.export.test_sampler_graph import parts
-from tests.process import fakes
+from deploy.service.app import Service
+from tests.deploy.services import shared
 
 
 def program(package: str, *names: str) -> str:
@@ -45,11 +43,12 @@ def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         shutil.rmtree(copy)  # hundreds of megabytes, which pytest would keep
 
 
-def write_model(path: Path, sampler: str, classes: bool, steps: int = 4) -> Path:
-    """A whole sampler.onnx with random weights."""
-    model, step = parts(classes)
-    settings = fakes.options(sampler=sampler, threshold="clip", steps=steps, guidance=2.5)
-    loop = sampler_graph.to_onnx(step, model, settings)
-    facts = metadata.of_model(model, "analytic", "a" * 64, "data", {"mse": 0.5})
-    path.write_bytes(finished(path.name, loop, facts | metadata.of_sampler(settings, loop)))
-    return path
+@pytest.fixture(scope="session")
+def classes() -> Service:
+    """Of a deterministic sampler, of a network with three classes."""
+    return shared("dpm-solver++", True)
+
+
+@pytest.fixture(scope="session")
+def stochastic() -> Service:
+    return shared("ddpm", False)

@@ -20,7 +20,7 @@ from deploy.service.app import Service, create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
 from deploy.service.models import Feeds, File, Model, Served
-from tests.deploy.conftest import write_model
+from tests.deploy.models import write_model
 
 REPOSITORY = Path(__file__).parents[2]
 INFER = "/v2/models/ddpm/infer"

@@ -10,7 +10,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from tests.deploy.conftest import program, write_model
+from tests.deploy.conftest import program
+from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 
 IMAGES = (16, *SHAPE[1:], SHAPE[0])

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from deploy.service.models import File, Model, ModelError, Refused, Registered, Served
 from diffusion.export import metadata
-from tests.deploy.conftest import write_model
+from tests.deploy.models import write_model
 
 CHAMPION = "models:/ddpm@champion"
 

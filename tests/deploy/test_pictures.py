@@ -11,19 +11,8 @@ from PIL import Image
 from deploy.service.app import Service
 from deploy.service.pictures import STEPS_NOISE
 from diffusion.export import golden
-from tests.deploy.services import ask, direct, get, same, shared
+from tests.deploy.services import ask, direct, get, same
 from tests.export.test_sampler_graph import SHAPE
-
-
-@pytest.fixture(scope="module")
-def classes() -> Service:
-    """Of a deterministic sampler, of a network with three classes."""
-    return shared("dpm-solver++", True)
-
-
-@pytest.fixture(scope="module")
-def stochastic() -> Service:
-    return shared("ddpm", False)
 
 
 def cells(answer: httpx.Response, scale: int, columns: int, count: int) -> NDArray[np.uint8]:

@@ -12,22 +12,11 @@ from numpy.typing import NDArray
 
 from deploy.service.app import Service
 from deploy.service.models import Feeds
-from tests.deploy.conftest import write_model
-from tests.deploy.services import INFER, ask, direct, get, post, received, same, service, shared, tensor
+from tests.deploy.models import write_model
+from tests.deploy.services import INFER, ask, direct, get, post, received, same, service, tensor
 from tests.export.test_sampler_graph import SHAPE
 
 Body = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def classes() -> Service:
-    """Of a deterministic sampler, of a network with three classes."""
-    return shared("dpm-solver++", True)
-
-
-@pytest.fixture(scope="module")
-def stochastic() -> Service:
-    return shared("ddpm", False)
 
 
 def noise(count: int, seed: int = 0) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.deploy.conftest import write_model
+from tests.deploy.models import write_model
 from tests.deploy.services import REPOSITORY, running
 from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
 

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from diffusion import tracking
 from diffusion.export import metadata
 from diffusion.paths import Paths
-from tests.deploy.conftest import write_model
+from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 from tests.tracking.trees import PARAMS, write_evaluation, write_export, write_training
 

@@ -1,0 +1,18 @@
+"""Small models in files."""
+
+from pathlib import Path
+
+from diffusion.export import metadata, sampler_graph
+from diffusion.stages.export import finished
+from tests.export.test_sampler_graph import parts
+from tests.process import fakes
+
+
+def write_model(path: Path, sampler: str, classes: bool, steps: int = 4) -> Path:
+    """A whole sampler.onnx with random weights."""
+    model, step = parts(classes)
+    settings = fakes.options(sampler=sampler, threshold="clip", steps=steps, guidance=2.5)
+    loop = sampler_graph.to_onnx(step, model, settings)
+    facts = metadata.of_model(model, "analytic", "a" * 64, "data", {"mse": 0.5})
+    path.write_bytes(finished(path.name, loop, facts | metadata.of_sampler(settings, loop)))
+    return path
