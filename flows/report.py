@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import json
 from pathlib import Path
 
 from diffusion.paths import Paths
@@ -25,6 +26,8 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         _bands(Paths(directory).evaluation / "bands.csv"),
         "## Samples",
         _picture(Paths(directory).evaluation / "samples.png"),
+        "## ONNX",
+        _precisions(Paths(directory).export_report),
         "## Files",
         f"- ONNX model: `{summary.onnx}`\n- workspace: `{directory}`",
         f"- [MLflow run]({summary.mlflow})" if summary.mlflow else f"- MLflow: none; `ddpm track {summary.run}`",
@@ -63,6 +66,21 @@ def _bands(file: Path) -> str:
             for row in csv.DictReader(lines)
         ]
     return _table(["t", "MSE", "95 %", "R²", "Wiener MSE"], rows)
+
+
+def _precisions(file: Path) -> str:
+    """The sampler and its variants; how fast they are depends on the machine, and is in MLflow."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = [["sampler.onnx", _megabytes(report["bytes"]["sampler"]), f"{report['denoiser']['mse']:.4f}", ""]]
+    for name, scores in report.items():
+        if "loss" in scores:
+            size = _megabytes(report["bytes"][f"sampler_{name}"])
+            rows.append([f"sampler_{name}.onnx", size, f"{scores['mse']:.4f}", f"{scores['loss']:+.2%}"])
+    return _table(["file", "MB", "held-out MSE", "more than sampler.onnx"], rows)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
 
 
 def _picture(file: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.files import write_json
 from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
 
@@ -82,6 +83,9 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     evaluation.mkdir(parents=True)
     (evaluation / "bands.csv").write_text("t_from,t_to,mse,mse_low,mse_high,r2,wiener_mse\n0,99,0.5,0.4,0.6,0.5,0.7\n")
     Image.new("L", (8, 8)).save(evaluation / "samples.png")
+    exported = {"denoiser": {"mse": 0.25}, "sampler": {"images": 64}, "int8": {"mse": 0.255, "loss": 0.02}}
+    sizes = {"denoiser": 3_000_000, "sampler": 3_170_000, "sampler_int8": 1_000_000}
+    write_json(tmp_path / "reports" / "export.json", exported | {"bytes": sizes})
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
     assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
     assert "| images | 190 |  | 190 | +0 |" in text
@@ -89,5 +93,6 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     assert "bits_per_dim_" not in text
     assert "last run (one)" in text
     assert "| 0 to 99 | 0.5000 | 0.4000 to 0.6000 | 0.5000 | 0.7000 |" in text
+    assert "| sampler.onnx | 3.17 | 0.2500 |  |\n| sampler_int8.onnx | 1.00 | 0.2550 | +2.00% |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text
     assert "[MLflow run](http://m/run)" in text
