@@ -275,7 +275,7 @@ class Export(Section):
     spacing: Spacing
     """Which timesteps they are at."""
     variants: tuple[Literal["fp16", "int8"], ...]
-    """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (products with weights in 8 bits, for CPUs)."""
+    """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
     max_loss: Annotated[float, Field(ge=0)]
     """Largest share by which a variant's held-out MSE may exceed the model's."""
 

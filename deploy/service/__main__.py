@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.max_waiting < arguments.max_images:
         parser().error("--max-waiting: must be at least --max-images, or the largest requests would never be answered")
+    if not 0 <= arguments.port < 2**16:
+        parser().error(f"--port: must be from 0 to 65535 (got {arguments.port})")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the model loads there is nothing to end in order
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

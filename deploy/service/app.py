@@ -124,8 +124,8 @@ async def read(request: Request, most: int) -> bytes:
                 break
         else:
             return bytes(body)
-    line = f"the body is longer than {most} bytes; send fewer images at a time"
-    raise HTTPException(413, line, {"Connection": "close"})  # the rest of it is not waited for
+    # uvicorn reads the rest and forgets it; a connection closed on what is on its way would lose the answer.
+    raise HTTPException(413, f"the body is longer than {most} bytes; send fewer images at a time")
 
 
 def _answer_errors(app: FastAPI) -> None:

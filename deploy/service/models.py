@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from diffusion.export import golden
 
 log = logging.getLogger("ddpm.service")
+T = TypeVar("T")
 Feeds = dict[str, NDArray[Any]]
 """Inputs, or outputs, of the graph by name."""
 METADATA_VERSION = "2"
@@ -71,6 +73,7 @@ class Model:
         except (KeyError, ValueError) as error:
             raise Refused(golden.brief(error)) from None
         self.version = version or self.weights[:12]
+        self.digest = hashlib.sha256(content).hexdigest()  # weights can be exported in several ways
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
 
@@ -156,12 +159,15 @@ class Registered:
         return _mlflow(lambda client, _: str(client.get_model_version_by_alias(self.name, self.alias).version))
 
     def read(self, version: str | None) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="ddpm-service-") as directory:
-            uri = f"models:/{self.name}/{version}/model.onnx"
-            return Path(_mlflow(lambda _, download: download(artifact_uri=uri, dst_path=directory))).read_bytes()
+        def fetch(_: Any, download: Any) -> bytes:
+            with tempfile.TemporaryDirectory(prefix="ddpm-service-") as directory:
+                uri = f"models:/{self.name}/{version}/model.onnx"
+                return Path(download(artifact_uri=uri, dst_path=directory)).read_bytes()
+
+        return _mlflow(fetch)
 
 
-def _mlflow(call: Callable[[Any, Any], str]) -> str:
+def _mlflow(call: Callable[[Any, Any], T]) -> T:
     """What a call with MLflow's client and its function for downloads gives."""
     try:  # a service that reads a file needs no MLflow
         from mlflow import MlflowClient
@@ -184,7 +190,8 @@ class Served:
         self.failures = 0
         """Updates that failed."""
         self._told = ""
-        self._refused: dict[str | None, Refused] = {}
+        self._refused: dict[str | None, str] = {}
+        """Why, of each version; the errors themselves would keep the models that they were raised in."""
 
     def update(self) -> None:
         """Ask the source once. What goes wrong is logged when it is new, and counted; the present model stays."""
@@ -193,14 +200,14 @@ class Served:
             version = self._source.version()
             if version != self.current.version:
                 if version in self._refused:  # no need to download it again
-                    raise self._refused[version]
+                    raise Refused(self._refused[version])
                 self.current = self._load(self._source.read(version), version)
                 log.info("now serving version %s (weights %s)", version, self.current.weights[:12])
             self._told = ""
         except ModelError as error:
             self.failures += 1
             if isinstance(error, Refused):
-                self._refused[version] = error
+                self._refused[version] = str(error)
             line = f"version {version}: {error}" if version else str(error)
             if line != self._told:
                 log.error("still serving version %s: %s", self.current.version, line)

@@ -31,13 +31,13 @@ class Wish(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64)
     cls: str | None = Field(None, alias="class")
     steps: int = Field(0, ge=0)
-    guidance: float | None = Field(None, allow_inf_nan=False)
+    guidance: float | None = Field(None, allow_inf_nan=False, ge=-1000, le=1000)
     scale: int = Field(4, ge=1, le=16)
 
 
 def tag(wish: Wish, model: Model) -> str:
     """An ETag of all that decides on the picture. A weak one: other company in a batch may change a rounding."""
-    digest = hashlib.sha256(f"{model.version} {model.weights} {wish!r}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{model.version} {model.digest} {wish!r}".encode()).hexdigest()
     return f'W/"{digest[:32]}"'
 
 
@@ -76,8 +76,8 @@ def number(name: str, classes: list[str]) -> int:
         raise Invalid("class: the model knows no classes; leave it out")
     if name in classes:
         return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
+    if name in (numbers := [str(index) for index in range(len(classes))]):
+        return numbers.index(name)
     known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     raise Invalid(f"class: must be a name ({known}), or a number below {len(classes)} (got {name[:50]})")
 

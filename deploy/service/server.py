@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         """As uvicorn's, which alone would drop connections that wait to be accepted, or whose request is on its way."""
         accepted = list[socket.socket]()
         for listener in sockets or []:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # none is left, or no descriptor for it
                 while True:
                     accepted.append(listener.accept()[0])
         for server in self.servers:

@@ -1,4 +1,4 @@
-"""The denoiser in fewer bits: float16, or int8 where products with the weights are computed.
+"""The denoiser in fewer bits: float16, or int8 for convolutions and matrix products, those of attention too.
 
 The sampler around a variant is built as around the denoiser itself, and stays in float32.
 """
@@ -65,7 +65,7 @@ def build(name: str, model: Model, denoiser: ModelProto, opset: int, pairs: Pair
 
 
 def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
-    """Products with weights in 8 bits (Jacob et al. 2018), statically: ranges are those seen on pairs of all t.
+    """Convolutions and matrix products in 8 bits (Jacob et al. 2018), statically: ranges are those seen on val pairs.
 
     What sees x_t itself or features that nothing has normalized, with a few values far off, stays in float32: the first
     convolution, and those of single pixels, in shortcuts and around attention, which take little time.

@@ -168,3 +168,18 @@ def test_while_mlflow_is_away(store: Store, good: bytes, caplog: pytest.LogCaptu
     away, refused = caplog.messages
     assert "version 2: not to be had from MLflow" in away
     assert "not to be had from MLflow" in refused
+
+
+def test_without_room_for_a_download(
+    store: Store, good: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store.add(good)
+    served = Served(Registered(CHAMPION), Model)
+    second = store.add(good)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+        served.update()
+    assert (served.current.version, served.failures) == ("1", 1)
+    assert "version 2: not to be had from MLflow ([Errno 2]" in caplog.messages[0]
+    served.update()
+    assert served.current.version == second

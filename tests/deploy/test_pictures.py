@@ -1,6 +1,7 @@
 """GET /images, in this process."""
 
 import io
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from deploy.service.app import Service
 from deploy.service.pictures import STEPS_NOISE
 from diffusion.export import golden
-from tests.deploy.services import ask, direct, get, same
+from tests.deploy.models import write_model
+from tests.deploy.services import ask, direct, get, same, service
 from tests.export.test_sampler_graph import SHAPE
 
 
@@ -57,6 +59,13 @@ def test_what_may_be_cached(classes: Service) -> None:
     assert (unchanged.status_code, unchanged.content) == (304, b"")
 
 
+def test_the_same_weights_exported_otherwise_are_another_picture(tmp_path: Path) -> None:
+    made = [service(write_model(tmp_path / f"{steps}.onnx", "dpm-solver++", False, steps)) for steps in (2, 3)]
+    (two,), (three,) = (ask(each, get("/images?seed=1")) for each in made)
+    assert two.headers["X-Model-Version"] == three.headers["X-Model-Version"]
+    assert two.headers["ETag"] != three.headers["ETag"]
+
+
 @pytest.mark.parametrize(
     ("query", "line"),
     [
@@ -67,8 +76,10 @@ def test_what_may_be_cached(classes: Service) -> None:
         (f"seed={2**64}", "seed: input should be less than"),
         ("class=3", "class: must be a name (0, 1, 2), or a number below 3 (got 3)"),
         ("class=cat", "class: must be a name"),
+        (f"class={'9' * 5000}", "class: must be a name"),
         ("steps=51", "steps: must be 1 to 50, or 0 for 4 (got 51)"),
         ("guidance=nan", "guidance: input should be a finite number"),
+        ("guidance=1e300", "guidance: input should be less than or equal to 1000"),
         ("scale=17", "scale: input should be less than or equal to 16"),
         ("step=3", "step: there is no such thing here"),
     ],

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.deploy.models import write_model
-from tests.deploy.services import REPOSITORY, running
+from tests.deploy.services import INFER, REPOSITORY, running
 from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
 
 CLIENTS = 6
@@ -107,6 +107,13 @@ def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{service.url}/v2/health/ready").status_code == 503
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_a_long_body_gets_its_answer_however_it_is_sent(model: Path, tmp_path: Path) -> None:
+    with running(tmp_path, str(model), "--max-body", "1000") as service, httpx.Client(base_url=service.url) as client:
+        for content in (b" " * 3_000_000, (b" " * 1000 for _ in range(3000))):
+            assert client.post(INFER, content=content).status_code == 413
+        assert client.get("/images").status_code == 200
 
 
 def test_a_champion_that_changes_under_load(model: Path, tmp_path: Path) -> None:
