@@ -212,6 +212,9 @@ class Served:
             if line != self._told:
                 log.error("still serving version %s: %s", self.current.version, line)
             self._told = line
+        except Exception as error:  # whatever else a strange file may bring: the next one is to be taken all the same
+            self.failures += 1
+            log.error("still serving version %s: %s", self.current.version, golden.brief(error))
 
     def follow(self, seconds: float, stop: threading.Event) -> None:
         """Update every so many seconds, until told to stop."""

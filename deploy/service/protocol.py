@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from deploy.service.models import Feeds, Model, Tensor
 
@@ -36,7 +36,7 @@ class Message(BaseModel):
 
 class RequestInput(Message):
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()]  # an error for each of a million items would fill the memory
     datatype: str
     data: list[Any]
     """The values in C order, flat or nested."""
@@ -48,8 +48,8 @@ class RequestOutput(Message):
 
 class InferenceRequest(Message):
     id: str | None = None
-    inputs: list[RequestInput]
-    outputs: list[RequestOutput] = []
+    inputs: Annotated[list[RequestInput], FailFast()]
+    outputs: Annotated[list[RequestOutput], FailFast()] = []
 
 
 class Asked(NamedTuple):
