@@ -70,6 +70,8 @@ def parse(body: bytes, model: Model, max_images: int) -> Asked:
     for name in outputs:
         if name not in model.outputs:
             raise Invalid(f"output {name}: the model has none of this name; it has {', '.join(model.outputs)}")
+    if len(set(outputs)) < len(outputs):  # a short request for an answer of any length
+        raise Invalid("outputs: one is asked for twice; leave one out")
     given: Feeds = {}
     for each in request.inputs:
         if each.name not in model.inputs:

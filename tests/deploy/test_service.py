@@ -154,6 +154,7 @@ ERRORS: list[tuple[Callable[[Body], None], str]] = [
     (add(tensor("steps", np.array([-1]))), "input steps: must be 1 to 50"),
     (add(tensor("steps", np.array([1, 2]))), "input steps: shape must be [1]"),
     (lambda body: body.update(outputs=[{"name": "eps"}]), "output eps: the model has none of this name; it has images"),
+    (lambda body: body.update(outputs=[{"name": "x_0"}] * 2), "outputs: one is asked for twice"),
     (lambda body: body.pop("inputs"), "inputs: field required"),
     (lambda body: body.update(id=7), "id: input should be a valid string (got 7)"),
 ]
