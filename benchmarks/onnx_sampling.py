@@ -39,7 +39,6 @@ from diffusion.process import build
 from diffusion.process.sampler import sample
 
 diffusers: Any = importlib.import_module("diffusers")  # it has no types
-BATCHES = (1, 64)
 MANY_STEPS = 50
 Images = NDArray[np.uint8]
 Make = Callable[[int, int], Images]
@@ -124,7 +123,7 @@ def main() -> None:
             f"DDIMPipeline, {export.steps} steps": with_diffusers(exchanged, export.steps),
             f"DDIMPipeline, {MANY_STEPS} steps": with_diffusers(exchanged, MANY_STEPS),
         }
-    taken = {batch: seconds(makers, batch, arguments.turns) for batch in BATCHES}
+    taken = {batch: seconds(makers, batch, arguments.turns) for batch in speed.BATCHES}
 
     judge = features.train_judge(paths)
     distances = {}

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and said here in one line
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # it is asked again anyway
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds; twice this is the longest that it holds up the end
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds; a question that is under way holds up the end
 }
 
 

@@ -70,7 +70,7 @@ class Model:
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
             self._most_steps = min(FREE, int(facts["ddpm.num_timesteps"]))
-        except (KeyError, ValueError) as error:
+        except Exception as error:  # whatever a file that was changed may hold
             raise Refused(golden.brief(error)) from None
         self.version = version or self.weights[:12]
         self.digest = hashlib.sha256(content).hexdigest()  # weights can be exported in several ways

@@ -58,7 +58,7 @@ function describe() {
 // Form
 
 function fill() {
-  const { steps, guidance, classes, mostFree } = sampler;
+  const { steps, guidance, classes } = sampler;
   fields.steps.value = steps;
   fields.guidance.value = guidance;
   const names = classes.map((name, number) => new Option(name, number));

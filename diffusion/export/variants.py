@@ -146,10 +146,11 @@ class _Calibration:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """ONNX Runtime's quantization prints its progress, and logs advice that is not ours to take."""
-    before = logging.root.manager.disable
+    before, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(StringIO()):
             yield
     finally:
         logging.disable(before)
+        logging.root.handlers[:] = handlers  # `logging.warning` adds one, disabled or not

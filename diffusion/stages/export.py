@@ -71,9 +71,9 @@ def run(params: Params, paths: Paths) -> None:
     for name in export.variants:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
-            f"export: {paths.sampler_in(name)} ({len(contents[paths.sampler_in(name)]) / 1e6:.1f} MB), MSE "
-            f"{report[name]['loss']:+.2%}, {alone:.1f} times as fast for a picture alone, {joined:.1f} in batches of "
-            f"{speed.BATCHES[-1]}"
+            f"export: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
+            f"({len(contents[paths.sampler_in(name)]) / 1e6:.1f} MB each), MSE {report[name]['loss']:+.2%}; a look is "
+            f"{alone:.1f} times as fast for an image alone, {joined:.1f} in batches of {speed.BATCHES[-1]}"
         )
     tracking.record(params, paths, speed=times)
 

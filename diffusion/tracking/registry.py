@@ -37,8 +37,9 @@ def register(
     graph = onnx.load(paths.sampler)
     if WEIGHTS not in {prop.key for prop in graph.metadata_props if prop.value == weights}:
         return None  # an older one: it lies there until a new one is written
-    run.once("export", sha256(paths.export_report), lambda: _log_export(run, params, paths, speed))
     name, digest = params.tracking.model_name, sha256(paths.sampler)
+    # The report does not tell of every change to the sampler, nor the sampler of its variants.
+    run.once("export", sha256(paths.export_report) + digest, lambda: _log_export(run, params, paths, speed))
     for version in run.client.search_model_versions(f"run_id = '{run.id}'"):
         if version.name == name and version.tags.get(ONNX) == digest:
             return version

@@ -16,6 +16,7 @@ from diffusion.export import metadata
 from tests.deploy.models import write_model
 
 CHAMPION = "models:/ddpm@champion"
+GOLDEN = {"seed": 0, "batch": 2, "output": "images", "sha256": "", "every": 10**9, "tolerance": 1, "share": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,11 @@ def broken(content: bytes) -> bytes:
     graph = onnx.load_from_string(content)
     test = json.loads(next(prop.value for prop in graph.metadata_props if prop.key == "ddpm.golden"))
     return changed(content, golden=json.dumps(test | {"values": [255 - value for value in test["values"]]}))
+
+
+def strange(content: bytes) -> bytes:
+    """A file whose golden test holds words for numbers."""
+    return changed(content, golden=json.dumps({**GOLDEN, "values": ["many"]}))
 
 
 class Store:
@@ -82,6 +88,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         (lambda content: changed(content, steps="many"), "carries no golden test that can be run"),
         (lambda content: changed(content, classes="none"), "Expecting value"),
         (broken, "golden test failed"),
+        (strange, "ufunc"),
     ],
 )
 def test_what_is_refused(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:

@@ -9,9 +9,11 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from deploy.service.app import Service
 from deploy.service.models import Feeds
+from deploy.service.protocol import InferenceRequest
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, ask, direct, get, post, received, same, service, tensor
 from tests.export.test_sampler_graph import SHAPE
@@ -176,6 +178,13 @@ def test_what_is_not_json(classes: Service, text: str) -> None:
     (answer,) = ask(classes, httpx.Request("POST", f"http://test{INFER}", content=text.encode("latin-1")))
     assert answer.status_code == 400
     assert answer.json()["error"]
+
+
+def test_many_faults_cost_no_more_than_one() -> None:
+    for fields in ({"inputs": [1] * 100_000}, {"inputs": [], "outputs": [1] * 100_000}):
+        with pytest.raises(ValidationError) as error:
+            InferenceRequest.model_validate_json(json.dumps(fields))
+        assert error.value.error_count() == 1
 
 
 def test_values_that_json_has_not(classes: Service) -> None:
