@@ -44,7 +44,9 @@ def device(name: str, local_rank: int = 0) -> torch.device:
         if chosen.index >= gpus:
             raise UserError(f"device: {chosen} is not there; set device to auto or cpu in params.yaml")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # With warnings alone attention's backward pass would stay non-deterministic.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return chosen

@@ -44,6 +44,18 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def in_full_precision(layers: nn.Module, x: Tensor) -> Tensor:
+    """`layers` of x in the precision of their weights, also where autocast is on.
+
+    For a network's last layers: what follows multiplies their output by coefficients up to 1 / sqrt(alpha_bar), and
+    with it the rounding of a narrower type.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return layers(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layers(x.to(next(layers.parameters()).dtype))
+
+
 class Network(nn.Module):
     """What every network is: see `network` in build.py for how it is called."""
 

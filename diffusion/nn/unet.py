@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, zero_
+from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, in_full_precision, zero_
 
 
 class UNet(Network):
@@ -64,5 +64,5 @@ class UNet(Network):
             if isinstance(module, Block):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = module(x, emb)
-        out = self.head(x)
+        out = in_full_precision(self.head, x)
         return out[:, :, : self.size[0], : self.size[1]] if any(self.padding) else out

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion import params
-from diffusion.nn.layers import Conditions, Network, attend, zero_
+from diffusion.nn.layers import Conditions, Network, attend, in_full_precision, zero_
 
 
 class Attention(nn.Module):
@@ -99,5 +99,5 @@ class UViT(Network):
         x = self.middle(x, emb)
         for merge, block in zip(self.merge, self.last, strict=True):
             x = block(merge(torch.cat([x, skips.pop()], dim=2)), emb)
-        patches = self.head(x[:, self.extras :]).transpose(1, 2).unflatten(2, self.grid)
-        return self.final(patches)[:, :, : self.size[0], : self.size[1]]
+        patches = in_full_precision(self.head, x[:, self.extras :]).transpose(1, 2).unflatten(2, self.grid)
+        return in_full_precision(self.final, patches)[:, :, : self.size[0], : self.size[1]]

@@ -78,7 +78,8 @@ def dynamic_threshold(x_0_hat: Tensor) -> Tensor:
     Saharia et al. 2022 (Imagen), section 2.3: images do not saturate as they do under `clip` with strong guidance.
     """
     values = x_0_hat.abs().flatten(1)
-    s = values.kthvalue(math.ceil(0.995 * values.shape[1]), dim=1).values.clamp(min=1).view(-1, 1, 1, 1)
+    # Sorted, since kthvalue has no deterministic kernel on a GPU.
+    s = values.sort(dim=1).values[:, math.ceil(0.995 * values.shape[1]) - 1].clamp(min=1).view(-1, 1, 1, 1)
     return x_0_hat.clamp(-s, s) / s
 
 
