@@ -25,7 +25,7 @@ def run(path: Path, device: str) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
     try:
         onnx.checker.check_model(content, full_check=True)
-        session = parity.session(content, chosen)
+        session = parity.session(content, chosen, required=device != "auto")
     except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
         raise UserError(
             f"{path}: no ONNX model that can be run ({golden.brief(error)}); `ddpm export` makes one"

@@ -16,7 +16,7 @@ from diffusion.export import golden
 from diffusion.model import Model
 from diffusion.process import build
 from diffusion.process.sampler import sample
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 
 BATCH_SIZES = (1, 7, 64)
 SMALL = 4
@@ -30,17 +30,22 @@ OFF_BY_ONE = 1e-3
 """Share of the pictures' values that may differ, by one grey level of 255."""
 
 
-def session(content: bytes, device: torch.device) -> ort.InferenceSession:
-    """An ONNX Runtime session for a model's bytes, on the GPU where `device` is one."""
+def session(content: bytes, device: torch.device, required: bool = True) -> ort.InferenceSession:
+    """An ONNX Runtime session for a model's bytes, on the GPU where `device` is one.
+
+    If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well
     # Neither rounded products, nor kernels chosen by how fast they happened to be.
     exact = {"device_id": device.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
     gpu = ("CUDAExecutionProvider", exact)
-    providers = [gpu] if device.type == "cuda" else []
+    providers = [gpu] if device.type == "cuda" and gpu[0] in ort.get_available_providers() else []
     made = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
-    if providers and made.get_providers()[0] != gpu[0]:
-        raise UserError(f"device: ONNX Runtime finds no way to use {device}; set device to cpu in params.yaml")
+    if device.type == "cuda" and made.get_providers()[0] != gpu[0]:
+        if required:
+            raise UserError(f"device: ONNX Runtime cannot use {device}; set device to auto or cpu")
+        say(f"ONNX Runtime cannot use {device}; running the graph on the CPU")
     return made
 
 

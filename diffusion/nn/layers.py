@@ -50,7 +50,7 @@ def in_full_precision(layers: nn.Module, x: Tensor) -> Tensor:
     For a network's last layers: what follows multiplies their output by coefficients up to 1 / sqrt(alpha_bar), and
     with it the rounding of a narrower type.
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta tensors
         return layers(x)
     with torch.autocast(x.device.type, enabled=False):
         return layers(x.to(next(layers.parameters()).dtype))

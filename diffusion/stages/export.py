@@ -24,6 +24,7 @@ from diffusion.progress import say
 def run(params: Params, paths: Paths) -> None:
     """Export, check and write; if a check fails, no file is left behind."""
     device, export = networks.device(params.device), params.export
+    required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     if export.steps > model.process.schedule.num_timesteps:
@@ -46,10 +47,12 @@ def run(params: Params, paths: Paths) -> None:
             one, whole = paths.denoiser_in(name), paths.sampler_in(name)
             contents[one] = finished(one.name, graph, facts)
             contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
-            sessions[name] = parity.session(contents[one], device)
+            sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                report["sampler"] = parity.check_sampler(parity.session(contents[whole], device), model, sample)
+                report["sampler"] = parity.check_sampler(
+                    parity.session(contents[whole], device, required), model, sample
+                )
             else:
                 mse = report["denoiser"]["mse"]
                 report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()

@@ -1,0 +1,207 @@
+"""What the measurements on a GPU share, and whether training there is right."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import params as parameters
+from diffusion.data.pairs import Batch
+from diffusion.model import new_network
+from diffusion.nn import build as networks
+from diffusion.nn.counting import count
+from diffusion.params import Params
+from diffusion.process import build
+from diffusion.process.parameterization import Eps
+from diffusion.training import loop
+from diffusion.training.distributed import World
+from diffusion.training.hardware import precision, runnable
+from diffusion.training.state import State, begin
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+Facts = dict[str, Any]
+
+
+class Bench:
+    """What the measurements share."""
+
+    def __init__(self, rehearse: bool, steps: int) -> None:
+        self.rehearse, self.steps = rehearse, steps
+        self.device = networks.device("cpu" if rehearse else "cuda")
+        self.cuda = self.device.type == "cuda"
+
+    def params(self, preset: str, **train: Any) -> Params:
+        """A preset's parameters; in a rehearsal with a tiny network."""
+        params = parameters.load(ROOT / "presets" / f"{preset}.yaml")
+        changes: Facts = {"train": params.train.model_copy(update={"decay": "constant"} | train)}
+        if self.rehearse:
+            changes["network"] = params.network.model_copy(update={"base_channels": 32, "blocks_per_level": 1})
+        return params.model_copy(update=changes)
+
+    def training(self, preset: str, **train: Any) -> tuple[State, loop.Trainer]:
+        """A training of random pixels that has not begun."""
+        params, shape = self.params(preset, **train), SHAPES[preset]
+        process, options = build.process(params.process), params.train
+        torch.manual_seed(0)
+        net = new_network(shape, 0, params.network, params.process).to(self.device)
+        self.flops = count(net, shape).flops  # before it is compiled
+        state = begin(net, options, process.schedule)
+        rng = np.random.default_rng(0)
+        batches = [_batch(rng, options.batch_size, shape) for _ in range(4)]
+        forward = runnable(net, options, World())
+        return state, loop.Trainer(
+            options, 0, process.loss, lambda step: batches[step % 4], forward, precision=precision(options, self.device)
+        )
+
+    def finish(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, action: Callable[[], object], times: int, rounds: int = 5) -> float:
+        """Seconds of one `action`, the median of rounds of `times` in a row, after one more to warm up."""
+        action()
+        found = []
+        for _ in range(1 if self.rehearse else rounds):
+            self.finish()
+            began = time.perf_counter()
+            for _ in range(1 if self.rehearse else times):
+                action()
+            self.finish()
+            found.append((time.perf_counter() - began) / (1 if self.rehearse else times))
+        return statistics.median(found)
+
+
+def _batch(rng: np.random.Generator, size: int, shape: tuple[int, int, int]) -> Batch:
+    return Batch(
+        x_0=rng.uniform(-1, 1, (size, *shape)).astype(np.float32),
+        t=rng.integers(0, 1000, size),
+        eps=rng.standard_normal((size, *shape), dtype=np.float32),
+        y=np.full(size, -1),
+        u=rng.random(size),
+    )
+
+
+def digest(state: State) -> str:
+    """Of all tensors of a training."""
+    tensors = state.tensors()
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:16]
+
+
+def same_bytes(bench: Bench) -> Iterator[Facts]:
+    """Whether the same few steps twice give the same bytes, of each preset, eager and compiled."""
+    for preset, compiled, size in (
+        ("digits", False, 128),
+        ("digits", True, 128),
+        ("cifar10", False, 64),
+        ("cifar10", True, 64),
+    ):
+        if compiled and bench.rehearse:
+            continue
+        digests = []
+        for _ in range(2):
+            state, trainer = bench.training(preset, batch_size=4 if bench.rehearse else size, compile=compiled)
+            for _ in range(3):
+                loop.step(state, trainer)
+            digests.append(digest(state))
+        yield {"preset": preset, "compiled": compiled, "same": digests[0] == digests[1]}
+
+
+def cpu_and_gpu(bench: Bench) -> Iterator[Facts]:
+    """One training step in float32 on both: the largest difference of a gradient's tensor, relative to its norm."""
+    for preset in ("digits", "cifar10"):
+        state, trainer = bench.training(preset, precision="fp32", compile=False, batch_size=16)
+        net = copy.deepcopy(state.net).cpu()
+        gradients = []
+        for each, device in ((state.net, bench.device), (net, torch.device("cpu"))):
+            x_0, t, eps, y, _ = (torch.from_numpy(array).to(device) for array in trainer.fetch(0))
+            torch.manual_seed(0)
+            trainer.loss(each.eval(), x_0, t, eps, y).mean().backward()
+            gradients.append([parameter.grad.double().cpu() for parameter in each.parameters()])  # type: ignore[union-attr]
+        worst = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(*gradients, strict=True))
+        yield {"preset": preset, "largest_difference": float(f"{worst:.2g}")}
+
+
+def narrow(bench: Bench) -> Iterator[Facts]:
+    """x_0_hat of an eps network under autocast to bfloat16, at t = 990: the last layers' part of its error.
+
+    Against float64 from the same features; see tests/training/test_precision.py.
+    """
+    state, trainer = bench.training("cifar10", batch_size=4, compile=False)
+    net, t = state.net.eval(), torch.full((4,), 990, device=bench.device)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        features: list[Tensor] = []
+        hook = net.head.register_forward_pre_hook(lambda _, given: features.append(given[0]))  # type: ignore[union-attr]
+        x_t = torch.randn(4, *SHAPES["cifar10"], device=bench.device)
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            out = net(x_t, t)
+        hook.remove()
+        exact = copy.deepcopy(net.head).double()(features[0].double())  # type: ignore[operator]
+        made = Eps(trainer.loss.schedule)
+        error = made.to_x_0(out, x_t, t) - made.to_x_0(exact, x_t.double(), t)
+    yield {"dtype": str(out.dtype), "largest_error": float(f"{error.abs().max().item():.2g}")}
+
+
+def stages(bench: Bench) -> Iterator[Facts]:
+    """The digits by the stages' own commands; a training that is killed and resumed against one that is not."""
+    steps = 60 if bench.rehearse else bench.steps
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DDPM_CHECKPOINT_SECONDS": "0.5"}
+
+    def run(tree: Path, name: str) -> float:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "diffusion", name]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-1500:]}")
+        return round(time.perf_counter() - began, 1)
+
+    with tempfile.TemporaryDirectory() as directory:
+        whole, killed = Path(directory) / "whole", Path(directory) / "killed"
+        whole.mkdir()
+        shutil.copytree(ROOT / "data" / "raw", whole / "data" / "raw")
+        text = (ROOT / "params.yaml").read_text().replace("  steps: 1000\n", f"  steps: {steps}\n")
+        (whole / "params.yaml").write_text(text.replace("compile: auto", "compile: false"))
+        yield {"shard_s": run(whole, "shard"), "pairs_s": run(whole, "pairs")}
+        shutil.copytree(whole, killed)
+        yield {"steps": steps, "train_s": run(whole, "train")} | _report(whole, "train")
+        killed_at = _train_and_kill(killed, environment, after=20)
+        resumed = run(killed, "train")
+        weights = [(tree / "models" / "ddpm" / "model.safetensors").read_bytes() for tree in (whole, killed)]
+        yield {"killed_at": killed_at, "resumed_s": resumed, "same": weights[0] == weights[1]}
+        for name in ("evaluate", "export"):
+            yield {f"{name}_s": run(whole, name)} | _report(whole, name)
+
+
+def _report(tree: Path, name: str) -> Facts:
+    """The numbers in a stage's report."""
+    report = json.loads((tree / "reports" / f"{name}.json").read_text())
+    return {key: value for key, value in report.items() if isinstance(value, int | float)}
+
+
+def _train_and_kill(tree: Path, environment: dict[str, str], after: int) -> str | None:
+    """Kill a training once it has a checkpoint of step `after` or later; gives the step of its last one."""
+    command = [sys.executable, "-m", "diffusion", "train"]
+    process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, last = time.monotonic() + 120, None
+    while process.poll() is None and time.monotonic() < deadline and int(last or 0) < after:
+        last = max((path.stem for path in tree.glob(".ddpm/checkpoints/*/0*.json")), default=None)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return last
