@@ -1,4 +1,4 @@
-"""A trained model on disk: `model.safetensors` (EMA weights), `config.json`, and the digests of both in `SHA256SUMS`."""
+"""A trained model on disk: `model.safetensors` (EMA weights), `config.json`, and the digests of both, `SHA256SUMS`."""
 
 from dataclasses import dataclass
 from pathlib import Path
