@@ -46,6 +46,8 @@ def run(params: Params, paths: Paths) -> None:
     model = load_model(paths.model, device)
     pairs = Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
+    names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
+    curves = [parse_csv(read_checked(paths.train_curves / name, "train")) for name in names]
     T = model.process.schedule.num_timesteps
     if params.sample.steps > T:
         raise UserError(f"sample.steps ({params.sample.steps}) exceeds the model's num_timesteps ({T})")
@@ -79,11 +81,8 @@ def run(params: Params, paths: Paths) -> None:
         "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
         "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
     }
-    if paths.train_curves.exists():  # an imported model has none
-        loss, heldout = (
-            parse_csv(read_checked(paths.train_curves / name, "train")) for name in ("loss.csv", "heldout.csv")
-        )
-        pictures["training"] = plots.training(loss, heldout)
+    if curves:
+        pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
     write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
