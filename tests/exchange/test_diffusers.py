@@ -45,7 +45,7 @@ IMPORTS: dict[str, dict[str, Any]] = {
         "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
     },
-    "diffusers' 32 groups of few channels": {"block_out_channels": (64, 96), "down_block_types": ("DownBlock2D",) * 2}
+    "diffusers' 32 groups of few channels": {"block_out_channels": (64, 128), "down_block_types": ("DownBlock2D",) * 2}
     | {"up_block_types": ("UpBlock2D",) * 2},
     "cosines first, with a shift": {"freq_shift": 1, "flip_sin_to_cos": True},
     "deeper, half the channels a head": {"layers_per_block": 2, "attention_head_dim": 64},
