@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from hashlib import sha256
 from pathlib import Path
 
@@ -108,10 +109,19 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def test_the_digest_is_part_of_the_metadata_and_of_an_unchanged_file_alone(file: Path) -> None:
+def test_the_digest_is_part_of_the_metadata_and_of_an_unchanged_file_alone(
+    file: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As deploy/ONNX.md tells others to check it, and as onnx reads it."""
     content = file.read_bytes()
-    assert sha256(content[:-64]).hexdigest() == content[-64:].decode()
+    (program,) = re.findall(
+        r"```python\n(import hashlib\n.*?)```", (root / "deploy" / "ONNX.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(file.parent)
+    exec(program, {})
+    file.write_bytes(flipped(content, 5000))
+    with pytest.raises(AssertionError, match="damaged"):
+        exec(program, {})
     graph = onnx.load_from_string(content)
     assert {prop.key: prop.value for prop in graph.metadata_props}["ddpm.sha256"] == content[-64:].decode()
     assert graph.SerializeToString() == content  # MLflow's copy of the file is the file
