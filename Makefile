@@ -13,7 +13,7 @@ export PREFECT_API_URL := http://127.0.0.1:$(PREFECT_PORT)/api
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train test up down status repro lint lock
+.PHONY: help setup train test up down status repro scrub lint lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -48,6 +48,9 @@ status: setup ## Show how they are.
 repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.
 	dvc repro
 	@ddpm track
+
+scrub: setup ## Delete damaged files from DVC's cache, which DVC trusts unread; `dvc repro` makes them again.
+	@python -m flows.scrub
 
 lint: setup ## Check style and types.
 	ruff check

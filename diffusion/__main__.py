@@ -82,8 +82,8 @@ def export_diffusers(arguments: argparse.Namespace) -> None:
 
     paths = Paths()
     sample = parameters.load(paths.params).sample
-    diffusers.export_model(arguments.model or paths.model, arguments.directory, sample, arguments.force)
-    print(f"{arguments.directory} is now what diffusers.DDPMPipeline.from_pretrained loads")
+    told = diffusers.export_model(arguments.model or paths.model, arguments.directory, sample, arguments.force)
+    print(f"{arguments.directory} is now what diffusers.{told}")
 
 
 def import_diffusers(arguments: argparse.Namespace) -> None:

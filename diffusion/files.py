@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
+
+SUMS = "SHA256SUMS"
+"""Digests of the files beside it, in the format of sha256sum."""
+
 
 def sync(path: Path) -> None:
     """Flush a file or a directory entry to the disk."""
@@ -58,8 +63,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, float]], columns: Sequence
 
 def read_csv(path: Path) -> list[dict[str, float]]:
     """The rows that `write_csv` wrote, all numbers as float."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return parse_csv(path.read_bytes())
+
+
+def parse_csv(content: bytes) -> list[dict[str, float]]:
+    """The rows of a file that `write_csv` wrote, all numbers as float."""
+    rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 @contextmanager
@@ -85,3 +95,51 @@ def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write SHA256SUMS: the digest of every file in a directory, for `read_checked` and `sha256sum --check`.
+
+    Args:
+        directory: a flat directory that is otherwise complete.
+        known: digests by file name that need not be computed again.
+    """
+    digests = {path.name: "" for path in sorted(directory.iterdir())} | dict(known or {})
+    lines = [f"{digest or sha256(directory / name)}  {name}\n" for name, digest in digests.items()]
+    write_atomic(directory / SUMS, "".join(lines).encode())
+
+
+def read_checked(path: Path, stage: str) -> bytes:
+    """The bytes of a file that another stage wrote, checked against the SHA256SUMS beside it.
+
+    Args:
+        path: the file.
+        stage: the stage that writes it, for the message.
+
+    Raises:
+        UserError: the file or its SHA256SUMS is missing, or the bytes are not those that were written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `dvc repro {stage}` writes it") from None
+    sums = path.with_name(SUMS)
+    try:
+        lines = sums.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{sums}: {error.strerror}, so {path.name} cannot be checked: an earlier version wrote it; "
+            f"`dvc repro {stage}` writes both"
+        ) from None
+    if f"{hashlib.sha256(content).hexdigest()}  {path.name}".encode() not in lines:
+        raise damaged(path, f"not the bytes that {SUMS} lists")
+    return content
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The error for a stage's output whose bytes have changed since they were written."""
+    # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage back,
+    # and so does the first checkout after `dvc repro --force`. Only deleting the cached copy repairs it.
+    return UserError(
+        f"{path}: damaged ({why}); delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
+    )

@@ -1,6 +1,5 @@
-"""A trained model on disk: `model.safetensors` (EMA weights) and `config.json`, all that evaluating it needs."""
+"""A trained model on disk: `model.safetensors` (EMA weights), `config.json`, and the digests of both, `SHA256SUMS`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -8,12 +7,12 @@ from typing import Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion import params
 from diffusion.errors import UserError, describe
-from diffusion.files import new_directory, write_atomic, write_json
+from diffusion.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 from diffusion.nn import build as networks
 from diffusion.nn.layers import Network
 from diffusion.process import build as processes
@@ -24,6 +23,7 @@ from diffusion.process.variance import Variance
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+FILES = {WEIGHTS, CONFIG, SUMS}
 
 
 class Config(BaseModel):
@@ -39,6 +39,8 @@ class Config(BaseModel):
     process: params.Process
     x_0_mse: tuple[float, ...] | None
     """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
+    scheduler: dict[str, Any] | None = None
+    """Of a model imported from diffusers, its scheduler_config.json, to be exported again as it was."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -94,22 +96,27 @@ def save_model(directory: Path, net: nn.Module, config: Config) -> None:
     with new_directory(directory) as temporary:
         write_atomic(temporary / WEIGHTS, save(weights))
         write_json(temporary / CONFIG, config.model_dump(mode="json"))
+        write_sums(temporary)
 
 
 def load_model(directory: Path, device: torch.device) -> Model:
-    """The model in a directory, in evaluation mode on `device`; raises UserError naming the file at fault."""
+    """The model in a directory, in evaluation mode on `device`.
+
+    Raises:
+        UserError: a file is missing, damaged or written by another version; it is named.
+    """
+    if not (directory / SUMS).exists() and (directory / CONFIG).exists():
+        raise UserError(
+            f"{directory}: has no {SUMS}: an earlier version wrote it, and it cannot be checked; train it again "
+            "(`dvc repro train`) or import it again (`ddpm import-diffusers`)"
+        )
+    described, weights = (read_checked(directory / name, "train") for name in (CONFIG, WEIGHTS))
     try:
-        config = Config.model_validate(_read_json(directory / CONFIG))
+        config = Config.model_validate_json(described)
         net = new_network(config.shape, len(config.classes), config.network, config.process)
-        net.load_state_dict(load_file(directory / WEIGHTS))
+        net.load_state_dict(load(weights))
     except ValidationError as error:
         raise UserError(f"{directory / CONFIG}: {describe(error)}; run `dvc repro train`") from None
-    except RuntimeError:
+    except (RuntimeError, SafetensorError):
         raise UserError(f"{directory / WEIGHTS}: not of the network in {CONFIG}; run `dvc repro train`") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory}: no model ({str(error).splitlines()[0]}); run `dvc repro train`") from None
     return Model(net.eval().requires_grad_(False).to(device), processes.process(config.process), config)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

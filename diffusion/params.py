@@ -141,7 +141,7 @@ class Network(Section):
     """Whether the network is told the class of each image, so that it can be asked for one."""
     convention: Literal["ddpm", "diffusers"]
     """U-Net: details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the
-    resolution, epsilon of the normalization): matters for exchanging weights alone."""
+    resolution, epsilon and groups of the normalization): matters for exchanging weights alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -65,5 +65,5 @@ def test_missing_shards_take_one_line(digits_tree: Path) -> None:
     done = run(digits_tree, "pairs")
     assert done.returncode == 1
     assert done.stderr == (
-        "ddpm pairs: error: data/shards/manifest.json: missing or not readable; `dvc repro shard` writes it anew\n"
+        "ddpm pairs: error: data/shards/manifest.json: No such file or directory; `dvc repro shard` writes it\n"
     )

@@ -1,14 +1,17 @@
 """A model's directory: what is written is read, and what is wrong with it gets one line."""
 
 import json
+import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from diffusion.errors import UserError
+from diffusion.files import write_sums
 from diffusion.model import Config, Model, load_model, new_network, save_model
 from diffusion.params import Params
 from diffusion.process.denoiser import Guided
@@ -31,6 +34,7 @@ def saved(params: Params, tmp_path: Path) -> tuple[Path, Model]:
 def change(directory: Path, **changes: Any) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | changes))
+    write_sums(directory)
 
 
 def test_what_is_written_is_read(saved: tuple[Path, Model]) -> None:
@@ -86,15 +90,49 @@ def test_a_directory_that_does_not_fit_together_gets_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_files_get_one_line(saved: tuple[Path, Model]) -> None:
+def test_files_of_another_program_get_one_line(saved: tuple[Path, Model]) -> None:
     directory, _ = saved
     weights = load_file(directory / "model.safetensors")
-    save_file({name: tensor for name, tensor in weights.items() if "head" not in name}, directory / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: not of the network"):
-        load_model(directory, CPU)
-    (directory / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="no model"):
-        load_model(directory, CPU)
+    few = save({name: tensor for name, tensor in weights.items() if "head" not in name})
+    for content in (few, b"no weights"):
+        (directory / "model.safetensors").write_bytes(content)
+        write_sums(directory)
+        with pytest.raises(UserError, match=r"model\.safetensors: not of the network in config.json; run"):
+            load_model(directory, CPU)
     (directory / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no model"):
+    write_sums(directory)
+    with pytest.raises(UserError, match=r"config\.json: invalid JSON"):
+        load_model(directory, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "SHA256SUMS"])
+def test_each_of_many_flipped_bits_is_found(saved: tuple[Path, Model], name: str) -> None:
+    directory, _ = saved
+    content, pick = (directory / name).read_bytes(), random.Random(0)
+    for _ in range(15):
+        changed, bit = bytearray(content), pick.randrange(8 * len(content))
+        changed[bit // 8] ^= 1 << bit % 8
+        (directory / name).write_bytes(changed)
+        with pytest.raises(UserError, match=r"(model\.safetensors|config\.json): damaged") as caught:
+            load_model(directory, CPU)
+        assert "not the bytes that SHA256SUMS lists" in str(caught.value)
+        assert name == "SHA256SUMS" or f"{directory / name}: " in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (directory / name).write_bytes(content)
+    load_model(directory, CPU)
+
+
+def test_the_digests_are_those_of_sha256sum(saved: tuple[Path, Model]) -> None:
+    directory, _ = saved
+    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=directory, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"config.json: OK\nmodel.safetensors: OK\n")
+
+
+def test_a_model_of_an_earlier_version_is_refused(saved: tuple[Path, Model]) -> None:
+    directory, _ = saved
+    (directory / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"has no SHA256SUMS: an earlier version wrote it.* train it again .* import"):
+        load_model(directory, CPU)
+    (directory / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: No such file or directory; `dvc repro train` writes it$"):
         load_model(directory, CPU)

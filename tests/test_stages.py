@@ -341,7 +341,7 @@ def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp
     shutil.copytree(pairs_tree, tree)
     done = ddpm(tree, "evaluate")
     assert done.returncode == 1
-    assert done.stderr.endswith("run `dvc repro train`\n")
+    assert done.stderr.endswith("models/ddpm/config.json: No such file or directory; `dvc repro train` writes it\n")
     (tree / "data/pairs/manifest.json").unlink()
     done = ddpm(tree, "train")
     assert done.returncode == 1

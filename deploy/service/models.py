@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from diffusion.export import golden
+from diffusion.export import digest, golden
 
 log = logging.getLogger("ddpm.service")
 T = TypeVar("T")
@@ -46,12 +46,16 @@ class Model:
     """A verified sampler in ONNX Runtime."""
 
     def __init__(self, content: bytes, version: str | None, device: str = "cpu", threads: int = 0) -> None:
-        """Load the bytes of a sampler.onnx and run its golden test, which warms it up as well.
+        """Check the digest of a sampler.onnx, load it and run its golden test, which warms it up as well.
 
         version: None for the beginning of the weights' digest. threads: 0 for as many as there are cores.
 
-        Raises: Refused: no sampler, the golden test fails, or the device cannot be used.
+        Raises: Refused: a damaged file, no sampler, the golden test fails, or the device cannot be used.
         """
+        try:
+            digest.check(content)
+        except ValueError as error:
+            raise Refused(str(error)) from None
         try:
             self.session = _session(content, device, threads)
             facts = self.session.get_modelmeta().custom_metadata_map
@@ -70,12 +74,29 @@ class Model:
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
             self._most_steps = min(FREE, int(facts["ddpm.num_timesteps"]))
+            self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # whatever a file that was changed may hold
             raise Refused(golden.brief(error)) from None
         self.version = version or self.weights[:12]
         self.digest = hashlib.sha256(content).hexdigest()  # weights can be exported in several ways
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
+
+    def problem(self, name: str, value: NDArray[Any]) -> str:
+        """What is wrong with an input's values, and what they must be; empty if nothing is."""
+        if name == "steps":
+            steps = int(value[0])
+            return "" if steps == 0 or self.allows(steps) else f"{self.allowed(name)} (got {steps})"
+        low, high = self._ranges[name]
+        wrong = value[~((value >= low) & (value <= high))]  # NaN too
+        return f"{self.allowed(name)} (got {wrong[0]:.9g})" if wrong.size else ""
+
+    def allowed(self, name: str) -> str:
+        """Which values an input may have."""
+        if name == "steps":
+            return f"must be {self.steps_allowed}, or 0 for {self.steps}"
+        low, high = self._ranges[name]
+        return f"must be from {low} to {high}" + (", -1 for no class" if name == "y" else "")
 
     def allows(self, steps: int) -> bool:
         """Whether the sampler can take this number of steps."""

@@ -31,7 +31,7 @@ class Wish(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64)
     cls: str | None = Field(None, alias="class")
     steps: int = Field(0, ge=0)
-    guidance: float | None = Field(None, allow_inf_nan=False, ge=-1000, le=1000)
+    guidance: float | None = None
     scale: int = Field(4, ge=1, le=16)
 
 
@@ -57,10 +57,12 @@ def feeds(wish: Wish, seed: int, model: Model, max_images: int) -> Feeds:
         raise Invalid(f"the picture would have {side} pixels, and at most {MAX_SIDE} it may; lower n or scale")
     steps = wish.steps or model.steps
     if not model.allows(steps):
-        raise Invalid(f"steps: must be {model.steps_allowed}, or 0 for {model.steps} (got {steps})")
+        raise Invalid(f"steps: {model.allowed('steps')} (got {steps})")
     if wish.guidance is not None and not model.classes:
         raise Invalid("guidance: the model knows no classes; leave it out")
     guidance = model.guidance if wish.guidance is None else wish.guidance
+    if model.classes and (problem := model.problem("guidance", np.array([guidance]))):
+        raise Invalid(f"guidance: {problem}")
     given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
     given["y"] = np.full(wish.n, -1 if wish.cls is None else number(wish.cls, model.classes))
     given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(wish.n)])

@@ -78,7 +78,7 @@ def parse(body: bytes, model: Model, max_images: int) -> Asked:
             raise Invalid(f"input {each.name}: the model has none of this name; it has {', '.join(model.inputs)}")
         if each.name in given:
             raise Invalid(f"input {each.name}: given twice; leave one out")
-        given[each.name] = _array(each, model.inputs[each.name], max_images)
+        given[each.name] = _array(each, model, max_images)
     return Asked(request.id, complete(given, model), outputs)
 
 
@@ -98,18 +98,14 @@ def complete(given: Feeds, model: Model) -> Feeds:
     for name, axis in (("y", 0), ("steps_noise", 1)):
         if name in feeds and (found := feeds[name].shape[axis]) != images:
             raise Invalid(f"input {name}: for {found} images, but noise is for {images}; give as many")
-    if "y" in feeds and not ((feeds["y"] >= -1) & (feeds["y"] < len(model.classes))).all():
-        raise Invalid(f"input y: must be from 0 to {len(model.classes) - 1}, or -1 for no class")
-    if "steps" in feeds and (steps := int(feeds["steps"][0])) and not model.allows(steps):
-        raise Invalid(f"input steps: must be {model.steps_allowed}, or 0 for {model.steps} (got {steps})")
     if "steps_noise" in feeds and not model.allows(steps := len(feeds["steps_noise"])):
         raise Invalid(f"input steps_noise: must be for {model.steps_allowed} steps (got {steps})")
     return feeds
 
 
-def _array(given: RequestInput, tensor: Tensor, max_images: int) -> NDArray[Any]:
-    """The values of an input, of its shape."""
-    where = f"input {given.name}"
+def _array(given: RequestInput, model: Model, max_images: int) -> NDArray[Any]:
+    """The values of an input, of its shape and in its range."""
+    where, tensor = f"input {given.name}", model.inputs[given.name]
     if given.datatype != tensor.datatype:
         raise Invalid(f"{where}: datatype must be {tensor.datatype} (got {given.datatype})")
     fits = len(given.shape) == len(tensor.shape) and all(
@@ -126,12 +122,12 @@ def _array(given: RequestInput, tensor: Tensor, max_images: int) -> NDArray[Any]
     if not set(map(type, values)) <= types:
         raise Invalid(f"{where}: data must be {'numbers' if float in types else 'whole numbers'} alone")
     try:
-        with np.errstate(over="ignore"):  # what becomes infinite is told of below
+        with np.errstate(over="ignore"):  # infinity is outside of every range
             array = np.array(values, np.float64 if float in types else dtype).astype(dtype).reshape(given.shape)
     except OverflowError:
-        raise Invalid(f"{where}: a value is too large for {tensor.datatype}") from None
-    if not np.isfinite(array).all():
-        raise Invalid(f"{where}: data must be finite, within what {tensor.datatype} can hold")
+        raise Invalid(f"{where}: {model.allowed(given.name)} (got more than {tensor.datatype} can hold)") from None
+    if problem := model.problem(given.name, array):
+        raise Invalid(f"{where}: {problem}")
     return array
 
 

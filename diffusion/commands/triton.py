@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 
 from diffusion.errors import UserError
+from diffusion.export import digest
+from diffusion.export.ranges import rename
 from diffusion.files import new_directory, write_atomic
 from diffusion.paths import Paths
 
@@ -69,7 +71,7 @@ def batched(model: ModelProto) -> ModelProto:
             by_step, by_image, *image = value.type.tensor_type.shape.dim
             value.type.tensor_type.shape.ClearField("dim")
             value.type.tensor_type.shape.dim.extend([by_image, by_step, *image])
-            _rename(graph, "steps_noise", "noise_by_step")
+            rename(graph, "steps_noise", "noise_by_step")
             graph.node.insert(
                 0, helper.make_node("Transpose", ["steps_noise"], ["noise_by_step"], perm=[1, 0, 2, 3, 4])
             )
@@ -98,16 +100,10 @@ def _tensor(value: ValueInfoProto) -> str:
     return f'  {{ name: "{value.name}" data_type: {TYPES[kind.elem_type]} {shape} }}'
 
 
-def _rename(graph: GraphProto, old: str, new: str) -> None:
-    """Rename an input where nodes read it, in loops' bodies too."""
-    for node in graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
-        for attribute in node.attribute:
-            _rename(attribute.g, old, new)
-
-
 def _read(path: Path) -> ModelProto:
     try:
-        return onnx.load(path)
-    except Exception as error:  # of the file system, or of protobuf
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `ddpm export` makes it") from None
+        return ModelProto.FromString(digest.check(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None

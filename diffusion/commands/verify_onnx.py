@@ -1,4 +1,4 @@
-"""`ddpm verify-onnx`: whether an exported file is whole, and this machine's ONNX Runtime computes it rightly."""
+"""`ddpm verify-onnx`: whether an exported file is as it was written, and ONNX Runtime computes it correctly here."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion import params
 from diffusion.errors import UserError, describe
-from diffusion.export import golden, parity
+from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
 
 
 def run(path: Path, device: str) -> None:
-    """Check the graph and run the golden test that the file carries; raises UserError for what does not hold."""
+    """Check the file's digest and graph and run its golden test; raises UserError for what does not hold."""
     try:
         TypeAdapter(params.Device).validate_python(device)
     except ValidationError as error:
@@ -23,6 +23,10 @@ def run(path: Path, device: str) -> None:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
+    try:
+        digest.check(content)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     try:
         onnx.checker.check_model(content, full_check=True)
         session = parity.session(content, chosen, required=device != "auto")
@@ -37,7 +41,8 @@ def run(path: Path, device: str) -> None:
         raise UserError(f"{path}: {error}") from None
     bits = "the same bits" if outcome.exact else f"within {outcome.largest:.2g}"
     print(f"{path}: passes its golden test ({bits}) on {session.get_providers()[0]}")
-    print(f"weights   {facts.get('ddpm.weights_sha256')}")
+    print(f"digest       {facts[digest.KEY]} (graph, weights and metadata are as they were written)")
+    print(f"made from    models/ddpm/model.safetensors with the SHA-256 {facts.get('ddpm.weights_sha256')}")
     for name, value in json.loads(facts.get("ddpm.heldout", "{}")).items():
         if name in ("mse", "r2", "bits_per_dim"):
             print(f"{name:<12} {value:.4f}")

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
 from diffusion.data.tar import Member, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.files import read_checked, write_json, write_sums
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20
@@ -141,6 +141,7 @@ def write(
         )
     manifest = Manifest(**settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()))
     write_json(directory / MANIFEST, manifest.model_dump())
+    write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.tars})
     return manifest
 
 
@@ -192,11 +193,9 @@ class Pairs:
 
     def __init__(self, directory: Path, split: Split) -> None:
         try:
-            self.manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
-        except (OSError, ValidationError):
-            raise UserError(
-                f"{directory / MANIFEST}: missing or not readable; `dvc repro pairs` writes it anew"
-            ) from None
+            self.manifest = Manifest.model_validate_json(read_checked(directory / MANIFEST, "pairs"))
+        except ValidationError:
+            raise UserError(f"{directory / MANIFEST}: of another version; `dvc repro pairs` writes it") from None
         self.split: Split = split
         contents = self.manifest.splits[split]
         self.images, self.blocks = contents.images, contents.blocks

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffusion.data.noise import SPLITS, Split
 from diffusion.data.tar import Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import sha256, write_json
+from diffusion.files import read_checked, sha256, write_json, write_sums
 
 MANIFEST = "manifest.json"
 
@@ -222,6 +222,7 @@ def write(
         rejected=tuple(rejected),
     )
     write_json(directory / MANIFEST, manifest.model_dump())
+    write_sums(directory, {tar.name: tar.sha256 for split in SPLITS for tar in writers[split].tars})
     return manifest
 
 
@@ -238,12 +239,12 @@ def _check_counts(name: str, counts: Mapping[Split, int], rejected: list[Rejecte
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of data/shards; raises UserError if it is missing or not what this version writes."""
+    """The manifest of data/shards; raises UserError if it is missing, damaged or not what this version writes."""
     path = directory / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        raise UserError(f"{path}: missing or not readable; `dvc repro shard` writes it anew") from None
+        return Manifest.model_validate_json(read_checked(path, "shard"))
+    except ValidationError:
+        raise UserError(f"{path}: of another version; `dvc repro shard` writes it") from None
 
 
 def manifest_sha256(directory: Path) -> str:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.noise import Split
 from diffusion.errors import UserError
-from diffusion.files import sha256
+from diffusion.files import damaged, sha256
 
 
 class Tar(BaseModel):
@@ -98,7 +98,7 @@ def open_map(directory: Path, tar: Tar, stage: str) -> mmap.mmap:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); `dvc repro {stage}` writes it anew") from None
     if hashlib.sha256(mapped).hexdigest() != tar.sha256:
-        raise UserError(f"{path}: not the file that manifest.json lists; `dvc repro {stage}` writes it anew")
+        raise damaged(path, "not the bytes that manifest.json lists")
     return mapped
 
 

@@ -36,6 +36,15 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "sigmoid": lambda start, end, T: start + (end - start) * torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid(),
 }
 """beta (T,) of each beta_schedule, from beta_start, beta_end and T."""
+NEUTRAL = {
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+}
+"""Settings of a scheduler that have no counterpart here, with the values at which it samples as ours do."""
 Down = Literal["DownBlock2D", "AttnDownBlock2D"]
 Up = Literal["UpBlock2D", "AttnUpBlock2D"]
 Key = TypeVar("Key")
@@ -228,6 +237,18 @@ class SchedulerConfig(_Json):
 
     def sampling(self) -> str:
         """What it says of sampling, as parameters of ours."""
+        sampler = "ddim" if self.class_name == "DDIMScheduler" else "ddpm"
         variance = key_of(VARIANCES, self.variance_type.removesuffix("_log"))
         threshold = "dynamic" if self.thresholding else "clip" if self.clip_sample else "none"
-        return f"sample.variance: {variance}, sample.threshold: {threshold}"
+        return f"sample.sampler: {sampler}, sample.variance: {variance}, sample.threshold: {threshold}"
+
+    @classmethod
+    def without_counterpart(cls, document: dict[str, Any]) -> list[str]:
+        """The settings in a scheduler_config.json by which it samples otherwise than `sampling` says."""
+        ours = {field.alias or name for name, field in cls.model_fields.items()} - {"timestep_spacing"}
+        settings = {"timestep_spacing": cls.model_fields["timestep_spacing"].default} | document
+        return [
+            f"{name}: {value}"
+            for name, value in sorted(settings.items())
+            if name not in ours and not name.startswith("_") and not (name in NEUTRAL and NEUTRAL[name] == value)
+        ]

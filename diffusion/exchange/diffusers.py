@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -22,19 +22,16 @@ from diffusion.nn.unet import UNet
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
-INDEX = {
-    "_class_name": "DDPMPipeline",
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "unet": ["diffusers", "UNet2DModel"],
-}
+PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 Read = TypeVar("Read", bound=BaseModel)
 
 
-def export_model(source: Path, directory: Path, sample: params.Sample, force: bool) -> None:
+def export_model(source: Path, directory: Path, sample: params.Sample, force: bool) -> str:
     """Write the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
-    `sample` says how its scheduler samples. Raises UserError naming every parameter that has no counterpart, or if
-    `directory` is in use.
+    The scheduler of an imported model is the one that it came with; of any other, `sample` says how it samples.
+    Returns which class loads the folder, and what of `sample` is not kept. Raises UserError naming every parameter that
+    has no counterpart, or if `directory` is in use.
     """
     _check_free(directory, {PIPELINE, UNET, SCHEDULER}, force)
     loaded = model.load_model(source, torch.device("cpu"))
@@ -42,12 +39,36 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
     if problems := obstacles(config, sample):
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
-    config_json = UNetConfig.of(config, groups(config.network.base_channels), weights.freq_shift(net)).document()
+    config_json = UNetConfig.of(config, groups(config.network), weights.freq_shift(net)).document()
+    scheduler = config.scheduler or SchedulerConfig.of(config.process, sample).document()
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    index = {
+        "_class_name": PIPELINES[name],
+        "scheduler": ["diffusers", name],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
     with _writing(directory), new_directory(directory) as temporary:
-        write_json(temporary / PIPELINE, INDEX)
+        write_json(temporary / PIPELINE, index)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
-        write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, SchedulerConfig.of(config.process, sample).document())
+        write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, scheduler)
+    if config.scheduler:
+        told = "its scheduler is the one that it was imported with, whatever the section sample of params.yaml says"
+    else:
+        told = not_kept(sample)
+    return f"{PIPELINES[name]}.from_pretrained loads; {told}"
+
+
+def not_kept(sample: params.Sample) -> str:
+    """What of `sample` a DDPMScheduler cannot be told, and what it has in its place."""
+    replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
+    if sample.sampler != "ddpm":
+        replaced.append(f"sample.sampler {sample.sampler} (ddpm in its place)")
+    if sample.spacing != "linspace":
+        replaced.append(f"sample.spacing {sample.spacing} (linspace)")
+    if sample.variance == "analytic":
+        replaced.append("sample.variance analytic (fixed-small)")
+    return f"not kept: {', '.join(replaced)}"
 
 
 def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
@@ -64,9 +85,12 @@ def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
         ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),
         ("pairs.width", width, width % cell == 0, f"a multiple of {cell}"),
         ("process.parameterization", predicted, predicted in PREDICTIONS, "eps, x_0 or v"),
-        ("sample.variance", sample.variance, sample.variance in variances, " or ".join(variances)),
-        ("sample.threshold", sample.threshold, sample.threshold != "dynamic", "clip or none"),
     ]
+    if not config.scheduler:
+        wanted += [
+            ("sample.variance", sample.variance, sample.variance in variances, " or ".join(variances)),
+            ("sample.threshold", sample.threshold, sample.threshold != "dynamic", "clip or none"),
+        ]
     return [f"{field} is {value}, but must be {must}" for field, value, holds, must in wanted if not holds]
 
 
@@ -76,17 +100,18 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     Says what its scheduler has for sampling, or what is taken in its place. Raises UserError naming every setting that
     has no counterpart here, or if `directory` is in use.
     """
-    _check_free(directory, {model.CONFIG, model.WEIGHTS}, force)
+    _check_free(directory, model.FILES, force)
     # The first published models have all files in one folder.
     unet_path = (source / UNET if (source / UNET).is_dir() else source) / UNET_CONFIG
     scheduler_path = (source / SCHEDULER if (source / SCHEDULER).is_dir() else source) / SCHEDULER_CONFIG
-    unet = _read(unet_path, UNetConfig)
+    unet = _validated(unet_path, _read_json(unet_path), UNetConfig)
     learned = unet.out_channels > unet.in_channels
     bare = not scheduler_path.exists() and not (source / PIPELINE).exists()
-    if not bare:
-        scheduler = _read(scheduler_path, SchedulerConfig)
-    else:
+    document = None if bare else _read_json(scheduler_path)
+    if bare:
         scheduler = SchedulerConfig(variance_type="learned_range" if learned else "fixed_small")
+    else:
+        scheduler = _validated(scheduler_path, document, SchedulerConfig)
     try:
         network, process = unet.network(), scheduler.process()
     except ValidationError as error:
@@ -96,11 +121,16 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
 
     config = model.Config(
-        shape=(unet.in_channels, *unet.sample_size), classes=(), network=network, process=process, x_0_mse=None
+        shape=(unet.in_channels, *unet.sample_size),
+        classes=(),
+        network=network,
+        process=process,
+        x_0_mse=None,
+        scheduler=document,
     )
     net = model.new_network(config.shape, 0, network, process)
     assert isinstance(net, UNet)
-    if (wanted := groups(network.base_channels)) != unet.norm_num_groups:
+    if (wanted := groups(network)) != unet.norm_num_groups:
         raise UserError(f"{unet_path}: norm_num_groups must be {wanted} for such channels (got {unet.norm_num_groups})")
     weights_path, pickle = unet_path.with_name(WEIGHTS), unet_path.with_name(PICKLE)
     if pickle.exists() and not weights_path.exists():
@@ -111,9 +141,11 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         raise UserError(f"{weights_path}: {error}") from None
     with _writing(directory):
         model.save_model(directory, net, config)
-    if bare:
+    if document is None:
         return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
-    return f"its scheduler has {scheduler.sampling()}"
+    other = ", ".join(SchedulerConfig.without_counterpart(document))
+    without = f"; `ddpm sample` has no counterpart of {other} (kept for export-diffusers)" if other else ""
+    return f"its scheduler has {scheduler.sampling()}{without}"
 
 
 @contextmanager
@@ -135,10 +167,15 @@ def _check_free(directory: Path, ours: set[str], force: bool) -> None:
         raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
 
 
-def _read(path: Path, kind: type[Read]) -> Read:
+def _read_json(path: Path) -> Any:
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error)}") from None
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable JSON file ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _validated(path: Path, document: Any, kind: type[Read]) -> Read:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error)}") from None

@@ -78,6 +78,8 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
         )
     assert program is not None
     graph = program.model_proto
+    # The exporter always writes the same one, which shuts out older runtimes that know the operators.
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)
     _forget_origin(graph)
     return graph
 

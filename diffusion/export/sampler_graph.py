@@ -11,18 +11,17 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, parser
 from onnx.utils import Extractor
 
 from diffusion import params
+from diffusion.export import ranges
+from diffusion.export.ranges import FREE
 from diffusion.export.recurrence import Recurrence, recurrence
 from diffusion.model import Model
 from diffusion.process import build
-
-FREE = 50
-"""Any number of steps up to this can be asked of the graph."""
 
 OUTER = """
 sampler ({inputs}) => (uint8[B,{H},{W},{C}] images, float[B,{C},{H},{W}] x_0)
 {{
     {steps}
-    asked = Max (steps, MINUS)
+    asked = Clip (steps, LOWEST, HIGHEST)
     begin = Gather <axis = 0> (BEGINS, asked)
     looks = Gather <axis = 0> (LENGTHS, asked)
     one_noise = Unsqueeze (noise, ZERO)
@@ -144,6 +143,8 @@ def to_onnx(denoiser: ModelProto, model: Model, options: params.Sample) -> Model
         "LENGTHS": lengths,
         "TIMESTEPS": table.t,
         "MIXTURES": table.mixture[:, :, :sources].astype(np.float32),
+        "LOWEST": np.int64(-1),
+        "HIGHEST": np.int64(len(lengths) - 1),
         "FIRST": np.int64(0),
         "ZERO": np.array([0]),
         "ONE": np.array([1]),
@@ -161,13 +162,17 @@ def to_onnx(denoiser: ModelProto, model: Model, options: params.Sample) -> Model
     outer.initializer.extend(
         numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used
     )
+    most, allowed = len(lengths) - 2, f"1 to {min(FREE, model.process.schedule.num_timesteps)}"
+    allowed += f", or {most}" if most > FREE else ""
+    refusal = f"steps_noise must be for {allowed} steps" if table.stochastic else f"steps must be {allowed}, or 0"
+    ranges.require(outer, "looks", np.int64(1), lengths.max(), refusal)
     return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
 
 
 def tables(model: Model, options: params.Sample) -> tuple[Recurrence, np.ndarray, np.ndarray]:
     """The rows for every number of steps that can be asked for; and by that number, where its rows begin, how many.
 
-    0 stands for that of `options`. For other numbers rows begin where there are none, and the graph fails.
+    0 stands for that of `options`. Numbers that cannot be asked for, and the last entry, have no rows.
     """
     schedule = model.process.schedule
     numbers = sorted({*range(1, min(FREE, schedule.num_timesteps) + 1), options.steps})
@@ -176,8 +181,8 @@ def tables(model: Model, options: params.Sample) -> tuple[Recurrence, np.ndarray
         timesteps = build.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
         parts.append(recurrence(options, model.process, model.variance, timesteps))
     joined = Recurrence.joined(parts)
-    size = numbers[-1] + 2  # the last one is what the graph takes for a negative number
-    begins, lengths = np.full(size, len(joined.t)), np.ones(size, np.int64)
+    size = numbers[-1] + 2  # the graph takes the last one for any number below 0 or above the others
+    begins, lengths = np.zeros(size, np.int64), np.zeros(size, np.int64)
     lengths[numbers] = [len(part.t) for part in parts]
     begins[numbers] = np.cumsum([0, *lengths[numbers[:-1]]])
     lengths[0], begins[0] = lengths[options.steps], begins[options.steps]

@@ -20,9 +20,13 @@ def zero_(layer: Layer) -> Layer:
     return layer
 
 
-def groups(base_channels: int) -> int:
-    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels."""
-    return math.gcd(32, base_channels // 4)
+def groups(options: params.Network) -> int:
+    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels.
+
+    diffusers' default is 32 for any number of channels that it divides.
+    """
+    base = options.base_channels
+    return 32 if options.convention == "diffusers" and base % 32 == 0 else math.gcd(32, base // 4)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -35,7 +39,7 @@ class GroupNorm(nn.GroupNorm):
 
 def group_norm(channels: int, options: params.Network) -> GroupNorm:
     """Group normalization of a network's features, at any of its levels."""
-    return GroupNorm(groups(options.base_channels), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
+    return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,16 @@ from diffusion.evaluation import likelihood, noise_prediction, plots, report, wi
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.samples import draw_samples, grid_png
-from diffusion.files import new_directory, read_csv, sha256, write_atomic, write_csv, write_json
+from diffusion.files import (
+    new_directory,
+    parse_csv,
+    read_checked,
+    sha256,
+    write_atomic,
+    write_csv,
+    write_json,
+    write_sums,
+)
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Params, Sample
@@ -37,6 +46,8 @@ def run(params: Params, paths: Paths) -> None:
     model = load_model(paths.model, device)
     pairs = Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
+    names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
+    curves = [parse_csv(read_checked(paths.train_curves / name, "train")) for name in names]
     T = model.process.schedule.num_timesteps
     if params.sample.steps > T:
         raise UserError(f"sample.steps ({params.sample.steps}) exceeds the model's num_timesteps ({T})")
@@ -70,9 +81,8 @@ def run(params: Params, paths: Paths) -> None:
         "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
         "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
     }
-    if paths.train_curves.exists():  # an imported model has none
-        loss, heldout = (read_csv(paths.train_curves / name) for name in ("loss.csv", "heldout.csv"))
-        pictures["training"] = plots.training(loss, heldout)
+    if curves:
+        pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
     write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
@@ -83,7 +93,8 @@ def run(params: Params, paths: Paths) -> None:
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
-        write_json(temporary / "scored.json", digests)
+        write_json(temporary / "scored.json", digests | {"report_sha256": sha256(paths.evaluate_report)})
+        write_sums(temporary)
     write_atomic(paths.report, page.encode())
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "

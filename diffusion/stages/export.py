@@ -1,5 +1,6 @@
 """export: the model as ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,8 @@ from onnxruntime import InferenceSession
 from diffusion import tracking
 from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
-from diffusion.export import denoiser, golden, metadata, parity, sampler_graph, speed, variants
-from diffusion.files import new_directory, sha256, write_atomic, write_json
+from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
+from diffusion.files import damaged, new_directory, read_checked, sha256, write_atomic, write_json
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Params
@@ -82,24 +83,38 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
-    """A graph with its facts and its golden test, checked; the same bytes for the same weights on the same CPU.
+    """A graph with checks of its inputs, facts, golden test and digest; the same bytes for the same weights and CPU.
 
     The golden test is made on the CPU: kernels of a GPU may be chosen by how fast they happened to be.
     """
+    whole = onnx.ModelProto()
+    whole.CopyFrom(graph)
     try:
-        onnx.checker.check_model(graph, full_check=True)
-        session = parity.session(graph.SerializeToString(), torch.device("cpu"))
-        metadata.describe(graph, facts | {"ddpm.golden": golden.made(session, facts)})
+        names, classes = [value.name for value in graph.graph.input], json.loads(facts["ddpm.classes"])
+        allowed = ranges.of_inputs(names, int(facts["ddpm.num_timesteps"]), len(classes))
+        ranges.require_inputs(whole.graph, allowed)
+        onnx.checker.check_model(whole, full_check=True)
+        session = parity.session(whole.SerializeToString(), torch.device("cpu"))
+        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
+        metadata.describe(whole, facts | told)
     except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None
-    return graph.SerializeToString(deterministic=True)
+    return digest.seal(whole.SerializeToString(deterministic=True))
 
 
 def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, Any]:
-    """What evaluate measured of these weights on these pairs; nothing if it did not."""
+    """What evaluate measured of these weights on these pairs; nothing if it did not.
+
+    Raises:
+        UserError: the report is not the one that was written with its digests.
+    """
     scored = paths.evaluation / "scored.json"
     if not scored.exists() or not paths.evaluate_report.exists():
         return {}
-    if json.loads(scored.read_text()) != {"weights_sha256": weights_sha256, "pairs_sha256": pairs_sha256}:
+    digests = json.loads(read_checked(scored, "evaluate"))
+    if (digests["weights_sha256"], digests["pairs_sha256"]) != (weights_sha256, pairs_sha256):
         return {}
-    return json.loads(paths.evaluate_report.read_text())
+    report = paths.evaluate_report.read_bytes()
+    if digests["report_sha256"] != hashlib.sha256(report).hexdigest():
+        raise damaged(paths.evaluate_report, f"not the bytes that {scored} lists")
+    return json.loads(report)

@@ -20,7 +20,7 @@ from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import x_0_mse
-from diffusion.files import new_directory, sha256, write_csv, write_json
+from diffusion.files import new_directory, sha256, write_csv, write_json, write_sums
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
@@ -171,6 +171,7 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
     with new_directory(paths.train_curves) as temporary:
         write_csv(temporary / "loss.csv", state.loss_curve, columns)
         write_csv(temporary / "heldout.csv", state.heldout_curve)
+        write_sums(temporary)
     kept = loop.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
     write_json(
         paths.train_report,

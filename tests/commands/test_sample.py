@@ -226,7 +226,7 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--device gpu", "device: string should match pattern"),
         ("--variance learned", "sample.variance is learned, but the model has not learned it"),
         ("--variance analytic", "sample.variance: the model holds no estimate for analytic"),
-        ("--model nowhere", "nowhere: no model (["),
+        ("--model nowhere", "nowhere/config.json: No such file or directory; `dvc repro train`"),
         ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (out/)"),
         ("--out a.png/", "a.png/00000.png: cannot be written (File exists)"),
         (

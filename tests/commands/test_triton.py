@@ -4,29 +4,28 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
 from diffusion.__main__ import main
 from diffusion.export import metadata, sampler_graph
 from diffusion.paths import Paths
-from tests.export.test_sampler_graph import SHAPE, given, parts, session
+from diffusion.stages.export import finished
+from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.process import fakes
 
 
-def exported(root: Path, classes: bool, sampler: str) -> onnx.ModelProto:
-    """models/onnx with both graphs; gives the sampler's."""
+def exported(root: Path, classes: bool, sampler: str) -> Paths:
+    """models/onnx with both graphs."""
     model, step = parts(classes)
     settings = fakes.options(sampler=sampler, threshold="clip", steps=4, guidance=2.5)
     loop = sampler_graph.to_onnx(step, model, settings)
     facts = metadata.of_model(model, "analytic", "a" * 64, "data", {}) | metadata.of_sampler(settings, loop)
     paths = Paths(root)
     paths.onnx.mkdir(parents=True)
-    for path, graph in ((paths.denoiser, onnx.ModelProto.FromString(step.SerializeToString())), (paths.sampler, loop)):
-        metadata.describe(graph, facts)
-        onnx.save_model(graph, path)
-    return loop
+    for path, graph in ((paths.denoiser, step), (paths.sampler, loop)):
+        path.write_bytes(finished(path.name, graph, facts))
+    return paths
 
 
 def names_and_dims(line: str) -> tuple[str, list[int]]:
@@ -38,7 +37,7 @@ def names_and_dims(line: str) -> tuple[str, list[int]]:
 def test_requests_can_be_joined_along_the_first_dimension(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: bool, sampler: str
 ) -> None:
-    loop = exported(tmp_path, classes, sampler)
+    paths = exported(tmp_path, classes, sampler)
     monkeypatch.chdir(tmp_path)
     assert main(["triton", "repository", "--max-batch", "16"]) == 0
     for name in ("denoiser", "sampler"):
@@ -55,13 +54,31 @@ def test_requests_can_be_joined_along_the_first_dimension(
             assert told.pop(value.name) == (sizes or [1])
         assert not told
     inputs = given(3, 4)
-    plain = session(loop)
+    plain = ort.InferenceSession(paths.sampler, providers=["CPUExecutionProvider"])
     expected = plain.run(["images"], {value.name: inputs[value.name] for value in plain.get_inputs()})[0]
     inputs["steps_noise"] = inputs["steps_noise"].swapaxes(0, 1)
     asked = {value.name: inputs[value.name] for value in served.get_inputs()}
     assert set(asked) <= {"noise", "y", "steps_noise"}
     assert np.array_equal(served.run(["images"], asked)[0], expected)
     assert expected.shape == (3, *SHAPE[1:], SHAPE[0])
+    inputs["noise"][1, 0, 0, 0] = np.nan
+    with pytest.raises(Exception, match="noise must be from -1000 to 1000"):
+        served.run(["images"], asked)
+    assert "ddpm.sha256" not in served.get_modelmeta().custom_metadata_map  # it was of the file before
+
+
+def test_a_damaged_graph_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported(tmp_path, False, "ddim").sampler
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert main(["triton", "repository"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "models/onnx/sampler.onnx: its bytes do not have the SHA-256 in ddpm.sha256" in line
+    assert not (tmp_path / "repository").exists()
 
 
 def test_what_is_there_is_kept(

@@ -18,7 +18,7 @@ from diffusion.data.noise import SPLITS
 from diffusion.data.shards import Images, Manifest, normalise, read_manifest, write
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
-from diffusion.files import sha256
+from diffusion.files import sha256, write_sums
 
 Reader = Callable[[list[str]], list[dict[str, Any]]]
 
@@ -227,13 +227,19 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     manifest = shard(npz(tmp_path / "a.npz", 50), tmp_path / "shards")
     path = tmp_path / "shards" / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"train-000000\.tar: not the file .* `dvc repro shard`"):
+    with pytest.raises(UserError, match=r"train-000000\.tar: damaged \(not the bytes that manifest\.json lists\)"):
         Images(tmp_path / "shards", manifest.splits["train"])
     path.unlink()
     with pytest.raises(UserError, match=r"train-000000\.tar: cannot be read .* `dvc repro shard`"):
         Images(tmp_path / "shards", manifest.splits["train"])
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"old": 1}))
-    with pytest.raises(UserError, match=r"manifest\.json: missing or not readable; `dvc repro shard`"):
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(not the bytes that SHA256SUMS lists\)"):
+        read_manifest(tmp_path / "shards")
+    write_sums(tmp_path / "shards")
+    with pytest.raises(UserError, match=r"manifest\.json: of another version; `dvc repro shard`"):
+        read_manifest(tmp_path / "shards")
+    (tmp_path / "shards" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* an earlier version wrote it; `dvc repro shard`"):
         read_manifest(tmp_path / "shards")
 
 

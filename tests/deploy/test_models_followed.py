@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deploy.service.models import File, Model, ModelError, Refused, Registered, Served
-from diffusion.export import metadata
+from diffusion.export import digest, metadata
 from tests.deploy.models import write_model
 
 CHAMPION = "models:/ddpm@champion"
@@ -26,10 +26,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def changed(content: bytes, **values: str) -> bytes:
     """A file with other metadata."""
-    graph = onnx.load_from_string(content)
+    graph = onnx.load_from_string(digest.check(content))
     facts = {prop.key: prop.value for prop in graph.metadata_props}
     metadata.describe(graph, facts | {f"ddpm.{key}": value for key, value in values.items()})
-    return bytes(graph.SerializeToString())
+    return digest.seal(graph.SerializeToString())
 
 
 def broken(content: bytes) -> bytes:
@@ -80,8 +80,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda _: b"", "no ONNX model that can be run"),
-        (lambda content: content[:5000], "no ONNX model that can be run"),
+        (lambda _: b"", "does not end with ddpm.sha256"),
+        (lambda content: content[:5000], "does not end with ddpm.sha256"),
+        (lambda content: digest.seal(digest.check(content)[:5000]), "no ONNX model that can be run"),
+        (lambda content: content[:5000] + b"x" + content[5001:], "its bytes do not have the SHA-256 in ddpm.sha256"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "its bytes do not have the SHA-256 in ddpm.sha256"),
         (lambda content: changed(content, version="1"), "ddpm.version is 1; this service knows 2"),
         (lambda content: changed(content, golden="{}"), "carries no golden test that can be run"),
         (lambda content: changed(content, alpha_bar="[0.5]"), "the file was changed"),

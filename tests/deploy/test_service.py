@@ -139,21 +139,30 @@ ERRORS: list[tuple[Callable[[Body], None], str]] = [
     (change(0, data=["1"] * 2 * size), "input noise: data must be numbers alone"),
     (change(0, data=[True] * 2 * size), "input noise: data must be numbers alone"),
     (change(0, data=[None] * 2 * size), "input noise: data must be numbers alone"),
-    (change(0, data=[1e39] * 2 * size), "input noise: data must be finite"),
-    (change(0, data=[10**400] * 2 * size), "input noise: a value is too large for FP32"),
+    (change(0, data=[1e39] * 2 * size), "input noise: must be from -1000 to 1000 (got inf)"),
+    (change(0, data=[0.5, 1000.5] * size), "input noise: must be from -1000 to 1000 (got 1000.5)"),
+    (
+        change(0, data=[10**400] * 2 * size),
+        "input noise: must be from -1000 to 1000 (got more than FP32 can hold)",
+    ),
     (change(0, data="noise"), "inputs.0.data: input should be a valid array"),
     (change(0, shape=[2.5]), "inputs.0.shape.0: input should be a valid integer (got 2.5)"),
     (change(0, value=[1]), "inputs.0.value: there is no such thing here"),
-    (add(tensor("y", np.array([0, 3]))), "input y: must be from 0 to 2, or -1"),
-    (add(tensor("y", np.array([0, -2]))), "input y: must be from 0 to 2, or -1"),
+    (add(tensor("y", np.array([0, 3]))), "input y: must be from -1 to 2, -1 for no class (got 3)"),
+    (add(tensor("y", np.array([10, -2]))), "input y: must be from -1 to 2, -1 for no class (got 10)"),
+    (add(tensor("y", np.array([0, -2]))), "input y: must be from -1 to 2, -1 for no class (got -2)"),
+    (
+        add(tensor("guidance", np.array([1e4], np.float32))),
+        "input guidance: must be from -1000 to 1000 (got 10000)",
+    ),
     (add(tensor("y", np.array([0]))), "input y: for 1 images, but noise is for 2"),
     (add(tensor("y", np.array([0.5, 1], np.float32), "INT64")), "input y: data must be whole numbers alone"),
     (
         add({"name": "y", "shape": [2], "datatype": "INT64", "data": [2**63, 0]}),
-        "input y: a value is too large for INT64",
+        "input y: must be from -1 to 2, -1 for no class (got more than INT64 can hold)",
     ),
     (add(tensor("steps", np.array([51]))), "input steps: must be 1 to 50, or 0 for 4 (got 51)"),
-    (add(tensor("steps", np.array([-1]))), "input steps: must be 1 to 50"),
+    (add(tensor("steps", np.array([-1]))), "input steps: must be 1 to 50, or 0 for 4 (got -1)"),
     (add(tensor("steps", np.array([1, 2]))), "input steps: shape must be [1]"),
     (lambda body: body.update(outputs=[{"name": "eps"}]), "output eps: the model has none of this name; it has images"),
     (lambda body: body.update(outputs=[{"name": "x_0"}] * 2), "outputs: one is asked for twice"),
@@ -188,11 +197,13 @@ def test_many_faults_cost_no_more_than_one() -> None:
 
 
 def test_values_that_json_has_not(classes: Service) -> None:
-    for value in ("NaN", "-Infinity"):
-        text = json.dumps({"inputs": [tensor("guidance", np.ones(1, np.float32))]}).replace("1.0", value)
-        request = httpx.Request("POST", f"http://test{INFER}", content=text)
-        (answer,) = ask(classes, request)
-        assert (answer.status_code, "guidance: data must be finite" in answer.text) == (400, True), answer.text
+    for name in ("noise", "guidance"):
+        for value, told in (("NaN", "nan"), ("-Infinity", "-inf")):
+            ones = np.ones((1, *SHAPE) if name == "noise" else 1, np.float32)
+            text = json.dumps({"inputs": [tensor(name, ones)]}).replace("1.0", value)
+            (answer,) = ask(classes, httpx.Request("POST", f"http://test{INFER}", content=text))
+            line = f"input {name}: must be from -1000 to 1000 (got {told})"
+            assert (answer.status_code, answer.json()) == (400, {"error": line})
 
 
 def test_noise_of_the_steps(stochastic: Service) -> None:

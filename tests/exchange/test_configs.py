@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusion.exchange.configs import SchedulerConfig
 from diffusion.process import build as processes
@@ -63,17 +63,44 @@ def test_their_scheduler_is_the_same_process(config: dict[str, Any], schedule: s
 @pytest.mark.parametrize(
     ("config", "sampling"),
     [
-        ({}, "sample.variance: fixed-small, sample.threshold: clip"),
-        ({"variance_type": "fixed_small_log"}, "sample.variance: fixed-small, sample.threshold: clip"),
+        ({}, "sample.sampler: ddpm, sample.variance: fixed-small, sample.threshold: clip"),
         (
-            {"variance_type": "fixed_large", "clip_sample": False},
-            "sample.variance: fixed-large, sample.threshold: none",
+            {"variance_type": "fixed_small_log"},
+            "sample.sampler: ddpm, sample.variance: fixed-small, sample.threshold: clip",
         ),
         (
-            {"variance_type": "learned_range", "thresholding": True},
-            "sample.variance: learned, sample.threshold: dynamic",
+            {"variance_type": "fixed_large", "clip_sample": False},
+            "sample.sampler: ddpm, sample.variance: fixed-large, sample.threshold: none",
+        ),
+        (
+            {"variance_type": "learned_range", "thresholding": True, "_class_name": "DDIMScheduler"},
+            "sample.sampler: ddim, sample.variance: learned, sample.threshold: dynamic",
         ),
     ],
 )
 def test_what_it_says_of_sampling(config: dict[str, Any], sampling: str) -> None:
     assert SchedulerConfig.model_validate(config).sampling() == sampling
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "named"),
+    [
+        (DDPMScheduler(timestep_spacing="linspace", variance_type="fixed_large", clip_sample=False), []),
+        (DDPMScheduler(), ["timestep_spacing: leading"]),
+        (
+            DDIMScheduler(steps_offset=1, set_alpha_to_one=False, timestep_spacing="trailing"),
+            ["set_alpha_to_one: False", "steps_offset: 1", "timestep_spacing: trailing"],
+        ),
+        (
+            DDPMScheduler(timestep_spacing="linspace", clip_sample_range=2.0, sample_max_value=1.5),
+            ["clip_sample_range: 2.0", "sample_max_value: 1.5"],
+        ),
+    ],
+)
+def test_what_ours_has_no_counterpart_of_is_named(scheduler: Any, named: list[str]) -> None:
+    assert SchedulerConfig.without_counterpart(dict(scheduler.config)) == named
+
+
+def test_what_a_later_version_of_diffusers_may_bring_is_named() -> None:
+    document = {"_class_name": "DDPMScheduler", "_diffusers_version": "9.9", "twist": 3}
+    assert SchedulerConfig.without_counterpart(document) == ["timestep_spacing: leading", "twist: 3"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from diffusion import __main__, params, yaml_files
@@ -45,6 +45,8 @@ IMPORTS: dict[str, dict[str, Any]] = {
         "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
     },
+    "diffusers' 32 groups of few channels": {"block_out_channels": (64, 128), "down_block_types": ("DownBlock2D",) * 2}
+    | {"up_block_types": ("UpBlock2D",) * 2},
     "cosines first, with a shift": {"freq_shift": 1, "flip_sin_to_cos": True},
     "deeper, half the channels a head": {"layers_per_block": 2, "attention_head_dim": 64},
 }
@@ -71,11 +73,11 @@ def run(*arguments: object) -> None:
     assert __main__.main([str(argument) for argument in arguments]) == 0
 
 
-def export(tree: Path, chosen: params.Params) -> DDPMPipeline:
+def export(tree: Path, chosen: params.Params) -> Any:
     """The model in `tree`/models/ddpm through `ddpm export-diffusers` and diffusers."""
     (tree / "params.yaml").write_text(chosen.model_dump_json())
     run("export-diffusers", tree / "exported")
-    return DDPMPipeline.from_pretrained(tree / "exported", local_files_only=True)
+    return DiffusionPipeline.from_pretrained(tree / "exported", local_files_only=True)
 
 
 @pytest.fixture
@@ -163,6 +165,56 @@ def test_the_pipeline_samples_as_ours_does(tree: Path, changes: dict[str, Any]) 
     # Their coefficients are float32, and where there is little but noise x_0_hat is up to 157 times the output.
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=3e-5, rtol=0)
     assert ours.std() > 0.1
+
+
+SCHEDULERS: dict[str, Any] = {
+    "defaults": DDPMScheduler(),
+    "trailing, wider range": DDPMScheduler(timestep_spacing="trailing", clip_sample_range=2.0),
+    "thresholds": DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1.5),
+    "large variance, not clipped": DDPMScheduler(variance_type="fixed_large", clip_sample=False),
+    "log": DDPMScheduler(variance_type="fixed_small_log", beta_schedule="squaredcos_cap_v2"),
+    "nothing left at the end": DDPMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
+    "DDIM": DDIMScheduler(steps_offset=1, set_alpha_to_one=False),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_an_imported_scheduler_is_exported_as_it_was(
+    tree: Path, scheduler: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All its settings, and with them the pictures, whatever params.yaml says of sampling."""
+    published = (DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline)(models.unet(), scheduler)
+    published.save_pretrained(tree / "published")
+    run("import-diffusers", tree / "published")
+    back = export(tree, models.settings(sample={"variance": "learned"}, process={"learned_variance": True}))
+    assert "its scheduler is the one that it was imported with" in capsys.readouterr().out
+    assert type(back.scheduler) is type(scheduler)
+    theirs, ours = (
+        {name: value for name, value in each.config.items() if name[0] != "_"} for each in (scheduler, back.scheduler)
+    )
+    assert ours == theirs
+    pictures = []
+    for pipeline in (published, back):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        pictures.append(pipeline(2, generator, num_inference_steps=8, output_type="pt").images)
+    # The columns of a weight change places, so sums round otherwise; x_0_hat is up to 157 times the output.
+    torch.testing.assert_close(torch.as_tensor(pictures[1]), torch.as_tensor(pictures[0]), atol=1e-3, rtol=0)
+    assert torch.as_tensor(pictures[0]).std() > 0.1
+
+
+def test_the_export_names_what_a_scheduler_cannot_be_told(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "analytic", "steps": 7}
+    chosen = models.settings(sample=sample)
+    models.save(tree / "models" / "ddpm", chosen)
+    export(tree, chosen)
+    told = capsys.readouterr().out
+    assert told.endswith(
+        "DDPMPipeline.from_pretrained loads; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
+        "dpm-solver++ (ddpm in its place), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
+    )
 
 
 def test_a_folder_in_use_is_replaced_only_on_request(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """What keeps an export from being written, and what it says of the model."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from diffusion.errors import UserError
 from diffusion.export import metadata, parity, sampler_graph
-from diffusion.files import write_json
+from diffusion.files import write_json, write_sums
 from diffusion.paths import Paths
 from diffusion.stages import export
 from tests.export.test_sampler_graph import parts
@@ -50,12 +51,17 @@ def test_a_graph_that_cannot_be_run_is_told() -> None:
 def test_scores_are_of_these_weights_and_pairs_or_none(tmp_path: Path) -> None:
     paths = Paths(tmp_path)
     assert export.scores(paths, "w", "p") == {}
-    write_json(paths.evaluation / "scored.json", {"weights_sha256": "w", "pairs_sha256": "p"})
-    assert export.scores(paths, "w", "p") == {}
     write_json(paths.evaluate_report, {"mse": 0.25})
+    assert export.scores(paths, "w", "p") == {}
+    report = sha256(paths.evaluate_report.read_bytes()).hexdigest()
+    write_json(paths.evaluation / "scored.json", {"weights_sha256": "w", "pairs_sha256": "p", "report_sha256": report})
+    write_sums(paths.evaluation)
     assert export.scores(paths, "w", "p") == {"mse": 0.25}
     assert export.scores(paths, "other", "p") == {}
     assert export.scores(paths, "w", "other") == {}
+    write_json(paths.evaluate_report, {"mse": 0.2})
+    with pytest.raises(UserError, match=r"evaluate\.json: damaged \(not the bytes that .*scored\.json lists\)"):
+        export.scores(paths, "w", "p")
 
 
 def test_the_facts_give_the_schedule_back_exactly() -> None:

@@ -19,6 +19,12 @@ def test_groups_are_as_many_at_every_level(base: int, groups: int) -> None:
     }
 
 
+@pytest.mark.parametrize(("base", "groups"), [(16, 4), (32, 32), (64, 32), (128, 32), (224, 32)])
+def test_groups_are_as_many_as_in_diffusers(base: int, groups: int) -> None:
+    network = options("unet", "add", base_channels=base, convention="diffusers")
+    assert group_norm(2 * base, network).num_groups == groups
+
+
 def test_time_embedding_has_diffusers_features_in_their_order() -> None:
     time, t = TimeEmbedding(16, 32), torch.tensor([0, 1, 500, 999])
     same = nn.Linear(16, 16, bias=False)

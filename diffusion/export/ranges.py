@@ -1,0 +1,88 @@
+"""Which values an ONNX graph's inputs may have, and the nodes that end a run with an error for any other."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+FREE = 50
+"""Any number of steps up to this can be asked of a sampler, besides the one that it was exported with."""
+LARGEST = 1000
+"""Of noise, noisy images and guidance, in absolute value: what is beyond it was meant for something else."""
+
+
+def of_inputs(names: Iterable[str], num_timesteps: int, num_classes: int) -> dict[str, list[int]]:
+    """The least and the largest value of each of a graph's inputs."""
+    known = {
+        "steps": [0, min(FREE, num_timesteps)],
+        "x_t": [-LARGEST, LARGEST],
+        "t": [0, num_timesteps - 1],
+        "noise": [-LARGEST, LARGEST],
+        "steps_noise": [-LARGEST, LARGEST],
+        "y": [-1, num_classes - 1],
+        "guidance": [-LARGEST, LARGEST],
+    }
+    return {name: known[name] for name in names if name in known}
+
+
+def require_inputs(graph: GraphProto, allowed: dict[str, list[int]]) -> None:
+    """Have runs of a graph fail unless its inputs are within the ranges of `of_inputs`; NaN is in none.
+
+    The number of steps is left out: sampler_graph.py checks it, since that of the export may be beyond the range.
+    """
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    for name, (low, high) in allowed.items():
+        if name != "steps":
+            kind = np.float32 if kinds[name] == TensorProto.FLOAT else np.int64
+            require(graph, name, kind(low), kind(high), f"{name} must be from {low} to {high}")
+
+
+def require(graph: GraphProto, name: str, low: np.generic, high: np.generic, message: str) -> None:
+    """Have runs of a graph fail with `message` unless all values of the tensor `name` are from `low` to `high`.
+
+    ONNX has no operator that raises an error. A Slice with a step of zero is one to ONNX Runtime wherever it runs: the
+    step is read and refused on the CPU, also where the tensor is on a GPU, and without an exception, which the builds
+    for browsers could not catch. (An index out of range is an error on CPUs alone.) Its message has the node's name.
+    """
+    checked = f"{name}.checked"
+    rename(graph, name, checked)
+
+    def part(what: str) -> str:
+        return f"{name}.{what}"
+
+    constants = {
+        "low": low,
+        "high": high,
+        "flat": np.array([-1]),
+        "zero": np.zeros(1, np.int32),
+        "end": np.array([np.iinfo(np.int32).max], np.int32),
+    }
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), part(what)) for what, value in constants.items()
+    )
+    nodes = [
+        helper.make_node("Clip", [name, part("low"), part("high")], [part("clipped")]),
+        helper.make_node("Equal", [name, part("clipped")], [part("holds")]),  # nothing equals NaN
+        helper.make_node("Cast", [part("holds")], [part("holds_as_int")], to=TensorProto.INT32),
+        helper.make_node("Reshape", [part("holds_as_int"), part("flat")], [part("holds_flat")]),
+        helper.make_node("ReduceMin", [part("holds_flat")], [part("step")], keepdims=1),
+        helper.make_node(
+            "Slice", [name, part("zero"), part("end"), part("zero"), part("step")], [checked], name=message
+        ),
+    ]
+    place = next((index + 1 for index, node in enumerate(graph.node) if name in node.output), 0)
+    _insert(graph, place, nodes)
+
+
+def _insert(graph: GraphProto, place: int, nodes: list[NodeProto]) -> None:
+    rest = list(graph.node[place:])
+    del graph.node[place:]
+    graph.node.extend([*nodes, *rest])
+
+
+def rename(graph: GraphProto, old: str, new: str) -> None:
+    """Rename a tensor where nodes read it, in the bodies of loops too."""
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        for attribute in node.attribute:
+            rename(attribute.g, old, new)

@@ -1,0 +1,112 @@
+"""A flipped bit in any file that a stage or a command reads from another stage is found, and the file is named."""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from hashlib import md5
+from pathlib import Path
+
+import pytest
+
+from diffusion import yaml_files
+from diffusion.__main__ import main
+from flows import scrub
+from tests.e2e.conftest import TINY
+
+READERS = {
+    "data/shards/manifest.json": ["pairs"],
+    "data/shards/train-000000.tar": ["pairs"],
+    "data/pairs/manifest.json": ["train", "evaluate", "export"],
+    "data/pairs/train-000000.tar": ["train", "evaluate"],
+    "data/pairs/val-000000.tar": ["train", "export"],
+    "data/pairs/test-000000.tar": ["evaluate", "export"],
+    "models/ddpm/config.json": ["evaluate", "export", "sample", "export-diffusers out"],
+    "models/ddpm/model.safetensors": ["evaluate", "export", "sample", "export-diffusers out"],
+    "reports/train_curves/loss.csv": ["evaluate"],
+    "reports/train_curves/heldout.csv": ["evaluate"],
+    "reports/evaluation/scored.json": ["export"],
+    "reports/evaluate.json": ["export"],
+    "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx"],
+    "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx"],
+}
+"""Every such file, and who reads it. The service has a test of its own."""
+CASES = [(file, command) for file, commands in READERS.items() for command in commands]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Path]:
+    """A tree after all stages, not to be changed."""
+    tree = tmp_path_factory.mktemp("finished") / "tree"
+    (tree / "data" / "raw").mkdir(parents=True)
+    shutil.copy(root / "data" / "raw" / "digits.npz", tree / "data" / "raw")
+    document = yaml_files.overlay(yaml_files.read_yaml(root / "params.yaml"), TINY)
+    yaml_files.write_yaml(tree / "params.yaml", document)
+    before = signal.getsignal(signal.SIGTERM)  # a stage leaves it ignored, as its process ends
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tree)
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nothing listens
+        for stage in ("shard", "pairs", "train", "evaluate", "export"):
+            assert main([stage]) == 0
+        yield tree
+    signal.signal(signal.SIGTERM, before)
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("file", "command"), CASES, ids=[" by ".join(case) for case in CASES])
+def test_a_flipped_bit_is_refused_in_a_line_that_names_the_file(
+    finished: Path, file: str, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, kept = finished / file, [part for part in ("models", "reports", "data") if (finished / part).exists()]
+    content, pick = path.read_bytes(), random.Random(file + command)
+    try:
+        flip(path, pick.randrange(8 * len(content)))
+        capfd.readouterr()
+        assert main(command.split()) == 1
+    finally:
+        path.write_bytes(content)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"ddpm {command.split()[0]}: error: {file}: ")
+    assert "damaged" in lines[-1] or "ddpm.sha256" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert not (finished / "out").exists()
+    assert not (finished / "samples.png").exists()
+    assert [part for part in ("models", "reports", "data") if (finished / part).exists()] == kept
+
+
+def test_every_file_that_is_read_is_tried(finished: Path) -> None:
+    """No other file of a stage may come to be read unchecked."""
+    read = [Path(file) for file in READERS]
+    others = {"SHA256SUMS", *(path.name for path in read)}
+    unread = {"val-000000.tar", "test-000000.tar"}  # of the shards: read as the first one is
+    unread |= {"train.json", "export.json", "report.html", "bands.csv", "mse_by_t.csv", "vlb_by_t.csv"}
+    found = {
+        path.name
+        for part in ("data/shards", "data/pairs", "models", "reports")
+        for path in (finished / part).rglob("*")
+        if path.is_file() and path.suffix != ".png"
+    }
+    assert found == others | unread
+
+
+def test_scrub_deletes_what_is_damaged_in_a_cache(tmp_path: Path) -> None:
+    """Bits that flip on a disk change no time, and DVC's files are read-only: it trusts both."""
+    cache, names = tmp_path / "files" / "md5", []
+    for content, suffix in ((b"weights", ""), (b"[]", ".dir"), (b"pairs", "")):
+        name = md5(content, usedforsecurity=False).hexdigest()
+        path = cache / name[:2] / f"{name[2:]}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        names.append(path)
+    assert list(scrub.damaged(tmp_path)) == []
+    for path in names[:2]:
+        before = path.stat()
+        flip(path, 3)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert set(scrub.damaged(tmp_path)) == set(names[:2])
