@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import diffusion
+from diffusion import files, yaml_files
 from diffusion import params as parameters
-from diffusion import yaml_files
 from diffusion.paths import Paths
 from diffusion.stages import train
 from diffusion.training.distributed import World
@@ -91,7 +91,7 @@ def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Pa
 
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
     params = parameters.validate(yaml_files.overlay(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
-    return train.training_fingerprint(params, Paths(tree), torch.device("cpu"), World())
+    return train.training_fingerprint(train.training_facts(params, Paths(tree), torch.device("cpu"), World()))
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,44 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
         assert fingerprint(pairs_tree) != whole, file
         file.write_bytes(content)
     assert fingerprint(pairs_tree) == whole
+
+
+def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree")
+    assert stop(tree, "checkpoint", OMP_NUM_THREADS="2") == (
+        f"train: the checkpoint of step {max(steps(interrupted))} of this training is not used: it was made with "
+        "OMP_NUM_THREADS=1 (now 2), and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to "
+        "continue from it\n"
+    )
+
+
+def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
+    facts = {
+        "params": {"seed": 0},
+        "pairs": "12",
+        "code": {"a.py": "34"},
+        "device": "cpu",
+        "processes": 1,
+        "threads": 2,
+        "torch": "2.13.0",
+        "numpy": "2.0.0",
+    }
+    others: dict[str, dict[str, Any]] = {
+        "a": {"torch": "2.12.0", "numpy": "1.26.0"},
+        "b": {"device": "cuda", "threads": None, "processes": 8},
+        "c": {"torch": "2.12.0", "params": {"seed": 1}},
+        "d": {"threads": 4, "pairs": "13"},
+        "e": {"threads": 4, "code": {"a.py": "35"}},
+        "f": {"threads": 4},
+    }
+    for name, changes in others.items():
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / train.FACTS, facts | changes)
+        (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / train.FACTS).write_text("{", encoding="utf-8")
+    first, second = train.unusable(tmp_path, facts)
+    assert "step 70" in first
+    assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
+    assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
+    assert train.unusable(tmp_path, facts | {"params": {}}) == []
