@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,10 +36,33 @@ def run_stage(arguments: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     paths = Paths()
     params = parameters.load(paths.params)
+    check_untracked(arguments.command)
     try:
         importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
     finally:  # it ends anyway: while Python shuts down, `stop` would only leave a traceback
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def check_untracked(stage: str) -> None:
+    """Raise UserError if git tracks an output of a stage: DVC refuses it too, but only after the stage has run."""
+    pipeline = Path("dvc.yaml")
+    described = yaml_files.read_yaml(pipeline).get("stages", {}).get(stage, {}) if pipeline.exists() else {}
+    outputs = [*described.get("outs", []), *described.get("metrics", [])]
+    tracked = [output for output in outputs if isinstance(output, str) and git_tracks(output)]  # else: cache: false
+    if tracked:
+        raise UserError(
+            f"{', '.join(tracked)}: tracked by git, but written by the stage {stage} and kept by DVC; run "
+            f"`git rm -r --cached {' '.join(tracked)}`, which deletes no file"
+        )
+
+
+def git_tracks(path: str) -> bool:
+    """Whether git tracks a file, or one in a folder; false outside of a repository, and without git."""
+    command = ["git", "--literal-pathspecs", "ls-files", "-z", "--", path]
+    try:
+        return bool(subprocess.run(command, capture_output=True, check=False).stdout)
+    except FileNotFoundError:
+        return False
 
 
 def stop(signum: int, _: FrameType | None) -> NoReturn:
