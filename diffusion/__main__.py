@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
 
     serves = command("triton", "write both ONNX graphs as a model repository of Triton Inference Server", triton)
     serves.add_argument("directory", type=Path, metavar="DIR", help="the model repository")
-    serves.add_argument("--max-batch", type=int, default=64, help="images that are computed at once (default 64)")
+    serves.add_argument("--max-batch", type=integer, default=64, help="images that are computed at once (default 64)")
     serves.add_argument("--force", action="store_true", help="replace a repository that is there")
 
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
@@ -218,6 +218,20 @@ def parser() -> argparse.ArgumentParser:
     shows = command("summary", "show a flow run's stages and results as a table", summary)
     shows.add_argument("run", nargs="?", help="name of a flow run; without it, the last one")
     return top
+
+
+def integer(text: str) -> int:
+    """A whole number on the command line, spelled as params.yaml takes it."""
+    value = yaml_files.scalar(text)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    """A number on the command line, spelled as params.yaml takes it."""
+    value = yaml_files.scalar(text)
+    return float(value) if isinstance(value, float) else float(integer(text))
 
 
 def sample_options(samples: argparse.ArgumentParser) -> None:
@@ -246,21 +260,23 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
     )
     given.add_argument(
         "--at",
-        type=int,
+        type=integer,
         metavar="T",
         help="timestep up to which noise is added (default: where half of the image is left)",
     )
     given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
-    given.add_argument("--jump", type=int, help="with --mask: steps down before going up again (default 10)")
-    given.add_argument("--rounds", type=int, help="with --mask: how often; takes so many times longer (default 10)")
+    given.add_argument("--jump", type=integer, help="with --mask: steps down before going up again (default 10)")
+    given.add_argument("--rounds", type=integer, help="with --mask: how often; takes so many times longer (default 10)")
     settings = samples.add_argument_group("settings, in place of those in params.yaml")
-    settings.add_argument("--seed", type=int, help="seed of the noise: picture i of a seed is the same in any number")
+    settings.add_argument(
+        "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
+    )
     settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
     for name, field in parameters.Sample.model_fields.items():
         # A Literal has choices; any other field a number's type.
         choices = get_args(field.annotation) or None
-        kind = str if choices else field.annotation
-        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)  # type: ignore[arg-type]
+        kind = str if choices else integer if field.annotation is int else number
+        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,9 @@ import signal
 
 from pydantic import ValidationError
 
+MOST = 40
+"""Faults that one line reports: more than a person makes, fewer than a list of numbers may have."""
+
 
 class UserError(Exception):
     """Something a user can mend: bad parameters, data or files.
@@ -28,7 +31,7 @@ class Stopped(Exception):
 def describe(error: ValidationError) -> str:
     """A validation error in one line: field, what is wrong, the value found."""
     problems, found = [], error.errors(include_url=False)
-    for problem in found[:8]:
+    for problem in found[:MOST]:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
@@ -42,5 +45,5 @@ def describe(error: ValidationError) -> str:
             case _:
                 text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
         problems.append(f"{field}: {text}" if field else text)
-    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
     return "; ".join(problems + more)

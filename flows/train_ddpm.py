@@ -108,7 +108,8 @@ TASKS = {
 }
 
 
-@flow(name="train-ddpm")
+# Prefect would report one wrong parameter at a time, and take "10" for 10: `workspace.document` checks them all.
+@flow(name="train-ddpm", validate_parameters=False)
 def train_ddpm(
     preset: Preset | None = None,
     seed: NonNegative | None = None,
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As Prefect does for its flows: what waits for a stage is interrupted, and ends it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        changes = dict(_parameter(text) for text in arguments.param)
+        changes = given(_parameters(arguments.param))
         parameters = workspace.document(changes.pop("preset", arguments.preset), changes)
 
         def log(line: str) -> None:
@@ -212,12 +213,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def _parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=JSON, as Prefect's command line takes it: what is no JSON is text."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in values:
+            raise UserError(f"parameter {name!r}: given twice; give its parts at once")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
     """
     paths = Paths()
     merged = yaml_files.read_yaml(paths.params)
-    if preset:
+    if preset is not None:
         merged = presets.laid_over(merged, paths.presets, preset)
     merged = yaml_files.overlay(merged, dict(changes))
     params.validate(merged, "parameters of the run")

@@ -17,13 +17,14 @@ from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.params import Device, NonNegative, Sample, Section
+from diffusion.params import Device, NonNegative, Sample
 from diffusion.paths import Paths
 from diffusion.process import build
 from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
 from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
+from diffusion.sections import Section
 from diffusion.yaml_files import overlay, read_yaml
 
 BATCH = 64
