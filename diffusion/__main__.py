@@ -15,8 +15,9 @@ from typing import NoReturn, get_args
 
 from diffusion import params as parameters
 from diffusion import presets, yaml_files
-from diffusion.errors import Echo, Stopped, UserError
+from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
 from diffusion.paths import Paths
+from diffusion.progress import say
 from diffusion.watch import launched, stop_with_parent
 
 STAGES = {
@@ -285,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.action(arguments)
     except UserError as error:
         if not isinstance(error, Echo):
-            print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
+            goes_on = arguments.command == "train" and isinstance(error, WriteFault)
+            more = "; training will then continue from its last checkpoint" if goes_on else ""
+            say(f"ddpm {arguments.command}: error: {error}{more}")
         return 1
     except Stopped as stopped:
         if not launched():
@@ -298,6 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"ddpm {arguments.command}: error: {SystemFault(Path(os.fsdecode(error.filename)), error)}")
+        return 1
     return 0
 
 

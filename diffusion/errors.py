@@ -1,6 +1,9 @@
 """The errors that a user can act on."""
 
+import errno
+import os
 import signal
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -14,6 +17,34 @@ class UserError(Exception):
     The message is one line: the file, field or value at fault, and what to do. The command line prints
     it without a traceback and exits with status 1; any other exception is a defect and keeps its traceback.
     """
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "allow larger files (ulimit -f, or another file system)",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "change its permissions, or those of its folder",
+    errno.EPERM: "change its permissions, or those of its folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class SystemFault(UserError):
+    """What the operating system has against reading or writing a file."""
+
+    def __init__(self, path: Path, error: OSError, doing: str = "") -> None:
+        self.path, self.error = path, error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        super().__init__(f"{path}: {f'{doing} ({reason})' if doing else reason}{advice}")
+
+
+class WriteFault(SystemFault):
+    """What the operating system has against writing a file."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(path, error, "cannot be written")
 
 
 class Echo(UserError):

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
+from diffusion.commands.pictures import read_image, read_mask, to_x_0, writer
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.files import write_atomic
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.params import Device, NonNegative, Sample
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
         from diffusion.evaluation import plots  # slow to import
 
         few = frames(model, options, settings.seed, device, images=min(options.count, 4))
-        write_file(arguments.filmstrip, plots.filmstrip(few))
+        write_atomic(arguments.filmstrip, plots.filmstrip(few))
         say(f"sample: wrote {arguments.filmstrip}")
 
 

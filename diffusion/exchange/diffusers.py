@@ -1,8 +1,6 @@
 """Models to and from diffusers' folders: a DDPMPipeline, or in import a bare UNet2DModel."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +41,7 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
     config_json = UNetConfig.of(config, groups(config.network.base_channels), weights.freq_shift(net)).document()
-    with _writing(directory), new_directory(directory) as temporary:
+    with new_directory(directory) as temporary:
         write_json(temporary / PIPELINE, INDEX)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
@@ -109,20 +107,10 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         weights.from_diffusers(load_file(weights_path), net, unet.freq_shift, unet.flip_sin_to_cos)
     except (OSError, SafetensorError, UserError) as error:
         raise UserError(f"{weights_path}: {error}") from None
-    with _writing(directory):
-        model.save_model(directory, net, config)
+    model.save_model(directory, net, config)
     if bare:
         return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
     return f"its scheduler has {scheduler.sampling()}"
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Raises UserError for what the system has against writing to a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
 
 
 def _check_free(directory: Path, ours: set[str], force: bool) -> None:

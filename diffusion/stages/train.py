@@ -21,7 +21,7 @@ from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import x_0_mse
-from diffusion.files import new_directory, sha256, write_csv, write_json
+from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json, writing
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
@@ -179,7 +179,7 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
             drawn = picture(previews, int(row["step"]))
-            shutil.copyfile(drawn, temporary / drawn.name)
+            write_atomic(temporary / drawn.name, drawn.read_bytes())
     with new_directory(paths.train_curves) as temporary:
         write_csv(temporary / "loss.csv", state.loss_curve, columns)
         write_csv(temporary / "heldout.csv", state.heldout_curve)
@@ -230,19 +230,19 @@ def training_fingerprint(facts: dict[str, Any]) -> str:
 @contextmanager
 def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
     """A block in which this process alone writes the checkpoints of the training with these facts."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
     directory = checkpoints / training_fingerprint(facts)
-    lock = lock_of(directory)
-    try:
-        held = lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say("train: the same training is under way in another process; waiting for it to end")
-        held = lock.acquire()
+    with writing(directory):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(directory)
+        try:
+            held = lock.acquire(timeout=0)
+        except filelock.Timeout:
+            say("train: the same training is under way in another process; waiting for it to end")
+            held = lock.acquire()
     with held:
         if not newest_step(directory):
             for line in unusable(checkpoints, facts):
                 say(f"train: {line}")
-        directory.mkdir(exist_ok=True)
         write_json(directory / FACTS, facts)
         drop_old_trainings(checkpoints)
         yield
