@@ -302,9 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
-            raise
-        say(f"ddpm {arguments.command}: error: {SystemFault(Path(os.fsdecode(error.filename)), error)}")
+        say(f"ddpm {arguments.command}: error: {SystemFault.of(error)}")
         return 1
     return 0
 

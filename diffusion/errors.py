@@ -23,7 +23,7 @@ ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or ask for a larger quota",
     errno.EFBIG: "allow larger files (ulimit -f, or another file system)",
-    errno.EROFS: "the file system is mounted read-only",
+    errno.EROFS: "remount it writable, or choose another place",
     errno.EACCES: "change its permissions, or those of its folder",
     errno.EPERM: "change its permissions, or those of its folder",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -33,18 +33,25 @@ ADVICE = {
 class SystemFault(UserError):
     """What the operating system has against reading or writing a file."""
 
-    def __init__(self, path: Path, error: OSError, doing: str = "") -> None:
+    def __init__(self, path: Path, error: OSError, problem: str = "{}") -> None:
         self.path, self.error = path, error
         reason = os.strerror(error.errno) if error.errno else str(error)
         advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-        super().__init__(f"{path}: {f'{doing} ({reason})' if doing else reason}{advice}")
+        super().__init__(f"{path}: {problem.format(reason)}{advice}")
+
+    @classmethod
+    def of(cls, error: OSError) -> "SystemFault":
+        """An error by the file that it names; one that names none is raised again."""
+        if not isinstance(error.filename, str | bytes):
+            raise error
+        return cls(Path(os.fsdecode(error.filename)), error)
 
 
 class WriteFault(SystemFault):
     """What the operating system has against writing a file."""
 
     def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(path, error, "cannot be written")
+        super().__init__(path, error, "cannot be written ({})")
 
 
 class Echo(UserError):

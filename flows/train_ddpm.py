@@ -29,7 +29,7 @@ from prefect.utilities.urls import url_for
 
 from diffusion import progress
 from diffusion.__main__ import STAGES
-from diffusion.errors import UserError
+from diffusion.errors import SystemFault, UserError
 from diffusion.params import Device, NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
@@ -156,9 +156,10 @@ def train_ddpm(
         result = pipeline.run(
             runtime.flow_run.name, run_id, page, parameters, stage, show_report, log.info, log.warning
         )
-    except (UserError, dvc_stage.StageError) as error:
+    except (UserError, dvc_stage.StageError, OSError) as error:
+        message = str(SystemFault.of(error) if isinstance(error, OSError) else error)
         logging.getLogger("prefect.flow_runs").addFilter(is_news)
-        return Failed(message=str(error))  # raised, it would be logged with a traceback
+        return Failed(message=message)  # raised, it would be logged with a traceback
     ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
     return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
 
@@ -204,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         def nothing(*_: object) -> None: ...
 
         result = pipeline.run(arguments.name, str(uuid4()), "", parameters, stage, nothing, log, log)
-    except (UserError, dvc_stage.StageError) as error:
-        print(f"train-ddpm: error: {error}", file=sys.stderr)
+    except (UserError, dvc_stage.StageError, OSError) as error:
+        message = SystemFault.of(error) if isinstance(error, OSError) else error
+        print(f"train-ddpm: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

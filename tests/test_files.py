@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import files
+from diffusion import __main__, files
 from diffusion.errors import WriteFault
 
 
@@ -38,6 +38,25 @@ def test_an_error_names_what_was_written(error: OSError, named: bool) -> None:
     with pytest.raises(WriteFault if named else OSError) as caught, files.writing(Path("out/file")):
         raise error
     assert str(caught.value).startswith("out/file: cannot be written (") == named
+
+
+def test_a_command_reports_a_system_error_that_names_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(error: OSError) -> None:
+        def fail(_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(__main__, "show_params", fail)
+
+    failing(OSError(errno.EROFS, "read-only", "data/x"))
+    assert __main__.main(["params"]) == 1
+    assert capsys.readouterr().err == (
+        "ddpm params: error: data/x: Read-only file system; remount it writable, or choose another place\n"
+    )
+    failing(ConnectionResetError(errno.ECONNRESET, "reset"))  # no file is at fault
+    with pytest.raises(ConnectionResetError):
+        __main__.main(["params"])
 
 
 def test_an_error_in_a_new_directory_names_the_file_that_was_to_be(tmp_path: Path) -> None:
