@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import NoReturn, get_args
 
 from diffusion import params as parameters
 from diffusion import presets, yaml_files
-from diffusion.errors import Echo, Stopped, UserError
+from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
 from diffusion.paths import Paths
+from diffusion.progress import say
 from diffusion.watch import launched, stop_with_parent
 
 STAGES = {
@@ -35,10 +37,33 @@ def run_stage(arguments: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     paths = Paths()
     params = parameters.load(paths.params)
+    check_untracked(arguments.command)
     try:
         importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
     finally:  # it ends anyway: while Python shuts down, `stop` would only leave a traceback
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def check_untracked(stage: str) -> None:
+    """Raise UserError if git tracks an output of a stage: DVC refuses it too, but only after the stage has run."""
+    pipeline = Path("dvc.yaml")
+    described = yaml_files.read_yaml(pipeline).get("stages", {}).get(stage, {}) if pipeline.exists() else {}
+    outputs = [*described.get("outs", []), *described.get("metrics", [])]
+    tracked = [output for output in outputs if isinstance(output, str) and git_tracks(output)]  # else: cache: false
+    if tracked:
+        raise UserError(
+            f"{', '.join(tracked)}: tracked by git, but written by the stage {stage} and kept by DVC; run "
+            f"`git rm -r --cached {' '.join(tracked)}`, which deletes no file"
+        )
+
+
+def git_tracks(path: str) -> bool:
+    """Whether git tracks a file, or one in a folder; false outside of a repository, and without git."""
+    command = ["git", "--literal-pathspecs", "ls-files", "-z", "--", path]
+    try:
+        return bool(subprocess.run(command, capture_output=True, check=False).stdout)
+    except FileNotFoundError:
+        return False
 
 
 def stop(signum: int, _: FrameType | None) -> NoReturn:
@@ -179,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
 
     serves = command("triton", "write both ONNX graphs as a model repository of Triton Inference Server", triton)
     serves.add_argument("directory", type=Path, metavar="DIR", help="the model repository")
-    serves.add_argument("--max-batch", type=int, default=64, help="images that are computed at once (default 64)")
+    serves.add_argument("--max-batch", type=integer, default=64, help="images that are computed at once (default 64)")
     serves.add_argument("--force", action="store_true", help="replace a repository that is there")
 
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
@@ -194,6 +219,20 @@ def parser() -> argparse.ArgumentParser:
     shows = command("summary", "show a flow run's stages and results as a table", summary)
     shows.add_argument("run", nargs="?", help="name of a flow run; without it, the last one")
     return top
+
+
+def integer(text: str) -> int:
+    """A whole number on the command line, spelled as params.yaml takes it."""
+    value = yaml_files.scalar(text)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    """A number on the command line, spelled as params.yaml takes it."""
+    value = yaml_files.scalar(text)
+    return float(value) if isinstance(value, float) else float(integer(text))
 
 
 def sample_options(samples: argparse.ArgumentParser) -> None:
@@ -222,21 +261,23 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
     )
     given.add_argument(
         "--at",
-        type=int,
+        type=integer,
         metavar="T",
         help="timestep up to which noise is added (default: where half of the image is left)",
     )
     given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
-    given.add_argument("--jump", type=int, help="with --mask: steps down before going up again (default 10)")
-    given.add_argument("--rounds", type=int, help="with --mask: how often; takes so many times longer (default 10)")
+    given.add_argument("--jump", type=integer, help="with --mask: steps down before going up again (default 10)")
+    given.add_argument("--rounds", type=integer, help="with --mask: how often; takes so many times longer (default 10)")
     settings = samples.add_argument_group("settings, in place of those in params.yaml")
-    settings.add_argument("--seed", type=int, help="seed of the noise: picture i of a seed is the same in any number")
+    settings.add_argument(
+        "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
+    )
     settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
     for name, field in parameters.Sample.model_fields.items():
         # A Literal has choices; any other field a number's type.
         choices = get_args(field.annotation) or None
-        kind = str if choices else field.annotation
-        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)  # type: ignore[arg-type]
+        kind = str if choices else integer if field.annotation is int else number
+        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.action(arguments)
     except UserError as error:
         if not isinstance(error, Echo):
-            print(f"ddpm {arguments.command}: error: {error}", file=sys.stderr)
+            goes_on = arguments.command == "train" and isinstance(error, WriteFault)
+            more = "; training will then continue from its last checkpoint" if goes_on else ""
+            say(f"ddpm {arguments.command}: error: {error}{more}")
         return 1
     except Stopped as stopped:
         if not launched():
@@ -258,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        say(f"ddpm {arguments.command}: error: {SystemFault.of(error)}")
+        return 1
     return 0
 
 

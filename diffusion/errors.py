@@ -1,8 +1,14 @@
 """The errors that a user can act on."""
 
+import errno
+import os
 import signal
+from pathlib import Path
 
 from pydantic import ValidationError
+
+MOST = 40
+"""Faults that one line reports: more than a person makes, fewer than a list of numbers may have."""
 
 
 class UserError(Exception):
@@ -11,6 +17,41 @@ class UserError(Exception):
     The message is one line: the file, field or value at fault, and what to do. The command line prints
     it without a traceback and exits with status 1; any other exception is a defect and keeps its traceback.
     """
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "allow larger files (ulimit -f, or another file system)",
+    errno.EROFS: "remount it writable, or choose another place",
+    errno.EACCES: "change its permissions, or those of its folder",
+    errno.EPERM: "change its permissions, or those of its folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class SystemFault(UserError):
+    """What the operating system has against reading or writing a file."""
+
+    def __init__(self, path: Path, error: OSError, problem: str = "{}") -> None:
+        self.path, self.error = path, error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        advice = f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        super().__init__(f"{path}: {problem.format(reason)}{advice}")
+
+    @classmethod
+    def of(cls, error: OSError) -> "SystemFault":
+        """An error by the file that it names; one that names none is raised again."""
+        if not isinstance(error.filename, str | bytes):
+            raise error
+        return cls(Path(os.fsdecode(error.filename)), error)
+
+
+class WriteFault(SystemFault):
+    """What the operating system has against writing a file."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(path, error, "cannot be written ({})")
 
 
 class Echo(UserError):
@@ -28,7 +69,7 @@ class Stopped(Exception):
 def describe(error: ValidationError) -> str:
     """A validation error in one line: field, what is wrong, the value found."""
     problems, found = [], error.errors(include_url=False)
-    for problem in found[:8]:
+    for problem in found[:MOST]:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
@@ -42,5 +83,5 @@ def describe(error: ValidationError) -> str:
             case _:
                 text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
         problems.append(f"{field}: {text}" if field else text)
-    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
     return "; ".join(problems + more)

@@ -12,10 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, WriteFault
 
 SUMS = "SHA256SUMS"
 """Digests of the files beside it, in the format of sha256sum."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise WriteFault, which names `path`, for any system error of the block, but one that names an unrelated file.
+
+    Most of these errors come from libraries, and name no file or a temporary one.
+    """
+    try:
+        yield
+    except OSError as error:
+        whole = path.absolute()
+        named = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else whole
+        copied = error.filename2 is not None  # then the first is what was read
+        if copied or whole.is_relative_to(named) or named.is_relative_to(whole.parent):
+            raise WriteFault(path, error) from None
+        raise
 
 
 def sync(path: Path) -> None:
@@ -28,20 +45,24 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: the old file or the whole new one is there at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink()
-        raise
-    sync(path.parent)
+    """Write `content` to `path`: the old file or the whole new one is there at any moment.
+
+    Raises WriteFault if the system refuses.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(descriptor, 0o644)
+                os.fsync(descriptor)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink()
+            raise
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,21 +95,33 @@ def parse_csv(content: bytes) -> list[dict[str, float]]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path`, replacing what was there, when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    """A temporary directory that becomes `path`, replacing what was there, when the block ends without an error.
+
+    Raises WriteFault if the system refuses; one of the block that names a file in the temporary directory names that in
+    `path` instead.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        for entry in temporary.rglob("*"):
-            sync(entry)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with writing(path):
+            temporary.chmod(0o755)
+            for entry in temporary.rglob("*"):
+                sync(entry)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+    except WriteFault as fault:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if fault.path.is_relative_to(temporary):
+            raise WriteFault(path / fault.path.relative_to(temporary), fault.error) from None
+        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync(path.parent)
+    with writing(path):
+        sync(path.parent)
 
 
 def sha256(path: Path) -> str:

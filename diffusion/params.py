@@ -4,13 +4,14 @@ params.yaml is the only place where values stand: no field has a default here, s
 in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
 """
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
+from diffusion import rules
 from diffusion.errors import UserError, describe
+from diffusion.sections import LIST, Section, exactly
 from diffusion.yaml_files import read_yaml
 
 LARGEST = 2**53
@@ -23,14 +24,10 @@ Spacing = Literal["linspace", "quadratic", "log-snr"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, a docstring per field (shown in Prefect's form)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
 class Shard(Section):
     """Raw images into webdataset shards."""
+
+    rules = (rules.leaves_something_to_train_on,)
 
     source: Annotated[str, Field(min_length=1)]
     """An .npz file, a folder of idx files, or a folder of images (sub-folders are classes)."""
@@ -41,12 +38,6 @@ class Shard(Section):
     samples_per_shard: Positive
     """Images per tar file."""
 
-    @model_validator(mode="after")
-    def _leaves_something_to_train_on(self) -> Self:
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("val_fraction + test_fraction must be below 1, to leave images to train on")
-        return self
-
 
 class Pairs(Section):
     """Images of one size, in shuffled blocks, each with its noise recipe."""
@@ -55,7 +46,7 @@ class Pairs(Section):
     """Height in pixels; other images are cropped to the aspect ratio and resized."""
     width: Positive
     """Width in pixels."""
-    channels: Literal[1, 3]
+    channels: Annotated[Literal[1, 3], exactly(1, 3)]
     """1 for grey, 3 for RGB; transparent images are laid on white."""
     draws: Positive
     """How many draws of (t, noise key) are stored for each training image; training goes on past them without end."""
@@ -66,10 +57,18 @@ class Pairs(Section):
 class Process(Section):
     """The diffusion process."""
 
+    rules = (
+        rules.beta_is_given,
+        rules.has_timesteps_enough,
+        rules.leaves_something_to_see,
+        rules.predicts_from_noise_alone,
+        rules.weighs_the_last_timestep,
+    )
+
     schedule: Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
     sigmoid (Chen 2023), or given, by `beta`."""
-    beta: tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...]
+    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST]
     """beta_t for each timestep, if the schedule is given; else empty."""
     num_timesteps: Annotated[int, Field(ge=3)]
     """T, the number of timesteps."""
@@ -90,41 +89,27 @@ class Process(Section):
     loss: Literal["mse", "l1", "huber"]
     """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.schedule == "given" and len(self.beta) != self.num_timesteps:
-            raise ValueError(f"beta has {len(self.beta)} values, but num_timesteps is {self.num_timesteps}")
-        if self.schedule != "given" and self.beta:
-            raise ValueError(f"beta is for the schedule given; with {self.schedule} it must be []")
-        if self.schedule in ("linear", "scaled-linear") and self.num_timesteps < 21:
-            raise ValueError(f"the schedule {self.schedule} needs num_timesteps of at least 21")
-        if math.prod(1 - beta for beta in self.beta[:-1]) < 1e-12:
-            raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
-        if self.zero_terminal_snr and self.parameterization == "eps":
-            raise ValueError(
-                "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
-                "alone, and eps says nothing of the image"
-            )
-        if self.zero_terminal_snr and self.weighting not in ("snr-plus-one", "truncated-snr"):
-            raise ValueError(
-                "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
-                f"{self.weighting} gives the last timestep, where sampling begins, no weight"
-            )
-        return self
-
 
 class Network(Section):
     """The denoising network."""
+
+    rules = (
+        rules.groups_channels,
+        rules.attends_at_its_levels,
+        rules.conditions_in_its_way,
+        rules.has_a_middle,
+        rules.divides_channels_into_heads,
+    )
 
     kind: Literal["unet", "uvit"]
     """Family of networks: a U-Net (Ho et al. 2020) or a transformer with long skips, U-ViT (Bao et al. 2023)."""
     base_channels: Positive
     """Channels of the U-Net's first level, or of the transformer's tokens; a multiple of 8."""
-    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST]
     """U-Net: channels of each level, in multiples of base_channels; each level halves the resolution."""
     blocks_per_level: Positive
     """U-Net: residual blocks at each level on the way down (one more on the way up)."""
-    attention_levels: tuple[NonNegative, ...]
+    attention_levels: Annotated[tuple[NonNegative, ...], LIST]
     """U-Net: levels with self-attention, counted from 0, the finest; the middle always has it."""
     depth: Positive
     """Transformer: number of blocks, odd: as many before the middle one as after it."""
@@ -143,29 +128,11 @@ class Network(Section):
     """U-Net: details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the
     resolution, epsilon and groups of the normalization): matters for exchanging weights alone."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.base_channels % 8:
-            raise ValueError(f"base_channels must be a multiple of 8 (got {self.base_channels})")
-        levels = len(self.channel_multipliers)
-        if wrong := [level for level in self.attention_levels if level >= levels]:
-            raise ValueError(f"attention_levels names level {wrong[0]}, but levels go from 0 to {levels - 1}")
-        allowed = ("add", "film") if self.kind == "unet" else ("token", "adaln")
-        if self.conditioning not in allowed:
-            raise ValueError(f"conditioning of a {self.kind} must be {' or '.join(allowed)} (got {self.conditioning})")
-        if self.kind == "uvit" and self.depth % 2 == 0:
-            raise ValueError(f"depth must be odd (got {self.depth})")
-        if self.head_channels:
-            attending = {*self.attention_levels, levels - 1} if self.kind == "unet" else set[int]()
-            widths = [self.base_channels * self.channel_multipliers[level] for level in attending]
-            for width in widths or [self.base_channels]:
-                if width % self.head_channels:
-                    raise ValueError(f"head_channels ({self.head_channels}) must divide {width} channels")
-        return self
-
 
 class Train(Section):
     """Training."""
+
+    rules = (rules.divides,)
 
     steps: Positive
     """Optimizer steps."""
@@ -214,17 +181,10 @@ class Train(Section):
     """Parts in which each process goes through its share of a batch, for batches that do not fit into memory."""
     precision: Literal["auto", "fp32", "bf16"]
     """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere."""
-    compile: bool | Literal["auto"]
+    compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")]
     """Whether the network is compiled (torch.compile); auto: on a GPU."""
     recompute: bool
     """Whether blocks are computed again on the way back instead of kept: less memory, a third slower."""
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        parts = self.processes * self.accumulate
-        if self.batch_size % parts:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of processes x accumulate ({parts})")
-        return self
 
 
 class Sample(Section):
@@ -274,7 +234,7 @@ class Export(Section):
     """Its steps unless asked otherwise."""
     spacing: Spacing
     """Which timesteps they are at."""
-    variants: tuple[Literal["fp16", "int8"], ...]
+    variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST]
     """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
     max_loss: Annotated[float, Field(ge=0)]
     """Largest share by which a variant's held-out MSE may exceed the model's."""
@@ -294,6 +254,15 @@ class Tracking(Section):
 class Params(Section):
     """All of params.yaml."""
 
+    rules = (
+        rules.samples_at_timesteps_that_exist,
+        rules.exports_timesteps_that_exist,
+        rules.has_patches_that_fit,
+        rules.draws_the_last_timestep,
+        rules.has_learned_its_variance,
+        rules.exports_its_variance,
+    )
+
     seed: NonNegative
     """Seed of every random number."""
     device: Device
@@ -307,23 +276,6 @@ class Params(Section):
     evaluate: Evaluate
     export: Export
     tracking: Tracking
-
-    @model_validator(mode="after")
-    def _fits_the_process(self) -> Self:
-        for name, steps in (("sample.steps", self.sample.steps), ("export.steps", self.export.steps)):
-            if steps > self.process.num_timesteps:
-                raise ValueError(f"{name} ({steps}) exceeds process.num_timesteps ({self.process.num_timesteps})")
-        if self.network.patch_size > min(self.pairs.height, self.pairs.width):
-            raise ValueError(f"network.patch_size ({self.network.patch_size}) exceeds the images' side")
-        if self.process.zero_terminal_snr and self.train.timesteps == "log-snr-normal":
-            raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
-        if self.sample.variance == "learned" and not self.process.learned_variance:
-            raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
-        if self.sample.variance == "learned" and self.export.sampler == "ddpm":
-            raise ValueError(
-                "export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another"
-            )
-        return self
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -77,6 +77,6 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error. Whoever listened there may be gone: the work is worth no less for it."""
-    with suppress(BrokenPipeError):
+    """Print a line to standard error. Whoever listened there may be gone, or a log's disk full: the work goes on."""
+    with suppress(OSError):
         print(line, file=sys.stderr, flush=True)

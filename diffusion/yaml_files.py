@@ -1,14 +1,44 @@
 """YAML files that keep their comments when they are changed."""
 
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import RoundTripConstructor, SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
 
 from diffusion.errors import UserError
 from diffusion.files import write_atomic
+
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class _Constructor(RoundTripConstructor):
+    """Takes only plain decimal numbers, true and false for what they are.
+
+    Other spellings (1_0, 010, 0x10, 1:30, yes) mean different things in different versions of YAML, or in other
+    programs: they stay text, which no number's field accepts.
+    """
+
+    def construct_bool(self, node: ScalarNode) -> Any:
+        # The round-trip constructor gives an int where there is an anchor.
+        return SafeConstructor.construct_yaml_bool(self, node) if _BOOL.fullmatch(node.value) else node.value
+
+    def construct_integer(self, node: ScalarNode) -> Any:
+        return self.construct_yaml_int(node) if _INT.fullmatch(node.value) else node.value
+
+    def construct_number(self, node: ScalarNode) -> Any:
+        return self.construct_yaml_float(node) if _FLOAT.fullmatch(node.value) else node.value
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:bool", _Constructor.construct_bool)
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_integer)
+_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_number)
 
 
 def overlay(base: Any, changes: Any) -> Any:
@@ -18,6 +48,14 @@ def overlay(base: Any, changes: Any) -> Any:
     for key, value in changes.items():
         base[key] = overlay(base.get(key), value)
     return base
+
+
+def scalar(text: str) -> Any:
+    """What a plain value in a YAML file would be: a number, a truth value, text or None."""
+    try:
+        return _yaml().load(text)
+    except YAMLError:
+        return text
 
 
 def read_yaml(path: Path) -> Any:
@@ -45,6 +83,7 @@ def write_yaml(path: Path, document: Any) -> None:
 
 def _yaml() -> YAML:
     yaml = YAML(typ="rt", pure=True)
+    yaml.Constructor = _Constructor
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml

@@ -1,38 +1,32 @@
-"""The flow's parameters: for each section of params.yaml, a model of which any part may be given."""
+"""The flow's parameters, as Prefect's form shows them: for each section of params.yaml, any part of its fields."""
 
 import copy
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
 from diffusion import params, presets
 from diffusion.paths import Paths
+from diffusion.sections import Section
 
 Preset = StrEnum("Preset", {name: name for name in presets.names(Paths().presets)})  # type: ignore[misc]
 """Names of the presets in the working tree."""
 
 
 class Part(BaseModel):
-    """Some of a section's fields; those left out, or null, are as in params.yaml."""
+    """Some of a section's fields, for the form; `workspace.document` checks the values, with all others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        if isinstance(given, Part):
-            return given.model_dump(exclude_unset=True)
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 NOTHING = Part()
 """The default of every section: unlike None, it lets the form show the section's fields at once."""
 
 
-def part_of(section: type[params.Section]) -> type[Part]:
+def part_of(section: type[Section]) -> type[Part]:
     """A model with the fields of `section`: the same types, limits and descriptions, but none of them required."""
 
     def optional(field: FieldInfo) -> Any:
@@ -61,9 +55,9 @@ class PartOf:
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What was given of the flow's parameters, as plain data to lay over params.yaml."""
+    """What was given of the flow's parameters, to lay over params.yaml; what is null is as there."""
     plain = {
-        name: value.model_dump(exclude_unset=True, mode="json") if isinstance(value, Part) else value
+        name: {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
         for name, value in parameters.items()
     }
-    return {name: value for name, value in plain.items() if value not in (None, {})}
+    return {name: value for name, value in plain.items() if value is not None and value != NOTHING}

@@ -29,7 +29,7 @@ from prefect.utilities.urls import url_for
 
 from diffusion import progress
 from diffusion.__main__ import STAGES
-from diffusion.errors import UserError
+from diffusion.errors import SystemFault, UserError
 from diffusion.params import Device, NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
@@ -108,7 +108,8 @@ TASKS = {
 }
 
 
-@flow(name="train-ddpm")
+# Prefect would report one wrong parameter at a time, and take "10" for 10: `workspace.document` checks them all.
+@flow(name="train-ddpm", validate_parameters=False)
 def train_ddpm(
     preset: Preset | None = None,
     seed: NonNegative | None = None,
@@ -155,9 +156,10 @@ def train_ddpm(
         result = pipeline.run(
             runtime.flow_run.name, run_id, page, parameters, stage, show_report, log.info, log.warning
         )
-    except (UserError, dvc_stage.StageError) as error:
+    except (UserError, dvc_stage.StageError, OSError) as error:
+        message = str(SystemFault.of(error) if isinstance(error, OSError) else error)
         logging.getLogger("prefect.flow_runs").addFilter(is_news)
-        return Failed(message=str(error))  # raised, it would be logged with a traceback
+        return Failed(message=message)  # raised, it would be logged with a traceback
     ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
     return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
 
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As Prefect does for its flows: what waits for a stage is interrupted, and ends it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        changes = dict(_parameter(text) for text in arguments.param)
+        changes = given(_parameters(arguments.param))
         parameters = workspace.document(changes.pop("preset", arguments.preset), changes)
 
         def log(line: str) -> None:
@@ -203,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         def nothing(*_: object) -> None: ...
 
         result = pipeline.run(arguments.name, str(uuid4()), "", parameters, stage, nothing, log, log)
-    except (UserError, dvc_stage.StageError) as error:
-        print(f"train-ddpm: error: {error}", file=sys.stderr)
+    except (UserError, dvc_stage.StageError, OSError) as error:
+        message = SystemFault.of(error) if isinstance(error, OSError) else error
+        print(f"train-ddpm: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -212,12 +215,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+def _parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=JSON, as Prefect's command line takes it: what is no JSON is text."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in values:
+            raise UserError(f"parameter {name!r}: given twice; give its parts at once")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 if __name__ == "__main__":

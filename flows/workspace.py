@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from diffusion import params, presets, yaml_files
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.files import write_atomic, write_json, writing
 from diffusion.paths import Paths
 
 KEEP_RUNS = int(os.environ.get("DDPM_KEEP_RUNS", "20"))
@@ -61,7 +61,7 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
     """
     paths = Paths()
     merged = yaml_files.read_yaml(paths.params)
-    if preset:
+    if preset is not None:
         merged = presets.laid_over(merged, paths.presets, preset)
     merged = yaml_files.overlay(merged, dict(changes))
     params.validate(merged, "parameters of the run")
@@ -82,7 +82,8 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
         UserError: the repository is no git repository, the data cannot be had, or the same run goes on elsewhere.
     """
     runs = Paths().runs.absolute()
-    runs.mkdir(parents=True, exist_ok=True)
+    with writing(runs):
+        runs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
     with ExitStack() as held:
         with FileLock(runs / ".lock"):  # one process at a time makes and removes workspaces
@@ -187,8 +188,9 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
     for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         source, target = Path(name), temporary / name
         if source.is_symlink() or source.is_file():  # else deleted, or a submodule
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target, follow_symlinks=False)
     (temporary / ".ddpm").symlink_to(Paths().state.absolute())
     local = f"""[core]
     no_scm = true
@@ -197,7 +199,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
     dir = {dvc(Path(), "cache", "dir")}
     type = "reflink,hardlink,symlink,copy"
 """
-    (temporary / ".dvc" / "config.local").write_text(local)
+    write_atomic(temporary / ".dvc" / "config.local", local.encode())
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)

@@ -1,10 +1,12 @@
 """Atomic writes."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from diffusion import files
+from diffusion import __main__, files
+from diffusion.errors import WriteFault
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,13 +14,57 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, mon
     files.write_atomic(path, b"old")
 
     def fail(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteFault, match=f"^{path}: cannot be written .No space left on device.; free some space$"):
         files.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(errno.ENOSPC, "no space"), True),  # as of file.write
+        (OSError("4096 requested and 1024 written"), True),  # as of numpy
+        (OSError(errno.EACCES, "denied", "out/.file.x1y2"), True),  # as of tempfile
+        (OSError(errno.EROFS, "read-only", "out"), True),  # as of mkdir
+        (OSError(errno.ENOSPC, "no space", "elsewhere/read", None, "out/file"), True),  # as of shutil.copyfile
+        (OSError(errno.EACCES, "denied", "elsewhere/read"), False),
+    ],
+)
+def test_an_error_names_what_was_written(error: OSError, named: bool) -> None:
+    with pytest.raises(WriteFault if named else OSError) as caught, files.writing(Path("out/file")):
+        raise error
+    assert str(caught.value).startswith("out/file: cannot be written (") == named
+
+
+def test_a_command_reports_a_system_error_that_names_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(error: OSError) -> None:
+        def fail(_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(__main__, "show_params", fail)
+
+    failing(OSError(errno.EROFS, "read-only", "data/x"))
+    assert __main__.main(["params"]) == 1
+    assert capsys.readouterr().err == (
+        "ddpm params: error: data/x: Read-only file system; remount it writable, or choose another place\n"
+    )
+    failing(ConnectionResetError(errno.ECONNRESET, "reset"))  # no file is at fault
+    with pytest.raises(ConnectionResetError):
+        __main__.main(["params"])
+
+
+def test_an_error_in_a_new_directory_names_the_file_that_was_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with pytest.raises(WriteFault) as caught, files.new_directory(path) as temporary:
+        files.write_atomic(temporary / ("b" * 300), b"2")
+    assert str(caught.value) == f"{path / ('b' * 300)}: cannot be written (File name too long); choose a shorter name"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_directory_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:

@@ -1,17 +1,82 @@
 """Parameters, presets and the commands that show them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffusion import params as parameters
 from diffusion import presets, yaml_files
-from diffusion.__main__ import main
+from diffusion.__main__ import main, parser
 from diffusion.errors import UserError
 from diffusion.params import Params
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "presets"
+WRONG = object()
+VALUES: list[tuple[str, str, str, str | None, Any]] = [
+    # section, field, in YAML, in JSON (None where JSON has no such spelling), value
+    ("train", "steps", "10", "10", 10),
+    ("train", "steps", "+10", None, 10),
+    ("train", "steps", "&anchor 10", None, 10),
+    ("train", "steps", "true", "true", WRONG),
+    ("train", "steps", "&anchor true", None, WRONG),
+    ("train", "steps", "'10'", '"10"', WRONG),
+    ("train", "steps", "10.0", "10.0", WRONG),
+    ("train", "steps", "1e3", "1e3", WRONG),
+    ("train", "steps", "1_0", None, WRONG),
+    ("train", "steps", "010", None, WRONG),  # 8 in YAML 1.1, 10 in YAML 1.2
+    ("train", "steps", "0o10", None, WRONG),
+    ("train", "steps", "0x10", None, WRONG),
+    ("train", "steps", "0b10", None, WRONG),
+    ("train", "steps", "1:30", None, WRONG),  # 90 in YAML 1.1
+    ("train", "steps", "!!int 1_0", None, WRONG),
+    ("train", "steps", "[10]", "[10]", WRONG),
+    ("train", "steps", "{a: 1}", '{"a": 1}', WRONG),
+    ("train", "learning_rate", "0.01", "0.01", 0.01),
+    ("train", "learning_rate", "1e-2", "1e-2", 0.01),
+    ("train", "learning_rate", ".01", None, 0.01),
+    ("train", "learning_rate", "1", "1", 1.0),
+    ("train", "learning_rate", "true", "true", WRONG),
+    ("train", "learning_rate", "'0.01'", '"0.01"', WRONG),
+    ("train", "learning_rate", "1_0.5", None, WRONG),
+    ("train", "learning_rate", "0.0_1", None, WRONG),
+    ("train", "learning_rate", "1:30.5", None, WRONG),
+    ("train", "learning_rate", ".inf", "Infinity", WRONG),
+    ("train", "learning_rate", ".nan", "NaN", WRONG),
+    ("train", "flip", "true", "true", True),
+    ("train", "flip", "False", "false", False),
+    ("train", "flip", "&anchor true", None, True),
+    ("train", "flip", "1", "1", WRONG),
+    ("train", "flip", "0.0", "0.0", WRONG),
+    ("train", "flip", "yes", '"yes"', WRONG),
+    ("train", "flip", "off", '"off"', WRONG),
+    ("train", "flip", "'true'", '"true"', WRONG),
+    ("train", "compile", "auto", '"auto"', "auto"),
+    ("train", "compile", "false", "false", False),
+    ("train", "compile", "0", "0", WRONG),
+    ("train", "compile", "no", '"no"', WRONG),
+    ("train", "decay", "linear", '"linear"', "linear"),
+    ("train", "decay", "Linear", '"Linear"', WRONG),
+    ("train", "decay", "1", "1", WRONG),
+    ("pairs", "channels", "3", "3", 3),
+    ("pairs", "channels", "true", "true", WRONG),
+    ("pairs", "channels", "1.0", "1.0", WRONG),
+    ("pairs", "channels", "'1'", '"1"', WRONG),
+    ("pairs", "channels", "2", "2", WRONG),
+    ("network", "channel_multipliers", "[1, 2]", "[1, 2]", [1, 2]),
+    ("network", "channel_multipliers", "[1, true]", "[1, true]", WRONG),
+    ("network", "channel_multipliers", "[1, '2']", '[1, "2"]', WRONG),
+    ("network", "channel_multipliers", "[1.0, 2]", "[1.0, 2]", WRONG),
+    ("network", "channel_multipliers", "2", "2", WRONG),
+    ("network", "channel_multipliers", "'1, 2'", '"1, 2"', WRONG),
+    ("network", "channel_multipliers", "!!set {1, 2}", None, WRONG),
+    ("shard", "source", "data/raw/a.npz", '"data/raw/a.npz"', "data/raw/a.npz"),
+    ("shard", "source", "5", "5", WRONG),
+    ("shard", "source", "true", "true", WRONG),
+    ("shard", "source", "2001-01-01", None, WRONG),
+]
+"""What is right in params.yaml, and elsewhere; listed by hand."""
 
 
 @pytest.mark.parametrize("name", presets.names(PRESETS))
@@ -78,6 +143,83 @@ def test_a_broken_file_gets_one_line(tmp_path: Path, text: str, message: str) ->
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("section", "field", "text", "_", "right"), VALUES)
+def test_types_are_strict(tmp_path: Path, section: str, field: str, text: str, _: str, right: Any) -> None:
+    path = tmp_path / "params.yaml"
+    document = yaml_files.overlay(yaml_files.read_yaml(ROOT / "params.yaml"), {section: {field: "PLACE"}})
+    yaml_files.write_yaml(path, document)
+    path.write_text(path.read_text(encoding="utf-8").replace("PLACE", text), encoding="utf-8")
+    if right is WRONG:
+        with pytest.raises(UserError, match=rf"{section}\.{field}[:.]") as caught:
+            parameters.load(path)
+        assert str(caught.value).count(f"{section}.{field}") == 1
+    else:
+        value = getattr(getattr(parameters.load(path), section), field)
+        expected = tuple(right) if isinstance(right, list) else right
+        assert (type(value), value) == (type(expected), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "right"),
+    [
+        ("steps", "10", 10),
+        ("steps", "1_0", WRONG),
+        ("steps", "10.0", WRONG),
+        ("steps", "true", WRONG),
+        ("steps", "010", WRONG),
+        ("steps", "'10'", WRONG),
+        ("seed", "1_0", WRONG),
+        ("at", "0x10", WRONG),
+        ("eta", "1", 1.0),
+        ("eta", "0.5", 0.5),
+        ("eta", "1_0.5", WRONG),
+        ("eta", "true", WRONG),
+        ("eta", "", WRONG),
+    ],
+)
+def test_numbers_on_the_command_line_are_as_strict(
+    option: str, text: str, right: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", f"--{option}={text}"]
+    if right is WRONG:
+        with pytest.raises(SystemExit):
+            parser().parse_args(arguments)
+        assert f"argument --{option}: invalid " in capsys.readouterr().err
+    else:
+        value = getattr(parser().parse_args(arguments), option)
+        assert (type(value), value) == (type(right), right)
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    """Fields, rules within a section and rules across sections, but no rule on a field that is wrong itself."""
+    document = yaml_files.overlay(
+        yaml_files.read_yaml(ROOT / "params.yaml"),
+        {
+            "process": {"beta": [0.5], "zero_terminal_snr": True, "num_timesteps": "many", "parameterization": "eps"},
+            "network": {"base_channels": 12, "attention_levels": [7], "patch_size": 9, "dropout": 2},
+            "train": {"timesteps": "log-snr-normal"},
+            "sample": {"steps": 5000},
+        },
+    )
+    del document["seed"]
+    with pytest.raises(UserError) as caught:
+        parameters.validate(document, "here")
+    text = str(caught.value).removeprefix("here: ").replace("given; with", "given, with")
+    found = text.split("; ")
+    assert sorted(fault[:44] for fault in found) == [
+        "network.dropout: input should be less than 1",
+        "network.patch_size (9) exceeds the images' s",
+        "network: attention_levels names level 7, but",
+        "network: base_channels must be a multiple of",
+        "process.num_timesteps: input should be a val",
+        "process: beta is for the schedule given, wit",
+        "process: zero_terminal_snr needs another par",
+        "process: zero_terminal_snr needs the weighti",
+        "seed: missing (presets/digits.yaml has every",
+        "train.timesteps: log-snr-normal never draws ",
+    ]
 
 
 def test_overlay_merges_mappings_and_replaces_the_rest() -> None:

@@ -287,16 +287,6 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
     assert (tree / "data/shards/manifest.json").exists()
 
 
-def test_changed_parameters_never_pick_up_old_weights(whole_tree: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(whole_tree, tree)
-    change(tree, {"train": {"learning_rate": 0.001}})
-    done = ddpm(tree, "train")
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" not in done.stderr
-    assert digests(tree)["models/ddpm/model.safetensors"] != digests(whole_tree)["models/ddpm/model.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -19,7 +19,7 @@ DVC: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 
 # Lower layers first: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"errors", "files", "params", "paths", "presets", "progress", "watch", "yaml_files"},
+    {"errors", "files", "params", "paths", "presets", "progress", "rules", "sections", "watch", "yaml_files"},
     {"process", "nn"},
     {"data"},
     {"model"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"__main__"},
 ]
 # Code that cannot change what a stage writes: values stand in params.yaml alone, and MLflow and progress only watch.
-NOT_SHAPING = {"params", "paths", "errors", "progress", "tracking", "watch", "yaml_files"}
+NOT_SHAPING = {"params", "rules", "sections", "paths", "errors", "progress", "tracking", "watch", "yaml_files"}
 
 
 def imports(module: str) -> set[str]:

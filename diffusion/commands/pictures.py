@@ -14,7 +14,7 @@ from diffusion.data.pairs import fit
 from diffusion.data.shards import normalise, png
 from diffusion.errors import UserError
 from diffusion.evaluation.samples import grid_png
-from diffusion.files import write_atomic
+from diffusion.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
@@ -54,24 +54,14 @@ def writer(out: str) -> Write:
     if not out or kind not in FILES:
         raise UserError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder (out/)")
 
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from None
 
     def write(pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> None:
         for file, content in FILES[kind](path, pictures, y):
-            write_file(file, content)
+            write_atomic(file, content)
 
     return write
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file; raises UserError if it cannot be."""
-    try:
-        write_atomic(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _grid(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:

@@ -11,19 +11,21 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion.commands.pictures import read_image, read_mask, to_x_0, write_file, writer
+from diffusion.commands.pictures import read_image, read_mask, to_x_0, writer
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.files import write_atomic
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.params import Device, NonNegative, Sample, Section
+from diffusion.params import Device, NonNegative, Sample
 from diffusion.paths import Paths
 from diffusion.process import build
 from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
 from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
+from diffusion.sections import Section
 from diffusion.yaml_files import overlay, read_yaml
 
 BATCH = 64
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
         from diffusion.evaluation import plots  # slow to import
 
         few = frames(model, options, settings.seed, device, images=min(options.count, 4))
-        write_file(arguments.filmstrip, plots.filmstrip(few))
+        write_atomic(arguments.filmstrip, plots.filmstrip(few))
         say(f"sample: wrote {arguments.filmstrip}")
 
 

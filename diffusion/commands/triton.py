@@ -49,13 +49,10 @@ def run(directory: Path, paths: Paths, max_batch: int, force: bool) -> None:
     if max_batch < 1:
         raise UserError(f"--max-batch: must be at least 1 (got {max_batch})")
     graphs = {file.stem: batched(_read(file)) for file in files}
-    try:
-        with new_directory(directory) as temporary:
-            for name, graph in graphs.items():
-                write_atomic(temporary / name / "1" / "model.onnx", graph.SerializeToString(deterministic=True))
-                write_atomic(temporary / name / "config.pbtxt", config(name, graph, max_batch).encode())
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
+    with new_directory(directory) as temporary:
+        for name, graph in graphs.items():
+            write_atomic(temporary / name / "1" / "model.onnx", graph.SerializeToString(deterministic=True))
+            write_atomic(temporary / name / "config.pbtxt", config(name, graph, max_batch).encode())
 
 
 def batched(model: ModelProto) -> ModelProto:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
+from diffusion.files import writing
 from diffusion.paths import Paths
 from diffusion.progress import Progress
 
@@ -55,11 +56,12 @@ def _bring(path: Path, target: Path, link: bool) -> None:
         with Progress("import", len(files), "files") as progress:
             for file in files:
                 copy = content / file.relative_to(path) if path.is_dir() else content
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if link:
-                    copy.symlink_to(file.resolve())
-                else:
-                    shutil.copyfile(file, copy)
+                with writing(copy):
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    if link:
+                        copy.symlink_to(file.resolve())
+                    else:
+                        shutil.copyfile(file, copy)
                 progress.advance(1)
         content.replace(target)
     finally:

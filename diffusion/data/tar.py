@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from diffusion.data.noise import Split
 from diffusion.errors import UserError
-from diffusion.files import damaged, sha256
+from diffusion.files import damaged, sha256, writing
 
 
 class Tar(BaseModel):
@@ -66,12 +66,13 @@ class Writer:
         size = sum(map(len, members.values()))
         if self._tar and (self._samples == self.max_samples or self._tar.offset + size > self.max_bytes):
             self._finish()
-        if self._tar is None:
-            self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see _finish)
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: mtime 0, uid and gid 0, mode 0644
-            info.size = len(content)
-            self._tar.addfile(info, io.BytesIO(content))
+        with writing(self._path()):
+            if self._tar is None:
+                self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see _finish)
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: mtime 0, uid and gid 0, mode 0644
+                info.size = len(content)
+                self._tar.addfile(info, io.BytesIO(content))
         self._samples += 1
 
     def _path(self) -> Path:
@@ -80,8 +81,9 @@ class Writer:
     def _finish(self) -> None:
         if self._tar is None:
             return
-        self._tar.close()
         path = self._path()
+        with writing(path):
+            self._tar.close()
         self.tars.append(Tar(name=path.name, samples=self._samples, bytes=path.stat().st_size, sha256=sha256(path)))
         self._tar, self._samples = None, 0
 

@@ -1,8 +1,6 @@
 """Models to and from diffusers' folders: a DDPMPipeline, or in import a bare UNet2DModel."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +45,7 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
         "scheduler": ["diffusers", name],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    with _writing(directory), new_directory(directory) as temporary:
+    with new_directory(directory) as temporary:
         write_json(temporary / PIPELINE, index)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
@@ -139,22 +137,12 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
         weights.from_diffusers(load_file(weights_path), net, unet.freq_shift, unet.flip_sin_to_cos)
     except (OSError, SafetensorError, UserError) as error:
         raise UserError(f"{weights_path}: {error}") from None
-    with _writing(directory):
-        model.save_model(directory, net, config)
+    model.save_model(directory, net, config)
     if document is None:
         return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
     other = ", ".join(SchedulerConfig.without_counterpart(document))
     without = f"; `ddpm sample` has no counterpart of {other} (kept for export-diffusers)" if other else ""
     return f"its scheduler has {scheduler.sampling()}{without}"
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Raises UserError for what the system has against writing to a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from None
 
 
 def _check_free(directory: Path, ours: set[str], force: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from io import StringIO
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.export import golden
 from diffusion.export.denoiser import to_onnx
+from diffusion.files import writing
 from diffusion.model import Model
 from diffusion.nn.layers import TimeEmbedding
 
@@ -75,7 +76,7 @@ def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
     kernels = {weight.name: weight.dims[2:] for weight in denoiser.graph.initializer}
     stem, *others = (node for node in denoiser.graph.node if node.op_type == "Conv")
     exact = [stem.name, *(node.name for node in others if max(kernels[node.input[1]]) == 1)]
-    with TemporaryDirectory() as temporary, _quiet():
+    with writing(Path(gettempdir())), TemporaryDirectory() as temporary, _quiet():
         whole, file = Path(temporary) / "denoiser.onnx", Path(temporary) / "int8.onnx"
         onnx.save_model(denoiser, whole)  # a graph in memory would be changed
         quantization.quantize_static(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -20,7 +21,7 @@ from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import x_0_mse
-from diffusion.files import new_directory, sha256, write_csv, write_json, write_sums
+from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json, write_sums, writing
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
@@ -30,7 +31,7 @@ from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say
 from diffusion.training import distributed, launching, loop
-from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.checkpoints import Checkpoints, newest_step
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, precision, runnable
 from diffusion.training.state import State, begin
@@ -54,6 +55,16 @@ CODE = [
 """What can shape the outputs, as in dvc.yaml."""
 KEPT_TRAININGS = 5
 """Interrupted trainings whose checkpoints are kept."""
+FACTS = "fingerprint.json"
+"""What a fingerprint was made of, beside the checkpoints."""
+SETUP = {
+    "device": "device: {}",
+    "processes": "train.processes: {}",
+    "threads": "OMP_NUM_THREADS={}",
+    "torch": "torch=={}",
+    "numpy": "numpy=={}",
+}
+"""The facts of a fingerprint that change only the rounding of a result, and how each is chosen."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -71,7 +82,7 @@ def run(params: Params, paths: Paths) -> None:
         check_devices(params, device)
         launching.divide_threads(params.train.processes)
         several = World(size=params.train.processes)
-        with taken(paths.checkpoints / training_fingerprint(params, paths, device, several)):
+        with taken(paths.checkpoints, training_facts(params, paths, device, several)):
             launching.launch(several.size)
         return
     with distributed.joined(device) as world, ExitStack() as held:
@@ -81,10 +92,11 @@ def run(params: Params, paths: Paths) -> None:
                 f"train.batch_size: {params.train.batch_size} is not a multiple of {parts}, the processes times "
                 "train.accumulate; change it in params.yaml"
             )
-        fingerprint = training_fingerprint(params, paths, device, world)
+        facts = training_facts(params, paths, device, world)
+        fingerprint = training_fingerprint(facts)
         directory = paths.checkpoints / fingerprint
         if world.main and not launched():
-            held.enter_context(taken(directory))
+            held.enter_context(taken(paths.checkpoints, facts))
         state = _train(params, paths, process, device, pairs, directory, fingerprint, world)
         if world.main:
             tracking.record(params, paths, state.run_id)
@@ -167,7 +179,7 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
     with new_directory(paths.previews) as temporary:
         for row in state.heldout_curve:
             drawn = picture(previews, int(row["step"]))
-            shutil.copyfile(drawn, temporary / drawn.name)
+            write_atomic(temporary / drawn.name, drawn.read_bytes())
     with new_directory(paths.train_curves) as temporary:
         write_csv(temporary / "loss.csv", state.loss_curve, columns)
         write_csv(temporary / "heldout.csv", state.heldout_curve)
@@ -189,12 +201,17 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
     )
 
 
-def training_fingerprint(params: Params, paths: Paths, device: torch.device, world: World) -> str:
-    """A name for all that shapes the result: parameters, data, code, and the libraries that compute it."""
+def training_facts(params: Params, paths: Paths, device: torch.device, world: World) -> dict[str, Any]:
+    """Everything that shapes the result: parameters, data, code, and what computes it.
+
+    The number of threads is part of it: sums are split among threads, so the weights differ in their last bits after
+    a single step.
+    """
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
+    del shaping["train"]["processes"]  # world.size, which torchrun may set instead
     root = Path(diffusion.__file__).parent
     sources = sorted(file for part in CODE for file in [root / part, *(root / part).rglob("*.py")] if file.is_file())
-    facts = {
+    return {
         "params": shaping,
         "pairs": sha256(paths.pairs / "manifest.json"),
         "code": {str(file.relative_to(root)): sha256(file) for file in sources},
@@ -204,23 +221,53 @@ def training_fingerprint(params: Params, paths: Paths, device: torch.device, wor
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+def training_fingerprint(facts: dict[str, Any]) -> str:
+    """The name of a training: the digest of its facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def taken(directory: Path) -> Iterator[None]:
-    """A block in which `directory` holds the checkpoints of this training and of no other process."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_of(directory)
-    try:
-        held = lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say("train: the same training is under way in another process; waiting for it to end")
-        held = lock.acquire()
+def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """A block in which this process alone writes the checkpoints of the training with these facts."""
+    directory = checkpoints / training_fingerprint(facts)
+    with writing(directory):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(directory)
+        try:
+            held = lock.acquire(timeout=0)
+        except filelock.Timeout:
+            say("train: the same training is under way in another process; waiting for it to end")
+            held = lock.acquire()
     with held:
-        directory.mkdir(exist_ok=True)
-        drop_old_trainings(directory.parent)
+        if not newest_step(directory):
+            for line in unusable(checkpoints, facts):
+                say(f"train: {line}")
+        write_json(directory / FACTS, facts)
+        drop_old_trainings(checkpoints)
         yield
+
+
+def unusable(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
+    """A line for each interrupted training that differs from this one in its setup alone."""
+    lines = []
+    for path in sorted(checkpoints.glob(f"*/{FACTS}")):
+        try:
+            other = json.loads(path.read_bytes())
+        except (OSError, ValueError):  # deleted or written at this moment
+            continue
+        step = newest_step(path.parent)
+        if step and {**facts, **dict.fromkeys(SETUP)} == {**other, **dict.fromkeys(SETUP)}:
+            # On a GPU the number of threads is null: it does not matter there.
+            differ = [name for name in SETUP if None not in (facts[name], other[name]) and facts[name] != other[name]]
+            made = ", ".join(SETUP[name].format(other[name]) for name in differ)
+            now = ", ".join(str(facts[name]) for name in differ)
+            lines.append(
+                f"the checkpoint of step {step} of this training is not used: it was made with {made} (now {now}), and "
+                f"the result would not be the same to the bit; train with {made} to continue from it"
+            )
+    return lines
 
 
 def lock_of(directory: Path) -> filelock.FileLock:

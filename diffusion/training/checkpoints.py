@@ -54,7 +54,7 @@ class Checkpoints:
         write_json(weights.with_suffix(".json"), {"sha256": _digest(content, facts), "facts": facts})
         newest = self._newest_first()
         kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
-        for path in [*self.directory.glob("*.json*"), *self.directory.glob("*.safetensors*")]:
+        for path in [*self.directory.glob("*[0-9].json*"), *self.directory.glob("*.safetensors*")]:
             if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
                 path.unlink()
 
@@ -93,7 +93,16 @@ class Checkpoints:
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.directory.glob("*.json"), reverse=True)
+        return _newest_first(self.directory)
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint in a directory; 0 if there is none."""
+    return next((int(path.stem) for path in _newest_first(directory)), 0)
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted(directory.glob("[0-9]*.json"), reverse=True)
 
 
 def _digest(weights: bytes, facts: dict[str, Any]) -> str:

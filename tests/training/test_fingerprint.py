@@ -1,0 +1,165 @@
+"""Which trainings go on from a checkpoint: those with the same parameters, pairs and code, and no others."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import files, yaml_files
+from diffusion import params as parameters
+from diffusion.paths import Paths
+from diffusion.stages import train
+from diffusion.training.distributed import World
+from tests.training import trees
+
+LONG: dict[str, Any] = {"steps": 100_000, "preview_every": 20, "decay": "constant"}
+"""No test waits for the end of such a training."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree with a training that was stopped after its first measurement, to be copied."""
+    tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("interrupted") / "tree", **LONG)
+    stop(tree, "step 20: held-out")
+    assert max(steps(tree)) >= 20
+    return tree
+
+
+def stop(tree: Path, words: str, **environment: str) -> str:
+    """Train until a line has these words, end the training with SIGTERM, and give the line."""
+    with trees.start(tree, **environment) as process:
+        line = trees.wait_for(process, words)
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    return line
+
+
+def steps(tree: Path) -> set[int]:
+    """The steps of all checkpoints."""
+    return {int(path.stem) for path in tree.glob(".ddpm/checkpoints/*/0*.json")}
+
+
+def begins(tree: Path, **environment: str) -> bool:
+    """Whether training, started anew, begins at step 0; else it goes on from the newest checkpoint that was there."""
+    before, newest = trees.digests(tree, ".ddpm/checkpoints"), max(steps(tree))
+    line = stop(tree, "parameters, ", **environment)
+    if f", going on from step {newest}" in line:
+        return False
+    assert "going on" not in line
+    after = trees.digests(tree, ".ddpm/checkpoints")
+    assert before.items() <= after.items()  # the other training can still be taken up again
+    return True
+
+
+def copy_of_the_code(directory: Path) -> Path:
+    shutil.copytree(trees.ROOT / "diffusion", directory / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
+    return directory / "diffusion"
+
+
+def test_unchanged_parameters_go_on(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree")
+    trees.change(tree, {"sample": {"count": 9}, "evaluate": {"resamples": 200}, "export": {"steps": 3}})
+    assert not begins(tree)
+
+
+def test_changed_parameters_never_pick_up_old_weights(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree", learning_rate=0.001)
+    assert begins(tree)
+
+
+def test_changed_pairs_never_pick_up_old_weights(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree")
+    trees.change(tree, {"shard": {"val_fraction": 0.3}})
+    for stage in ("shard", "pairs"):
+        done = trees.run(tree, *trees.TRAIN[:-1], stage)
+        assert done.returncode == 0, done.stderr
+    assert begins(tree)
+
+
+def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree")
+    code = copy_of_the_code(tmp_path / "code")
+    loss = code / "process" / "loss.py"
+    loss.write_text(loss.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert begins(tree, PYTHONPATH=str(code.parent))
+
+
+def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
+    params = parameters.validate(yaml_files.overlay(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
+    return train.training_fingerprint(train.training_facts(params, Paths(tree), torch.device("cpu"), World()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"process": {"loss": "l1"}},
+        {"network": {"dropout": 0.1}},
+        {"train": {"learning_rate": 0.001}},
+        {"train": {"muon_learning_rate": 0.001}},
+    ],
+)
+def test_every_section_that_shapes_the_weights_is_in_the_fingerprint(pairs_tree: Path, changes: dict[str, Any]) -> None:
+    assert fingerprint(pairs_tree, changes) != fingerprint(pairs_tree)
+
+
+def test_every_file_that_training_depends_on_is_in_the_fingerprint(
+    pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, code = fingerprint(pairs_tree), copy_of_the_code(tmp_path)
+    monkeypatch.setattr(diffusion, "__file__", str(code / "__init__.py"))
+    assert fingerprint(pairs_tree) == whole
+    files = [file for part in train.CODE for file in [code / part, *(code / part).rglob("*.py")] if file.is_file()]
+    assert len(files) > len(train.CODE)
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content + b"# changed\n")
+        assert fingerprint(pairs_tree) != whole, file
+        file.write_bytes(content)
+    assert fingerprint(pairs_tree) == whole
+
+
+def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
+    tree = trees.copy(interrupted, tmp_path / "tree")
+    assert stop(tree, "checkpoint", OMP_NUM_THREADS="2") == (
+        f"train: the checkpoint of step {max(steps(interrupted))} of this training is not used: it was made with "
+        "OMP_NUM_THREADS=1 (now 2), and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to "
+        "continue from it\n"
+    )
+
+
+def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
+    facts = {
+        "params": {"seed": 0},
+        "pairs": "12",
+        "code": {"a.py": "34"},
+        "device": "cpu",
+        "processes": 1,
+        "threads": 2,
+        "torch": "2.13.0",
+        "numpy": "2.0.0",
+    }
+    others: dict[str, dict[str, Any]] = {
+        "a": {"torch": "2.12.0", "numpy": "1.26.0"},
+        "b": {"device": "cuda", "threads": None, "processes": 8},
+        "c": {"torch": "2.12.0", "params": {"seed": 1}},
+        "d": {"threads": 4, "pairs": "13"},
+        "e": {"threads": 4, "code": {"a.py": "35"}},
+        "f": {"threads": 4},
+    }
+    for name, changes in others.items():
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / train.FACTS, facts | changes)
+        (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / train.FACTS).write_text("{", encoding="utf-8")
+    first, second = train.unusable(tmp_path, facts)
+    assert "step 70" in first
+    assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
+    assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
+    assert train.unusable(tmp_path, facts | {"params": {}}) == []
