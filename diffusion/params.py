@@ -33,11 +33,13 @@ class Shard(Section):
     """Raw images into webdataset shards."""
 
     source: Annotated[str, Field(min_length=1)]
-    """An .npz file, a folder of idx files, or a folder of images (sub-folders are classes)."""
+    """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
+    split_names_as_classes: bool
+    """Confirms that folders named like a split (train, test, ...) are classes where they form no splits."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images kept for watching the training, chosen by a hash of each image's key."""
+    """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images kept for the final evaluation; unused where the source has a test split of its own."""
+    """Share of the images held out for the final evaluation; chosen and unused likewise."""
     samples_per_shard: Positive
     """Images per tar file."""
 
