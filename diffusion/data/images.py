@@ -7,11 +7,13 @@ import hashlib
 import io
 import re
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 RAW = re.compile(
@@ -236,14 +238,13 @@ def _to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Im
     grey = colour.mode in ("L", "I;16")
     if profile:
         colour = _as_described(colour, profile)
-        if (transform := _transform(profile, colour.mode)) is not None:
-            if deep and colour.mode == "RGB" and _steepest(transform) > 6:
+        if (convert := _conversion(profile, colour.mode)) is not None:
+            if deep and colour.mode == "RGB" and _steepest(convert) > 6:
                 raise Unreadable(
-                    "16-bit RGB in a linear colour space, of which Pillow keeps 8 bits; convert it to sRGB"
+                    "16-bit pixels in a linear RGB space, of which only 8 bits are read; convert it to sRGB"
                 )
-            colour = transform.apply(colour)
-    colour = _eight_bits(colour)
-    return colour.convert("L" if grey else "RGB")
+            colour = convert(colour)
+    return _eight_bits(colour).convert("L" if grey else "RGB")
 
 
 def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
@@ -262,29 +263,40 @@ def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=32)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """From an ICC profile to sRGB for pixels of a mode; None for a profile that is sRGB under another name."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.ImageCmsTransform(source, ImageCms.ImageCmsProfile(SRGB), mode, "RGB")
+        intent = ImageCms.Intent(source.profile.rendering_intent)
+        # Little CMS's optimizations are fast, and exact for matrices alone: 30 levels are lost in dark linear grey.
+        exact = mode != "RGB" or not source.profile.is_matrix_shaper
+        flags = ImageCms.Flags.NOOPTIMIZE if exact else ImageCms.Flags.NONE
+        transform = ImageCms.ImageCmsTransform(
+            source, ImageCms.ImageCmsProfile(SRGB), mode, "RGB", intent=intent, flags=flags
+        )
     except (OSError, ValueError):
         raise Unreadable("an ICC profile that cannot be applied") from None
     if mode == "CMYK":
-        return transform
+        return transform.apply
     if mode == "RGB":
-        values = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
-        probe = Image.fromarray(values)
-    else:
-        values = np.arange(256, dtype=np.uint8).reshape(1, -1, 1)
-        probe = Image.fromarray(values[..., 0] if mode == "L" else values[..., 0].astype(np.uint16) * 257)
-    change = np.asarray(transform.apply(probe)).astype(int) - values
-    return transform if np.abs(change).max() > CLOSE_TO_SRGB else None
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+        change = np.asarray(transform.apply(Image.fromarray(probe))).astype(int) - probe
+        return transform.apply if np.abs(change).max() > CLOSE_TO_SRGB else None
+    ramp = np.arange(256, dtype=np.uint8) if mode == "L" else np.arange(65536, dtype=np.uint16)
+    table = np.asarray(transform.apply(Image.fromarray(ramp[None])).convert("L"))[0]
+    change = table - ramp * (255 / ramp[-1])
+    return partial(_by_table, table) if np.abs(change).max() > CLOSE_TO_SRGB else None
 
 
-def _steepest(transform: ImageCms.ImageCmsTransform) -> int:
-    """The largest step between two neighbouring greys."""
+def _by_table(table: NDArray[np.uint8], image: Image.Image) -> Image.Image:
+    return Image.fromarray(table[np.asarray(image)])
+
+
+def _steepest(convert: Callable[[Image.Image], Image.Image]) -> int:
+    """The largest step between two neighbouring greys of 8 bits."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    return int(np.diff(np.asarray(transform.apply(Image.fromarray(ramp))).astype(int), axis=1).max())
+    return int(np.diff(np.asarray(convert(Image.fromarray(ramp))).astype(int), axis=1).max())
 
 
 def _eight_bits(colour: Image.Image) -> Image.Image:

@@ -115,15 +115,17 @@ def _curve(gamma: float) -> bytes:
 
 
 def _profile(space: bytes, connection: bytes, tags: Mapping[bytes, bytes]) -> bytes:
+    """A profile of version 2.4 whose rendering intent is relative colorimetric: colours as the tags say."""
     tags = {b"wtpt": _xyz(*WHITE_D50), **tags}
     table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for name, content in tags.items():
         table += name + struct.pack(">II", start + len(body), len(content))
         body += content + bytes(-len(content) % 4)
     kind = b"prtr" if space == b"CMYK" else b"mntr"
-    header = bytes(4) + b"\x02\x40\0\0" + kind + space + connection + bytes(12) + b"acsp" + bytes(28)
+    header = bytes(4) + b"\x02\x40\0\0" + kind + space + connection + bytes(12) + b"acsp" + bytes(24)
+    header += struct.pack(">I", 1)
     header += b"".join(map(_fixed, WHITE_D50))
-    return struct.pack(">I", start + len(body)) + header.ljust(128, b"\0")[4:] + table + body
+    return (struct.pack(">I", start + len(body)) + header).ljust(128, b"\0") + table + body
 
 
 def to_srgb(rgb: NDArray[np.uint8], to_xyz: NDArray[np.float64], gamma: float) -> NDArray[np.float64]:
