@@ -109,7 +109,9 @@ def _suffixes() -> set[str]:
 def _read(path: Path) -> Picture:
     if RAW.fullmatch(path.suffix):
         raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
-    content = path.read_bytes()
+    with path.open("rb") as file, Image.open(file, formats=_formats()):  # it may be a film of gigabytes
+        file.seek(0)
+        content = file.read()
     # Not by path: Pillow would map uncompressed files to memory, and scramble those that are stored on their side.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
