@@ -31,9 +31,9 @@ def run(params: Params, paths: Paths) -> None:
     _say_files("left out", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:
-        say(f"shard: {manifest.multipage} files have several pages or frames; the first of each is used")
+        say(f"shard: files with several pages or frames, of which the first is used: {manifest.multipage}")
     if manifest.copies:
-        say(f"shard: {manifest.copies} images are copies of others, pixel by pixel; all copies are in one split")
+        say(f"shard: copies of other images, pixel by pixel: {manifest.copies}; all copies of an image share a split")
     per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
     samples = sum(contents.samples for contents in manifest.splits.values())
     say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), samples)}")
