@@ -191,10 +191,11 @@ class Train(Section):
     ema_width: Annotated[float, Field(ge=0.001, lt=0.288)]
     """Width of the moving average of the weights that becomes the model, as a share of the training so far (EDM2's
     power-function average; Karras et al. 2024)."""
-    timesteps: Literal["stratified", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]
-    """How timesteps are drawn: stratified over each block of images; independently (uniform); by the root of the loss
-    (rms-error) or of its mean square (loss-second-moment; Nichol & Dhariwal 2021), both with weights that keep it
-    unbiased; or most where log SNR is in the middle (log-snr-normal; Karras et al. 2022)."""
+    timesteps: Literal["stored", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]
+    """How timesteps are drawn, always with the stored noise: stored, as data/pairs has them, stratified over a block;
+    uniform, independently; in proportion to the root of the loss (rms-error) or of its mean square (loss-second-moment;
+    Nichol & Dhariwal 2021), weighted to stay unbiased; or log-snr-normal, most often at medium log SNR (Karras et al.
+    2022)."""
     flip: bool
     """Whether images are mirrored left to right at random."""
     class_dropout: Fraction
