@@ -38,24 +38,25 @@ class Folder:
     def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
         """Raises UserError if a class has the name of a split, unless `split_names_as_classes` confirms it."""
         self.folder = folder
-        root = _seen_through(folder)
-        top = _folders_with_images(root)
+        (root,), (top,) = _seen_through([folder])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
         if "train" not in splits.values() or None in splits.values():
             splits = {}
-        # Held-out splits first: see Source.
-        order = ("test", "val", "train", None)
-        self._roots: list[tuple[Split | None, Path]] = sorted(
-            ((split, _seen_through(root / name)) for name, split in splits.items()),
-            key=lambda item: order.index(item[0]),
-        ) or [(None, root)]
         self.own_splits: dict[Split, str] = {
             split: " and ".join(f"{_text(name)}/" for name in top if splits[name] == split)
             for split in SPLIT_NAMES.values()
             if split in splits.values()
         }
-        self._outside = [path for path in root.iterdir() if splits and _visible(path) and path.is_file()]
-        self._labels = sorted({name for _, inside in self._roots for name in _folders_with_images(inside)})
+        self._roots: list[tuple[Split | None, Path]] = [(None, root)]
+        self._outside = list[Path]()
+        if splits:
+            # Held-out splits first: see Source.
+            top.sort(key=lambda name: ("test", "val", "train").index(splits[name] or "train"))
+            roots, classes = _seen_through([root / name for name in top])
+            self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
+            top = sorted({name for names in classes for name in names})
+            self._outside = sorted(path for path in root.iterdir() if _visible(path) and path.is_file())
+        self._labels = top
         self.classes = tuple(map(_text, self._labels))
         like_splits = [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
         if like_splits and not split_names_as_classes:
@@ -88,7 +89,7 @@ class Folder:
                 top, *rest = path.relative_to(root).parts
                 if not rest or top in known:
                     yield path, split, top if rest else ""
-        for path in sorted(self._outside):
+        for path in self._outside:
             if is_image(path):
                 yield path, None, ""
 
@@ -132,15 +133,16 @@ def _folders_with_images(folder: Path) -> list[str]:
     )
 
 
-def _seen_through(folder: Path) -> Path:
-    """The folder itself, or if all its images are in folders of one folder, that one, and so on."""
-    folders = _folders_with_images(folder)
-    if len(folders) != 1 or folders[0].lower() in SPLIT_NAMES:
-        return folder
-    if any(is_image(path) for path in folder.iterdir() if _visible(path) and path.is_file()):
-        return folder
-    inner = folder / folders[0]
-    return _seen_through(inner) if _folders_with_images(inner) else folder
+def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
+    """The folders themselves, or where each holds nothing but the same one, those, and so on; and what is in them."""
+    inside = [_folders_with_images(folder) for folder in folders]
+    name = inside[0][0] if inside[0] else ""
+    if any(names != [name] for names in inside) or name.lower() in SPLIT_NAMES:
+        return folders, inside
+    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and path.is_file()):
+        return folders, inside
+    inner, deeper = _seen_through([folder / name for folder in folders])
+    return (inner, deeper) if any(deeper) else (folders, inside)
 
 
 def _key(path: Path) -> str:

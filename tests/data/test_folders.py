@@ -134,6 +134,8 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
         (["train/images/cat/1.png", "train/images/dog/1.png", "test/images/cat/2.png", "test/images/dog/2.png"],
          ("cat", "dog"), {"train", "test"}),
         (["train/cat/1.png", "train/dog/2.png"], ("cat", "dog"), {"train"}),
+        (["train/cat/old/1.png", "train/cat/new/1.png", "test/cat/2.png", "test/dog/3.png"],
+         ("cat", "dog"), {"train", "test"}),
         (["train/1.png", "test/2.png"], (), {"train", "test"}),
         (["cat/1.png"], ("cat",), {}),
         (["set/cat/1.png", "stray.png"], ("set",), {}),
