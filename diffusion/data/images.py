@@ -31,6 +31,9 @@ CLOSE_TO_SRGB = 2
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
+# For uncompressed files as well: Pillow's own decoder mixes up 16-bit planes and subsampled colour.
+TiffImagePlugin.READ_LIBTIFF = True
+
 
 class Unreadable(Exception):
     """Why an image cannot be used, in one line that does not name the file."""
@@ -145,8 +148,6 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
         raise Unreadable("its first page is the thumbnail of another (camera raw?); save that one by itself")
     if image.mode == "L" and max(tags.get(339, (1,))) == 2:
         raise Unreadable("signed 8-bit pixels, whose black and white are not known")
-    if image.mode == "YCbCr" and tags.get(530, (2, 2)) != (1, 1):
-        raise Unreadable("uncompressed YCbCr with subsampled colour, which Pillow cannot read")
     if image.mode == "CMYK" and tags.get(332, 1) != 1:
         raise Unreadable("inks other than cyan, magenta, yellow and black")
 
@@ -173,6 +174,9 @@ def _check_colour(image: Image.Image, content: bytes) -> None:
     elif image.format == "AVIF" and "icc_profile" not in info and b"colrnclx" in content:
         start = content.index(b"colrnclx") + 8
         _check_code_points(content[start + 1], content[start + 3])
+    elif image.format == "JPEG2000" and (start := content.find(b"colr\x01") + 7) > 6:
+        if (space := int.from_bytes(content[start : start + 4])) not in (12, 16, 17, 18):
+            raise Unreadable(f"colour space {space} of JPEG 2000; convert it to sRGB")  # not CMYK, sRGB, grey or sYCC
     elif image.format == "PNG" and not {"icc_profile", "srgb"} & info.keys():
         if not 0.43 <= info.get("gamma", 1 / 2.2) <= 0.48:
             raise Unreadable(f"gamma {info['gamma']:g} without an ICC profile; convert it to sRGB")

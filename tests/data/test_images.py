@@ -9,49 +9,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.images import Unreadable, digest, is_image, read_image
+from diffusion.data.images import Unreadable, digest, read_image
 from tests.data.encoders import packed, png, tiff
+from tests.data.pixels import BYTES, DEEP, PALETTE, RNG, H, W, differ, from_ycbcr, rgba, save, upright
 
 CASES = Path(__file__).parent / "cases" / "images"
 EXPECTED = np.load(CASES / "expected.npz")
 REFUSED = {"f.pfm": "32 bits have no known black and white", "lab.tif": r"8-bit L\*a\*b\* pixels"}
-W, H = 16, 12
-RNG = np.random.default_rng(0)
-DEEP = RNG.integers(0, 65536, (H, W)).astype(np.uint16)
-BYTES = RNG.integers(0, 256, (H, W, 4), dtype=np.uint8)
-PALETTE = RNG.integers(0, 256, (256, 3), dtype=np.uint8)
-
-
-def rgba(pixels: NDArray[Any]) -> NDArray[np.int64]:
-    """Grey, RGB or RGBA as RGBA."""
-    pixels = np.asarray(pixels).astype(np.int64)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if pixels.shape[2] == 3:
-        pixels = np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=2)
-    return pixels
-
-
-def differ(image: Image.Image, expected: NDArray[Any]) -> int:
-    """The largest difference in any channel; of colour, where it is visible."""
-    assert image.mode in ("L", "RGB", "RGBA")
-    found, wanted = rgba(np.asarray(image)), rgba(expected)
-    assert found.shape == wanted.shape
-    difference = np.abs(found - wanted)
-    difference[..., :3][wanted[..., 3] == 0] = 0
-    return int(difference.max())
-
-
-def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Stored pixels as they are to be shown, by the table of the Exif standard: where row 0 and column 0 are."""
-    rows = {1: "top", 2: "top", 3: "bottom", 4: "bottom"}
-    columns = {1: "left", 2: "right", 3: "right", 4: "left"}
-    if orientation in rows:
-        pixels = pixels[::-1] if rows[orientation] == "bottom" else pixels
-        return pixels[:, ::-1] if columns[orientation] == "right" else pixels
-    pixels = pixels.swapaxes(0, 1)  # row 0 is a visual column
-    pixels = pixels[:, ::-1] if orientation in (6, 7) else pixels  # row 0 is the right-hand side
-    return pixels[::-1] if orientation in (7, 8) else pixels  # column 0 is the bottom
 
 
 def test_every_case_is_there() -> None:
@@ -81,8 +45,6 @@ def pictures() -> dict[str, tuple[Image.Image, NDArray[Any]]]:
     palette.putpalette(PALETTE.tobytes())
     inks = BYTES.astype(int)
     luma = Image.fromarray(colour, mode="YCbCr")
-    y, cb, cr = np.moveaxis(colour.astype(float), -1, 0)
-    jfif = np.stack([y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)])
     return {
         "1": (Image.fromarray(grey > 127), np.where(grey > 127, 255, 0)),
         "L": (Image.fromarray(grey), grey),
@@ -91,7 +53,7 @@ def pictures() -> dict[str, tuple[Image.Image, NDArray[Any]]]:
         "RGB": (Image.fromarray(colour), colour),
         "RGBA": (Image.fromarray(BYTES), BYTES),
         "CMYK": (Image.fromarray(BYTES, mode="CMYK"), (255 - inks[..., :3]) * (255 - inks[..., 3:]) / 255),
-        "YCbCr": (luma, np.clip(np.moveaxis(jfif, 0, -1), 0, 255)),
+        "YCbCr": (luma, from_ycbcr(colour)),
         "I;16": (Image.fromarray(DEEP), DEEP / 257),
     }
 
@@ -105,7 +67,6 @@ COMPRESSIONS = [None, "packbits", "tiff_lzw", "tiff_adobe_deflate"]
 FILES = [(kind, mode, c) for kind, modes in CONTAINERS.items() for mode in modes for c in COMPRESSIONS]
 
 
-@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "mode", "compression"), [f for f in FILES if f[0] == ".tif" or f[2] is None])
 def test_every_mode_stands_upright(
@@ -199,10 +160,28 @@ def test_strips_and_bilevel_compression(tmp_path: Path, orientation: int) -> Non
     assert differ(read_image(path).image, upright(np.where(BYTES[..., 0] > 127, 255, 0), orientation)) == 0
 
 
-def test_channels_stored_apart(tmp_path: Path) -> None:
-    planes = [BYTES[..., channel].tobytes() for channel in range(3)]
-    (tmp_path / "a.tif").write_bytes(tiff(W, H, planes, [8] * 3, 2, {274: (3, [6])}))
-    assert differ(read_image(tmp_path / "a.tif").image, upright(BYTES[..., :3], 6)) == 0
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("depth", "channels", "photometric"), [(8, 3, 2), (16, 3, 2), (8, 4, 2), (8, 4, 5), (16, 4, 2)]
+)
+def test_channels_stored_apart(tmp_path: Path, depth: int, channels: int, photometric: int, order: str) -> None:
+    stored = BYTES[..., :channels] if depth == 8 else (BYTES[..., :channels].astype(np.uint16) * 257)
+    planes = [stored[..., channel].astype(f"{order}u{depth // 8}").tobytes() for channel in range(channels)]
+    tags = {274: (3, [6])} | ({338: (3, [2])} if (channels, photometric) == (4, 2) else {})
+    (tmp_path / "a.tif").write_bytes(tiff(W, H, planes, [depth] * channels, photometric, tags, order))
+    expected = pictures()["CMYK"][1] if photometric == 5 else BYTES[..., :channels]
+    assert differ(read_image(tmp_path / "a.tif").image, upright(expected, 6)) <= 1
+
+
+@pytest.mark.parametrize("tags", [{}, {530: (3, [2, 2])}])
+def test_uncompressed_subsampled_colour(tmp_path: Path, tags: dict[int, Any]) -> None:
+    luma = BYTES[..., 0]
+    cb, cr = (BYTES[: H // 2, : W // 2, channel] // 4 + 96 for channel in (1, 2))
+    blocks = luma.reshape(H // 2, 2, W // 2, 2).swapaxes(1, 2).reshape(H // 2, W // 2, 4)
+    strip = np.concatenate([blocks, cb[..., None], cr[..., None]], axis=2).astype(np.uint8).tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(W, H, [strip], [8] * 3, 6, tags))
+    colour = np.stack([luma, cb.repeat(2, 0).repeat(2, 1), cr.repeat(2, 0).repeat(2, 1)], axis=-1)
+    assert differ(read_image(tmp_path / "a.tif").image, from_ycbcr(colour)) <= 1
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -240,11 +219,6 @@ def test_other_transparent_pixels(tmp_path: Path) -> None:
     assert differ(read_image(tmp_path / "la16.png").image, expected) <= 1
 
 
-def save(path: Path, image: Image.Image, **options: Any) -> bytes:
-    image.save(path, **options)
-    return path.read_bytes()
-
-
 def test_the_first_of_several_is_taken(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (W, H), colour) for colour in ("#ff0000", "#0000ff"))
     for name in ("a.gif", "a.png", "a.webp", "a.tif", "a.avif"):
@@ -255,72 +229,6 @@ def test_the_first_of_several_is_taken(tmp_path: Path) -> None:
         assert differ(picture.image, np.asarray(first)) <= 3
     save(tmp_path / "one.gif", first)
     assert not read_image(tmp_path / "one.gif").several
-
-
-def refused_files() -> dict[str, tuple[bytes, str]]:
-    strip = BYTES[..., :3].tobytes()
-    rgb16 = png(W, H, 16, 2, [row.tobytes() for row in DEEP.repeat(3, 1).astype(">u2")], {b"tRNS": bytes(6)})
-    linear = {b"gAMA": (100000).to_bytes(4)}
-    wide = {b"gAMA": (45455).to_bytes(4), b"cHRM": b"".join(n.to_bytes(4) for n in [31270, 32900, 68000, 32000] * 2)}
-    rows = [row.tobytes() for row in BYTES[..., 0]]
-    sub = {530: (3, [2, 2])}
-    return {
-        "photo.NEF": (tiff(W, H, [strip], [8] * 3, 2), "camera raw"),
-        "photo.cr3": (b"anything", "camera raw"),
-        "dng.tif": (tiff(W, H, [strip], [8] * 3, 2, {50706: (1, [1, 4, 0, 0])}), "camera raw"),
-        "flag.tif": (tiff(W, H, [strip], [8] * 3, 2, {254: (4, [1])}), "its first page is the thumbnail of another"),
-        "oldflag.tif": (tiff(W, H, [strip], [8] * 3, 2, {255: (3, [2])}), "its first page is the thumbnail"),
-        "child.tif": (tiff(W, H, [strip], [8] * 3, 2, child=(4000, 3000)), "its first page is the thumbnail"),
-        "signed.tif": (tiff(W, H, [strip[: W * H]], [8], 1, {339: (3, [2])}), "signed 8-bit"),
-        "ycbcr.tif": (tiff(W, H, [strip], [8] * 3, 6, sub), "subsampled colour"),
-        "inks.tif": (tiff(W, H, [BYTES.tobytes()], [8] * 4, 5, {332: (3, [2])}), "inks other than"),
-        "rgb16.png": (rgb16, "16-bit RGB with a transparent colour"),
-        "linear.png": (png(W, H, 8, 0, rows, linear), "gamma 1 without an ICC profile"),
-        "wide.png": (png(W, H, 8, 0, rows, wide), "primaries other than those of sRGB"),
-        "pq.png": (png(W, H, 8, 0, rows, {b"cICP": bytes([9, 16, 0, 1])}), "code points 9/16"),
-        "text.png": (b"no image", "not an image, or of a kind that Pillow cannot read"),
-        "empty.jpg": (b"", "not an image"),
-        "cut.png": (png(W, H, 8, 0, rows, {})[:70], "truncated|broken"),
-    }
-
-
-@pytest.mark.parametrize("name", refused_files())
-def test_what_cannot_be_read_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
-    content, reason = refused_files()[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(Unreadable, match=reason) as caught:
-        read_image(tmp_path / name)
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
-    assert is_image(tmp_path / name)
-
-
-def test_harmless_relatives_of_refused_files_are_read(tmp_path: Path) -> None:
-    strip, rows = BYTES[..., :3].tobytes(), [row.tobytes() for row in BYTES[..., 0]]
-    srgb = {b"gAMA": (45455).to_bytes(4), b"cHRM": b"".join(
-        n.to_bytes(4) for n in [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000])}  # fmt: skip
-    (tmp_path / "child.tif").write_bytes(tiff(W, H, [strip], [8] * 3, 2, child=(4, 3)))
-    assert differ(read_image(tmp_path / "child.tif").image, BYTES[..., :3]) == 0
-    (tmp_path / "srgb.png").write_bytes(png(W, H, 8, 0, rows, srgb))
-    (tmp_path / "cicp.png").write_bytes(png(W, H, 8, 0, rows, {b"cICP": bytes([1, 13, 0, 1])}))
-    for name in ("srgb.png", "cicp.png"):
-        assert differ(read_image(tmp_path / name).image, BYTES[..., 0]) == 0
-
-
-def test_adobe_rgb_by_exif_alone_is_refused(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
-    save(tmp_path / "a.jpg", Image.new("RGB", (W, H)), exif=exif)
-    with pytest.raises(Unreadable, match="Adobe RGB"):
-        read_image(tmp_path / "a.jpg")
-
-
-def test_high_dynamic_range_avif_is_refused(tmp_path: Path) -> None:
-    content = save(tmp_path / "a.avif", Image.new("RGB", (W, H), "red"))
-    place = content.index(b"colrnclx") + 8
-    (tmp_path / "a.avif").write_bytes(content[:place] + bytes([0, 9, 0, 16]) + content[place + 4 :])
-    with pytest.raises(Unreadable, match="code points 9/16"):
-        read_image(tmp_path / "a.avif")
 
 
 def test_a_decoders_warnings_come_with_the_picture(tmp_path: Path) -> None:
