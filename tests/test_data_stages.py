@@ -81,6 +81,21 @@ def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
     assert np.sum([part["per_class"] for part in manifest["splits"].values()], axis=0).tolist() == [22, 20]
 
 
+def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> None:
+    for name in ("elsewhere", "data/raw/own/cat"):
+        (digits_tree / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(digits_tree / name / "1.png")
+    (digits_tree / "data" / "raw" / "own" / "dog").symlink_to(digits_tree / "elsewhere")
+    text = (digits_tree / "params.yaml").read_text()
+    (digits_tree / "params.yaml").write_text(text.replace("data/raw/digits.npz", "data/raw/own"))
+    done = run(digits_tree, "shard")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "ddpm shard: error: data/raw/own/dog: a link to a folder, whose changes DVC would not"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:
     (digits_tree / "data" / "shards").mkdir()
     (digits_tree / "data" / "raw" / "digits.npz").unlink()

@@ -120,6 +120,15 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
             yield path
 
 
+def linked_folders(folder: Path) -> list[Path]:
+    """Links to folders below a folder, sorted."""
+    found = []
+    for place, names, _ in os.walk(folder):
+        names[:] = [name for name in names if _visible(Path(name))]
+        found += [path for name in names if (path := Path(place, name)).is_symlink()]
+    return sorted(found)
+
+
 def _visible(path: Path) -> bool:
     return not path.name.startswith(".") and path.name not in SYSTEM
 

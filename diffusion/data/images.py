@@ -112,10 +112,10 @@ def _suffixes() -> set[str]:
 def _read(path: Path) -> Picture:
     if RAW.fullmatch(path.suffix):
         raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
-    with path.open("rb") as file, Image.open(file, formats=_formats()):  # it may be a film of gigabytes
+    with path.open("rb") as file, Image.open(file, formats=_formats()):  # only an image is read as a whole, no video
         file.seek(0)
         content = file.read()
-    # Not by path: Pillow would map uncompressed files to memory, and scramble those that are stored on their side.
+    # Not by path: Pillow may map an uncompressed file to memory, and scrambles one that is stored on its side.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
         several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
@@ -153,10 +153,10 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
 
 
 def _has_larger_child(image: TiffImagePlugin.TiffImageFile, content: bytes) -> bool:
-    """Whether a sub-image has more pixels than the first page. The other way round it is a thumbnail, and harmless."""
+    """Whether a sub-image has more pixels than the first page; a smaller one is the page's thumbnail, and harmless."""
     offsets = image.tag_v2.get(330, ())
     for offset in offsets if isinstance(offsets, tuple) else (offsets,):
-        child = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if image.tag_v2._bigtiff else 8])
+        child = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])
         file = io.BytesIO(content)
         file.seek(int(offset))
         child.load(file)

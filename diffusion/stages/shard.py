@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion.data import shards
+from diffusion.data.folders import linked_folders
 from diffusion.data.sources import open_source
+from diffusion.errors import UserError
 from diffusion.files import new_directory
 from diffusion.params import Params
 from diffusion.paths import Paths
@@ -16,8 +18,14 @@ SHOWN = 5
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write data/shards; raises UserError if the source is in no known form, or too small."""
-    source = open_source(paths.root / params.shard.source, params.shard.split_names_as_classes)
+    """Write data/shards; raises UserError if the source is in no known form, too small, or partly outside by links."""
+    path = paths.root / params.shard.source
+    if linked := linked_folders(path):
+        raise UserError(
+            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; bring the images in by `ddpm import`, "
+            "which copies what links lead to"
+        )
+    source = open_source(path, params.shard.split_names_as_classes)
     with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
         manifest = shards.write(
             source,
