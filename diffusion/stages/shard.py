@@ -22,8 +22,8 @@ def run(params: Params, paths: Paths) -> None:
     path = paths.root / params.shard.source
     if linked := linked_folders(path):
         raise UserError(
-            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; bring the images in by `ddpm import`, "
-            "which copies what links lead to"
+            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; bring the images in by "
+            "`ddpm import`, which copies what links lead to"
         )
     source = open_source(path, params.shard.split_names_as_classes)
     with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
