@@ -127,7 +127,7 @@ def main() -> None:
         "ema_width": 0.05,
         "optimizer": "adamw",
         "decay": "cosine",
-        "timesteps": "stratified",
+        "timesteps": "stored",
     }
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.jobs) as pool:
         root = Path(directory)

@@ -93,7 +93,13 @@ def apply_preset(arguments: argparse.Namespace) -> None:
 def import_data(arguments: argparse.Namespace) -> None:
     from diffusion.data.importing import import_data
 
-    import_data(arguments.path, arguments.name, Paths(), link=arguments.link)
+    import_data(
+        arguments.path,
+        arguments.name,
+        Paths(),
+        link=arguments.link,
+        split_names_as_classes=arguments.split_names_as_classes,
+    )
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -183,6 +189,11 @@ def parser() -> argparse.ArgumentParser:
     imports.add_argument("path", type=Path, help="an .npz file, a folder of idx files or a folder of images")
     imports.add_argument("--name", required=True, help="name below data/raw")
     imports.add_argument("--link", action="store_true", help="link to the files instead of copying them")
+    imports.add_argument(
+        "--split-names-as-classes",
+        action="store_true",
+        help="confirm classes that are named like a split (train, test, ...)",
+    )
 
     sample_options(command("sample", "make pictures with the trained model", sample))
 

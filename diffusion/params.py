@@ -30,11 +30,13 @@ class Shard(Section):
     rules = (rules.leaves_something_to_train_on,)
 
     source: Annotated[str, Field(min_length=1)]
-    """An .npz file, a folder of idx files, or a folder of images (sub-folders are classes)."""
+    """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
+    split_names_as_classes: bool
+    """Confirms that folders named like a split (train, test, ...) are classes where they form no splits."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images kept for watching the training, chosen by a hash of each image's key."""
+    """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images kept for the final evaluation; unused where the source has a test split of its own."""
+    """Share of the images held out for the final evaluation; chosen and unused likewise."""
     samples_per_shard: Positive
     """Images per tar file."""
 
@@ -156,10 +158,11 @@ class Train(Section):
     ema_width: Annotated[float, Field(ge=0.001, lt=0.288)]
     """Width of the moving average of the weights that becomes the model, as a share of the training so far (EDM2's
     power-function average; Karras et al. 2024)."""
-    timesteps: Literal["stratified", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]
-    """How timesteps are drawn: stratified over each block of images; independently (uniform); by the root of the loss
-    (rms-error) or of its mean square (loss-second-moment; Nichol & Dhariwal 2021), both with weights that keep it
-    unbiased; or most where log SNR is in the middle (log-snr-normal; Karras et al. 2022)."""
+    timesteps: Literal["stored", "uniform", "rms-error", "loss-second-moment", "log-snr-normal"]
+    """How timesteps are drawn, always with the stored noise: stored, as data/pairs has them, stratified over a block;
+    uniform, independently; in proportion to the root of the loss (rms-error) or of its mean square (loss-second-moment;
+    Nichol & Dhariwal 2021), weighted to stay unbiased; or log-snr-normal, most often at medium log SNR (Karras et al.
+    2022)."""
     flip: bool
     """Whether images are mirrored left to right at random."""
     class_dropout: Fraction

@@ -1,11 +1,14 @@
 """The stages shard and pairs, through the command line."""
 
 import hashlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from diffusion.data.pairs import Pairs
 from diffusion.params import Params
@@ -25,10 +28,10 @@ def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: 
     for _ in range(2):  # the second time over the results of the first
         shard, pairs = run(digits_tree, "shard"), run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
-            "shard: 1429 train, 178 val, 190 test images in 3 shards, 0 rejected"
+            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 rejected"
         ), shard.stderr
         assert pairs.stderr.splitlines()[-1] == (
-            "pairs: 1429 train, 178 val, 190 test images of 1x8x8 in blocks of 64"
+            "pairs: 1452 train, 163 val, 182 test images of 1x8x8 in blocks of 64"
         ), pairs.stderr
         made.append(digests(digits_tree / "data" / "shards") | digests(digits_tree / "data" / "pairs"))
     assert made[0] == made[1]
@@ -48,6 +51,50 @@ def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: 
     alpha_bar = build.process(params.process).schedule.alpha_bar.numpy()[t].reshape(-1, 1, 1, 1)
     x_0 = val.x_0(0) / 127.5 - 1
     np.testing.assert_allclose(x_t, np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
+    images = np.load(digits_tree / "data" / "raw" / "digits.npz")["images"]
+    for index, image in enumerate([*images[:40], images[0]]):
+        path = digits_tree / "data" / "raw" / "own" / "ab"[index % 2] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    frames = [Image.fromarray(image) for image in images[40:42]]
+    frames[0].save(path.with_name("film.gif"), save_all=True, append_images=frames[1:])
+    for number in range(7):
+        path.with_name(f"note{number}.txt").write_text("no image")
+    text = (digits_tree / "params.yaml").read_text()
+    (digits_tree / "params.yaml").write_text(text.replace("data/raw/digits.npz", "data/raw/own"))
+    done = run(digits_tree, "shard")
+    assert done.returncode == 0, done.stderr
+    reason = "not an image, or of a kind that Pillow cannot read"
+    assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
+        *(f"shard: left out: a/note{number}.txt: {reason}" for number in range(5)),
+        "shard: left out: 2 more, listed in data/shards/manifest.json",
+        "shard: files with several pages or frames, of which the first is used: 1",
+        "shard: copies of other images, pixel by pixel: 1; all copies of an image share a split",
+        "shard: 2 classes: a 22, b 20",
+        "shard: splits: train, val and test by a hash of each image's pixels",
+    ]
+    manifest = json.loads((digits_tree / "data" / "shards" / "manifest.json").read_text())
+    assert manifest["rejected"] == [{"file": f"a/note{number}.txt", "reason": reason} for number in range(7)]
+    assert (manifest["copies"], manifest["multipage"], manifest["own_splits"]) == (1, 1, {})
+    assert np.sum([part["per_class"] for part in manifest["splits"].values()], axis=0).tolist() == [22, 20]
+
+
+def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> None:
+    for name in ("elsewhere", "data/raw/own/cat"):
+        (digits_tree / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(digits_tree / name / "1.png")
+    (digits_tree / "data" / "raw" / "own" / "dog").symlink_to(digits_tree / "elsewhere")
+    text = (digits_tree / "params.yaml").read_text()
+    (digits_tree / "params.yaml").write_text(text.replace("data/raw/digits.npz", "data/raw/own"))
+    done = run(digits_tree, "shard")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "ddpm shard: error: data/raw/own/dog: a link to a folder, whose changes DVC would not"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:

@@ -10,23 +10,29 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diffusion.data import images
 from diffusion.data.pairs import fit
-from diffusion.data.shards import normalise, png
+from diffusion.data.shards import png
 from diffusion.errors import UserError
 from diffusion.evaluation.samples import grid_png
 from diffusion.files import write_atomic, writing
+from diffusion.progress import say
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, upright, in mode L, RGB or RGBA; raises UserError if it is none."""
+    """An image file, upright, in sRGB, in mode L, RGB or RGBA; raises UserError if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return normalise(image)
-    except Exception as error:  # the decoders raise what they like
-        raise UserError(f"{path}: not a readable image ({getattr(error, 'strerror', None) or error})") from None
+        picture = images.read_image(path)
+    except images.Unreadable as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+    for warning in picture.warnings:
+        say(f"sample: decoder warning: {path}: {warning}")
+    if picture.several:
+        say(f"sample: {path} has several pages or frames; the first is used")
+    return picture.image
 
 
 def to_x_0(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:

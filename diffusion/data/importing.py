@@ -5,9 +5,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
+from diffusion.data import shards
+from diffusion.data.folders import files_below
+from diffusion.data.noise import Split
+from diffusion.data.shards import Source
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 from diffusion.files import writing
@@ -15,14 +19,15 @@ from diffusion.paths import Paths
 from diffusion.progress import Progress
 
 
-def import_data(path: Path, name: str, paths: Paths, link: bool) -> None:
+def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False) -> None:
     """Copy (or link) a source to data/raw/NAME (an .npz file to data/raw/NAME.npz) and put it under DVC.
 
-    Raises UserError if the source is in no known form, NAME is taken or unfit, or DVC fails; then nothing is left.
+    `split_names_as_classes` confirms classes with the name of a split. Raises UserError if the source is in no known
+    form, NAME is taken or unfit, or DVC fails; then nothing is left.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"--name {name!r}: must be letters, digits, - and _ only, since it names a folder of data/raw")
-    open_source(path)
+    source = open_source(path, split_names_as_classes)
     target = paths.raw / (f"{name}.npz" if path.is_file() else name)
     tracked = target.with_name(f"{target.name}.dvc")
     for taken in (target, tracked):
@@ -43,40 +48,47 @@ def import_data(path: Path, name: str, paths: Paths, link: bool) -> None:
             ignored.unlink(missing_ok=True)
         raise
     place = target.relative_to(paths.root).as_posix()
-    print(f"Imported. To use it, set in params.yaml:\n\nshard:\n  source: {place}\n\nand keep its record in git:\n")
+    confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
+    print(_description(source))
+    print(f"\nTo use it, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}\nand keep its record in git:\n")
     print(f"git add {place}.dvc {ignored.relative_to(paths.root).as_posix()}")
+
+
+def _description(source: Source) -> str:
+    """Files, classes and splits, before any image is decoded."""
+    splits, labels = Counter[Split | None](), Counter[int | None]()
+    for sample in source:
+        splits[sample.split] += 1
+        labels[sample.label] += 1
+    per_class = [labels[number] for number in range(len(source.classes))]
+    counts = ", ".join(f"{count} {split}" for split, count in splits.items() if split)
+    files = f"Imported {len(source)} images{f' ({counts})' if counts else ''}; the stage shard decodes them."
+    classes = shards.describe_classes(source.classes, per_class, len(source))
+    return f"{files}\nClasses: {classes}\nSplits: {shards.describe_splits(source.own_splits)}"
 
 
 def _bring(path: Path, target: Path, link: bool) -> None:
     """Copy or link the files of `path` to `target`, which appears whole or not at all."""
-    files = sorted(_files(path))
+    files = list(files_below(path)) if path.is_dir() else [path]
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         content = temporary / target.name
         with Progress("import", len(files), "files") as progress:
             for file in files:
                 copy = content / file.relative_to(path) if path.is_dir() else content
-                with writing(copy):
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    if link:
-                        copy.symlink_to(file.resolve())
-                    else:
-                        shutil.copyfile(file, copy)
+                try:
+                    with writing(copy):
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        if link:
+                            copy.symlink_to(file.resolve(strict=True))
+                        else:
+                            shutil.copyfile(file, copy)
+                except OSError as error:
+                    raise UserError(f"{file}: cannot be imported ({error.strerror or error})") from None
                 progress.advance(1)
         content.replace(target)
     finally:
         shutil.rmtree(temporary)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or all files below a folder but hidden ones, which no source reads."""
-    if path.is_file():
-        yield path
-        return
-    for file in path.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            yield file
 
 
 def _dvc_add(target: Path, root: Path, link: bool) -> None:

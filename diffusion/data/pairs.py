@@ -2,7 +2,8 @@
 
 A pair is a recipe: x_0, a timestep and a noise key give x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, the
 same on any machine, for any batch size and number of processes. Blocks of BLOCK images share a noise stream. Draw d of
-a block is its d-th (t, eps); training epoch e is draw e, without end. data/README.md describes the files.
+a block is its d-th (t, eps), without end. Training epoch e takes the noise of draw e, and with train.timesteps: stored
+its t as well. data/README.md describes the files.
 """
 
 import hashlib

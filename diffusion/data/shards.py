@@ -4,27 +4,28 @@ A sample is `KEY.json` (label, class, source, size, mode) and `KEY.png`, in `{tr
 `manifest.json` says the rest.
 """
 
-import hashlib
 import io
 import json
-import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from diffusion.data.images import Picture, Unreadable, digest
 from diffusion.data.noise import SPLITS, Split
 from diffusion.data.tar import Tar, Writer, members, open_map
 from diffusion.errors import UserError
 from diffusion.files import read_checked, sha256, write_json, write_sums
 
 MANIFEST = "manifest.json"
+SHOWN_CLASSES = 20
+"""On the terminal."""
 
 
 class Sample(NamedTuple):
@@ -37,18 +38,24 @@ class Sample(NamedTuple):
     label: int | None
     split: Split | None
     """The source's own split, where it has one."""
-    decode: Callable[[], Image.Image]
-    """Raises whatever Pillow raises on a damaged image."""
+    decode: Callable[[], Picture]
+    """Raises Unreadable."""
 
 
 class Source(Protocol):
-    """Images in some format: `len()` of them, iterated in a fixed order with flat memory."""
+    """Images in some format: `len()` of them, iterated in a fixed order with flat memory.
+
+    The source's own test split comes first and its own val split second: whether an image is a copy of one of theirs is
+    then known when it comes.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]: ...
 
     @property
-    def own_splits(self) -> frozenset[Split]: ...
+    def own_splits(self) -> Mapping[Split, str]:
+        """Splits that the source has of its own, each with the name of the file or folder that it is in."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -63,6 +70,8 @@ class Contents(_Model):
     """What a split holds."""
 
     samples: int
+    per_class: tuple[int, ...]
+    """Samples of each class; the rest have no label."""
     shards: tuple[Tar, ...]
 
 
@@ -74,8 +83,8 @@ class Statistics(_Model):
     std: tuple[float, ...]
 
 
-class Rejected(_Model):
-    """An image that was left out."""
+class Remark(_Model):
+    """A file of the source, and why it was left out or what its decoder warned of."""
 
     file: str
     reason: str
@@ -92,17 +101,29 @@ class Manifest(_Model):
     smallest: tuple[int, int]
     """Least width and least height seen."""
     largest: tuple[int, int]
-    rejected: tuple[Rejected, ...]
+    own_splits: dict[Split, str]
+    """Splits that the source has of its own, and where; the others are a hash of the pixels."""
+    rejected: tuple[Remark, ...]
+    """Files left out: unreadable ones, and copies of images in the source's own test split."""
+    warnings: tuple[Remark, ...]
+    """Files that were used although their decoder warned of something."""
+    copies: int
+    """Images that look the same as an earlier one, pixel by pixel."""
+    multipage: int
+    """Files with several pages or frames, of which the first was used."""
 
 
-def split_of(sample: Sample, own: frozenset[Split], val_fraction: float, test_fraction: float) -> Split:
-    """The split of a sample: the source's own, else by a hash of the key alone, so that new images never move old ones.
+def split_of(
+    split: Split | None, pixels: int, own: Mapping[Split, str], val_fraction: float, test_fraction: float
+) -> Split:
+    """The split of an image that the source has in `split`, by the `digest` of its pixels.
 
-    Of a source's own train split, a part becomes whichever of val and test the source lacks.
+    The source's own val and test splits are kept. Of other images, a part becomes whichever of val and test the source
+    lacks: a function of the pixels alone, so that new images never move old ones, and copies stay together.
     """
-    if sample.split in ("val", "test"):
-        return sample.split
-    position = int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
+    if split in ("val", "test"):
+        return split
+    position = pixels / 2**64  # uniform in [0, 1)
     if position < val_fraction:
         return "train" if "val" in own else "val"
     if position < val_fraction + test_fraction:
@@ -110,23 +131,25 @@ def split_of(sample: Sample, own: frozenset[Split], val_fraction: float, test_fr
     return "train"
 
 
-def normalise(image: Image.Image) -> Image.Image:
-    """The image upright and in mode L, RGB or RGBA, losing nothing where it is in one already.
+class _Digests:
+    """Digests of images, 8 bytes of memory for each."""
 
-    16-bit grey is scaled to 8 bits. Raises ValueError for 32-bit pixels, which have no known range.
-    """
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    image = ImageOps.exif_transpose(image)
-    if not sixteen_bits and image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}: 32-bit pixels have no known range")
-    if sixteen_bits:
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode != "L":
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    image.info = {}  # or the PNG would carry colour profiles, dates and comments
-    return image
+    def __init__(self) -> None:
+        self._values = array("Q")
+        self._sorted = np.empty(0, np.uint64)
+
+    def add(self, value: int) -> None:
+        self._values.append(value)
+
+    def __contains__(self, value: int) -> bool:
+        if len(self._sorted) != len(self._values):
+            self._sorted = np.sort(np.array(self._values))
+        place = int(np.searchsorted(self._sorted, np.uint64(value)))
+        return place < len(self._sorted) and int(self._sorted[place]) == value
+
+    def copies(self) -> int:
+        """How many are the same as an earlier one."""
+        return len(self._values) - len(np.unique(np.array(self._values)))
 
 
 def png(image: Image.Image) -> bytes:
@@ -177,10 +200,12 @@ def write(
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
-    `advance` is told of each image done. An image that cannot be decoded is listed in the manifest as rejected.
-    Raises UserError if no image can be decoded, or a split stays empty.
+    `advance` is called after each image. An image that cannot be read, or that is a copy of one in the source's own
+    test split, is listed in the manifest as rejected. Raises UserError if no image can be read, or a split stays empty.
     """
-    tally, rejected = _Tally(), []
+    tally, rejected, warned, multipage = _Tally(), list[Remark](), list[Remark](), 0
+    seen, own_digests = _Digests(), {"test": _Digests(), "val": _Digests()}
+    per_class = {split: np.zeros(len(source.classes), np.int64) for split in SPLITS}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
@@ -188,26 +213,32 @@ def write(
         for sample in source:
             advance(1)
             try:
-                # Any error at all: the decoders of a hundred formats raise what they like.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", Image.DecompressionBombWarning)
-                    original = sample.decode()
-                    image = normalise(original)
-                content = png(image)
-            except Exception as error:
-                reason = str(error).split("\n")[0] or type(error).__name__
-                rejected.append(Rejected(file=sample.file, reason=reason))
+                picture = sample.decode()
+            except Unreadable as error:
+                rejected.append(Remark(file=sample.file, reason=str(error)))
                 continue
-            tally.add(image)
+            pixels = digest(picture.image)
+            seen.add(pixels)
+            if sample.split in own_digests:
+                own_digests[sample.split].add(pixels)
+            if sample.split != "test" and pixels in own_digests["test"]:
+                rejected.append(Remark(file=sample.file, reason="a copy of an image in the source's test split"))
+                continue
+            in_val = sample.split != "test" and pixels in own_digests["val"]
+            split = "val" if in_val else split_of(sample.split, pixels, source.own_splits, val_fraction, test_fraction)
+            tally.add(picture.image)
+            multipage += picture.several
+            warned += [Remark(file=sample.file, reason=warning) for warning in picture.warnings]
+            if sample.label is not None:
+                per_class[split][sample.label] += 1
             record = {
                 "label": sample.label,
                 "class": None if sample.label is None else source.classes[sample.label],
                 "source": sample.file,
-                "size": original.size,
-                "mode": original.mode,
+                "size": picture.image.size,
+                "mode": picture.mode,
             }
-            split = split_of(sample, source.own_splits, val_fraction, test_fraction)
-            writers[split].add(sample.key, {"json": json.dumps(record).encode(), "png": content})
+            writers[split].add(sample.key, {"json": json.dumps(record).encode(), "png": png(picture.image)})
     counts = {split: sum(tar.samples for tar in writers[split].tars) for split in SPLITS}
     _check_counts(name, counts, rejected)
     assert tally.sizes is not None
@@ -215,18 +246,27 @@ def write(
     manifest = Manifest(
         source=name,
         classes=source.classes,
-        splits={split: Contents(samples=counts[split], shards=tuple(writers[split].tars)) for split in SPLITS},
+        splits={
+            split: Contents(
+                samples=counts[split], per_class=tuple(per_class[split].tolist()), shards=tuple(writers[split].tars)
+            )
+            for split in SPLITS
+        },
         statistics=tally.statistics(),
         smallest=(least_width, least_height),
         largest=(most_width, most_height),
+        own_splits=dict(source.own_splits),
         rejected=tuple(rejected),
+        warnings=tuple(warned),
+        copies=seen.copies(),
+        multipage=multipage,
     )
     write_json(directory / MANIFEST, manifest.model_dump())
     write_sums(directory, {tar.name: tar.sha256 for split in SPLITS for tar in writers[split].tars})
     return manifest
 
 
-def _check_counts(name: str, counts: Mapping[Split, int], rejected: list[Rejected]) -> None:
+def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
     total = sum(counts.values())
     if not total:
         why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
@@ -236,6 +276,27 @@ def _check_counts(name: str, counts: Mapping[Split, int], rejected: list[Rejecte
             f"{name}: no image of {total} fell into the split {empty[0]}; add images, or change shard.val_fraction or "
             "shard.test_fraction in params.yaml"
         )
+
+
+def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
+    """Classes and the number of their images in one line, as `2 classes: cat 30, dog 20; 5 images without a class`."""
+    if not classes:
+        return f"no classes, {images} images"
+    shown = [f"{name} {count}" for name, count in zip(classes, per_class, strict=True)][:SHOWN_CLASSES]
+    more = [f"and {len(classes) - SHOWN_CLASSES} more"] if len(classes) > SHOWN_CLASSES else []
+    line = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}: {', '.join(shown + more)}"
+    without = images - sum(per_class)
+    return f"{line}; {without} images without a class" if without else line
+
+
+def describe_splits(own: Mapping[Split, str]) -> str:
+    """Where the splits come from, in one line."""
+    given = [f"{split} is {own[split]} of the source" for split in SPLITS if split in own]
+    hashed = [split for split in SPLITS if split not in own]
+    if not given:
+        return "train, val and test by a hash of each image's pixels"
+    parts = f"{' and '.join(hashed)} {'is' if len(hashed) == 1 else 'are'} taken from train by a hash of the pixels"
+    return ", ".join([*given, parts] if hashed else given)
 
 
 def read_manifest(directory: Path) -> Manifest:

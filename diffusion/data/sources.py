@@ -1,14 +1,12 @@
-"""Formats in: .npz files, idx files, folders of images. Which one a path is, is found by looking."""
+"""Formats in: .npz files and idx files (folders.py has folders of images), and which of them a path holds."""
 
 import gzip
-import hashlib
-import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +15,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffusion.data.folders import Folder, files_below
+from diffusion.data.images import Picture, is_image
 from diffusion.data.noise import Split
 from diffusion.data.shards import Sample, Source
 from diffusion.errors import UserError
@@ -28,17 +28,27 @@ LARGEST_SIDE = 2**16
 """Of an idx image: a larger number is a damaged header."""
 CHANNELS = [(), (1,), (3,), (4,)]
 """Trailing dimensions of an image array: grey, grey, RGB, RGBA."""
+NO_LABEL = -1
+"""In the labels of an .npz file."""
 
 
-def open_source(path: Path) -> Source:
-    """The images at a path; raises UserError if they are in no known form, or a file is damaged."""
+def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
+    """The images at a path; raises UserError if they are in no known form, or a file is damaged.
+
+    `split_names_as_classes` confirms classes with the name of a split, in a folder of images.
+    """
     if path.is_file() and path.suffix == ".npz":
         return Npz(path)
     if path.is_dir():
-        if any(IDX.fullmatch(file.name) and file.is_file() for file in path.iterdir()):
+        idx = sorted({file.parent for file in files_below(path) if IDX.fullmatch(file.name)})
+        if path in idx:
             return Idx(path)
-        if any(_is_image(file) for file in _files_below(path)):
-            return Folder(path)
+        if any(is_image(file) for file in files_below(path)):
+            return Folder(path, split_names_as_classes)
+        if len(idx) > 1:
+            raise UserError(f"{path}: idx files in several folders; give one of {', '.join(map(str, idx))}")
+        if idx:
+            return Idx(idx[0])
     elif not path.exists():
         raise UserError(f"{path}: no such file or folder")
     raise UserError(
@@ -48,9 +58,12 @@ def open_source(path: Path) -> Source:
 
 
 class Npz:
-    """`images`, uint8 (N, H, W) or (N, H, W, C), and perhaps `labels`, integers (N,), in a file of numpy's."""
+    """`images`, uint8 (N, H, W) or (N, H, W, C), and perhaps `labels`, integers (N,), in a file of numpy's.
 
-    own_splits: frozenset[Split] = frozenset()
+    A label of -1 is none.
+    """
+
+    own_splits: Mapping[Split, str] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,8 +106,13 @@ class Npz:
         with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
             self._header(file)
             for index, image in enumerate(_rows(file, self.path, self.shape)):
-                label = None if self.labels is None else int(self.labels[index])
-                yield Sample(f"{index:07d}", f"{self.path.name}[{index}]", label, None, partial(Image.fromarray, image))
+                yield Sample(
+                    f"{index:07d}",
+                    f"{self.path.name}[{index}]",
+                    _label(self.labels, index),
+                    None,
+                    partial(_picture, image),
+                )
 
 
 class Idx:
@@ -110,7 +128,9 @@ class Idx:
         self.parts: dict[Split, str] = {"train": "train"}
         if ("t10k", "images") in self.files:
             self.parts["test"] = "t10k"
-        self.own_splits: frozenset[Split] = frozenset(self.parts)
+        self.own_splits: dict[Split, str] = {
+            split: self.files[part, "images"].name for split, part in self.parts.items()
+        }
         self.shapes = {part: self._shape(self.files[part, "images"], IMAGES_IDX) for part in self.parts.values()}
         read = {part: self._read_labels(part) for part in self.parts.values() if (part, "labels") in self.files}
         values, codes = _classes(np.concatenate(list(read.values())) if read else None)
@@ -138,99 +158,13 @@ class Idx:
         return sum(shape[0] for shape in self.shapes.values())
 
     def __iter__(self) -> Iterator[Sample]:
-        for split, part in self.parts.items():
+        for split, part in reversed(self.parts.items()):  # test first: see Source
             path, labels = self.files[part, "images"], self.labels.get(part)
             with self._open(path) as file:
                 shape = _idx_header(file, path, IMAGES_IDX)
                 for index, image in enumerate(_rows(file, path, shape)):
-                    label = None if labels is None else int(labels[index])
-                    decode = partial(Image.fromarray, image)
-                    yield Sample(f"{split}-{index:07d}", f"{path.name}[{index}]", label, split, decode)
-
-
-class Folder:
-    """Image files of any format that Pillow reads. Sub-folders are classes; those inside them count as part of them.
-
-    Where train and test or val are the only folders at the top, they are the source's own splits, with the classes
-    inside. Hidden files and folders are left out.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        names: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
-        top = _folders_in(folder)
-        self._own = {name: names[name] for name in top} if {"train"} < top <= names.keys() else {}
-        self.own_splits: frozenset[Split] = frozenset(self._own.values())
-        roots = [folder / name for name in self._own] or [folder]
-        self._labels = sorted({name for root in roots for name in _folders_in(root)})
-        self.classes = tuple(map(_text, self._labels))
-
-    @cached_property
-    def _count(self) -> int:
-        return sum(1 for _ in _files_below(self.folder))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Sample]:
-        labels = {name: label for label, name in enumerate(self._labels)}
-        for path in _files_below(self.folder):
-            inside = path.relative_to(self.folder)
-            parts = inside.parts
-            split = self._own.get(parts[0]) if len(parts) > 1 else None
-            inner = parts[1:] if split else parts
-            label = labels[inner[0]] if len(inner) > 1 else None
-            yield Sample(_key(inside), _text(inside.as_posix()), label, split, partial(_decode, path))
-
-
-def _key(path: Path) -> str:
-    """A readable key from a file's own path alone; the digest tells apart what reads the same (a-b/c, a/b-c, a/b/c)."""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", str(path.with_suffix(""))).strip("-")
-    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
-
-
-def _text(name: str) -> str:
-    """A file's name as text that any encoding can hold: bytes that are no UTF-8 are written as \\xNN."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _decode(path: Path) -> Image.Image:
-    with Image.open(path, formats=_formats()) as image:
-        image.load()
-        return image
-
-
-def _is_image(path: Path) -> bool:
-    try:
-        with Image.open(path, formats=_formats()):
-            return True
-    except Exception:  # not in any of a hundred formats; the decoders raise what they like
-        return False
-
-
-def _formats() -> list[str]:
-    Image.init()
-    return sorted(Image.OPEN.keys() - {"EPS"})  # PostScript is a program
-
-
-def _folders_in(folder: Path) -> set[str]:
-    """Names of the folders that hold a file: git and DVC keep no others, and labels must not depend on them."""
-    return {
-        path.name
-        for path in folder.iterdir()
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and any(_files_below(path))
-    }
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, sorted, without hidden ones."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(Path(entry))
-        else:
-            yield Path(entry)
+                    key, name = f"{split}-{index:07d}", f"{path.name}[{index}]"
+                    yield Sample(key, name, _label(labels, index), split, partial(_picture, image))
 
 
 def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
@@ -268,8 +202,17 @@ def _read(file: IO[bytes], size: int, path: Path, place: str) -> bytes:
 
 
 def _classes(labels: NDArray[np.integer] | None) -> tuple[list[int], NDArray[np.int64] | None]:
-    """The values that labels take, sorted, and each label as an index into them."""
+    """The values that labels take, sorted, and each label as an index into them, NO_LABEL where it has none."""
     if labels is None:
         return [], None
-    values, codes = np.unique(labels, return_inverse=True)
-    return values.tolist(), codes.astype(np.int64)
+    values = np.unique(labels[labels != NO_LABEL])
+    return values.tolist(), np.where(labels == NO_LABEL, NO_LABEL, np.searchsorted(values, labels))
+
+
+def _label(codes: NDArray[np.int64] | None, index: int) -> int | None:
+    return None if codes is None or codes[index] == NO_LABEL else int(codes[index])
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Picture:
+    image = Image.fromarray(pixels)
+    return Picture(image, image.mode)

@@ -38,7 +38,7 @@ WEIGHTINGS: dict[str, Callable[[params.Process], Weighting]] = {
 }
 LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": loss.huber}
 TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
-    "stratified": lambda _: timesteps.Stratified(),
+    "stored": lambda _: timesteps.Stored(),
     "uniform": lambda made: timesteps.Uniform(made.num_timesteps),
     "rms-error": lambda made: timesteps.ByLoss(made.num_timesteps, power=1),
     "loss-second-moment": lambda made: timesteps.ByLoss(made.num_timesteps, power=2),

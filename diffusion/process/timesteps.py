@@ -31,8 +31,11 @@ class Timesteps(nn.Module, ABC):
         """Learn what the loss (B,) was at `t` (B,), both of the whole batch, in its order."""
 
 
-class Stratified(Timesteps):
-    """The pairs' own timesteps: each uniform on [0, T), their mean far less random; Kingma et al. 2021, app. I.1."""
+class Stored(Timesteps):
+    """The timesteps stored with the pairs: stratified over each block of images, each uniform on [0, T).
+
+    Kingma et al. 2021, appendix I.1. All other choices keep the pairs' noise, but draw timesteps of their own.
+    """
 
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         return t, torch.ones_like(u)

@@ -1,16 +1,31 @@
 """Stage shard: raw images into webdataset shards."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from diffusion.data import shards
+from diffusion.data.folders import linked_folders
 from diffusion.data.sources import open_source
+from diffusion.errors import UserError
 from diffusion.files import new_directory
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.progress import Progress, say
 
+SHOWN = 5
+"""Files named on the terminal; the manifest has all."""
+
 
 def run(params: Params, paths: Paths) -> None:
-    """Write data/shards; raises UserError if the source is in no known form, or too small."""
-    source = open_source(paths.root / params.shard.source)
+    """Write data/shards; raises UserError if the source is in no known form, too small, or partly outside by links."""
+    path = paths.root / params.shard.source
+    if linked := linked_folders(path):
+        raise UserError(
+            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; bring the images in by "
+            "`ddpm import`, which copies what links lead to"
+        )
+    source = open_source(path, params.shard.split_names_as_classes)
     with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
         manifest = shards.write(
             source,
@@ -21,6 +36,23 @@ def run(params: Params, paths: Paths) -> None:
             samples_per_shard=params.shard.samples_per_shard,
             advance=progress.advance,
         )
+    _say_files("left out", manifest.rejected)
+    _say_files("decoder warning", manifest.warnings)
+    if manifest.multipage:
+        say(f"shard: files with several pages or frames, of which the first is used: {manifest.multipage}")
+    if manifest.copies:
+        say(f"shard: copies of other images, pixel by pixel: {manifest.copies}; all copies of an image share a split")
+    per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
+    samples = sum(contents.samples for contents in manifest.splits.values())
+    say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), samples)}")
+    say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
     say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} rejected")
+
+
+def _say_files(what: str, remarks: Sequence[shards.Remark]) -> None:
+    for remark in remarks[:SHOWN]:
+        say(f"shard: {what}: {remark.file}: {remark.reason}")
+    if len(remarks) > SHOWN:
+        say(f"shard: {what}: {len(remarks) - SHOWN} more, listed in data/shards/{shards.MANIFEST}")

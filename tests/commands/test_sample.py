@@ -237,7 +237,10 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--class one,", "--class: '' is no class of the model"),
         ("--model plain --class 0", "--class: the model knows no classes"),
         ("--from c.png", "c.png: not a readable image (No such file or directory)"),
-        ("--from params.yaml", "params.yaml: not a readable image (cannot identify image file 'params.yaml')"),
+        (
+            "--from params.yaml",
+            "params.yaml: not a readable image (not an image, or of a kind that Pillow cannot read)",
+        ),
         ("--from a.png b.png a.png", "--from: one image, or two to go from one to the other (got 3)"),
         ("--from a.png --at 40", "--at: the model's timesteps go from 0 to 39 (got 40)"),
         ("--from a.png --at -1", "--at: the model's timesteps go from 0 to 39 (got -1)"),

@@ -47,6 +47,53 @@ def test_a_folder_comes_under_dvc(tree: Path, link: bool) -> None:
     assert run(tree, "dvc", "status", "-q", "data/raw/own.dvc").returncode == 0
 
 
+def test_classes_and_splits_are_printed(tree: Path) -> None:
+    for name in ("set/Train/cat/1.png", "set/Train/cat/2.png", "set/Train/dog/3.png", "set/valid/cat/4.png"):
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 3), 7).save(path)
+    (tree / "set" / "@eaDir").mkdir()
+    (tree / "set" / "@eaDir" / "thumb.png").write_bytes(b"")
+    (tree / "set" / "valid" / "dog").symlink_to(tree / "elsewhere" / "b")
+    done = run(tree, "diffusion", "import", "set", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "Imported 5 images (2 val, 3 train); the stage shard decodes them.\n"
+        "Classes: 2 classes: cat 3, dog 2\n"
+        "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
+        "pixels\n"
+    )
+    copy = tree / "data" / "raw" / "own"
+    assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
+        "Train/cat/1.png", "Train/cat/2.png", "Train/dog/3.png", "valid/cat/4.png", "valid/dog/2.png"
+    }  # fmt: skip
+
+
+def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> None:
+    (tree / "elsewhere" / "b").rename(tree / "elsewhere" / "train")
+    refused = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("ddpm import: error: elsewhere: the class train would have the name of a split;")
+    assert refused.stderr.count("\n") == 1
+    assert "--split-names-as-classes" in refused.stderr
+    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
+    assert done.returncode == 0, done.stderr
+    assert "Classes: 2 classes: a 1, train 1\n" in done.stdout
+    assert "shard:\n  source: data/raw/own\n  split_names_as_classes: true\n" in done.stdout
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_link_to_nowhere_is_named(tree: Path, link: bool) -> None:
+    (tree / "elsewhere" / "a" / "gone.png").symlink_to("nowhere")
+    before = status(tree)
+    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ddpm import: error: elsewhere/a/gone.png: cannot be imported (No such file or directory)\n",
+    )
+    assert status(tree) == before
+
+
 def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
     assert run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--link").returncode == 0
     (tree / "elsewhere" / "a" / "1.png").unlink()

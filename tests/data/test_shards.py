@@ -1,7 +1,6 @@
 """Webdataset shards."""
 
 import hashlib
-import io
 import json
 import struct
 import tarfile
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data.noise import SPLITS
-from diffusion.data.shards import Images, Manifest, normalise, read_manifest, write
+from diffusion.data.shards import Images, Manifest, read_manifest, write
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 from diffusion.files import sha256, write_sums
@@ -114,7 +113,7 @@ def test_sizes_and_modes_are_counted(tmp_path: Path, pictures: Path) -> None:
 def test_new_images_move_no_old_ones(tmp_path: Path, pictures: Path) -> None:
     shard(pictures, tmp_path / "before")
     for index in range(30):
-        Image.new("L", (3, 3)).save(pictures / "a" / f"0{index}.jpg")
+        Image.new("L", (3, 3), index).save(pictures / "a" / f"0{index}.bmp")
     shard(pictures, tmp_path / "after")
     before, after = splits(tmp_path / "before"), splits(tmp_path / "after")
     assert set(before.values()) == set(SPLITS)
@@ -133,7 +132,7 @@ def test_own_test_split_is_kept_and_val_is_taken_from_train(tmp_path: Path) -> N
         for index in range(n):
             path = tmp_path / "source" / part / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (3, 3), index).save(path)
+            Image.new("L", (3, 3), index + (200 if part == "test" else 0)).save(path)
     manifest = shard(tmp_path / "source", tmp_path / "shards", test_fraction=0.5)
     assert manifest.splits["test"].samples == 7
     assert manifest.splits["val"].samples + manifest.splits["train"].samples == 40
@@ -162,10 +161,10 @@ def test_damaged_images_are_listed_with_their_reason(tmp_path: Path, pictures: P
     reasons = {rejected.file: rejected.reason for rejected in manifest.rejected}
     assert list(reasons) == ["a/cut.png", "a/notes.txt", "b/bomb.png", "b/float.tif", "b/gone.png"]
     assert "truncated" in reasons["a/cut.png"] or "broken" in reasons["a/cut.png"]
-    assert "cannot identify" in reasons["a/notes.txt"]
+    assert reasons["a/notes.txt"] == "not an image, or of a kind that Pillow cannot read"
     assert "decompression bomb" in reasons["b/bomb.png"]
-    assert "32-bit" in reasons["b/float.tif"]
-    assert "No such file" in reasons["b/gone.png"]
+    assert "32 bits" in reasons["b/float.tif"]
+    assert reasons["b/gone.png"] == "No such file or directory"
     assert sum(contents.samples for contents in manifest.splits.values()) == 40
 
 
@@ -180,35 +179,6 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image of 2 fell into the split .*shard\.val_fraction"):
         shard(npz(tmp_path / "a.npz", 2), tmp_path / "shards")
-
-
-def reopened(image: Image.Image, kind: str, **options: Any) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return Image.open(buffer)
-
-
-def test_modes_are_kept_or_converted() -> None:
-    values = np.array([[0, 100], [200, 255]], np.uint8)
-    grey = Image.fromarray(values)
-    for mode in ("L", "RGB", "RGBA"):
-        assert normalise(grey.convert(mode)).mode == mode
-        assert normalise(grey.convert(mode)).tobytes() == grey.convert(mode).tobytes()
-    assert normalise(grey.convert("1")).mode == "L"
-    assert normalise(grey.convert("LA")).mode == "RGBA"
-    assert normalise(grey.convert("CMYK")).mode == "RGB"
-    assert normalise(grey.convert("P")).mode == "RGB"
-    see_through = normalise(reopened(grey, "PNG", transparency=100))
-    assert np.asarray(see_through)[..., 3].tolist() == [[255, 0], [255, 255]]
-    deep = normalise(reopened(Image.fromarray(values.astype(np.uint16) * 257), "PNG"))
-    assert (deep.mode, deep.tobytes()) == ("L", grey.tobytes())
-
-
-def test_images_stand_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    image = reopened(Image.new("L", (16, 8)), "JPEG", exif=exif)
-    assert normalise(image).size == (8, 16)
 
 
 def test_random_access(tmp_path: Path, webdataset_samples: Reader) -> None:

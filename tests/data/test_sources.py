@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.sources import Folder, Idx, Npz, open_source
+from diffusion.data.sources import Idx, Npz, open_source
 from diffusion.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
@@ -30,24 +30,23 @@ def mnist(folder: Path, *, suffix: str = "", separator: str = "-") -> Path:
     return folder
 
 
-def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 100 if mode in ("L", "P") else None).save(path)
-
-
 @pytest.mark.parametrize(("suffix", "separator"), [("", "-"), (".gz", "-"), ("", ".")])
 def test_idx_files(tmp_path: Path, suffix: str, separator: str) -> None:
     source = open_source(mnist(tmp_path / "m", suffix=suffix, separator=separator))
     assert isinstance(source, Idx)
-    assert source.own_splits == {"train", "test"}
+    assert source.own_splits == {
+        "train": f"train-images{separator}idx3-ubyte{suffix}",
+        "test": f"t10k-images{separator}idx3-ubyte{suffix}",
+    }
     assert source.classes == ("2", "7", "9")
     samples = list(source)
-    assert [sample.key for sample in samples] == [f"train-{i:07d}" for i in range(3)] + [
-        f"test-{i:07d}" for i in (0, 1)
+    assert [sample.key for sample in samples] == [f"test-{i:07d}" for i in (0, 1)] + [
+        f"train-{i:07d}" for i in range(3)
     ]
-    assert [sample.label for sample in samples] == [1, 0, 1, 0, 2]
-    assert [sample.split for sample in samples] == ["train"] * 3 + ["test"] * 2
-    np.testing.assert_array_equal(np.stack([np.asarray(sample.decode()) for sample in samples]), IMAGES)
+    assert [sample.label for sample in samples] == [0, 2, 1, 0, 1]
+    assert [sample.split for sample in samples] == ["test"] * 2 + ["train"] * 3
+    decoded = np.stack([np.asarray(sample.decode().image) for sample in samples])
+    np.testing.assert_array_equal(decoded, IMAGES[[3, 4, 0, 1, 2]])
     assert len(source) == 5
 
 
@@ -93,7 +92,7 @@ def test_idx_labels_that_do_not_match_are_named(tmp_path: Path) -> None:
 def test_idx_files_without_labels_or_test_part(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(IMAGES))
     source = open_source(tmp_path)
-    assert source.own_splits == {"train"}
+    assert source.own_splits == {"train": "train-images-idx3-ubyte"}
     assert source.classes == ()
     assert [sample.label for sample in source] == [None] * 5
 
@@ -109,7 +108,7 @@ def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: b
     samples = list(source)
     assert [sample.label for sample in samples] == [1, 0, 1]
     assert {sample.decode().mode for sample in samples} == {mode}
-    decoded = np.stack([np.asarray(sample.decode()) for sample in samples])
+    decoded = np.stack([np.asarray(sample.decode().image) for sample in samples])
     np.testing.assert_array_equal(decoded.reshape(images.shape), images)
 
 
@@ -148,47 +147,26 @@ def test_a_damaged_npz_file_is_named(tmp_path: Path) -> None:
         open_source(path)
 
 
-def test_folder_with_classes(tmp_path: Path) -> None:
-    for name in ["dogs/rex.png", "cats/tom.png", "cats/tom.jpg", "cats/old/tom.bmp", "stray.webp", ".hidden/x.png"]:
-        save(tmp_path / name)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "cats" / "notes.txt").write_text("no image")
-    source = open_source(tmp_path)
-    assert isinstance(source, Folder)
-    assert source.classes == ("cats", "dogs")
-    assert source.own_splits == frozenset()
-    labels = {sample.file: sample.label for sample in source}
-    assert labels == {
-        "cats/notes.txt": 0, "cats/old/tom.bmp": 0, "cats/tom.jpg": 0, "cats/tom.png": 0, "dogs/rex.png": 1,
-        "stray.webp": None,
-    }  # fmt: skip
-    assert list(labels) == sorted(labels)
-    assert len(source) == len(labels)
+def test_minus_one_is_no_label(tmp_path: Path) -> None:
+    for number, (labels, classes, expected) in enumerate([
+        ([3, -1, 5, 3, -1], ("3", "5"), [0, None, 1, 0, None]),
+        ([-1] * 5, (), [None] * 5),
+        ([-2, -1, 0, 0, 0], ("-2", "0"), [0, None, 1, 1, 1]),
+    ]):  # fmt: skip
+        path = tmp_path / f"{number}.npz"
+        np.savez(path, images=IMAGES, labels=np.array(labels, np.int8))
+        source = open_source(path)
+        assert source.classes == classes
+        assert [sample.label for sample in source] == expected
 
 
-def test_keys_are_unique_safe_and_a_function_of_the_path_alone(tmp_path: Path) -> None:
-    names = ["a/b.png", "a/b.bmp", "a-b.png", "a b.png", "a.b.png", "ü/ß.png", "é.png", f"{'x' * 200}.png"]
-    for name in names:
-        save(tmp_path / name)
-    before = {sample.file: sample.key for sample in open_source(tmp_path)}
-    assert len(set(before.values())) == len(names)
-    assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in before.values())
-    assert max(map(len, before.values())) < 90
-    assert before["a/b.png"].startswith("a-b-")
-    save(tmp_path / "a" / "a.png")
-    after = {sample.file: sample.key for sample in open_source(tmp_path)}
-    assert before.items() <= after.items()
-
-
-def test_folder_with_its_own_splits(tmp_path: Path) -> None:
-    for name in ["train/a/1.png", "train/b/2.png", "test/c/3.png"]:
-        save(tmp_path / name)
-    source = open_source(tmp_path)
-    assert source.own_splits == {"train", "test"}
-    assert source.classes == ("a", "b", "c")
-    assert [(sample.split, sample.label) for sample in source] == [("test", 2), ("train", 0), ("train", 1)]
-    save(tmp_path / "other" / "4.png")
-    assert open_source(tmp_path).classes == ("other", "test", "train")
+def test_idx_files_in_a_wrapping_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    mnist(tmp_path / "a" / "raw", suffix=".gz")
+    assert isinstance(open_source(tmp_path), Idx)
+    mnist(tmp_path / "b")
+    with pytest.raises(UserError, match=r"idx files in several folders; give one of .*a/raw, .*b$"):
+        open_source(tmp_path)
 
 
 def test_unknown_forms_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.data import noise
 from diffusion.process import build
-from diffusion.process.timesteps import ByLoss, LogSnrNormal, Stratified, Uniform
+from diffusion.process.timesteps import ByLoss, LogSnrNormal, Stored, Uniform
 from tests.process.fakes import process
 
 T = 100
@@ -44,9 +44,9 @@ def taught(num_timesteps: int, power: int = 2, rounds: int = 64) -> tuple[ByLoss
     return sampler, 0.999 * root.double() / root.double().sum() + 0.001 / num_timesteps
 
 
-def test_stratified_are_the_pairs_own() -> None:
+def test_stored_are_the_pairs_own() -> None:
     t, u = pairs(1)
-    drawn, weight = Stratified().draw(t, u)
+    drawn, weight = Stored().draw(t, u)
     assert drawn.equal(t)
     assert weight.equal(torch.ones(64))
 
@@ -113,7 +113,7 @@ def test_the_root_mean_square_error_is_the_best_choice_for_errors_of_that_size()
     assert spreads[0] < 0.1 * min(spreads[1:])
 
 
-@pytest.mark.parametrize("name", ["stratified", "uniform", "rms-error", "loss-second-moment"])
+@pytest.mark.parametrize("name", ["stored", "uniform", "rms-error", "loss-second-moment"])
 def test_the_weighted_loss_has_the_expectation_of_uniform_timesteps(name: str) -> None:
     """E[weight f(t)] is the mean of f, for any f: exactly so over all (t, u)."""
     made = process(schedule="cosine", num_timesteps=T).schedule

@@ -22,9 +22,9 @@ def narrow_and_exact(net: Network, x_t: Tensor, t: Tensor) -> tuple[Tensor, nn.M
     """The network's output (B, C, H, W) under autocast, and the network in float64 with the same features before its
     last layers."""
     features: list[Tensor] = []
-    with net.head.register_forward_pre_hook(lambda _, given: features.append(given[0])):  # type: ignore[union-attr]
-        with torch.autocast("cpu", torch.bfloat16):
-            out = net(x_t, t)
+    hook = net.head.register_forward_pre_hook(lambda _, given: features.append(given[0]))  # type: ignore[union-attr]
+    with hook, torch.autocast("cpu", torch.bfloat16):
+        out = net(x_t, t)
     exact = copy.deepcopy(net).double()
     exact.head.register_forward_pre_hook(lambda _, __: (features[0].double(),))  # type: ignore[union-attr]
     return out, exact

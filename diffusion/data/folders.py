@@ -1,0 +1,165 @@
+"""Folders of image files: which sub-folders are splits, which are classes, and which are neither."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+
+from diffusion.data.images import Picture, Unreadable, is_image, read_image
+from diffusion.data.noise import Split
+from diffusion.data.shards import Sample
+from diffusion.errors import UserError
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names of folders that hold a split, in any case."""
+LIKE_A_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_ .]?(set|split|data|images?|imgs?|\d+))*", re.IGNORECASE)
+SYSTEM = frozenset(
+    {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+    | {"Thumbs.db", "desktop.ini"}
+)
+"""What file managers and storage devices leave behind."""
+
+
+class Folder:
+    """Image files in any format that Pillow reads.
+
+    A folder that holds nothing but one other is seen through. Folders named like splits are the source's own splits if
+    one of them is train and no other folder with images stands beside them. Other folders at the top, or at the top of
+    each split, are classes; folders inside a class belong to it. Folders without images are left out, and so are hidden
+    and system ones. Links are followed.
+    """
+
+    def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
+        """Raises UserError if a class has the name of a split, unless `split_names_as_classes` confirms it."""
+        self.folder = folder
+        (root,), (top,) = _seen_through([folder])
+        splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
+        if "train" not in splits.values() or None in splits.values():
+            splits = {}
+        self.own_splits: dict[Split, str] = {
+            split: " and ".join(f"{_text(name)}/" for name in top if splits[name] == split)
+            for split in SPLIT_NAMES.values()
+            if split in splits.values()
+        }
+        self._roots: list[tuple[Split | None, Path]] = [(None, root)]
+        self._outside = list[Path]()
+        if splits:
+            # Held-out splits first: see Source.
+            top.sort(key=lambda name: ("test", "val", "train").index(splits[name] or "train"))
+            roots, classes = _seen_through([root / name for name in top])
+            self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
+            top = sorted({name for names in classes for name in names})
+            self._outside = sorted(path for path in root.iterdir() if _visible(path) and path.is_file())
+        self._labels = top
+        self.classes = tuple(map(_text, self._labels))
+        like_splits = [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
+        if like_splits and not split_names_as_classes:
+            raise UserError(
+                f"{folder}: the class {' and the class '.join(like_splits)} would have the name of a split; if it is a "
+                "class, say so by shard.split_names_as_classes: true in params.yaml (ddpm import: "
+                "--split-names-as-classes); if not, let only train, val and test stand side by side, with train among "
+                "them"
+            )
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(1 for _ in self._files())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        labels = {name: label for label, name in enumerate(self._labels)}
+        for path, split, top in self._files():
+            inside = path.relative_to(self.folder)
+            decode = partial(read_image, path) if split or not self.own_splits else _refuse
+            yield Sample(_key(inside), _text(inside.as_posix()), labels.get(top), split, decode)
+
+    def _files(self) -> Iterator[tuple[Path, Split | None, str]]:
+        """Each file with its split and the name of the folder at the top that it is in."""
+        known = set(self._labels)
+        for split, root in self._roots:
+            for path in files_below(root):
+                top, *rest = path.relative_to(root).parts
+                if not rest or top in known:
+                    yield path, split, top if rest else ""
+        for path in self._outside:
+            if is_image(path):
+                yield path, None, ""
+
+
+def _refuse() -> Picture:
+    raise Unreadable("outside of the folders of the splits")
+
+
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files below a folder, sorted, without hidden and system ones.
+
+    Links are followed, except to a folder that they are in; one that leads nowhere counts as a file.
+    """
+    try:
+        status = folder.stat()
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for path in paths:
+        if not _visible(path):
+            continue
+        if path.is_dir():
+            yield from files_below(path, above | {here})
+        elif path.is_file() or path.is_symlink():  # no pipes or devices
+            yield path
+
+
+def linked_folders(folder: Path) -> list[Path]:
+    """Links to folders below a folder, sorted."""
+    found = []
+    for place, names, _ in os.walk(folder):
+        names[:] = [name for name in names if _visible(Path(name))]
+        found += [path for name in names if (path := Path(place, name)).is_symlink()]
+    return sorted(found)
+
+
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name not in SYSTEM
+
+
+def _folders_with_images(folder: Path) -> list[str]:
+    """Names of the folders with an image somewhere below."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if _visible(path) and path.is_dir() and any(is_image(file) for file in files_below(path))
+    )
+
+
+def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
+    """The folders themselves, or where each holds nothing but the same one, those, and so on; and what is in them."""
+    inside = [_folders_with_images(folder) for folder in folders]
+    name = inside[0][0] if inside[0] else ""
+    if any(names != [name] for names in inside) or name.lower() in SPLIT_NAMES:
+        return folders, inside
+    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and path.is_file()):
+        return folders, inside
+    inner, deeper = _seen_through([folder / name for folder in folders])
+    return (inner, deeper) if any(deeper) else (folders, inside)
+
+
+def _key(path: Path) -> str:
+    """A readable key from a file's own path alone; the digest tells apart what reads the same (a-b/c, a/b-c, a/b/c)."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", str(path.with_suffix(""))).strip("-")
+    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+
+
+def _text(name: str) -> str:
+    """A file's name as text that any encoding can hold: bytes that are no UTF-8 are written as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")

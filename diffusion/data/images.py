@@ -1,0 +1,320 @@
+"""Image files to pixels, upright and in sRGB. All image files are read here.
+
+A form that cannot be read correctly raises Unreadable with the reason; it is never guessed.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+RAW = re.compile(
+    r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)",
+    re.IGNORECASE,
+)
+"""Suffixes of camera raw files: Pillow sees only the preview in them."""
+NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats that Pillow knows but does not decode itself. PostScript (EPS) is even a program, which it would run."""
+RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
+"""Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
+SRGB = ImageCms.createProfile("sRGB")
+CLOSE_TO_SRGB = 2
+"""Grey levels of 255. A profile that changes no colour by more is sRGB under another name: pixels are left alone."""
+PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+"""Chromaticities (x, y) of white, red, green and blue in sRGB."""
+
+# For uncompressed files as well: Pillow's own decoder mixes up 16-bit planes and subsampled colour.
+TiffImagePlugin.READ_LIBTIFF = True
+
+
+class Unreadable(Exception):
+    """Why an image cannot be used, in one line that does not name the file."""
+
+
+class Picture(NamedTuple):
+    """One decoded image."""
+
+    image: Image.Image
+    """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha."""
+    mode: str
+    """Pillow's mode as stored in the file."""
+    several: bool = False
+    """Whether the file has more pages or frames than this, its first."""
+    warnings: tuple[str, ...] = ()
+    """What the decoder warned of, one line each."""
+
+
+def read_image(path: Path) -> Picture:
+    """Decode an image file, the first page or frame if it has several; raises Unreadable."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = _read(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # the decoders of forty formats raise what they like
+        raise Unreadable(_reason(error)) from error
+    return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported."""
+    if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
+        return path.is_file()
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()):
+            return True
+    except Exception:  # as above
+        return False
+
+
+def digest(image: Image.Image) -> int:
+    """64 bits that are the same for images that look the same: same size, and same colour wherever it is visible."""
+    pixels = np.array(image.convert("RGBA"))
+    pixels[pixels[..., 3] == 0] = 0
+    content = hashlib.blake2b(np.array(pixels.shape, "<u8").tobytes() + pixels.tobytes(), digest_size=8)
+    return int.from_bytes(content.digest())
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+        return "not an image, or of a kind that Pillow cannot read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _line(str(error)) or type(error).__name__
+
+
+def _line(text: str) -> str:
+    return text.strip().split("\n")[0]
+
+
+@lru_cache
+def _formats() -> list[str]:
+    Image.init()
+    return sorted(Image.OPEN.keys() - NOT_DECODED)
+
+
+@lru_cache
+def _suffixes() -> set[str]:
+    return {suffix for suffix, format in Image.registered_extensions().items() if format in _formats()}
+
+
+def _read(path: Path) -> Picture:
+    if RAW.fullmatch(path.suffix):
+        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
+    with path.open("rb") as file, Image.open(file, formats=_formats()):  # only an image is read as a whole, no video
+        file.seek(0)
+        content = file.read()
+    # Not by path: Pillow may map an uncompressed file to memory, and scrambles one that is stored on its side.
+    with Image.open(io.BytesIO(content), formats=_formats()) as opened:
+        mode = opened.mode
+        several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
+        bits, negative = content[24] if opened.format == "PNG" else 8, False
+        if isinstance(opened, TiffImagePlugin.TiffImageFile):
+            _check_tiff(opened, content)
+            bits = opened.tag_v2.get(258, (1,))[0]
+            negative = mode.startswith("I;16") and opened.tag_v2.get(262, 0) == 0
+        _check_colour(opened, content)
+        opened.load()
+        if opened.format == "PNG":
+            _mend_transparency(opened, bits)
+        image = ImageOps.exif_transpose(opened)
+        profile = _profile(opened, content)
+    if mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
+        if opened.format not in RANGE_OF_16_BITS | {"PPM"}:
+            raise Unreadable(f"16-bit pixels in {opened.format}, whose black and white are not known")
+        colour, alpha = _from_16_bits(image, 4095 if bits == 12 else 65535, negative)
+    else:
+        colour, alpha = _separate(image)
+    return Picture(_join(_to_srgb(colour, profile, bits > 8), alpha), mode, several)
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
+    """Raise Unreadable for TIFF files that Pillow takes for something else."""
+    tags = image.tag_v2
+    if 50706 in tags or content[8:10] == b"CR":  # DNGVersion; CR2's own mark
+        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
+    if tags.get(254, 0) & 1 or tags.get(255) == 2 or _has_larger_child(image, content):
+        raise Unreadable("its first page is the thumbnail of another (camera raw?); save that one by itself")
+    if image.mode == "L" and max(tags.get(339, (1,))) == 2:
+        raise Unreadable("signed 8-bit pixels, whose black and white are not known")
+    if image.mode == "CMYK" and tags.get(332, 1) != 1:
+        raise Unreadable("inks other than cyan, magenta, yellow and black")
+
+
+def _has_larger_child(image: TiffImagePlugin.TiffImageFile, content: bytes) -> bool:
+    """Whether a sub-image has more pixels than the first page; a smaller one is the page's thumbnail, and harmless."""
+    offsets = image.tag_v2.get(330, ())
+    for offset in offsets if isinstance(offsets, tuple) else (offsets,):
+        child = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])
+        file = io.BytesIO(content)
+        file.seek(int(offset))
+        child.load(file)
+        if child.get(256, 0) * child.get(257, 0) > image.width * image.height:
+            return True
+    return False
+
+
+def _check_colour(image: Image.Image, content: bytes) -> None:
+    """Raise Unreadable for colours that are neither sRGB nor described by an ICC profile."""
+    info = image.info
+    if image.format == "PNG" and b"cICP" in (head := content[: content.find(b"IDAT")]):
+        start = head.index(b"cICP") + 4
+        _check_code_points(head[start], head[start + 1])
+    elif image.format == "AVIF" and "icc_profile" not in info and b"colrnclx" in content:
+        start = content.index(b"colrnclx") + 8
+        _check_code_points(content[start + 1], content[start + 3])
+    elif image.format == "JPEG2000" and (start := content.find(b"colr\x01") + 7) > 6:
+        if (space := int.from_bytes(content[start : start + 4])) not in (12, 16, 17, 18):
+            raise Unreadable(f"colour space {space} of JPEG 2000; convert it to sRGB")  # not CMYK, sRGB, grey or sYCC
+    elif image.format == "PNG" and not {"icc_profile", "srgb"} & info.keys():
+        if not 0.43 <= info.get("gamma", 1 / 2.2) <= 0.48:
+            raise Unreadable(f"gamma {info['gamma']:g} without an ICC profile; convert it to sRGB")
+        if np.abs(np.subtract(info.get("chromaticity", PRIMARIES), PRIMARIES)).max() > 0.01:
+            raise Unreadable("primaries other than those of sRGB without an ICC profile; convert it to sRGB")
+    elif image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03" and "icc_profile" not in info:
+        raise Unreadable("Adobe RGB (by its EXIF data) without an ICC profile; convert it to sRGB")
+
+
+def _check_code_points(primaries: int, transfer: int) -> None:
+    """Accept BT.709 or unspecified ones (ITU-T H.273)."""
+    if primaries not in (1, 2) or transfer not in (1, 2, 6, 13, 14, 15):
+        raise Unreadable(f"colours of code points {primaries}/{transfer} (HDR?) without an ICC profile")
+
+
+def _profile(image: Image.Image, content: bytes) -> bytes | None:
+    if image.format == "JPEG2000" and (place := content.find(b"colr\x02")) >= 4:  # Pillow does not look there
+        return content[place + 7 : place - 4 + int.from_bytes(content[place - 4 : place])]
+    if image.info.get("icc_profile", b"") is None:
+        raise Unreadable("a damaged ICC profile")
+    return image.info.get("icc_profile")
+
+
+def _mend_transparency(image: Image.Image, bits: int) -> None:
+    """Bring the transparent colour of a PNG file from the file's depth to that of Pillow's pixels."""
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return
+    if image.mode == "L":
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and bits == 16:
+        raise Unreadable("16-bit RGB with a transparent colour, which Pillow cannot read; save it with alpha")
+
+
+def _from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.Image, Image.Image | None]:
+    """Colour in mode I;16, from 0 to 65535, and alpha."""
+    values = np.asarray(image).astype(np.int64)
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    values = (values * 65535 + white // 2) // white
+    return Image.fromarray((65535 - values if negative else values).astype(np.uint16)), alpha
+
+
+def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour in mode L, RGB or CMYK, and alpha."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return image.convert("L" if grey else "RGB"), image.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    if image.mode in ("1", "P", "YCbCr", "HSV", "RGBX"):
+        return image.convert("L" if grey else "RGB"), None
+    if image.mode == "LAB":
+        raise Unreadable(
+            "8-bit L*a*b* pixels, which are too coarse for sRGB; convert it to sRGB with the program that made it"
+        )
+    raise Unreadable(f"mode {image.mode}: pixels of 32 bits have no known black and white")
+
+
+def _to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Image:
+    """Colour in mode L or RGB, 8 bits a channel. `deep`: whether the file has more than 8 bits a channel."""
+    grey = colour.mode in ("L", "I;16")
+    if profile:
+        colour = _as_described(colour, profile)
+        if (convert := _conversion(profile, colour.mode)) is not None:
+            if deep and colour.mode == "RGB" and _steepest(convert) > 6:
+                raise Unreadable(
+                    "16-bit pixels in a linear RGB space, of which only 8 bits are read; convert it to sRGB"
+                )
+            colour = convert(colour)
+    return _eight_bits(colour).convert("L" if grey else "RGB")
+
+
+def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
+    """Colour in the mode that an ICC profile describes; raises Unreadable if it describes other pixels."""
+    try:
+        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+    except OSError:
+        raise Unreadable("a damaged ICC profile") from None
+    if space == "RGB" and colour.mode in ("L", "I;16"):
+        return _eight_bits(colour).convert("RGB")
+    if space == "GRAY" and colour.mode == "RGB" and not np.ptp(np.asarray(colour), axis=2).any():
+        return colour.convert("L")
+    if {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space) != colour.mode.replace("I;16", "L"):
+        raise Unreadable(f"its ICC profile is for {space} pixels, but it has {colour.mode} pixels")
+    return colour
+
+
+@lru_cache(maxsize=32)
+def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """From an ICC profile to sRGB for pixels of a mode; None for a profile that is sRGB under another name."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        intent = ImageCms.Intent(source.profile.rendering_intent)
+        # Little CMS's optimizations are fast, and exact for matrices alone: 30 levels are lost in dark linear grey.
+        exact = mode != "RGB" or not source.profile.is_matrix_shaper
+        flags = ImageCms.Flags.NOOPTIMIZE if exact else ImageCms.Flags.NONE
+        transform = ImageCms.ImageCmsTransform(
+            source, ImageCms.ImageCmsProfile(SRGB), mode, "RGB", intent=intent, flags=flags
+        )
+    except (OSError, ValueError):
+        raise Unreadable("an ICC profile that cannot be applied") from None
+    if mode == "CMYK":
+        return transform.apply
+    if mode == "RGB":
+        steps = np.arange(0, 256, 15, dtype=np.uint8)
+        probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+        change = np.asarray(transform.apply(Image.fromarray(probe))).astype(int) - probe
+        return transform.apply if np.abs(change).max() > CLOSE_TO_SRGB else None
+    ramp = np.arange(256, dtype=np.uint8) if mode == "L" else np.arange(65536, dtype=np.uint16)
+    table = np.asarray(transform.apply(Image.fromarray(ramp[None])).convert("L"))[0]
+    change = table - ramp * (255 / ramp[-1])
+    return partial(_by_table, table) if np.abs(change).max() > CLOSE_TO_SRGB else None
+
+
+def _by_table(table: NDArray[np.uint8], image: Image.Image) -> Image.Image:
+    return Image.fromarray(table[np.asarray(image)])
+
+
+def _steepest(convert: Callable[[Image.Image], Image.Image]) -> int:
+    """The largest step between two neighbouring greys of 8 bits."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    return int(np.diff(np.asarray(convert(Image.fromarray(ramp))).astype(int), axis=1).max())
+
+
+def _eight_bits(colour: Image.Image) -> Image.Image:
+    if colour.mode != "I;16":
+        return colour
+    return Image.fromarray(((np.asarray(colour).astype(np.int64) + 128) // 257).astype(np.uint8))
+
+
+def _join(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    if alpha is not None:
+        colour = colour.convert("RGB")
+        colour.putalpha(alpha)
+    image = colour.copy()
+    image.info = {}  # or PNG files would carry profiles, dates and comments
+    return image

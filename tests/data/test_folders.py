@@ -1,0 +1,210 @@
+"""Folders of images: splits, classes, wrappers, links."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion.data.folders import Folder
+from diffusion.data.images import Unreadable
+from diffusion.data.sources import open_source
+from diffusion.errors import UserError
+
+
+def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 100 if mode in ("L", "P") else None).save(path)
+
+
+def folder(root: Path, *names: str) -> Folder:
+    for name in names:
+        if name.endswith((".txt", ".xml", ".csv")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("no image")
+        else:
+            save(root / name)
+    source = open_source(root)
+    assert isinstance(source, Folder)
+    return source
+
+
+def found(source: Folder) -> dict[str, tuple[str | None, str | None]]:
+    """Split and class of each file, as far as it can be read."""
+    result = {}
+    for sample in source:
+        sample.decode()
+        result[sample.file] = (sample.split, None if sample.label is None else source.classes[sample.label])
+    return result
+
+
+def test_folder_with_classes(tmp_path: Path) -> None:
+    for name in ["dogs/rex.png", "cats/tom.png", "cats/tom.jpg", "cats/old/tom.bmp", "stray.webp", ".hidden/x.png"]:
+        save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cats" / "notes.txt").write_text("no image")
+    source = open_source(tmp_path)
+    assert isinstance(source, Folder)
+    assert source.classes == ("cats", "dogs")
+    assert source.own_splits == {}
+    labels = {sample.file: sample.label for sample in source}
+    assert labels == {
+        "cats/notes.txt": 0, "cats/old/tom.bmp": 0, "cats/tom.jpg": 0, "cats/tom.png": 0, "dogs/rex.png": 1,
+        "stray.webp": None,
+    }  # fmt: skip
+    assert list(labels) == sorted(labels)
+    assert len(source) == len(labels)
+
+
+def test_keys_are_unique_safe_and_a_function_of_the_path_alone(tmp_path: Path) -> None:
+    names = ["a/b.png", "a/b.bmp", "a-b.png", "a b.png", "a.b.png", "ü/ß.png", "é.png", f"{'x' * 200}.png"]
+    for name in names:
+        save(tmp_path / name)
+    before = {sample.file: sample.key for sample in open_source(tmp_path)}
+    assert len(set(before.values())) == len(names)
+    assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in before.values())
+    assert max(map(len, before.values())) < 90
+    assert before["a/b.png"].startswith("a-b-")
+    save(tmp_path / "a" / "a.png")
+    after = {sample.file: sample.key for sample in open_source(tmp_path)}
+    assert before.items() <= after.items()
+
+
+def test_folder_with_its_own_splits(tmp_path: Path) -> None:
+    for name in ["train/a/1.png", "train/b/2.png", "test/c/3.png"]:
+        save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert source.own_splits == {"train": "train/", "test": "test/"}
+    assert source.classes == ("a", "b", "c")
+    assert [(sample.split, sample.label) for sample in source] == [("test", 2), ("train", 0), ("train", 1)]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "valid", "test"), ("train", "validation", None), ("Train", None, "Test"),
+        ("TRAINING", "dev", "testing"), ("training", "Val", "Testing"), ("train", None, None),
+    ],
+)  # fmt: skip
+def test_the_usual_names_are_splits(tmp_path: Path, train: str, val: str | None, test: str | None) -> None:
+    parts = {"train": train, "val": val, "test": test}
+    source = folder(tmp_path, *(f"{name}/{label}/1.png" for name in parts.values() if name for label in ("cat", "dog")))
+    assert source.classes == ("cat", "dog")
+    assert source.own_splits == {split: f"{name}/" for split, name in parts.items() if name}
+    assert found(source) == {
+        f"{name}/{label}/1.png": (split, label) for split, name in parts.items() if name for label in ("cat", "dog")
+    }
+    order = [sample.split for sample in source]
+    assert order == sorted(order, key=["test", "val", "train"].index)
+
+
+def test_two_names_of_one_split(tmp_path: Path) -> None:
+    source = folder(tmp_path, "train/a/1.png", "val/a/2.png", "dev/a/3.png")
+    assert source.own_splits == {"train": "train/", "val": "dev/ and val/"}
+    assert Counter(split for split, _ in found(source).values()) == {"train": 1, "val": 2}
+
+
+def test_what_stands_beside_the_splits(tmp_path: Path) -> None:
+    source = folder(
+        tmp_path, "train/a/1.png", "test/a/2.png", "annotations/1.xml", "annotations/deep/2.xml", "labels.csv",
+        "@eaDir/thumb.png", "__MACOSX/train/._1.png", "train/a/@eaDir/1.png", "train/notes/about.txt", ".git/x.png",
+    )  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    assert source.classes == ("a",)
+    assert found(source) == {"train/a/1.png": ("train", "a"), "test/a/2.png": ("test", "a")}
+    assert len(source) == 2
+
+
+def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> None:
+    source = folder(tmp_path, "train/a/1.png", "test/a/2.png", "sample.png", "README.txt")
+    outside = [sample for sample in source if sample.split is None]
+    assert [sample.file for sample in outside] == ["sample.png"]
+    with pytest.raises(Unreadable, match="outside of the folders of the splits"):
+        outside[0].decode()
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "splits"),
+    [
+        (["set/cat/1.png", "set/dog/2.png", "readme.txt"], ("cat", "dog"), {}),
+        (["a/b/set/cat/1.png", "a/b/set/dog/2.png"], ("cat", "dog"), {}),
+        (["images/train/cat/1.png", "images/val/cat/2.png", "labels/1.txt"], ("cat",), {"train", "val"}),
+        (["set/Train/cat/1.png", "set/Test/cat/2.png", "__MACOSX/set/1.png"], ("cat",), {"train", "test"}),
+        (["train/images/cat/1.png", "train/images/dog/1.png", "test/images/cat/2.png", "test/images/dog/2.png"],
+         ("cat", "dog"), {"train", "test"}),
+        (["train/cat/1.png", "train/dog/2.png"], ("cat", "dog"), {"train"}),
+        (["train/cat/old/1.png", "train/cat/new/1.png", "test/cat/2.png", "test/dog/3.png"],
+         ("cat", "dog"), {"train", "test"}),
+        (["train/1.png", "test/2.png"], (), {"train", "test"}),
+        (["cat/1.png"], ("cat",), {}),
+        (["set/cat/1.png", "stray.png"], ("set",), {}),
+    ],
+)  # fmt: skip
+def test_wrapping_folders_are_seen_through(
+    tmp_path: Path, names: list[str], classes: tuple[str, ...], splits: set[str]
+) -> None:
+    source = folder(tmp_path, *names)
+    assert source.classes == classes
+    assert source.own_splits.keys() == set(splits)
+    images = {name for name in names if name.endswith(".png") and not name.startswith("__MACOSX")}
+    assert found(source).keys() == images
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["train/1.png", "test/2.png", "masks/3.png"], "the class test and the class train"),
+        (["cat/1.png", "dog/1.png", "Test/2.png"], "the class Test"),
+        (["val/1.png", "test/2.png"], "the class test and the class val"),
+        (["train2017/1.png", "val2017/2.png"], "the class train2017 and the class val2017"),
+        (["training_images/1.png", "test-set/2.png"], "the class test-set and the class training_images"),
+        (["train/cat/1.png", "train/test/2.png", "test/cat/3.png"], "the class test"),
+    ],
+)
+def test_a_class_named_like_a_split_must_be_confirmed(tmp_path: Path, names: list[str], named: str) -> None:
+    for name in names:
+        save(tmp_path / name)
+    with pytest.raises(
+        UserError, match=f"{named} would have the name of a split; .* --split-names-as-classes"
+    ) as caught:
+        open_source(tmp_path)
+    assert "\n" not in str(caught.value)
+    confirmed = open_source(tmp_path, split_names_as_classes=True)
+    assert set(named.replace("the class ", "").split(" and ")) <= set(confirmed.classes)
+    assert len(list(confirmed)) == len(names)
+
+
+def test_other_names_are_no_splits(tmp_path: Path) -> None:
+    source = folder(tmp_path, "trainer/1.png", "test tube/2.png", "valley/3.png", "device/4.png", "protest/5.png")
+    assert source.classes == ("device", "protest", "test tube", "trainer", "valley")
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "deep" / "1.png")
+    save(tmp_path / "elsewhere" / "2.png")
+    save(tmp_path / "set" / "cat" / "3.png")
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "cat" / "4.png").symlink_to(tmp_path / "set" / "cat" / "3.png")
+    (tmp_path / "set" / "cat" / "up").symlink_to("../..", target_is_directory=True)
+    (tmp_path / "elsewhere" / "self").symlink_to(".", target_is_directory=True)
+    (tmp_path / "set" / "cat" / "nowhere.png").symlink_to("missing")
+    (tmp_path / "set" / "cat" / "itself.png").symlink_to("itself.png")
+    source = open_source(tmp_path / "set")
+    assert source.classes == ("cat", "dog")
+    readable, unreadable = {}, set()
+    for sample in source:
+        try:
+            sample.decode()
+            readable[sample.file] = sample.label
+        except Unreadable:
+            unreadable.add(sample.file)
+    assert readable["dog/2.png"] == readable["dog/deep/1.png"] == 1
+    assert readable["cat/3.png"] == readable["cat/4.png"] == 0
+    assert unreadable == {"cat/nowhere.png", "cat/itself.png"}
+
+
+def test_pipes_are_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert [sample.file for sample in open_source(tmp_path)] == ["1.png"]
