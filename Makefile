@@ -46,7 +46,7 @@ status: setup ## Show how they are.
 	@python -m flows.services status
 
 repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.
-	dvc repro
+	python -m flows.repro
 	@ddpm track
 
 lint: setup ## Check style and types.

@@ -52,7 +52,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         "DVC_NO_ANALYTICS": "true",
         STOP_WITH: "stdin",
     }
-    command = [str(python), "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    command = [str(python), "-m", "flows.repro", "--single-item", stage]
     process = subprocess.Popen(
         command,
         cwd=workspace,

@@ -190,18 +190,35 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target, follow_symlinks=False)
     (temporary / ".ddpm").symlink_to(Paths().state.absolute())
-    local = f"""[core]
-    no_scm = true
-    site_cache_dir = {Paths().state.absolute() / "dvc"}
-[cache]
-    dir = {dvc(Path(), "cache", "dir")}
-    type = "reflink,hardlink,symlink,copy"
-"""
-    (temporary / ".dvc" / "config.local").write_text(local)
+    _configure_dvc(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)
     temporary.replace(workspace)
+
+
+def _configure_dvc(workspace: Path) -> None:
+    """Give a workspace the repository's cache and remotes, relative paths and local settings included.
+
+    Raises: UserError if DVC rejects the repository's configuration.
+    """
+    from dvc.config import Config, ConfigError, merge  # late, since it takes a second that `ddpm runs` need not wait
+
+    try:
+        ours = Config(str(Path(".dvc")))
+    except ConfigError as error:
+        raise UserError(f"DVC's configuration: {' '.join(str(error).split())}") from None
+    own = {
+        "core": {"no_scm": True, "site_cache_dir": str(Paths().state.absolute() / "dvc")},
+        "cache": {
+            "dir": ours["cache"].get("dir") or str(Path(".dvc/cache").absolute()),
+            "type": "reflink,hardlink,symlink,copy",
+        },
+    }
+    with Config(str(workspace / ".dvc")).edit("local") as local:
+        for settings in (ours.load_one("repo"), ours.load_one("local"), own):
+            merge(local, settings)
+    (workspace / ".dvc" / "config.local").chmod(0o600)  # may hold a remote's password
 
 
 def _bring_raw_data(workspace: Path) -> None:
