@@ -25,28 +25,30 @@ class Repro(repro.CmdRepro):  # type: ignore[misc] # dvc has no types
 def reproduce(stage: Any, **options: Any) -> Any:
     """Bring one stage up to date, its dependencies being so already.
 
-    Outputs that only a remote has are fetched. An entry whose outputs are nowhere is forgotten, in memory: dvc.lock
-    keeps it until the stage has succeeded.
+    Outputs that only the working tree has are saved to the cache, and those that only a remote has are fetched. An
+    entry whose outputs are nowhere is forgotten, in memory: dvc.lock keeps it until the stage has succeeded.
     """
-    if not (options["force"] or options["dry"]) and _lacks_outputs(stage) and not _fetch(stage):
-        print(
-            f"dvc.lock: the outputs of {stage.addressing} are in neither the cache nor a remote; "
-            "looking for results of an earlier run instead",
-            flush=True,
-        )
-        for out in stage.outs:
-            out.hash_info = HashInfo()
+    if not (options["force"] or options["dry"]) and _not_in_cache(stage):
+        if not any(out.workspace_status() for out in stage.outs):
+            stage.commit()
+        elif not _fetch(stage):
+            print(
+                f"dvc.lock: the outputs of {stage.addressing} are in neither the cache nor a remote; "
+                "looking for results of an earlier run instead",
+                flush=True,
+            )
+            for out in stage.outs:
+                out.hash_info = HashInfo()
     return _reproduce_stage(stage, **options)
 
 
-def _lacks_outputs(stage: Any) -> bool:
-    """Whether DVC would take a stage's outputs from its lock entry, but they are not here."""
+def _not_in_cache(stage: Any) -> bool:
+    """Whether DVC would take a stage's outputs from the cache, by its lock entry, but the cache lacks them."""
     return (
         bool(stage.cmd)
         and all(out.hash_info for out in stage.outs)
         and not stage.changed_stage()
         and stage.deps_cached()
-        and stage.changed_outs()
         and not stage.outs_cached()
     )
 
@@ -56,13 +58,14 @@ def _fetch(stage: Any) -> bool:
     config = stage.repo.config
     default = config["core"].get("remote")
     for remote in sorted(config["remote"], key=lambda name: name != default):
+        reason = "not there, or the remote cannot be reached"  # DVC does not always tell these apart
         try:
             stage.repo.fetch(stage.addressing, remote=remote)
         except Exception as error:  # each kind of storage raises errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"remote {remote!r}: the outputs of {stage.addressing} cannot be fetched: {reason}", flush=True)
         if stage.outs_cached():
             return True
+        print(f"remote {remote!r}: the outputs of {stage.addressing} cannot be fetched: {reason}", flush=True)
     return False
 
 

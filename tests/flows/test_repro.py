@@ -103,11 +103,13 @@ def test_outputs_in_the_working_tree_are_kept_without_a_cache(root: Path) -> Non
     shutil.rmtree(".dvc/cache")
     assert "Data and pipelines are up to date." in repro(root)
     assert MODEL.read_text() == mine
+    shutil.rmtree("models")
+    assert "done" not in repro(root)
+    assert MODEL.read_text() == mine
 
 
 def test_a_stage_that_fails_leaves_the_lock_file_as_it_was(committed: bytes, root: Path) -> None:
     forget_everything()
-    Path("data/raw/digits.npz").chmod(0o444)
     document = yaml_files.read_yaml(Path("dvc.yaml"))
     document["stages"]["shard"]["outs"].append("data/none")
     entry = yaml_files.read_yaml(LOCK)
