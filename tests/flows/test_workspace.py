@@ -273,6 +273,6 @@ def dvc_settings(directory: Path) -> list[str]:
 @pytest.mark.usefixtures("repository")
 def test_a_configuration_that_dvc_rejects_is_one_line() -> None:
     Path(".dvc/config").write_text("[core]\n    analytics = perhaps\n")
-    with pytest.raises(UserError, match="DVC's configuration: .*analytics") as error:
+    with pytest.raises(UserError, match=r"DVC's configuration: .*analytics") as error:
         make("one")
     assert "\n" not in str(error.value)
