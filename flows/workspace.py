@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from diffusion import params, presets, yaml_files
+from diffusion import dvc_output, params, presets, yaml_files
 from diffusion.errors import UserError
 from diffusion.files import write_json
 from diffusion.paths import Paths
@@ -147,7 +147,7 @@ def state_of(workspace: Path, run: Run) -> State:
 
 
 def list_runs() -> None:
-    """Print name, time, state and held-out MSE of each run that is kept, in the order in which they ended."""
+    """Print name, time, state and held-out MSE of each run, ordered by their end, and what is removed when."""
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
         report = Paths(workspace).evaluate_report
@@ -156,6 +156,10 @@ def list_runs() -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        f"\nA new run removes all but the last {KEEP_RUNS} runs (DDPM_KEEP_RUNS), and those that ended more than "
+        f"{KEEP_DAYS:g} days ago (DDPM_KEEP_DAYS)."
+    )
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -163,8 +167,7 @@ def dvc(root: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        _, _, reason = done.stderr.partition("ERROR: ")
-        raise UserError(f"dvc {' '.join(arguments)}: {' '.join((reason or done.stderr).split())}")
+        raise UserError(f"dvc {' '.join(arguments)}: {dvc_output.reason(done.stderr)}")
     return done.stdout.strip()
 
 

@@ -242,7 +242,10 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     lost = workspace.Run.read(RUNS / "red-fox")
     workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
     workspace.list_runs()
-    rows = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.splitlines()[1:]}
+    table, kept = capsys.readouterr().out.split("\n\n")
+    assert "last 20 runs (DDPM_KEEP_RUNS)" in kept
+    assert "14 days ago (DDPM_KEEP_DAYS)" in kept
+    rows = {line.split()[0]: line.split()[3:] for line in table.splitlines()[1:]}
     assert rows == {"red-fox": ["crashed"], "red-hen": ["completed"], "red": ["completed", "0.2500"]}
 
 
