@@ -1,8 +1,8 @@
 """The services in the background: `python -m flows.services up | down | status`.
 
 supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
-loopback, with their files in `.ddpm/`. Each is a single process (`python -m flows.services mlflow | worker` becomes
-one), so that whatever kills it leaves nothing behind that holds its port.
+loopback, with their files in `.ddpm/`. Each is a single process, so that one that is killed leaves nothing behind that
+holds its port.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -208,26 +208,6 @@ def _deploy(services: Services) -> None:
     print(f"deployed {DEPLOYMENT}")
 
 
-def mlflow(services: Services) -> None:
-    """Become the MLflow server: `mlflow server`, with the uvicorn that it would start as a child in its own place."""
-    from mlflow import server
-    from mlflow.cli import cli
-
-    def become(command: list[str], *, extra_env: dict[str, str], **_: Any) -> NoReturn:
-        os.execve(command[0], command, {**os.environ, **extra_env})
-
-    vars(server)["_exec_cmd"] = become
-    paths = Paths(services.root)
-    arguments = {
-        "--host": "127.0.0.1",
-        "--port": str(services.mlflow_port),
-        "--workers": "1",
-        "--backend-store-uri": f"sqlite:///{paths.mlflow_database}",
-        "--default-artifact-root": str(paths.mlflow_artifacts),
-    }
-    cli(["server", *(part for argument in arguments.items() for part in argument)])
-
-
 def worker(services: Services) -> None:
     """Become the worker. supervisord keeps one alone, so what another one started has lost it, and ends."""
     processes.end(processes.having(WORKER, str(services.directory)))
@@ -312,7 +292,7 @@ def _taken(port: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
-    commands = {command.__name__: command for command in (up, down, status, mlflow, worker)}
+    commands = {command.__name__: command for command in (up, down, status, worker)}
     parser.add_argument("command", choices=commands)
     try:
         commands[parser.parse_args(argv).command](Services())
