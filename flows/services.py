@@ -198,12 +198,15 @@ def _deploy(services: Services) -> None:
     now = f"{digest.hexdigest()} {there and there['id']}"
     if there and stamp.exists() and stamp.read_text() == now:
         return
+    paused = bool(there and there["paused"])
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     environment = services.environment() | {"PWD": str(services.root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     there = lost_runs.get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
     if done.returncode or not there:
         raise UserError(f"prefect deploy failed:\n{done.stdout}{done.stderr}")
+    if paused:  # which `prefect deploy` has undone
+        lost_runs.get(f"{services.prefect}/api/deployments/{there['id']}/pause_deployment", {})
     write_atomic(stamp, f"{digest.hexdigest()} {there['id']}".encode())
     print(f"deployed {DEPLOYMENT}")
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for
 
+NAME = "deployments/name/train-ddpm/train-ddpm"
 TRAIN = {"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 20}
 
 
@@ -79,7 +80,7 @@ def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Comma
 
 def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) -> None:
     def deployment() -> dict[str, Any]:
-        found = api(clone, "deployments/name/train-ddpm/train-ddpm")
+        found = api(clone, NAME)
         schedules = sorted((each["id"], each["active"], json.dumps(each["schedule"])) for each in found["schedules"])
         return {"schedules": schedules, "paused": found["paused"], "schema": found["parameter_openapi_schema"]}
 
@@ -89,14 +90,17 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
     first = deployment()
     pause = ("prefect", "deployment", "schedule", "pause", "train-ddpm/train-ddpm", first["schedules"][0][0])
     assert up(*pause).returncode == 0
+    api(clone, f"deployments/{api(clone, NAME)['id']}/pause_deployment", {})
     before = deployment()
     assert sorted(active for _, active, _ in before["schedules"]) == [False, True]
+    assert before["paused"]
     (clone / "presets" / "mine.yaml").write_text("seed: 7\n")
     try:
         assert "deployed train-ddpm" in up("python", "-m", "flows.services", "up").stdout
         after = deployment()
     finally:
         (clone / "presets" / "mine.yaml").unlink()
+        api(clone, f"deployments/{api(clone, NAME)['id']}/resume_deployment", {})
     assert "mine" in json.dumps(after["schema"])
     assert after | {"schema": None} == before | {"schema": None}
 
