@@ -46,7 +46,7 @@ status: setup ## Show how they are.
 	@python -m flows.services status
 
 repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.
-	dvc repro
+	python -m flows.repro
 	@ddpm track
 
 scrub: setup ## Delete damaged files from DVC's cache, which DVC trusts unread; `dvc repro` makes them again.

@@ -23,8 +23,9 @@ def apply(run: str, force: bool) -> None:
         run: name of a flow run, or a beginning of it.
         force: whether to overwrite what is not committed.
     Raises:
-        UserError: no such run, it is not completed, changes would be lost, or outputs are not in the DVC cache. The
-            working tree is then as it was, except for outputs that --force let DVC overwrite and its cache lacks.
+        UserError: no such run, it is not completed, changes would be lost, or outputs are neither in the DVC cache nor
+            in the run's folder. The working tree is then as it was, except for outputs that --force let DVC overwrite
+            and its cache lacks.
     """
     source = workspace.find(run)
     state = workspace.state_of(source, workspace.Run.read(source))
@@ -42,6 +43,7 @@ def apply(run: str, force: bool) -> None:
     made = {*_outputs(stages), *(file.with_suffix("") for file in raw)}
     absent = [path for path in made if not path.exists()]
     kept = [path for path in _outputs(_stages(old["dvc.lock"])) if path.exists()]
+    _save_to_cache(source)
     try:
         for name, content in new.items():
             write_atomic(Path(name), content)
@@ -65,6 +67,20 @@ def apply(run: str, force: bool) -> None:
             f"warning: {', '.join(changed)} differ from the run's: `dvc repro` will run the stages that use them",
             file=sys.stderr,
         )
+
+
+def _save_to_cache(source: Path) -> None:
+    """Put a run's files back into the DVC cache where `dvc gc` has removed them, if they are as its dvc.lock says."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo, lock_repo
+
+    try:
+        with Repo(str(source)) as repo, lock_repo(repo):
+            for out in repo.index.outs:
+                if out.hash_info and out.changed_cache() and not out.workspace_status():
+                    out.commit()
+    except DvcException as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def _committed(name: str) -> bytes | None:

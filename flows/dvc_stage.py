@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from diffusion import dvc_output
 from diffusion.watch import STOP_WITH
 
 Outcome = Literal["cached", "run"]
@@ -20,7 +21,10 @@ SECONDS_TO_STOP = 10.0
 """How long a stage may take to write a checkpoint and end, once told to."""
 
 _CACHED = re.compile(r"Stage '\S+' (didn't change, skipping|is cached - skipping run)")
-_DVC = re.compile(r"Running stage '|> |ERROR: |Updating lock file|Use `dvc push`|To track the changes|\s*git add ")
+_DVC = re.compile(
+    r"Running stage '|> |ERROR: |Updating lock file|Use `dvc push`|To track the changes|\s*git add "
+    r"|Having any troubles\?"
+)
 _TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _PASSING = re.compile(
     r"[Uu]nable to acquire (the |file )?lock|is busy, it is being blocked by|Temporary failure in name resolution"
@@ -52,7 +56,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         "DVC_NO_ANALYTICS": "true",
         STOP_WITH: "stdin",
     }
-    command = [str(python), "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    command = [str(python), "-m", "flows.repro", "--single-item", stage]
     process = subprocess.Popen(
         command,
         cwd=workspace,
@@ -88,9 +92,9 @@ def last_error(lines: list[str]) -> str:
     for pattern in (re.compile(r"ddpm \w+: error: "), _TRACEBACK_END):
         if found := [line for line in own if pattern.match(line)]:
             return found[-1]
-    dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    command_failed = any("failed to run: " in line for line in dvc)
-    return ((own if command_failed and own else dvc) or own or [""])[-1]
+    dvc = dvc_output.reason("\n".join(lines))
+    of_stage = "failed to run: " in dvc or not any(line.startswith("ERROR: ") for line in lines)
+    return own[-1] if own and of_stage else dvc
 
 
 def passes_by_itself(message: str) -> bool:

@@ -1,7 +1,8 @@
-"""The services in the background: `python -m flows.services up | down | status | worker`.
+"""The services in the background: `python -m flows.services up | down | status`.
 
 supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
-loopback, with their files in `.ddpm/`.
+loopback, with their files in `.ddpm/`. Each is a single process, so that one that is killed leaves nothing behind that
+holds its port.
 """
 
 import argparse
@@ -12,8 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,10 +25,13 @@ from supervisor.xmlrpc import SupervisorTransport
 from diffusion.errors import UserError
 from diffusion.files import write_atomic, write_json
 from diffusion.paths import Paths
+from flows import lost_runs, processes
 
-POOL, DEPLOYMENT = "ddpm", "train-ddpm/train-ddpm"
+POOL, DEPLOYMENT = "ddpm", "train-ddpm"
 PATIENCE = 180.0
 """Seconds to wait for a service to be healthy; a cold start on a slow disk takes a minute."""
+WORKER = "DDPM_WORKER"
+"""Set, to the directory of the services, for the worker and what it runs, as DDPM_SERVICES is for all services."""
 LONGEST_SOCKET = 103
 """Bytes of a Unix socket's path: 107 on Linux, 103 on macOS."""
 
@@ -114,14 +116,14 @@ class Services:
     def healthy(self) -> dict[str, bool]:
         """Which of the services answer."""
         return {
-            "prefect": _get(f"{self.prefect}/api/health") is not None,
-            "mlflow": _get(f"{self.mlflow}/health") is not None,
+            "prefect": lost_runs.get(f"{self.prefect}/api/health") is not None,
+            "mlflow": lost_runs.get(f"{self.mlflow}/health") is not None,
             "worker": self._worker_online(),
         }
 
     def _worker_online(self) -> bool:
         """Whether the worker that runs now has been heard of by the server."""
-        workers = _get(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
+        workers = lost_runs.get(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
         try:
             started = self.supervisor().getProcessInfo("worker")["start"]
         except OSError:
@@ -144,6 +146,8 @@ def up(services: Services) -> None:
         _deploy(services)
         return
     if not states:
+        if _stop(services):
+            print("ended services that had lost their supervisord", flush=True)
         for port, variable in ((services.prefect_port, "PREFECT_PORT"), (services.mlflow_port, "MLFLOW_PORT")):
             if _taken(port):
                 raise UserError(
@@ -153,9 +157,9 @@ def up(services: Services) -> None:
     print("starting Prefect and MLflow ...", flush=True)
     for name in ("prefect", "mlflow"):
         _start(services, name)
-    _wait(services, "prefect", lambda: _get(f"{services.prefect}/api/health") is not None)
+    _wait(services, "prefect", lambda: lost_runs.get(f"{services.prefect}/api/health") is not None)
     _start(services, "worker")
-    _wait(services, "mlflow", lambda: _get(f"{services.mlflow}/health") is not None)
+    _wait(services, "mlflow", lambda: lost_runs.get(f"{services.mlflow}/health") is not None)
     _wait(services, "worker", services._worker_online)
     print(f"up: Prefect {services.prefect}, MLflow {services.mlflow}")
     _deploy(services)
@@ -189,65 +193,68 @@ def _deploy(services: Services) -> None:
     digest = hashlib.sha256()
     for file in sorted(shaping):
         digest.update(file.read_bytes())
-    there = _get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}")
+    there = lost_runs.get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
     stamp = services.directory / "deployed"
     now = f"{digest.hexdigest()} {there and there['id']}"
     if there and stamp.exists() and stamp.read_text() == now:
         return
+    paused = bool(there and there["paused"])
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     environment = services.environment() | {"PWD": str(services.root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    there = _get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}")
+    there = lost_runs.get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
     if done.returncode or not there:
         raise UserError(f"prefect deploy failed:\n{done.stdout}{done.stderr}")
+    if paused:  # which `prefect deploy` has undone
+        lost_runs.get(f"{services.prefect}/api/deployments/{there['id']}/pause_deployment", {})
     write_atomic(stamp, f"{digest.hexdigest()} {there['id']}".encode())
     print(f"deployed {DEPLOYMENT}")
 
 
 def worker(services: Services) -> None:
-    """Become the worker. supervisord keeps one alone, so runs that count as running now have lost theirs."""
-    _close_lost_runs(services)
-    os.environ.update(services.environment())
+    """Become the worker. supervisord keeps one alone, so what another one started has lost it, and ends."""
+    processes.end(processes.having(WORKER, str(services.directory)))
+    lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    os.environ.update({**services.environment(), WORKER: str(services.directory)})
     os.execvp("prefect", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "worker"])
 
 
 def down(services: Services) -> None:
     """Stop all services, the worker first; what it runs ends with a checkpoint."""
     services = services.as_started()
+    print("stopped" if _stop(services) else "not running")
+    for name, answers in services.healthy().items():
+        if answers:
+            print(f"{name}: a program that `make up` did not start answers at {getattr(services, name)}")
+
+
+def _stop(services: Services) -> bool:
+    """End supervisord, and what it, or one that was killed, has started; whether there was anything."""
     states = services.states()
-    if not states:
-        print("not running")
-        return
-    if states["worker"] in ("RUNNING", "STARTING"):
+    if states.get("worker") in ("RUNNING", "STARTING"):
         services.supervisor().stopProcess("worker")
-        _close_lost_runs(services)
-    services.supervisor().shutdown()
-    if not _until(lambda: not services.socket.exists(), 60):
-        raise UserError(f"supervisord does not end; see {services.directory}/supervisord.log")
-    print("stopped")
+    runs = processes.end(processes.having(WORKER, str(services.directory)))
+    lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    if states:
+        services.supervisor().shutdown()
+        if not _until(lambda: not services.socket.exists(), 60):
+            raise UserError(f"supervisord does not end; see {services.directory}/supervisord.log")
+    return processes.end(processes.having("DDPM_SERVICES", str(services.directory))) or runs or bool(states)
 
 
 def status(services: Services) -> None:
-    """Print each service's state and address."""
+    """Print each service's state and address: whether it answers, whatever supervisord believes."""
     services = services.as_started() if services.states() else services
     states, healthy = services.states(), services.healthy()
     addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}
     for name, address in addresses.items():
         state = states.get(name, "STOPPED").lower()
-        print(f"{name:<9}{state if healthy[name] or state != 'running' else 'not answering':<15}{address}")
+        if healthy[name]:
+            text = "running" if state in ("running", "starting") else f"{state}, but another process answers"
+        else:
+            text = "not answering" if state == "running" else state
+        print(f"{name:<9}{text:<15} {address}")
     print(f"logs: {services.directory}/")
-
-
-def _close_lost_runs(services: Services) -> None:
-    """Tell the server that runs whose worker has ended are not running; a worker that is stopped does not."""
-    lost = {
-        "work_pools": {"name": {"any_": [POOL]}},
-        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
-    }
-    for run in _get(f"{services.prefect}/api/flow_runs/filter", lost) or []:
-        kind = "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED"
-        state = {"type": kind, "message": "The worker was stopped; run again to go on from the last checkpoint."}
-        _get(f"{services.prefect}/api/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _start(services: Services, name: str) -> None:
@@ -274,21 +281,6 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _get(url: str, body: Any = None) -> Any:
-    """The JSON (or text) at an address, None where nothing good answers; with a body, by POST."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as response:
-            content = response.read()
-    except (OSError, urllib.error.URLError):
-        return None
-    try:
-        return json.loads(content)
-    except ValueError:
-        return content.decode()
 
 
 def _taken(port: int) -> bool:

@@ -22,8 +22,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import FailedRun, ObjectNotFound
-from prefect.states import Completed, Failed
+from prefect.exceptions import FailedRun, ObjectNotFound, PrefectException, TerminationSignal
+from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.urls import url_for
 
@@ -56,11 +56,15 @@ def run_stage(stage: str, workspace: Path) -> State[Outcome]:
                 warned = True
                 log.warning("Prefect does not show the progress (%s); the stage goes on", error)
 
-    with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
-        try:
+    try:
+        with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
             outcome = dvc_stage.run(stage, workspace, on_line)
-        except dvc_stage.StageError as error:
-            return Failed(message=str(error), data=error)  # raised, it would be logged with a traceback
+    except dvc_stage.StageError as error:
+        return Failed(message=str(error), data=error)  # raised, it would be logged with a traceback
+    except TerminationSignal:
+        if not cancelling():
+            raise
+        return Cancelled(message="The flow run was cancelled.")  # raised, the task run would count as crashed
     return Completed(name="Cached" if outcome == "cached" else None, message=outcome, data=outcome)
 
 
@@ -87,6 +91,16 @@ def limit_exists(name: str) -> bool:
         except ObjectNotFound:
             return False
     return True
+
+
+def cancelling() -> bool:
+    """Whether the flow run is being cancelled, as opposed to its process being ended."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(runtime.flow_run.id)).state
+    except (httpx.HTTPError, PrefectException):
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
@@ -147,7 +161,10 @@ def train_ddpm(
 
     def stage(name: str, directory: Path) -> Outcome:
         # What a task returns as a State comes back as one.
-        return TASKS[name](name, directory).result()
+        state = TASKS[name](name, directory)
+        if state.is_cancelled():
+            raise TerminationSignal(signal.SIGTERM)  # what the task was interrupted by goes on to the flow
+        return state.result()
 
     run_id = str(runtime.flow_run.id)
     page = url_for("flow-run", run_id) or ""

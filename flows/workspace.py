@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from diffusion import params, presets, yaml_files
+from diffusion import dvc_output, params, presets, yaml_files
 from diffusion.errors import UserError
-from diffusion.files import write_atomic, write_json, writing
+from diffusion.files import write_json, writing
 from diffusion.paths import Paths
 
 KEEP_RUNS = int(os.environ.get("DDPM_KEEP_RUNS", "20"))
@@ -148,7 +148,7 @@ def state_of(workspace: Path, run: Run) -> State:
 
 
 def list_runs() -> None:
-    """Print name, time, state and held-out MSE of each run that is kept, in the order in which they ended."""
+    """Print name, time, state and held-out MSE of each run, ordered by their end, and what is removed when."""
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
         report = Paths(workspace).evaluate_report
@@ -157,6 +157,10 @@ def list_runs() -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        f"\nA new run removes all but the last {KEEP_RUNS} runs (DDPM_KEEP_RUNS), and those that ended more than "
+        f"{KEEP_DAYS:g} days ago (DDPM_KEEP_DAYS)."
+    )
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -164,8 +168,7 @@ def dvc(root: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        _, _, reason = done.stderr.partition("ERROR: ")
-        raise UserError(f"dvc {' '.join(arguments)}: {' '.join((reason or done.stderr).split())}")
+        raise UserError(f"dvc {' '.join(arguments)}: {dvc_output.reason(done.stderr)}")
     return done.stdout.strip()
 
 
@@ -192,18 +195,35 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
     (temporary / ".ddpm").symlink_to(Paths().state.absolute())
-    local = f"""[core]
-    no_scm = true
-    site_cache_dir = {Paths().state.absolute() / "dvc"}
-[cache]
-    dir = {dvc(Path(), "cache", "dir")}
-    type = "reflink,hardlink,symlink,copy"
-"""
-    write_atomic(temporary / ".dvc" / "config.local", local.encode())
+    _configure_dvc(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)
     temporary.replace(workspace)
+
+
+def _configure_dvc(workspace: Path) -> None:
+    """Give a workspace the repository's cache and remotes, relative paths and local settings included.
+
+    Raises: UserError if DVC rejects the repository's configuration.
+    """
+    from dvc.config import Config, ConfigError, merge  # late, since it takes a second that `ddpm runs` need not wait
+
+    try:
+        ours = Config(str(Path(".dvc")))
+    except ConfigError as error:
+        raise UserError(f"DVC's configuration: {' '.join(str(error).split())}") from None
+    own = {
+        "core": {"no_scm": True, "site_cache_dir": str(Paths().state.absolute() / "dvc")},
+        "cache": {
+            "dir": ours["cache"].get("dir") or str(Path(".dvc/cache").absolute()),
+            "type": "reflink,hardlink,symlink,copy",
+        },
+    }
+    with Config(str(workspace / ".dvc")).edit("local") as local:
+        for settings in (ours.load_one("repo"), ours.load_one("local"), own):
+            merge(local, settings)
+    (workspace / ".dvc" / "config.local").chmod(0o600)  # may hold a remote's password
 
 
 def _bring_raw_data(workspace: Path) -> None:

@@ -13,6 +13,7 @@ from diffusion.data.folders import files_below
 from diffusion.data.noise import Split
 from diffusion.data.shards import Source
 from diffusion.data.sources import open_source
+from diffusion.dvc_output import reason
 from diffusion.errors import UserError
 from diffusion.files import writing
 from diffusion.paths import Paths
@@ -92,13 +93,12 @@ def _bring(path: Path, target: Path, link: bool) -> None:
 
 
 def _dvc_add(target: Path, root: Path, link: bool) -> None:
-    command = [sys.executable, "-m", "dvc", "add", "--quiet", target.relative_to(root).as_posix()]
+    command = [sys.executable, "-m", "dvc", "add", target.relative_to(root).as_posix()]
     if link:
         command.append("--no-relink")  # else DVC puts copies from its cache in the links' place
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"dvc add {target}: {lines[-1] if lines else f'exit status {done.returncode}'}")
+        raise UserError(f"dvc add {target}: {reason(done.stderr) or f'exit status {done.returncode}'}")
 
 
 def _remove(path: Path) -> None:

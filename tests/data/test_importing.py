@@ -138,3 +138,12 @@ def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> N
     assert "ddpm import: error: dvc add" in done.stderr.splitlines()[-1]
     assert "config file error" in done.stderr.splitlines()[-1]
     assert status(tree) == before
+
+
+def test_an_error_of_dvc_says_what_happened(tree: Path) -> None:
+    assert run(tree, "dvc", "cache", "dir", "--local", str(tree / "params.yaml")).returncode == 0
+    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    assert done.returncode == 1
+    assert "Not a directory" in done.stderr
+    assert "support" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ddpm import: error: dvc add data/raw/own: unexpected error - ")

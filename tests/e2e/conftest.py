@@ -1,13 +1,18 @@
 """A copy of the repository with tiny parameters, and its services on free ports, for all end-to-end tests."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from diffusion import yaml_files
@@ -37,7 +42,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     yaml_files.write_yaml(
         target / "params.yaml", yaml_files.overlay(yaml_files.read_yaml(target / "params.yaml"), TINY)
     )
-    (target / "dvc.lock").unlink(missing_ok=True)
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):
         subprocess.run(["git", *identity, *command], cwd=target, check=True)
@@ -83,6 +87,50 @@ def services(run: Command) -> Iterator[Command]:
         yield run
     finally:
         run("python", "-m", "flows.services", "down")
+
+
+def api(clone: Path, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What Prefect's server says, with a body by POST."""
+    port = json.loads((clone / ".ddpm" / "services" / "addresses.json").read_text())["PREFECT_PORT"]
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def task_states(clone: Path, flow_run_id: str) -> dict[str, str]:
+    """State of each task of a flow run."""
+    body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+    return {task["name"].rpartition("-")[0]: task["state_type"] for task in api(clone, "task_runs/filter", body)}
+
+
+def trainings(clone: Path) -> list[psutil.Process]:
+    return processes(clone, "diffusion", "train")
+
+
+def processes(clone: Path, *words: str) -> list[psutil.Process]:
+    """The processes in the clone, or in its workspaces, with these words in their command."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if {*words} <= {*process.cmdline()} and Path(process.cwd()).is_relative_to(clone):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for_line(log: Path, part: str) -> None:
+    """Wait until a log has one more line with `part` in it."""
+    before = log.read_text().count(part)
+    wait_for(lambda: log.read_text().count(part) > before, 120)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
 
 
 def _free_port() -> int:

@@ -1,5 +1,6 @@
 """DVC as a user types it: reproducible bytes, only what changed, metrics and plots, experiments, a remote."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from diffusion import yaml_files
 
@@ -111,5 +113,32 @@ def test_a_clone_that_pulls_runs_nothing(tree: Path, tmp_path: Path) -> None:
     second = git_clone(tree, tmp_path / "second")
     call(second, "dvc", "pull")
     assert "Data and pipelines are up to date." in call(second, "dvc", "repro")
+    third = git_clone(tree, tmp_path / "third")
+    assert ran(call(third, "python", "-m", "flows.train_ddpm", "--name", "run")) == []
     for onnx in ("models/onnx/denoiser.onnx", "models/onnx/sampler.onnx"):
-        assert (second / onnx).read_bytes() == (tree / onnx).read_bytes()
+        for root in (second, third / ".ddpm" / "runs" / "run"):
+            assert (root / onnx).read_bytes() == (tree / onnx).read_bytes()
+
+
+def test_a_lock_file_of_outputs_that_exist_nowhere_costs_one_training(tree: Path, tmp_path: Path) -> None:
+    """As one made on another kind of processor, committed without its outputs."""
+    here = git_clone(tree, tmp_path / "here")
+    (here / ".dvc" / "config").write_text("")  # no remote
+    foreign = with_other_outputs((here / "dvc.lock").read_text(), ("train", "evaluate", "export"))
+    (here / "dvc.lock").write_text(foreign)
+    call(here, "git", "commit", "--all", "--quiet", "--message", "results from elsewhere")
+    flow = ("python", "-m", "flows.train_ddpm", "--name")
+    assert ran(call(here, *flow, "first")) == STAGES
+    assert ran(call(here, *flow, "second")) == []
+    assert ran(call(here, "python", "-m", "flows.repro")) == []
+    assert "Data and pipelines are up to date." in call(here, "dvc", "repro")
+    assert (here / "dvc.lock").read_text() not in (foreign, "")
+
+
+def with_other_outputs(lock: str, stages: tuple[str, ...]) -> str:
+    """The lock file with other hashes for the outputs of stages, wherever it names them."""
+    document = YAML(typ="safe").load(lock)
+    for stage in stages:
+        for out in document["stages"][stage]["outs"]:
+            lock = lock.replace(out["md5"], hashlib.md5(out["md5"].encode()).hexdigest() + out["md5"][32:])
+    return lock

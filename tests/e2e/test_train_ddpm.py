@@ -2,16 +2,13 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from flows import workspace
-from tests.e2e.conftest import Command
+from tests.e2e.conftest import Command, processes, task_states, trainings, wait_for, wait_for_line
 
 RUN = ("prefect", "deployment", "run", "train-ddpm", "--watch")
 
@@ -108,6 +105,7 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_goes_on_from_it(services: 
         assert done.returncode == 1
         assert "Flow run finished in state 'Cancelled'" in done.stdout
         assert workspace.Run.read(clone / ".ddpm" / "runs" / name).state == "cancelled"
+        wait_for(lambda run_id=run_id: task_states(clone, run_id).get("train") == "CANCELLED", 20)
 
 
 def test_the_end_of_the_worker_ends_a_training_with_a_checkpoint(services: Command, clone: Path) -> None:
@@ -135,32 +133,3 @@ def test_parameters_that_do_not_fit_together_are_said_in_one_line(services: Comm
 
 def checkpoints(clone: Path) -> set[Path]:
     return set((clone / ".ddpm" / "checkpoints").glob("*/*.safetensors"))
-
-
-def trainings(clone: Path) -> list[psutil.Process]:
-    return processes(clone, "diffusion", "train")
-
-
-def processes(clone: Path, *words: str) -> list[psutil.Process]:
-    """The processes in the clone, or in its workspaces, with these words in their command."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if {*words} <= {*process.cmdline()} and Path(process.cwd()).is_relative_to(clone):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_for_line(log: Path, part: str) -> None:
-    """Wait until a log has one more line with `part` in it."""
-    before = log.read_text().count(part)
-    wait_for(lambda: log.read_text().count(part) > before, 120)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)

@@ -74,19 +74,48 @@ def test_outputs_that_are_nowhere_else_are_kept_and_nothing_is_changed() -> None
     assert {name: Path(name).read_text() for name in apply.FILES} == before
 
 
+@pytest.mark.parametrize("name", ["one", "raw"])
 @pytest.mark.usefixtures("run")
-def test_where_the_cache_lacks_an_output_everything_goes_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_cache_has_lost_comes_from_the_runs_folder(name: str) -> None:
+    if name == "raw":
+        add_raw_data()
+        with workspace.use("raw", "id2", workspace.document(None, {"shard": {"source": "data/raw/mine"}})) as directory:
+            for stage in ("shard", "train"):
+                dvc_stage.run(stage, directory, print)
+        for file in (Path("data/raw/mine.dvc"), Path("data/raw/mine/a.png")):
+            file.unlink()
+    expected = (workspace.find(name) / "models/ddpm/result").read_text()
+    workspace.dvc(Path(), "gc", "--workspace", "--force")
+    shutil.rmtree("models")
+    apply.apply(name, force=False)
+    assert Path("models/ddpm/result").read_text() == expected
+    assert unchanged()
+    if name == "raw":
+        assert Path("data/raw/mine/a.png").read_bytes() == b"image"
+
+
+def add_raw_data() -> None:
+    Path("data/raw/mine").mkdir()
+    Path("data/raw/mine/a.png").write_bytes(b"image")
+    workspace.dvc(Path(), "add", "data/raw/mine")
+
+
+def test_where_cache_and_folder_lack_an_output_everything_goes_back(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def tree() -> dict[str, str]:
         names = [*apply.FILES, "models/ddpm/result", "data/shards/result"]
         return {name: Path(name).read_text() for name in names if Path(name).exists()}
 
     shutil.rmtree("data/shards")
     before = tree()
-    # The run's model, whose parameters its one file holds, is in its workspace alone.
+    # The run's model, whose parameters its one file holds, is nowhere else once its folder holds something else.
     for file in Path(".dvc/cache/files").rglob("*"):
         if file.is_file() and b"steps: 5\n" in file.read_bytes():
             file.chmod(0o644)
             file.unlink()
+    (run / "models/ddpm/result").unlink()
+    (run / "models/ddpm/result").write_text("damaged")
     for force in (False, True):
         with pytest.raises(UserError, match=r"missing|cache"):
             apply.apply("one", force=force)
@@ -116,9 +145,7 @@ def test_changed_code_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("data/raw/mine").mkdir()
-    Path("data/raw/mine/a.png").write_bytes(b"image")
-    workspace.dvc(Path(), "add", "data/raw/mine")
+    add_raw_data()
     with workspace.use("one", "id", workspace.document(None, {"shard": {"source": "data/raw/mine"}})) as directory:
         dvc_stage.run("shard", directory, print)
     Path("data/raw/mine.dvc").unlink()

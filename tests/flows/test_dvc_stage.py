@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import dvc_stage
+from diffusion.errors import UserError
+from flows import dvc_stage, workspace
 
 SLOW = """
 import signal, sys, time
@@ -38,7 +39,8 @@ print(f"pid {os.getpid()}", flush=True)
 
 PARENT = """
 from pathlib import Path
-from flows import dvc_stage
+from diffusion.errors import UserError
+from flows import dvc_stage, workspace
 dvc_stage.run("shard", Path(), lambda line: print(line, flush=True))
 """
 
@@ -67,6 +69,16 @@ def test_the_stages_own_last_error_line_is_the_message(repository: Path, code: s
         dvc_stage.run("shard", repository, print)
     assert str(failure.value).endswith(message)
     assert type(failure.value) is dvc_stage.StageError
+
+
+def test_of_dvcs_own_error_the_message_says_what_happened_and_not_where_to_get_help(repository: Path) -> None:
+    (repository / "file").touch()
+    workspace.dvc(repository, "cache", "dir", "--local", str(repository / "file"))
+    with pytest.raises(dvc_stage.StageError, match=r"^failed to reproduce 'shard': .*Not a directory: '.*/file/"):
+        dvc_stage.run("shard", repository, print)
+    (repository / "data/raw/mine").touch()
+    with pytest.raises(UserError, match=r"^dvc add data/raw/mine: unexpected error - .*Not a directory: '.*/file/.*'$"):
+        workspace.dvc(repository, "add", "data/raw/mine")
 
 
 @pytest.mark.parametrize(

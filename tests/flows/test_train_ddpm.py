@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prefect.exceptions import TerminationSignal
 from prefect.states import Failed
 
 from diffusion import params
@@ -70,6 +72,31 @@ def test_without_mlflow_the_run_is_none_the_worse(monkeypatch: pytest.MonkeyPatc
     assert len(warnings) == 1
     assert f"MLflow at {uri}: " in warnings[0]
     assert warnings[0].endswith("`ddpm track one` brings it there later")
+
+
+@pytest.mark.parametrize("cancelling", [True, False])
+def test_a_stage_that_is_interrupted_is_cancelled_only_if_its_run_is(
+    monkeypatch: pytest.MonkeyPatch, cancelling: bool
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(dvc_stage, "run", interrupted)
+    monkeypatch.setattr(train_ddpm, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(train_ddpm, "cancelling", lambda: cancelling)
+    if cancelling:
+        assert train_ddpm.run_stage("shard", Path()).is_cancelled()
+    else:
+        with pytest.raises(TerminationSignal):
+            train_ddpm.run_stage("shard", Path())
+
+
+def test_a_run_whose_server_is_away_is_not_being_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(train_ddpm, "get_client", refuse)
+    assert not train_ddpm.cancelling()
 
 
 @pytest.fixture

@@ -174,10 +174,10 @@ def test_old_and_many_workspaces_are_removed_but_none_in_use(monkeypatch: pytest
 
 @pytest.mark.usefixtures("repository")
 def test_an_error_while_making_it_leaves_nothing_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> str:
+    def fail(*_: object) -> None:
         raise UserError("no cache")
 
-    monkeypatch.setattr(workspace, "dvc", fail)
+    monkeypatch.setattr(workspace, "_configure_dvc", fail)
     with pytest.raises(UserError, match="no cache"):
         make("one")
     assert list(RUNS.glob("[!.]*")) == []
@@ -242,7 +242,10 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     lost = workspace.Run.read(RUNS / "red-fox")
     workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
     workspace.list_runs()
-    rows = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.splitlines()[1:]}
+    table, kept = capsys.readouterr().out.split("\n\n")
+    assert "last 20 runs (DDPM_KEEP_RUNS)" in kept
+    assert "14 days ago (DDPM_KEEP_DAYS)" in kept
+    rows = {line.split()[0]: line.split()[3:] for line in table.splitlines()[1:]}
     assert rows == {"red-fox": ["crashed"], "red-hen": ["completed"], "red": ["completed", "0.2500"]}
 
 
@@ -251,3 +254,28 @@ def test_the_users_own_cache_is_used() -> None:
     workspace.dvc(Path(), "cache", "dir", "--local", "elsewhere")
     git("status")
     assert workspace.dvc(make("one"), "cache", "dir") == str(Path("elsewhere").absolute())
+
+
+@pytest.mark.usefixtures("repository")
+def test_the_users_remotes_are_used_wherever_they_are_configured() -> None:
+    workspace.dvc(Path(), "remote", "add", "--default", "shared", "../storage")
+    workspace.dvc(Path(), "remote", "add", "--local", "mine", "../my storage")
+    workspace.dvc(Path(), "remote", "modify", "--local", "mine", "verify", "true")
+    settings = {line.split("=")[0]: line.split("=")[1] for line in dvc_settings(make("one"))}
+    for name, folder in (("shared", "storage"), ("mine", "my storage")):
+        url = Path(RUNS / "one" / ".dvc" / settings[f"remote.{name}.url"])
+        assert url.resolve() == (Path().absolute().parent / folder).resolve()
+    assert settings["core.remote"] == "shared"
+    assert settings["remote.mine.verify"] == "true"
+
+
+def dvc_settings(directory: Path) -> list[str]:
+    return workspace.dvc(directory, "config", "--list", "--local").splitlines()
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_configuration_that_dvc_rejects_is_one_line() -> None:
+    Path(".dvc/config").write_text("[core]\n    analytics = perhaps\n")
+    with pytest.raises(UserError, match=r"DVC's configuration: .*analytics") as error:
+        make("one")
+    assert "\n" not in str(error.value)

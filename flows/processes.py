@@ -1,0 +1,31 @@
+"""Processes found by a variable in their environment, which their children inherit, and how to end them."""
+
+import os
+from contextlib import suppress
+
+import psutil
+
+SECONDS_TO_END = 30.0
+"""How long a process may take to end, a training with its checkpoint."""
+
+
+def having(variable: str, value: str) -> list[psutil.Process]:
+    """Processes with this value of a variable in their environment, except this one and its ancestors."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's, or just ended
+            if process.pid not in own and process.environ().get(variable) == value:
+                found.append(process)
+    return found
+
+
+def end(processes: list[psutil.Process]) -> bool:
+    """SIGTERM, and SIGKILL for what does not end in time; whether there was any process."""
+    for send, seconds in ((psutil.Process.terminate, SECONDS_TO_END), (psutil.Process.kill, 10.0)):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                send(process)
+        if not psutil.wait_procs(processes, timeout=seconds)[1]:
+            break
+    return bool(processes)

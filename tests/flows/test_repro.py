@@ -1,0 +1,122 @@
+"""`python -m flows.repro`: dvc.lock entries of outputs that are here, in a remote, or nowhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion import yaml_files
+from flows import dvc_stage, workspace
+from tests.flows.conftest import git
+
+LOCK, MODEL = Path("dvc.lock"), Path("models/ddpm/result")
+OTHER_BYTES = """
+import os
+if name == "train":
+    (out / "result").write_text(os.urandom(8).hex())
+"""
+
+
+def repro(root: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "flows.repro", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def forget_everything() -> None:
+    """Remove cache and outputs, as in a fresh clone."""
+    for path in ("data/shards", "models", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def committed(repository: Path) -> bytes:
+    """A lock file that came with the repository; the training gives other bytes each time it is run."""
+    with (repository / "stage.py").open("a") as stage:
+        stage.write(OTHER_BYTES)
+    workspace.dvc(Path(), "repro")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "lock")
+    return LOCK.read_bytes()
+
+
+def test_outputs_that_are_nowhere_are_made_once(committed: bytes, root: Path) -> None:
+    forget_everything()
+    first = repro(root)
+    assert "train done" in first
+    assert "shard done" in first
+    made = MODEL.read_text()
+    LOCK.write_bytes(committed)
+    again = repro(root)
+    assert "dvc.lock: the outputs of train are in neither the cache nor a remote" in again
+    assert "done" not in again
+    assert MODEL.read_text() == made
+    assert LOCK.read_bytes() != committed
+    assert "Data and pipelines are up to date." in repro(root)
+
+
+@pytest.mark.usefixtures("committed")
+def test_each_flow_run_begins_with_the_lock_and_trains_once() -> None:
+    forget_everything()
+    document = workspace.document(None, {})
+    for name, outcome in (("first", "run"), ("second", "cached")):
+        with workspace.use(name, name, document) as directory:
+            assert [dvc_stage.run(stage, directory, print) for stage in ("shard", "train")] == [outcome] * 2
+
+
+@pytest.mark.parametrize("level", ["--project", "--local"])
+def test_outputs_in_a_remote_are_fetched_rather_than_made(
+    committed: bytes, root: Path, level: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    theirs = MODEL.read_text()
+    storage = tmp_path_factory.mktemp("storage")
+    workspace.dvc(Path(), "remote", "add", level, "storage", os.path.relpath(storage))
+    workspace.dvc(Path(), "push", "--remote", "storage")
+    forget_everything()
+    with workspace.use("one", "id", workspace.document(None, {})) as directory:
+        assert [dvc_stage.run(stage, directory, print) for stage in ("shard", "train")] == ["cached"] * 2
+        assert (directory / MODEL).read_text() == theirs
+    assert "done" not in repro(root)
+    assert MODEL.read_text() == theirs
+    assert LOCK.read_bytes() == committed
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/storage", "s3://a-bucket-without-its-package", "/no/such/folder"])
+@pytest.mark.usefixtures("committed")
+def test_a_remote_that_does_not_answer_does_not_end_the_run(root: Path, url: str) -> None:
+    workspace.dvc(Path(), "remote", "add", "--default", "away", url)
+    forget_everything()
+    output = repro(root)
+    assert "remote 'away': the outputs of train cannot be fetched: " in output
+    assert "Traceback" not in output
+    assert output.count("done") == 2
+
+
+@pytest.mark.usefixtures("committed")
+def test_outputs_in_the_working_tree_are_kept_without_a_cache(root: Path) -> None:
+    mine = MODEL.read_text()
+    shutil.rmtree(".dvc/cache")
+    assert "Data and pipelines are up to date." in repro(root)
+    assert MODEL.read_text() == mine
+    shutil.rmtree("models")
+    assert "done" not in repro(root)
+    assert MODEL.read_text() == mine
+
+
+def test_a_stage_that_fails_leaves_the_lock_file_as_it_was(committed: bytes, root: Path) -> None:
+    forget_everything()
+    document = yaml_files.read_yaml(Path("dvc.yaml"))
+    document["stages"]["shard"]["outs"].append("data/none")
+    entry = yaml_files.read_yaml(LOCK)
+    entry["stages"]["shard"]["outs"].append({"path": "data/none", "hash": "md5", "md5": "0" * 32, "size": 1})
+    yaml_files.write_yaml(Path("dvc.yaml"), document)
+    yaml_files.write_yaml(LOCK, entry)
+    before = LOCK.read_bytes()
+    with pytest.raises(AssertionError, match="output 'data/none' does not exist"):
+        repro(root)
+    assert LOCK.read_bytes() == before != committed

@@ -1,0 +1,26 @@
+"""The line of DVC's output that says what happened; outputs are DVC 3's, as printed."""
+
+import pytest
+
+from diffusion.dvc_output import reason
+
+FOOTER = "\nHaving any troubles? Hit us up at https://dvc.org/support, we are always happy to help!\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (f"ERROR: unexpected error - [Errno 28] No space left{FOOTER}", "unexpected error - [Errno 28] No space left"),
+        (
+            "WARNING: Cache missing\nERROR: Checkout failed for following targets:\nmodels/ddpm\n"
+            "Is your cache up to date?\n<https://error.dvc.org/missing-files>\n",
+            "Checkout failed for following targets: models/ddpm Is your cache up to date?",
+        ),
+        ("ERROR: failed to reproduce 'a'\nERROR: bad, see https://dvc.org/doc\n", "bad, see https://dvc.org/doc"),
+        (f"Traceback (most recent call last):\n  File x\nMemoryError\n{FOOTER}", "MemoryError"),
+        (FOOTER, ""),
+        ("", ""),
+    ],
+)
+def test_what_happened_is_told_rather_than_where_to_get_help(output: str, expected: str) -> None:
+    assert reason(output) == expected
