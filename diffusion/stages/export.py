@@ -9,7 +9,7 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion import tracking
+from diffusion import made_with, tracking
 from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
 from diffusion.export import denoiser, golden, metadata, parity, sampler_graph, speed, variants
@@ -62,6 +62,7 @@ def run(params: Params, paths: Paths) -> None:
         for path, content in contents.items():
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
+    made_with.write(paths, "export", params)
     say(
         f"export: {paths.denoiser} and {paths.sampler} ({len(contents[paths.sampler]) / 1e6:.1f} MB each), at most "
         f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "
@@ -97,6 +98,7 @@ def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, An
     scored = paths.evaluation / "scored.json"
     if not scored.exists() or not paths.evaluate_report.exists():
         return {}
-    if json.loads(scored.read_text()) != {"weights_sha256": weights_sha256, "pairs_sha256": pairs_sha256}:
+    of = json.loads(scored.read_text())
+    if (of["weights_sha256"], of["pairs_sha256"]) != (weights_sha256, pairs_sha256):
         return {}
     return json.loads(paths.evaluate_report.read_text())

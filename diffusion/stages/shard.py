@@ -1,5 +1,6 @@
 """Stage shard: raw images into webdataset shards."""
 
+from diffusion import made_with
 from diffusion.data import shards
 from diffusion.data.sources import open_source
 from diffusion.files import new_directory
@@ -21,6 +22,7 @@ def run(params: Params, paths: Paths) -> None:
             samples_per_shard=params.shard.samples_per_shard,
             advance=progress.advance,
         )
+    made_with.write(paths, "shard", params)
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
     say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} rejected")
