@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from diffusion import params as parameters
-from diffusion import tracking
+from diffusion import tracking, yaml_files
 from diffusion.errors import UserError
 from diffusion.files import write_json
 from diffusion.paths import Paths
@@ -42,6 +42,10 @@ def recorded(paths: Paths, params: parameters.Params, run_id: str | None = None)
 
 def text(client: MlflowClient, run_id: str, file: str) -> str:
     return Path(client.download_artifacts(run_id, file)).read_text()
+
+
+def yaml_of(client: MlflowClient, run_id: str) -> Any:
+    return yaml_files.read_yaml(Path(client.download_artifacts(run_id, "params.yaml")))
 
 
 def evaluated_and_exported(paths: Paths, digest: str, params: parameters.Params, mse: float) -> Recorded:
@@ -105,12 +109,6 @@ def test_results_of_reused_weights_get_a_run_of_their_own(paths: Paths) -> None:
         assert run.model_version == version
 
 
-def yaml_of(client: MlflowClient, run_id: str) -> Any:
-    from diffusion.yaml_files import read_yaml
-
-    return read_yaml(Path(client.download_artifacts(run_id, "params.yaml")))
-
-
 def test_the_same_results_again_change_nothing(paths: Paths) -> None:
     digest = write_all(paths)
     first = recorded(paths, PARAMS)
@@ -155,8 +153,9 @@ def test_the_same_parameters_with_other_figures_are_other_results(paths: Paths) 
 
 
 def test_parameters_that_changed_while_a_training_was_interrupted_stay_in_its_run(paths: Paths) -> None:
-    with pytest.raises(KeyboardInterrupt), tracking.live(PARAMS, paths, None, "f1") as live:
-        follow(live, paths, range(51))
+    live = tracking.live(PARAMS, paths, None, "f1")
+    follow(live, paths, range(51))
+    with pytest.raises(KeyboardInterrupt), live:
         raise KeyboardInterrupt
     with tracking.live(OTHER, paths, live.run_id, "f1") as again:
         follow(again, paths, range(51, 101))
@@ -225,11 +224,9 @@ def test_a_lock_is_kept_once_it_describes_the_results(paths: Paths) -> None:
     found = recorded(paths, PARAMS)
     client = client_of(paths)
     assert "dvc.lock" not in content(client, found.run_id)["files"]
-    outs = "".join(
-        f"    - path: reports/{name}.json\n      md5: {hashlib.md5((paths.root / f'reports/{name}.json').read_bytes()).hexdigest()}\n"
-        for name in ("train", "evaluate", "export")
-    )
-    lock.write_text(f"schema: '2.0'\nstages:\n  all:\n    outs:\n{outs}")
+    files = ("reports/train.json", "reports/evaluate.json", "reports/export.json")
+    outs = [{"path": file, "md5": hashlib.md5((paths.root / file).read_bytes()).hexdigest()} for file in files]
+    lock.write_text(json.dumps({"schema": "2.0", "stages": {"all": {"outs": outs}}}))
     assert recorded(paths, PARAMS) == found
     assert text(client, found.run_id, "dvc.lock") == lock.read_text()
     assert digest in client.get_run(found.run_id).data.tags.values()
