@@ -65,7 +65,7 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
         (
             [0.100, -0.080, 0.090, -0.060, 0.010],
             "1",
-            "the difference, -0.012 ± 0.071 (95 %, 5 images), is not below zero by more than the noise of the measurement",
+            "the difference, -0.012 ± 0.073 (95 %, 5 images), is not below zero by more than the noise of the",
         ),
         ([0.0] * 5, "1", "the difference, +0 ± 0 (95 %, 5 images), is not below zero by more than the noise"),
         ([-0.1] * 5, "1", "the difference, +0.1 ± "),
