@@ -61,6 +61,7 @@ def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
             out, errors = process.communicate()
         except BaseException:
             process.terminate()  # it marks the MLflow run as stopped, which it could not if it were killed
+            process.wait()
             raise
     for line in errors.splitlines():
         log(line)

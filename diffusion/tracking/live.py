@@ -48,9 +48,8 @@ class LiveRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._send()
-        if kind is not None:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-            self._later(lambda run: run.end(status))
+        ended = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._later(lambda run: run.end(ended))
         self._thread.shutdown()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -90,7 +89,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
 
     A run whose training has ended is never gone on with: it holds its results.
     """
-    uri = store.tracking_uri(paths)
+    uri, run = store.tracking_uri(paths), None
     try:
         with store.lock(paths):
             mlflow_store = store.connect(uri, params, paths)
@@ -107,5 +106,5 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
                 )
     except Exception as error:
         store.say_unusable(uri, error)
-        return LiveRun(None, run_id, uri)
+        return LiveRun(None, run.id if run else run_id, uri)
     return LiveRun(run, run.id, uri)

@@ -84,8 +84,9 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
 def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[str, float]]) -> Recorded:
     with store.lock(found.paths):
         mlflow_store = store.connect(uri, found.params, found.paths)
-        run = _run_of(mlflow_store, found, run_id)
+        run = None
         try:
+            run = _run_of(mlflow_store, found, run_id)
             trained_in = _log(mlflow_store, run, found)
             version = registry.register(mlflow_store, run, found, speed) if found.exported else None
             aliases = champion.judge(run.client, found, version) if version else []
@@ -93,9 +94,16 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
                 run.end("FINISHED")
         except BaseException as error:  # recorded in part: the next call completes it
             with suppress(Exception):
-                run.end("FAILED" if isinstance(error, Exception) else "KILLED")
+                _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
     return Recorded(run.id, _page(uri, run), trained_in, str(version.version) if version else None, aliases)
+
+
+def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None, status: str) -> None:
+    """End the run of an interrupted recording, even if the interruption came while it was being created."""
+    begun = [each.info for each in mlflow_store.runs_by_tag(SET, found.identity) if each.info.status == "RUNNING"]
+    for run_id in [run.id] if run else [info.run_id for info in begun]:
+        mlflow_store.client.set_terminated(run_id, status=status)
 
 
 def _page(uri: str, run: TrackedRun) -> str:

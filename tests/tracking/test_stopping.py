@@ -15,7 +15,15 @@ from diffusion.errors import Stopped
 from diffusion.paths import Paths
 from tests.tracking.trees import PARAMS, REPOSITORY, client_of, content, runs_of, write_all
 
-CALLS = ["log_batch", "log_artifact", "log_artifacts", "log_text", "create_logged_model", "create_model_version"]
+CALLS = [
+    "create_run",
+    "log_batch",
+    "log_artifact",
+    "log_artifacts",
+    "log_text",
+    "create_logged_model",
+    "create_model_version",
+]
 
 
 def interrupted(name: str, error: BaseException) -> Callable[..., Any]:
