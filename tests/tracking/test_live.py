@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from mlflow import MlflowClient
 
 from diffusion import tracking
 from diffusion.errors import Stopped
@@ -53,6 +54,20 @@ def test_a_failed_training_is_marked_so(paths: Paths) -> None:
         raise ZeroDivisionError
     assert live.run_id is not None
     assert client_of(paths).get_run(live.run_id).info.status == "FAILED"
+
+
+def test_a_run_that_could_not_be_begun_is_completed_by_its_record(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_inputs", lambda *_, **__: 1 / 0)
+        with tracking.live(PARAMS, paths, None, "f1") as live:
+            follow(live, paths, range(101))
+    write_all(paths)
+    recorded = tracking.record(PARAMS, paths, live.run_id)
+    assert recorded is not None
+    (run,) = runs_of(client_of(paths))
+    assert (run.info.run_id, run.info.status) == (recorded.run_id, "FINISHED")
 
 
 def train_again(paths: Paths, fingerprint: str, weights: bytes) -> tuple[str, str]:
