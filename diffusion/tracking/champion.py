@@ -153,12 +153,18 @@ def _describe(client: MlflowClient, version: ModelVersion, sentence: str) -> Non
 
 def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | None:
     """The MSE on each validation image (n,) of a version, from the run that exported it; None if it is not there."""
-    if not version.run_id or not any(
-        file.path == f"evaluation/{ERRORS}" for file in client.list_artifacts(version.run_id, "evaluation")
-    ):
+    from mlflow.exceptions import MlflowException
+
+    try:
+        files = [file.path for file in client.list_artifacts(version.run_id or "", "evaluation")]
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        files = []  # the run was deleted for good
+    if f"evaluation/{ERRORS}" not in files:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        return _read(Path(client.download_artifacts(version.run_id, f"evaluation/{ERRORS}", directory)))
+        return _read(Path(client.download_artifacts(version.run_id or "", f"evaluation/{ERRORS}", directory)))
 
 
 def _read(file: Path) -> Errors:

@@ -123,11 +123,19 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
     assert everything(client_of(paths)) == before
 
 
-def test_a_champion_without_its_errors_gives_way_by_hand_alone(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("gone", ["file", "run"])
+def test_a_champion_without_its_errors_gives_way_by_hand_alone(
+    paths: Paths, gone: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     version(paths, b"first", FIRST)
     client = client_of(paths)
-    run_id = client.get_model_version("ddpm", "1").run_id
-    (Path(client.get_run(str(run_id)).info.artifact_uri.removeprefix("file://")) / "evaluation/val_errors.csv").unlink()
+    run_id = str(client.get_model_version("ddpm", "1").run_id)
+    if gone == "file":
+        artifacts = Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
+        (artifacts / "evaluation/val_errors.csv").unlink()
+    else:  # as `mlflow gc` does
+        client.delete_run(run_id)
+        client._tracking_client.store._hard_delete_run(run_id)
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
     assert "the errors of version 1 are not in its run" in description(paths, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
