@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
@@ -30,7 +31,6 @@ STAGES = {
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, stop)
     stop_with_parent()
     # Every tar file of a large data set stays open while it is read.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -38,8 +38,16 @@ def run_stage(arguments: argparse.Namespace) -> None:
     paths = Paths()
     params = parameters.load(paths.params)
     check_untracked(arguments.command)
-    try:
+    with stoppable():
         importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A block that SIGTERM ends by raising Stopped, so that it can clean up and mark its records as stopped."""
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
     finally:  # it ends anyway: while Python shuts down, `stop` would only leave a traceback
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -148,7 +156,16 @@ def track(arguments: argparse.Namespace) -> None:
     from flows import workspace
 
     paths = Paths(workspace.find(arguments.run)) if arguments.run else Paths()
-    tracking.track(parameters.load(paths.params), paths, as_json=arguments.json)
+    with stoppable():
+        tracking.track(parameters.load(paths.params), paths, as_json=arguments.json)
+
+
+def promote(arguments: argparse.Namespace) -> None:
+    from diffusion import tracking
+
+    paths = Paths()
+    with stoppable():
+        tracking.promote(parameters.load(paths.params), paths, arguments.version, arguments.reason)
 
 
 def apply_run(arguments: argparse.Namespace) -> None:
@@ -221,6 +238,10 @@ def parser() -> argparse.ArgumentParser:
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
     tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")
     tracks.add_argument("--json", action="store_true", help="print run id, address and model version as JSON")
+
+    promotes = command("promote", "make a registered version the champion by hand", promote)
+    promotes.add_argument("version", metavar="VERSION", help="its number in MLflow")
+    promotes.add_argument("--reason", required=True, metavar="TEXT", help="why; goes into the version's description")
 
     applies = command("apply", "bring a flow run's parameters and results into the working tree", apply_run)
     applies.add_argument("run", help="name of a flow run (see `ddpm runs`)")

@@ -58,8 +58,11 @@ class Echo(UserError):
     """What another process tells of, where several train together: here it is not said again."""
 
 
-class Stopped(Exception):
-    """A signal asked the process to end; what had to be kept has been kept."""
+class Stopped(BaseException):
+    """A signal asked the process to end; raised once everything that must be kept has been saved.
+
+    Not an Exception, so that `except Exception` around a decoder or a server never mistakes a stop for their error.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")

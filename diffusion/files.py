@@ -60,7 +60,7 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.fsync(descriptor)
             Path(name).replace(path)
         except BaseException:
-            Path(name).unlink()
+            Path(name).unlink(missing_ok=True)  # a signal may come just after it was renamed
             raise
         sync(path.parent)
 

@@ -244,14 +244,14 @@ class Export(Section):
 
 
 class Tracking(Section):
-    """MLflow names, and what a model must reach to become champion."""
+    """MLflow names, and the validation error that a model must reach to become champion."""
 
     experiment: Annotated[str, Field(min_length=1)]
     """MLflow experiment."""
     model_name: Annotated[str, Field(min_length=1, pattern=r"^[^/:]+$")]
     """Name of the registered model."""
     max_mse: Annotated[float, Field(gt=0)]
-    """Gate: a champion's held-out noise MSE is at most this."""
+    """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
 
 
 class Params(Section):

@@ -89,6 +89,10 @@ class Paths:
     def export_report(self) -> Path:
         return self.root / "reports" / "export.json"
 
+    def made_with(self, stage: str) -> Path:
+        """The record of what a stage's outputs were made with."""
+        return self.root / "reports" / "made_with" / f"{stage}.json"
+
     # Working state, outside git and outside DVC's outputs. A run's workspace links it to the repository's.
     @property
     def state(self) -> Path:

@@ -53,12 +53,21 @@ def run(
 def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
     """Bring the results into MLflow (`ddpm track`); without MLflow the run is none the worse."""
     command = [sys.executable, "-m", "diffusion", "track", "--json"]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    for line in done.stderr.splitlines():
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=directory, stdout=pipe, stderr=pipe, text=True, stdin=subprocess.DEVNULL
+    ) as process:
+        try:
+            out, errors = process.communicate()
+        except BaseException:
+            process.terminate()  # it marks the MLflow run as stopped, which it could not if it were killed
+            process.wait()
+            raise
+    for line in errors.splitlines():
         log(line)
-    if done.returncode:
-        reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+    if process.returncode:
+        reason = ([line for line in errors.splitlines() if line.strip()] or ["no message"])[-1]
         warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` brings it there later")
         return None
-    tracked: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    tracked: dict[str, Any] = json.loads(out.splitlines()[-1])
     return tracked

@@ -16,6 +16,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from diffusion import yaml_files
 from diffusion.data.pairs import Pairs
@@ -106,25 +107,23 @@ def test_train_writes_what_it_promises(whole_tree: Path) -> None:
 
 def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None:
     """The error in the report is the one that someone finds who has the files alone."""
-    model, pairs = load_model(whole_tree / "models/ddpm", torch.device("cpu")), Pairs(Paths(whole_tree).pairs, "test")
-    errors = []
-    for draw in range(2):
-        for block in range(pairs.blocks):
-            t, x_t, eps = pairs.heldout(block, draw)
-            at, given = torch.from_numpy(t), torch.from_numpy(x_t)
-            eps_hat = model.process.parameterization.to_eps(model.net(given, at), given, at)
-            errors.append((eps_hat.numpy() - eps).ravel())
+    model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
+    errors: dict[str, list[NDArray[np.float32]]] = {"val": [], "test": []}
+    for split, squares in errors.items():
+        pairs = Pairs(Paths(whole_tree).pairs, split)  # type: ignore[arg-type] # test, after the loop
+        for draw in range(2):
+            for block in range(pairs.blocks):
+                t, x_t, eps = pairs.heldout(block, draw)
+                at, given = torch.from_numpy(t), torch.from_numpy(x_t)
+                eps_hat = model.process.parameterization.to_eps(model.net(given, at), given, at)
+                squares.append(np.square(eps_hat.numpy() - eps).ravel())
     report = json.loads((whole_tree / "reports/evaluate.json").read_text())
-    assert report["mse"] == pytest.approx(float(np.square(np.concatenate(errors)).mean()), rel=1e-5)
+    assert report["mse"] == pytest.approx(float(np.concatenate(errors["test"]).mean()), rel=1e-5)
+    assert report["val_mse"] == pytest.approx(float(np.concatenate(errors["val"]).mean()), rel=1e-5)
     assert report["pairs"] == 2 * report["images"] == 2 * pairs.images
     assert report["mse_low"] < report["mse"] < report["mse_high"]
     baseline = wiener.fit(Pairs(Paths(whole_tree).pairs, "train"))
-    sums = collect(
-        predictions(model, pairs, torch.device("cpu")),
-        pairs.images,
-        model.process.schedule,
-        baseline,
-    )
+    sums = collect(predictions(model, pairs, torch.device("cpu")), pairs.images, model.process.schedule, baseline)
     assert report["wiener_mse"] == pytest.approx(baselines(sums.by_t.sum(axis=0))["wiener_mse"])
     assert report["wiener_mse"] < report["zero_mse"]
     assert len(read_csv(whole_tree / "reports/evaluation/bands.csv")) == 10

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from diffusion import made_with
 from diffusion.stages import train
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,20 @@ DVC: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 
 # Lower layers first: a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"dvc_output", "errors", "files", "params", "paths", "presets", "progress", "rules", "sections", "watch", "yaml_files"},
+    {
+        "dvc_output",
+        "errors",
+        "files",
+        "made_with",
+        "params",
+        "paths",
+        "presets",
+        "progress",
+        "rules",
+        "sections",
+        "watch",
+        "yaml_files",
+    },
     {"process", "nn"},
     {"data"},
     {"model"},
@@ -99,6 +113,12 @@ def test_files_are_short() -> None:
 
 def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("stage", DVC["stages"])
+def test_a_stage_records_the_parameters_that_it_depends_on(stage: str) -> None:
+    assert set(made_with.PARAMETERS[stage]) == set(DVC["stages"][stage]["params"])
+    assert f"reports/made_with/{stage}.json" in DVC["stages"][stage]["outs"]
 
 
 @pytest.mark.parametrize("stage", DVC["stages"])

@@ -102,8 +102,8 @@ def measure(
 def summarize(estimate: Terms, exact: Terms) -> dict[str, float]:
     """The figures of the report: the bound, estimated and exact, and the exact one's parts (means over the images)."""
     return (
-        _mean("bits_per_dim", estimate.total)
-        | _mean("bits_per_dim_exact", exact.total)
+        mean("bits_per_dim", estimate.total)
+        | mean("bits_per_dim_exact", exact.total)
         | {
             "bits_per_dim_prior": float(exact.prior.mean()),
             "bits_per_dim_diffusion": float(exact.steps[:, 1:].sum(axis=1).mean()),
@@ -117,9 +117,9 @@ def curve(exact: Terms) -> list[dict[str, float]]:
     return [{"t": t, "bits_per_dim": float(value)} for t, value in enumerate(exact.steps.mean(axis=0))]
 
 
-def _mean(name: str, values: Array) -> dict[str, float]:
+def mean(name: str, values: Array) -> dict[str, float]:
     """The mean over images, its standard error and 95 % interval. A single image's error is not known: zero."""
-    mean, n = float(values.mean()), len(values)
-    error = float(np.sqrt(np.square(values - mean).sum() / max(n - 1, 1) / n))
-    low, high = mean - 1.96 * error, mean + 1.96 * error
-    return {name: mean, f"{name}_se": error, f"{name}_low": low, f"{name}_high": high, f"{name}_images": n}
+    average, n = float(values.mean()), len(values)
+    error = float(np.sqrt(np.square(values - average).sum() / max(n - 1, 1) / n))
+    low, high = average - 1.96 * error, average + 1.96 * error
+    return {name: average, f"{name}_se": error, f"{name}_low": low, f"{name}_high": high, f"{name}_images": n}

@@ -54,6 +54,18 @@ def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, 
     return Sums(by_image, by_t, pairs)
 
 
+def by_image(predictions: Iterable[Prediction], images: int) -> Array:
+    """MSE of the predicted noise over each image's pairs, (images,).
+
+    Every image has as many pairs as any other, so that the mean of these is the MSE of the split.
+    """
+    squares, count = np.zeros(images), np.zeros(images)
+    for image, _, _, _, eps, eps_hat in predictions:
+        np.add.at(squares, image, np.square(eps_hat.astype(np.float64) - eps).sum(axis=(1, 2, 3)))
+        np.add.at(count, image, eps[0].size)
+    return squares / count
+
+
 def statistics(sums: Array) -> dict[str, Array]:
     """MSE, RMSE, MAE and R^2, each of shape (...), from sums (..., 6); NaN where there are no pairs.
 

@@ -31,6 +31,8 @@ Intervals: 95 %, bootstrap over images.</p>
   {% endfor %}
   <tr><td>MSE of the linear Wiener denoiser</td><td>{{ number(overall.wiener_mse) }}</td><td></td></tr>
   <tr><td>MSE of predicting no noise</td><td>{{ number(overall.zero_mse) }}</td><td></td></tr>
+  <tr><td>MSE on the validation pairs, which choose between models</td><td>{{ number(overall.val_mse) }}</td>
+    <td>{{ number(overall.val_mse_low) }} – {{ number(overall.val_mse_high) }}</td></tr>
 </table>
 <h2>By timestep</h2>
 <p><img alt="MSE of the predicted noise over t" src="{{ picture(pictures.mse_by_t) }}"></p>

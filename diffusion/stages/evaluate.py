@@ -1,8 +1,11 @@
-"""evaluate: the model's noise prediction on the test pairs, its likelihood of the test images, and samples."""
+"""evaluate: noise prediction on the validation and test pairs, likelihood of the test images, and samples.
+
+Models are chosen by their validation error; everything that is reported of the chosen one is measured on test.
+"""
 
 from collections.abc import Iterator
 
-from diffusion import tracking
+from diffusion import made_with, tracking
 from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
@@ -41,10 +44,10 @@ THRESHOLDS = {
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Score the model on all test pairs, beside the baselines, bound its likelihood, and draw samples from it."""
+    """Score the model on all held-out pairs, beside the baselines, bound its likelihood, and draw samples from it."""
     device = networks.device(params.device)
     model = load_model(paths.model, device)
-    pairs = Pairs(paths.pairs, "test")
+    pairs, val = Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name, "train")) for name in names]
@@ -58,21 +61,23 @@ def run(params: Params, paths: Paths) -> None:
     ]
     terms = sum(images * (len(edges) - 1) for images, edges in sums_of)
 
-    with Progress("evaluate", pairs.images * pairs.manifest.heldout_draws + terms, "pairs") as progress:
+    scored = (pairs.images + val.images) * pairs.manifest.heldout_draws
+    with Progress("evaluate", scored + terms, "pairs") as progress:
 
-        def counted() -> Iterator[Prediction]:
-            for prediction in predictions(model, pairs, device):
+        def counted(split: Pairs) -> Iterator[Prediction]:
+            for prediction in predictions(model, split, device):
                 yield prediction
                 progress.advance(len(prediction.t))
 
         baseline = wiener.fit(Pairs(paths.pairs, "train"))
-        sums = noise_prediction.collect(counted(), pairs.images, model.process.schedule, baseline)
+        sums = noise_prediction.collect(counted(pairs), pairs.images, model.process.schedule, baseline)
+        val_errors = noise_prediction.by_image(counted(val), val.images)
         estimate, exact = (
             likelihood.measure(model, variance, pairs, images, edges, params.seed, device, progress.advance)
             for images, edges in sums_of
         )
     overall, bands = noise_prediction.summarize(sums, params.seed, params.evaluate.resamples, T)
-    overall |= likelihood.summarize(estimate, exact)
+    overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
     mse_by_t, vlb_by_t = noise_prediction.curve(sums, T), likelihood.curve(exact)
 
     pictures = {
@@ -90,15 +95,20 @@ def run(params: Params, paths: Paths) -> None:
         write_csv(temporary / "bands.csv", bands)
         write_csv(temporary / "mse_by_t.csv", mse_by_t)
         write_csv(temporary / "vlb_by_t.csv", vlb_by_t)
+        by_image = [{"image": image, "mse": mse} for image, mse in enumerate(val_errors.tolist())]
+        write_csv(temporary / "val_errors.csv", by_image)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
+        digests["val_pairs_sha256"] = val.digest
         write_json(temporary / "scored.json", digests | {"report_sha256": sha256(paths.evaluate_report)})
         write_sums(temporary)
     write_atomic(paths.report, page.encode())
+    made_with.write(paths, "evaluate", params)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
-        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs; "
+        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs "
+        f"(val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
         f"on {overall['bits_per_dim_images']} images"
     )

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion import tracking
+from diffusion import made_with, tracking
 from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
 from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
@@ -66,6 +66,7 @@ def run(params: Params, paths: Paths) -> None:
         for path, content in contents.items():
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
+    made_with.write(paths, "export", params)
     say(
         f"export: {paths.denoiser} and {paths.sampler} ({len(contents[paths.sampler]) / 1e6:.1f} MB each), at most "
         f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "

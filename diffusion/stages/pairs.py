@@ -1,5 +1,6 @@
 """Stage pairs: shards into shuffled blocks with their noise pairs."""
 
+from diffusion import made_with
 from diffusion.data import pairs, shards
 from diffusion.data.noise import BLOCK
 from diffusion.files import new_directory
@@ -27,6 +28,7 @@ def run(params: Params, paths: Paths) -> None:
         Progress("pairs", sum(map(len, images.values())), "images") as progress,
     ):
         manifest = pairs.write(directory, images, settings, alpha_bar, progress.advance)
+    made_with.write(paths, "pairs", params)
     counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
     size = "x".join(map(str, (settings.channels, settings.height, settings.width)))
     say(f"pairs: {counts} images of {size} in blocks of {BLOCK}")

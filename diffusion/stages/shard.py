@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diffusion import made_with
 from diffusion.data import shards
 from diffusion.data.folders import linked_folders
 from diffusion.data.sources import open_source
@@ -36,6 +37,7 @@ def run(params: Params, paths: Paths) -> None:
             samples_per_shard=params.shard.samples_per_shard,
             advance=progress.advance,
         )
+    made_with.write(paths, "shard", params)
     _say_files("left out", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:

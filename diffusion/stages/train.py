@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import diffusion
-from diffusion import tracking
+from diffusion import made_with, tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
@@ -41,6 +41,7 @@ from diffusion.watch import launched
 
 CODE = [
     "files.py",
+    "made_with.py",
     "data/noise.py",
     "data/pairs.py",
     "data/tar.py",
@@ -169,6 +170,7 @@ def _train(
     if world.main:
         _write(paths, state, options.batch_size, counts, previews)
         save_model(paths.model, model.net, config.model_copy(update={"x_0_mse": errors}))
+        made_with.write(paths, "train", params)
     return state
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from diffusion.errors import Stopped
+from diffusion import made_with
+from diffusion.files import sha256
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import store
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 SECONDS_BETWEEN_BATCHES = 2.0
+FIXED = ("seed", "process", "network", "train")
+"""What the fingerprint of a training holds; the other parameters may change until an interrupted one has ended."""
 
 
 class LiveRun:
@@ -45,10 +48,8 @@ class LiveRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._send()
-        if kind is not None:
-            killed = issubclass(kind, Stopped) or not issubclass(kind, Exception)
-            status = "KILLED" if killed else "FAILED"
-            self._later(lambda run: run.end(status))
+        ended = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._later(lambda run: run.end(ended))
         self._thread.shutdown()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -84,18 +85,26 @@ class LiveRun:
 
 
 def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> LiveRun:
-    """Start the run of a training, or go on in it: the run `run_id`, or else the one of the same fingerprint."""
-    uri = store.tracking_uri(paths)
+    """Start the run of a training, or go on in it: the run `run_id`, or else an unfinished one of this fingerprint.
+
+    A run whose training has ended is never gone on with: it holds its results.
+    """
+    uri, run = store.tracking_uri(paths), None
     try:
         with store.lock(paths):
             mlflow_store = store.connect(uri, params, paths)
-            found = mlflow_store.run_by_id(run_id) or mlflow_store.run_by_tag(store.FINGERPRINT, fingerprint)
-            if found is None:
-                run = start(mlflow_store, params, paths, fingerprint, {store.FINGERPRINT: fingerprint})
-            else:
-                run = TrackedRun(mlflow_store.client, found)
+            found = [mlflow_store.run_by_id(run_id), *mlflow_store.runs_by_tag(store.FINGERPRINT, fingerprint)]
+            open_runs = [run for run in found if run and store.WEIGHTS not in run.data.tags]
+            if open_runs:
+                run = TrackedRun(mlflow_store.client, open_runs[0])
                 run.client.update_run(run.id, status="RUNNING")
+            else:
+                run = start(mlflow_store, params, paths, fingerprint, {store.FINGERPRINT: fingerprint})
+                run.parameters(made_with.flat(params, *FIXED))
+                run.dataset(
+                    Path(params.shard.source).stem, sha256(paths.pairs / "manifest.json"), paths.pairs, "training"
+                )
     except Exception as error:
         store.say_unusable(uri, error)
-        return LiveRun(None, run_id, uri)
+        return LiveRun(None, run.id if run else run_id, uri)
     return LiveRun(run, run.id, uri)

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from functools import partial
+from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ruamel.yaml import YAML
+
+from diffusion import made_with
 from diffusion.errors import UserError
-from diffusion.files import read_csv, sha256
+from diffusion.files import read_csv
 from diffusion.params import Params
 from diffusion.paths import Paths
-from diffusion.tracking import registry, store
-from diffusion.tracking.starting import flat, start
-from diffusion.tracking.store import WEIGHTS, Store, TrackedRun
+from diffusion.tracking import champion, registry, results, store
+from diffusion.tracking.results import Results
+from diffusion.tracking.starting import start
+from diffusion.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModel
+
+SET = "ddpm.set_sha256"
+"""Tag: digest of a run's parameters, data and weights."""
+TRAINED_IN = "ddpm.trained_in_run"
+"""Tag of a run that reused weights: the id of the run that trained them."""
 
 
 class Recorded(NamedTuple):
-    """Where weights stand in MLflow: their run, its page, and the registered version with its aliases, if exported."""
+    """Where a set of results is in MLflow."""
 
     run_id: str
     url: str
+    """Address of the run's page."""
+    trained_in: str
+    """Id of the run that trained the weights: the same, or the one whose weights were reused."""
     model_version: str | None
+    """The registered version of the exported model, if it was exported."""
     aliases: list[str]
+    """The version's aliases."""
 
 
 def record(
     params: Params, paths: Paths, run_id: str | None = None, speed: dict[str, dict[str, float]] | None = None
 ) -> Recorded | None:
-    """Bring into MLflow what the files hold of the present weights and is not there yet; None if it cannot be reached.
+    """Bring the present results into MLflow, as far as they are not there yet; None if that is not possible.
 
     `run_id` is the run that followed the training, if there was one; `speed` what an export measured.
     """
@@ -40,51 +56,54 @@ def record(
         return None  # an imported model, of no training here
     uri = store.tracking_uri(paths)
     try:
-        return _record(uri, params, paths, run_id, speed or {})
+        return _record(uri, results.read(params, paths), run_id, speed or {})
+    except UserError as error:
+        store.say(f"not recorded: {error}")
     except Exception as error:
         store.say_unusable(uri, error)
-        return None
+    return None
 
 
 def track(params: Params, paths: Paths, as_json: bool) -> None:
     """`record`, and print where it is; raises UserError if there is nothing to record or MLflow cannot be reached."""
-    for needed in (_weights(paths), paths.train_report, paths.train_curves, paths.pairs):
-        if not needed.exists():
-            raise UserError(
-                f"{needed}: missing, and needed to track a training; make it with `dvc repro` or `dvc pull`"
-            )
-    uri = store.tracking_uri(paths)
-    try:
-        recorded = _record(uri, params, paths, None, {})
-    except Exception as error:  # of a database, of a server, of a driver that is not installed
-        raise UserError(f"MLflow at {uri}: {store.brief(error)}") from None
+    found, uri = results.read(params, paths), store.tracking_uri(paths)
+    for reason in found.stale:
+        store.say(f"left out: {reason}; `dvc repro` brings it up to date")
+    recorded = store.or_user_error(uri, lambda: _record(uri, found, None, {}))
     if as_json:
         print(json.dumps(recorded._asdict()))
         return
     print(f"run      {recorded.run_id}\naddress  {recorded.url}")
+    if recorded.trained_in != recorded.run_id:
+        print(f"weights  trained in run {recorded.trained_in}")
     if recorded.model_version is not None:
         aliases = ", ".join(recorded.aliases) or "no alias"
         print(f"model    {params.tracking.model_name} version {recorded.model_version} ({aliases})")
 
 
-def _record(uri: str, params: Params, paths: Paths, run_id: str | None, speed: dict[str, dict[str, float]]) -> Recorded:
-    weights = sha256(_weights(paths))
-    with store.lock(paths):
-        mlflow_store = store.connect(uri, params, paths)
-        run = _run_of(mlflow_store, params, paths, weights, run_id)
-        run.once("train", weights, lambda: _log_training(run, paths, weights))
-        evaluation = _evaluation(paths, weights)
-        if evaluation:
-            digest = sha256(paths.report)  # has the figures and the pictures in it
-            run.once("evaluate", digest, lambda: _log_evaluation(run, params, paths, evaluation))
-        version = registry.register(run, params, paths, weights, speed)
-        for file in (paths.params, paths.root / "dvc.lock"):
-            if file.exists():
-                run.once(file.name, sha256(file), partial(run.client.log_artifact, run.id, str(file)))
-        if run.status != "FINISHED":
-            run.end("FINISHED")
-        aliases = registry.promote(run.client, params, version, weights, evaluation) if version else []
-    return Recorded(run.id, _page(uri, run), str(version.version) if version else None, aliases)
+def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[str, float]]) -> Recorded:
+    with store.lock(found.paths):
+        mlflow_store = store.connect(uri, found.params, found.paths)
+        run = None
+        try:
+            run = _run_of(mlflow_store, found, run_id)
+            trained_in = _log(mlflow_store, run, found)
+            version = registry.register(mlflow_store, run, found, speed) if found.exported else None
+            aliases = champion.judge(run.client, found, version) if version else []
+            if run.status != "FINISHED":
+                run.end("FINISHED")
+        except BaseException as error:  # recorded in part: the next call completes it
+            with suppress(Exception):
+                _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+    return Recorded(run.id, _page(uri, run), trained_in, str(version.version) if version else None, aliases)
+
+
+def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None, status: str) -> None:
+    """End the run of an interrupted recording, even if the interruption came while it was being created."""
+    begun = [each.info for each in mlflow_store.runs_by_tag(SET, found.identity) if each.info.status == "RUNNING"]
+    for run_id in [run.id] if run else [info.run_id for info in begun]:
+        mlflow_store.client.set_terminated(run_id, status=status)
 
 
 def _page(uri: str, run: TrackedRun) -> str:
@@ -94,50 +113,126 @@ def _page(uri: str, run: TrackedRun) -> str:
     return f"{server}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
 
 
-def _run_of(mlflow_store: Store, params: Params, paths: Paths, weights: str, run_id: str | None) -> TrackedRun:
-    """The run of these weights: the one tagged so, or else the one that followed their training, or a new one."""
-    client = mlflow_store.client
-    tagged, followed = mlflow_store.run_by_tag(WEIGHTS, weights), mlflow_store.run_by_id(run_id)
-    if followed and WEIGHTS not in followed.data.tags:
-        if tagged is None:
-            return TrackedRun(client, followed)
-        client.delete_run(followed.info.run_id)  # other code or parameters had given the same weights before
+def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedRun:
+    """The run of these results: one that holds them in part or whole, the one that followed the training, or a new one.
+
+    A run is claimed by tags before anything is logged: for parameters, data and weights (SET), and for the files of
+    the evaluation and of the export. Results go into a run whose claims all agree with them, so that two sets never
+    meet in one run, and the same set never makes a second one, however often and in how many parts it is brought.
+    """
+    client, digests = mlflow_store.client, {_claim(part): digest for part, digest in found.digests().items()}
+    claims = {SET: found.identity, WEIGHTS: found.weights} | digests
+    followed = mlflow_store.run_by_id(run_id)
+    if followed and WEIGHTS in followed.data.tags:
+        followed = None  # it holds results already
+    fitting = [
+        run
+        for run in mlflow_store.runs_by_tag(SET, found.identity)
+        if all(run.data.tags.get(claim, digest) == digest for claim, digest in digests.items())
+    ]
+    if fitting:
+        run = TrackedRun(client, fitting[0])
+        if followed:  # the same training once more, by code that changed without effect, say
+            client.delete_run(followed.info.run_id)
     elif followed:
-        client.set_terminated(followed.info.run_id)  # a second training in it: of the same weights, or others
-    return TrackedRun(client, tagged) if tagged else start(mlflow_store, params, paths, weights, {})
+        run = TrackedRun(client, followed)
+    else:
+        run = start(mlflow_store, found.params, found.paths, found.identity, claims)
+    run.tag({key: value for key, value in claims.items() if run.tags.get(key) != value})
+    return run
 
 
-def _log_training(run: TrackedRun, paths: Paths, weights: str) -> None:
+def _claim(part: str) -> str:
+    return f"ddpm.{part}_sha256"
+
+
+def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
+    """Log everything but the exported model; returns the id of the run that trained the weights."""
+    paths = found.paths
+    models = mlflow_store.models_by_tag(WEIGHTS, found.weights)
+    own = [model for model in models if model.source_run_id == run.id]
+    trained = not models or bool(own) or FINGERPRINT in run.tags
+    run.once("parameters", lambda: _log_parameters(run, found))
+    run.once("train", lambda: _log_training(run, paths, curves=trained))
+    if trained:
+        run.once("weights", lambda: _log_weights(run, found, own))
+    else:
+        run.once("weights", lambda: _reuse(run, models[0]))
+    if (evaluation := found.evaluation) is not None:
+        run.once("evaluate", lambda: _log_evaluation(run, found, evaluation))
+    if (lock := paths.root / "dvc.lock") and _describes(lock, paths):
+        run.once("dvc.lock", lambda: run.client.log_artifact(run.id, str(lock)))
+    return run.tags.get(TRAINED_IN, run.id)
+
+
+def _log_parameters(run: TrackedRun, found: Results) -> None:
+    """All parameters, and params.yaml as it was read: the file may have been edited since."""
+    run.parameters(made_with.flat(found.params))
+    text = StringIO()
+    YAML(typ="safe", pure=True).dump(found.params.model_dump(mode="json"), text)
+    run.client.log_text(run.id, text.getvalue(), "params.yaml")
+    run.dataset(_data(found), found.pairs, found.paths.pairs, "training")
+
+
+def _log_training(run: TrackedRun, paths: Paths, *, curves: bool) -> None:
+    """The training's curves and pictures, or just its final figures; of both, the report and the model's config."""
     for file, names in (("loss.csv", {}), ("heldout.csv", {"mse": "heldout_mse"})):
-        points: list[Metric] = []
-        for row in read_csv(paths.train_curves / file):
-            step = int(row.pop("step"))
-            points += store.points({f"train/{names.get(key, key)}": value for key, value in row.items()}, step)
-        run.metrics(points)
+        rows = read_csv(paths.train_curves / file)
+        last = {key: row["step"] for row in rows for key in row}
+        for row in rows:
+            step = row.pop("step")
+            kept = {key: value for key, value in row.items() if curves or step == last[key]}
+            run.metrics(store.points({f"train/{names.get(key, key)}": v for key, v in kept.items()}, int(step)))
     run.scalars("train", json.loads(paths.train_report.read_text()))
-    for path in sorted(paths.previews.glob("step-*.png")):
-        run.image(store.read_image(path), int(path.stem.removeprefix("step-")))
+    if curves:
+        for path in sorted(paths.previews.glob("step-*.png")):
+            run.image(store.read_image(path), int(path.stem.removeprefix("step-")))
     run.client.log_artifact(run.id, str(paths.model / "config.json"))
-    run.client.set_tag(run.id, WEIGHTS, weights)
 
 
-def _log_evaluation(run: TrackedRun, params: Params, paths: Paths, report: dict[str, Any]) -> None:
-    run.parameters(flat(params, "evaluate", "sample"))
+def _log_weights(run: TrackedRun, found: Results, own: list[LoggedModel]) -> None:
+    """The weights as a logged model, which runs that reuse them name as their input."""
+    from mlflow.entities import LoggedModelOutput
+
+    client, report = run.client, json.loads(found.paths.train_report.read_text())
+    model, *_ = own or [
+        client.create_logged_model(
+            run.experiment_id, name="weights", source_run_id=run.id, tags={WEIGHTS: found.weights}, model_type="ddpm"
+        )
+    ]
+    client.log_model_artifacts(model.model_id, str(found.paths.model))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=int(report["steps"]))])
+
+
+def _reuse(run: TrackedRun, model: LoggedModel) -> None:
+    run.uses(model.model_id)
+    run.tag({TRAINED_IN: str(model.source_run_id)})
+
+
+def _log_evaluation(run: TrackedRun, found: Results, report: dict[str, Any]) -> None:
+    paths, data = found.paths, _data(found)
     run.scalars("evaluate", report)
-    run.dataset(f"{Path(params.shard.source).stem}-heldout", report["pairs_sha256"], paths.pairs, "heldout")
+    run.dataset(f"{data}-val", report["val_pairs_sha256"], paths.pairs, "validation")
+    run.dataset(f"{data}-test", report["pairs_sha256"], paths.pairs, "test")
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")
     run.client.log_artifact(run.id, str(paths.report), "evaluation")
     run.table(read_csv(paths.evaluation / "bands.csv"), "evaluation/bands.json")
 
 
-def _weights(paths: Paths) -> Path:
-    return paths.model / "model.safetensors"
+def _data(found: Results) -> str:
+    return Path(found.params.shard.source).stem
 
 
-def _evaluation(paths: Paths, weights: str) -> dict[str, Any] | None:
-    """Scores and digests of the evaluation, if it is of these weights: an older one stays until the next."""
-    scored = paths.evaluation / "scored.json"
-    if not scored.exists() or not paths.evaluate_report.exists():
-        return None
-    digests: dict[str, Any] = json.loads(scored.read_text())
-    return json.loads(paths.evaluate_report.read_text()) | digests if digests["weights_sha256"] == weights else None
+def _describes(lock: Path, paths: Paths) -> bool:
+    """Whether dvc.lock is that of all these results: while stages run, DVC has not written it yet."""
+    reports = (paths.train_report, paths.evaluate_report, paths.export_report)
+    if not all(file.exists() for file in (lock, *reports)):
+        return False
+    document = YAML(typ="safe").load(lock) or {}
+    entries = [out for stage in document.get("stages", {}).values() for out in stage.get("outs", [])]
+    digests = {entry["path"]: entry.get("md5") for entry in entries}
+    return all(
+        digests.get(file.relative_to(paths.root).as_posix()) == hashlib.md5(file.read_bytes()).hexdigest()
+        for file in reports
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,24 +10,27 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from diffusion.errors import UserError
 from diffusion.params import Params
 from diffusion.paths import Paths
 
 if TYPE_CHECKING:  # importing mlflow takes a second or more: only where something is logged
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import LoggedModel, Metric, Run
 
-FINGERPRINT, WEIGHTS, PAIRS = "ddpm.fingerprint", "ddpm.weights_sha256", "ddpm.pairs_sha256"
+T = TypeVar("T")
+FINGERPRINT, WEIGHTS = "ddpm.fingerprint", "ddpm.weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and said here in one line
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # what is too long is an error, never cut silently
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds; twice this is the longest that a dead server holds up a stage
@@ -37,57 +41,80 @@ for _name, _value in ENVIRONMENT.items():
 
 
 class TrackedRun:
-    """An MLflow run to which nothing is logged twice."""
+    """An MLflow run that is only ever added to: what it holds already is never logged again or replaced."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client, self.id, self.experiment_id = client, run.info.run_id, run.info.experiment_id
         self.status: str = run.info.status
-        self.tags, self.params, self.latest = dict(run.data.tags), dict(run.data.params), dict(run.data.metrics)
+        self.tags, self.params = dict(run.data.tags), dict(run.data.params)
+        self._logged = set(run.data.metrics)
         self._steps: dict[str, set[int]] = {}
         self._image_steps: set[int] | None = None
 
-    def once(self, part: str, digest: str, log: Callable[[], None]) -> None:
-        """Log a part, unless it was logged from content of the same digest."""
+    def once(self, part: str, log: Callable[[], None]) -> None:
+        """Log a part, unless the whole of it was logged before."""
         tag = f"ddpm.logged.{part}"
-        if self.tags.get(tag) != digest:
+        if tag not in self.tags:
             log()
-            self.client.set_tag(self.id, tag, digest)
-            self.tags[tag] = digest
+            self.tag({tag: "true"})
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags, all in one request."""
+        from mlflow.entities import RunTag
+
+        if tags:
+            self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self.tags |= tags
 
     def steps(self, key: str) -> set[int]:
         """The steps at which a metric has been logged."""
         if key not in self._steps:
-            history = self.client.get_metric_history(self.id, key) if key in self.latest else []
+            history = self.client.get_metric_history(self.id, key) if key in self._logged else []
             self._steps[key] = {point.step for point in history}
         return self._steps[key]
 
     def metrics(self, points: Iterable[Metric]) -> None:
+        """Points of curves, those at steps that have none yet."""
+        from mlflow.utils.validation import MAX_METRICS_PER_BATCH as MOST
+
         new = [point for point in points if point.step not in self.steps(point.key)]
-        for start in range(0, len(new), 1000):  # the most that one request may hold
-            self.client.log_batch(self.id, metrics=new[start : start + 1000])
+        for start in range(0, len(new), MOST):
+            self.client.log_batch(self.id, metrics=new[start : start + MOST])
         for point in new:
             self._steps[point.key].add(point.step)
+            self._logged.add(point.key)
 
     def scalars(self, prefix: str, report: Mapping[str, Any]) -> None:
         """The numbers of a report, as metrics without steps; one that has a curve is left out."""
         numbers = {f"{prefix}/{key}": value for key, value in report.items() if isinstance(value, int | float)}
-        new = {key: value for key, value in numbers.items() if self.latest.get(key) != value}
-        self.client.log_batch(self.id, metrics=points({k: v for k, v in new.items() if self.steps(k) <= {0}}, 0))
+        self.metrics(points({key: value for key, value in numbers.items() if key not in self._logged}, 0))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        """Parameters. MLflow's cannot change: one that did (evaluation's, of the same weights) becomes a tag."""
-        from mlflow.entities import Param, RunTag
+        """Parameters; of one that is longer than MLflow takes, a text that says so and gives its digest."""
+        from mlflow.entities import Param
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+        from mlflow.utils.validation import MAX_PARAMS_TAGS_PER_BATCH as MOST
 
-        texts = {key: str(value) for key, value in values.items()}
-        new = [Param(key, text) for key, text in texts.items() if key not in self.params]
-        changed = [RunTag(key, text) for key, text in texts.items() if self.params.get(key, text) != text]
-        self.client.log_batch(self.id, params=new, tags=changed)
+        new = [
+            Param(key, shortened(value, MAX_PARAM_VAL_LENGTH))
+            for key, value in values.items()
+            if key not in self.params
+        ]
+        for start in range(0, len(new), MOST):
+            self.client.log_batch(self.id, params=new[start : start + MOST])
+        self.params |= {param.key: param.value for param in new}
 
     def dataset(self, name: str, digest: str, source: Path, context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": str(source.resolve())}))
         self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def uses(self, model_id: str) -> None:
+        """Name a logged model as an input."""
+        from mlflow.entities import LoggedModelInput
+
+        self.client.log_inputs(self.id, models=[LoggedModelInput(model_id)])
 
     def image(self, image: Image.Image, step: int) -> None:
         if self._image_steps is None:
@@ -98,13 +125,9 @@ class TrackedRun:
             self._image_steps.add(step)
 
     def table(self, rows: list[dict[str, Any]], file: str) -> None:
-        """A table; one of the same name is replaced (log_table alone would append)."""
-        columns = list(rows[0])
-        if file in self.tags.get("mlflow.loggedArtifacts", ""):
-            content = {"columns": columns, "data": [list(row.values()) for row in rows]}
-            self.client.log_dict(self.id, content, file)
-        else:
-            self.client.log_table(self.id, {key: [row[key] for row in rows] for key in columns}, file)
+        """A table, unless there is one of this name (`log_table` would append to it)."""
+        if file not in self.tags.get("mlflow.loggedArtifacts", ""):
+            self.client.log_table(self.id, {key: [row[key] for row in rows] for key in rows[0]}, file)
 
     def end(self, status: str) -> None:
         self.client.set_terminated(self.id, status=status)
@@ -122,27 +145,37 @@ class Store(NamedTuple):
 
     def run_by_id(self, run_id: str | None) -> Run | None:
         """A run that has not been deleted, or None."""
-        return self._run(f"attributes.run_id = '{run_id}'") if run_id else None
+        found = self._runs(f"attributes.run_id = '{run_id}'") if run_id else []
+        return found[0] if found else None
 
-    def run_by_tag(self, tag: str, value: str) -> Run | None:
-        """The first run with this tag, or None."""
-        return self._run(f"tags.`{tag}` = '{value}'")
+    def runs_by_tag(self, tag: str, value: str) -> list[Run]:
+        """The runs with this tag, oldest first."""
+        return self._runs(f"tags.`{tag}` = '{value}'")
 
-    def _run(self, condition: str) -> Run | None:
-        order = ["attributes.start_time ASC"]
-        runs = self.client.search_runs([self.experiment], condition, max_results=1, order_by=order)
-        return runs[0] if runs else None
+    def models_by_tag(self, tag: str, value: str) -> list[LoggedModel]:
+        """The logged models with this tag whose run has not been deleted, oldest first."""
+        order = [{"field_name": "creation_timestamp", "ascending": True}]
+        found = self.client.search_logged_models([self.experiment], f"tags.`{tag}` = '{value}'", order_by=order)
+        return [model for model in found if self.run_by_id(model.source_run_id)]
+
+    def _runs(self, condition: str) -> list[Run]:
+        return list(self.client.search_runs([self.experiment], condition, order_by=["attributes.start_time ASC"]))
 
 
-def connect(uri: str, params: Params, paths: Paths) -> Store:
-    """The store at `uri`, with the experiment of `params`, made if there is none."""
+def client_at(uri: str) -> MlflowClient:
+    """A client of the store at `uri`."""
     import mlflow
 
     given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # the client alone is not enough: it looks models:/ addresses up in this global one
     if given is None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by that, and not to be taken for the user's
-    client = mlflow.MlflowClient()
+    return mlflow.MlflowClient()
+
+
+def connect(uri: str, params: Params, paths: Paths) -> Store:
+    """The store at `uri`, with the experiment of `params`, made if there is none."""
+    client = client_at(uri)
     experiment = client.get_experiment_by_name(params.tracking.experiment)
     if experiment is not None:
         if experiment.lifecycle_stage == "deleted":
@@ -168,6 +201,15 @@ def points(values: Mapping[str, float], step: int) -> list[Metric]:
     return [Metric(key, float(value), now, step) for key, value in values.items()]
 
 
+def shortened(value: Any, limit: int) -> str:
+    """A parameter's value as text; if longer than `limit`, its size and the SHA-256 of its JSON form instead."""
+    text = str(value)
+    if len(text) <= limit:
+        return text
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return f"{len(value)} {'characters' if isinstance(value, str) else 'values'}, sha256 {digest}, whole in params.yaml"
+
+
 def read_image(path: Path) -> Image.Image:
     """A picture, read to the end."""
     with Image.open(path) as image:
@@ -184,10 +226,20 @@ _said: set[str] = set()
 
 
 def say_unusable(uri: str, error: Exception) -> None:
-    """Say once in this process that MLflow is gone on without."""
+    """Report once in this process that work continues without MLflow."""
     if uri not in _said:
         _said.add(uri)
         say(f"{uri} cannot be used ({brief(error)}); going on without it, `ddpm track` brings the results there later")
+
+
+def or_user_error(uri: str, call: Callable[[], T]) -> T:
+    """What a call gives; an error of MLflow's becomes a UserError of one line."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:  # of a database, of a server, of a driver that is not installed
+        raise UserError(f"MLflow at {uri}: {brief(error)}") from None
 
 
 def brief(error: BaseException) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from diffusion.evaluation import noise_prediction
+from diffusion.evaluation import likelihood, noise_prediction
 from diffusion.evaluation.heldout import Prediction
 from diffusion.evaluation.wiener import Wiener
 from diffusion.process import schedule
@@ -25,6 +26,16 @@ def predictions(error: float) -> Iterator[Prediction]:
         t = rng.integers(1000, size=IMAGES)
         y = np.full(IMAGES, -1)
         yield Prediction(np.arange(IMAGES), t, y, rng.standard_normal(eps.shape, dtype=np.float32), eps, eps_hat)
+
+
+def test_errors_by_image_give_the_mean_and_its_standard_error() -> None:
+    errors = noise_prediction.by_image(predictions(0.3), IMAGES)
+    per_pair = np.stack([(p.eps_hat.astype(np.float64) - p.eps) ** 2 for p in predictions(0.3)])
+    assert errors == pytest.approx(per_pair.mean(axis=(0, 2, 3, 4)))
+    figures = likelihood.mean("val_mse", errors)
+    assert figures["val_mse"] == pytest.approx(per_pair.mean())
+    assert figures["val_mse_se"] == pytest.approx(stats.sem(errors))
+    assert figures["val_mse_images"] == IMAGES
 
 
 def test_figures_are_those_of_a_direct_computation() -> None:

@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from mlflow import MlflowClient
 
 from diffusion import tracking
 from diffusion.errors import Stopped
@@ -12,6 +13,7 @@ from tests.tracking.trees import (
     PARAMS,
     client_of,
     content,
+    everything,
     follow,
     image_steps,
     runs_of,
@@ -54,6 +56,20 @@ def test_a_failed_training_is_marked_so(paths: Paths) -> None:
     assert client_of(paths).get_run(live.run_id).info.status == "FAILED"
 
 
+def test_a_run_that_could_not_be_begun_is_completed_by_its_record(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_inputs", lambda *_, **__: 1 / 0)
+        with tracking.live(PARAMS, paths, None, "f1") as live:
+            follow(live, paths, range(101))
+    write_all(paths)
+    recorded = tracking.record(PARAMS, paths, live.run_id)
+    assert recorded is not None
+    (run,) = runs_of(client_of(paths))
+    assert (run.info.run_id, run.info.status) == (recorded.run_id, "FINISHED")
+
+
 def train_again(paths: Paths, fingerprint: str, weights: bytes) -> tuple[str, str]:
     """A whole training; returns the runs that it was followed and recorded in."""
     with tracking.live(PARAMS, paths, None, fingerprint) as live:
@@ -65,14 +81,16 @@ def train_again(paths: Paths, fingerprint: str, weights: bytes) -> tuple[str, st
     return live.run_id, recorded.run_id
 
 
-def test_trainings_that_give_the_same_weights_share_a_run(paths: Paths) -> None:
+@pytest.mark.parametrize("fingerprint", ["f1", "f2"])
+def test_trainings_that_give_the_same_results_share_a_run(paths: Paths, fingerprint: str) -> None:
+    """The same training, forced, or one by code that changed without effect."""
     _, first = train_again(paths, "f1", b"weights")
-    assert train_again(paths, "f1", b"weights") == (first, first)  # forced
-    followed, recorded = train_again(paths, "f2", b"weights")  # by code that changed without effect
+    before = everything(client_of(paths))
+    followed, recorded = train_again(paths, fingerprint, b"weights")
     assert recorded == first
     assert followed != first
-    (run,) = runs_of(client_of(paths))
-    assert (run.info.run_id, run.info.status) == (first, "FINISHED")
+    after = everything(client_of(paths))
+    assert (after["runs"], after["models"]) == (before["runs"], before["models"])
     followed, recorded = train_again(paths, "f1", b"others")  # an equal training on another machine
-    assert (followed, recorded != first) == (first, True)
+    assert followed == recorded != first
     assert [run.info.status for run in runs_of(client_of(paths))] == ["FINISHED", "FINISHED"]

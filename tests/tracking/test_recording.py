@@ -11,15 +11,14 @@ import mlflow
 import numpy as np
 import pytest
 
+from diffusion import made_with, tracking
 from diffusion import params as parameters
-from diffusion import tracking
 from diffusion.errors import UserError
 from diffusion.files import sha256, write_json
 from diffusion.paths import Paths
 from tests.tracking.trees import (
     LOSS,
     PARAMS,
-    changed,
     client_of,
     content,
     image_steps,
@@ -52,32 +51,34 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
     assert found["curves"]["export/denoiser/max_difference"] == [(0, 1e-6)]
     assert image_steps(found["files"]) == [50, 100]
-    expected = {"params.yaml", "dvc.lock", "config.json"} | {
-        f"evaluation/{name}" for name in ("bands.csv", "bands.json", "samples.png", "mse_by_t.png", "report.html")
-    }
+    evaluation = ("bands.csv", "bands.json", "val_errors.csv", "samples.png", "mse_by_t.png", "report.html")
+    expected = {"params.yaml", "config.json"} | {f"evaluation/{name}" for name in evaluation}
     assert expected <= set(found["files"])
     manifest = sha256(paths.pairs / "manifest.json")[:36]
-    assert found["datasets"] == [("digits", manifest, "training"), ("digits-heldout", "a" * 36, "heldout")]
+    assert found["datasets"] == [
+        ("digits", manifest, "training"),
+        ("digits-test", "d" * 36, "test"),
+        ("digits-val", "a" * 36, "validation"),
+    ]
     assert found["status"] == "FINISHED"
     ((name, version, aliases, tags),) = found["versions"]
     assert (name, version, aliases) == ("ddpm", "1", ["challenger", "champion"])
-    assert (tags["mse"], tags["r2"], tags["ddpm.weights_sha256"]) == ("0.3", "0.7", weights)
+    assert (tags["val_mse"], tags["mse"], tags["r2"], tags["ddpm.weights_sha256"]) == ("0.3", "0.3", "0.7", weights)
     assert recorded.model_version == "1"
     assert recorded.aliases == ["challenger", "champion"]
     table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
     assert json.loads(table) == [{"path": "evaluation/bands.json", "type": "table"}]
 
 
-def test_variants_are_brought_to_the_version_that_there_is(paths: Paths) -> None:
+def test_variants_and_speeds_are_kept_with_the_run_that_exported_them(paths: Paths) -> None:
     digest = write_all(paths)
-    first = tracking.record(PARAMS, paths)
-    small = paths.sampler_in("int8")
-    shutil.copyfile(paths.sampler, small)
+    shutil.copyfile(paths.sampler, paths.sampler_in("int8"))
     report = json.loads(paths.export_report.read_text())
-    write_json(paths.export_report, report | {"int8": {"mse": 0.31, "loss": 0.03}, "bytes": {small.stem: 7}})
-    again = tracking.record(PARAMS, paths, speed={"fp32": {"ms_at_1": 2.5}, "int8": {"ms_at_1": 1.5}})
+    write_json(paths.export_report, report | {"int8": {"mse": 0.31, "loss": 0.03}, "bytes": {"sampler_int8": 7}})
+    made_with.write(paths, "export", PARAMS)
+    first = tracking.record(PARAMS, paths, speed={"fp32": {"ms_at_1": 2.5}, "int8": {"ms_at_1": 1.5}})
     assert first
-    assert again == first
+    assert tracking.record(PARAMS, paths, speed={"fp32": {"ms_at_1": 9.5}}) == first
     found = content(client_of(paths), first.run_id)
     assert found["tags"]["ddpm.weights_sha256"] == digest
     assert {"onnx/denoiser.onnx", "onnx/sampler_int8.onnx"} <= set(found["files"])
@@ -140,67 +141,6 @@ def test_other_weights_get_another_run_and_no_part_of_older_results(paths: Paths
     assert second.model_version is None
     assert "evaluate/mse" not in found["curves"]
     assert found["versions"] == []
-
-
-def test_evaluating_again_replaces_the_scores(paths: Paths) -> None:
-    digest = write_all(paths)
-    first = tracking.record(PARAMS, paths)
-    assert first is not None
-    write_evaluation(paths, digest, mse=0.25)
-    again = tracking.record(changed(evaluate={"resamples": 200}), paths)
-    assert again is not None
-    assert (again.run_id, again.model_version) == (first.run_id, "1")
-    client = client_of(paths)
-    run = client.get_run(first.run_id)
-    assert run.data.metrics["evaluate/mse"] == 0.25
-    assert run.data.params["evaluate.resamples"] == "1000"
-    assert run.data.tags["evaluate.resamples"] == "200"
-    assert client.get_model_version("ddpm", "1").tags["mse"] == "0.25"
-    table = client.load_table(run.info.experiment_id, "evaluation/bands.json", run_ids=[first.run_id])
-    assert table["mse"].tolist() == [0.25] * 10
-
-
-@pytest.mark.parametrize(
-    ("mse", "pairs", "champion"),
-    [
-        (0.2, "a", "2"),  # better on the same pairs
-        (0.3, "a", "1"),  # not better
-        (0.2, "b", "1"),  # better, but on other pairs
-    ],
-)
-def test_champion(paths: Paths, mse: float, pairs: str, champion: str, capfd: pytest.CaptureFixture[str]) -> None:
-    write_all(paths, b"first", mse=0.3)
-    tracking.record(PARAMS, paths)
-    write_all(paths, b"second", mse=mse, pairs=pairs * 64)
-    recorded = tracking.record(PARAMS, paths)
-    assert recorded is not None
-    aliases = client_of(paths).get_registered_model("ddpm").aliases
-    assert {alias: str(version) for alias, version in aliases.items()} == {"challenger": "2", "champion": champion}
-    assert recorded.aliases == (["challenger", "champion"] if champion == "2" else ["challenger"])
-    said = capfd.readouterr().err.splitlines()
-    other = "MLflow: champion stays ddpm version 1: it was scored on other held-out pairs"
-    assert said == ([other] if pairs == "b" else [])
-
-
-def test_the_gate_keeps_a_poor_model_from_becoming_champion(paths: Paths) -> None:
-    write_all(paths, mse=0.6)
-    recorded = tracking.record(PARAMS, paths)
-    assert recorded is not None
-    assert recorded.aliases == ["challenger"]
-    recorded = tracking.record(changed(tracking={"max_mse": 0.7}), paths)
-    assert recorded is not None
-    assert recorded.aliases == ["challenger", "champion"]
-
-
-def test_an_older_run_tracked_again_does_not_become_challenger(paths: Paths) -> None:
-    write_all(paths, b"old", mse=0.2)
-    tracking.record(PARAMS, paths)
-    write_all(paths, b"new", mse=0.3)
-    tracking.record(PARAMS, paths)
-    write_all(paths, b"old", mse=0.2)
-    recorded = tracking.record(PARAMS, paths)
-    assert recorded is not None
-    assert (recorded.model_version, recorded.aliases) == ("1", ["champion"])
 
 
 def test_the_code_is_named_by_the_workspace_or_by_git(paths: Paths) -> None:

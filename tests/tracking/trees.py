@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from mlflow.entities import Run
 from onnx import TensorProto, helper
 from PIL import Image
 
+from diffusion import made_with, tracking, yaml_files
 from diffusion import params as parameters
-from diffusion import tracking, yaml_files
 from diffusion.files import write_csv, write_json
 from diffusion.params import Params
 from diffusion.paths import Paths
@@ -40,7 +40,7 @@ def write_tree(paths: Paths) -> None:
     (paths.root / "dvc.lock").write_text("schema: '2.0'\n")
 
 
-def write_training(paths: Paths, weights: bytes = b"weights") -> str:
+def write_training(paths: Paths, weights: bytes = b"weights", params: Params = PARAMS) -> str:
     """What train writes; returns the digest of the weights."""
     for directory in (paths.model, paths.train_curves, paths.previews):
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,7 @@ def write_training(paths: Paths, weights: bytes = b"weights") -> str:
     write_csv(paths.train_curves / "heldout.csv", HELDOUT)
     for row in HELDOUT:
         write_picture(paths.previews / f"step-{row['step']:08d}.png")
+    made_with.write(paths, "train", params)
     return hashlib.sha256(weights).hexdigest()
 
 
@@ -59,21 +60,36 @@ def write_picture(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
 
 
-def write_evaluation(paths: Paths, weights: str, mse: float = 0.3, pairs: str = "a" * 64) -> None:
+def write_evaluation(
+    paths: Paths,
+    weights: str,
+    mse: float = 0.3,
+    pairs: str = "a" * 64,
+    params: Params = PARAMS,
+    val_errors: Sequence[float] | None = None,
+) -> None:
+    """What evaluate writes; `mse` is the error on test and, without `val_errors`, on each of the images of val."""
     paths.evaluation.mkdir(parents=True, exist_ok=True)
+    errors = [mse] * 4 if val_errors is None else val_errors
     scores = {"mse": mse, "mse_low": mse - 0.01, "mse_high": mse + 0.01, "r2": 1 - mse, "zero_mse": 1.0}
-    write_json(paths.evaluate_report, scores)
-    write_json(paths.evaluation / "scored.json", {"weights_sha256": weights, "pairs_sha256": pairs})
+    write_json(paths.evaluate_report, scores | {"val_mse": float(np.mean(errors)), "val_mse_se": 0.01})
+    write_csv(paths.evaluation / "val_errors.csv", [{"image": i, "mse": error} for i, error in enumerate(errors)])
+    digests = {"weights_sha256": weights, "pairs_sha256": "d" * 64, "val_pairs_sha256": pairs}
+    write_json(paths.evaluation / "scored.json", digests)
     bands = [{"t_from": 100 * band, "t_to": 100 * band + 99, "mse": mse, "r2": 1 - mse} for band in range(10)]
     write_csv(paths.evaluation / "bands.csv", bands)
     write_csv(paths.evaluation / "mse_by_t.csv", [{"t": 5.5, "model": mse, "wiener": 0.6}])
     write_picture(paths.evaluation / "samples.png")
     write_picture(paths.evaluation / "mse_by_t.png")
-    paths.report.write_text(f"<h1>Report</h1>{mse}")
+    paths.report.write_text(f"<h1>Report</h1>{mse} {params.sample.steps} steps")
+    made_with.write(paths, "evaluate", params)
 
 
-def write_export(paths: Paths, weights: str, factor: float = 0.5) -> None:
-    """ONNX files with a sampler's input and outputs, x_0 = factor noise, and a denoiser's that nobody looks into."""
+def write_export(paths: Paths, weights: str, factor: float = 0.5, params: Params = PARAMS) -> None:
+    """ONNX files with a sampler's input and outputs, x_0 = factor noise, and a denoiser's that nobody looks into.
+
+    As in a real export, the file differs with the scores that it carries and with the section `export`.
+    """
     image = ["B", 1, 8, 8]
     graph = helper.make_graph(
         [helper.make_node("Mul", ["noise", "factor"], ["x_0"])],
@@ -86,24 +102,53 @@ def write_export(paths: Paths, weights: str, factor: float = 0.5) -> None:
         [helper.make_tensor("factor", TensorProto.FLOAT, [], [factor])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    sides = {"ddpm.channels": "1", "ddpm.height": "8", "ddpm.width": "8", "ddpm.steps": "10"}
+    sides = {"ddpm.channels": "1", "ddpm.height": "8", "ddpm.width": "8", "ddpm.steps": str(params.export.steps)}
+    if paths.evaluate_report.exists():
+        sides["ddpm.heldout"] = paths.evaluate_report.read_text()
     helper.set_model_props(model, {"ddpm.weights_sha256": weights} | sides)
     paths.onnx.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, paths.sampler)
     onnx.save_model(model, paths.denoiser)
     report = {"denoiser": {"max_difference": 1e-6, "max_difference_by_band": [1e-6]}, "sampler": {"images": 64}}
     write_json(paths.export_report, report)
+    made_with.write(paths, "export", params)
 
 
-def write_all(paths: Paths, weights: bytes = b"weights", mse: float = 0.3, pairs: str = "a" * 64) -> str:
-    digest = write_training(paths, weights)
-    write_evaluation(paths, digest, mse, pairs)
-    write_export(paths, digest, factor=len(weights))
+def write_all(
+    paths: Paths,
+    weights: bytes = b"weights",
+    mse: float = 0.3,
+    pairs: str = "a" * 64,
+    params: Params = PARAMS,
+    val_errors: Sequence[float] | None = None,
+) -> str:
+    digest = write_training(paths, weights, params)
+    write_evaluation(paths, digest, mse, pairs, params, val_errors)
+    write_export(paths, digest, len(weights), params)
     return digest
 
 
 def client_of(paths: Paths) -> MlflowClient:
     return MlflowClient(f"sqlite:///{paths.mlflow_database.resolve()}")
+
+
+def everything(client: MlflowClient) -> dict[str, Any]:
+    """All that a store holds, the bytes of every artifact included."""
+    experiment = client.get_experiment_by_name("ddpm")
+    assert experiment is not None
+    models = client.search_logged_models([experiment.experiment_id])
+    return {
+        "runs": {run.info.run_id: run.to_dictionary() | content(client, run.info.run_id) for run in runs_of(client)},
+        "models": {model.model_id: model.to_dictionary() for model in models},
+        "versions": {v.version: dict(v) for v in client.search_model_versions("name = 'ddpm'")},
+        "bytes": {
+            file: file.read_bytes() for file in _local(experiment.artifact_location).rglob("*") if file.is_file()
+        },
+    }
+
+
+def _local(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
 
 
 def runs_of(client: MlflowClient) -> list[Run]:
