@@ -134,11 +134,11 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """Write SHA256SUMS: the digest of every file in a directory, for `read_checked` and `sha256sum --check`.
 
     Args:
-        directory: a flat directory that is otherwise complete.
+        directory: a directory of files alone, otherwise complete.
         known: digests by file name that need not be computed again.
     """
-    digests = {path.name: "" for path in sorted(directory.iterdir())} | dict(known or {})
-    lines = [f"{digest or sha256(directory / name)}  {name}\n" for name, digest in digests.items()]
+    names = sorted(path.name for path in directory.iterdir() if path.name != SUMS)
+    lines = [f"{(known or {}).get(name) or sha256(directory / name)}  {name}\n" for name in names]
     write_atomic(directory / SUMS, "".join(lines).encode())
 
 

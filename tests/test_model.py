@@ -124,6 +124,9 @@ def test_each_of_many_flipped_bits_is_found(saved: tuple[Path, Model], name: str
 
 def test_the_digests_are_those_of_sha256sum(saved: tuple[Path, Model]) -> None:
     directory, _ = saved
+    before = (directory / "SHA256SUMS").read_bytes()
+    write_sums(directory)
+    assert (directory / "SHA256SUMS").read_bytes() == before
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=directory, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"config.json: OK\nmodel.safetensors: OK\n")
 

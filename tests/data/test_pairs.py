@@ -63,7 +63,7 @@ def numbers(x_0: NDArray[Any]) -> list[int]:
 def test_same_images_same_bytes(tmp_path: Path, directory: Path) -> None:
     make(tmp_path / "again")
     names = sorted(path.name for path in directory.iterdir())
-    assert names == ["manifest.json", "test-000000.tar", "train-000000.tar", "val-000000.tar"]
+    assert names == ["SHA256SUMS", "manifest.json", "test-000000.tar", "train-000000.tar", "val-000000.tar"]
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
