@@ -172,7 +172,7 @@ def profile(bench: Bench) -> Iterator[Facts]:
         kernels = [
             event
             for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.")
+            if event.device_type.name == "CUDA" and not event.name.startswith("Optimizer.")
         ]
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
         by_name: dict[str, float] = {}
