@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from diffusion import tracking
+from diffusion import made_with, tracking
 from diffusion.export import metadata
 from diffusion.paths import Paths
 from tests.deploy.models import write_model
@@ -30,6 +30,7 @@ def registered(paths: Paths) -> Path:
     facts = {prop.key: prop.value for prop in graph.metadata_props}
     metadata.describe(graph, facts | {"ddpm.weights_sha256": digest})
     onnx.save(graph, paths.sampler)
+    made_with.write(paths, "export", PARAMS)
     recorded = tracking.record(PARAMS, paths)
     assert recorded
     assert "champion" in recorded.aliases
