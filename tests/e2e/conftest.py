@@ -42,6 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     yaml_files.write_yaml(
         target / "params.yaml", yaml_files.overlay(yaml_files.read_yaml(target / "params.yaml"), TINY)
     )
+    (target / "dvc.lock").unlink(missing_ok=True)
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):
         subprocess.run(["git", *identity, *command], cwd=target, check=True)
