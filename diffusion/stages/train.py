@@ -207,7 +207,7 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
     """Everything that shapes the result: parameters, data, code, and what computes it.
 
     The number of threads is part of it: sums are split among threads, so the weights differ in their last bits after
-    a single step.
+    a few steps.
     """
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
     del shaping["train"]["processes"]  # world.size, which torchrun may set instead
