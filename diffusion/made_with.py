@@ -72,6 +72,6 @@ def _files(paths: Paths, stage: str) -> dict[str, Path]:
         "pairs": (shards, pairs),
         "train": (pairs, weights),
         "evaluate": (pairs, weights, paths.evaluate_report, paths.report),
-        "export": (pairs, weights, paths.evaluate_report, paths.export_report, paths.sampler),
+        "export": (pairs, weights, paths.evaluate_report, paths.export_report, paths.denoiser, paths.sampler),
     }[stage]
     return {file.relative_to(paths.root).as_posix(): file for file in files}
