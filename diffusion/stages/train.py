@@ -62,6 +62,7 @@ SETUP = {
     "device": "device: {}",
     "processes": "train.processes: {}",
     "threads": "OMP_NUM_THREADS={}",
+    "instructions": "{} instructions",
     "torch": "torch=={}",
     "numpy": "numpy=={}",
 }
@@ -206,8 +207,8 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
 def training_facts(params: Params, paths: Paths, device: torch.device, world: World) -> dict[str, Any]:
     """Everything that shapes the result: parameters, data, code, and what computes it.
 
-    The number of threads is part of it: sums are split among threads, so the weights differ in their last bits after
-    a few steps.
+    The number of threads and the processor's vector instructions are part of it: sums are split among threads and
+    lanes, so the weights differ in their last bits after a few steps.
     """
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
     del shaping["train"]["processes"]  # world.size, which torchrun may set instead
@@ -220,6 +221,7 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
         "device": device.type,
         "processes": world.size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
@@ -261,7 +263,7 @@ def unusable(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
             continue
         step = newest_step(path.parent)
         if step and {**facts, **dict.fromkeys(SETUP)} == {**other, **dict.fromkeys(SETUP)}:
-            # On a GPU the number of threads is null: it does not matter there.
+            # On a GPU the number of threads and the instructions are null: they do not matter there.
             differ = [name for name in SETUP if None not in (facts[name], other[name]) and facts[name] != other[name]]
             made = ", ".join(SETUP[name].format(other[name]) for name in differ)
             now = ", ".join(str(facts[name]) for name in differ)

@@ -141,16 +141,18 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
         "device": "cpu",
         "processes": 1,
         "threads": 2,
+        "instructions": "AVX2",
         "torch": "2.13.0",
         "numpy": "2.0.0",
     }
     others: dict[str, dict[str, Any]] = {
         "a": {"torch": "2.12.0", "numpy": "1.26.0"},
-        "b": {"device": "cuda", "threads": None, "processes": 8},
+        "b": {"device": "cuda", "threads": None, "instructions": None, "processes": 8},
         "c": {"torch": "2.12.0", "params": {"seed": 1}},
         "d": {"threads": 4, "pairs": "13"},
         "e": {"threads": 4, "code": {"a.py": "35"}},
         "f": {"threads": 4},
+        "h": {"instructions": "AVX512"},
     }
     for name, changes in others.items():
         (tmp_path / name).mkdir()
@@ -158,8 +160,9 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
         (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / train.FACTS).write_text("{", encoding="utf-8")
-    first, second = train.unusable(tmp_path, facts)
+    first, second, third = train.unusable(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
+    assert "it was made with AVX512 instructions (now AVX2)" in third
     assert train.unusable(tmp_path, facts | {"params": {}}) == []
