@@ -271,7 +271,7 @@ def pictures(models: dict[str, Model], judge: features.Judge, count: int, path: 
         drawn = [draw_samples(model, sample, 0, torch.device("cpu"), first=first) for first in range(0, count, 64)]
         distances[name] = judge.distance(np.concatenate(drawn))
         axis.imshow(plt.imread(BytesIO(grid_png(drawn[0][:49], side=400))), cmap="gray")
-        axis.set_title(f"{name}: Fréchet {distances[name]:.1f}")
+        axis.set_title(name)
         axis.axis("off")
     figure.tight_layout()
     figure.savefig(path.with_name(f"{path.name}-samples.png"), metadata={"Software": None})
