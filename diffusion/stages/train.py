@@ -62,7 +62,7 @@ SETUP = {
     "device": "device: {}",
     "processes": "train.processes: {}",
     "threads": "OMP_NUM_THREADS={}",
-    "instructions": "{} instructions",
+    "instructions": "the instructions {}",
     "torch": "torch=={}",
     "numpy": "numpy=={}",
 }
@@ -221,10 +221,16 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
         "device": device.type,
         "processes": world.size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
+        "instructions": instructions() if device.type == "cpu" else None,
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+def instructions() -> str:
+    """The vector instructions that torch uses, with the limits that the environment sets to those of its libraries."""
+    limits = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR") if name in os.environ]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 def training_fingerprint(facts: dict[str, Any]) -> str:

@@ -133,6 +133,15 @@ def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, t
     )
 
 
+def test_limits_to_the_instructions_are_part_of_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    plain = train.instructions()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert train.instructions() == f"{plain} ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"
+
+
 def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     facts = {
         "params": {"seed": 0},
@@ -164,5 +173,5 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
-    assert "it was made with AVX512 instructions (now AVX2)" in third
+    assert "it was made with the instructions AVX512 (now AVX2)" in third
     assert train.unusable(tmp_path, facts | {"params": {}}) == []
