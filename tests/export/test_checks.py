@@ -71,3 +71,16 @@ def test_the_facts_give_the_schedule_back_exactly() -> None:
     assert np.array_equal(alpha_bar, model.process.schedule.alpha_bar.numpy())
     assert facts["ddpm.classes"] == '["0", "1", "2"]'
     assert facts["ddpm.parameterization"] == "v"
+
+
+def test_a_gpu_that_onnx_runtime_cannot_use_is_replaced_only_where_it_was_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    _, step = parts(False)
+    content, gpu = step.SerializeToString(), torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"^device: ONNX Runtime cannot use cuda:0; set device to auto or cpu$"):
+        parity.session(content, gpu)
+    made = parity.session(content, gpu, required=False)
+    assert made.get_providers() == ["CPUExecutionProvider"]
+    assert "ONNX Runtime cannot use cuda:0; running the graph on the CPU" in capsys.readouterr().err
