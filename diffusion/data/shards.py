@@ -224,7 +224,7 @@ def write(
             if sample.split != "test" and pixels in own_digests["test"]:
                 rejected.append(Remark(file=sample.file, reason="a copy of an image in the source's test split"))
                 continue
-            in_val = sample.split != "test" and pixels in own_digests["val"]
+            in_val = sample.split not in own_digests and pixels in own_digests["val"]
             split = "val" if in_val else split_of(sample.split, pixels, source.own_splits, val_fraction, test_fraction)
             tally.add(picture.image)
             multipage += picture.several
