@@ -6,8 +6,10 @@ A form that cannot be read correctly raises Unreadable with the reason; it is ne
 import hashlib
 import io
 import re
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from diffusion.errors import SystemFault
 
 RAW = re.compile(
     r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)",
@@ -53,14 +57,19 @@ class Picture(NamedTuple):
 
 
 def read_image(path: Path) -> Picture:
-    """Decode an image file, the first page or frame if it has several; raises Unreadable."""
+    """Decode an image file, the first page or frame if it has several.
+
+    Raises:
+        Unreadable: the file is no image, or cannot be decoded correctly.
+        SystemFault: the system cannot read the file.
+    """
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _read(path)
-    except MemoryError:
+    except (MemoryError, SystemFault):
         raise
     except Exception as error:  # the decoders of forty formats raise what they like
         raise Unreadable(_reason(error)) from error
@@ -68,14 +77,37 @@ def read_image(path: Path) -> Picture:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported."""
-    if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
-        return path.is_file()
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()):
+    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported.
+
+    Raises SystemFault if the system cannot read what must be read of it.
+    """
+    with reading(path):
+        if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
+            return stat.S_ISREG(path.stat().st_mode)
+        try:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+                Image.open(file, formats=_formats())
+                return True
+        except Image.DecompressionBombError:
             return True
-    except Exception:  # as above
-        return False
+        except Exception as error:  # as above
+            if isinstance(error, OSError) and error.errno:
+                raise
+            return False
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
+
+    Decoders raise OSError too, but without an error number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise SystemFault(path, error, "cannot be read ({})") from None
 
 
 def digest(image: Image.Image) -> int:
@@ -89,8 +121,6 @@ def digest(image: Image.Image) -> int:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
         return "not an image, or of a kind that Pillow cannot read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return _line(str(error)) or type(error).__name__
 
 
@@ -112,9 +142,15 @@ def _suffixes() -> set[str]:
 def _read(path: Path) -> Picture:
     if RAW.fullmatch(path.suffix):
         raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
-    with path.open("rb") as file, Image.open(file, formats=_formats()):  # only an image is read as a whole, no video
+    with reading(path), path.open("rb") as file:
+        try:
+            Image.open(file, formats=_formats())
+        except Exception:
+            while file.read(2**20):  # Pillow takes some errors of the system for those of the format
+                pass
+            raise
         file.seek(0)
-        content = file.read()
+        content = file.read()  # only an image is held as a whole, no video
     # Not by path: Pillow may map an uncompressed file to memory, and scrambles one that is stored on its side.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
