@@ -55,7 +55,7 @@ class Folder:
             roots, classes = _seen_through([root / name for name in top])
             self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
             top = sorted({name for names in classes for name in names})
-            self._outside = sorted(path for path in root.iterdir() if _visible(path) and path.is_file())
+            self._outside = sorted(path for path in root.iterdir() if _visible(path) and _is_file(path))
         self._labels = top
         self.classes = tuple(map(_text, self._labels))
         like_splits = [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
@@ -116,7 +116,7 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
             continue
         if path.is_dir():
             yield from files_below(path, above | {here})
-        elif path.is_file() or path.is_symlink():  # no pipes or devices
+        elif _is_file(path):
             yield path
 
 
@@ -127,6 +127,11 @@ def linked_folders(folder: Path) -> list[Path]:
         names[:] = [name for name in names if _visible(Path(name))]
         found += [path for name in names if (path := Path(place, name)).is_symlink()]
     return sorted(found)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file or a link to nowhere, which must not go unnoticed; not a pipe or a device."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _visible(path: Path) -> bool:
@@ -148,7 +153,7 @@ def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
     name = inside[0][0] if inside[0] else ""
     if any(names != [name] for names in inside) or name.lower() in SPLIT_NAMES:
         return folders, inside
-    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and path.is_file()):
+    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and _is_file(path)):
         return folders, inside
     inner, deeper = _seen_through([folder / name for folder in folders])
     return (inner, deeper) if any(deeper) else (folders, inside)

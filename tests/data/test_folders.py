@@ -197,7 +197,18 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert len(found(source)) == 6
 
 
+@pytest.mark.parametrize("link", ["train/dog", "train/dog/1.png", "val", "test", "cover.png", "x.png"])
+def test_a_link_to_nowhere_is_not_left_out(tmp_path: Path, link: str) -> None:
+    """Else a class or a split would be missing."""
+    save(tmp_path / "train" / "cat" / "1.png")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"{link}: cannot be read \(No such file or directory\)$"):
+        found(folder(tmp_path))
+
+
 def test_pipes_are_left_out(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
     assert [sample.file for sample in open_source(tmp_path)] == ["1.png"]
