@@ -18,12 +18,19 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Names of folders that hold a split, in any case."""
-LIKE_A_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_ .]?(set|split|data|images?|imgs?|\d+))*", re.IGNORECASE)
+LIKE_A_SPLIT = re.compile(
+    rf"(.*([-_ .]|(?-i:(?<=[a-z])(?=[A-Z]))))?({'|'.join(SPLIT_NAMES)})"
+    r"([-_ .]?(set|split|data|images?|imgs?|hr|lr|\d|(?-i:[AB])))*",
+    re.IGNORECASE,
+)
+"""Names that are likely to mean a split (seg_test, trainA, CelebTrain, train2017), and are only asked about."""
 SYSTEM = frozenset(
     {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
     | {"Thumbs.db", "desktop.ini"}
 )
 """What file managers and storage devices leave behind."""
+SHOWN = 5
+"""Names in a message."""
 
 
 class Folder:
@@ -36,7 +43,10 @@ class Folder:
     """
 
     def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
-        """Raises UserError if a class has the name of a split, unless `split_names_as_classes` confirms it."""
+        """Raises UserError if a class, or a folder inside one, is named like a split.
+
+        `split_names_as_classes` confirms that these are none.
+        """
         self.folder = folder
         (root,), (top,) = _seen_through([folder])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
@@ -58,14 +68,31 @@ class Folder:
             self._outside = sorted(path for path in root.iterdir() if _visible(path) and _is_file(path))
         self._labels = top
         self.classes = tuple(map(_text, self._labels))
-        like_splits = [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
-        if like_splits and not split_names_as_classes:
+        if not split_names_as_classes:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        read_as, names = "a class", [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
+        if not names:
+            read_as, inside = "part of a class", next(self._like_splits_inside(), None)
+            names = [_text(inside.relative_to(self.folder).as_posix())] if inside else []
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise UserError(
-                f"{folder}: the class {' and the class '.join(like_splits)} would have the name of a split; if it is a "
-                "class, say so by shard.split_names_as_classes: true in params.yaml (ddpm import: "
-                "--split-names-as-classes); if not, let only train, val and test stand side by side, with train among "
-                "them"
+                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:SHOWN])}{more}; if it is "
+                "no split, confirm that by shard.split_names_as_classes: true in params.yaml (ddpm import: "
+                "--split-names-as-classes); if it is one, let only train, val and test stand side by side above the "
+                "classes, with train among them and no images beside the folder around them"
             )
+
+    def _like_splits_inside(self) -> Iterator[Path]:
+        """Folders inside classes that are named like splits and have images, once for each image."""
+        for _, root in self._roots:
+            for path in files_below(root):
+                parents = path.relative_to(root).parts[:-1]
+                for depth, name in enumerate(parents):
+                    if depth and LIKE_A_SPLIT.fullmatch(name) and is_image(path):
+                        yield root.joinpath(*parents[: depth + 1])
 
     @cached_property
     def _count(self) -> int:

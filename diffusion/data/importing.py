@@ -23,7 +23,7 @@ from diffusion.progress import Progress
 def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False) -> None:
     """Copy (or link) a source to data/raw/NAME (an .npz file to data/raw/NAME.npz) and put it under DVC.
 
-    `split_names_as_classes` confirms classes with the name of a split. Raises UserError if the source is in no known
+    `split_names_as_classes` confirms folders that are named like a split. Raises UserError if the source is in no known
     form, NAME is taken or unfit, or DVC fails; then nothing is left.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):

@@ -154,30 +154,83 @@ def test_wrapping_folders_are_seen_through(
 @pytest.mark.parametrize(
     ("names", "named"),
     [
-        (["train/1.png", "test/2.png", "masks/3.png"], "the class test and the class train"),
-        (["cat/1.png", "dog/1.png", "Test/2.png"], "the class Test"),
-        (["val/1.png", "test/2.png"], "the class test and the class val"),
-        (["train2017/1.png", "val2017/2.png"], "the class train2017 and the class val2017"),
-        (["training_images/1.png", "test-set/2.png"], "the class test-set and the class training_images"),
-        (["train/cat/1.png", "train/test/2.png", "test/cat/3.png"], "the class test"),
+        (["train/1.png", "test/2.png", "masks/3.png"], "test, train"),
+        (["cat/1.png", "dog/1.png", "Test/2.png"], "Test"),
+        (["val/1.png", "test/2.png"], "test, val"),
+        (["train2017/1.png", "val2017/2.png"], "train2017, val2017"),
+        (["training_images/1.png", "test-set/2.png"], "test-set, training_images"),
+        (["train/cat/1.png", "train/test/2.png", "test/cat/3.png"], "test"),
+        (
+            ["seg_train/seg_train/sea/1.png", "seg_test/seg_test/sea/2.png", "seg_pred/seg_pred/3.png"],
+            "seg_test, seg_train",
+        ),
+        (
+            ["trainA/1.png", "trainB/2.png", "testA/3.png", "testB/4.png"],
+            "testA, testB, trainA, trainB",
+        ),
+        (["DIV2K_train_HR/1.png", "DIV2K_valid_HR/2.png"], "DIV2K_train_HR, DIV2K_valid_HR"),
+        (["CarsTrain/1.png", "CarsTest/2.png"], "CarsTest, CarsTrain"),
+        (
+            ["car/1.png", "bullet-train/2.png", "freight train/3.png"],
+            "bullet-train, freight train",
+        ),
     ],
 )
 def test_a_class_named_like_a_split_must_be_confirmed(tmp_path: Path, names: list[str], named: str) -> None:
     for name in names:
         save(tmp_path / name)
     with pytest.raises(
-        UserError, match=f"{named} would have the name of a split; .* --split-names-as-classes"
+        UserError, match=f": named like a split, but read as a class: {named}; .* --split-names-as-classes"
     ) as caught:
         open_source(tmp_path)
     assert "\n" not in str(caught.value)
     confirmed = open_source(tmp_path, split_names_as_classes=True)
-    assert set(named.replace("the class ", "").split(" and ")) <= set(confirmed.classes)
+    assert set(named.split(", ")) <= set(confirmed.classes)
     assert len(list(confirmed)) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["bottle/train/good/1.png", "bottle/test/broken/2.png", "cable/train/good/3.png", "cable/test/bent/4.png"],
+         "bottle/test"),
+        (["ds/train/a/1.png", "ds/test/a/2.png", "cover.png"], "ds/test"),
+        (["images/train/1.png", "images/val/2.png", "masks/train/1.png", "masks/val/2.png"], "images/train"),
+        (["train/cat/1.png", "train/cat/more/test_set/2.png", "test/cat/3.png"], "train/cat/more/test_set"),
+        (["set/a/b/Testing/1.png", "set/b/1.png"], "set/a/b/Testing"),
+    ],
+)  # fmt: skip
+def test_a_folder_named_like_a_split_inside_a_class_must_be_confirmed(
+    tmp_path: Path, names: list[str], named: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        folder(tmp_path, *names)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: named like a split, but read as part of a class: {named}; if it is no split, "
+    )
+    assert "--split-names-as-classes" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    confirmed = open_source(tmp_path, split_names_as_classes=True)
+    assert {sample.file for sample in confirmed} == set(names)
+
+
+@pytest.mark.parametrize("name", ["freight train", "bullet-train", "unit_test", "CrashTest", "test 1"])
+def test_only_exact_names_become_splits(tmp_path: Path, name: str) -> None:
+    save(tmp_path / name / "1.png")
+    save(tmp_path / "car" / "2.png")
+    source = open_source(tmp_path, split_names_as_classes=True)
+    assert (set(source.classes), source.own_splits) == ({"car", name}, {})
+
+
 def test_other_names_are_no_splits(tmp_path: Path) -> None:
-    source = folder(tmp_path, "trainer/1.png", "test tube/2.png", "valley/3.png", "device/4.png", "protest/5.png")
-    assert source.classes == ("device", "protest", "test tube", "trainer", "valley")
+    names = ("bullet-trains", "contest", "development", "device", "latest", "mandeville", "protest", "test tube",
+             "trainer", "training shoe", "valid passport", "valley", f"train{'1' * 100}x")  # fmt: skip
+    source = folder(tmp_path, *(f"{name}/{name}/1.png" for name in names))
+    assert source.classes == tuple(sorted(names))
+
+
+def test_files_without_images_in_a_folder_named_like_a_split_are_no_matter(tmp_path: Path) -> None:
+    assert folder(tmp_path, "cat/1.png", "cat/test/notes.txt", "dog/2.png").classes == ("cat", "dog")
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:

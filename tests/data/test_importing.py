@@ -73,7 +73,7 @@ def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> Non
     (tree / "elsewhere" / "b").rename(tree / "elsewhere" / "train")
     refused = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("ddpm import: error: elsewhere: the class train would have the name of a split;")
+    assert refused.stderr.startswith("ddpm import: error: elsewhere: named like a split, but read as a class: train;")
     assert refused.stderr.count("\n") == 1
     assert "--split-names-as-classes" in refused.stderr
     done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
