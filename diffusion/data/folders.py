@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffusion.data.images import Picture, Unreadable, is_image, read_image
+from diffusion.data.images import is_image, read_image, refusal
 from diffusion.data.noise import Split
 from diffusion.data.shards import Sample
 from diffusion.errors import UserError
@@ -105,8 +105,10 @@ class Folder:
         labels = {name: label for label, name in enumerate(self._labels)}
         for path, split, top in self._files():
             inside = path.relative_to(self.folder)
-            decode = partial(read_image, path) if split or not self.own_splits else _refuse
-            yield Sample(_key(inside), _text(inside.as_posix()), labels.get(top), split, decode)
+            outside = self.own_splits and not split
+            left_out = "outside of the folders of the splits" if outside else refusal(path)
+            name, decode = _text(inside.as_posix()), partial(read_image, path)
+            yield Sample(_key(inside), name, labels.get(top), split, decode, left_out)
 
     def _files(self) -> Iterator[tuple[Path, Split | None, str]]:
         """Each file with its split and the name of the folder at the top that it is in."""
@@ -119,10 +121,6 @@ class Folder:
         for path in self._outside:
             if is_image(path):
                 yield path, None, ""
-
-
-def _refuse() -> Picture:
-    raise Unreadable("outside of the folders of the splits")
 
 
 def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:

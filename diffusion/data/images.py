@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows but does not decode itself. PostScript (EPS) is even a program, which it would run."""
 RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
+CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
+NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
 SRGB = ImageCms.createProfile("sRGB")
 CLOSE_TO_SRGB = 2
 """Grey levels of 255. A profile that changes no colour by more is sRGB under another name: pixels are left alone."""
@@ -96,6 +98,23 @@ def is_image(path: Path) -> bool:
             return False
 
 
+def refusal(path: Path) -> str | None:
+    """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
+    if RAW.fullmatch(path.suffix):
+        return CAMERA_RAW
+    if is_image(path):
+        return None
+    with reading(path), path.open("rb") as file:
+        _read_through(file)
+    return NO_IMAGE
+
+
+def _read_through(file: IO[bytes]) -> None:
+    """Meet the system's errors in a file that is no image by Pillow, which takes some of them for damage."""
+    while file.read(2**20):
+        pass
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
@@ -120,7 +139,7 @@ def digest(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-        return "not an image, or of a kind that Pillow cannot read"
+        return NO_IMAGE
     return _line(str(error)) or type(error).__name__
 
 
@@ -141,13 +160,12 @@ def _suffixes() -> set[str]:
 
 def _read(path: Path) -> Picture:
     if RAW.fullmatch(path.suffix):
-        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
+        raise Unreadable(CAMERA_RAW)
     with reading(path), path.open("rb") as file:
         try:
             Image.open(file, formats=_formats())
         except Exception:
-            while file.read(2**20):  # Pillow takes some errors of the system for those of the format
-                pass
+            _read_through(file)
             raise
         file.seek(0)
         content = file.read()  # only an image is held as a whole, no video
@@ -179,7 +197,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
     """Raise Unreadable for TIFF files that Pillow takes for something else."""
     tags = image.tag_v2
     if 50706 in tags or content[8:10] == b"CR":  # DNGVersion; CR2's own mark
-        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
+        raise Unreadable(CAMERA_RAW)
     if tags.get(254, 0) & 1 or tags.get(255) == 2 or _has_larger_child(image, content):
         raise Unreadable("its first page is the thumbnail of another (camera raw?); save that one by itself")
     if image.mode == "L" and max(tags.get(339, (1,))) == 2:

@@ -39,7 +39,9 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Raises Unreadable."""
+    """Raises Unreadable, and SystemFault if the system cannot read the file."""
+    left_out: str | None = None
+    """Why it is left out without being decoded."""
 
 
 class Source(Protocol):
@@ -213,6 +215,8 @@ def write(
         for sample in source:
             advance(1)
             try:
+                if sample.left_out:
+                    raise Unreadable(sample.left_out)
                 picture = sample.decode()
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from diffusion.data.folders import Folder
-from diffusion.data.images import Unreadable
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 
@@ -120,8 +119,17 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
     source = folder(tmp_path, "train/a/1.png", "test/a/2.png", "sample.png", "README.txt")
     outside = [sample for sample in source if sample.split is None]
     assert [sample.file for sample in outside] == ["sample.png"]
-    with pytest.raises(Unreadable, match="outside of the folders of the splits"):
-        outside[0].decode()
+    assert outside[0].left_out == "outside of the folders of the splits"
+
+
+def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
+    source = folder(tmp_path, "a/1.png", "a/notes.txt", "a/picture.png")
+    (tmp_path / "a" / "picture.png").rename(tmp_path / "a" / "picture")
+    (tmp_path / "a" / "2.nef").write_bytes(b"")
+    assert {sample.file: sample.left_out for sample in source} == {
+        "a/1.png": None, "a/2.nef": "camera raw; develop it to TIFF, PNG or JPEG first",
+        "a/notes.txt": "not an image, or of a kind that Pillow cannot read", "a/picture": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.images import Unreadable, is_image, read_image
+from diffusion.data.images import Unreadable, is_image, read_image, refusal
 from diffusion.errors import SystemFault
 from tests.data.encoders import png, tiff
 from tests.data.pixels import BYTES, DEEP, H, W, differ, save
@@ -100,11 +101,14 @@ class BadDisk(io.FileIO):
         return content
 
 
-def test_an_error_of_the_disk_is_none_of_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "read"), [("1.tif", read_image), ("1", read_image), ("1", refusal)])
+def test_an_error_of_the_disk_is_none_of_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], Any]
+) -> None:
     """Pillow takes an error in the directory of a TIFF file for damage, and says that it is no image."""
-    path = tmp_path / "1.tif"
+    path = tmp_path / name
     path.write_bytes(tiff(100, 100, [bytes(30000)], [8] * 3, 2))
-    read_image(path)
+    assert refusal(path) is None
     monkeypatch.setattr(Path, "open", lambda path, mode: BadDisk(path, mode))
-    with pytest.raises(SystemFault, match=r"1\.tif: cannot be read \(Input/output error\)"):
-        read_image(path)
+    with pytest.raises(SystemFault, match=rf"{name}: cannot be read \(Input/output error\)"):
+        read(path)
