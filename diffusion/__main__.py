@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     imports.add_argument(
         "--split-names-as-classes",
         action="store_true",
-        help="confirm classes that are named like a split (train, test, ...)",
+        help="confirm classes, and folders inside classes, that are named like a split (train, test, ...)",
     )
 
     sample_options(command("sample", "make pictures with the trained model", sample))

@@ -32,7 +32,7 @@ class Shard(Section):
     source: Annotated[str, Field(min_length=1)]
     """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
     split_names_as_classes: bool
-    """Confirms that folders named like a split (train, test, ...) are classes where they form no splits."""
+    """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffusion.data.images import Picture, Unreadable, is_image, read_image
+from diffusion.data.images import is_image, read_image, refusal
 from diffusion.data.noise import Split
 from diffusion.data.shards import Sample
 from diffusion.errors import UserError
@@ -18,12 +18,19 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Names of folders that hold a split, in any case."""
-LIKE_A_SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_ .]?(set|split|data|images?|imgs?|\d+))*", re.IGNORECASE)
+LIKE_A_SPLIT = re.compile(
+    rf"(.*([-_ .]|(?-i:(?<=[a-z])(?=[A-Z]))))?({'|'.join(SPLIT_NAMES)})"
+    r"([-_ .]?(set|split|data|images?|imgs?|hr|lr|\d|(?-i:[AB])))*",
+    re.IGNORECASE,
+)
+"""Names that are likely to mean a split (seg_test, trainA, CelebTrain, train2017), and are only asked about."""
 SYSTEM = frozenset(
     {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
     | {"Thumbs.db", "desktop.ini"}
 )
 """What file managers and storage devices leave behind."""
+SHOWN = 5
+"""Names in a message."""
 
 
 class Folder:
@@ -36,7 +43,10 @@ class Folder:
     """
 
     def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
-        """Raises UserError if a class has the name of a split, unless `split_names_as_classes` confirms it."""
+        """Raises UserError if a class, or a folder inside one, is named like a split.
+
+        `split_names_as_classes` confirms that these are none.
+        """
         self.folder = folder
         (root,), (top,) = _seen_through([folder])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
@@ -55,17 +65,34 @@ class Folder:
             roots, classes = _seen_through([root / name for name in top])
             self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
             top = sorted({name for names in classes for name in names})
-            self._outside = sorted(path for path in root.iterdir() if _visible(path) and path.is_file())
+            self._outside = sorted(path for path in root.iterdir() if _visible(path) and _is_file(path))
         self._labels = top
         self.classes = tuple(map(_text, self._labels))
-        like_splits = [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
-        if like_splits and not split_names_as_classes:
+        if not split_names_as_classes:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        read_as, names = "a class", [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
+        if not names:
+            read_as, inside = "part of a class", next(self._like_splits_inside(), None)
+            names = [_text(inside.relative_to(self.folder).as_posix())] if inside else []
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise UserError(
-                f"{folder}: the class {' and the class '.join(like_splits)} would have the name of a split; if it is a "
-                "class, say so by shard.split_names_as_classes: true in params.yaml (ddpm import: "
-                "--split-names-as-classes); if not, let only train, val and test stand side by side, with train among "
-                "them"
+                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:SHOWN])}{more}; if it is "
+                "no split, confirm that by shard.split_names_as_classes: true in params.yaml (ddpm import: "
+                "--split-names-as-classes); if it is one, let only train, val and test stand side by side above the "
+                "classes, with train among them and no images beside the folder around them"
             )
+
+    def _like_splits_inside(self) -> Iterator[Path]:
+        """Folders inside classes that are named like splits and have images, once for each image."""
+        for _, root in self._roots:
+            for path in files_below(root):
+                parents = path.relative_to(root).parts[:-1]
+                for depth, name in enumerate(parents):
+                    if depth and LIKE_A_SPLIT.fullmatch(name) and is_image(path):
+                        yield root.joinpath(*parents[: depth + 1])
 
     @cached_property
     def _count(self) -> int:
@@ -78,8 +105,10 @@ class Folder:
         labels = {name: label for label, name in enumerate(self._labels)}
         for path, split, top in self._files():
             inside = path.relative_to(self.folder)
-            decode = partial(read_image, path) if split or not self.own_splits else _refuse
-            yield Sample(_key(inside), _text(inside.as_posix()), labels.get(top), split, decode)
+            outside = self.own_splits and not split
+            left_out = "outside of the folders of the splits" if outside else refusal(path)
+            name, decode = _text(inside.as_posix()), partial(read_image, path)
+            yield Sample(_key(inside), name, labels.get(top), split, decode, left_out)
 
     def _files(self) -> Iterator[tuple[Path, Split | None, str]]:
         """Each file with its split and the name of the folder at the top that it is in."""
@@ -92,10 +121,6 @@ class Folder:
         for path in self._outside:
             if is_image(path):
                 yield path, None, ""
-
-
-def _refuse() -> Picture:
-    raise Unreadable("outside of the folders of the splits")
 
 
 def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
@@ -116,7 +141,7 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
             continue
         if path.is_dir():
             yield from files_below(path, above | {here})
-        elif path.is_file() or path.is_symlink():  # no pipes or devices
+        elif _is_file(path):
             yield path
 
 
@@ -127,6 +152,11 @@ def linked_folders(folder: Path) -> list[Path]:
         names[:] = [name for name in names if _visible(Path(name))]
         found += [path for name in names if (path := Path(place, name)).is_symlink()]
     return sorted(found)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file or a link to nowhere, which must not go unnoticed; not a pipe or a device."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _visible(path: Path) -> bool:
@@ -148,7 +178,7 @@ def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
     name = inside[0][0] if inside[0] else ""
     if any(names != [name] for names in inside) or name.lower() in SPLIT_NAMES:
         return folders, inside
-    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and path.is_file()):
+    if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and _is_file(path)):
         return folders, inside
     inner, deeper = _seen_through([folder / name for folder in folders])
     return (inner, deeper) if any(deeper) else (folders, inside)

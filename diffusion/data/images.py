@@ -6,15 +6,19 @@ A form that cannot be read correctly raises Unreadable with the reason; it is ne
 import hashlib
 import io
 import re
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from diffusion.errors import SystemFault
 
 RAW = re.compile(
     r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)",
@@ -25,6 +29,8 @@ NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows but does not decode itself. PostScript (EPS) is even a program, which it would run."""
 RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
+CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
+NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
 SRGB = ImageCms.createProfile("sRGB")
 CLOSE_TO_SRGB = 2
 """Grey levels of 255. A profile that changes no colour by more is sRGB under another name: pixels are left alone."""
@@ -53,14 +59,19 @@ class Picture(NamedTuple):
 
 
 def read_image(path: Path) -> Picture:
-    """Decode an image file, the first page or frame if it has several; raises Unreadable."""
+    """Decode an image file, the first page or frame if it has several.
+
+    Raises:
+        Unreadable: the file is no image, or cannot be decoded correctly.
+        SystemFault: the system cannot read the file.
+    """
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _read(path)
-    except MemoryError:
+    except (MemoryError, SystemFault):
         raise
     except Exception as error:  # the decoders of forty formats raise what they like
         raise Unreadable(_reason(error)) from error
@@ -68,14 +79,54 @@ def read_image(path: Path) -> Picture:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported."""
-    if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
-        return path.is_file()
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()):
+    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported.
+
+    Raises SystemFault if the system cannot read what must be read of it.
+    """
+    with reading(path):
+        if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
+            return stat.S_ISREG(path.stat().st_mode)
+        try:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+                Image.open(file, formats=_formats())
+                return True
+        except Image.DecompressionBombError:
             return True
-    except Exception:  # as above
-        return False
+        except Exception as error:  # as above
+            if isinstance(error, OSError) and error.errno:
+                raise
+            return False
+
+
+def refusal(path: Path) -> str | None:
+    """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
+    if RAW.fullmatch(path.suffix):
+        return CAMERA_RAW
+    if is_image(path):
+        return None
+    with reading(path), path.open("rb") as file:
+        _read_through(file)
+    return NO_IMAGE
+
+
+def _read_through(file: IO[bytes]) -> None:
+    """Meet the system's errors in a file that is no image by Pillow, which takes some of them for damage."""
+    while file.read(2**20):
+        pass
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
+
+    Decoders raise OSError too, but without an error number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise SystemFault(path, error, "cannot be read ({})") from None
 
 
 def digest(image: Image.Image) -> int:
@@ -88,9 +139,7 @@ def digest(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-        return "not an image, or of a kind that Pillow cannot read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return NO_IMAGE
     return _line(str(error)) or type(error).__name__
 
 
@@ -111,10 +160,15 @@ def _suffixes() -> set[str]:
 
 def _read(path: Path) -> Picture:
     if RAW.fullmatch(path.suffix):
-        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
-    with path.open("rb") as file, Image.open(file, formats=_formats()):  # only an image is read as a whole, no video
+        raise Unreadable(CAMERA_RAW)
+    with reading(path), path.open("rb") as file:
+        try:
+            Image.open(file, formats=_formats())
+        except Exception:
+            _read_through(file)
+            raise
         file.seek(0)
-        content = file.read()
+        content = file.read()  # only an image is held as a whole, no video
     # Not by path: Pillow may map an uncompressed file to memory, and scrambles one that is stored on its side.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
@@ -143,7 +197,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
     """Raise Unreadable for TIFF files that Pillow takes for something else."""
     tags = image.tag_v2
     if 50706 in tags or content[8:10] == b"CR":  # DNGVersion; CR2's own mark
-        raise Unreadable("camera raw; develop it to TIFF, PNG or JPEG first")
+        raise Unreadable(CAMERA_RAW)
     if tags.get(254, 0) & 1 or tags.get(255) == 2 or _has_larger_child(image, content):
         raise Unreadable("its first page is the thumbnail of another (camera raw?); save that one by itself")
     if image.mode == "L" and max(tags.get(339, (1,))) == 2:

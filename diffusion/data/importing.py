@@ -19,11 +19,14 @@ from diffusion.files import writing
 from diffusion.paths import Paths
 from diffusion.progress import Progress
 
+SHOWN = 5
+"""Files named on the terminal."""
+
 
 def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False) -> None:
     """Copy (or link) a source to data/raw/NAME (an .npz file to data/raw/NAME.npz) and put it under DVC.
 
-    `split_names_as_classes` confirms classes with the name of a split. Raises UserError if the source is in no known
+    `split_names_as_classes` confirms folders that are named like a split. Raises UserError if the source is in no known
     form, NAME is taken or unfit, or DVC fails; then nothing is left.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -56,16 +59,24 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
 
 
 def _description(source: Source) -> str:
-    """Files, classes and splits, before any image is decoded."""
-    splits, labels = Counter[Split | None](), Counter[int | None]()
+    """Files, classes and splits, before any image is decoded, and the files that are none."""
+    splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[str]()
     for sample in source:
+        if sample.left_out:
+            left_out.append(f"{sample.file}: {sample.left_out}")
+            continue
         splits[sample.split] += 1
         labels[sample.label] += 1
+    images = splits.total()
     per_class = [labels[number] for number in range(len(source.classes))]
     counts = ", ".join(f"{count} {split}" for split, count in splits.items() if split)
-    files = f"Imported {len(source)} images{f' ({counts})' if counts else ''}; the stage shard decodes them."
-    classes = shards.describe_classes(source.classes, per_class, len(source))
-    return f"{files}\nClasses: {classes}\nSplits: {shards.describe_splits(source.own_splits)}"
+    files = f"Imported {images} images{f' ({counts})' if counts else ''}; the stage shard decodes them."
+    classes = shards.describe_classes(source.classes, per_class, images)
+    lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
+    lines += [f"Left out: {line}" for line in left_out[:SHOWN]]
+    if len(left_out) > SHOWN:
+        lines.append(f"Left out: {len(left_out) - SHOWN} more")
+    return "\n".join(lines)
 
 
 def _bring(path: Path, target: Path, link: bool) -> None:

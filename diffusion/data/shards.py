@@ -39,7 +39,9 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Raises Unreadable."""
+    """Raises Unreadable, and SystemFault if the system cannot read the file."""
+    left_out: str | None = None
+    """Why it is left out without being decoded."""
 
 
 class Source(Protocol):
@@ -213,6 +215,8 @@ def write(
         for sample in source:
             advance(1)
             try:
+                if sample.left_out:
+                    raise Unreadable(sample.left_out)
                 picture = sample.decode()
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
@@ -224,7 +228,7 @@ def write(
             if sample.split != "test" and pixels in own_digests["test"]:
                 rejected.append(Remark(file=sample.file, reason="a copy of an image in the source's test split"))
                 continue
-            in_val = sample.split != "test" and pixels in own_digests["val"]
+            in_val = sample.split not in own_digests and pixels in own_digests["val"]
             split = "val" if in_val else split_of(sample.split, pixels, source.own_splits, val_fraction, test_fraction)
             tally.add(picture.image)
             multipage += picture.several

@@ -35,7 +35,7 @@ NO_LABEL = -1
 def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
     """The images at a path; raises UserError if they are in no known form, or a file is damaged.
 
-    `split_names_as_classes` confirms classes with the name of a split, in a folder of images.
+    `split_names_as_classes` confirms classes, and folders inside classes, that are named like a split.
     """
     if path.is_file() and path.suffix == ".npz":
         return Npz(path)

@@ -236,7 +236,7 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--class 3", "--class: '3' is no class of the model"),
         ("--class one,", "--class: '' is no class of the model"),
         ("--model plain --class 0", "--class: the model knows no classes"),
-        ("--from c.png", "c.png: not a readable image (No such file or directory)"),
+        ("--from c.png", "c.png: cannot be read (No such file or directory)"),
         (
             "--from params.yaml",
             "params.yaml: not a readable image (not an image, or of a kind that Pillow cannot read)",

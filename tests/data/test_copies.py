@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data.images import Picture
-from diffusion.data.noise import SPLITS
+from diffusion.data.noise import SPLITS, Split
 from diffusion.data.shards import Manifest, Sample, split_of, write
 from diffusion.data.sources import open_source
 
@@ -177,6 +177,31 @@ class Many:
 
     def _decode(self, index: int) -> Picture:
         return Picture(Image.frombytes("L", (4, 1), struct.pack(">I", index)), "L")
+
+
+class Parts(Many):
+    """`count` images in each of the source's own splits."""
+
+    own_splits = {"train": "x", "val": "y", "test": "z"}  # noqa: RUF012
+
+    def __iter__(self) -> Iterator[Sample]:
+        splits: tuple[Split, ...] = ("test", "val", "train")
+        for number, split in enumerate(splits):
+            for index in range(self.count):
+                place = number * self.count + index
+                yield Sample(f"{split}-{index:07d}", str(place), None, split, partial(self._decode, place))
+
+
+def test_the_digests_of_an_own_split_are_sorted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sort, sorted_sizes = np.sort, list[int]()
+
+    def counting(values: Any) -> Any:
+        sorted_sizes.append(len(values))
+        return sort(values)
+
+    monkeypatch.setattr(np, "sort", counting)
+    write(Parts(50), "name", tmp_path, **FRACTIONS)
+    assert sorted_sizes == [50, 50]
 
 
 def test_memory_grows_by_little_more_than_the_digests(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from diffusion.data.folders import Folder
-from diffusion.data.images import Unreadable
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 
@@ -120,8 +119,17 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
     source = folder(tmp_path, "train/a/1.png", "test/a/2.png", "sample.png", "README.txt")
     outside = [sample for sample in source if sample.split is None]
     assert [sample.file for sample in outside] == ["sample.png"]
-    with pytest.raises(Unreadable, match="outside of the folders of the splits"):
-        outside[0].decode()
+    assert outside[0].left_out == "outside of the folders of the splits"
+
+
+def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
+    source = folder(tmp_path, "a/1.png", "a/notes.txt", "a/picture.png")
+    (tmp_path / "a" / "picture.png").rename(tmp_path / "a" / "picture")
+    (tmp_path / "a" / "2.nef").write_bytes(b"")
+    assert {sample.file: sample.left_out for sample in source} == {
+        "a/1.png": None, "a/2.nef": "camera raw; develop it to TIFF, PNG or JPEG first",
+        "a/notes.txt": "not an image, or of a kind that Pillow cannot read", "a/picture": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -154,30 +162,83 @@ def test_wrapping_folders_are_seen_through(
 @pytest.mark.parametrize(
     ("names", "named"),
     [
-        (["train/1.png", "test/2.png", "masks/3.png"], "the class test and the class train"),
-        (["cat/1.png", "dog/1.png", "Test/2.png"], "the class Test"),
-        (["val/1.png", "test/2.png"], "the class test and the class val"),
-        (["train2017/1.png", "val2017/2.png"], "the class train2017 and the class val2017"),
-        (["training_images/1.png", "test-set/2.png"], "the class test-set and the class training_images"),
-        (["train/cat/1.png", "train/test/2.png", "test/cat/3.png"], "the class test"),
+        (["train/1.png", "test/2.png", "masks/3.png"], "test, train"),
+        (["cat/1.png", "dog/1.png", "Test/2.png"], "Test"),
+        (["val/1.png", "test/2.png"], "test, val"),
+        (["train2017/1.png", "val2017/2.png"], "train2017, val2017"),
+        (["training_images/1.png", "test-set/2.png"], "test-set, training_images"),
+        (["train/cat/1.png", "train/test/2.png", "test/cat/3.png"], "test"),
+        (
+            ["seg_train/seg_train/sea/1.png", "seg_test/seg_test/sea/2.png", "seg_pred/seg_pred/3.png"],
+            "seg_test, seg_train",
+        ),
+        (
+            ["trainA/1.png", "trainB/2.png", "testA/3.png", "testB/4.png"],
+            "testA, testB, trainA, trainB",
+        ),
+        (["DIV2K_train_HR/1.png", "DIV2K_valid_HR/2.png"], "DIV2K_train_HR, DIV2K_valid_HR"),
+        (["CarsTrain/1.png", "CarsTest/2.png"], "CarsTest, CarsTrain"),
+        (
+            ["car/1.png", "bullet-train/2.png", "freight train/3.png"],
+            "bullet-train, freight train",
+        ),
     ],
 )
 def test_a_class_named_like_a_split_must_be_confirmed(tmp_path: Path, names: list[str], named: str) -> None:
     for name in names:
         save(tmp_path / name)
     with pytest.raises(
-        UserError, match=f"{named} would have the name of a split; .* --split-names-as-classes"
+        UserError, match=f": named like a split, but read as a class: {named}; .* --split-names-as-classes"
     ) as caught:
         open_source(tmp_path)
     assert "\n" not in str(caught.value)
     confirmed = open_source(tmp_path, split_names_as_classes=True)
-    assert set(named.replace("the class ", "").split(" and ")) <= set(confirmed.classes)
+    assert set(named.split(", ")) <= set(confirmed.classes)
     assert len(list(confirmed)) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["bottle/train/good/1.png", "bottle/test/broken/2.png", "cable/train/good/3.png", "cable/test/bent/4.png"],
+         "bottle/test"),
+        (["ds/train/a/1.png", "ds/test/a/2.png", "cover.png"], "ds/test"),
+        (["images/train/1.png", "images/val/2.png", "masks/train/1.png", "masks/val/2.png"], "images/train"),
+        (["train/cat/1.png", "train/cat/more/test_set/2.png", "test/cat/3.png"], "train/cat/more/test_set"),
+        (["set/a/b/Testing/1.png", "set/b/1.png"], "set/a/b/Testing"),
+    ],
+)  # fmt: skip
+def test_a_folder_named_like_a_split_inside_a_class_must_be_confirmed(
+    tmp_path: Path, names: list[str], named: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        folder(tmp_path, *names)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: named like a split, but read as part of a class: {named}; if it is no split, "
+    )
+    assert "--split-names-as-classes" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    confirmed = open_source(tmp_path, split_names_as_classes=True)
+    assert {sample.file for sample in confirmed} == set(names)
+
+
+@pytest.mark.parametrize("name", ["freight train", "bullet-train", "unit_test", "CrashTest", "test 1"])
+def test_only_exact_names_become_splits(tmp_path: Path, name: str) -> None:
+    save(tmp_path / name / "1.png")
+    save(tmp_path / "car" / "2.png")
+    source = open_source(tmp_path, split_names_as_classes=True)
+    assert (set(source.classes), source.own_splits) == ({"car", name}, {})
+
+
 def test_other_names_are_no_splits(tmp_path: Path) -> None:
-    source = folder(tmp_path, "trainer/1.png", "test tube/2.png", "valley/3.png", "device/4.png", "protest/5.png")
-    assert source.classes == ("device", "protest", "test tube", "trainer", "valley")
+    names = ("bullet-trains", "contest", "development", "device", "latest", "mandeville", "protest", "test tube",
+             "trainer", "training shoe", "valid passport", "valley", f"train{'1' * 100}x")  # fmt: skip
+    source = folder(tmp_path, *(f"{name}/{name}/1.png" for name in names))
+    assert source.classes == tuple(sorted(names))
+
+
+def test_files_without_images_in_a_folder_named_like_a_split_are_no_matter(tmp_path: Path) -> None:
+    assert folder(tmp_path, "cat/1.png", "cat/test/notes.txt", "dog/2.png").classes == ("cat", "dog")
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -188,23 +249,27 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat" / "4.png").symlink_to(tmp_path / "set" / "cat" / "3.png")
     (tmp_path / "set" / "cat" / "up").symlink_to("../..", target_is_directory=True)
     (tmp_path / "elsewhere" / "self").symlink_to(".", target_is_directory=True)
-    (tmp_path / "set" / "cat" / "nowhere.png").symlink_to("missing")
-    (tmp_path / "set" / "cat" / "itself.png").symlink_to("itself.png")
     source = open_source(tmp_path / "set")
     assert source.classes == ("cat", "dog")
-    readable, unreadable = {}, set()
-    for sample in source:
-        try:
-            sample.decode()
-            readable[sample.file] = sample.label
-        except Unreadable:
-            unreadable.add(sample.file)
-    assert readable["dog/2.png"] == readable["dog/deep/1.png"] == 1
-    assert readable["cat/3.png"] == readable["cat/4.png"] == 0
-    assert unreadable == {"cat/nowhere.png", "cat/itself.png"}
+    assert {sample.file: sample.label for sample in source} == {
+        "cat/3.png": 0, "cat/4.png": 0, "cat/up/elsewhere/2.png": 0, "cat/up/elsewhere/deep/1.png": 0,
+        "dog/2.png": 1, "dog/deep/1.png": 1,
+    }  # fmt: skip
+    assert len(found(source)) == 6
+
+
+@pytest.mark.parametrize("link", ["train/dog", "train/dog/1.png", "val", "test", "cover.png", "x.png"])
+def test_a_link_to_nowhere_is_not_left_out(tmp_path: Path, link: str) -> None:
+    """Else a class or a split would be missing."""
+    save(tmp_path / "train" / "cat" / "1.png")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"{link}: cannot be read \(No such file or directory\)$"):
+        found(folder(tmp_path))
 
 
 def test_pipes_are_left_out(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
     assert [sample.file for sample in open_source(tmp_path)] == ["1.png"]

@@ -52,6 +52,8 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (3, 3), 7).save(path)
+    Image.new("L", (3, 3), 7).save(tree / "set" / "cover.png")
+    (tree / "set" / "Train" / "dog" / "notes.txt").write_text("no image")
     (tree / "set" / "@eaDir").mkdir()
     (tree / "set" / "@eaDir" / "thumb.png").write_bytes(b"")
     (tree / "set" / "valid" / "dog").symlink_to(tree / "elsewhere" / "b")
@@ -62,10 +64,12 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Classes: 2 classes: cat 3, dog 2\n"
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
+        "Left out: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
+        "Left out: cover.png: outside of the folders of the splits\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
-        "Train/cat/1.png", "Train/cat/2.png", "Train/dog/3.png", "valid/cat/4.png", "valid/dog/2.png"
+        "Train/cat/1.png", "Train/cat/2.png", "Train/dog/3.png", "valid/cat/4.png", "valid/dog/2.png", "cover.png"
     }  # fmt: skip
 
 
@@ -73,7 +77,7 @@ def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> Non
     (tree / "elsewhere" / "b").rename(tree / "elsewhere" / "train")
     refused = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("ddpm import: error: elsewhere: the class train would have the name of a split;")
+    assert refused.stderr.startswith("ddpm import: error: elsewhere: named like a split, but read as a class: train;")
     assert refused.stderr.count("\n") == 1
     assert "--split-names-as-classes" in refused.stderr
     done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--split-names-as-classes")

@@ -1,12 +1,17 @@
 """Image files that cannot be read correctly, and those that look like them and can."""
 
+import errno
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.images import Unreadable, is_image, read_image
+from diffusion.data.images import Unreadable, is_image, read_image, refusal
+from diffusion.errors import SystemFault
 from tests.data.encoders import png, tiff
 from tests.data.pixels import BYTES, DEEP, H, W, differ, save
 
@@ -84,3 +89,26 @@ def test_other_colour_spaces_of_jpeg_2000_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jp2").write_bytes(content[:place] + bytes([0, 0, 0, 14]) + content[place + 4 :])  # L*a*b*
     with pytest.raises(Unreadable, match="colour space 14 of JPEG 2000"):
         read_image(tmp_path / "a.jp2")
+
+
+class BadDisk(io.FileIO):
+    """A file of which only the first bytes can be read."""
+
+    def read(self, size: int | None = -1, /) -> Any:
+        content = super().read(-1 if size is None else size)
+        if self.tell() > 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return content
+
+
+@pytest.mark.parametrize(("name", "read"), [("1.tif", read_image), ("1", read_image), ("1", refusal)])
+def test_an_error_of_the_disk_is_none_of_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], Any]
+) -> None:
+    """Pillow takes an error in the directory of a TIFF file for damage, and says that it is no image."""
+    path = tmp_path / name
+    path.write_bytes(tiff(100, 100, [bytes(30000)], [8] * 3, 2))
+    assert refusal(path) is None
+    monkeypatch.setattr(Path, "open", lambda path, mode: BadDisk(path, mode))
+    with pytest.raises(SystemFault, match=rf"{name}: cannot be read \(Input/output error\)"):
+        read(path)

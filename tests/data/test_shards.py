@@ -155,17 +155,38 @@ def test_damaged_images_are_listed_with_their_reason(tmp_path: Path, pictures: P
     (pictures / "a" / "cut.png").write_bytes(whole[:60])
     (pictures / "a" / "notes.txt").write_text("no image")
     (pictures / "b" / "bomb.png").write_bytes(bomb())
-    (pictures / "b" / "gone.png").symlink_to("nowhere")
     Image.new("F", (3, 3)).save(pictures / "b" / "float.tif")
     manifest = shard(pictures, tmp_path / "shards")
     reasons = {rejected.file: rejected.reason for rejected in manifest.rejected}
-    assert list(reasons) == ["a/cut.png", "a/notes.txt", "b/bomb.png", "b/float.tif", "b/gone.png"]
+    assert list(reasons) == ["a/cut.png", "a/notes.txt", "b/bomb.png", "b/float.tif"]
     assert "truncated" in reasons["a/cut.png"] or "broken" in reasons["a/cut.png"]
     assert reasons["a/notes.txt"] == "not an image, or of a kind that Pillow cannot read"
     assert "decompression bomb" in reasons["b/bomb.png"]
     assert "32 bits" in reasons["b/float.tif"]
-    assert reasons["b/gone.png"] == "No such file or directory"
     assert sum(contents.samples for contents in manifest.splits.values()) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [
+        ("a/bad.png", "/proc/self/mem", "Input/output error"),
+        ("a/bad", "/proc/self/mem", "Input/output error"),
+        ("c/bad", "/proc/self/mem", "Input/output error"),
+        ("a/gone.png", "nowhere", "No such file or directory"),
+        ("c/gone.png", "nowhere", "No such file or directory"),
+        ("c/gone", "nowhere", "No such file or directory"),
+        ("b/itself.png", "itself.png", "Too many levels of symbolic links"),
+    ],
+)
+def test_what_the_system_cannot_read_ends_the_stage(
+    tmp_path: Path, pictures: Path, name: str, target: str, reason: str
+) -> None:
+    """Else images, or a whole class, would be missing until the disk is mounted again."""
+    (pictures / "c").mkdir()
+    (pictures / name).symlink_to(target)
+    with pytest.raises(UserError) as caught:
+        shard(pictures, tmp_path / "shards")
+    assert str(caught.value) == f"{pictures / name}: cannot be read ({reason})"
 
 
 def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
