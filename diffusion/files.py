@@ -169,6 +169,17 @@ def read_checked(path: Path, stage: str) -> bytes:
     return content
 
 
+def check_sums(directory: Path, stage: str) -> None:
+    """Raise UserError, as `read_checked` does, unless all files that a directory's SHA256SUMS lists are as written."""
+    sums = directory / SUMS
+    try:
+        names = [os.fsdecode(line[66:]) for line in sums.read_bytes().splitlines()]
+    except OSError as error:
+        raise UserError(f"{sums}: {error.strerror}; `dvc repro {stage}` writes it") from None
+    for name in names:
+        read_checked(directory / name, stage)
+
+
 def damaged(path: Path, why: str) -> UserError:
     """The error for a stage's output whose bytes have changed since they were written."""
     # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage back,

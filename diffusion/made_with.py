@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusion.files import sha256, write_json
+from diffusion.errors import UserError
+from diffusion.files import damaged, sha256, write_json
 from diffusion.params import Params
 from diffusion.paths import Paths
 
@@ -42,36 +43,54 @@ def flat(params: Params, *names: str) -> dict[str, Any]:
 
 def write(paths: Paths, stage: str, params: Params) -> None:
     """Write the record of a stage; to be called once all its other outputs are written."""
-    files = {name: sha256(file) for name, file in _files(paths, stage).items() if file.exists()}
-    write_json(paths.made_with(stage), {"params": flat(params, *PARAMETERS[stage]), "files": files})
+    read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
+    write_json(paths.made_with(stage), {"params": flat(params, *PARAMETERS[stage]), "read": read, "wrote": wrote})
 
 
 def difference(paths: Paths, stage: str, params: Params) -> str | None:
-    """Why a stage's outputs do not belong to `params` and to the files beside them, in words; None if they do."""
+    """Why a stage's outputs do not match `params` and the files that it read, in words; None if they do.
+
+    Raises:
+        UserError: an output is missing, or is not as the stage wrote it.
+    """
     file = paths.made_with(stage)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{file}: missing or unreadable"
+        record = json.loads(file.read_bytes())
+        ran_with, read, wrote = (record[part] for part in ("params", "read", "wrote"))
+    except (OSError, ValueError, KeyError):
+        return f"{file}: missing, unreadable, or written by an earlier version"
     now = flat(params)
-    for name, value in record["params"].items():
+    for name, value in ran_with.items():
         if now.get(name) != value:
             return f"{stage} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now.get(name))}"
-    for name, path in _files(paths, stage).items():
-        if path.exists() and sha256(path) != record["files"].get(name):
-            return f"{name} is not the file that {stage} read or wrote"
+    inputs, _ = _files(paths, stage)
+    for name, path in inputs.items():
+        if sha256(path) != read.get(name):
+            return f"{name} is not the file that {stage} read"
+    for name, digest in wrote.items():
+        path = paths.root / name
+        if not path.exists():
+            raise UserError(f"{path}: missing; `dvc repro {stage}` writes it")
+        if sha256(path) != digest:
+            raise damaged(path, f"not the bytes that {file} lists")
     return None
 
 
-def _files(paths: Paths, stage: str) -> dict[str, Path]:
-    """One file for each input of a stage and one for its outputs, by path below the root."""
+def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """What tells a stage's inputs from others, and its outputs that no SHA256SUMS lists; by path below the root.
+
+    Those that are not there are left out: data may have been pulled without what they were made from.
+    """
     shards, pairs = paths.shards / "manifest.json", paths.pairs / "manifest.json"
     weights = paths.model / "model.safetensors"
-    files = {
-        "shard": (shards,),
-        "pairs": (shards, pairs),
-        "train": (pairs, weights),
-        "evaluate": (pairs, weights, paths.evaluate_report, paths.report),
-        "export": (pairs, weights, paths.evaluate_report, paths.export_report, paths.denoiser, paths.sampler),
+    read, wrote = {
+        "shard": ((), (shards,)),
+        "pairs": ((shards,), (pairs,)),
+        "train": ((pairs,), (weights, paths.train_report)),
+        "evaluate": ((pairs, weights), (paths.evaluate_report, paths.report)),
+        "export": ((pairs, weights, paths.evaluate_report), (paths.export_report, *sorted(paths.onnx.glob("*.onnx")))),
     }[stage]
-    return {file.relative_to(paths.root).as_posix(): file for file in files}
+    there, written = (
+        {file.relative_to(paths.root).as_posix(): file for file in files if file.exists()} for files in (read, wrote)
+    )
+    return there, written

@@ -248,8 +248,8 @@ class Tracking(Section):
 
     experiment: Annotated[str, Field(min_length=1)]
     """MLflow experiment."""
-    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^/:]+$")]
-    """Name of the registered model."""
+    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")]
+    """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
     max_mse: Annotated[float, Field(gt=0)]
     """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
 

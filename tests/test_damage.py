@@ -1,35 +1,54 @@
 """A flipped bit in any file that a stage or a command reads from another stage is found, and the file is named."""
 
+import json
 import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import md5
 from pathlib import Path
 
 import pytest
 
-from diffusion import yaml_files
+from diffusion import made_with, yaml_files
+from diffusion import params as parameters
 from diffusion.__main__ import main
+from diffusion.errors import UserError
+from diffusion.paths import Paths
 from flows import scrub
 from tests.e2e.conftest import TINY
 
 READERS = {
-    "data/shards/manifest.json": ["pairs"],
+    "data/shards/manifest.json": ["pairs", "track"],
     "data/shards/train-000000.tar": ["pairs"],
-    "data/pairs/manifest.json": ["train", "evaluate", "export"],
+    "data/pairs/manifest.json": ["train", "evaluate", "export", "track"],
     "data/pairs/train-000000.tar": ["train", "evaluate"],
     "data/pairs/val-000000.tar": ["train", "export"],
     "data/pairs/test-000000.tar": ["evaluate", "export"],
-    "models/ddpm/config.json": ["evaluate", "export", "sample", "export-diffusers out"],
-    "models/ddpm/model.safetensors": ["evaluate", "export", "sample", "export-diffusers out"],
-    "reports/train_curves/loss.csv": ["evaluate"],
-    "reports/train_curves/heldout.csv": ["evaluate"],
-    "reports/evaluation/scored.json": ["export"],
-    "reports/evaluate.json": ["export"],
-    "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx"],
-    "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx"],
+    "models/ddpm/config.json": ["evaluate", "export", "sample", "export-diffusers out", "track"],
+    "models/ddpm/model.safetensors": ["evaluate", "export", "sample", "export-diffusers out", "track"],
+    "reports/train.json": ["track"],
+    "reports/train_curves/loss.csv": ["evaluate", "track"],
+    "reports/train_curves/heldout.csv": ["evaluate", "track"],
+    "reports/previews/step-00000010.png": ["track"],
+    "reports/previews/step-00000020.png": ["track"],
+    "reports/evaluate.json": ["export", "track"],
+    "reports/report.html": ["track"],
+    "reports/evaluation/scored.json": ["export", "track"],
+    "reports/evaluation/val_errors.csv": ["track"],
+    "reports/evaluation/bands.csv": ["track"],
+    "reports/evaluation/mse_by_t.csv": ["track"],
+    "reports/evaluation/vlb_by_t.csv": ["track"],
+    "reports/evaluation/mse_by_t.png": ["track"],
+    "reports/evaluation/vlb_by_t.png": ["track"],
+    "reports/evaluation/samples.png": ["track"],
+    "reports/evaluation/filmstrip.png": ["track"],
+    "reports/evaluation/training.png": ["track"],
+    "reports/export.json": ["track"],
+    "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx", "track"],
+    "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx", "track"],
 }
 """Every such file, and who reads it. The service has a test of its own."""
 CASES = [(file, command) for file, commands in READERS.items() for command in commands]
@@ -82,18 +101,35 @@ def test_a_flipped_bit_is_refused_in_a_line_that_names_the_file(
 
 def test_every_file_that_is_read_is_tried(finished: Path) -> None:
     """No other file of a stage may come to be read unchecked."""
-    read = [Path(file) for file in READERS]
-    others = {"SHA256SUMS", *(path.name for path in read)}
-    unread = {"val-000000.tar", "test-000000.tar"}  # of the shards: read as the first one is
-    unread |= {"train.json", "export.json", "report.html", "bands.csv", "mse_by_t.csv", "vlb_by_t.csv"}
-    unread |= {"shard.json", "pairs.json", "val_errors.csv"}  # for tracking alone
+    unread = {"data/shards/val-000000.tar", "data/shards/test-000000.tar"}  # read as the first one is
+    unread |= {f"reports/made_with/{stage}.json" for stage in made_with.PARAMETERS}  # see the test below
     found = {
-        path.name
+        path.relative_to(finished).as_posix()
         for part in ("data/shards", "data/pairs", "models", "reports")
         for path in (finished / part).rglob("*")
-        if path.is_file() and path.suffix != ".png"
+        if path.is_file() and path.name != "SHA256SUMS"
     }
-    assert found == others | unread
+    assert found == READERS.keys() | unread
+
+
+@pytest.mark.parametrize("stage", made_with.PARAMETERS)
+def test_a_flipped_bit_in_a_record_lets_no_results_pass(finished: Path, stage: str) -> None:
+    """Records are only compared with parameters and files: no bit of one can make other results agree with it."""
+    paths, file = Paths(), finished / "reports" / "made_with" / f"{stage}.json"
+    params = parameters.load(paths.params)
+    assert made_with.difference(paths, stage, params) is None
+    content, pick = file.read_bytes(), random.Random(stage)
+    same = []
+    try:
+        for byte in range(len(content)):
+            flip(file, 8 * byte + pick.randrange(8))
+            with suppress(UserError):
+                if made_with.difference(paths, stage, params) is None:
+                    same.append(json.loads(file.read_bytes()))
+            file.write_bytes(content)
+    finally:
+        file.write_bytes(content)
+    assert all(record == json.loads(content) for record in same)  # 1e-05 and 1E-05
 
 
 def test_scrub_deletes_what_is_damaged_in_a_cache(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusion import __main__, files
-from diffusion.errors import WriteFault
+from diffusion.errors import UserError, WriteFault
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +86,22 @@ def test_csv_gives_back_the_numbers(tmp_path: Path) -> None:
     rows = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 1e-300}]
     files.write_csv(tmp_path / "t.csv", rows)
     assert files.read_csv(tmp_path / "t.csv") == rows
+
+
+def test_sums_name_the_file_that_changed_or_is_gone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    files.write_sums(tmp_path)
+    files.check_sums(tmp_path, "train")
+    (tmp_path / "b").write_text("c")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b: damaged \(not the bytes that SHA256SUMS lists\)"):
+        files.check_sums(tmp_path, "train")
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b: No such file or directory; `dvc repro train` writes it$"):
+        files.check_sums(tmp_path, "train")
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/SHA256SUMS: No such file or directory; `dvc repro train` "):
+        files.check_sums(tmp_path, "train")
 
 
 def test_json_refuses_what_json_has_not(tmp_path: Path) -> None:

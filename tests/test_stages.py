@@ -93,6 +93,7 @@ def test_train_writes_what_it_promises(whole_tree: Path) -> None:
     assert loss[-1]["loss"] < loss[0]["loss"]
     assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [100, 200]
     assert sorted(path.name for path in (whole_tree / "reports/previews").iterdir()) == [
+        "SHA256SUMS",
         "step-00000100.png",
         "step-00000200.png",
     ]

@@ -183,6 +183,7 @@ def _write(paths: Paths, state: State, batch_size: int, counts: Counts, previews
         for row in state.heldout_curve:
             drawn = picture(previews, int(row["step"]))
             write_atomic(temporary / drawn.name, drawn.read_bytes())
+        write_sums(temporary)
     with new_directory(paths.train_curves) as temporary:
         write_csv(temporary / "loss.csv", state.loss_curve, columns)
         write_csv(temporary / "heldout.csv", state.heldout_curve)

@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UserError
-from diffusion.files import read_csv
+from diffusion.files import SUMS, read_checked
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import store
-from diffusion.tracking.results import Results
+from diffusion.tracking.results import ERRORS, Results, errors_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +38,6 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 VAL_PAIRS = "ddpm.val_pairs_sha256"
 JUDGED = "ddpm.judged"
 """Tag: the gate at which a version was last judged."""
-ERRORS = "val_errors.csv"
 SCORES = ("val_mse", "val_mse_se", "mse", "r2")
 """Tags of a version: its figures on val, and those on test."""
 
@@ -60,13 +59,13 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
     if str(newest[0].version) == number and _aliases(client, name).get(CHALLENGER) != number:
         client.set_registered_model_alias(name, CHALLENGER, number)
     gate, champion = str(found.params.tracking.max_mse), _aliases(client, name).get(CHAMPION)
-    evaluation = found.evaluation
-    if evaluation is None:
+    if found.evaluation is None:
         if not version.description:
             _describe(client, version, "Not promoted: it was not evaluated.")
     elif version.tags.get(JUDGED) != gate:
         if VAL_PAIRS not in version.tags:
-            scores = {VAL_PAIRS: evaluation["val_pairs_sha256"]} | {key: str(evaluation[key]) for key in SCORES}
+            report = found.evaluation.report
+            scores = {VAL_PAIRS: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
             for key, value in scores.items():
                 client.set_model_version_tag(name, number, key, value)
         if champion != number:
@@ -81,7 +80,8 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
 def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champion: str | None) -> Verdict:
     assert found.evaluation is not None
     name, number = found.params.tracking.model_name, version.version
-    mse, gate, pairs = found.evaluation["val_mse"], found.params.tracking.max_mse, found.evaluation["val_pairs_sha256"]
+    report, new = found.evaluation.report, found.evaluation.val_errors
+    mse, gate, pairs = report["val_mse"], found.params.tracking.max_mse, report["val_pairs_sha256"]
     if mse > gate:
         return Verdict(False, f"val MSE {mse:.4f} exceeds tracking.max_mse, {gate:g}")
     if champion is None:
@@ -95,11 +95,10 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
         store.say(f"champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     errors = _errors_of(client, rival)
-    if errors is None:
-        line = f"the errors of version {champion} are not in its run ({rival.run_id}); {by_hand}"
+    if isinstance(errors, str):
+        line = f"the errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
         store.say(f"champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
-    new = _read(found.paths.evaluation / ERRORS)
     mean, margin = compare(new, errors)
     told = (
         f"val MSE {mse:.4f}, version {champion}'s is {errors.mean():.4f}; the difference, {mean:+.4g} ± {margin:.2g} "
@@ -151,8 +150,8 @@ def _describe(client: MlflowClient, version: ModelVersion, sentence: str) -> Non
         client.update_model_version(version.name, str(version.version), "\n\n".join(filter(None, [before, sentence])))
 
 
-def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | None:
-    """The MSE on each validation image (n,) of a version, from the run that exported it; None if it is not there."""
+def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | str:
+    """The MSE on each validation image (n,) of a version, from the run that exported it; or what is wrong with it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -161,11 +160,12 @@ def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         files = []  # the run was deleted for good
-    if f"evaluation/{ERRORS}" not in files:
-        return None
+    needed = [f"evaluation/{name}" for name in (ERRORS, SUMS)]
+    if not set(needed) <= set(files):
+        return f"not in its run with a {SUMS}"
     with tempfile.TemporaryDirectory() as directory:
-        return _read(Path(client.download_artifacts(version.run_id or "", f"evaluation/{ERRORS}", directory)))
-
-
-def _read(file: Path) -> Errors:
-    return np.array([row["mse"] for row in read_csv(file)])
+        errors, _ = (Path(client.download_artifacts(version.run_id or "", file, directory)) for file in needed)
+        try:
+            return errors_of(read_checked(errors, "evaluate"))
+        except UserError:
+            return f"not those that {SUMS} lists in its run"

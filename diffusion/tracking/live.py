@@ -14,7 +14,7 @@ from diffusion.files import sha256
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import store
-from diffusion.tracking.starting import start
+from diffusion.tracking.starting import resume, start
 from diffusion.tracking.store import TrackedRun
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ class LiveRun:
 
 
 def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> LiveRun:
-    """Start the run of a training, or go on in it: the run `run_id`, or else an unfinished one of this fingerprint.
+    """Start the run of a training, or resume it: the run `run_id`, or else an unfinished one of this fingerprint.
 
-    A run whose training has ended is never gone on with: it holds its results.
+    A run whose training has ended is never resumed: it holds its results.
     """
     uri, run = store.tracking_uri(paths), None
     try:
@@ -97,7 +97,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
             open_runs = [run for run in found if run and store.WEIGHTS not in run.data.tags]
             if open_runs:
                 run = TrackedRun(mlflow_store.client, open_runs[0])
-                run.client.update_run(run.id, status="RUNNING")
+                resume(run, params, paths, fingerprint)
             else:
                 run = start(mlflow_store, params, paths, fingerprint, {store.FINGERPRINT: fingerprint})
                 run.parameters(made_with.flat(params, *FIXED))

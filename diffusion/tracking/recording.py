@@ -8,17 +8,16 @@ import os
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ruamel.yaml import YAML
 
 from diffusion import made_with
 from diffusion.errors import UserError
-from diffusion.files import read_csv
 from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking import champion, registry, results, store
-from diffusion.tracking.results import Results
+from diffusion.tracking.results import Evaluation, Results
 from diffusion.tracking.starting import start
 from diffusion.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
@@ -88,7 +87,7 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
         try:
             run = _run_of(mlflow_store, found, run_id)
             trained_in = _log(mlflow_store, run, found)
-            version = registry.register(mlflow_store, run, found, speed) if found.exported else None
+            version = registry.register(mlflow_store, run, found, speed) if found.export is not None else None
             aliases = champion.judge(run.client, found, version) if version else []
             if run.status != "FINISHED":
                 run.end("FINISHED")
@@ -149,18 +148,19 @@ def _claim(part: str) -> str:
 def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
     """Log everything but the exported model; returns the id of the run that trained the weights."""
     paths = found.paths
-    models = mlflow_store.models_by_tag(WEIGHTS, found.weights)
+    models = mlflow_store.models_by_tag(WEIGHTS, found.weights, own=run.id)
     own = [model for model in models if model.source_run_id == run.id]
     trained = not models or bool(own) or FINGERPRINT in run.tags
     run.once("parameters", lambda: _log_parameters(run, found))
-    run.once("train", lambda: _log_training(run, paths, curves=trained))
+    run.once("train", lambda: _log_training(run, found, curves=trained))
     if trained:
         run.once("weights", lambda: _log_weights(run, found, own))
     else:
         run.once("weights", lambda: _reuse(run, models[0]))
     if (evaluation := found.evaluation) is not None:
         run.once("evaluate", lambda: _log_evaluation(run, found, evaluation))
-    if (lock := paths.root / "dvc.lock") and _describes(lock, paths):
+    lock = paths.root / "dvc.lock"
+    if _describes(lock, paths):
         run.once("dvc.lock", lambda: run.client.log_artifact(run.id, str(lock)))
     return run.tags.get(TRAINED_IN, run.id)
 
@@ -174,27 +174,27 @@ def _log_parameters(run: TrackedRun, found: Results) -> None:
     run.dataset(_data(found), found.pairs, found.paths.pairs, "training")
 
 
-def _log_training(run: TrackedRun, paths: Paths, *, curves: bool) -> None:
+def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
     """The training's curves and pictures, or just its final figures; of both, the report and the model's config."""
-    for file, names in (("loss.csv", {}), ("heldout.csv", {"mse": "heldout_mse"})):
-        rows = read_csv(paths.train_curves / file)
+    for curve, names in (("loss", {}), ("heldout", {"mse": "heldout_mse"})):
+        rows = found.curves[curve]
         last = {key: row["step"] for row in rows for key in row}
         for row in rows:
-            step = row.pop("step")
-            kept = {key: value for key, value in row.items() if curves or step == last[key]}
+            step = row["step"]
+            kept = {key: value for key, value in row.items() if key != "step" and (curves or step == last[key])}
             run.metrics(store.points({f"train/{names.get(key, key)}": v for key, v in kept.items()}, int(step)))
-    run.scalars("train", json.loads(paths.train_report.read_text()))
+    run.scalars("train", found.training)
     if curves:
-        for path in sorted(paths.previews.glob("step-*.png")):
+        for path in sorted(found.paths.previews.glob("step-*.png")):
             run.image(store.read_image(path), int(path.stem.removeprefix("step-")))
-    run.client.log_artifact(run.id, str(paths.model / "config.json"))
+    run.client.log_artifact(run.id, str(found.paths.model / "config.json"))
 
 
 def _log_weights(run: TrackedRun, found: Results, own: list[LoggedModel]) -> None:
     """The weights as a logged model, which runs that reuse them name as their input."""
     from mlflow.entities import LoggedModelOutput
 
-    client, report = run.client, json.loads(found.paths.train_report.read_text())
+    client = run.client
     model, *_ = own or [
         client.create_logged_model(
             run.experiment_id, name="weights", source_run_id=run.id, tags={WEIGHTS: found.weights}, model_type="ddpm"
@@ -202,7 +202,7 @@ def _log_weights(run: TrackedRun, found: Results, own: list[LoggedModel]) -> Non
     ]
     client.log_model_artifacts(model.model_id, str(found.paths.model))
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=int(report["steps"]))])
+    client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=int(found.training["steps"]))])
 
 
 def _reuse(run: TrackedRun, model: LoggedModel) -> None:
@@ -210,14 +210,14 @@ def _reuse(run: TrackedRun, model: LoggedModel) -> None:
     run.tag({TRAINED_IN: str(model.source_run_id)})
 
 
-def _log_evaluation(run: TrackedRun, found: Results, report: dict[str, Any]) -> None:
-    paths, data = found.paths, _data(found)
+def _log_evaluation(run: TrackedRun, found: Results, evaluation: Evaluation) -> None:
+    paths, data, report = found.paths, _data(found), evaluation.report
     run.scalars("evaluate", report)
     run.dataset(f"{data}-val", report["val_pairs_sha256"], paths.pairs, "validation")
     run.dataset(f"{data}-test", report["pairs_sha256"], paths.pairs, "test")
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")
     run.client.log_artifact(run.id, str(paths.report), "evaluation")
-    run.table(read_csv(paths.evaluation / "bands.csv"), "evaluation/bands.json")
+    run.table(evaluation.bands, "evaluation/bands.json")
 
 
 def _data(found: Results) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from functools import partial
@@ -45,14 +44,13 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     own = [model for model in mlflow_store.models_by_tag(ONNX, digest) if model.source_run_id == run.id]
-    ready = [model for model in own if model.status == "READY"]  # of a call that was interrupted
-    model = ready[0] if ready else _log_model(run, found.paths.sampler, digest)
+    model = own[0] if own else _log_model(run, found.paths.sampler, digest)  # own: of a call that was interrupted
     tags = {ONNX: digest, WEIGHTS: found.weights}
     return run.client.create_model_version(name, model.model_uri, run_id=run.id, model_id=model.model_id, tags=tags)
 
 
 def _log_export(run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> None:
-    for part, report in json.loads(found.paths.export_report.read_text()).items():
+    for part, report in (found.export or {}).items():
         run.scalars(f"export/{part}", report)
     for precision, times in speed.items():
         run.scalars(f"export/speed/{precision}", times)

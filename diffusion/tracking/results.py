@@ -7,11 +7,27 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diffusion import made_with
 from diffusion.errors import UserError
-from diffusion.files import sha256
+from diffusion.files import check_sums, parse_csv, read_checked, sha256
 from diffusion.params import Params
 from diffusion.paths import Paths
+
+ERRORS = "val_errors.csv"
+
+
+class Evaluation(NamedTuple):
+    """What evaluate measured."""
+
+    report: dict[str, Any]
+    """reports/evaluate.json, with the digests of the pairs that were scored."""
+    bands: list[dict[str, float]]
+    """The rows of bands.csv."""
+    val_errors: NDArray[np.float64]
+    """MSE on each validation image, (n,)."""
 
 
 class Results(NamedTuple):
@@ -23,9 +39,13 @@ class Results(NamedTuple):
     """SHA-256 of the trained weights."""
     pairs: str
     """SHA-256 of the manifest of data/pairs."""
-    evaluation: dict[str, Any] | None
-    """reports/evaluate.json, with the digests of the pairs that were scored."""
-    exported: bool
+    training: dict[str, Any]
+    """reports/train.json."""
+    curves: dict[str, list[dict[str, float]]]
+    """The rows of reports/train_curves: loss, heldout."""
+    evaluation: Evaluation | None
+    export: dict[str, Any] | None
+    """reports/export.json."""
     stale: tuple[str, ...]
     """Why files that are there were left out."""
 
@@ -40,42 +60,59 @@ class Results(NamedTuple):
         found = {}
         if self.evaluation is not None:
             found["evaluate"] = _digest([self.paths.evaluate_report, self.paths.report])
-        if self.exported:
+        if self.export is not None:
             # The report does not show every change to the sampler, nor the sampler those to its variants.
             found["export"] = _digest([self.paths.export_report, *sorted(self.paths.onnx.iterdir())])
         return found
 
 
 def read(params: Params, paths: Paths) -> Results:
-    """The results in `paths` that were made with `params`.
+    """The results in `paths` that were made with `params`, every file checked against its digest.
 
     Raises:
-        UserError: The weights are missing, or were trained with other parameters or data.
+        UserError: The weights are missing, were trained with other parameters or data, or a file is damaged.
     """
-    weights = paths.model / "model.safetensors"
-    for needed in (weights, paths.train_report, paths.train_curves, paths.pairs / "manifest.json"):
+    weights, manifest = paths.model / "model.safetensors", paths.pairs / "manifest.json"
+    for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
             raise UserError(f"{needed}: missing, and needed to track a training; run `dvc repro` or `dvc pull`")
+    read_checked(manifest, "pairs")
     stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # not where data was pulled
     for stage in [*stages, "train"]:
         if reason := made_with.difference(paths, stage, params):
             raise UserError(f"{reason}; `dvc repro` brings the results up to date")
+    read_checked(paths.model / "config.json", "train")
+    check_sums(paths.previews, "train")
+    names = ("loss", "heldout")
+    curves = {name: parse_csv(read_checked(paths.train_curves / f"{name}.csv", "train")) for name in names}
     stale = []
-    evaluation, exported = None, False
+    evaluation, export = None, None
     if paths.evaluate_report.exists():
         if reason := made_with.difference(paths, "evaluate", params):
             stale.append(f"the evaluation ({reason})")
         else:
-            scored = json.loads((paths.evaluation / "scored.json").read_text())
-            evaluation = json.loads(paths.evaluate_report.read_text()) | scored
+            evaluation = _evaluation(paths)
     if paths.export_report.exists():
-        reason = made_with.difference(paths, "export", params)
-        if reason:
+        if reason := made_with.difference(paths, "export", params):
             stale.append(f"the export ({reason})")
-        exported = reason is None
-    return Results(
-        params, paths, sha256(weights), sha256(paths.pairs / "manifest.json"), evaluation, exported, tuple(stale)
+        else:
+            export = json.loads(paths.export_report.read_bytes())
+    training = json.loads(paths.train_report.read_bytes())
+    return Results(params, paths, sha256(weights), sha256(manifest), training, curves, evaluation, export, tuple(stale))
+
+
+def _evaluation(paths: Paths) -> Evaluation:
+    check_sums(paths.evaluation, "evaluate")
+    scored, bands, errors = (
+        read_checked(paths.evaluation / name, "evaluate") for name in ("scored.json", "bands.csv", ERRORS)
     )
+    report = json.loads(paths.evaluate_report.read_bytes()) | json.loads(scored)
+    return Evaluation(report, parse_csv(bands), errors_of(errors))
+
+
+def errors_of(content: bytes) -> NDArray[np.float64]:
+    """The errors (n,) in a val_errors.csv."""
+    return np.array([row["mse"] for row in parse_csv(content)])
 
 
 def _digest(files: list[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Starting an MLflow run, and the code that it comes from."""
+"""Starting or resuming an MLflow run, and the code that it comes from."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from diffusion.params import Params
 from diffusion.paths import Paths
 from diffusion.tracking.store import Store, TrackedRun
 
+FLOW_RUN, COMMIT, DIRTY = "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty"
+
 
 def start(store: Store, params: Params, paths: Paths, digest: str, tags: dict[str, str]) -> TrackedRun:
     """A new run, named like the flow run whose workspace this is, or else after the data and a digest."""
-    origin = _origin(paths)
-    name = origin.pop("name", f"{Path(params.shard.source).stem}-{digest[:8]}")
+    name, origin = _origin(params, paths, digest)
     return TrackedRun(store.client, store.client.create_run(store.experiment, run_name=name, tags=origin | tags))
 
 
-def _origin(paths: Paths) -> dict[str, str]:
-    """Where the code came from, as tags; and the name of the flow run whose workspace this is."""
+def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
+    """Mark a run as running again, with the name and the origin that a new one would have here."""
+    name, origin = _origin(params, paths, digest)
+    run.client.update_run(run.id, status="RUNNING", name=name)
+    for former in {FLOW_RUN, COMMIT, DIRTY} & run.tags.keys() - origin.keys():
+        run.client.delete_tag(run.id, former)
+        del run.tags[former]
+    run.tag(origin)
+
+
+def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, str]]:
+    """The name of a run, and tags that say which flow run and code it comes from."""
+    name = f"{Path(params.shard.source).stem}-{digest[:8]}"
     description = paths.root / "run.json"
     if description.exists():
         run = json.loads(description.read_text())
         revision, dirty = run["git_revision"], run["git_dirty"]
-        origin = {"name": run["name"], "ddpm.flow_run_id": run["flow_run_id"]}
+        name, origin = run["name"], {FLOW_RUN: run["flow_run_id"]}
     else:
         revision = _git(paths.root, "rev-parse", "HEAD")
         dirty = bool(_git(paths.root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
         origin = {}
     if revision:
         origin |= {"mlflow.source.name": "ddpm", "mlflow.source.type": "LOCAL"}  # without them it is not shown
-        origin |= {"mlflow.source.git.commit": revision, "ddpm.git_dirty": str(dirty).lower()}
-    return {key: value for key, value in origin.items() if value}
+        origin |= {COMMIT: revision, DIRTY: str(dirty).lower()}
+    return name, {key: value for key, value in origin.items() if value}
 
 
 def _git(root: Path, *arguments: str) -> str:

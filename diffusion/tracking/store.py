@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -48,8 +49,8 @@ class TrackedRun:
         self.status: str = run.info.status
         self.tags, self.params = dict(run.data.tags), dict(run.data.params)
         self._logged = set(run.data.metrics)
-        self._steps: dict[str, set[int]] = {}
-        self._image_steps: set[int] | None = None
+        self._curves: dict[str, dict[int, float]] = {}
+        self._images: dict[int, str | None] | None = None
 
     def once(self, part: str, log: Callable[[], None]) -> None:
         """Log a part, unless the whole of it was logged before."""
@@ -66,22 +67,26 @@ class TrackedRun:
             self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
             self.tags |= tags
 
-    def steps(self, key: str) -> set[int]:
-        """The steps at which a metric has been logged."""
-        if key not in self._steps:
+    def curve(self, key: str) -> dict[int, float]:
+        """The values of a metric by step; of several at the same step, the one that was logged last."""
+        if key not in self._curves:
             history = self.client.get_metric_history(self.id, key) if key in self._logged else []
-            self._steps[key] = {point.step for point in history}
-        return self._steps[key]
+            self._curves[key] = {point.step: point.value for point in sorted(history, key=lambda p: p.timestamp)}
+        return self._curves[key]
 
     def metrics(self, points: Iterable[Metric]) -> None:
-        """Points of curves, those at steps that have none yet."""
+        """Points of curves, but those that are there already.
+
+        A training that went back to an earlier step has other values at the same steps: MLflow then keeps both, and
+        takes the later one for the metric's value.
+        """
         from mlflow.utils.validation import MAX_METRICS_PER_BATCH as MOST
 
-        new = [point for point in points if point.step not in self.steps(point.key)]
+        new = [point for point in points if not _same(self.curve(point.key).get(point.step), point.value)]
         for start in range(0, len(new), MOST):
             self.client.log_batch(self.id, metrics=new[start : start + MOST])
         for point in new:
-            self._steps[point.key].add(point.step)
+            self._curves[point.key][point.step] = point.value
             self._logged.add(point.key)
 
     def scalars(self, prefix: str, report: Mapping[str, Any]) -> None:
@@ -117,12 +122,14 @@ class TrackedRun:
         self.client.log_inputs(self.id, models=[LoggedModelInput(model_id)])
 
     def image(self, image: Image.Image, step: int) -> None:
-        if self._image_steps is None:
+        """The picture of a step, unless there is one, or this object has logged another (as `metrics`)."""
+        if self._images is None:
             names = [file.path for file in self.client.list_artifacts(self.id, "images")]
-            self._image_steps = {int(found[1]) for name in names if (found := re.search(r"\+step\+(\d+)\+", name))}
-        if step not in self._image_steps:
+            self._images = {int(found[1]): None for name in names if (found := re.search(r"\+step\+(\d+)\+", name))}
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        if self._images.get(step, "") not in (None, digest):
             self.client.log_image(self.id, image, key="samples", step=step, synchronous=True)
-            self._image_steps.add(step)
+            self._images[step] = digest
 
     def table(self, rows: list[dict[str, Any]], file: str) -> None:
         """A table, unless there is one of this name (`log_table` would append to it)."""
@@ -131,6 +138,10 @@ class TrackedRun:
 
     def end(self, status: str) -> None:
         self.client.set_terminated(self.id, status=status)
+
+
+def _same(logged: float | None, value: float) -> bool:
+    return logged == value or (logged is not None and math.isnan(logged) and math.isnan(value))
 
 
 def tracking_uri(paths: Paths) -> str:
@@ -152,11 +163,15 @@ class Store(NamedTuple):
         """The runs with this tag, oldest first."""
         return self._runs(f"tags.`{tag}` = '{value}'")
 
-    def models_by_tag(self, tag: str, value: str) -> list[LoggedModel]:
-        """The logged models with this tag whose run has not been deleted, oldest first."""
+    def models_by_tag(self, tag: str, value: str, own: str = "") -> list[LoggedModel]:
+        """The logged models with this tag whose run has not been deleted, oldest first.
+
+        One whose files were not all logged is left out, unless it is of the run with the id `own`.
+        """
         order = [{"field_name": "creation_timestamp", "ascending": True}]
         found = self.client.search_logged_models([self.experiment], f"tags.`{tag}` = '{value}'", order_by=order)
-        return [model for model in found if self.run_by_id(model.source_run_id)]
+        usable = [model for model in found if model.status == "READY" or model.source_run_id == own]
+        return [model for model in usable if self.run_by_id(model.source_run_id)]
 
     def _runs(self, condition: str) -> list[Run]:
         return list(self.client.search_runs([self.experiment], condition, order_by=["attributes.start_time ASC"]))

@@ -123,22 +123,44 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
     assert everything(client_of(paths)) == before
 
 
-@pytest.mark.parametrize("gone", ["file", "run"])
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        ("val_errors.csv", "not in its run with a SHA256SUMS"),
+        ("SHA256SUMS", "not in its run with a SHA256SUMS"),
+        ("run", "not in its run with a SHA256SUMS"),
+        ("digits", "not those that SHA256SUMS lists in its run"),
+    ],
+)
 def test_a_champion_without_its_errors_gives_way_by_hand_alone(
-    paths: Paths, gone: str, capfd: pytest.CaptureFixture[str]
+    paths: Paths, gone: str, told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     version(paths, b"first", FIRST)
     client = client_of(paths)
     run_id = str(client.get_model_version("ddpm", "1").run_id)
-    if gone == "file":
-        artifacts = Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
-        (artifacts / "evaluation/val_errors.csv").unlink()
+    artifacts = Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
+    if gone == "digits":
+        errors = artifacts / "evaluation/val_errors.csv"
+        errors.write_text(errors.read_text().replace("0.3", "0.9"))
+    elif gone != "run":
+        (artifacts / "evaluation" / gone).unlink()
     else:  # as `mlflow gc` does
         client.delete_run(run_id)
         client._tracking_client.store._hard_delete_run(run_id)
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert "the errors of version 1 are not in its run" in description(paths, "2")
+    assert f"the errors of version 1 are {told} ({run_id})" in description(paths, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
+
+
+def test_altered_errors_promote_nothing(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    version(paths, b"first", [0.3] * 5)
+    write_all(paths, b"second", val_errors=[0.4] * 5)
+    errors = paths.evaluation / "val_errors.csv"
+    errors.write_text(errors.read_text().replace("0.4", "0.1"))
+    before = everything(client_of(paths))
+    assert tracking.record(PARAMS, paths) is None
+    assert capfd.readouterr().err.startswith(f"MLflow: not recorded: {errors}: damaged (")
+    assert everything(client_of(paths)) == before
 
 
 def test_what_promote_refuses(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """Following a training in its MLflow run."""
 
+import math
 import signal
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from diffusion import tracking
 from diffusion.errors import Stopped
+from diffusion.files import write_json
 from diffusion.paths import Paths
 from tests.tracking.trees import (
     LOSS,
@@ -46,6 +49,52 @@ def test_a_training_that_was_interrupted_goes_on_in_its_run(paths: Paths, known:
     assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
     assert image_steps(found["files"]) == [50, 100]
     assert found["status"] == "FINISHED"
+
+
+def test_a_resumed_training_has_the_name_and_origin_of_the_flow_run_that_resumed_it(paths: Paths) -> None:
+    facts, found = paths.root / "run.json", []
+    for name, number in (("calm-owl", "17"), ("brave-otter", "18"), ("", "")):
+        if name:
+            write_json(facts, {"name": name, "flow_run_id": number, "git_revision": number * 20, "git_dirty": True})
+        else:
+            facts.unlink()  # as of `dvc repro`
+        with pytest.raises(KeyboardInterrupt), tracking.live(PARAMS, paths, None, "fingerprint"):
+            raise KeyboardInterrupt
+        (run,) = runs_of(client_of(paths))
+        tags = run.data.tags
+        names = (run.info.run_name, tags["mlflow.runName"])
+        found.append((*names, *(tags.get(key) for key in ("ddpm.flow_run_id", "mlflow.source.git.commit"))))
+    assert found == [
+        ("calm-owl", "calm-owl", "17", "17" * 20),
+        ("brave-otter", "brave-otter", "18", "18" * 20),
+        ("digits-fingerpr", "digits-fingerpr", None, None),
+    ]
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_training_that_went_back_is_shown_by_its_second_attempt(paths: Paths, followed: bool) -> None:
+    """MLflow keeps both points of a step; those of the second attempt are the later ones, which give its figures."""
+    with tracking.live(PARAMS, paths, None, "f1") as live:
+        follow(live, paths, range(51))
+        for step in (60, 80, 100):
+            live.metrics({"loss": 9.0}, step)
+        live.metrics({"heldout_mse": math.nan}, 100)
+        broken = paths.state / "broken.png"
+        Image.new("L", (64, 64)).save(broken)
+        live.image(broken, 100)
+        if followed:
+            follow(live, paths, range(51, 101))
+    write_all(paths)
+    assert tracking.record(PARAMS, paths, live.run_id) is not None
+    client = client_of(paths)
+    (run,) = runs_of(client)
+    history = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.timestamp)
+    assert {point.step: point.value for point in history} == {row["step"]: row["loss"] for row in LOSS}
+    assert len(history) == len(LOSS) + 3
+    figures = {key: run.data.metrics[f"train/{key}"] for key in ("loss", "heldout_mse")}
+    assert figures == {"loss": LOSS[-1]["loss"], "heldout_mse": 0.3}
+    pictures = image_steps(content(client, run.info.run_id)["files"])
+    assert pictures == ([50, 100, 100] if followed else [50, 100])
 
 
 def test_a_failed_training_is_marked_so(paths: Paths) -> None:

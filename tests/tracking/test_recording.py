@@ -19,6 +19,7 @@ from diffusion.paths import Paths
 from tests.tracking.trees import (
     LOSS,
     PARAMS,
+    changed,
     client_of,
     content,
     image_steps,
@@ -113,6 +114,18 @@ def test_recording_again_adds_nothing(paths: Paths) -> None:
     assert tracking.record(PARAMS, paths) == first
     assert content(client_of(paths), first.run_id) == before
     assert len(runs_of(client_of(paths))) == 1
+
+
+def test_names_with_odd_characters_are_found_again(paths: Paths) -> None:
+    odd = 'a "`;%=--#(ü'
+    params = changed(tracking={"model_name": odd, "experiment": f"'{odd}\\"})
+    write_all(paths, params=params)
+    first = tracking.record(params, paths)
+    assert first is not None
+    assert (first.model_version, first.aliases) == ("1", ["challenger", "champion"])
+    assert tracking.record(params, paths) == first
+    (version,) = client_of(paths).search_model_versions()
+    assert version.name == odd
 
 
 def test_stages_log_to_the_run_of_their_weights_from_their_own_processes(paths: Paths) -> None:

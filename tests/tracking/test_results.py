@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from diffusion import made_with, tracking, yaml_files
 from diffusion import params as parameters
-from diffusion import tracking, yaml_files
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.files import write_json, write_sums
 from diffusion.paths import Paths
 from diffusion.tracking.recording import Recorded
 from tests.tracking.trees import (
@@ -31,6 +32,7 @@ from tests.tracking.trees import (
     write_training,
 )
 
+PARTS = (("evaluation", "evaluate"), ("export", "export"))
 OTHER = changed(sample={"steps": 10, "variance": "fixed-small"}, export={"steps": 7})
 
 
@@ -206,15 +208,40 @@ def test_edited_parameters_are_never_taken_for_those_of_the_results(
     assert found["versions"] == []
 
 
-def test_files_of_other_weights_or_data_are_left_out(paths: Paths) -> None:
+def test_files_of_other_weights_or_data_are_left_out(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
     write_all(paths)
-    (paths.model / "model.safetensors").write_bytes(b"others")
-    with pytest.raises(UserError, match=r"^models/ddpm/model\.safetensors is not the file that train read or wrote"):
-        tracking.track(PARAMS, paths, as_json=False)
+    write_training(paths, b"others")
+    tracking.track(PARAMS, paths, as_json=False)
+    reasons = [f"the {part} (models/ddpm/model.safetensors is not the file that {stage} read)" for part, stage in PARTS]
+    assert capfd.readouterr().err.splitlines() == [
+        f"MLflow: left out: {reason}; `dvc repro` brings it up to date" for reason in reasons
+    ]
     write_all(paths)
     write_json(paths.pairs / "manifest.json", {"images": 11})
-    with pytest.raises(UserError, match=r"^data/pairs/manifest\.json is not the file that train read or wrote"):
+    write_sums(paths.pairs)
+    with pytest.raises(UserError, match=r"^data/pairs/manifest\.json is not the file that train read; `dvc repro`"):
         tracking.track(PARAMS, paths, as_json=False)
+
+
+@pytest.mark.parametrize("file", ["reports/train.json", "reports/evaluation/val_errors.csv", "models/onnx/extra.onnx"])
+def test_results_of_which_a_file_is_damaged_or_gone_are_not_recorded(
+    paths: Paths, file: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_all(paths)
+    path = paths.root / file
+    if path.suffix == ".onnx":
+        path.write_bytes(paths.sampler.read_bytes())  # as of a precision in export.variants
+        made_with.write(paths, "export", PARAMS)
+        path.unlink()
+        why = f"{path}: missing; `dvc repro export` writes it"
+    else:
+        path.write_text(path.read_text().replace("3", "1"))
+        why = f"{path}: damaged (not the bytes that "
+    assert tracking.record(PARAMS, paths) is None
+    assert capfd.readouterr().err.startswith(f"MLflow: not recorded: {why}")
+    with pytest.raises(UserError, match=f"^{re.escape(why)}"):
+        tracking.track(PARAMS, paths, as_json=False)
+    assert client_of(paths).get_experiment_by_name("ddpm") is None
 
 
 def test_a_lock_is_kept_once_it_describes_the_results(paths: Paths) -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from diffusion import tracking
 from diffusion.errors import Stopped
 from diffusion.paths import Paths
-from tests.tracking.trees import PARAMS, REPOSITORY, client_of, content, runs_of, write_all
+from tests.tracking.trees import PARAMS, REPOSITORY, changed, client_of, content, runs_of, write_all
 
 CALLS = [
     "create_run",
@@ -64,6 +64,39 @@ def test_recording_that_is_interrupted_marks_its_run_and_is_completed_later(
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
     models = client.search_logged_models([run.info.experiment_id])
     assert sorted(model.name for model in models) == ["sampler", "weights"]
+
+
+def test_weights_that_were_not_all_logged_are_not_reused(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_all(paths)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "create_logged_model", interrupted("create_logged_model", KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            tracking.record(PARAMS, paths)
+    other = changed(sample={"steps": 10})
+    write_all(paths, params=other)
+    recorded = tracking.record(other, paths)
+    assert recorded is not None
+    assert recorded.trained_in == recorded.run_id
+    client = client_of(paths)
+    run = client.get_run(recorded.run_id)
+    assert run.inputs.model_inputs == []
+    (weights,) = (
+        model
+        for model in client.search_logged_models([run.info.experiment_id])
+        if (model.name, model.source_run_id) == ("weights", recorded.run_id)
+    )
+    assert weights.status == "READY"
+    (unfinished,) = (each.info.run_id for each in runs_of(client) if each.info.run_id != recorded.run_id)
+    write_all(paths)
+    completed = tracking.record(PARAMS, paths)
+    assert completed is not None
+    assert completed.run_id == completed.trained_in == unfinished
+    models = client.search_logged_models([run.info.experiment_id])
+    assert sorted((model.name, str(model.status)) for model in models) == [
+        ("sampler", "READY"),
+        ("weights", "READY"),
+        ("weights", "READY"),
+    ]
 
 
 STAGE = """

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion import made_with, tracking, yaml_files
 from diffusion import params as parameters
-from diffusion.files import write_csv, write_json
+from diffusion.files import write_csv, write_json, write_sums
 from diffusion.params import Params
 from diffusion.paths import Paths
 
@@ -36,6 +36,7 @@ def write_tree(paths: Paths) -> None:
     """What is there before a training."""
     paths.pairs.mkdir(parents=True, exist_ok=True)
     write_json(paths.pairs / "manifest.json", {"images": 10})
+    write_sums(paths.pairs)
     shutil.copyfile(REPOSITORY / "params.yaml", paths.params)
     (paths.root / "dvc.lock").write_text("schema: '2.0'\n")
 
@@ -51,6 +52,8 @@ def write_training(paths: Paths, weights: bytes = b"weights", params: Params = P
     write_csv(paths.train_curves / "heldout.csv", HELDOUT)
     for row in HELDOUT:
         write_picture(paths.previews / f"step-{row['step']:08d}.png")
+    for directory in (paths.model, paths.train_curves, paths.previews):
+        write_sums(directory)
     made_with.write(paths, "train", params)
     return hashlib.sha256(weights).hexdigest()
 
@@ -81,6 +84,7 @@ def write_evaluation(
     write_csv(paths.evaluation / "mse_by_t.csv", [{"t": 5.5, "model": mse, "wiener": 0.6}])
     write_picture(paths.evaluation / "samples.png")
     write_picture(paths.evaluation / "mse_by_t.png")
+    write_sums(paths.evaluation)
     paths.report.write_text(f"<h1>Report</h1>{mse} {params.sample.steps} steps")
     made_with.write(paths, "evaluate", params)
 
