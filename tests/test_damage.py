@@ -1,18 +1,15 @@
 """A flipped bit in any file that a stage or a command reads from another stage is found, and the file is named."""
 
-import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
-from hashlib import md5
 from pathlib import Path
 
 import pytest
 
 from diffusion import yaml_files
 from diffusion.__main__ import main
-from flows import scrub
 from tests.e2e.conftest import TINY
 
 READERS = {
@@ -94,20 +91,3 @@ def test_every_file_that_is_read_is_tried(finished: Path) -> None:
         if path.is_file() and path.suffix != ".png"
     }
     assert found == others | unread
-
-
-def test_scrub_deletes_what_is_damaged_in_a_cache(tmp_path: Path) -> None:
-    """Bits that flip on a disk change no time, and DVC's files are read-only: it trusts both."""
-    cache, names = tmp_path / "files" / "md5", []
-    for content, suffix in ((b"weights", ""), (b"[]", ".dir"), (b"pairs", "")):
-        name = md5(content, usedforsecurity=False).hexdigest()
-        path = cache / name[:2] / f"{name[2:]}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        names.append(path)
-    assert list(scrub.damaged(tmp_path)) == []
-    for path in names[:2]:
-        before = path.stat()
-        flip(path, 3)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert set(scrub.damaged(tmp_path)) == set(names[:2])
