@@ -20,6 +20,16 @@ def having(variable: str, value: str) -> list[psutil.Process]:
     return found
 
 
+def listening(processes: list[psutil.Process], port: int) -> bool:
+    """Whether one of these processes listens on a TCP port."""
+    for process in processes:
+        with suppress(psutil.Error):
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port:
+                    return True
+    return False
+
+
 def end(processes: list[psutil.Process]) -> bool:
     """SIGTERM, and SIGKILL for what does not end in time; whether there was any process."""
     for send, seconds in ((psutil.Process.terminate, SECONDS_TO_END), (psutil.Process.kill, 10.0)):

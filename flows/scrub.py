@@ -1,28 +1,52 @@
 """`make scrub`: delete damaged files from DVC's cache, which DVC itself trusts without hashing them."""
 
 import hashlib
-import subprocess
-from collections.abc import Iterator
+import re
+import sys
 from pathlib import Path
 
+from diffusion.errors import SystemFault, UserError
+from diffusion.progress import Progress
+from flows import workspace
 
-def damaged(cache: Path) -> Iterator[Path]:
-    """The files of a DVC cache whose content does not have the MD5 that is their name."""
-    for path in sorted((cache / "files" / "md5").glob("??/*")):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if content != path.parent.name + path.name.removesuffix(".dir"):
-            yield path
+_NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
 
-def main() -> None:
-    found = subprocess.run(["dvc", "cache", "dir"], stdout=subprocess.PIPE, text=True, check=True)
-    paths = list(damaged(Path(found.stdout.strip())))
-    for path in paths:
-        path.unlink()
-        print(f"deleted {path}")
-    print(f"{len(paths)} damaged files" + ("; `dvc repro` or `dvc pull` brings them back" if paths else ""))
+def scrub(cache: Path) -> tuple[int, int]:
+    """Delete the files of a DVC cache whose content does not have the MD5 that is their name.
+
+    Files with other names, such as those that a running `dvc` has not finished, are left alone.
+
+    Returns: how many files were checked, and how many were deleted.
+    Raises: OSError if a file cannot be read or deleted.
+    """
+    files = [path for path in sorted((cache / "files" / "md5").glob("??/*")) if _NAME.fullmatch(path.name)]
+    deleted = 0
+    with Progress("scrub", len(files), "files") as progress:
+        for path in files:
+            if not _sound(path):
+                path.unlink()
+                deleted += 1
+                progress.write(f"deleted {path}")
+            progress.advance(1)
+    return len(files), deleted
+
+
+def _sound(path: Path) -> bool:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return content == path.parent.name + path.name.removesuffix(".dir")
+
+
+def main() -> int:
+    try:
+        checked, deleted = scrub(Path(workspace.dvc(Path(), "cache", "dir")))
+    except (UserError, OSError) as error:
+        print(f"scrub: error: {SystemFault.of(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        return 1
+    print(f"{checked} files checked, {deleted} deleted" + ("; `dvc repro` or `dvc pull` restores them" * bool(deleted)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,16 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from supervisor.xmlrpc import SupervisorTransport
 
-from diffusion.errors import UserError
+from diffusion.environment import setting
+from diffusion.errors import SystemFault, UserError
 from diffusion.files import write_atomic, write_json
 from diffusion.paths import Paths
-from flows import lost_runs, processes
+from flows import http, lost_runs, processes
 
 POOL, DEPLOYMENT = "ddpm", "train-ddpm"
+Port = Annotated[int, Field(ge=1, le=65535)]
 PATIENCE = 180.0
 """Seconds to wait for a service to be healthy; a cold start on a slow disk takes a minute."""
 WORKER = "DDPM_WORKER"
@@ -41,8 +44,8 @@ class Services:
     """The services of one repository."""
 
     root: Path = field(default_factory=Path.cwd)
-    prefect_port: int = field(default_factory=lambda: int(os.environ.get("PREFECT_PORT", "4200")))
-    mlflow_port: int = field(default_factory=lambda: int(os.environ.get("MLFLOW_PORT", "5000")))
+    prefect_port: int = field(default_factory=lambda: setting("PREFECT_PORT", 4200, Port))
+    mlflow_port: int = field(default_factory=lambda: setting("MLFLOW_PORT", 5000, Port))
 
     @property
     def directory(self) -> Path:
@@ -116,14 +119,14 @@ class Services:
     def healthy(self) -> dict[str, bool]:
         """Which of the services answer."""
         return {
-            "prefect": lost_runs.get(f"{self.prefect}/api/health") is not None,
-            "mlflow": lost_runs.get(f"{self.mlflow}/health") is not None,
+            "prefect": http.answers(f"{self.prefect}/api/health"),
+            "mlflow": http.answers(f"{self.mlflow}/health"),
             "worker": self._worker_online(),
         }
 
     def _worker_online(self) -> bool:
         """Whether the worker that runs now has been heard of by the server."""
-        workers = lost_runs.get(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
+        workers = http.json(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
         try:
             started = self.supervisor().getProcessInfo("worker")["start"]
         except OSError:
@@ -145,21 +148,21 @@ def up(services: Services) -> None:
         print(f"already up: Prefect {services.prefect}, MLflow {services.mlflow}")
         _deploy(services)
         return
+    if not states and _stop(services):
+        print("ended services that had lost their supervisord", flush=True)
+    for name, port in (("prefect", services.prefect_port), ("mlflow", services.mlflow_port)):
+        if states.get(name) not in ("RUNNING", "STARTING") and _taken(port):
+            raise UserError(
+                f"port {port} is taken by another program: end it, or choose another with {name.upper()}_PORT=..."
+            )
     if not states:
-        if _stop(services):
-            print("ended services that had lost their supervisord", flush=True)
-        for port, variable in ((services.prefect_port, "PREFECT_PORT"), (services.mlflow_port, "MLFLOW_PORT")):
-            if _taken(port):
-                raise UserError(
-                    f"port {port} is taken by another program: end it, or choose another with {variable}=..."
-                )
         _start_supervisord(services)
     print("starting Prefect and MLflow ...", flush=True)
     for name in ("prefect", "mlflow"):
         _start(services, name)
-    _wait(services, "prefect", lambda: lost_runs.get(f"{services.prefect}/api/health") is not None)
+    _wait(services, "prefect", lambda: http.answers(f"{services.prefect}/api/health"))
     _start(services, "worker")
-    _wait(services, "mlflow", lambda: lost_runs.get(f"{services.mlflow}/health") is not None)
+    _wait(services, "mlflow", lambda: http.answers(f"{services.mlflow}/health"))
     _wait(services, "worker", services._worker_online)
     print(f"up: Prefect {services.prefect}, MLflow {services.mlflow}")
     _deploy(services)
@@ -184,16 +187,10 @@ def _start_supervisord(services: Services) -> None:
 
 def _deploy(services: Services) -> None:
     """Make the deployment, unless it stands there as the present files would make it."""
-    shaping = [
-        Path("prefect.yaml"),
-        Path("diffusion/params.py"),
-        *Path("flows").glob("*.py"),
-        *Paths().presets.glob("*.yaml"),
-    ]
     digest = hashlib.sha256()
-    for file in sorted(shaping):
+    for file in _shaping():
         digest.update(file.read_bytes())
-    there = lost_runs.get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
+    there = http.json(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
     stamp = services.directory / "deployed"
     now = f"{digest.hexdigest()} {there and there['id']}"
     if there and stamp.exists() and stamp.read_text() == now:
@@ -202,19 +199,26 @@ def _deploy(services: Services) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     environment = services.environment() | {"PWD": str(services.root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    there = lost_runs.get(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
+    there = http.json(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
     if done.returncode or not there:
         raise UserError(f"prefect deploy failed:\n{done.stdout}{done.stderr}")
     if paused:  # which `prefect deploy` has undone
-        lost_runs.get(f"{services.prefect}/api/deployments/{there['id']}/pause_deployment", {})
+        http.json(f"{services.prefect}/api/deployments/{there['id']}/pause_deployment", {})
     write_atomic(stamp, f"{digest.hexdigest()} {there['id']}".encode())
     print(f"deployed {DEPLOYMENT}")
+
+
+def _shaping() -> list[Path]:
+    """The files that make the deployment what it is, the schema of its parameters included."""
+    code = [*Path("diffusion").glob("*.py"), *Path("flows").glob("*.py")]
+    return sorted([Path("prefect.yaml"), *code, *Paths().presets.glob("*.yaml")])
 
 
 def worker(services: Services) -> None:
     """Become the worker. supervisord keeps one alone, so what another one started has lost it, and ends."""
     processes.end(processes.having(WORKER, str(services.directory)))
-    lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    if _own_server(services):
+        lost_runs.close(services.prefect, POOL, DEPLOYMENT)
     os.environ.update({**services.environment(), WORKER: str(services.directory)})
     os.execvp("prefect", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "worker"])
 
@@ -234,7 +238,8 @@ def _stop(services: Services) -> bool:
     if states.get("worker") in ("RUNNING", "STARTING"):
         services.supervisor().stopProcess("worker")
     runs = processes.end(processes.having(WORKER, str(services.directory)))
-    lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    if _own_server(services):
+        lost_runs.close(services.prefect, POOL, DEPLOYMENT)
     if states:
         services.supervisor().shutdown()
         if not _until(lambda: not services.socket.exists(), 60):
@@ -242,9 +247,14 @@ def _stop(services: Services) -> bool:
     return processes.end(processes.having("DDPM_SERVICES", str(services.directory))) or runs or bool(states)
 
 
+def _own_server(services: Services) -> bool:
+    """Whether it is our server that listens on Prefect's port, rather than that of another clone of the repository."""
+    return processes.listening(processes.having("DDPM_SERVICES", str(services.directory)), services.prefect_port)
+
+
 def status(services: Services) -> None:
     """Print each service's state and address: whether it answers, whatever supervisord believes."""
-    services = services.as_started() if services.states() else services
+    services = services.as_started()
     states, healthy = services.states(), services.healthy()
     addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}
     for name, address in addresses.items():
@@ -299,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=commands)
     try:
         commands[parser.parse_args(argv).command](Services())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {SystemFault.of(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,7 +5,6 @@ So several runs can go at once, and code edited meanwhile changes nothing. A wor
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,18 +14,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from diffusion import dvc_output, params, presets, yaml_files
+from diffusion.environment import setting
 from diffusion.errors import UserError
 from diffusion.files import write_json, writing
 from diffusion.paths import Paths
-
-KEEP_RUNS = int(os.environ.get("DDPM_KEEP_RUNS", "20"))
-KEEP_DAYS = float(os.environ.get("DDPM_KEEP_DAYS", "14"))
-"""Workspaces are removed beyond the KEEP_RUNS that ended last, and KEEP_DAYS after their end."""
 
 State = Literal["running", "completed", "failed", "cancelled", "crashed"]
 
@@ -149,6 +146,7 @@ def state_of(workspace: Path, run: Run) -> State:
 
 def list_runs() -> None:
     """Print name, time, state and held-out MSE of each run, ordered by their end, and what is removed when."""
+    runs, days = kept()
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
         report = Paths(workspace).evaluate_report
@@ -158,9 +156,16 @@ def list_runs() -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        f"\nA new run removes all but the last {KEEP_RUNS} runs (DDPM_KEEP_RUNS), and those that ended more than "
-        f"{KEEP_DAYS:g} days ago (DDPM_KEEP_DAYS)."
+        f"\nA new run removes all but the last {runs} runs (DDPM_KEEP_RUNS), and those that ended more than "
+        f"{days:g} days ago (DDPM_KEEP_DAYS)."
     )
+
+
+def kept() -> tuple[int, float]:
+    """How many of the runs that ended last are kept, and for how many days after their end."""
+    runs = setting("DDPM_KEEP_RUNS", 20, Annotated[int, Field(ge=0)])
+    days = setting("DDPM_KEEP_DAYS", 14.0, Annotated[float, Field(ge=0, le=36_500)])
+    return runs, days
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -252,9 +257,10 @@ def _bring_raw_data(workspace: Path) -> None:
 
 def _clean(runs: Path) -> None:
     """Remove old workspaces, and what is left of half-made ones; never one in use."""
-    oldest = datetime.now(UTC) - timedelta(days=KEEP_DAYS)
+    most, days = kept()
+    oldest = datetime.now(UTC) - timedelta(days=days)
     for index, (workspace, run) in enumerate(reversed(_workspaces(runs))):
-        if index >= KEEP_RUNS or datetime.fromisoformat(run.ended or run.created) < oldest:
+        if index >= most or datetime.fromisoformat(run.ended or run.created) < oldest:
             with suppress(Timeout), _lock(workspace):
                 if Run.read(workspace) == run:  # else it has ended just now
                     shutil.rmtree(_unfinished(workspace), ignore_errors=True)

@@ -1,13 +1,11 @@
 """A flipped bit in any file that a stage or a command reads from another stage is found, and the file is named."""
 
 import json
-import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from hashlib import md5
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from diffusion import params as parameters
 from diffusion.__main__ import main
 from diffusion.errors import UserError
 from diffusion.paths import Paths
-from flows import scrub
 from tests.e2e.conftest import TINY
 
 READERS = {
@@ -130,20 +127,3 @@ def test_a_flipped_bit_in_a_record_lets_no_results_pass(finished: Path, stage: s
     finally:
         file.write_bytes(content)
     assert all(record == json.loads(content) for record in same)  # 1e-05 and 1E-05
-
-
-def test_scrub_deletes_what_is_damaged_in_a_cache(tmp_path: Path) -> None:
-    """Bits that flip on a disk change no time, and DVC's files are read-only: it trusts both."""
-    cache, names = tmp_path / "files" / "md5", []
-    for content, suffix in ((b"weights", ""), (b"[]", ".dir"), (b"pairs", "")):
-        name = md5(content, usedforsecurity=False).hexdigest()
-        path = cache / name[:2] / f"{name[2:]}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        names.append(path)
-    assert list(scrub.damaged(tmp_path)) == []
-    for path in names[:2]:
-        before = path.stat()
-        flip(path, 3)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert set(scrub.damaged(tmp_path)) == set(names[:2])

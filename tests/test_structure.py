@@ -22,6 +22,7 @@ DVC: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 LAYERS = [
     {
         "dvc_output",
+        "environment",
         "errors",
         "files",
         "made_with",
@@ -42,7 +43,8 @@ LAYERS = [
     {"__main__"},
 ]
 # Code that cannot change what a stage writes: values stand in params.yaml alone, and MLflow and progress only watch.
-NOT_SHAPING = {"params", "rules", "sections", "paths", "errors", "progress", "tracking", "watch", "yaml_files"}
+NOT_SHAPING = {"params", "rules", "sections", "paths", "environment", "errors", "progress", "tracking", "watch"}
+NOT_SHAPING |= {"yaml_files"}
 
 
 def imports(module: str) -> set[str]:

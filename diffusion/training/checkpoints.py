@@ -2,26 +2,20 @@
 
 import hashlib
 import json
-import os
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors.torch import load, save
 
+from diffusion.environment import setting
 from diffusion.files import write_atomic, write_json
 from diffusion.progress import say
 from diffusion.training.distributed import World
 from diffusion.training.state import State
 
 SECONDS = "DDPM_CHECKPOINT_SECONDS"
-
-
-def seconds_between() -> float:
-    """How often a checkpoint is written, besides those after each held-out measurement: a minute, or as the
-    environment says. It does not shape the result, and so is no parameter.
-    """
-    return float(os.environ.get(SECONDS, "60"))
 
 
 class Checkpoints:
@@ -36,6 +30,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, world: World = World()) -> None:  # noqa: B008 (it is immutable)
         self.directory, self.world = directory, world
+        self.seconds: float = setting(SECONDS, 60.0, Annotated[float, Field(ge=0)])
+        """How often one is written, besides those after each held-out measurement. It does not shape the result, and so
+        is no parameter.
+        """
 
     def write(self, state: State, good: bool = False) -> None:
         """Write the state. All processes call this together; the main one writes."""

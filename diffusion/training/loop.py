@@ -16,7 +16,7 @@ from diffusion.errors import Stopped, UserError
 from diffusion.process.loss import Loss
 from diffusion.progress import say
 from diffusion.training import ema, optim
-from diffusion.training.checkpoints import Checkpoints, seconds_between
+from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World, synchronizing, whole
 from diffusion.training.state import BANDS, Row, State
 
@@ -85,7 +85,7 @@ def train(
                 if not state.loss_curve:
                     raise UserError(f"loss or gradient was finite in no step; {advice(trainer.options)}")
                 return
-            signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > seconds_between())
+            signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > checkpoints.seconds)
             if signum:
                 raise Stopped(int(signum))
             if due:

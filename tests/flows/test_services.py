@@ -2,6 +2,8 @@
 
 import importlib
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from prefect.settings import PREFECT_HOME, temporary_settings
 
 from diffusion.errors import UserError
 from diffusion.files import write_json
-from flows import services
+from flows import http, services
 from flows.services import Services
 
 
@@ -70,6 +72,54 @@ def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
 def test_it_says_why_supervisord_does_not_start() -> None:
     with tempfile.TemporaryDirectory() as short, pytest.raises(UserError, match="supervisord does not start: Error: "):
         services.up(Services(Path(short), prefect_port=free_port(), mlflow_port=free_port()))
+
+
+def test_a_system_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PREFECT_PORT", str(free_port()))
+    monkeypatch.setenv("MLFLOW_PORT", str(free_port()))
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.chdir(short)
+        Path(".ddpm").write_text("no folder")
+        assert services.main(["up"]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == f"error: {Path(short).resolve()}/.ddpm/services: Not a directory\n"
+
+
+def test_status_asks_at_the_addresses_of_the_last_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without supervisord, as after `kill -9`, its services may still answer, on ports of the user's choice."""
+    for variable in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    started = Services(tmp_path, prefect_port=free_port(), mlflow_port=free_port())
+    write_json(started.directory / "addresses.json", started.addresses())
+    monkeypatch.setattr(http, "answers", lambda url: url == f"{started.mlflow}/health")
+    services.status(Services(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["prefect", "stopped", started.prefect]
+    assert lines[1].split(maxsplit=1) == ["mlflow", f"stopped, but another process answers {started.mlflow}"]
+
+
+def test_a_port_taken_since_the_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server of another clone answers there, and must not be given this one's worker and deployment."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        here = Services(tmp_path, prefect_port=other.getsockname()[1], mlflow_port=free_port())
+        write_json(here.directory / "addresses.json", here.addresses())
+        monkeypatch.setattr(Services, "states", lambda _: {"prefect": "BACKOFF", "mlflow": "RUNNING"})
+        with pytest.raises(UserError, match=f"port {here.prefect_port} is taken by another program"):
+            services.up(here)
+
+
+def test_whatever_makes_the_form_makes_a_new_deployment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    loaded = (
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('diffusion', 'flows')), sep='\\n')"
+    )
+    code = f"import sys, flows.parameters; {loaded}"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    files = {Path(file).relative_to(root) for file in output.splitlines()}
+    assert Path("diffusion/sections.py") in files
+    assert files <= {*services._shaping()}
 
 
 def free_port() -> int:

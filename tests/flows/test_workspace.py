@@ -102,7 +102,7 @@ def test_runs_that_start_at_once_do_not_trip_over_the_removal_of_old_ones(monkey
     document = workspace.document(None, {})
     for number in range(6):
         make(f"old{number}")
-    monkeypatch.setattr(workspace, "KEEP_RUNS", 0)
+    monkeypatch.setenv("DDPM_KEEP_RUNS", "0")
 
     def start(number: int) -> str:
         with workspace.use("new", f"{number}-flow-run", document) as directory:
@@ -119,7 +119,7 @@ def test_runs_that_start_at_once_do_not_trip_over_the_removal_of_old_ones(monkey
 
 @pytest.mark.usefixtures("repository")
 def test_a_long_run_is_not_removed_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "KEEP_DAYS", 10)
+    monkeypatch.setenv("DDPM_KEEP_DAYS", "10")
     directory = make("long")
     started = (datetime.now(UTC) - timedelta(days=15)).isoformat()
     replace(workspace.Run.read(directory), created=started).write(directory)
@@ -163,8 +163,8 @@ def test_old_and_many_workspaces_are_removed_but_none_in_use(monkeypatch: pytest
     make("old")
     age("old", 15)
     (RUNS / ".half.part").mkdir()
-    monkeypatch.setattr(workspace, "KEEP_RUNS", 3)
-    monkeypatch.setattr(workspace, "KEEP_DAYS", 10)
+    monkeypatch.setenv("DDPM_KEEP_RUNS", "3")
+    monkeypatch.setenv("DDPM_KEEP_DAYS", "10")
     with workspace._lock((RUNS / "run0").absolute()):
         make("new")
     assert sorted(path.name for path in RUNS.glob("[!.]*")) == ["new", "run0", "run2", "run3", "run4"]

@@ -1,0 +1,58 @@
+"""Requests to whatever listens on a port: a good answer, a bad one, or no HTTP at all."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+import pytest
+
+from flows import http
+
+
+@contextmanager
+def replying(content: bytes) -> Iterator[str]:
+    """The address of a program that answers two connections with these bytes."""
+
+    def serve() -> None:
+        for _ in range(2):
+            connection, _address = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(content)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def http_reply(status: str, body: bytes) -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "value"),
+    [
+        (http_reply("200 OK", b'{"id": 3}'), True, {"id": 3}),
+        (http_reply("200 OK", b"OK"), True, None),
+        (http_reply("200 OK", b"\xff\xfe\xfd"), True, None),
+        (http_reply("404 Not Found", b"{}"), False, None),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", False, None),
+        (b"", False, None),
+    ],
+    ids=["json", "text", "bytes", "refusal", "other-protocol", "nothing"],
+)
+def test_only_a_good_answer_counts(content: bytes, good: bool, value: object) -> None:
+    with replying(content) as url:
+        assert http.answers(url) is good
+        assert http.json(url, {}) == value
+
+
+def test_where_nothing_listens_nothing_answers() -> None:
+    with socket.socket() as bound:  # without listening
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        assert not http.answers(url)
+        assert http.json(url) is None

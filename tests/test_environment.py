@@ -1,0 +1,54 @@
+"""Settings in the environment: what is no value for them is said in one line that names variable and value."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.__main__ import main
+from diffusion.environment import setting
+from diffusion.errors import UserError
+from diffusion.training.checkpoints import SECONDS, Checkpoints
+from flows import services
+
+MAIN = {
+    "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),
+    "MLFLOW_PORT": (lambda: services.main(["down"]), "error: "),
+    "DDPM_KEEP_RUNS": (lambda: main(["runs"]), "ddpm runs: error: "),
+    "DDPM_KEEP_DAYS": (lambda: main(["runs"]), "ddpm runs: error: "),
+}
+
+
+@pytest.mark.parametrize("value", ["many", "", "-1", "1e7"])
+@pytest.mark.parametrize("variable", MAIN)
+def test_a_wrong_value_is_one_line(
+    variable: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, value)
+    command, prefix = MAIN[variable]
+    assert command() == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"{prefix}{variable}: ")
+    assert line.endswith(f"(got {value!r})")
+
+
+@pytest.mark.parametrize("value", ["often", "-1", "nan"])
+def test_a_wrong_pace_of_checkpoints_is_refused_before_training(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS, value)
+    with pytest.raises(UserError, match=rf"^{SECONDS}: .* \(got '{value}'\)$"):
+        Checkpoints(tmp_path)
+
+
+def test_a_setting_is_its_text_converted_or_else_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_TEST", "0.5")
+    assert setting("DDPM_TEST", 60.0, float) == 0.5
+    monkeypatch.delenv("DDPM_TEST")
+    assert setting("DDPM_TEST", 60.0, float) == 60.0
