@@ -257,9 +257,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, who
     again = ddpm(tree, "train")
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
-    trained = [
-        name for name in digests(whole_tree) if name.startswith(("models/ddpm", "reports/train", "reports/prev"))
-    ]
+    records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
+    made = ("models/ddpm", "reports/train", "reports/prev", *records)
+    trained = [name for name in digests(whole_tree) if name.startswith(made)]
     assert digests(tree) == {name: digests(whole_tree)[name] for name in trained}
 
 

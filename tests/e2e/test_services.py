@@ -46,7 +46,10 @@ def server(clone: Path, name: str) -> psutil.Process:
 def started(clone: Path, run: Command, seed: int) -> str:
     """The id of a flow run that is training."""
     previews = set((clone / ".ddpm" / "checkpoints").glob("*/previews/*"))
-    arguments = ("-p", f"train={json.dumps(TRAIN)}", "-p", f"seed={seed}", "--flow-run-name", f"seed{seed}")
+    # Shards of its own: those of other tests in this clone are to be made by these.
+    parameters = {"train": TRAIN, "seed": seed, "shard": {"samples_per_shard": 900 + seed}}
+    given = (f"{name}={json.dumps(value)}" for name, value in parameters.items())
+    arguments = (*(part for each in given for part in ("-p", each)), "--flow-run-name", f"seed{seed}")
     done = run("prefect", "deployment", "run", "train-ddpm", *arguments)
     assert done.returncode == 0, done.stdout
     wait_for(lambda: set((clone / ".ddpm" / "checkpoints").glob("*/previews/*")) > previews, 180)

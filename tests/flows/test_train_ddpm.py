@@ -16,6 +16,7 @@ from prefect.states import Failed
 from diffusion import params
 from diffusion.paths import Paths
 from flows import dvc_stage, pipeline, train_ddpm, workspace
+from tests.tracking import trees
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,8 @@ def test_without_mlflow_the_run_is_none_the_worse(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with workspace.use("one", "id", workspace.document(None, {})) as directory:
             paths = Paths(directory)
-            for there in (paths.train_curves, paths.pairs, paths.model):
-                there.mkdir(parents=True)
-            for file in (paths.train_report, paths.model / "model.safetensors"):
-                file.touch()
+            trees.write_tree(paths)
+            trees.write_training(paths, params=params.load(paths.params))
             warnings: list[str] = []
             assert pipeline._track(directory, print, warnings.append) is None
     assert len(warnings) == 1
