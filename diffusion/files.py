@@ -12,10 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError, WriteFault
+from diffusion.errors import SystemFault, UserError, WriteFault
 
 SUMS = "SHA256SUMS"
 """Digests of the files beside it, in the format of sha256sum."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
+
+    Decoders raise OSError too, but without an error number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise SystemFault(path, error, "cannot be read ({})") from None
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffusion.data.images import is_image, read_image, refusal
+from diffusion.data.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
 from diffusion.data.noise import Split
 from diffusion.data.shards import Sample
 from diffusion.errors import UserError
+from diffusion.files import reading
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train", "training": "train",
@@ -121,6 +122,17 @@ class Folder:
         for path in self._outside:
             if is_image(path):
                 yield path, None, ""
+
+
+def refusal(path: Path) -> str | None:
+    """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
+    if RAW.fullmatch(path.suffix):
+        return CAMERA_RAW
+    if is_image(path):
+        return None
+    with reading(path), path.open("rb") as file:
+        read_through(file)
+    return NO_IMAGE
 
 
 def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:

@@ -8,8 +8,7 @@ import io
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from diffusion.errors import SystemFault
+from diffusion.files import reading
 
 RAW = re.compile(
     r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)",
@@ -90,43 +90,16 @@ def is_image(path: Path) -> bool:
             with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
                 Image.open(file, formats=_formats())
                 return True
-        except Image.DecompressionBombError:
-            return True
         except Exception as error:  # as above
             if isinstance(error, OSError) and error.errno:
                 raise
-            return False
+            return isinstance(error, Image.DecompressionBombError)
 
 
-def refusal(path: Path) -> str | None:
-    """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
-    if RAW.fullmatch(path.suffix):
-        return CAMERA_RAW
-    if is_image(path):
-        return None
-    with reading(path), path.open("rb") as file:
-        _read_through(file)
-    return NO_IMAGE
-
-
-def _read_through(file: IO[bytes]) -> None:
+def read_through(file: IO[bytes]) -> None:
     """Meet the system's errors in a file that is no image by Pillow, which takes some of them for damage."""
     while file.read(2**20):
         pass
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
-
-    Decoders raise OSError too, but without an error number.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise SystemFault(path, error, "cannot be read ({})") from None
 
 
 def digest(image: Image.Image) -> int:
@@ -165,7 +138,7 @@ def _read(path: Path) -> Picture:
         try:
             Image.open(file, formats=_formats())
         except Exception:
-            _read_through(file)
+            read_through(file)
             raise
         file.seek(0)
         content = file.read()  # only an image is held as a whole, no video

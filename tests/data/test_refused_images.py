@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.images import Unreadable, is_image, read_image, refusal
+from diffusion.data.folders import refusal
+from diffusion.data.images import Unreadable, is_image, read_image
 from diffusion.errors import SystemFault
 from tests.data.encoders import png, tiff
 from tests.data.pixels import BYTES, DEEP, H, W, differ, save
