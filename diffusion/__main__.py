@@ -101,13 +101,14 @@ def apply_preset(arguments: argparse.Namespace) -> None:
 def import_data(arguments: argparse.Namespace) -> None:
     from diffusion.data.importing import import_data
 
-    import_data(
-        arguments.path,
-        arguments.name,
-        Paths(),
-        link=arguments.link,
-        split_names_as_classes=arguments.split_names_as_classes,
-    )
+    with stoppable():
+        import_data(
+            arguments.path,
+            arguments.name,
+            Paths(),
+            link=arguments.link,
+            split_names_as_classes=arguments.split_names_as_classes,
+        )
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -171,7 +172,8 @@ def promote(arguments: argparse.Namespace) -> None:
 def apply_run(arguments: argparse.Namespace) -> None:
     from flows import apply
 
-    apply.apply(arguments.run, force=arguments.force)
+    with stoppable():
+        apply.apply(arguments.run, force=arguments.force)
 
 
 def list_runs(_: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel import yaml
+from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
 from diffusion.files import write_atomic
@@ -38,11 +39,11 @@ def apply(run: str, force: bool) -> None:
         raise UserError(
             f"{' and '.join(lost)}: changes that are not committed would be lost; commit them, or repeat with --force"
         )
-    stages = _stages(new["dvc.lock"])
+    stages = _stages(source / "dvc.lock", new["dvc.lock"])
     raw = [file for file in _raw_data(source) if not file.exists()]
     made = {*_outputs(stages), *(file.with_suffix("") for file in raw)}
     absent = [path for path in made if not path.exists()]
-    kept = [path for path in _outputs(_stages(old["dvc.lock"])) if path.exists()]
+    kept = [path for path in _outputs(_stages(Path("dvc.lock"), old["dvc.lock"])) if path.exists()]
     _save_to_cache(source)
     try:
         for name, content in new.items():
@@ -96,9 +97,12 @@ def _raw_data(source: Path) -> list[Path]:
     return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
 
 
-def _stages(lock: bytes | None) -> dict[str, Any]:
-    """The stages in the content of a dvc.lock."""
-    return yaml.YAML(typ="safe").load(lock)["stages"] if lock else {}
+def _stages(path: Path, lock: bytes | None) -> dict[str, Any]:
+    """The stages in a dvc.lock, given its content; raises UserError that names it if it is damaged."""
+    try:
+        return dict(yaml.YAML(typ="safe").load(lock)["stages"]) if lock else {}
+    except (YAMLError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: not a lock file of DVC; delete it or restore it") from None
 
 
 def _outputs(stages: dict[str, Any]) -> list[Path]:

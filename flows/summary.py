@@ -63,13 +63,16 @@ def write(directory: Path, summary: Summary) -> None:
 
 
 def read(directory: Path) -> Summary:
-    """The summary in a workspace; raises UserError if its run is not finished."""
+    """The summary in a workspace; raises UserError if its run is not finished, or the file is damaged."""
+    file = directory / "summary.json"
     try:
-        content = json.loads((directory / "summary.json").read_text())
+        content = json.loads(file.read_text())
+        return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
     except FileNotFoundError:
         state = workspace.state_of(directory, workspace.Run.read(directory))
         raise UserError(f"run {directory.name!r}: {state}, so there is no summary") from None
-    return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file}: damaged; the run's results are in {directory / 'reports'}") from None
 
 
 def show(run: str | None) -> None:

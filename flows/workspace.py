@@ -24,6 +24,7 @@ from diffusion.environment import setting
 from diffusion.errors import UserError
 from diffusion.files import write_json, writing
 from diffusion.paths import Paths
+from diffusion.progress import say
 
 State = Literal["running", "completed", "failed", "cancelled", "crashed"]
 
@@ -45,7 +46,11 @@ class Run:
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
-        return cls(**json.loads((workspace / "run.json").read_text()))
+        file = workspace / "run.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{file}: damaged; delete {workspace}, which cannot be used any more") from None
 
     def write(self, workspace: Path) -> None:
         write_json(workspace / "run.json", asdict(self))
@@ -149,9 +154,8 @@ def list_runs() -> None:
     runs, days = kept()
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
-        report = Paths(workspace).evaluate_report
-        mse = f"{json.loads(report.read_text())['mse']:.4f}" if report.exists() else ""
-        rows.append((run.name, run.created[:16].replace("T", " "), state_of(workspace, run), mse))
+        created = run.created[:16].replace("T", " ")
+        rows.append((run.name, created, state_of(workspace, run), _mse(Paths(workspace).evaluate_report)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -159,6 +163,13 @@ def list_runs() -> None:
         f"\nA new run removes all but the last {runs} runs (DDPM_KEEP_RUNS), and those that ended more than "
         f"{days:g} days ago (DDPM_KEEP_DAYS)."
     )
+
+
+def _mse(report: Path) -> str:
+    try:
+        return f"{json.loads(report.read_text())['mse']:.4f}" if report.exists() else ""
+    except (ValueError, TypeError, KeyError):
+        return "damaged"
 
 
 def kept() -> tuple[int, float]:
@@ -277,11 +288,15 @@ def _clean(runs: Path) -> None:
 
 
 def _workspaces(runs: Path) -> list[tuple[Path, Run]]:
-    """All workspaces, the one whose run ended last at the end."""
+    """All workspaces, the one whose run ended last at the end; damaged ones are named and left out."""
     found = []
     for file in runs.glob("[!.]*/run.json"):
-        with suppress(FileNotFoundError):  # removed meanwhile
+        try:
             found.append((file.parent, Run.read(file.parent)))
+        except FileNotFoundError:  # removed meanwhile
+            pass
+        except UserError as error:
+            say(str(error))
     return sorted(found, key=lambda each: (each[1].ended or each[1].created, each[0].name))
 
 

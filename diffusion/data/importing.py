@@ -8,6 +8,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from filelock import FileLock
+
 from diffusion.data import shards
 from diffusion.data.folders import files_below
 from diffusion.data.noise import Split
@@ -32,6 +34,19 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"--name {name!r}: must be letters, digits, - and _ only, since it names a folder of data/raw")
     source = open_source(path, split_names_as_classes)
+    with writing(paths.state):
+        paths.state.mkdir(exist_ok=True)
+    # One import at a time: what is undone after an error must not be another one's.
+    with FileLock(paths.state / "import.lock"):
+        place, ignored = _bring_under_dvc(path, name, paths, link)
+    confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
+    print(_description(source))
+    print(f"\nTo use it, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}\nand keep its record in git:\n")
+    print(f"git add {place}.dvc {ignored}")
+
+
+def _bring_under_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
+    """Bring a source under data/raw and DVC; gives its path, and that of the .gitignore beside it, from the root."""
     target = paths.raw / (f"{name}.npz" if path.is_file() else name)
     tracked = target.with_name(f"{target.name}.dvc")
     for taken in (target, tracked):
@@ -51,11 +66,7 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
         else:
             ignored.unlink(missing_ok=True)
         raise
-    place = target.relative_to(paths.root).as_posix()
-    confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
-    print(_description(source))
-    print(f"\nTo use it, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}\nand keep its record in git:\n")
-    print(f"git add {place}.dvc {ignored.relative_to(paths.root).as_posix()}")
+    return target.relative_to(paths.root).as_posix(), ignored.relative_to(paths.root).as_posix()
 
 
 def _description(source: Source) -> str:

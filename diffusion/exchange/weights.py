@@ -90,7 +90,8 @@ def to_diffusers(net: UNet) -> dict[str, Tensor]:
 
 
 def from_diffusers(weights: Mapping[str, Tensor], net: UNet, freq_shift: int, flip_sin_to_cos: bool) -> None:
-    """Give `net` the weights of a UNet2DModel; raises UserError naming a tensor that is missing, or one too many."""
+    """Give `net` the weights of a UNet2DModel; raises UserError naming a tensor that is missing,
+    not finite, or one too many."""
     found = {_new_name(name): tensor for name, tensor in weights.items()}
     state = {FREQUENCIES: frequencies(len(net.conditions.time.frequencies), freq_shift)}
     for ours, theirs in names(net).items():
@@ -103,6 +104,8 @@ def from_diffusers(weights: Mapping[str, Tensor], net: UNet, freq_shift: int, fl
                 raise UserError(
                     f"the tensor {name} is {tuple(found[name].shape)}, but config.json makes it {tuple(part)}"
                 )
+            if not found[name].isfinite().all():
+                raise UserError(f"the tensor {name} holds NaN or infinite numbers")
         state[ours] = torch.cat([found.pop(name) for name in theirs]).reshape(shape)
     if found:
         raise UserError(f"the tensor {min(found)} is not one of such a network")

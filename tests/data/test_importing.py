@@ -1,13 +1,20 @@
 """`ddpm import`, through the command line and with the real DVC."""
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
+
+from diffusion.data import importing
+from diffusion.errors import UserError
+from diffusion.paths import Paths
 
 
 def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -151,3 +158,43 @@ def test_an_error_of_dvc_says_what_happened(tree: Path) -> None:
     assert "Not a directory" in done.stderr
     assert "support" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ddpm import: error: dvc add data/raw/own: unexpected error - ")
+
+
+def test_of_two_imports_with_one_name_the_second_is_refused_and_the_first_is_whole(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc_add, reached, go_on = importing._dvc_add, threading.Event(), threading.Event()
+
+    def slow(target: Path, root: Path, link: bool) -> None:
+        reached.set()
+        assert go_on.wait(60)
+        dvc_add(target, root, link)
+
+    monkeypatch.setattr(importing, "_dvc_add", slow)
+    first = threading.Thread(target=importing.import_data, args=(tree / "elsewhere", "own", Paths(tree), False))
+    first.start()
+    assert reached.wait(60)
+    threading.Timer(0.5, go_on.set).start()
+    with pytest.raises(UserError, match="exists already"):
+        importing.import_data(tree / "elsewhere" / "a", "own", Paths(tree), link=False)
+    first.join()
+    assert sorted(path.name for path in (tree / "data/raw/own").rglob("*.png")) == ["1.png", "2.png"]
+    assert (tree / "data/raw/own.dvc").exists()
+    assert (tree / "data/raw/.gitignore").read_text() == "/own\n"
+
+
+def test_sigterm_leaves_nothing_of_an_import(tree: Path) -> None:
+    for number in range(3000):
+        (tree / "elsewhere" / "a" / f"{number}.png").write_bytes((tree / "elsewhere" / "a" / "1.png").read_bytes())
+    before = status(tree)
+    command = [sys.executable, "-m", "diffusion", "import", "elsewhere", "--name", "own"]
+    process = subprocess.Popen(command, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tree / "data" / "raw").glob(".own.*/own/a/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert said.splitlines()[-1] == "ddpm import: stopped by SIGTERM"
+    assert process.returncode == 128 + signal.SIGTERM
+    assert status(tree) == before

@@ -152,6 +152,7 @@ def test_weights_that_do_not_fit(tree: Path, published: Path, capsys: pytest.Cap
             "the tensor conv_in.weight is (3,), but config.json makes it (128, 1, 3, 3)",
         ),
         ({"more": torch.zeros(3)}, "the tensor more is not one of such a network"),
+        ({"conv_out.bias": torch.tensor([torch.nan])}, "the tensor conv_out.bias holds NaN or infinite numbers"),
     ):
         save_file(weights | change, tree / WEIGHTS)
         assert refusal(capsys, "import-diffusers", ".") == f"{WEIGHTS}: {reason}"

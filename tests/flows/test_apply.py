@@ -156,3 +156,9 @@ def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.Captu
     workspace.dvc(Path(), "add", "data/raw/mine")
     apply.apply("one", force=False)
     assert "warning: data/raw/mine.dvc differ from the run's" in capsys.readouterr().err
+
+
+def test_a_damaged_lock_file_is_named(run: Path) -> None:
+    (run / "dvc.lock").write_text("stages: [")
+    with pytest.raises(UserError, match=r"one/dvc\.lock: not a lock file of DVC; delete it or restore it"):
+        apply.apply("one", force=True)

@@ -16,7 +16,7 @@ from prefect.exceptions import TerminationSignal
 
 from diffusion import params
 from diffusion.errors import UserError
-from flows import dvc_stage, workspace
+from flows import dvc_stage, summary, workspace
 from tests.flows.conftest import git
 
 RUNS = Path(".ddpm/runs")
@@ -247,6 +247,25 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "14 days ago (DDPM_KEEP_DAYS)" in kept
     rows = {line.split()[0]: line.split()[3:] for line in table.splitlines()[1:]}
     assert rows == {"red-fox": ["crashed"], "red-hen": ["completed"], "red": ["completed", "0.2500"]}
+
+
+@pytest.mark.usefixtures("repository")
+def test_damaged_files_of_a_run_are_named_and_the_others_still_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("red", "green", "blue"):
+        make(name)
+    (RUNS / "red" / "run.json").write_text("")
+    (RUNS / "green" / "reports").mkdir()
+    (RUNS / "green" / "reports" / "evaluate.json").write_text("[]")
+    workspace.list_runs()
+    told = capsys.readouterr()
+    assert "red/run.json: damaged; delete" in told.err
+    rows = {line.split()[0]: line.split()[3:] for line in told.out.split("\n\n")[0].splitlines()[1:]}
+    assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
+    with pytest.raises(UserError, match="no such run; there are"):
+        workspace.find("red")
+    (RUNS / "blue" / "summary.json").write_text('{"stages": 1}')
+    with pytest.raises(UserError, match=r"blue/summary\.json: damaged"):
+        summary.read(RUNS / "blue")
 
 
 @pytest.mark.usefixtures("repository")
