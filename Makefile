@@ -6,6 +6,13 @@ PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 ARGS ?=
 
+# PORTABLE=1 limits torch's libraries to what every x86-64 processor with AVX2 computes alike.
+ifdef PORTABLE
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export MKL_CBWR := COMPATIBLE
+endif
+
 export PREFECT_PORT MLFLOW_PORT
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PREFECT_HOME := $(CURDIR)/.ddpm/prefect

@@ -96,11 +96,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, float]], columns: Sequence
     write_atomic(path, buffer.getvalue().encode())
 
 
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows that `write_csv` wrote, all numbers as float."""
-    return parse_csv(path.read_bytes())
-
-
 def parse_csv(content: bytes) -> list[dict[str, float]]:
     """The rows of a file that `write_csv` wrote, all numbers as float."""
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""))

@@ -1,5 +1,6 @@
 """train, evaluate and export through the real commands, on the digits with a tiny network."""
 
+import copy
 import json
 import os
 import shutil
@@ -23,9 +24,11 @@ from diffusion.data.pairs import Pairs
 from diffusion.evaluation import wiener
 from diffusion.evaluation.heldout import predictions, quick_mse
 from diffusion.evaluation.noise_prediction import baselines, collect
-from diffusion.files import read_csv
-from diffusion.model import load_model
+from diffusion.export.denoiser import Step
+from diffusion.files import parse_csv
+from diffusion.model import Model, load_model
 from diffusion.paths import Paths
+from tests.rounding import assert_rounds_alike
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
@@ -53,6 +56,18 @@ def env(**changes: str) -> dict[str, str]:
 def change(tree: Path, changes: dict[str, Any]) -> None:
     path = tree / "params.yaml"
     yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), changes))
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    return parse_csv(path.read_bytes())
+
+
+def steps(model: Model) -> dict[torch.dtype, Step]:
+    """A model's step in float32 and in float64."""
+    return {
+        dtype: Step(copy.deepcopy(model.net).to(dtype), model.process.parameterization)
+        for dtype in (torch.float32, torch.float64)
+    }
 
 
 def digests(tree: Path) -> dict[str, str]:
@@ -91,7 +106,10 @@ def test_train_writes_what_it_promises(whole_tree: Path) -> None:
     loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
     assert [row["step"] for row in loss] == [50, 100, 150, 200]
     assert loss[-1]["loss"] < loss[0]["loss"]
-    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [100, 200]
+    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [
+        100,
+        200,
+    ]
     assert sorted(path.name for path in (whole_tree / "reports/previews").iterdir()) == [
         "SHA256SUMS",
         "step-00000100.png",
@@ -154,8 +172,8 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
     for size in (1, 5):
         x_t, t = torch.randn(size, 1, 8, 8), torch.randint(1000, (size,))
         (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy()})
-        expected = model.process.parameterization.to_eps(model.net(x_t, t), x_t, t)
-        np.testing.assert_allclose(eps_hat, expected.numpy(), atol=1e-5)
+        expected, float64 = (step(x_t.to(dtype), t)[0] for dtype, step in steps(model).items())
+        assert_rounds_alike(torch.from_numpy(eps_hat), expected, float64)
     facts = {prop.key: prop.value for prop in graph.metadata_props}
     assert facts["ddpm.num_timesteps"] == "1000"
     assert json.loads(facts["ddpm.alpha_bar"]) == model.process.schedule.alpha_bar.tolist()
@@ -195,10 +213,10 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
     x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 50, 99]), torch.tensor([3, -1, 9, 0])
     inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()}
-    eps_hat, x_0_hat = session.run(["eps_hat", "x_0_hat"], inputs)
-    out = model.net(x_t, t, y)[:, :1]
-    np.testing.assert_allclose(eps_hat, model.process.parameterization.to_eps(out, x_t, t).numpy(), atol=1e-4)
-    np.testing.assert_allclose(x_0_hat, out.numpy(), atol=1e-4)
+    found = session.run(["eps_hat", "x_0_hat"], inputs)
+    expected = (step(x_t.to(dtype), t, y) for dtype, step in steps(model).items())
+    for output, float32, float64 in zip(found, *expected, strict=True):
+        assert_rounds_alike(torch.from_numpy(output), float32, float64)
     # The analytic variance needs no other training.
     assert model.config.x_0_mse is not None
     change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})

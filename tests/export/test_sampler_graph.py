@@ -1,5 +1,7 @@
 """The whole loop in ONNX Runtime, against the samplers in torch."""
 
+import copy
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,7 @@ from diffusion.process import build
 from diffusion.process.sampler import sample
 from tests.nn.networks import NUM_CLASSES, network, options, randomize
 from tests.process import fakes
+from tests.rounding import assert_rounds_alike
 
 SHAPE = (3, 7, 10)
 PROCESS = fakes.PROCESS | {"parameterization": "v", "num_timesteps": 100}
@@ -55,17 +58,19 @@ def given(count: int, steps: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def pictures(model: Model, settings: params.Sample, inputs: dict[str, Any]) -> torch.Tensor:
+def pictures(model: Model, settings: params.Sample, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     def noise(place: int) -> torch.Tensor:
-        return torch.from_numpy(inputs["noise"] if place == 0 else inputs["steps_noise"][place - 1])
+        return torch.from_numpy(inputs["noise"] if place == 0 else inputs["steps_noise"][place - 1]).to(dtype)
 
+    model = dataclasses.replace(model, net=copy.deepcopy(model.net).to(dtype))
     timesteps = build.sampling_timesteps(settings, model.process.schedule)
     return sample(model.sampler(settings, torch.from_numpy(inputs["y"])), noise, timesteps)
 
 
-def same(found: list[Any], expected: torch.Tensor) -> None:
+def same(found: list[Any], model: Model, settings: params.Sample, inputs: dict[str, Any]) -> None:
     images, x_0 = found
-    np.testing.assert_allclose(x_0, expected.numpy(), rtol=0, atol=2e-4)
+    expected, exact = (pictures(model, settings, inputs, dtype) for dtype in (torch.float32, torch.float64))
+    assert_rounds_alike(torch.from_numpy(x_0), expected, exact)
     off = np.abs(images.astype(int) - to_uint8(expected.numpy()).transpose(0, 2, 3, 1))
     assert images.dtype == np.uint8
     assert off.max() <= 1
@@ -83,7 +88,7 @@ def test_the_graph_makes_the_pictures_of_the_sampler(changes: dict[str, object],
     assert names == ["noise", "steps_noise" if stochastic else "steps", *(["y", "guidance"] if classes else [])]
     for count in (1, 4):
         inputs = given(count, 5)
-        same(found.run(None, {name: inputs[name] for name in names}), pictures(model, settings, inputs))
+        same(found.run(None, {name: inputs[name] for name in names}), model, settings, inputs)
 
 
 @pytest.mark.parametrize("threshold", ["none", "clip", "dynamic"])
@@ -94,7 +99,7 @@ def test_thresholds(threshold: str) -> None:
     found = session(sampler_graph.to_onnx(step, model, settings)).run(
         None, {name: inputs[name] for name in ("noise", "steps")}
     )
-    same(found, pictures(model, settings, inputs))
+    same(found, model, settings, inputs)
 
 
 def test_another_number_of_steps_can_be_asked_for() -> None:
@@ -103,7 +108,7 @@ def test_another_number_of_steps_can_be_asked_for() -> None:
     found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 3)
     for steps in (0, 1, 9, sampler_graph.FREE, 60):
         asked = {"noise": inputs["noise"], "steps": np.array([steps])}
-        same(found.run(None, asked), pictures(model, settings.model_copy(update={"steps": steps or 60}), inputs))
+        same(found.run(None, asked), model, settings.model_copy(update={"steps": steps or 60}), inputs)
     for steps in (-(2**63), -70, -61, -50, -1, 51, 55, 59, 61, 62, 2**63 - 1):
         with pytest.raises(Exception, match="steps must be 1 to 50, or 60, or 0"):
             found.run(None, {"noise": inputs["noise"], "steps": np.array([steps])})
@@ -114,7 +119,7 @@ def test_a_stochastic_sampler_takes_a_step_for_each_noise() -> None:
     settings = fakes.options(sampler="ddpm", steps=5, threshold="clip")
     found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 8)
     asked = {name: inputs[name] for name in ("noise", "steps_noise")}
-    same(found.run(None, asked), pictures(model, settings.model_copy(update={"steps": 8}), inputs))
+    same(found.run(None, asked), model, settings.model_copy(update={"steps": 8}), inputs)
     for steps in (51, 60):
         with pytest.raises(Exception, match="steps_noise must be for 1 to 50 steps"):
             found.run(None, asked | {"steps_noise": np.zeros((steps, 2, *SHAPE), np.float32)})
@@ -126,7 +131,7 @@ def test_guidance_can_be_given(guidance: float) -> None:
     settings = fakes.options(sampler="dpm-solver++", steps=4, threshold="clip", guidance=1.5)
     found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(4, 4)
     asked = {name: inputs[name] for name in ("noise", "steps", "y")} | {"guidance": np.array([guidance], np.float32)}
-    same(found.run(None, asked), pictures(model, settings.model_copy(update={"guidance": guidance}), inputs))
+    same(found.run(None, asked), model, settings.model_copy(update={"guidance": guidance}), inputs)
 
 
 def test_the_weights_are_in_the_loop_and_nowhere_else() -> None:

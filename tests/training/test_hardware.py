@@ -13,6 +13,7 @@ from diffusion.training import hardware
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead
 from tests.nn.networks import CONDITIONINGS, network, noise, randomize
+from tests.rounding import assert_rounds_alike
 
 CPU = torch.device("cpu")
 
@@ -55,15 +56,18 @@ def test_recomputed_blocks_keep_less(params: Params) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch warns of itself
 def test_a_compiled_network_gives_the_same_within_rounding(params: Params) -> None:
-    def without_dropout(**options: Any) -> list[Tensor]:
-        net = randomize(network((1, 8, 8), "uvit", "adaln", depth=1, patch_size=4))
-        made = hardware.runnable(net, params.train.model_copy(update=options), World())
-        out = made(noise(4, 1, 8, 8), torch.tensor([1, 2, 3, 500]), None)
+    def without_dropout(compiled: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The output and all gradients."""
+        net = randomize(network((1, 8, 8), "uvit", "adaln", depth=1, patch_size=4)).to(dtype)
+        made = hardware.runnable(net, params.train.model_copy(update={"compile": compiled}), World())
+        out = made(noise(4, 1, 8, 8).to(dtype), torch.tensor([1, 2, 3, 500]), None)
         out.square().mean().backward()
-        return [out.detach(), *[parameter.grad for parameter in net.parameters() if parameter.grad is not None]]
+        gradients = [parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None]
+        return out.detach(), torch.cat(gradients)
 
-    for one, other in zip(without_dropout(compile=False), without_dropout(compile=True), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    kinds = ((True, torch.float32), (False, torch.float32), (False, torch.float64))
+    for of_each in zip(*(without_dropout(*kind) for kind in kinds), strict=True):
+        assert_rounds_alike(*of_each)
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])

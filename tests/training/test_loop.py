@@ -287,10 +287,12 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(params: Params) -> None:
     gradients = []
     for parts in (1, 4):
         state = new_state(params)
+        state.net.double()
         options = params.train.model_copy(update={"accumulate": parts})
         trainer = loop.Trainer(options, 0, processes.process(params.process).loss, fetch, state.net)
         x_0, t, eps, y, _ = (torch.from_numpy(array) for array in fetch(0))
-        loss = loop.backward(trainer, x_0, t, eps, y, torch.linspace(0, 2, 64))
+        weights = torch.linspace(0, 2, 64, dtype=torch.float64)
+        loss = loop.backward(trainer, x_0.double(), t, eps.double(), y, weights)
         gradients.append([loss, *[parameter.grad for parameter in state.net.parameters()]])
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

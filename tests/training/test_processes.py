@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from diffusion.errors import Echo, UserError
-from diffusion.files import read_csv
+from diffusion.files import parse_csv
 from diffusion.params import Params
 from diffusion.stages.train import check_devices
 from diffusion.training.distributed import joined
@@ -27,14 +27,19 @@ def weights(tree: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_nearly_same(one: Path, other: Path) -> None:
+    """But for the order of sums, whose rounding grows over the steps. A picture or a gradient that was left out would
+    change losses by per cents, and the weights by a good part of what they have moved."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=1e-3)
+    whole, difference = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in (ours.values(), [tensor - theirs[name] for name, tensor in ours.items()])
+    )
+    assert difference < 1e-4 * whole
     for file in ("loss.csv", "heldout.csv"):
-        curves = [read_csv(tree / "reports/train_curves" / file) for tree in (one, other)]
+        curves = [parse_csv((tree / "reports/train_curves" / file).read_bytes()) for tree in (one, other)]
         for row, expected in zip(*curves, strict=True):
-            assert row == pytest.approx(expected, rel=1e-4)
+            assert row == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
