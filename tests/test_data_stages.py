@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,7 @@ from PIL import Image
 from diffusion.data.pairs import Pairs
 from diffusion.params import Params
 from diffusion.process import build
-
-
-def run(tree: Path, stage: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "diffusion", stage], cwd=tree, capture_output=True, text=True)
+from tests.training import trees
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -26,7 +21,7 @@ def digests(directory: Path) -> dict[str, str]:
 def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: Params) -> None:
     made = []
     for _ in range(2):  # the second time over the results of the first
-        shard, pairs = run(digits_tree, "shard"), run(digits_tree, "pairs")
+        shard, pairs = trees.run(digits_tree, "shard"), trees.run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
             "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 rejected"
         ), shard.stderr
@@ -65,7 +60,7 @@ def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
         path.with_name(f"note{number}.txt").write_text("no image")
     text = (digits_tree / "params.yaml").read_text()
     (digits_tree / "params.yaml").write_text(text.replace("data/raw/digits.npz", "data/raw/own"))
-    done = run(digits_tree, "shard")
+    done = trees.run(digits_tree, "shard")
     assert done.returncode == 0, done.stderr
     reason = "not an image, or of a kind that Pillow cannot read"
     assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
@@ -89,7 +84,7 @@ def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> N
     (digits_tree / "data" / "raw" / "own" / "dog").symlink_to(digits_tree / "elsewhere")
     text = (digits_tree / "params.yaml").read_text()
     (digits_tree / "params.yaml").write_text(text.replace("data/raw/digits.npz", "data/raw/own"))
-    done = run(digits_tree, "shard")
+    done = trees.run(digits_tree, "shard")
     assert done.returncode == 1
     assert done.stderr.startswith(
         "ddpm shard: error: data/raw/own/dog: a link to a folder, whose changes DVC would not"
@@ -100,7 +95,7 @@ def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> N
 def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:
     (digits_tree / "data" / "shards").mkdir()
     (digits_tree / "data" / "raw" / "digits.npz").unlink()
-    done = run(digits_tree, "shard")
+    done = trees.run(digits_tree, "shard")
     assert (done.returncode, done.stderr) == (
         1,
         "ddpm shard: error: data/raw/digits.npz: no such file or folder\n",
@@ -109,7 +104,7 @@ def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: P
 
 
 def test_missing_shards_take_one_line(digits_tree: Path) -> None:
-    done = run(digits_tree, "pairs")
+    done = trees.run(digits_tree, "pairs")
     assert done.returncode == 1
     assert done.stderr == (
         "ddpm pairs: error: data/shards/manifest.json: No such file or directory; `dvc repro shard` writes it\n"

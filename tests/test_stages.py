@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +28,7 @@ from diffusion.files import parse_csv
 from diffusion.model import Model, load_model
 from diffusion.paths import Paths
 from tests.rounding import assert_rounds_alike
+from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
@@ -40,17 +40,6 @@ TINY: dict[str, Any] = {
     "export": {"variants": ["int8"], "max_loss": 1.0},
 }
 OUTPUTS = ("models", "reports")
-
-
-def ddpm(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diffusion", *arguments]
-    return subprocess.run(command, cwd=tree, env=env(**environment), capture_output=True, text=True, check=False)
-
-
-def env(**changes: str) -> dict[str, str]:
-    # Nothing listens there: what the stages write must not depend on MLflow.
-    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
-    return os.environ | away | changes
 
 
 def change(tree: Path, changes: dict[str, Any]) -> None:
@@ -84,7 +73,7 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
     change(tree, TINY)
     for stage in ("shard", "pairs"):
-        assert ddpm(tree, stage).returncode == 0
+        assert trees.run(tree, stage).returncode == 0
     return tree
 
 
@@ -94,7 +83,7 @@ def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tree = tmp_path_factory.mktemp("whole") / "tree"
     shutil.copytree(pairs_tree, tree)
     for stage in ("train", "evaluate", "export"):
-        done = ddpm(tree, stage)
+        done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
     return tree
 
@@ -203,7 +192,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     }
     change(tree, changes)
     for stage in ("pairs", "train", "evaluate", "export"):
-        done = ddpm(tree, stage)
+        done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
     report = json.loads((tree / "reports/evaluate.json").read_text())
     assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
@@ -220,7 +209,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     # The analytic variance needs no other training.
     assert model.config.x_0_mse is not None
     change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
-    done = ddpm(tree, "evaluate")
+    done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
 
 
@@ -228,7 +217,7 @@ def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_pa
     tree = tmp_path / "tree"
     shutil.copytree(whole_tree, tree)
     shutil.rmtree(tree / "reports")
-    done = ddpm(tree, "evaluate")
+    done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
     assert "<h2>Training</h2>" not in (tree / "reports/report.html").read_text()
 
@@ -247,7 +236,7 @@ def test_a_check_that_fails_leaves_no_model(whole_tree: Path, tmp_path: Path, fi
     tree = tmp_path / "tree"
     shutil.copytree(whole_tree, tree)
     change(tree, {"export": {field: 1e-12}})
-    done = ddpm(tree, "export")
+    done = trees.run(tree, "export")
     assert done.returncode == 1
     assert line in done.stderr
     assert "Traceback" not in done.stderr
@@ -258,21 +247,16 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, who
     """SIGTERM: a checkpoint, exit status 143, and the next run ends with the bytes of an uninterrupted one."""
     tree = tmp_path / "tree"
     shutil.copytree(pairs_tree, tree)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffusion", "train"], cwd=tree, env=env(), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step 100: held-out" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    asked = time.monotonic()
-    _, rest = process.communicate(timeout=30)
+    with trees.start(tree) as process:
+        trees.wait_for(process, "step 100: held-out")
+        process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        _, rest = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM, rest
     assert time.monotonic() - asked < 10
     assert list((tree / ".ddpm/checkpoints").glob("*/*.safetensors"))
     assert not (tree / "models").exists()
-    again = ddpm(tree, "train")
+    again = trees.run(tree, "train")
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
     records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
@@ -285,7 +269,7 @@ def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) 
     tree = tmp_path / "tree"
     shutil.copytree(pairs_tree, tree)
     change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
-    done = ddpm(tree, "train")
+    done = trees.run(tree, "train")
     assert done.returncode == 1
     assert "made for another noise schedule (cosine, 1000 timesteps)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -297,9 +281,8 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
     shutil.rmtree(tree / "data/shards")
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusion", "shard"], cwd=tree, env=env(), stderr=writing, check=False
-    )
+    command, environment = [*trees.TRAIN[:-1], "shard"], os.environ | trees.ENVIRONMENT
+    done = subprocess.run(command, cwd=tree, env=environment, stderr=writing, check=False)
     os.close(writing)
     assert done.returncode == 0
     assert (tree / "data/shards/manifest.json").exists()
@@ -338,7 +321,7 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
 def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     shutil.copy(pairs_tree / "params.yaml", tmp_path)
     change(tmp_path, changes)
-    done = ddpm(tmp_path, "train")
+    done = trees.run(tmp_path, "train")
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -347,11 +330,11 @@ def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes
 def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(pairs_tree, tree)
-    done = ddpm(tree, "evaluate")
+    done = trees.run(tree, "evaluate")
     assert done.returncode == 1
     assert done.stderr.endswith("models/ddpm/config.json: No such file or directory; `dvc repro train` writes it\n")
     (tree / "data/pairs/manifest.json").unlink()
-    done = ddpm(tree, "train")
+    done = trees.run(tree, "train")
     assert done.returncode == 1
     assert "data/pairs/manifest.json" in done.stderr
     assert "dvc repro pairs" in done.stderr

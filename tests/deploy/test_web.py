@@ -26,6 +26,7 @@ STEPS = 4
 OFF_BY_ONE = 0.001
 """So many values may be off by one: WebAssembly sums in another order, and some values lie between two grey levels."""
 CHROMIUM = ("chromium", "chromium", "chromium-browser", "google-chrome")
+expect.set_options(timeout=60_000)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 READ = """canvases => canvases.map(canvas => {
     const { width, height, data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -84,7 +85,7 @@ def model(site: Path, sampler: str, classes: bool) -> Path:
 
 def made(page: Page, count: int) -> NDArray[np.uint8]:
     """The page's pictures, uint8 (B, H, W, 3), when as many as these are ready."""
-    expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ", timeout=60_000)
+    expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ")
     expect(page.locator("#pictures [data-made=true]")).to_have_count(count)
     return read(page, "#pictures canvas")
 

@@ -23,7 +23,7 @@ TINY = {
     "network": {"base_channels": 8, "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": []},
     "train": {"steps": 20, "batch_size": 64, "warmup_steps": 2, "log_every": 5, "preview_every": 10},
     "sample": {"steps": 5, "count": 4},
-    "evaluate": {"resamples": 100},
+    "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},
 }
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -73,7 +73,7 @@ def test_a_server_that_is_killed_is_served_again_by_another_process(up: Command,
 def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Command, clone: Path) -> None:
     servers = [server(clone, name) for name in ("prefect", "mlflow")]
     os.kill(int((clone / ".ddpm" / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: "another process answers" in status(up)["mlflow"], 10)
+    wait_for(lambda: "another process answers" in status(up)["mlflow"], 60)
     assert "stopped, but another process answers" in status(up)["prefect"]
     assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
     assert not any(process.is_running() for process in servers)

@@ -17,6 +17,6 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(trees.ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
     trees.change(tree, trees.TINY)
     for stage in ("shard", "pairs"):
-        done = trees.run(tree, *trees.TRAIN[:-1], stage)
+        done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
     return tree

@@ -57,7 +57,7 @@ def trained(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stage_that_cannot_write_says_where(trained: Path, tmp_path: Path, stage: str, limit: int, path: str) -> None:
     tree = trees.copy(trained, tmp_path / "tree")
     before = entries(tree)
-    done = trees.run(tree, sys.executable, "-c", LIMITED, str(limit), stage)
+    done = trees.run_apart(tree, sys.executable, "-c", LIMITED, str(limit), stage)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ddpm {stage}: error: {path}: cannot be written (File too large); "
@@ -72,7 +72,7 @@ def test_a_full_disk_costs_no_step_of_training(trained: Path, pairs_tree: Path, 
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     named = set()
     for files in (0, 4, 14, 22):
-        done = trees.run(tree, sys.executable, "-c", FULL, str(files), "train")
+        done = trees.run_apart(tree, sys.executable, "-c", FULL, str(files), "train")
         assert done.returncode == 1, files
         *_, line = done.stderr.splitlines()
         assert line.startswith("ddpm train: error: ")

@@ -55,7 +55,7 @@ def alone(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two come to."""
     tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("two") / "tree", processes=2)
-    done = trees.run(tree)
+    done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
     assert done.stderr.count("step 40: held-out MSE") == 1
@@ -76,7 +76,7 @@ def test_weights_shared_out_over_two_processes_make_it_too(alone: Path, pairs_tr
         stopped.send_signal(signal.SIGTERM)
         _, rest = stopped.communicate(timeout=60)
     assert stopped.returncode == 128 + signal.SIGTERM, rest
-    done = trees.run(tree)
+    done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert_nearly_same(tree, alone)
@@ -97,7 +97,7 @@ def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
     assert "Traceback" not in rest
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
-    done = trees.run(tree)
+    done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
@@ -195,7 +195,7 @@ def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=3)
-    done = trees.run(tree)
+    done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 1
     assert "train: batch_size (32) must be a multiple of processes x accumulate (3)" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion import yaml_files
 from diffusion.training.checkpoints import SECONDS
+from tests.command import ddpm
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -33,12 +34,8 @@ TINY: dict[str, Any] = {
     "sample": {"steps": 4, "count": 4},
 }
 TRAIN = (sys.executable, "-m", "diffusion", "train")
-
-
-def environment(**more: str) -> dict[str, str]:
-    # Nothing listens there: what is written must not depend on MLflow.
-    given = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return os.environ | given | more
+# Nothing listens there: what is written must not depend on MLflow.
+ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def change(tree: Path, changes: dict[str, Any]) -> None:
@@ -53,17 +50,22 @@ def copy(tree: Path, target: Path, **train: Any) -> Path:
     return target
 
 
-def run(tree: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """A command's end; by default the training's."""
-    return subprocess.run(
-        command or TRAIN, cwd=tree, env=environment(**more), capture_output=True, text=True, check=False
-    )
+def run(tree: Path, stage: str = "train") -> subprocess.CompletedProcess[str]:
+    """A stage's end."""
+    return ddpm(tree, stage, environment=ENVIRONMENT)
+
+
+def run_apart(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """The end of a command in a process of its own."""
+    environment = os.environ | ENVIRONMENT
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
 def start(tree: Path, *command: str, **more: str) -> subprocess.Popen[str]:
     """A training under way, whose standard error is to be read."""
+    environment = os.environ | ENVIRONMENT | more
     return subprocess.Popen(
-        command or TRAIN, cwd=tree, env=environment(**more), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command or TRAIN, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 

@@ -1,0 +1,28 @@
+"""`ddpm` as tests call it where no signal and no environment of its own matter: without another Python to start."""
+
+import io
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
+
+import torch
+
+from diffusion.__main__ import main
+
+
+def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str]) -> CompletedProcess[str]:
+    """A command's end, in the directory `tree` and on one thread."""
+    out, err = io.StringIO(), io.StringIO()
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+    try:
+        with chdir(tree), patch.dict(os.environ, environment), redirect_stdout(out), redirect_stderr(err):
+            status = main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, handler)
+    return CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
