@@ -63,6 +63,7 @@ lint: setup ## Check style and types.
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports --no-cache --no-logo
 
 lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
 	$(PYTHON) -m venv --clear .ddpm/lock

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion import params as parameters
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.model import Config, Model, new_network
-from diffusion.params import Params
-from diffusion.paths import Paths
 from diffusion.process import build
-from diffusion.stages import pairs as pairs_stage
-from diffusion.stages import shard as shard_stage
 from diffusion.training import loop
 from diffusion.training.state import begin
+from flows import params as parameters
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import pairs as pairs_stage
+from flows.stages import shard as shard_stage
 
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
 WEIGHTINGS = [name for name in build.WEIGHTINGS if name != "snr"]

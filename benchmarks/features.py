@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.data.pairs import Pairs
-from diffusion.paths import Paths
+from flows.paths import Paths
 
 FEATURES = 32
 Images = NDArray[np.uint8]

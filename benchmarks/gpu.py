@@ -23,7 +23,7 @@ from gpu_checks import SHAPES, Bench, Facts, cpu_and_gpu, narrow, same_bytes, st
 from torch import Tensor, nn
 
 from diffusion.model import Config, Model, new_network
-from diffusion.params import Sample
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import sample
 from diffusion.training import loop
@@ -187,7 +187,7 @@ def sampling(bench: Bench) -> Iterator[Facts]:
     """Images a second of a 10-step sampler (dpm-solver++) of the network of cifar10."""
     params, size = bench.params("cifar10"), 4 if bench.rehearse else 256
     process = build.process(params.process)
-    options = Sample.model_validate(
+    options = SampleOptions.model_validate(
         params.sample.model_dump() | {"sampler": "dpm-solver++", "steps": 10, "spacing": "quadratic"}
     )
     shape = SHAPES["cifar10"]

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import params as parameters
 from diffusion.data.pairs import Batch
 from diffusion.model import new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
-from diffusion.params import Params
 from diffusion.process import build
 from diffusion.process.parameterization import Eps
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import precision, runnable
 from diffusion.training.state import State, begin
+from flows import params as parameters
+from flows.params import Params
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -165,7 +165,7 @@ def stages(bench: Bench) -> Iterator[Facts]:
 
     def run(tree: Path, name: str) -> float:
         began = time.perf_counter()
-        command = [sys.executable, "-m", "diffusion", name]
+        command = [sys.executable, "-m", "flows", name]
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-1500:]}")
@@ -196,7 +196,7 @@ def _report(tree: Path, name: str) -> Facts:
 
 def _train_and_kill(tree: Path, environment: dict[str, str], after: int) -> str | None:
     """Kill a training once it has a checkpoint of step `after` or later; gives the step of its last one."""
-    command = [sys.executable, "-m", "diffusion", "train"]
+    command = [sys.executable, "-m", "flows", "train"]
     process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline, last = time.monotonic() + 120, None
     while process.poll() is None and time.monotonic() < deadline and int(last or 0) < after:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from diffusion import params as parameters
+from flows import params as parameters
 
 PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 
@@ -53,7 +53,7 @@ def measure(images: int, steps: int) -> dict[str, Any]:
         np.savez(tree / "images.npz", images=rng.integers(0, 256, (images, 28, 28), dtype=np.uint8))
         found: dict[str, Any] = {"images": images}
         for stage in ("shard", "pairs", "train"):
-            found[f"{stage}_mib"] = round(own_memory([sys.executable, "-m", "diffusion", stage], tree) / 2**20)
+            found[f"{stage}_mib"] = round(own_memory([sys.executable, "-m", "flows", stage], tree) / 2**20)
         found["pairs_on_disk_mib"] = round(sum(file.stat().st_size for file in tree.glob("data/pairs/*")) / 2**20)
         return found
 

@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion import params as parameters
 from diffusion.evaluation.samples import to_uint8
 from diffusion.exchange.diffusers import export_model
 from diffusion.export import parity, speed
 from diffusion.model import Model, load_model
-from diffusion.params import Sample
-from diffusion.paths import Paths
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import sample
+from flows import params as parameters
+from flows.paths import Paths
 
 diffusers: Any = importlib.import_module("diffusers")  # it has no types
 MANY_STEPS = 50
@@ -59,7 +59,7 @@ def with_onnx(path: Path) -> Make:
     return make
 
 
-def with_torch(model: Model, options: Sample) -> Make:
+def with_torch(model: Model, options: SampleOptions) -> Make:
     timesteps = build.sampling_timesteps(options, model.process.schedule)
 
     def make(count: int, seed: int) -> Images:

@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffusion import yaml_files
 from diffusion.files import sha256
+from flows import yaml_files
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -40,7 +40,7 @@ def processor() -> str:
 def stage(tree: Path, name: str, environment: dict[str, str]) -> float:
     """Run a stage in `tree`; seconds that it took."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "diffusion", name]
+    command = [sys.executable, "-m", "flows", name]
     done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(done.stderr.decode())

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Model, load_model
-from diffusion.params import Sample
-from diffusion.paths import Paths
+from diffusion.options import SampleOptions
+from flows.paths import Paths
 
 BATCH = 64
 SPACINGS = ("linspace", "quadratic", "log-snr")
@@ -53,8 +53,8 @@ class Setting:
     evaluations: int
     """Evaluations of the network per picture."""
 
-    def options(self, count: int) -> Sample:
-        return Sample.model_validate(
+    def options(self, count: int) -> SampleOptions:
+        return SampleOptions.model_validate(
             {
                 "spacing": self.spacing,
                 "steps": max(self.evaluations // 2, 1) if self.name == "heun" else self.evaluations,

@@ -28,13 +28,10 @@ from pathlib import Path
 
 import torch
 
-from diffusion import params as parameters
-from diffusion import tracking
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.model import Config, Model, new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
-from diffusion.paths import Paths
 from diffusion.process import build
 from diffusion.progress import Progress
 from diffusion.training import loop
@@ -43,6 +40,9 @@ from diffusion.training.hardware import Ahead, precision, runnable
 from diffusion.training.state import begin
 from diffusion.training.stop import StopSignals
 from diffusion.training.watching import Watch, preview_options
+from flows import params as parameters
+from flows import tracking
+from flows.paths import Paths
 
 SIDE = 2048
 IN_MEMORY = 64

@@ -34,17 +34,18 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion import params as parameters
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, Model, new_network
-from diffusion.params import Params, Sample
-from diffusion.paths import Paths
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, runnable
 from diffusion.training.state import begin
+from flows import params as parameters
+from flows.params import Params
+from flows.paths import Paths
 
 MARKS = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 2 / 5, 7 / 10, 1.0)
 """Shares of a training after which its error is measured."""
@@ -267,7 +268,7 @@ def pictures(models: dict[str, Model], judge: features.Judge, count: int, path: 
     for axis, (name, model) in zip(axes, models.items(), strict=True):
         model.net.eval()
         options = {"sampler": "ddim", "steps": 20, "spacing": "linspace", "variance": "fixed-small", "eta": 0.0}
-        sample = Sample.model_validate(options | {"threshold": "clip", "guidance": 1.0, "count": 64})
+        sample = SampleOptions.model_validate(options | {"threshold": "clip", "guidance": 1.0, "count": 64})
         drawn = [draw_samples(model, sample, 0, torch.device("cpu"), first=first) for first in range(0, count, 64)]
         distances[name] = judge.distance(np.concatenate(drawn))
         axis.imshow(plt.imread(BytesIO(grid_png(drawn[0][:49], side=400))), cmap="gray")

@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from diffusion import params
 from diffusion.errors import UserError, describe
 from diffusion.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 from diffusion.nn import build as networks
 from diffusion.nn.layers import Network
+from diffusion.options import NetworkOptions, ProcessOptions, SampleOptions
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.process.denoiser import Guided, Net
@@ -35,8 +35,8 @@ class Config(BaseModel):
     """Channels, height and width of the images."""
     classes: tuple[str, ...]
     """Names of the images' classes, by number; a network without classes was not told of them."""
-    network: params.Network
-    process: params.Process
+    network: NetworkOptions
+    process: ProcessOptions
     x_0_mse: tuple[float, ...] | None
     """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
     scheduler: dict[str, Any] | None = None
@@ -80,12 +80,12 @@ class Model:
         table = None if x_0_mse is None else torch.tensor(x_0_mse, dtype=torch.float64)
         return processes.variance(name, self.process, table)
 
-    def sampler(self, options: params.Sample, y: Tensor | None = None) -> Sampler:
+    def sampler(self, options: SampleOptions, y: Tensor | None = None) -> Sampler:
         """The sampler that `options` describes, for images of the classes `y` int64 (B,)."""
         return processes.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
 
 
-def new_network(shape: tuple[int, int, int], classes: int, network: params.Network, process: params.Process) -> Network:
+def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptions, process: ProcessOptions) -> Network:
     """A network for images of `shape` (C, H, W) of so many classes, and for a process."""
     return networks.network(shape, network, classes, process.learned_variance)
 

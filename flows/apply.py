@@ -11,8 +11,8 @@ from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
 from diffusion.files import write_atomic
-from diffusion.paths import Paths
 from flows import workspace
+from flows.paths import Paths
 
 FILES = ("params.yaml", "dvc.lock")
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from diffusion import dvc_output
-from diffusion.watch import STOP_WITH
+from flows import dvc_output
+from flows.watch import STOP_WITH
 
 Outcome = Literal["cached", "run"]
 SECONDS_TO_STOP = 10.0

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
-from diffusion import params, presets
-from diffusion.paths import Paths
 from diffusion.sections import Section
+from flows import params, presets
+from flows.paths import Paths
 
 Preset = StrEnum("Preset", {name: name for name in presets.names(Paths().presets)})  # type: ignore[misc]
 """Names of the presets in the working tree."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusion.__main__ import STAGES
 from flows import summary, workspace
 from flows.dvc_stage import Outcome
+from flows.stages import STAGES
 
 Log = Callable[[str], object]
 
@@ -52,7 +52,7 @@ def run(
 
 def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
     """Bring the results into MLflow (`ddpm track`); without MLflow the run is none the worse."""
-    command = [sys.executable, "-m", "diffusion", "track", "--json"]
+    command = [sys.executable, "-m", "flows", "track", "--json"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=directory, stdout=pipe, stderr=pipe, text=True, stdin=subprocess.DEVNULL

@@ -5,7 +5,7 @@ import csv
 import json
 from pathlib import Path
 
-from diffusion.paths import Paths
+from flows.paths import Paths
 from flows.summary import Summary
 
 LARGEST_PICTURE = 300_000

@@ -23,11 +23,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from supervisor.xmlrpc import SupervisorTransport
 
-from diffusion.environment import setting
 from diffusion.errors import SystemFault, UserError
 from diffusion.files import write_atomic, write_json
-from diffusion.paths import Paths
 from flows import http, lost_runs, processes
+from flows.environment import setting
+from flows.paths import Paths
 
 POOL, DEPLOYMENT = "ddpm", "train-ddpm"
 Port = Annotated[int, Field(ge=1, le=65535)]

@@ -8,9 +8,9 @@ from typing import Any
 
 from diffusion.errors import UserError
 from diffusion.files import write_json
-from diffusion.paths import Paths
 from flows import workspace
 from flows.dvc_stage import Outcome
+from flows.paths import Paths
 
 METRICS = {"mse": "held-out MSE", "r2": "R²", "bits_per_dim": "bits/dim"}
 

@@ -28,12 +28,12 @@ from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.urls import url_for
 
 from diffusion import progress
-from diffusion.__main__ import STAGES
 from diffusion.errors import SystemFault, UserError
-from diffusion.params import Device, NonNegative
+from diffusion.options import Device, NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
 from flows.parameters import NOTHING, Part, PartOf, Preset, given
+from flows.stages import STAGES
 
 GPU_LIMIT = "gpu"
 """Global concurrency limit that training takes a slot of, where it exists."""

@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from diffusion import dvc_output, params, presets, yaml_files
-from diffusion.environment import setting
 from diffusion.errors import UserError
 from diffusion.files import write_json, writing
-from diffusion.paths import Paths
 from diffusion.progress import say
+from flows import dvc_output, params, presets, yaml_files
+from flows.environment import setting
+from flows.paths import Paths
 
 State = Literal["running", "completed", "failed", "cancelled", "crashed"]
 

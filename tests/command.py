@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from diffusion.__main__ import main
+from flows.__main__ import main
 
 
 def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str]) -> CompletedProcess[str]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import params as parameters
-from diffusion.params import Params
+from flows import params as parameters
+from flows.params import Params
 
 ROOT = Path(__file__).parents[1]
 

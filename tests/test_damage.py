@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import made_with, yaml_files
-from diffusion import params as parameters
-from diffusion.__main__ import main
 from diffusion.errors import UserError
-from diffusion.paths import Paths
+from flows import made_with, yaml_files
+from flows import params as parameters
+from flows.__main__ import main
+from flows.paths import Paths
+from flows.stages import STAGES
 from tests.e2e.conftest import TINY
 
 READERS = {
@@ -99,7 +100,7 @@ def test_a_flipped_bit_is_refused_in_a_line_that_names_the_file(
 def test_every_file_that_is_read_is_tried(finished: Path) -> None:
     """No other file of a stage may come to be read unchecked."""
     unread = {"data/shards/val-000000.tar", "data/shards/test-000000.tar"}  # read as the first one is
-    unread |= {f"reports/made_with/{stage}.json" for stage in made_with.PARAMETERS}  # see the test below
+    unread |= {f"reports/made_with/{stage}.json" for stage in STAGES}  # see the test below
     found = {
         path.relative_to(finished).as_posix()
         for part in ("data/shards", "data/pairs", "models", "reports")
@@ -109,7 +110,7 @@ def test_every_file_that_is_read_is_tried(finished: Path) -> None:
     assert found == READERS.keys() | unread
 
 
-@pytest.mark.parametrize("stage", made_with.PARAMETERS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_flipped_bit_in_a_record_lets_no_results_pass(finished: Path, stage: str) -> None:
     """Records are only compared with parameters and files: no bit of one can make other results agree with it."""
     paths, file = Paths(), finished / "reports" / "made_with" / f"{stage}.json"

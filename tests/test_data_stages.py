@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from diffusion.data.pairs import Pairs
-from diffusion.params import Params
 from diffusion.process import build
+from flows.params import Params
 from tests.training import trees
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.dvc_output import reason
+from flows.dvc_output import reason
 
 FOOTER = "\nHaving any troubles? Hit us up at https://dvc.org/support, we are always happy to help!\n"
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.__main__ import main
-from diffusion.environment import setting
 from diffusion.errors import UserError
-from diffusion.training.checkpoints import SECONDS, Checkpoints
 from flows import services
+from flows.__main__ import main
+from flows.environment import setting
+from flows.stages.train import SECONDS, checkpoint_seconds
 
 MAIN = {
     "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),
@@ -39,12 +39,10 @@ def test_a_wrong_value_is_one_line(
 
 
 @pytest.mark.parametrize("value", ["often", "-1", "nan"])
-def test_a_wrong_pace_of_checkpoints_is_refused_before_training(
-    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_pace_of_checkpoints_is_refused_before_training(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS, value)
     with pytest.raises(UserError, match=rf"^{SECONDS}: .* \(got '{value}'\)$"):
-        Checkpoints(tmp_path)
+        checkpoint_seconds()
 
 
 def test_a_setting_is_its_text_converted_or_else_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

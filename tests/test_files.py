@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import __main__, files
+from diffusion import files
 from diffusion.errors import UserError, WriteFault
+from flows import __main__
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from diffusion.errors import UserError
 from diffusion.files import write_sums
 from diffusion.model import Config, Model, load_model, new_network, save_model
-from diffusion.params import Params
 from diffusion.process.denoiser import Guided
+from flows.params import Params
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)

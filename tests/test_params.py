@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from diffusion import params as parameters
-from diffusion import presets, yaml_files
-from diffusion.__main__ import main, parser
 from diffusion.errors import UserError
-from diffusion.params import Params
+from flows import params as parameters
+from flows import presets, yaml_files
+from flows.__main__ import main, parser
+from flows.params import Params
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ROOT / "presets"

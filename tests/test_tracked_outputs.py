@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.__main__ import check_untracked
 from diffusion.errors import UserError
+from flows.__main__ import check_untracked
 from tests.training import trees
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion import params
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Model
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import trajectory
 
@@ -24,7 +24,7 @@ class Frame(NamedTuple):
 
 
 def frames(
-    model: Model, options: params.Sample, seed: int, device: torch.device, images: int = 4, count: int = 9
+    model: Model, options: SampleOptions, seed: int, device: torch.device, images: int = 4, count: int = 9
 ) -> list[Frame]:
     """The seed's first pictures at `count` points of sampling, evenly over the steps, from noise to picture.
 

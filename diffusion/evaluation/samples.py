@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion import params
 from diffusion.data.noise import Purpose, stream
 from diffusion.model import Model
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import Noise, trajectory
 
@@ -36,7 +36,7 @@ def classes_in_turn(model: Model, count: int, device: torch.device, first: int =
 
 def draw_samples(
     model: Model,
-    options: params.Sample,
+    options: SampleOptions,
     seed: int,
     device: torch.device,
     check_stop: Callable[[], None] = lambda: None,

@@ -11,9 +11,8 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from diffusion import params
 from diffusion.model import Config
-from diffusion.params import Fraction, Positive
+from diffusion.options import Fraction, NetworkOptions, Positive, ProcessOptions, SampleOptions
 from diffusion.process import build as processes
 from diffusion.process import schedule
 
@@ -152,11 +151,11 @@ class UNetConfig(_Json):
             }
         )
 
-    def network(self) -> params.Network:
+    def network(self) -> NetworkOptions:
         """Raises ValidationError if it cannot be one of ours."""
         base = self.block_out_channels[0]
         attention = [level for level, name in enumerate(self.down_block_types) if name == "AttnDownBlock2D"]
-        return params.Network.model_validate(
+        return NetworkOptions.model_validate(
             {
                 "kind": "unet",
                 "base_channels": base,
@@ -196,7 +195,7 @@ class SchedulerConfig(_Json):
     rescale_betas_zero_snr: bool = False
 
     @classmethod
-    def of(cls, process: params.Process, sample: params.Sample) -> Self:
+    def of(cls, process: ProcessOptions, sample: SampleOptions) -> Self:
         beta = processes.SCHEDULES[process.schedule](process)
         known = process.schedule in SCHEDULES
         return cls.model_validate(
@@ -214,14 +213,14 @@ class SchedulerConfig(_Json):
             }
         )
 
-    def process(self) -> params.Process:
+    def process(self) -> ProcessOptions:
         """Raises ValidationError if it cannot be one of ours. What it does not say of the training is as in DDPM."""
         T = self.num_train_timesteps
         beta = BETAS[self.beta_schedule](self.beta_start, self.beta_end, T)
         if self.trained_betas is not None:
             beta = torch.tensor(self.trained_betas, dtype=torch.float64)
         names = [name for name, make in NAMED.items() if len(beta) == T and torch.allclose(beta, make(T), 1e-6, 0)]
-        return params.Process.model_validate(
+        return ProcessOptions.model_validate(
             {
                 "schedule": names[0] if names else "given",
                 "beta": [] if names else beta.tolist(),

@@ -9,13 +9,14 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from diffusion import model, params
+from diffusion import model
 from diffusion.errors import UserError, describe
 from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn.layers import groups
 from diffusion.nn.unet import UNet
+from diffusion.options import SampleOptions
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
@@ -24,7 +25,7 @@ PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 Read = TypeVar("Read", bound=BaseModel)
 
 
-def export_model(source: Path, directory: Path, sample: params.Sample, force: bool) -> str:
+def export_model(source: Path, directory: Path, sample: SampleOptions, force: bool) -> str:
     """Write the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
     The scheduler of an imported model is the one that it came with; of any other, `sample` says how it samples.
@@ -57,7 +58,7 @@ def export_model(source: Path, directory: Path, sample: params.Sample, force: bo
     return f"{PIPELINES[name]}.from_pretrained loads; {told}"
 
 
-def not_kept(sample: params.Sample) -> str:
+def not_kept(sample: SampleOptions) -> str:
     """What of `sample` a DDPMScheduler cannot be told, and what it has in its place."""
     replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
     if sample.sampler != "ddpm":
@@ -69,7 +70,7 @@ def not_kept(sample: params.Sample) -> str:
     return f"not kept: {', '.join(replaced)}"
 
 
-def obstacles(config: model.Config, sample: params.Sample) -> list[str]:
+def obstacles(config: model.Config, sample: SampleOptions) -> list[str]:
     """Each parameter that stands in the way of an export, with its value and what it would have to be."""
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization

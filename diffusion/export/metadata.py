@@ -6,8 +6,8 @@ from typing import Any
 
 import onnx
 
-from diffusion import params
 from diffusion.model import Model
+from diffusion.options import SampleOptions
 
 VERSION = 2
 """Of the keys: another one when a key changes its meaning or goes."""
@@ -41,7 +41,7 @@ def of_model(
     return _named(facts)
 
 
-def of_sampler(options: params.Sample, graph: onnx.ModelProto) -> dict[str, str]:
+def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]:
     """The further keys of sampler.onnx."""
     stochastic = "steps_noise" in {value.name for value in graph.graph.input}
     facts: dict[str, Any] = {

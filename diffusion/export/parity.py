@@ -7,13 +7,13 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from diffusion import params
 from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import predictions
 from diffusion.evaluation.samples import to_uint8
 from diffusion.export import golden
 from diffusion.model import Model
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import sample
 from diffusion.progress import Progress, say
@@ -110,7 +110,7 @@ def check_denoiser(
     }
 
 
-def check_sampler(sampler: ort.InferenceSession, model: Model, options: params.Sample) -> dict[str, float | int]:
+def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOptions) -> dict[str, float | int]:
     """Make pictures with both from the same noise, in ONNX Runtime in batches of several sizes.
 
     Of a network of classes they are of all classes and of none, with and without guidance. Raises UserError if more
@@ -144,7 +144,7 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: params.S
     return {"images": PICTURES, "values_off_by_one": share}
 
 
-def _with_torch(model: Model, options: params.Sample, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
     """The pictures of the same inputs, uint8 (B, H, W, C)."""
 
     def noise(place: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion import params
+from diffusion.options import SampleOptions
 from diffusion.process import build
 from diffusion.process.build import Process
 from diffusion.process.parameterization import X0
@@ -49,7 +49,7 @@ class Recurrence(NamedTuple):
 
 
 def recurrence(
-    options: params.Sample, process: Process, variance_of: Callable[[str], Variance], timesteps: list[int]
+    options: SampleOptions, process: Process, variance_of: Callable[[str], Variance], timesteps: list[int]
 ) -> Recurrence:
     """The sampler of `options` along descending `timesteps`; thresholds and guidance are the network's affair.
 

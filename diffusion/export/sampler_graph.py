@@ -10,11 +10,11 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, parser
 from onnx.utils import Extractor
 
-from diffusion import params
 from diffusion.export import ranges
 from diffusion.export.ranges import FREE
 from diffusion.export.recurrence import Recurrence, recurrence
 from diffusion.model import Model
+from diffusion.options import SampleOptions
 from diffusion.process import build
 
 OUTER = """
@@ -105,7 +105,7 @@ STOCHASTIC = """
 """
 
 
-def to_onnx(denoiser: ModelProto, model: Model, options: params.Sample) -> ModelProto:
+def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> ModelProto:
     """The graph from `noise` float32 (B, C, H, W) to `images` uint8 (B, H, W, C) and `x_0` float32 (B, C, H, W).
 
     denoiser: of the same model, as denoiser.py makes it.
@@ -169,7 +169,7 @@ def to_onnx(denoiser: ModelProto, model: Model, options: params.Sample) -> Model
     return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
 
 
-def tables(model: Model, options: params.Sample) -> tuple[Recurrence, np.ndarray, np.ndarray]:
+def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray, np.ndarray]:
     """The rows for every number of steps that can be asked for; and by that number, where its rows begin, how many.
 
     0 stands for that of `options`. Numbers that cannot be asked for, and the last entry, have no rows.

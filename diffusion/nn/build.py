@@ -5,19 +5,19 @@ from collections.abc import Callable
 
 import torch
 
-from diffusion import params
 from diffusion.errors import UserError
 from diffusion.nn.layers import Network
 from diffusion.nn.unet import UNet
 from diffusion.nn.uvit import UViT
+from diffusion.options import NetworkOptions
 
-NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, params.Network], Network]] = {
+NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, NetworkOptions], Network]] = {
     "unet": UNet,
     "uvit": UViT,
 }
 
 
-def network(shape: tuple[int, int, int], options: params.Network, num_classes: int, learned_variance: bool) -> Network:
+def network(shape: tuple[int, int, int], options: NetworkOptions, num_classes: int, learned_variance: bool) -> Network:
     """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest.
 
     It is called as net(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None), where y names one of `num_classes`

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion import params
+from diffusion.options import NetworkOptions
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -20,7 +20,7 @@ def zero_(layer: Layer) -> Layer:
     return layer
 
 
-def groups(options: params.Network) -> int:
+def groups(options: NetworkOptions) -> int:
     """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels.
 
     diffusers' default is 32 for any number of channels that it divides.
@@ -37,7 +37,7 @@ class GroupNorm(nn.GroupNorm):
         return h if scale is None or shift is None else h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
 
-def group_norm(channels: int, options: params.Network) -> GroupNorm:
+def group_norm(channels: int, options: NetworkOptions) -> GroupNorm:
     """Group normalization of a network's features, at any of its levels."""
     return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
@@ -124,7 +124,7 @@ class ResidualBlock(nn.Module):
     ones (Nichol & Dhariwal 2021, app. A).
     """
 
-    def __init__(self, channels_in: int, channels_out: int, options: params.Network) -> None:
+    def __init__(self, channels_in: int, channels_out: int, options: NetworkOptions) -> None:
         super().__init__()
         self.film = options.conditioning == "film"
         self.norm1 = group_norm(channels_in, options)
@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Self-attention over all pixels, around a shortcut; Ho et al. 2020, app. B."""
 
-    def __init__(self, channels: int, options: params.Network) -> None:
+    def __init__(self, channels: int, options: NetworkOptions) -> None:
         super().__init__()
         self.heads = channels // (options.head_channels or channels)
         self.norm = group_norm(channels, options)
@@ -161,7 +161,7 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """A residual block, with self-attention behind it or not."""
 
-    def __init__(self, channels_in: int, channels_out: int, attention: bool, options: params.Network) -> None:
+    def __init__(self, channels_in: int, channels_out: int, attention: bool, options: NetworkOptions) -> None:
         super().__init__()
         self.residual = ResidualBlock(channels_in, channels_out, options)
         self.attention = SelfAttention(channels_out, options) if attention else nn.Identity()

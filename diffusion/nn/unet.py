@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion import params
 from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, in_full_precision, zero_
+from diffusion.options import NetworkOptions
 
 
 class UNet(Network):
@@ -16,7 +16,7 @@ class UNet(Network):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: params.Network
+        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: NetworkOptions
     ) -> None:
         super().__init__()
         channels, height, width = shape

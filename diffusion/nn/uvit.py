@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion import params
 from diffusion.nn.layers import Conditions, Network, attend, in_full_precision, zero_
+from diffusion.options import NetworkOptions
 
 
 class Attention(nn.Module):
@@ -42,7 +42,7 @@ class Residual(nn.Module):
 class Block(nn.Module):
     """Attention, then a two-layer perceptron on each token: (B, N, C) to the same shape."""
 
-    def __init__(self, options: params.Network) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
         channels, adaptive = options.base_channels, options.conditioning == "adaln"
         attention = Attention(channels, channels // (options.head_channels or channels))
@@ -63,7 +63,7 @@ class UViT(Network):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: params.Network
+        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: NetworkOptions
     ) -> None:
         super().__init__()
         channels, height, width = shape

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion import params
 from diffusion.errors import UserError
+from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import loss, schedule, spacing, timesteps, weighting
 from diffusion.process.denoiser import Denoiser, Net, Threshold, clip, dynamic_threshold, unbounded
 from diffusion.process.loss import Kind, Loss
@@ -19,7 +19,7 @@ from diffusion.process.timesteps import Timesteps
 from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned, Unseen, Variance
 from diffusion.process.weighting import Weighting
 
-SCHEDULES: dict[str, Callable[[params.Process], Tensor]] = {
+SCHEDULES: dict[str, Callable[[ProcessOptions], Tensor]] = {
     "linear": lambda options: schedule.linear(options.num_timesteps),
     "scaled-linear": lambda options: schedule.scaled_linear(options.num_timesteps),
     "cosine": lambda options: schedule.cosine(options.num_timesteps),
@@ -27,7 +27,7 @@ SCHEDULES: dict[str, Callable[[params.Process], Tensor]] = {
     "given": lambda options: torch.tensor(options.beta, dtype=torch.float64),
 }
 PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps, "x_0": X0, "v": V, "mu": Mu}
-WEIGHTINGS: dict[str, Callable[[params.Process], Weighting]] = {
+WEIGHTINGS: dict[str, Callable[[ProcessOptions], Weighting]] = {
     "simple": lambda _: weighting.Simple(),
     "vlb": lambda _: weighting.Vlb(),
     "snr": lambda _: weighting.Simple(),
@@ -50,7 +50,7 @@ VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
     "learned": lambda made, _: Learned(made),
     "analytic": lambda made, x_0_mse: _analytic(made, x_0_mse),
 }
-SAMPLERS: dict[str, Callable[[Denoiser, Callable[[str], Variance], params.Sample], Sampler]] = {
+SAMPLERS: dict[str, Callable[[Denoiser, Callable[[str], Variance], SampleOptions], Sampler]] = {
     "ddpm": lambda denoiser, variance_of, options: Ancestral(denoiser, _for_sampling(options.variance, variance_of)),
     "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
     "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
@@ -77,7 +77,7 @@ class Process:
         return Denoiser(net, self.schedule, self.parameterization, threshold)
 
 
-def process(options: params.Process) -> Process:
+def process(options: ProcessOptions) -> Process:
     """The process that `options` describes."""
     beta = SCHEDULES[options.schedule](options)
     made = Schedule(schedule.zero_terminal(beta) if options.zero_terminal_snr else beta)
@@ -91,13 +91,13 @@ def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
     return VARIANCES[name](process.schedule, x_0_mse)
 
 
-def sampler(options: params.Sample, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
+def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
     """The sampler that `options` describes, over a network (one with classes as `Guided`)."""
     denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
     return SAMPLERS[options.sampler](denoiser, variance_of, options)
 
 
-def sampling_timesteps(options: params.Sample, schedule: Schedule) -> list[int]:
+def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:
     """The timesteps that sampling visits, descending."""
     return SPACINGS[options.spacing](schedule, options.steps)
 

@@ -4,18 +4,14 @@ import hashlib
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from safetensors.torch import load, save
 
-from diffusion.environment import setting
 from diffusion.files import write_atomic, write_json
 from diffusion.progress import say
 from diffusion.training.distributed import World
 from diffusion.training.state import State
-
-SECONDS = "DDPM_CHECKPOINT_SECONDS"
 
 
 class Checkpoints:
@@ -28,12 +24,10 @@ class Checkpoints:
 
     KEEP = 2
 
-    def __init__(self, directory: Path, world: World = World()) -> None:  # noqa: B008 (it is immutable)
+    def __init__(self, directory: Path, world: World = World(), seconds: float = 60.0) -> None:  # noqa: B008 (immutable)
         self.directory, self.world = directory, world
-        self.seconds: float = setting(SECONDS, 60.0, Annotated[float, Field(ge=0)])
-        """How often one is written, besides those after each held-out measurement. It does not shape the result, and so
-        is no parameter.
-        """
+        self.seconds = seconds
+        """How often one is written, besides those after each held-out measurement. It does not shape the result."""
 
     def write(self, state: State, good: bool = False) -> None:
         """Write the state. All processes call this together; the main one writes."""

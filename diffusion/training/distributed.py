@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion import params
 from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
-from diffusion.watch import launched
+from diffusion.options import TrainOptions
 
-STORE = "DDPM_STORE"
-"""File through which the processes of one machine find each other, so that no port is opened for it."""
 PATIENCE = timedelta(hours=12)
 """How long the others wait while the main process measures, draws or writes. A lost one is noticed at once."""
 _LOST = re.compile(
@@ -98,20 +96,22 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """The world of this process, connected with the others. A lost one ends the block with a UserError."""
+def joined(device: torch.device, store: Path | None = None, lost: type[UserError] = UserError) -> Iterator[World]:
+    """The world of this process, connected with the others. A lost one ends the block with an error of the kind `lost`.
+
+    store: file through which the processes of one machine find each other, so that no port is opened for it.
+    """
     size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
         yield World()
         return
-    rank, file = int(os.environ["RANK"]), os.environ.get(STORE)
+    rank = int(os.environ["RANK"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The processes agree over CPU tensors, so that a GPU never waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=rank, world_size=size, store=FileStore(file, size) if file else None, timeout=PATIENCE
-    )
+    meeting = FileStore(str(store), size) if store else None
+    dist.init_process_group(backend, rank=rank, world_size=size, store=meeting, timeout=PATIENCE)
     try:
         yield World(rank, size)
         dist.barrier()  # the main one may still have been at work
@@ -119,8 +119,7 @@ def joined(device: torch.device) -> Iterator[World]:
         if not _LOST.search(str(error)):
             raise
         reason = str(error).splitlines()[0]
-        kind = Echo if launched() else UserError
-        raise kind(
+        raise lost(
             f"process {rank} of {size} has lost another one ({reason}); `dvc repro` goes on from the last checkpoint"
         ) from None
     except UserError as error:
@@ -130,7 +129,7 @@ def joined(device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def share_out(net: Network, options: params.Train, world: World) -> Network:
+def share_out(net: Network, options: TrainOptions, world: World) -> Network:
     """The network with its weights shared out over the processes, block by block, if `options` say so (FSDP2)."""
     if world.size > 1 and options.sharding == "weights":
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 takes no other
@@ -142,7 +141,7 @@ def share_out(net: Network, options: params.Train, world: World) -> Network:
     return net
 
 
-def synchronized(net: Network, options: params.Train, world: World) -> nn.Module:
+def synchronized(net: Network, options: TrainOptions, world: World) -> nn.Module:
     """The network as one whose gradients are the means over all processes."""
     if world.size == 1 or options.sharding == "weights":
         return net  # FSDP2's hooks do it

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion import params
 from diffusion.nn.layers import Network
+from diffusion.options import TrainOptions
 from diffusion.training.distributed import World, synchronized
 
 Item = TypeVar("Item")
 
 
-def precision(options: params.Train, device: torch.device) -> torch.dtype:
+def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
     """What matrix products and convolutions are computed in; weights and all else are float32."""
     if options.precision == "auto":
         return (
@@ -28,7 +28,7 @@ def precision(options: params.Train, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if options.precision == "bf16" else torch.float32
 
 
-def runnable(net: Network, options: params.Train, world: World) -> nn.Module:
+def runnable(net: Network, options: TrainOptions, world: World) -> nn.Module:
     """The network as it is trained: recomputed, synchronized with other processes and compiled as `options` say.
 
     Its weights are those of `net`. Every batch has the same shape, so that it is compiled once.

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from diffusion import params
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
+from diffusion.options import TrainOptions
 from diffusion.process.loss import Loss
 from diffusion.progress import say
 from diffusion.training import ema, optim
@@ -32,7 +32,7 @@ Hook = Callable[[State], None]
 class Trainer:
     """What one step needs besides the state."""
 
-    options: params.Train
+    options: TrainOptions
     seed: int
     loss: Loss
     fetch: Callable[[int], Batch]
@@ -149,7 +149,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
     return torch.cat(losses)
 
 
-def rate(state: State, step: int, options: params.Train) -> float:
+def rate(state: State, step: int, options: TrainOptions) -> float:
     """The learning rate of a step, as a share of its peak."""
     return optim.rate(step, options) * LOWER_RATE**state.rollbacks
 
@@ -213,7 +213,7 @@ def check_measured(state: State) -> None:
         raise Diverged(f"the held-out error at step {state.step} was not finite")
 
 
-def go_back(state: State, options: params.Train, checkpoints: Checkpoints, seen: str) -> None:
+def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
     """Put the last good checkpoint into `state`, with a lower learning rate.
 
     Raises UserError if that was done before, or there is none.
@@ -232,7 +232,7 @@ def go_back(state: State, options: params.Train, checkpoints: Checkpoints, seen:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
 
 
-def advice(options: params.Train) -> str:
+def advice(options: TrainOptions) -> str:
     rates = f"learning_rate (now {options.learning_rate})"
     if options.optimizer == "muon":
         rates += f" and muon_learning_rate (now {options.muon_learning_rate})"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import params
+from diffusion.options import TrainOptions
 from diffusion.training.distributed import placed, whole
 
 PEAK = "peak"
@@ -64,7 +64,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: params.Train) -> list[torch.optim.Optimizer]:
+def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) for all of `net`, or, with options.optimizer muon, beside Muon for the matrices
     and kernels of its `hidden` blocks: first and last layers, embeddings, biases and norms are AdamW's even then.
 
@@ -96,7 +96,7 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
             group["lr"] = group[PEAK] * share
 
 
-def rate(step: int, options: params.Train) -> float:
+def rate(step: int, options: TrainOptions) -> float:
     """The learning rate of step `step`, counted from 0, as a share of its peak.
 
     It rises linearly at first, then is constant or falls to zero.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffusion import params
 from diffusion.nn.layers import Network
+from diffusion.options import TrainOptions
 from diffusion.process.build import TIMESTEPS
 from diffusion.process.schedule import Schedule
 from diffusion.process.timesteps import Timesteps
@@ -132,7 +132,7 @@ class State(Facts):
 
 def begin(
     net: Network,
-    options: params.Train,
+    options: TrainOptions,
     schedule: Schedule,
     share_out: Callable[[Network], Network] = lambda net: net,
 ) -> State:

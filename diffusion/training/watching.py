@@ -2,24 +2,35 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from diffusion import params
 from diffusion.data.pairs import Pairs
 from diffusion.errors import Stopped
 from diffusion.evaluation.heldout import quick_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import write_atomic
 from diffusion.model import Model
+from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.progress import Progress
-from diffusion.tracking import LiveRun
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.state import Row, State
 from diffusion.training.stop import StopSignals
+
+
+class Live(Protocol):
+    """Whoever else follows a training."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """One point of each curve."""
+
+    def image(self, path: Path, step: int) -> None:
+        """The sample grid of a step."""
 
 
 class Clock:
@@ -46,9 +57,9 @@ def picture(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}.png"
 
 
-def preview_options(process: params.Process) -> params.Sample:
+def preview_options(process: ProcessOptions) -> SampleOptions:
     """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
-    return params.Sample(
+    return SampleOptions(
         sampler="ddpm",
         steps=min(250, process.num_timesteps),
         spacing="linspace",
@@ -69,12 +80,12 @@ class Watch:
     """The average of the weights, as a whole."""
     heldout: Pairs
     device: torch.device
-    drawing: params.Sample
+    drawing: SampleOptions
     previews: Path
     stop: StopSignals
     progress: Progress | None
     """None in all processes but the main one, as is `live`."""
-    live: LiveRun | None
+    live: Live | None
     clock: Clock = field(default_factory=Clock)
 
     def report(self, state: State) -> None:

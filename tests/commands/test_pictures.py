@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.commands.pictures import read_image
 from diffusion.errors import UserError
+from flows.commands.pictures import read_image
 
 CASES = Path(__file__).parents[1] / "data" / "cases" / "images"
 EXPECTED = np.load(CASES / "expected.npz")

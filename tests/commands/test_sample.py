@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion import yaml_files
-from diffusion.__main__ import main
-from diffusion.commands import sample
 from diffusion.data.pairs import fit
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, load_model, save_model
-from diffusion.params import Process, Sample
+from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import build as processes
+from flows import yaml_files
+from flows.__main__ import main
+from flows.commands import sample
 from tests.nn.networks import network, options, randomize
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-PROCESS = Process(
+PROCESS = ProcessOptions(
     schedule="cosine",
     beta=(),
     num_timesteps=40,
@@ -34,7 +34,7 @@ PROCESS = Process(
     min_snr_gamma=5.0,
     loss="mse",
 )
-SETTINGS = Sample(
+SETTINGS = SampleOptions(
     sampler="ddpm",
     steps=6,
     spacing="linspace",
@@ -274,13 +274,13 @@ def test_wrong_names_list_the_right_ones(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_command_itself(tree: Path) -> None:
     def ddpm(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "diffusion", "sample", *arguments]
+        command = [sys.executable, "-m", "flows", "sample", *arguments]
         return subprocess.run(
             command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
         )
 
     shown = ddpm("--help").stdout
-    assert all(f"--{name} " in shown for name in (*Sample.model_fields, "class", "from", "mask", "out", "seed"))
+    assert all(f"--{name} " in shown for name in (*SampleOptions.model_fields, "class", "from", "mask", "out", "seed"))
     done = ddpm("--count", "1", "--out", "one.png")
     assert done.returncode == 0, done.stderr
     assert (tree / "one.png").exists()

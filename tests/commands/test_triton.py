@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from diffusion.__main__ import main
 from diffusion.export import metadata, sampler_graph
-from diffusion.paths import Paths
-from diffusion.stages.export import finished
+from flows.__main__ import main
+from flows.paths import Paths
+from flows.stages.export import finished
 from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.process import fakes
 

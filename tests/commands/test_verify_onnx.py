@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from diffusion.__main__ import main
 from diffusion.export import digest, metadata
+from flows.__main__ import main
 from tests.commands.test_triton import exported
 
 Capture = pytest.CaptureFixture[str]

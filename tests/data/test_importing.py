@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from diffusion.data import importing
 from diffusion.errors import UserError
-from diffusion.paths import Paths
+from flows import importing
+from flows.paths import Paths
 
 
 def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def status(tree: Path) -> set[str]:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_a_folder_comes_under_dvc(tree: Path, link: bool) -> None:
-    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert done.returncode == 0, done.stderr
     assert "shard:\n  source: data/raw/own\n" in done.stdout
     assert "git add data/raw/own.dvc data/raw/.gitignore" in done.stdout
@@ -64,7 +64,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
     (tree / "set" / "@eaDir").mkdir()
     (tree / "set" / "@eaDir" / "thumb.png").write_bytes(b"")
     (tree / "set" / "valid" / "dog").symlink_to(tree / "elsewhere" / "b")
-    done = run(tree, "diffusion", "import", "set", "--name", "own")
+    done = run(tree, "flows", "import", "set", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         "Imported 5 images (2 val, 3 train); the stage shard decodes them.\n"
@@ -82,12 +82,12 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
 
 def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> None:
     (tree / "elsewhere" / "b").rename(tree / "elsewhere" / "train")
-    refused = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    refused = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("ddpm import: error: elsewhere: named like a split, but read as a class: train;")
     assert refused.stderr.count("\n") == 1
     assert "--split-names-as-classes" in refused.stderr
-    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
     assert done.returncode == 0, done.stderr
     assert "Classes: 2 classes: a 1, train 1\n" in done.stdout
     assert "shard:\n  source: data/raw/own\n  split_names_as_classes: true\n" in done.stdout
@@ -97,7 +97,7 @@ def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> Non
 def test_a_link_to_nowhere_is_named(tree: Path, link: bool) -> None:
     (tree / "elsewhere" / "a" / "gone.png").symlink_to("nowhere")
     before = status(tree)
-    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert (done.returncode, done.stderr) == (
         1,
         "ddpm import: error: elsewhere/a/gone.png: cannot be imported (No such file or directory)\n",
@@ -106,7 +106,7 @@ def test_a_link_to_nowhere_is_named(tree: Path, link: bool) -> None:
 
 
 def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
-    assert run(tree, "diffusion", "import", "elsewhere", "--name", "own", "--link").returncode == 0
+    assert run(tree, "flows", "import", "elsewhere", "--name", "own", "--link").returncode == 0
     (tree / "elsewhere" / "a" / "1.png").unlink()
     assert run(tree, "dvc", "checkout", "-q", "--force").returncode == 0
     with Image.open(tree / "data" / "raw" / "own" / "a" / "1.png") as image:
@@ -115,7 +115,7 @@ def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
 
 def test_an_npz_file_stays_a_file(tree: Path) -> None:
     np.savez(tree / "x.npz", images=np.zeros((3, 2, 2), np.uint8))
-    done = run(tree, "diffusion", "import", "x.npz", "--name", "own")
+    done = run(tree, "flows", "import", "x.npz", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert "source: data/raw/own.npz\n" in done.stdout
     assert (tree / "data" / "raw" / "own.npz").read_bytes() == (tree / "x.npz").read_bytes()
@@ -134,7 +134,7 @@ def test_an_npz_file_stays_a_file(tree: Path) -> None:
 )
 def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
     before = status(tree)
-    done = run(tree, "diffusion", "import", path, "--name", name)
+    done = run(tree, "flows", "import", path, "--name", name)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"ddpm import: error: {message}")
     assert done.stderr.count("\n") == 1
@@ -144,7 +144,7 @@ def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: s
 def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> None:
     before = status(tree)
     (tree / ".dvc" / "config").write_text("no section\n")
-    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 1
     assert "ddpm import: error: dvc add" in done.stderr.splitlines()[-1]
     assert "config file error" in done.stderr.splitlines()[-1]
@@ -153,7 +153,7 @@ def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> N
 
 def test_an_error_of_dvc_says_what_happened(tree: Path) -> None:
     assert run(tree, "dvc", "cache", "dir", "--local", str(tree / "params.yaml")).returncode == 0
-    done = run(tree, "diffusion", "import", "elsewhere", "--name", "own")
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 1
     assert "Not a directory" in done.stderr
     assert "support" not in done.stderr
@@ -187,7 +187,7 @@ def test_sigterm_leaves_nothing_of_an_import(tree: Path) -> None:
     for number in range(3000):
         (tree / "elsewhere" / "a" / f"{number}.png").write_bytes((tree / "elsewhere" / "a" / "1.png").read_bytes())
     before = status(tree)
-    command = [sys.executable, "-m", "diffusion", "import", "elsewhere", "--name", "own"]
+    command = [sys.executable, "-m", "flows", "import", "elsewhere", "--name", "own"]
     process = subprocess.Popen(command, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list((tree / "data" / "raw").glob(".own.*/own/a/*")):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffusion.export import metadata, sampler_graph
-from diffusion.stages.export import finished
+from flows.stages.export import finished
 from tests.export.test_sampler_graph import parts
 from tests.process import fakes
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from diffusion import yaml_files
+from flows import yaml_files
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
@@ -106,7 +106,7 @@ def task_states(clone: Path, flow_run_id: str) -> dict[str, str]:
 
 
 def trainings(clone: Path) -> list[psutil.Process]:
-    return processes(clone, "diffusion", "train")
+    return processes(clone, "flows", "train")
 
 
 def processes(clone: Path, *words: str) -> list[psutil.Process]:

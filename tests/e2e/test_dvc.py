@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from diffusion import yaml_files
+from flows import yaml_files
 
 STAGES = ["shard", "pairs", "train", "evaluate", "export"]
 

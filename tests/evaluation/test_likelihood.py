@@ -13,8 +13,8 @@ from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.evaluation.likelihood import Terms
 from diffusion.model import Config, Model
-from diffusion.params import Params
 from diffusion.process import build
+from flows.params import Params
 
 CPU = torch.device("cpu")
 SCALE = 0.25

@@ -3,9 +3,9 @@
 import pytest
 
 from diffusion.evaluation import report
-from diffusion.params import Params
 from diffusion.process import build
-from diffusion.stages import evaluate
+from flows.params import Params
+from flows.stages import evaluate
 
 NAMES = ("mse", "rmse", "mae", "r2", "bits_per_dim", "bits_per_dim_exact")
 ENDS = ("", "_low", "_high", "_se", "_images")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffusion.evaluation import filmstrip, plots, samples
 from diffusion.model import Config, Model
-from diffusion.params import Params, Sample
+from diffusion.options import SampleOptions
 from diffusion.process import build
+from flows.params import Params
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def model(params: Params, channels: int = 1, classes: tuple[str, ...] = ()) -> M
     return Model(Halved(), build.process(process), config)
 
 
-def options(params: Params, **changes: object) -> Sample:
+def options(params: Params, **changes: object) -> SampleOptions:
     return params.sample.model_copy(update={"steps": 5, "eta": 0.7, "variance": "fixed-small", **changes})
 
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from diffusion import model, params, yaml_files
+from diffusion import model
+from flows import params, yaml_files
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = 128

@@ -10,9 +10,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion import __main__, params, yaml_files
 from diffusion.process import build as processes
 from diffusion.process.sampler import sample
+from flows import __main__, params, yaml_files
 from tests.exchange import models
 
 EXPORTS: dict[str, dict[str, Any]] = {

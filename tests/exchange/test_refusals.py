@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion import __main__
+from flows import __main__
 from tests.exchange import models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,8 +12,8 @@ import torch
 from diffusion.errors import UserError
 from diffusion.export import metadata, parity, sampler_graph
 from diffusion.files import write_json, write_sums
-from diffusion.paths import Paths
-from diffusion.stages import export
+from flows.paths import Paths
+from flows.stages import export
 from tests.export.test_sampler_graph import parts
 from tests.process import fakes
 

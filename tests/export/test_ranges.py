@@ -12,7 +12,7 @@ import torch
 from onnx import helper, parser
 
 from diffusion.export import metadata, parity, ranges, sampler_graph
-from diffusion.stages.export import finished
+from flows.stages.export import finished
 from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.export.test_variants import graph as variant
 from tests.process import fakes

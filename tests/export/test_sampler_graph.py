@@ -11,10 +11,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from diffusion import params
 from diffusion.evaluation.samples import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
+from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import sample
 from tests.nn.networks import NUM_CLASSES, network, options, randomize
@@ -30,7 +30,7 @@ X_0_MSE = tuple(fakes.gaussian_x_0_mse(fakes.process(num_timesteps=100).schedule
 def parts(classes: bool) -> tuple[Model, onnx.ModelProto]:
     """A model with random weights, and its denoiser."""
     net = randomize(network(SHAPE, "unet", "film", classes=classes))
-    process = params.Process.model_validate(PROCESS)
+    process = ProcessOptions.model_validate(PROCESS)
     config = Config(
         shape=SHAPE,
         classes=tuple(map(str, range(NUM_CLASSES))),
@@ -58,7 +58,7 @@ def given(count: int, steps: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def pictures(model: Model, settings: params.Sample, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+def pictures(model: Model, settings: SampleOptions, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     def noise(place: int) -> torch.Tensor:
         return torch.from_numpy(inputs["noise"] if place == 0 else inputs["steps_noise"][place - 1]).to(dtype)
 
@@ -67,7 +67,7 @@ def pictures(model: Model, settings: params.Sample, inputs: dict[str, Any], dtyp
     return sample(model.sampler(settings, torch.from_numpy(inputs["y"])), noise, timesteps)
 
 
-def same(found: list[Any], model: Model, settings: params.Sample, inputs: dict[str, Any]) -> None:
+def same(found: list[Any], model: Model, settings: SampleOptions, inputs: dict[str, Any]) -> None:
     images, x_0 = found
     expected, exact = (pictures(model, settings, inputs, dtype) for dtype in (torch.float32, torch.float64))
     assert_rounds_alike(torch.from_numpy(x_0), expected, exact)

@@ -16,7 +16,7 @@ from diffusion.errors import UserError
 from diffusion.export import denoiser, golden, metadata, parity, sampler_graph, speed, variants
 from diffusion.model import Model
 from diffusion.nn.layers import GroupNorm, TimeEmbedding
-from diffusion.stages.export import finished
+from flows.stages.export import finished
 from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.nn.networks import NUM_CLASSES
 from tests.process import fakes

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import params
 from diffusion.errors import UserError
-from flows import apply, dvc_stage, workspace
+from flows import apply, dvc_stage, params, workspace
 from tests.flows.conftest import git
 
 

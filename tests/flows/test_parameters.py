@@ -8,9 +8,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validation
 from ruamel.yaml import YAML
 
-from diffusion import params
 from diffusion.errors import UserError
-from flows import workspace
+from flows import params, workspace
 from flows.parameters import NOTHING, given
 from flows.train_ddpm import _parameters as parameters_of
 from flows.train_ddpm import train_ddpm

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import yaml_files
-from flows import dvc_stage, workspace
+from flows import dvc_stage, workspace, yaml_files
 from tests.flows.conftest import git
 
 LOCK, MODEL = Path("dvc.lock"), Path("models/ddpm/result")

@@ -13,9 +13,8 @@ import pytest
 from prefect.exceptions import TerminationSignal
 from prefect.states import Failed
 
-from diffusion import params
-from diffusion.paths import Paths
-from flows import dvc_stage, pipeline, train_ddpm, workspace
+from flows import dvc_stage, params, pipeline, train_ddpm, workspace
+from flows.paths import Paths
 from tests.tracking import trees
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from diffusion import params
 from diffusion.errors import UserError
-from flows import dvc_stage, summary, workspace
+from flows import dvc_stage, params, summary, workspace
 from tests.flows.conftest import git
 
 RUNS = Path(".ddpm/runs")

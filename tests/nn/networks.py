@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion import params
 from diffusion.nn import build
+from diffusion.options import NetworkOptions
 
 OPTIONS = {
     "kind": "unet",
@@ -25,8 +25,8 @@ CONDITIONINGS = [("unet", "add"), ("unet", "film"), ("uvit", "token"), ("uvit", 
 NUM_CLASSES = 3
 
 
-def options(kind: str, conditioning: str, **changes: object) -> params.Network:
-    return params.Network.model_validate(OPTIONS | {"kind": kind, "conditioning": conditioning} | changes)
+def options(kind: str, conditioning: str, **changes: object) -> NetworkOptions:
+    return NetworkOptions.model_validate(OPTIONS | {"kind": kind, "conditioning": conditioning} | changes)
 
 
 def network(

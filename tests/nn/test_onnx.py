@@ -6,9 +6,9 @@ import onnxruntime
 import pytest
 import torch
 
-from diffusion import params
 from diffusion.export.denoiser import Step, to_onnx
 from diffusion.model import Config, Model
+from diffusion.options import ProcessOptions
 from diffusion.process import build
 from tests.nn.networks import NUM_CLASSES, network, noise, options, randomize
 from tests.process.fakes import PROCESS
@@ -22,7 +22,7 @@ CASES = [("unet", "add", False), ("unet", "film", True), ("uvit", "token", True)
 def test_onnx_runtime_agrees_with_torch_at_any_batch_size(kind: str, conditioning: str, classes: bool) -> None:
     changes = {"classes": classes, "patch_size": 2}
     net = randomize(network(SHAPE, kind, conditioning, learned_variance=classes, **changes))
-    process = params.Process.model_validate(PROCESS | {"parameterization": "v", "learned_variance": classes})
+    process = ProcessOptions.model_validate(PROCESS | {"parameterization": "v", "learned_variance": classes})
     config = Config(
         shape=SHAPE,
         classes=tuple(map(str, range(NUM_CLASSES))),

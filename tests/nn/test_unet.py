@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import params
 from diffusion.nn import build
 from diffusion.nn.layers import SelfAttention
+from flows import params
 from tests.nn.networks import network, noise, randomize
 
 

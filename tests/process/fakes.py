@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion import params
+from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import build
 from diffusion.process.sampler import Noise
 from diffusion.process.schedule import Schedule
@@ -48,11 +48,11 @@ X0Hat = Callable[[Tensor, Tensor], Tensor]
 def process(**changes: object) -> build.Process:
     if changes.get("zero_terminal_snr"):  # the default weighting gives its last timestep no weight, and is refused
         changes = {"weighting": "snr-plus-one"} | changes
-    return build.process(params.Process.model_validate(PROCESS | changes))
+    return build.process(ProcessOptions.model_validate(PROCESS | changes))
 
 
-def options(**changes: object) -> params.Sample:
-    return params.Sample.model_validate(SAMPLE | changes)
+def options(**changes: object) -> SampleOptions:
+    return SampleOptions.model_validate(SAMPLE | changes)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

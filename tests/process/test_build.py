@@ -5,26 +5,27 @@ from typing import get_args
 import pytest
 from torch import nn
 
-from diffusion import params
 from diffusion.nn.build import NETWORKS
+from diffusion.options import NetworkOptions, ProcessOptions, SampleOptions, TrainOptions
 from diffusion.process import build
 from diffusion.process.weighting import MinSnr
+from flows import params
 from tests.process.fakes import options, process
 
 
 @pytest.mark.parametrize(
     ("section", "field", "built"),
     [
-        (params.Process, "schedule", build.SCHEDULES),
-        (params.Process, "parameterization", build.PARAMETERIZATIONS),
-        (params.Process, "weighting", build.WEIGHTINGS),
-        (params.Process, "loss", build.LOSSES),
-        (params.Train, "timesteps", build.TIMESTEPS),
-        (params.Sample, "variance", build.VARIANCES),
-        (params.Sample, "sampler", build.SAMPLERS),
-        (params.Sample, "spacing", build.SPACINGS),
-        (params.Sample, "threshold", build.THRESHOLDS),
-        (params.Network, "kind", NETWORKS),
+        (ProcessOptions, "schedule", build.SCHEDULES),
+        (ProcessOptions, "parameterization", build.PARAMETERIZATIONS),
+        (ProcessOptions, "weighting", build.WEIGHTINGS),
+        (ProcessOptions, "loss", build.LOSSES),
+        (TrainOptions, "timesteps", build.TIMESTEPS),
+        (SampleOptions, "variance", build.VARIANCES),
+        (SampleOptions, "sampler", build.SAMPLERS),
+        (SampleOptions, "spacing", build.SPACINGS),
+        (SampleOptions, "threshold", build.THRESHOLDS),
+        (NetworkOptions, "kind", NETWORKS),
     ],
 )
 def test_names_in_params_are_the_names_that_can_be_built(

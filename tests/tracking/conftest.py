@@ -8,8 +8,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from diffusion.paths import Paths
-from diffusion.tracking import store
+from flows.paths import Paths
+from flows.tracking import store
 from tests.tracking.trees import write_tree
 
 

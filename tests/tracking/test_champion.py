@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion import __main__ as cli
-from diffusion import params as parameters
-from diffusion import tracking
 from diffusion.errors import UserError
-from diffusion.paths import Paths
-from diffusion.tracking import champion
+from flows import __main__ as cli
+from flows import params as parameters
+from flows import tracking
+from flows.paths import Paths
+from flows.tracking import champion
 from tests.tracking.trees import PARAMS, changed, client_of, everything, write_all
 
 FIRST = [0.30, 0.34, 0.26, 0.31, 0.29]

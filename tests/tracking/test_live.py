@@ -8,10 +8,10 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from diffusion import tracking
 from diffusion.errors import Stopped
 from diffusion.files import write_json
-from diffusion.paths import Paths
+from flows import tracking
+from flows.paths import Paths
 from tests.tracking.trees import (
     LOSS,
     PARAMS,

@@ -11,11 +11,11 @@ import mlflow
 import numpy as np
 import pytest
 
-from diffusion import made_with, tracking
-from diffusion import params as parameters
 from diffusion.errors import UserError
 from diffusion.files import sha256, write_json
-from diffusion.paths import Paths
+from flows import made_with, tracking
+from flows import params as parameters
+from flows.paths import Paths
 from tests.tracking.trees import (
     LOSS,
     PARAMS,

@@ -10,12 +10,12 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from diffusion import made_with, tracking, yaml_files
-from diffusion import params as parameters
 from diffusion.errors import UserError
 from diffusion.files import write_json, write_sums
-from diffusion.paths import Paths
-from diffusion.tracking.recording import Recorded
+from flows import made_with, tracking, yaml_files
+from flows import params as parameters
+from flows.paths import Paths
+from flows.tracking.recording import Recorded
 from tests.tracking.trees import (
     LOSS,
     PARAMS,

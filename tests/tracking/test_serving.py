@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from diffusion import made_with, tracking
 from diffusion.export import metadata
-from diffusion.paths import Paths
+from flows import made_with, tracking
+from flows.paths import Paths
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 from tests.tracking.trees import PARAMS, write_evaluation, write_export, write_training

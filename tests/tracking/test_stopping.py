@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from diffusion import tracking
 from diffusion.errors import Stopped
-from diffusion.paths import Paths
+from flows import tracking
+from flows.paths import Paths
 from tests.tracking.trees import PARAMS, REPOSITORY, changed, client_of, content, runs_of, write_all
 
 CALLS = [
@@ -102,8 +102,8 @@ def test_weights_that_were_not_all_logged_are_not_reused(paths: Paths, monkeypat
 STAGE = """
 import os, signal, sys
 from mlflow import MlflowClient
-from diffusion import __main__, tracking
-from diffusion.stages import evaluate
+from flows import __main__, tracking
+from flows.stages import evaluate
 real = MlflowClient.log_artifacts
 def log_artifacts(*arguments, **options):
     os.kill(os.getpid(), signal.SIGTERM)

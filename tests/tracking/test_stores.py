@@ -13,9 +13,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from diffusion import tracking
 from diffusion.errors import UserError
-from diffusion.paths import Paths
+from flows import tracking
+from flows.paths import Paths
 from tests.tracking.trees import (
     LOSS,
     PARAMS,
@@ -35,8 +35,8 @@ from tests.tracking.trees import (
 def in_another_process(paths: Paths, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     program = f"""
 from pathlib import Path
-from diffusion import params, tracking
-from diffusion.paths import Paths
+from flows import params, tracking
+from flows.paths import Paths
 paths = Paths(Path({str(paths.root)!r}))
 params = params.load(paths.params)
 {code}
@@ -68,7 +68,7 @@ def test_processes_that_record_at_once_in_a_new_store_make_one_run_and_say_nothi
 
 
 def test_importing_tracking_does_not_import_mlflow() -> None:
-    code = "import sys, diffusion.tracking; assert 'mlflow' not in sys.modules"
+    code = "import sys, flows.tracking; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 

@@ -13,11 +13,11 @@ from mlflow.entities import Run
 from onnx import TensorProto, helper
 from PIL import Image
 
-from diffusion import made_with, tracking, yaml_files
-from diffusion import params as parameters
 from diffusion.files import write_csv, write_json, write_sums
-from diffusion.params import Params
-from diffusion.paths import Paths
+from flows import made_with, tracking, yaml_files
+from flows import params as parameters
+from flows.params import Params
+from flows.paths import Paths
 
 REPOSITORY = Path(__file__).parents[2]
 LOSS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 0.5} for step in range(20, 101, 20)]

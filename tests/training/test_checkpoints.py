@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.params import Params
-from diffusion.stages import train
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State
+from flows.params import Params
+from flows.stages import train
 from tests.training.test_loop import Killed, changed, new_state
 
 

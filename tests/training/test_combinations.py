@@ -9,10 +9,10 @@ import torch
 from diffusion.data.noise import timesteps
 from diffusion.data.pairs import Batch
 from diffusion.model import new_network
-from diffusion.params import Params
 from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.state import begin
+from flows.params import Params
 
 
 def train(params: Params, steps: int = 15, precision: torch.dtype = torch.float32) -> list[float]:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import diffusion
-from diffusion import files, yaml_files
-from diffusion import params as parameters
-from diffusion.paths import Paths
-from diffusion.stages import train
+from diffusion import files
 from diffusion.training.distributed import World
+from flows import dvc_yaml, yaml_files
+from flows import params as parameters
+from flows.paths import Paths
+from flows.stages import train
 from tests.training import trees
 
 LONG: dict[str, Any] = {"steps": 100_000, "preview_every": 20, "decay": "constant"}
@@ -57,8 +57,10 @@ def begins(tree: Path, **environment: str) -> bool:
 
 
 def copy_of_the_code(directory: Path) -> Path:
-    shutil.copytree(trees.ROOT / "diffusion", directory / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
-    return directory / "diffusion"
+    for package in ("diffusion", "flows"):
+        shutil.copytree(trees.ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(trees.ROOT / "dvc.yaml", directory)
+    return directory
 
 
 def test_unchanged_parameters_go_on(interrupted: Path, tmp_path: Path) -> None:
@@ -84,9 +86,9 @@ def test_changed_pairs_never_pick_up_old_weights(interrupted: Path, tmp_path: Pa
 def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Path) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
     code = copy_of_the_code(tmp_path / "code")
-    loss = code / "process" / "loss.py"
+    loss = code / "diffusion" / "process" / "loss.py"
     loss.write_text(loss.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
-    assert begins(tree, PYTHONPATH=str(code.parent))
+    assert begins(tree, PYTHONPATH=str(code))
 
 
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
@@ -112,10 +114,10 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
     pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, code = fingerprint(pairs_tree), copy_of_the_code(tmp_path)
-    monkeypatch.setattr(diffusion, "__file__", str(code / "__init__.py"))
+    monkeypatch.setattr(dvc_yaml, "ROOT", code)
     assert fingerprint(pairs_tree) == whole
-    files = [file for part in train.CODE for file in [code / part, *(code / part).rglob("*.py")] if file.is_file()]
-    assert len(files) > len(train.CODE)
+    files = dvc_yaml.code("train")
+    assert {code / "diffusion" / "nn" / "unet.py", code / "flows" / "stages" / "train.py"} <= set(files)
     for file in files:
         content = file.read_bytes()
         file.write_bytes(content + b"# changed\n")

@@ -10,13 +10,13 @@ from tests.training import trees
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from diffusion.__main__ import main
+from flows.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
 """Runs a command in which no file grows beyond so many bytes; Python ignores the signal, and writing fails (EFBIG)."""
 FULL = """
 import errno, os, sys
-from diffusion.__main__ import main
+from flows.__main__ import main
 left, fsync = int(sys.argv[1]), os.fsync
 def full(descriptor):
     global left

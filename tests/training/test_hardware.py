@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.params import Params
 from diffusion.training import hardware
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead
+from flows.params import Params
 from tests.nn.networks import CONDITIONINGS, network, noise, randomize
 from tests.rounding import assert_rounds_alike
 

@@ -13,11 +13,11 @@ from diffusion.data.noise import timesteps
 from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
-from diffusion.params import Params
 from diffusion.process import build as processes
 from diffusion.training import loop
-from diffusion.training.checkpoints import SECONDS, Checkpoints
+from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State, begin
+from flows.params import Params
 
 Fetch = Callable[[int], Batch]
 
@@ -147,13 +147,10 @@ class Killed(BaseException):
     """Ends the loop as SIGKILL would: nothing more is written."""
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint_to_the_same_bits(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_goes_on_from_its_last_checkpoint_to_the_same_bits(params: Params, tmp_path: Path) -> None:
     whole = new_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
-    monkeypatch.setenv(SECONDS, "0")
-    checkpoints = Checkpoints(tmp_path / "parts")
+    checkpoints = Checkpoints(tmp_path / "parts", seconds=0)
 
     def die(step: int) -> Batch:
         if step == 7:

@@ -5,18 +5,19 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.params import Params, Train
+from diffusion.options import TrainOptions
 from diffusion.training import optim
+from flows.params import Params
 from tests.nn.networks import CONDITIONINGS, network
 
 
 @pytest.fixture
-def options(params: Params) -> Train:
+def options(params: Params) -> TrainOptions:
     changes = {"steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "decay": "constant", "weight_decay": 0.1}
     return params.train.model_copy(update=changes)
 
 
-def test_the_rate_rises_linearly_and_reaches_its_peak(options: Train) -> None:
+def test_the_rate_rises_linearly_and_reaches_its_peak(options: TrainOptions) -> None:
     rates = [optim.rate(step, options) for step in range(12)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
@@ -24,13 +25,13 @@ def test_the_rate_rises_linearly_and_reaches_its_peak(options: Train) -> None:
 @pytest.mark.parametrize(
     ("decay", "halfway", "late"), [("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0245)]
 )
-def test_the_rate_falls_as_asked(options: Train, decay: str, halfway: float, late: float) -> None:
+def test_the_rate_falls_as_asked(options: TrainOptions, decay: str, halfway: float, late: float) -> None:
     options = options.model_copy(update={"decay": decay})
     assert optim.rate(55, options) == pytest.approx(halfway)
     assert optim.rate(91, options) == pytest.approx(late, rel=0.01)
 
 
-def test_every_group_gets_its_share_of_its_own_peak(options: Train) -> None:
+def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> None:
     net = network((1, 8, 8), "unet", "film")
     options = options.model_copy(update={"optimizer": "muon", "muon_learning_rate": 0.02})
     made = optim.optimizers(net, net.hidden(), options)
@@ -41,7 +42,7 @@ def test_every_group_gets_its_share_of_its_own_peak(options: Train) -> None:
 
 @pytest.mark.parametrize(("kind", "conditioning"), CONDITIONINGS)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_one_group(options: Train, kind: str, conditioning: str, optimizer: str) -> None:
+def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, conditioning: str, optimizer: str) -> None:
     net = network((1, 8, 8), kind, conditioning, classes=True)
     made = optim.optimizers(net, net.hidden(), options.model_copy(update={"optimizer": optimizer}))
     names = {parameter: name for name, parameter in net.named_parameters()}

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 
 from diffusion.errors import Echo, UserError
 from diffusion.files import parse_csv
-from diffusion.params import Params
-from diffusion.stages.train import check_devices
 from diffusion.training.distributed import joined
-from diffusion.watch import LAUNCHER
+from flows.params import Params
+from flows.stages.train import check_devices
 from tests.training import trees
 
 
@@ -143,7 +142,7 @@ def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp
         launchers = []
         for rank, tree in enumerate(machines):
             where = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-            command = [str(torchrun), *where, f"--master-port={port}", "-m", "diffusion", "train"]
+            command = [str(torchrun), *where, f"--master-port={port}", "-m", "flows", "train"]
             launchers.append(running.enter_context(trees.start(tree, *command, GLOO_SOCKET_IFNAME="lo")))
         for process in launchers:
             _, told = process.communicate(timeout=180)
@@ -172,21 +171,19 @@ def test_every_process_needs_a_gpu_of_its_own(
 def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a world of two, whose second process stands here: it raises what the first one says."""
 
-    def ends_with(error: Exception, rank: int) -> type[BaseException]:
+    def ends_with(error: Exception, rank: int, lost: type[UserError] = UserError) -> type[BaseException]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         for name in ("init_process_group", "destroy_process_group", "barrier"):
             monkeypatch.setattr(dist, name, lambda *_, **__: None)
-        with pytest.raises(type(error)) as raised, joined(torch.device("cpu")):
+        with pytest.raises(type(error)) as raised, joined(torch.device("cpu"), lost=lost):
             raise error
         return raised.type
 
     assert ends_with(UserError("diverged"), rank=0) is UserError
     assert ends_with(UserError("diverged"), rank=1) is Echo
-    monkeypatch.setenv(LAUNCHER, "1")
     with pytest.raises(Echo, match=r"process 1 of 2 has lost another one \(.*Connection closed by peer"):
-        ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1)
-    monkeypatch.delenv(LAUNCHER)
+        ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1, lost=Echo)
     with pytest.raises(UserError) as told:  # torchrun does not tell of it
         ends_with(RuntimeError("[gloo] Connection closed by peer"), rank=1)
     assert told.type is UserError

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.model import new_network
-from diffusion.params import Params
-from diffusion.paths import Paths
 from diffusion.process import build
-from diffusion.stages import pairs as pairs_stage
-from diffusion.stages import shard as shard_stage
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State, begin
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import pairs as pairs_stage
+from flows.stages import shard as shard_stage
 
 EPOCHS = 5
 """Enough for the choices that learn from the losses to have seen 64 in each range of timesteps."""

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from diffusion import yaml_files
-from diffusion.training.checkpoints import SECONDS
+from flows import yaml_files
+from flows.stages.train import SECONDS
 from tests.command import ddpm
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     },
     "sample": {"steps": 4, "count": 4},
 }
-TRAIN = (sys.executable, "-m", "diffusion", "train")
+TRAIN = (sys.executable, "-m", "flows", "train")
 # Nothing listens there: what is written must not depend on MLflow.
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

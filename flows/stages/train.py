@@ -9,51 +9,39 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import numpy as np
 import torch
+from pydantic import Field
 
-import diffusion
-from diffusion import made_with, tracking
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Pairs, train_batch
-from diffusion.errors import UserError
+from diffusion.errors import Echo, UserError
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.files import new_directory, sha256, write_atomic, write_csv, write_json, write_sums, writing
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
-from diffusion.params import Params
-from diffusion.paths import Paths
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say
-from diffusion.training import distributed, launching, loop
+from diffusion.training import distributed, loop
 from diffusion.training.checkpoints import Checkpoints, newest_step
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, precision, runnable
 from diffusion.training.state import State, begin
 from diffusion.training.stop import StopSignals
 from diffusion.training.watching import Watch, picture, preview_options
-from diffusion.watch import launched
+from flows import dvc_yaml, launching, made_with, tracking
+from flows.environment import setting
+from flows.params import Params
+from flows.paths import Paths
+from flows.watch import launched
 
-CODE = [
-    "files.py",
-    "made_with.py",
-    "data/noise.py",
-    "data/pairs.py",
-    "data/tar.py",
-    "evaluation/heldout.py",
-    "evaluation/samples.py",
-    "model.py",
-    "nn",
-    "process",
-    "training",
-    "stages/train.py",
-]
-"""What can shape the outputs, as in dvc.yaml."""
+SECONDS = "DDPM_CHECKPOINT_SECONDS"
+"""It shapes no result, and so is no parameter."""
 KEPT_TRAININGS = 5
 """Interrupted trainings whose checkpoints are kept."""
 FACTS = "fingerprint.json"
@@ -87,7 +75,9 @@ def run(params: Params, paths: Paths) -> None:
         with taken(paths.checkpoints, training_facts(params, paths, device, several)):
             launching.launch(several.size)
         return
-    with distributed.joined(device) as world, ExitStack() as held:
+    store = os.environ.get(launching.STORE)
+    lost = Echo if launched() else UserError  # of several that were launched, one speaks for all
+    with distributed.joined(device, Path(store) if store else None, lost) as world, ExitStack() as held:
         parts = world.size * params.train.accumulate
         if params.train.batch_size % parts:
             raise UserError(
@@ -103,6 +93,12 @@ def run(params: Params, paths: Paths) -> None:
         if world.main:
             tracking.record(params, paths, state.run_id)
             shutil.rmtree(directory)
+
+
+def checkpoint_seconds() -> float:
+    """How often a checkpoint is written; raises UserError if the environment says it wrongly."""
+    seconds: float = setting(SECONDS, 60.0, Annotated[float, Field(ge=0)])
+    return seconds
 
 
 def check_devices(params: Params, device: torch.device) -> None:
@@ -132,7 +128,7 @@ def _train(
     counts = count(net, pairs.shape)
     undivided = copy.deepcopy(net).eval() if world.size > 1 and options.sharding == "weights" else None
     state = begin(net, options, process.schedule, partial(distributed.share_out, options=options, world=world))
-    checkpoints = Checkpoints(directory, world)
+    checkpoints = Checkpoints(directory, world, checkpoint_seconds())
     checkpoints.restore(state)
     config = Config(shape=pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None)
     model, heldout = Model(undivided or state.average, process, config), Pairs(paths.pairs, "val")
@@ -213,12 +209,10 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
     """
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
     del shaping["train"]["processes"]  # world.size, which torchrun may set instead
-    root = Path(diffusion.__file__).parent
-    sources = sorted(file for part in CODE for file in [root / part, *(root / part).rglob("*.py")] if file.is_file())
     return {
         "params": shaping,
         "pairs": sha256(paths.pairs / "manifest.json"),
-        "code": {str(file.relative_to(root)): sha256(file) for file in sources},
+        "code": {str(file.relative_to(dvc_yaml.ROOT)): sha256(file) for file in dvc_yaml.code("train")},
         "device": device.type,
         "processes": world.size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

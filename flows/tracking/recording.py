@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ruamel.yaml import YAML
 
-from diffusion import made_with
 from diffusion.errors import UserError
-from diffusion.params import Params
-from diffusion.paths import Paths
-from diffusion.tracking import champion, registry, results, store
-from diffusion.tracking.results import Evaluation, Results
-from diffusion.tracking.starting import start
-from diffusion.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
+from flows import made_with
+from flows.params import Params
+from flows.paths import Paths
+from flows.tracking import champion, registry, results, store
+from flows.tracking.results import Evaluation, Results
+from flows.tracking.starting import start
+from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel

@@ -1,13 +1,13 @@
 """Stage pairs: shards into shuffled blocks with their noise pairs."""
 
-from diffusion import made_with
 from diffusion.data import pairs, shards
 from diffusion.data.noise import BLOCK
 from diffusion.files import new_directory
-from diffusion.params import Params
-from diffusion.paths import Paths
 from diffusion.process import build
 from diffusion.progress import Progress, say
+from flows import made_with
+from flows.params import Params
+from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError
-from diffusion.yaml_files import overlay, read_yaml
+from flows.yaml_files import overlay, read_yaml
 
 
 def names(directory: Path) -> list[str]:

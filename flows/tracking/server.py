@@ -1,4 +1,4 @@
-"""`mlflow server` in a single process: `python -m diffusion.tracking.server` takes its arguments.
+"""`mlflow server` in a single process: `python -m flows.tracking.server` takes its arguments.
 
 MLflow starts uvicorn as a child, which goes on holding the port when its parent is killed. Here uvicorn takes the
 parent's place.

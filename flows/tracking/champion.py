@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.files import SUMS, read_checked
-from diffusion.params import Params
-from diffusion.paths import Paths
-from diffusion.tracking import store
-from diffusion.tracking.results import ERRORS, Results, errors_of
+from flows.params import Params
+from flows.paths import Paths
+from flows.tracking import store
+from flows.tracking.results import ERRORS, Results, errors_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

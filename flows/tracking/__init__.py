@@ -18,8 +18,8 @@ share that store, so that its pages show what was logged with and without it, wh
         --default-artifact-root /ABSOLUTE/.ddpm/mlflow-artifacts
 """
 
-from diffusion.tracking.champion import promote
-from diffusion.tracking.live import LiveRun, live
-from diffusion.tracking.recording import Recorded, record, track
+from flows.tracking.champion import promote
+from flows.tracking.live import LiveRun, live
+from flows.tracking.recording import Recorded, record, track
 
 __all__ = ["LiveRun", "Recorded", "live", "promote", "record", "track"]

@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion.commands.pictures import read_image, read_mask, to_x_0, writer
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.files import write_atomic
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.params import Device, NonNegative, Sample
-from diffusion.paths import Paths
+from diffusion.options import Device, NonNegative, SampleOptions
 from diffusion.process import build
 from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
 from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
 from diffusion.sections import Section
-from diffusion.yaml_files import overlay, read_yaml
+from flows.commands.pictures import read_image, read_mask, to_x_0, writer
+from flows.paths import Paths
+from flows.yaml_files import overlay, read_yaml
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
@@ -41,7 +41,7 @@ class Settings(Section):
 
     seed: NonNegative
     device: Device
-    sample: Sample
+    sample: SampleOptions
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
 def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     """params.yaml, if there is one, with the options laid over it."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    sample = {name: given[name] for name in Sample.model_fields if name in given}
+    sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
     document = {"device": "auto"}
     if paths.params.exists():
         document |= {name: value for name, value in read_yaml(paths.params).items() if name in Settings.model_fields}
-    elif missing := [f"--{name}" for name in (*Sample.model_fields, "seed") if name not in given]:
+    elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
     try:
         return Settings.model_validate(overlay(document, changes))
@@ -114,7 +114,7 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
         raise UserError(f"{paths.params} with the options given: {describe(error)}") from None
 
 
-def check(options: Sample, config: Config) -> None:
+def check(options: SampleOptions, config: Config) -> None:
     """Raise UserError unless a model can sample so."""
     T = config.process.num_timesteps
     if options.steps > T:
@@ -140,7 +140,7 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     return numbers
 
 
-def way(arguments: argparse.Namespace, options: Sample, model: Model, device: torch.device) -> Way:
+def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, device: torch.device) -> Way:
     """The way to pictures that the command line asks for."""
     schedule = model.process.schedule
     timesteps = build.sampling_timesteps(options, schedule)
@@ -203,7 +203,7 @@ def made_anew(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) ->
 
 
 def draw(
-    model: Model, options: Sample, seed: int, way: Way, device: torch.device, y: Tensor | None = None
+    model: Model, options: SampleOptions, seed: int, way: Way, device: torch.device, y: Tensor | None = None
 ) -> NDArray[np.uint8]:
     """Pictures uint8 (count, C, H, W), of the classes `y` int64 (count,), or of any.
 

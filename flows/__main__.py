@@ -1,4 +1,4 @@
-"""The command line: `ddpm COMMAND`, or `python -m diffusion COMMAND`."""
+"""The command line: `ddpm COMMAND`, or `python -m flows COMMAND`."""
 
 import argparse
 import importlib
@@ -14,20 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
 
-from diffusion import params as parameters
-from diffusion import presets, yaml_files
 from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
-from diffusion.paths import Paths
+from diffusion.options import SampleOptions
 from diffusion.progress import say
-from diffusion.watch import launched, stop_with_parent
-
-STAGES = {
-    "shard": "raw images into webdataset shards",
-    "pairs": "shards into shuffled blocks with their noise pairs",
-    "train": "train the network on the training pairs",
-    "evaluate": "score the network on held-out pairs, and draw samples",
-    "export": "write the model as two ONNX graphs, of a step and of all sampling, checked against torch",
-}
+from flows import params as parameters
+from flows import presets, yaml_files
+from flows.paths import Paths
+from flows.stages import STAGES
+from flows.watch import launched, stop_with_parent
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
@@ -39,7 +33,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
     params = parameters.load(paths.params)
     check_untracked(arguments.command)
     with stoppable():
-        importlib.import_module(f"diffusion.stages.{arguments.command}").run(params, paths)
+        importlib.import_module(f"flows.stages.{arguments.command}").run(params, paths)
 
 
 @contextmanager
@@ -99,7 +93,7 @@ def apply_preset(arguments: argparse.Namespace) -> None:
 
 
 def import_data(arguments: argparse.Namespace) -> None:
-    from diffusion.data.importing import import_data
+    from flows.importing import import_data
 
     with stoppable():
         import_data(
@@ -112,7 +106,7 @@ def import_data(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from diffusion.commands import sample
+    from flows.commands import sample
 
     sample.run(arguments, Paths())
 
@@ -140,21 +134,20 @@ def import_diffusers(arguments: argparse.Namespace) -> None:
 
 
 def verify_onnx(arguments: argparse.Namespace) -> None:
-    from diffusion.commands import verify_onnx
+    from flows.commands import verify_onnx
 
     verify_onnx.run(arguments.file, arguments.device)
 
 
 def triton(arguments: argparse.Namespace) -> None:
-    from diffusion.commands import triton
+    from flows.commands import triton
 
     triton.run(arguments.directory, Paths(), arguments.max_batch, arguments.force)
     print(f"{arguments.directory} is now what `tritonserver --model-repository` takes")
 
 
 def track(arguments: argparse.Namespace) -> None:
-    from diffusion import tracking
-    from flows import workspace
+    from flows import tracking, workspace
 
     paths = Paths(workspace.find(arguments.run)) if arguments.run else Paths()
     with stoppable():
@@ -162,7 +155,7 @@ def track(arguments: argparse.Namespace) -> None:
 
 
 def promote(arguments: argparse.Namespace) -> None:
-    from diffusion import tracking
+    from flows import tracking
 
     paths = Paths()
     with stoppable():
@@ -307,7 +300,7 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
         "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
     )
     settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
-    for name, field in parameters.Sample.model_fields.items():
+    for name, field in SampleOptions.model_fields.items():
         # A Literal has choices; any other field a number's type.
         choices = get_args(field.annotation) or None
         kind = str if choices else integer if field.annotation is int else number

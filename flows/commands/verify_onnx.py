@@ -6,16 +6,16 @@ from pathlib import Path
 import onnx
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion import params
 from diffusion.errors import UserError, describe
 from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
+from diffusion.options import Device
 
 
 def run(path: Path, device: str) -> None:
     """Check the file's digest and graph and run its golden test; raises UserError for what does not hold."""
     try:
-        TypeAdapter(params.Device).validate_python(device)
+        TypeAdapter(Device).validate_python(device)
     except ValidationError as error:
         raise UserError(f"--device: {describe(error)}") from None
     chosen = networks.device(device)

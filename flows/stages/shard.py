@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion import made_with
 from diffusion.data import shards
 from diffusion.data.folders import linked_folders
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 from diffusion.files import new_directory
-from diffusion.params import Params
-from diffusion.paths import Paths
 from diffusion.progress import Progress, say
+from flows import made_with
+from flows.params import Params
+from flows.paths import Paths
 
 SHOWN = 5
 """Files named on the terminal; the manifest has all."""

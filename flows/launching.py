@@ -16,8 +16,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion.errors import Stopped, UserError
-from diffusion.training.distributed import STORE
-from diffusion.watch import LAUNCHER, SECONDS_TO_STOP
+from flows.watch import LAUNCHER, SECONDS_TO_STOP
+
+STORE = "DDPM_STORE"
+"""File through which the processes of one machine find each other, so that no port is opened for it."""
 
 
 def divide_threads(processes: int) -> None:
@@ -56,7 +58,7 @@ def launch(processes: int) -> None:
             shutdown_timeout=SECONDS_TO_STOP,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "diffusion", "train")
+            elastic_launch(config, sys.executable)("-m", "flows", "train")
         except SignalException as stopped:
             raise Stopped(stopped.sigval) from None
         except ChildFailedError as failed:

@@ -5,7 +5,6 @@ Models are chosen by their validation error; everything that is reported of the 
 
 from collections.abc import Iterator
 
-from diffusion import made_with, tracking
 from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
@@ -24,9 +23,11 @@ from diffusion.files import (
 )
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
-from diffusion.params import Params, Sample
-from diffusion.paths import Paths
+from diffusion.options import SampleOptions
 from diffusion.progress import Progress, say
+from flows import made_with, tracking
+from flows.params import Params
+from flows.paths import Paths
 
 SAMPLERS = {
     "ddpm": "Ancestral sampling with variance {variance}",
@@ -115,7 +116,7 @@ def run(params: Params, paths: Paths) -> None:
     tracking.record(params, paths)
 
 
-def describe(options: Sample, seed: int, num_classes: int) -> str:
+def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
     """How the samples were made, in a sentence."""
     parts = [
         SAMPLERS[options.sampler].format(variance=options.variance, eta=options.eta),

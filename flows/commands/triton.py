@@ -14,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
 from diffusion.files import new_directory, write_atomic
-from diffusion.paths import Paths
+from flows.paths import Paths
 
 DELAY = 2000
 """Microseconds that a request waits at most for others to come."""

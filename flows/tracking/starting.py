@@ -6,9 +6,9 @@ import json
 import subprocess
 from pathlib import Path
 
-from diffusion.params import Params
-from diffusion.paths import Paths
-from diffusion.tracking.store import Store, TrackedRun
+from flows.params import Params
+from flows.paths import Paths
+from flows.tracking.store import Store, TrackedRun
 
 FLOW_RUN, COMMIT, DIRTY = "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty"
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion import made_with
 from diffusion.errors import UserError
 from diffusion.files import check_sums, parse_csv, read_checked, sha256
-from diffusion.params import Params
-from diffusion.paths import Paths
+from flows import made_with
+from flows.params import Params
+from flows.paths import Paths
 
 ERRORS = "val_errors.csv"
 

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion.errors import UserError
-from diffusion.params import Params
-from diffusion.paths import Paths
+from flows.params import Params
+from flows.paths import Paths
 
 if TYPE_CHECKING:  # importing mlflow takes a second or more: only where something is logged
     from mlflow import MlflowClient

@@ -1,18 +1,11 @@
-"""The parameters: one frozen model per section of params.yaml.
+"""Options of the process, the network, training and sampling: what each is chosen and set by."""
 
-params.yaml is the only place where values stand: no field has a default here, so that DVC, which hashes the values
-in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
-"""
+import math
+from typing import Annotated, Literal
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from pydantic import Field
 
-from pydantic import Field, ValidationError
-
-from diffusion import rules
-from diffusion.errors import UserError, describe
 from diffusion.sections import LIST, Section, exactly
-from diffusion.yaml_files import read_yaml
 
 LARGEST = 2**53
 """Larger whole numbers are not the same in every program that reads JSON."""
@@ -24,47 +17,48 @@ Spacing = Literal["linspace", "quadratic", "log-snr"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
-class Shard(Section):
-    """Raw images into webdataset shards."""
-
-    rules = (rules.leaves_something_to_train_on,)
-
-    source: Annotated[str, Field(min_length=1)]
-    """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
-    split_names_as_classes: bool
-    """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
-    test_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images held out for the final evaluation; chosen and unused likewise."""
-    samples_per_shard: Positive
-    """Images per tar file."""
+def _beta_is_given(process: "ProcessOptions") -> None:
+    if process.schedule == "given" and len(process.beta) != process.num_timesteps:
+        raise ValueError(f"beta has {len(process.beta)} values, but num_timesteps is {process.num_timesteps}")
+    if process.schedule != "given" and process.beta:
+        raise ValueError(f"beta is for the schedule given; with {process.schedule} it must be []")
 
 
-class Pairs(Section):
-    """Images of one size, in shuffled blocks, each with its noise recipe."""
-
-    height: Positive
-    """Height in pixels; other images are cropped to the aspect ratio and resized."""
-    width: Positive
-    """Width in pixels."""
-    channels: Annotated[Literal[1, 3], exactly(1, 3)]
-    """1 for grey, 3 for RGB; transparent images are laid on white."""
-    draws: Positive
-    """How many draws of (t, noise key) are stored for each training image; training goes on past them without end."""
-    heldout_draws: Positive
-    """How many draws of each validation and test image are stored, as tensors."""
+def _has_timesteps_enough(process: "ProcessOptions") -> None:
+    if process.schedule in ("linear", "scaled-linear") and process.num_timesteps < 21:
+        raise ValueError(f"the schedule {process.schedule} needs num_timesteps of at least 21")
 
 
-class Process(Section):
+def _leaves_something_to_see(process: "ProcessOptions") -> None:
+    if math.prod(1 - beta for beta in process.beta[:-1]) < 1e-12:
+        raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
+
+
+def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
+    if process.zero_terminal_snr and process.parameterization == "eps":
+        raise ValueError(
+            "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
+            "alone, and eps says nothing of the image"
+        )
+
+
+def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
+    if process.zero_terminal_snr and process.weighting not in ("snr-plus-one", "truncated-snr"):
+        raise ValueError(
+            "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
+            f"{process.weighting} gives the last timestep, where sampling begins, no weight"
+        )
+
+
+class ProcessOptions(Section):
     """The diffusion process."""
 
     rules = (
-        rules.beta_is_given,
-        rules.has_timesteps_enough,
-        rules.leaves_something_to_see,
-        rules.predicts_from_noise_alone,
-        rules.weighs_the_last_timestep,
+        _beta_is_given,
+        _has_timesteps_enough,
+        _leaves_something_to_see,
+        _predicts_from_noise_alone,
+        _weighs_the_last_timestep,
     )
 
     schedule: Literal["linear", "scaled-linear", "cosine", "sigmoid", "given"]
@@ -92,15 +86,49 @@ class Process(Section):
     """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
 
 
-class Network(Section):
+def _groups_channels(network: "NetworkOptions") -> None:
+    if network.base_channels % 8:
+        raise ValueError(f"base_channels must be a multiple of 8 (got {network.base_channels})")
+
+
+def _attends_at_its_levels(network: "NetworkOptions") -> None:
+    levels = len(network.channel_multipliers)
+    if wrong := [level for level in network.attention_levels if level >= levels]:
+        raise ValueError(f"attention_levels names level {wrong[0]}, but levels go from 0 to {levels - 1}")
+
+
+def _conditions_in_its_way(network: "NetworkOptions") -> None:
+    allowed = ("add", "film") if network.kind == "unet" else ("token", "adaln")
+    if network.conditioning not in allowed:
+        raise ValueError(
+            f"conditioning of a {network.kind} must be {' or '.join(allowed)} (got {network.conditioning})"
+        )
+
+
+def _has_a_middle(network: "NetworkOptions") -> None:
+    if network.kind == "uvit" and network.depth % 2 == 0:
+        raise ValueError(f"depth must be odd (got {network.depth})")
+
+
+def _divides_channels_into_heads(network: "NetworkOptions") -> None:
+    if network.head_channels:
+        levels = len(network.channel_multipliers)
+        attending = {*network.attention_levels, levels - 1} if network.kind == "unet" else set[int]()
+        widths = [network.base_channels * network.channel_multipliers[level] for level in attending if level < levels]
+        for width in widths or [network.base_channels]:
+            if width % network.head_channels:
+                raise ValueError(f"head_channels ({network.head_channels}) must divide {width} channels")
+
+
+class NetworkOptions(Section):
     """The denoising network."""
 
     rules = (
-        rules.groups_channels,
-        rules.attends_at_its_levels,
-        rules.conditions_in_its_way,
-        rules.has_a_middle,
-        rules.divides_channels_into_heads,
+        _groups_channels,
+        _attends_at_its_levels,
+        _conditions_in_its_way,
+        _has_a_middle,
+        _divides_channels_into_heads,
     )
 
     kind: Literal["unet", "uvit"]
@@ -131,10 +159,16 @@ class Network(Section):
     resolution, epsilon and groups of the normalization): matters for exchanging weights alone."""
 
 
-class Train(Section):
+def _divides(train: "TrainOptions") -> None:
+    parts = train.processes * train.accumulate
+    if train.batch_size % parts:
+        raise ValueError(f"batch_size ({train.batch_size}) must be a multiple of processes x accumulate ({parts})")
+
+
+class TrainOptions(Section):
     """Training."""
 
-    rules = (rules.divides,)
+    rules = (_divides,)
 
     steps: Positive
     """Optimizer steps."""
@@ -190,7 +224,7 @@ class Train(Section):
     """Whether blocks are computed again on the way back instead of kept: less memory, a third slower."""
 
 
-class Sample(Section):
+class SampleOptions(Section):
     """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
 
     sampler: Sampler
@@ -211,91 +245,3 @@ class Sample(Section):
     """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
     count: Positive
     """How many pictures."""
-
-
-class Evaluate(Section):
-    """Held-out evaluation."""
-
-    resamples: Annotated[int, Field(ge=100)]
-    """Bootstrap resamples (over images) behind the 95 % intervals."""
-    likelihood_images: Annotated[int, Field(ge=2)]
-    """Test images on which the bound in bits/dim is estimated, at some timesteps of each."""
-    exact_likelihood_images: Annotated[int, Field(ge=2)]
-    """Test images on which it is summed over every timestep."""
-
-
-class Export(Section):
-    """ONNX export."""
-
-    opset: Annotated[int, Field(ge=18, le=23)]
-    """ONNX operator set."""
-    tolerance: Annotated[float, Field(gt=0)]
-    """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
-    sampler: Sampler
-    """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
-    steps: Annotated[int, Field(ge=1)]
-    """Its steps unless asked otherwise."""
-    spacing: Spacing
-    """Which timesteps they are at."""
-    variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST]
-    """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
-    max_loss: Annotated[float, Field(ge=0)]
-    """Largest share by which a variant's held-out MSE may exceed the model's."""
-
-
-class Tracking(Section):
-    """MLflow names, and the validation error that a model must reach to become champion."""
-
-    experiment: Annotated[str, Field(min_length=1)]
-    """MLflow experiment."""
-    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")]
-    """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
-    max_mse: Annotated[float, Field(gt=0)]
-    """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
-
-
-class Params(Section):
-    """All of params.yaml."""
-
-    rules = (
-        rules.samples_at_timesteps_that_exist,
-        rules.exports_timesteps_that_exist,
-        rules.has_patches_that_fit,
-        rules.draws_the_last_timestep,
-        rules.has_learned_its_variance,
-        rules.exports_its_variance,
-    )
-
-    seed: NonNegative
-    """Seed of every random number."""
-    device: Device
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    shard: Shard
-    pairs: Pairs
-    process: Process
-    network: Network
-    train: Train
-    sample: Sample
-    evaluate: Evaluate
-    export: Export
-    tracking: Tracking
-
-
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Params.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
-
-
-def validate(document: Any, origin: str) -> Params:
-    """Parameters from plain data; raises UserError with one line that names `origin` and each wrong field."""
-    try:
-        return Params.model_validate(document)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {describe(error)}") from None
-
-
-def load(path: Path) -> Params:
-    """The parameters in a file like params.yaml; raises UserError naming the file and the field."""
-    return validate(read_yaml(path), str(path))

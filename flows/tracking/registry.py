@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.files import sha256
-from diffusion.tracking.results import Results
-from diffusion.tracking.store import WEIGHTS, Store, TrackedRun
+from flows.tracking.results import Results
+from flows.tracking.store import WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
     import onnx

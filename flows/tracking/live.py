@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from diffusion import made_with
 from diffusion.files import sha256
-from diffusion.params import Params
-from diffusion.paths import Paths
-from diffusion.tracking import store
-from diffusion.tracking.starting import resume, start
-from diffusion.tracking.store import TrackedRun
+from flows import made_with
+from flows.params import Params
+from flows.paths import Paths
+from flows.tracking import store
+from flows.tracking.starting import resume, start
+from flows.tracking.store import TrackedRun
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

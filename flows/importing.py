@@ -15,11 +15,11 @@ from diffusion.data.folders import files_below
 from diffusion.data.noise import Split
 from diffusion.data.shards import Source
 from diffusion.data.sources import open_source
-from diffusion.dvc_output import reason
 from diffusion.errors import UserError
 from diffusion.files import writing
-from diffusion.paths import Paths
 from diffusion.progress import Progress
+from flows.dvc_output import reason
+from flows.paths import Paths
 
 SHOWN = 5
 """Files named on the terminal."""

@@ -10,24 +10,9 @@ from typing import Any
 
 from diffusion.errors import UserError
 from diffusion.files import damaged, sha256, write_json
-from diffusion.params import Params
-from diffusion.paths import Paths
-
-PARAMETERS = {
-    "shard": ("shard",),
-    "pairs": (
-        "seed",
-        "pairs",
-        "process.schedule",
-        "process.beta",
-        "process.num_timesteps",
-        "process.zero_terminal_snr",
-    ),
-    "train": ("seed", "device", "process", "network", "train"),
-    "evaluate": ("seed", "device", "sample", "evaluate"),
-    "export": ("device", "export", "sample.eta", "sample.guidance", "sample.threshold", "sample.variance"),
-}
-"""The parameters of each stage: sections or single fields, as in dvc.yaml."""
+from flows import dvc_yaml
+from flows.params import Params
+from flows.paths import Paths
 
 
 def flat(params: Params, *names: str) -> dict[str, Any]:
@@ -44,7 +29,9 @@ def flat(params: Params, *names: str) -> dict[str, Any]:
 def write(paths: Paths, stage: str, params: Params) -> None:
     """Write the record of a stage; to be called once all its other outputs are written."""
     read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
-    write_json(paths.made_with(stage), {"params": flat(params, *PARAMETERS[stage]), "read": read, "wrote": wrote})
+    write_json(
+        paths.made_with(stage), {"params": flat(params, *dvc_yaml.parameters(stage)), "read": read, "wrote": wrote}
+    )
 
 
 def difference(paths: Paths, stage: str, params: Params) -> str | None:

@@ -1,0 +1,146 @@
+"""The parameters: one frozen model per section of params.yaml.
+
+params.yaml is the only place where values stand: no field has a default here, so that DVC, which hashes the values
+in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from diffusion.errors import UserError, describe
+from diffusion.options import (
+    Device,
+    NetworkOptions,
+    NonNegative,
+    Positive,
+    ProcessOptions,
+    SampleOptions,
+    Sampler,
+    Spacing,
+    TrainOptions,
+)
+from diffusion.sections import LIST, Section, exactly
+from flows import rules
+from flows.yaml_files import read_yaml
+
+
+class Shard(Section):
+    """Raw images into webdataset shards."""
+
+    rules = (rules.leaves_something_to_train_on,)
+
+    source: Annotated[str, Field(min_length=1)]
+    """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
+    split_names_as_classes: bool
+    """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the images held out for the final evaluation; chosen and unused likewise."""
+    samples_per_shard: Positive
+    """Images per tar file."""
+
+
+class Pairs(Section):
+    """Images of one size, in shuffled blocks, each with its noise recipe."""
+
+    height: Positive
+    """Height in pixels; other images are cropped to the aspect ratio and resized."""
+    width: Positive
+    """Width in pixels."""
+    channels: Annotated[Literal[1, 3], exactly(1, 3)]
+    """1 for grey, 3 for RGB; transparent images are laid on white."""
+    draws: Positive
+    """How many draws of (t, noise key) are stored for each training image; training goes on past them without end."""
+    heldout_draws: Positive
+    """How many draws of each validation and test image are stored, as tensors."""
+
+
+class Evaluate(Section):
+    """Held-out evaluation."""
+
+    resamples: Annotated[int, Field(ge=100)]
+    """Bootstrap resamples (over images) behind the 95 % intervals."""
+    likelihood_images: Annotated[int, Field(ge=2)]
+    """Test images on which the bound in bits/dim is estimated, at some timesteps of each."""
+    exact_likelihood_images: Annotated[int, Field(ge=2)]
+    """Test images on which it is summed over every timestep."""
+
+
+class Export(Section):
+    """ONNX export."""
+
+    opset: Annotated[int, Field(ge=18, le=23)]
+    """ONNX operator set."""
+    tolerance: Annotated[float, Field(gt=0)]
+    """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
+    sampler: Sampler
+    """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
+    steps: Annotated[int, Field(ge=1)]
+    """Its steps unless asked otherwise."""
+    spacing: Spacing
+    """Which timesteps they are at."""
+    variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST]
+    """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
+    max_loss: Annotated[float, Field(ge=0)]
+    """Largest share by which a variant's held-out MSE may exceed the model's."""
+
+
+class Tracking(Section):
+    """MLflow names, and the validation error that a model must reach to become champion."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    """MLflow experiment."""
+    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")]
+    """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
+    max_mse: Annotated[float, Field(gt=0)]
+    """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    rules = (
+        rules.samples_at_timesteps_that_exist,
+        rules.exports_timesteps_that_exist,
+        rules.has_patches_that_fit,
+        rules.draws_the_last_timestep,
+        rules.has_learned_its_variance,
+        rules.exports_its_variance,
+    )
+
+    seed: NonNegative
+    """Seed of every random number."""
+    device: Device
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    shard: Shard
+    pairs: Pairs
+    process: ProcessOptions
+    network: NetworkOptions
+    train: TrainOptions
+    sample: SampleOptions
+    evaluate: Evaluate
+    export: Export
+    tracking: Tracking
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Params.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def validate(document: Any, origin: str) -> Params:
+    """Parameters from plain data; raises UserError with one line that names `origin` and each wrong field."""
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {describe(error)}") from None
+
+
+def load(path: Path) -> Params:
+    """The parameters in a file like params.yaml; raises UserError naming the file and the field."""
+    return validate(read_yaml(path), str(path))
