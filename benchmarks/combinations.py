@@ -3,8 +3,7 @@
     python benchmarks/combinations.py --out reports/combinations.csv
 
 prints a table and a JSON line. The two fixed variances and the analytic one belong to the same training, the
-learned one to a training of its own (with the hybrid loss). The weighting `snr` is left out: it is `simple` by another
-name.
+learned one to a training of its own (with the hybrid loss).
 """
 
 import argparse
@@ -35,7 +34,7 @@ from flows.stages import pairs as pairs_stage
 from flows.stages import shard as shard_stage
 
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
-WEIGHTINGS = [name for name in build.WEIGHTINGS if name != "snr"]
+WEIGHTINGS = list(build.WEIGHTINGS)
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 

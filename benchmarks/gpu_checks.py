@@ -29,7 +29,7 @@ from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import precision, runnable
 from diffusion.training.state import State, begin
-from flows import params as parameters
+from flows import presets
 from flows.params import Params
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ class Bench:
 
     def params(self, preset: str, **train: Any) -> Params:
         """A preset's parameters; in a rehearsal with a tiny network."""
-        params = parameters.load(ROOT / "presets" / f"{preset}.yaml")
+        params = presets.load(ROOT / "presets" / f"{preset}.yaml")
         changes: Facts = {"train": params.train.model_copy(update={"decay": "constant"} | train)}
         if self.rehearse:
             changes["network"] = params.network.model_copy(update={"base_channels": 32, "blocks_per_level": 1})

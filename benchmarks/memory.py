@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from flows import params as parameters
+from flows import presets
 
 PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 
@@ -46,7 +46,7 @@ def own_memory(command: list[str], tree: Path) -> int:
 def measure(images: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         tree, rng = Path(directory), np.random.default_rng(0)
-        params = parameters.load(PRESET).model_dump(mode="json")
+        params = presets.load(PRESET).model_dump(mode="json")
         params["shard"] |= {"source": "images.npz", "val_fraction": 200 / images, "test_fraction": 200 / images}
         params["train"] |= {"steps": steps, "preview_every": steps, "log_every": 10, "warmup_steps": 1}
         (tree / "params.yaml").write_text(json.dumps(params))  # JSON is YAML

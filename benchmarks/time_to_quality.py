@@ -43,7 +43,7 @@ from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, runnable
 from diffusion.training.state import begin
-from flows import params as parameters
+from flows import presets
 from flows.params import Params
 from flows.paths import Paths
 
@@ -291,7 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     paths = Paths(arguments.tree)
-    params = parameters.load(arguments.preset)
+    params = presets.load(arguments.preset)
     pairs, test = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "test")
     steps = arguments.steps or params.train.steps
     short = {"steps": steps // 10, "warmup_steps": min(params.train.warmup_steps, steps // 100)}

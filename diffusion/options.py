@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from diffusion.sections import LIST, Section, exactly
 
@@ -76,9 +76,12 @@ class ProcessOptions(Section):
     learned_variance: bool
     """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
     Dhariwal 2021); `sample.variance` is then free to be learned."""
-    weighting: Literal["simple", "vlb", "snr", "snr-plus-one", "truncated-snr", "min-snr", "p2"]
+    weighting: Annotated[
+        Literal["simple", "vlb", "snr-plus-one", "truncated-snr", "min-snr", "p2"],
+        BeforeValidator(lambda name: "simple" if name == "snr" else name),
+    ]
     """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
-    same; snr is another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the same),
+    same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the same),
     truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
     min_snr_gamma: Annotated[float, Field(gt=0)]
     """The gamma of the weighting min-snr; 5 in the paper."""

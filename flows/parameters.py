@@ -37,7 +37,7 @@ def part_of(section: type[Section]) -> type[Part]:
         return field.annotation, field
 
     fields = {name: optional(field) for name, field in section.model_fields.items()}
-    return create_model(section.__name__, __base__=Part, __doc__=section.__doc__, **fields)
+    return create_model(section.__name__.removesuffix("Options"), __base__=Part, __doc__=section.__doc__, **fields)
 
 
 def _without_default(schema: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Parameters, presets and the commands that show them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
     ("train", "decay", "linear", '"linear"', "linear"),
     ("train", "decay", "Linear", '"Linear"', WRONG),
     ("train", "decay", "1", "1", WRONG),
+    ("process", "weighting", "snr", '"snr"', "simple"),  # another name for it
     ("pairs", "channels", "3", "3", 3),
     ("pairs", "channels", "true", "true", WRONG),
     ("pairs", "channels", "1.0", "1.0", WRONG),
@@ -86,8 +88,31 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
 
 
 @pytest.mark.parametrize("name", presets.names(PRESETS))
-def test_every_preset_is_complete(name: str) -> None:
-    assert isinstance(parameters.load(PRESETS / f"{name}.yaml"), Params)
+def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: Params) -> None:
+    defaults, content = params.model_dump(mode="json"), yaml_files.read_yaml(PRESETS / f"{name}.yaml")
+    assert isinstance(presets.load(PRESETS / f"{name}.yaml"), Params)
+    if name != presets.DEFAULT:
+        assert not set(content) & set(presets.OWN)
+        for section, values in content.items():
+            assert all(value != defaults[section][key] for key, value in values.items())
+
+
+def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
+    document = yaml_files.read_yaml(ROOT / "params.yaml")
+    own: dict[str, Any] = {"seed": 5, "device": "cpu", "tracking": {"model_name": "mine"}}
+    yaml_files.overlay(document, own | {"shard": {"source": "data/raw/mine"}, "train": {"steps": 7}})
+    shutil.copy(PRESETS / "digits.yaml", tmp_path)
+    (tmp_path / "small.yaml").write_text("network:\n  base_channels: 16\n", encoding="utf-8")
+    made = parameters.validate(presets.laid_over(document, tmp_path, "small"), "test")
+    assert (made.seed, made.device, made.tracking.model_name) == (5, "cpu", "mine")
+    assert made.shard.source == "data/raw/mine"
+    assert made.network.base_channels == 16
+    assert made.train.steps == presets.load(PRESETS / "digits.yaml").train.steps
+    (tmp_path / "wrong.yaml").write_text("seed: 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"wrong.yaml: seed: no preset changes that; set it in params.yaml$"):
+        presets.laid_over(document, tmp_path, "wrong")
+    back = parameters.validate(presets.laid_over(document, PRESETS, "digits"), "test")
+    assert back.shard.source == presets.load(PRESETS / "digits.yaml").shard.source
 
 
 def test_params_yaml_holds_the_digits_preset(params: Params) -> None:
@@ -115,7 +140,7 @@ def test_a_preset_is_written_and_taken_back(
     Path("params.yaml").write_text(before, encoding="utf-8")
     Path("presets").symlink_to(PRESETS)
     assert main(["preset", "cifar10"]) == 0
-    assert parameters.load(Path("params.yaml")) == parameters.load(PRESETS / "cifar10.yaml")
+    assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "cifar10.yaml")
     assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
     assert parameters.load(Path("params.yaml")) == parameters.load(PRESETS / "digits.yaml")

@@ -310,7 +310,7 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
             {"process": {"schedule": "given", "beta": [0.9] * 20, "num_timesteps": 20}},
             "beta leaves nothing of the image",
         ),
-        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr', "),
+        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr-plus-one', "),
         ({"network": {"conditioning": "token"}}, "conditioning of a unet must be add or film (got token)"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (1000)"),

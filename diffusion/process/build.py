@@ -30,7 +30,6 @@ PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": E
 WEIGHTINGS: dict[str, Callable[[ProcessOptions], Weighting]] = {
     "simple": lambda _: weighting.Simple(),
     "vlb": lambda _: weighting.Vlb(),
-    "snr": lambda _: weighting.Simple(),
     "snr-plus-one": lambda _: weighting.SnrPlusOne(),
     "truncated-snr": lambda _: weighting.TruncatedSnr(),
     "min-snr": lambda options: weighting.MinSnr(options.min_snr_gamma),

@@ -97,7 +97,7 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
     before = deployment()
     assert sorted(active for _, active, _ in before["schedules"]) == [False, True]
     assert before["paused"]
-    (clone / "presets" / "mine.yaml").write_text("seed: 7\n")
+    (clone / "presets" / "mine.yaml").write_text("train:\n  steps: 7\n")
     try:
         assert "deployed train-ddpm" in up("python", "-m", "flows.services", "up").stdout
         after = deployment()

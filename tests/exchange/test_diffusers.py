@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion.process import build as processes
 from diffusion.process.sampler import sample
-from flows import __main__, params, yaml_files
+from flows import __main__, params, presets, yaml_files
 from tests.exchange import models
 
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,7 @@ def test_the_papers_cifar10_network_goes_both_ways(tree: Path, root: Path) -> No
     models.randomize(published).save_pretrained(tree / "published")
     run("import-diffusers", tree / "published")
     adopted = models.load(tree / "models" / "ddpm")
-    preset = params.load(root / "presets" / "cifar10.yaml")
+    preset = presets.load(root / "presets" / "cifar10.yaml")
     assert adopted.config.network == preset.network.model_copy(update={"depth": 1, "dropout": 0.0})
     assert adopted.config.process == preset.process
     assert sum(parameter.numel() for parameter in adopted.net.parameters()) == 35_746_307

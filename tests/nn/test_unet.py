@@ -8,12 +8,12 @@ from torch import nn
 
 from diffusion.nn import build
 from diffusion.nn.layers import SelfAttention
-from flows import params
+from flows import presets
 from tests.nn.networks import network, noise, randomize
 
 
 def test_the_ddpm_papers_cifar10_network_has_its_number_of_parameters() -> None:
-    preset = params.load(Path("presets/cifar10.yaml"))
+    preset = presets.load(Path("presets/cifar10.yaml"))
     net = build.network((3, 32, 32), preset.network, num_classes=10, learned_variance=False)
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307  # "35.7 million", app. B
 
