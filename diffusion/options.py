@@ -81,8 +81,8 @@ class ProcessOptions(Section):
         BeforeValidator(lambda name: "simple" if name == "snr" else name),
     ]
     """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
-    same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the same),
-    truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
+    same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the
+    same), truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
     min_snr_gamma: Annotated[float, Field(gt=0)]
     """The gamma of the weighting min-snr; 5 in the paper."""
     loss: Literal["mse", "l1", "huber"]

@@ -82,8 +82,9 @@ def test_a_parameter_that_is_given_twice_is_refused() -> None:
 
 def test_every_field_is_in_the_form_with_its_description() -> None:
     for name, section in params.SECTIONS.items():
-        form = SCHEMA["definitions"][section.__name__]
-        assert SCHEMA["properties"][name]["$ref"] == f"#/definitions/{section.__name__}"
+        title = section.__name__.removesuffix("Options")
+        form = SCHEMA["definitions"][title]
+        assert SCHEMA["properties"][name]["$ref"] == f"#/definitions/{title}"
         assert form["description"] == section.__doc__
         assert "required" not in form
         for key, field in section.model_fields.items():
