@@ -25,6 +25,7 @@ from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
+from diffusion.process.weighting import WEIGHTINGS as NAMES
 from diffusion.training import loop
 from diffusion.training.state import begin
 from flows import params as parameters
@@ -34,7 +35,7 @@ from flows.stages import pairs as pairs_stage
 from flows.stages import shard as shard_stage
 
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
-WEIGHTINGS = list(build.WEIGHTINGS)
+WEIGHTINGS = list(NAMES)
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 

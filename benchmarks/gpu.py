@@ -23,8 +23,8 @@ from gpu_checks import SHAPES, Bench, Facts, cpu_and_gpu, narrow, same_bytes, st
 from torch import Tensor, nn
 
 from diffusion.model import Config, Model, new_network
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.sampler import sample
 from diffusion.training import loop
 

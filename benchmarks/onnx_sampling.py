@@ -32,8 +32,8 @@ from diffusion.evaluation.samples import to_uint8
 from diffusion.exchange.diffusers import export_model
 from diffusion.export import parity, speed
 from diffusion.model import Model, load_model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.sampler import sample
 from flows import params as parameters
 from flows.paths import Paths

@@ -14,9 +14,9 @@ from diffusion.errors import UserError, describe
 from diffusion.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 from diffusion.nn import build as networks
 from diffusion.nn.layers import Network
-from diffusion.options import NetworkOptions, ProcessOptions, SampleOptions
+from diffusion.nn.options import NetworkOptions
 from diffusion.process import build as processes
-from diffusion.process.build import Process
+from diffusion.process.build import Process, ProcessOptions, SampleOptions
 from diffusion.process.denoiser import Guided, Net
 from diffusion.process.sampler import Sampler
 from diffusion.process.variance import Variance

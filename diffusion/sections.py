@@ -1,11 +1,20 @@
 """What the sections of the parameters share: strict types, and all faults reported at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 
 class Section(BaseModel):
@@ -81,6 +90,23 @@ def _as_tuple(value: Any) -> Any:
 
 LIST = BeforeValidator(_as_tuple)
 """Marks a tuple that is written as a list."""
+
+
+LARGEST = 2**53
+"""Larger whole numbers are not the same in every program that reads JSON."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OneOf:
+    """Marks a text that is one of the names in a registry."""
+
+    def __init__(self, registry: Iterable[str]) -> None:
+        self.names = tuple(registry)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
 
 
 def exactly(*allowed: bool | int | str) -> BeforeValidator:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, get_args
+from typing import NoReturn
 
 from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
-from diffusion.options import SampleOptions
+from diffusion.process.build import SampleOptions
 from diffusion.progress import say
+from diffusion.sections import OneOf
 from flows import params as parameters
 from flows import presets, yaml_files
 from flows.paths import Paths
@@ -301,8 +302,8 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
     for name, field in SampleOptions.model_fields.items():
-        # A Literal has choices; any other field a number's type.
-        choices = get_args(field.annotation) or None
+        # A choice has names; any other field a number's type.
+        choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
         kind = str if choices else integer if field.annotation is int else number
         settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
 

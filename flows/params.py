@@ -10,18 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from diffusion.errors import UserError, describe
-from diffusion.options import (
-    Device,
-    NetworkOptions,
-    NonNegative,
-    Positive,
-    ProcessOptions,
-    SampleOptions,
-    Sampler,
-    Spacing,
-    TrainOptions,
-)
-from diffusion.sections import LIST, Section, exactly
+from diffusion.nn.build import Device
+from diffusion.nn.options import NetworkOptions
+from diffusion.process.build import ProcessOptions, SampleOptions, SamplerName, SpacingName
+from diffusion.sections import LIST, NonNegative, Positive, Section, exactly
+from diffusion.training.options import TrainOptions
 from flows import rules
 from flows.yaml_files import read_yaml
 
@@ -76,11 +69,11 @@ class Export(Section):
     """ONNX operator set."""
     tolerance: Annotated[float, Field(gt=0)]
     """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
-    sampler: Sampler
+    sampler: SamplerName
     """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
     steps: Annotated[int, Field(ge=1)]
     """Its steps unless asked otherwise."""
-    spacing: Spacing
+    spacing: SpacingName
     """Which timesteps they are at."""
     variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST]
     """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""

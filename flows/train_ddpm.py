@@ -29,7 +29,8 @@ from prefect.utilities.urls import url_for
 
 from diffusion import progress
 from diffusion.errors import SystemFault, UserError
-from diffusion.options import Device, NonNegative
+from diffusion.nn.build import Device
+from diffusion.sections import NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
 from flows.parameters import NOTHING, Part, PartOf, Preset, given

@@ -17,7 +17,6 @@ MODULES = {
 }
 NOT_SHAPING = (
     "diffusion.errors",
-    "diffusion.options",
     "diffusion.progress",
     "diffusion.sections",
     "flows.dvc_yaml",

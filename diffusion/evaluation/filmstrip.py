@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.sampler import trajectory
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffusion.data.noise import Purpose, stream
 from diffusion.model import Model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.sampler import Noise, trajectory
 
 

@@ -12,9 +12,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from torch import Tensor
 
 from diffusion.model import Config
-from diffusion.options import Fraction, NetworkOptions, Positive, ProcessOptions, SampleOptions
+from diffusion.nn.options import NetworkOptions
 from diffusion.process import build as processes
 from diffusion.process import schedule
+from diffusion.process.build import ProcessOptions, SampleOptions
+from diffusion.sections import Fraction, Positive
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 VARIANCES = {"fixed-small": "fixed_small", "fixed-large": "fixed_large", "learned": "learned_range"}
@@ -196,7 +198,7 @@ class SchedulerConfig(_Json):
 
     @classmethod
     def of(cls, process: ProcessOptions, sample: SampleOptions) -> Self:
-        beta = processes.SCHEDULES[process.schedule](process)
+        beta = processes.betas(process)
         known = process.schedule in SCHEDULES
         return cls.model_validate(
             {

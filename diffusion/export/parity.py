@@ -13,8 +13,8 @@ from diffusion.evaluation.heldout import predictions
 from diffusion.evaluation.samples import to_uint8
 from diffusion.export import golden
 from diffusion.model import Model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.sampler import sample
 from diffusion.progress import Progress, say
 

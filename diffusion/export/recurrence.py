@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.options import SampleOptions
 from diffusion.process import build
-from diffusion.process.build import Process
+from diffusion.process.build import Process, SampleOptions
 from diffusion.process.parameterization import X0
 from diffusion.process.sampler import Before
 from diffusion.process.variance import Variance

@@ -14,8 +14,8 @@ from diffusion.export import ranges
 from diffusion.export.ranges import FREE
 from diffusion.export.recurrence import Recurrence, recurrence
 from diffusion.model import Model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 
 OUTER = """
 sampler ({inputs}) => (uint8[B,{H},{W},{C}] images, float[B,{C},{H},{W}] x_0)

@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from diffusion.errors import UserError
 from diffusion.nn.layers import Network
+from diffusion.nn.options import NetworkOptions
 from diffusion.nn.unet import UNet
 from diffusion.nn.uvit import UViT
-from diffusion.options import NetworkOptions
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, NetworkOptions], Network]] = {
     "unet": UNet,
     "uvit": UViT,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.options import NetworkOptions
+from diffusion.nn.options import NetworkOptions
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 

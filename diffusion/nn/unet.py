@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, in_full_precision, zero_
-from diffusion.options import NetworkOptions
+from diffusion.nn.options import NetworkOptions
 
 
 class UNet(Network):

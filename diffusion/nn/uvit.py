@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.nn.layers import Conditions, Network, attend, in_full_precision, zero_
-from diffusion.options import NetworkOptions
+from diffusion.nn.options import NetworkOptions
 
 
 class Attention(nn.Module):

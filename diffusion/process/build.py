@@ -1,67 +1,120 @@
-"""The only place where a name in params.yaml becomes an object of the diffusion process."""
+"""The process, and how it is sampled, from their options: choices by name, each in the module of its class."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from diffusion.errors import UserError
-from diffusion.options import ProcessOptions, SampleOptions
-from diffusion.process import loss, schedule, spacing, timesteps, weighting
-from diffusion.process.denoiser import Denoiser, Net, Threshold, clip, dynamic_threshold, unbounded
-from diffusion.process.loss import Kind, Loss
-from diffusion.process.parameterization import X0, Eps, Mu, Parameterization, V
-from diffusion.process.sampler import Ancestral, Ddim, DpmSolver, Heun, Sampler
-from diffusion.process.schedule import Schedule
-from diffusion.process.spacing import Spacing
-from diffusion.process.timesteps import Timesteps
-from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned, Unseen, Variance
-from diffusion.process.weighting import Weighting
+from diffusion.process.denoiser import THRESHOLDS, Denoiser, Net, Threshold, clip
+from diffusion.process.loss import LOSSES, Loss
+from diffusion.process.parameterization import PARAMETERIZATIONS, Parameterization
+from diffusion.process.sampler import SAMPLERS, Sampler
+from diffusion.process.schedule import SCHEDULES, Schedule, zero_terminal
+from diffusion.process.spacing import SPACINGS
+from diffusion.process.variance import VARIANCES, Unseen, Variance
+from diffusion.process.weighting import WEIGHTINGS
+from diffusion.sections import LIST, OneOf, Positive, Section
 
-SCHEDULES: dict[str, Callable[[ProcessOptions], Tensor]] = {
-    "linear": lambda options: schedule.linear(options.num_timesteps),
-    "scaled-linear": lambda options: schedule.scaled_linear(options.num_timesteps),
-    "cosine": lambda options: schedule.cosine(options.num_timesteps),
-    "sigmoid": lambda options: schedule.sigmoid(options.num_timesteps),
-    "given": lambda options: torch.tensor(options.beta, dtype=torch.float64),
-}
-PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps, "x_0": X0, "v": V, "mu": Mu}
-WEIGHTINGS: dict[str, Callable[[ProcessOptions], Weighting]] = {
-    "simple": lambda _: weighting.Simple(),
-    "vlb": lambda _: weighting.Vlb(),
-    "snr-plus-one": lambda _: weighting.SnrPlusOne(),
-    "truncated-snr": lambda _: weighting.TruncatedSnr(),
-    "min-snr": lambda options: weighting.MinSnr(options.min_snr_gamma),
-    "p2": lambda _: weighting.P2(),
-}
-LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": loss.huber}
-TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
-    "stored": lambda _: timesteps.Stored(),
-    "uniform": lambda made: timesteps.Uniform(made.num_timesteps),
-    "rms-error": lambda made: timesteps.ByLoss(made.num_timesteps, power=1),
-    "loss-second-moment": lambda made: timesteps.ByLoss(made.num_timesteps, power=2),
-    "log-snr-normal": timesteps.LogSnrNormal,
-}
-VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
-    "fixed-small": lambda made, _: FixedSmall(made),
-    "fixed-large": lambda made, _: FixedLarge(made),
-    "learned": lambda made, _: Learned(made),
-    "analytic": lambda made, x_0_mse: _analytic(made, x_0_mse),
-}
-SAMPLERS: dict[str, Callable[[Denoiser, Callable[[str], Variance], SampleOptions], Sampler]] = {
-    "ddpm": lambda denoiser, variance_of, options: Ancestral(denoiser, _for_sampling(options.variance, variance_of)),
-    "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
-    "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
-    "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
-    "heun": lambda denoiser, _, __: Heun(denoiser),
-}
-SPACINGS: dict[str, Spacing] = {
-    "linspace": spacing.linspace,
-    "quadratic": spacing.quadratic,
-    "log-snr": spacing.log_snr,
-}
-THRESHOLDS: dict[str, Threshold] = {"clip": clip, "dynamic": dynamic_threshold, "none": unbounded}
+GIVEN = "given"
+"""The schedule whose beta stands in the options."""
+SamplerName = Annotated[str, OneOf(SAMPLERS)]
+SpacingName = Annotated[str, OneOf(SPACINGS)]
+
+
+def _beta_is_given(process: "ProcessOptions") -> None:
+    if process.schedule == GIVEN and len(process.beta) != process.num_timesteps:
+        raise ValueError(f"beta has {len(process.beta)} values, but num_timesteps is {process.num_timesteps}")
+    if process.schedule != GIVEN and process.beta:
+        raise ValueError(f"beta is for the schedule given; with {process.schedule} it must be []")
+
+
+def _has_timesteps_enough(process: "ProcessOptions") -> None:
+    if process.schedule in ("linear", "scaled-linear") and process.num_timesteps < 21:
+        raise ValueError(f"the schedule {process.schedule} needs num_timesteps of at least 21")
+
+
+def _leaves_something_to_see(process: "ProcessOptions") -> None:
+    if math.prod(1 - beta for beta in process.beta[:-1]) < 1e-12:
+        raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
+
+
+def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
+    if process.zero_terminal_snr and process.parameterization == "eps":
+        raise ValueError(
+            "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
+            "alone, and eps says nothing of the image"
+        )
+
+
+def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
+    if process.zero_terminal_snr and process.weighting not in ("snr-plus-one", "truncated-snr"):
+        raise ValueError(
+            "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
+            f"{process.weighting} gives the last timestep, where sampling begins, no weight"
+        )
+
+
+class ProcessOptions(Section):
+    """The diffusion process."""
+
+    rules = (
+        _beta_is_given,
+        _has_timesteps_enough,
+        _leaves_something_to_see,
+        _predicts_from_noise_alone,
+        _weighs_the_last_timestep,
+    )
+
+    schedule: Annotated[str, OneOf([*SCHEDULES, GIVEN])]
+    """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
+    sigmoid (Chen 2023), or given, by `beta`."""
+    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST]
+    """beta_t for each timestep, if the schedule is given; else empty."""
+    num_timesteps: Annotated[int, Field(ge=3)]
+    """T, the number of timesteps."""
+    zero_terminal_snr: bool
+    """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""
+    parameterization: Annotated[str, OneOf(PARAMETERIZATIONS)]
+    """What the network predicts: eps, the noise; x_0, the clean image; v, the velocity (Salimans & Ho 2022); or mu, the
+    mean of the reverse step (unstable; for study)."""
+    learned_variance: bool
+    """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
+    Dhariwal 2021); `sample.variance` is then free to be learned."""
+    weighting: Annotated[str, OneOf(WEIGHTINGS), BeforeValidator(lambda name: "simple" if name == "snr" else name)]
+    """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
+    same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the
+    same), truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
+    min_snr_gamma: Annotated[float, Field(gt=0)]
+    """The gamma of the weighting min-snr; 5 in the paper."""
+    loss: Annotated[str, OneOf(LOSSES)]
+    """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
+
+
+class SampleOptions(Section):
+    """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
+
+    sampler: SamplerName
+    """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
+    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
+    steps: Annotated[int, Field(ge=1)]
+    """Steps per picture, at most num_timesteps."""
+    spacing: SpacingName
+    """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
+    variance: Annotated[str, OneOf(VARIANCES)]
+    """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
+    process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
+    eta: Annotated[float, Field(ge=0, le=1)]
+    """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
+    threshold: Annotated[str, OneOf(THRESHOLDS)]
+    """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
+    guidance: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
+    count: Positive
+    """How many pictures."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +129,20 @@ class Process:
         return Denoiser(net, self.schedule, self.parameterization, threshold)
 
 
+def betas(options: ProcessOptions) -> Tensor:
+    """beta of the schedule that `options` names or gives, float64 (T,), before it is rescaled to end at zero SNR."""
+    if options.schedule == GIVEN:
+        return torch.tensor(options.beta, dtype=torch.float64)
+    return SCHEDULES[options.schedule](options.num_timesteps)
+
+
 def process(options: ProcessOptions) -> Process:
     """The process that `options` describes."""
-    beta = SCHEDULES[options.schedule](options)
-    made = Schedule(schedule.zero_terminal(beta) if options.zero_terminal_snr else beta)
-    parameterization = PARAMETERIZATIONS[options.parameterization](made)
-    weight = WEIGHTINGS[options.weighting](options)
-    return Process(made, parameterization, Loss(made, parameterization, weight, LOSSES[options.loss]))
+    beta = betas(options)
+    schedule = Schedule(zero_terminal(beta) if options.zero_terminal_snr else beta)
+    parameterization = PARAMETERIZATIONS[options.parameterization](schedule)
+    weight = WEIGHTINGS[options.weighting](options.min_snr_gamma)
+    return Process(schedule, parameterization, Loss(schedule, parameterization, weight, LOSSES[options.loss]))
 
 
 def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
@@ -92,20 +152,15 @@ def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
 
 def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
     """The sampler that `options` describes, over a network (one with classes as `Guided`)."""
+
+    def for_sampling() -> Variance:
+        found = variance_of(options.variance)
+        return Unseen(found) if options.variance == "analytic" else found
+
     denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
-    return SAMPLERS[options.sampler](denoiser, variance_of, options)
+    return SAMPLERS[options.sampler](denoiser, for_sampling, options.eta)
 
 
 def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:
     """The timesteps that sampling visits, descending."""
     return SPACINGS[options.spacing](schedule, options.steps)
-
-
-def _for_sampling(name: str, variance_of: Callable[[str], Variance]) -> Variance:
-    return Unseen(variance_of(name)) if name == "analytic" else variance_of(name)
-
-
-def _analytic(schedule: Schedule, x_0_mse: Tensor | None) -> Analytic:
-    if x_0_mse is None:
-        raise UserError("sample.variance: the model holds no estimate for analytic; choose another, or train it here")
-    return Analytic(schedule, x_0_mse)

@@ -86,3 +86,6 @@ def dynamic_threshold(x_0_hat: Tensor) -> Tensor:
 def unbounded(x_0_hat: Tensor) -> Tensor:
     """x_0_hat as it is."""
     return x_0_hat
+
+
+THRESHOLDS: dict[str, Threshold] = {"clip": clip, "dynamic": dynamic_threshold, "none": unbounded}

@@ -60,3 +60,6 @@ class Loss:
         before = torch.where(before.isfinite(), before, snr * ratio)
         _, x_0_per_out = self.parameterization.of_x_t_and_out(t)
         return self.weighting(snr, before).sqrt() * x_0_per_out.abs()
+
+
+LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": huber}

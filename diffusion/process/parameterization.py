@@ -1,6 +1,7 @@
 """What the network predicts, and how x_0, eps and the reverse mean follow from it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,3 +93,6 @@ class Mu(Parameterization):
 def split(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """A network's whole output as the part that is parameterized, (B, C, H, W), and the variance fraction, if any."""
     return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
+
+
+PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps, "x_0": X0, "v": V, "mu": Mu}

@@ -142,6 +142,16 @@ class Heun:
         return x_s, x_0_hat
 
 
+SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], float], Sampler]] = {
+    "ddpm": lambda denoiser, variance, _: Ancestral(denoiser, variance()),
+    "ddim": lambda denoiser, _, eta: Ddim(denoiser, eta),
+    "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
+    "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
+    "heun": lambda denoiser, _, __: Heun(denoiser),
+}
+"""Samplers by name, given the variance of Ancestral, which is made if it is asked for, and the eta of Ddim."""
+
+
 @torch.inference_mode()
 def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor | None = None) -> Iterator[Point]:
     """Sample along descending `timesteps`, giving every point on the way; the last one's x_t is the result.

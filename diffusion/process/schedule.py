@@ -4,6 +4,7 @@ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)        Ho et al. 20
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -122,3 +123,12 @@ def zero_terminal(beta: Tensor) -> Tensor:
     root = torch.cumprod(1 - beta, dim=0).sqrt()
     alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear,
+    "scaled-linear": scaled_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+}
+"""beta, float64 (T,), by name."""

@@ -44,3 +44,6 @@ def _distinct(points: list[float]) -> list[int]:
         highest = chosen[-1] - 1 if chosen else round(point)
         chosen.append(max(min(round(point), highest), left))
     return chosen
+
+
+SPACINGS: dict[str, Spacing] = {"linspace": linspace, "quadratic": quadratic, "log-snr": log_snr}

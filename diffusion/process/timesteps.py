@@ -5,6 +5,7 @@ numbers, into those it wants; so what is drawn stays a function of the position 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -133,3 +134,12 @@ class ByLoss(_ByProbability):
 
     def _stratum(self, t: Tensor) -> Tensor:
         return t * self.strata // self.num_timesteps
+
+
+TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
+    "stored": lambda _: Stored(),
+    "uniform": lambda schedule: Uniform(schedule.num_timesteps),
+    "rms-error": lambda schedule: ByLoss(schedule.num_timesteps, power=1),
+    "loss-second-moment": lambda schedule: ByLoss(schedule.num_timesteps, power=2),
+    "log-snr-normal": LogSnrNormal,
+}

@@ -4,12 +4,14 @@ All give float64 (B, 1, 1, 1), or with a learned fraction (B, C, H, W), for `t`,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from diffusion.errors import UserError
 from diffusion.process.schedule import Schedule
 
 
@@ -103,3 +105,18 @@ class Unseen:
     def __call__(self, t: Tensor, s: Tensor, fraction: Tensor | None) -> Tensor:
         found = self.variance(t, s, fraction)
         return torch.where((s == 0).view(-1, 1, 1, 1), found.clamp(max=self.LARGEST), found)
+
+
+def _analytic(schedule: Schedule, x_0_mse: Tensor | None) -> Analytic:
+    if x_0_mse is None:
+        raise UserError("sample.variance: the model holds no estimate for analytic; choose another, or train it here")
+    return Analytic(schedule, x_0_mse)
+
+
+VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
+    "fixed-small": lambda schedule, _: FixedSmall(schedule),
+    "fixed-large": lambda schedule, _: FixedLarge(schedule),
+    "learned": lambda schedule, _: Learned(schedule),
+    "analytic": _analytic,
+}
+"""Variances by name; the Tensor (T,) is what a model has for the analytic one, if it does."""

@@ -4,6 +4,7 @@ So a weighting is the same loss whatever the network predicts: Loss takes the er
 In terms of the noise the squared error is SNR times as large, in terms of v (1 + SNR) times.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,3 +63,14 @@ class P2:
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:  # noqa: ARG002
         return snr / (1 + snr)
+
+
+WEIGHTINGS: dict[str, Callable[[float], Weighting]] = {
+    "simple": lambda _: Simple(),
+    "vlb": lambda _: Vlb(),
+    "snr-plus-one": lambda _: SnrPlusOne(),
+    "truncated-snr": lambda _: TruncatedSnr(),
+    "min-snr": MinSnr,
+    "p2": lambda _: P2(),
+}
+"""Weightings by name, given the gamma of MinSnr."""

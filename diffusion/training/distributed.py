@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
-from diffusion.options import TrainOptions
+from diffusion.training.options import TrainOptions
 
 PATIENCE = timedelta(hours=12)
 """How long the others wait while the main process measures, draws or writes. A lost one is noticed at once."""

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.nn.layers import Network
-from diffusion.options import TrainOptions
 from diffusion.training.distributed import World, synchronized
+from diffusion.training.options import TrainOptions
 
 Item = TypeVar("Item")
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
-from diffusion.options import TrainOptions
 from diffusion.process.loss import Loss
 from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World, synchronizing, whole
+from diffusion.training.options import TrainOptions
 from diffusion.training.state import BANDS, Row, State
 
 SKIPS = 5

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.options import TrainOptions
 from diffusion.training.distributed import placed, whole
+from diffusion.training.options import TrainOptions
 
 PEAK = "peak"
 """Each group of parameters keeps its highest learning rate under this name."""

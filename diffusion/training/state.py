@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from diffusion.nn.layers import Network
-from diffusion.options import TrainOptions
-from diffusion.process.build import TIMESTEPS
 from diffusion.process.schedule import Schedule
-from diffusion.process.timesteps import Timesteps
+from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
 from diffusion.training.distributed import placed, whole
+from diffusion.training.options import TrainOptions
 
 Row = dict[str, float]
 BANDS = 10

@@ -17,13 +17,14 @@ from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.files import write_atomic
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.options import Device, NonNegative, SampleOptions
+from diffusion.nn.build import Device
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
 from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
 from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
-from diffusion.sections import Section
+from diffusion.sections import NonNegative, Section
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
 from flows.paths import Paths
 from flows.yaml_files import overlay, read_yaml

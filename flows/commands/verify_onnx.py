@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from diffusion.errors import UserError, describe
 from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
-from diffusion.options import Device
+from diffusion.nn.build import Device
 
 
 def run(path: Path, device: str) -> None:

@@ -23,25 +23,11 @@ from diffusion.files import (
 )
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
-from diffusion.options import SampleOptions
+from diffusion.process.build import SampleOptions
 from diffusion.progress import Progress, say
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths
-
-SAMPLERS = {
-    "ddpm": "Ancestral sampling with variance {variance}",
-    "ddim": "DDIM with eta = {eta:g}",
-    "dpm-solver++": "DPM-Solver++(2M)",
-    "dpm-solver++-sde": "SDE-DPM-Solver++(2M)",
-    "heun": "Heun's method",
-}
-SPACINGS = {"linspace": "evenly spaced", "quadratic": "quadratically spaced", "log-snr": "evenly spaced in log SNR"}
-THRESHOLDS = {
-    "clip": "estimated clean images clipped",
-    "dynamic": "estimated clean images dynamically thresholded",
-    "none": "estimated clean images as they are",
-}
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -118,10 +104,11 @@ def run(params: Params, paths: Paths) -> None:
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
     """How the samples were made, in a sentence."""
+    own = {"ddpm": f" with variance {options.variance}", "ddim": f" with eta = {options.eta:g}"}
     parts = [
-        SAMPLERS[options.sampler].format(variance=options.variance, eta=options.eta),
-        f"{options.steps} steps {SPACINGS[options.spacing]}",
-        THRESHOLDS[options.threshold],
+        f"Sampler {options.sampler}{own.get(options.sampler, '')}",
+        f"{options.steps} steps, spacing {options.spacing}",
+        f"threshold {options.threshold}",
         *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),
         "EMA weights",
         f"seed {seed}",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffusion.evaluation import filmstrip, plots, samples
 from diffusion.model import Config, Model
-from diffusion.options import SampleOptions
 from diffusion.process import build
+from diffusion.process.build import SampleOptions
+from diffusion.process.sampler import SAMPLERS
 from flows.params import Params
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_uint8_is_the_inverse_of_the_scaling() -> None:
     assert samples.to_uint8(np.array([-3.0, 3.0], np.float32)).tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("sampler", list(build.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_an_image_is_the_same_among_any_number(params: Params, sampler: str) -> None:
     few, many, rest = (
         samples.draw_samples(model(params), options(params, sampler=sampler, count=count), 3, CPU, first=first)

@@ -14,8 +14,8 @@ import torch
 from diffusion.evaluation.samples import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
-from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import build
+from diffusion.process.build import ProcessOptions, SampleOptions
 from diffusion.process.sampler import sample
 from tests.nn.networks import NUM_CLASSES, network, options, randomize
 from tests.process import fakes

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.nn import build
-from diffusion.options import NetworkOptions
+from diffusion.nn.options import NetworkOptions
 
 OPTIONS = {
     "kind": "unet",

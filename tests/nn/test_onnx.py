@@ -8,8 +8,8 @@ import torch
 
 from diffusion.export.denoiser import Step, to_onnx
 from diffusion.model import Config, Model
-from diffusion.options import ProcessOptions
 from diffusion.process import build
+from diffusion.process.build import ProcessOptions
 from tests.nn.networks import NUM_CLASSES, network, noise, options, randomize
 from tests.process.fakes import PROCESS
 from tests.rounding import assert_rounds_alike

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion.options import ProcessOptions, SampleOptions
 from diffusion.process import build
+from diffusion.process.build import ProcessOptions, SampleOptions
 from diffusion.process.sampler import Noise
 from diffusion.process.schedule import Schedule
 

@@ -8,6 +8,7 @@ import torch
 from diffusion.process import build
 from diffusion.process.denoiser import unbounded
 from diffusion.process.sampler import Ancestral, Sampler, sample, trajectory
+from diffusion.process.spacing import SPACINGS
 from diffusion.process.variance import Analytic, FixedLarge, FixedSmall
 from tests.process.fakes import (
     SAMPLERS,
@@ -39,7 +40,7 @@ def error(made: build.Process, sampler: str, steps: int) -> float:
     The reverse ODE carries each x_t along as sqrt(Var(x_t)) goes: x_s = x_t sqrt(Var(x_s) / Var(x_t)).
     """
     x_t, T = randn(1, 1, 1, 1), made.schedule.num_timesteps
-    timesteps = build.SPACINGS["log-snr"](made.schedule, steps)
+    timesteps = SPACINGS["log-snr"](made.schedule, steps)
     points = list(trajectory(optimal(made, sampler=sampler), noise(1, 1, 1, 1), timesteps, x_t))
     variance = marginal_variance(made.schedule, torch.tensor([0, T - 1]), STD)
     exact = x_t * (variance[0] / variance[1]).sqrt()
@@ -80,7 +81,7 @@ def test_few_steps_with_the_true_variance_are_as_good_as_many(steps: int) -> Non
     """What Analytic-DPM is for: in long steps the fixed variances are too small and too large by far."""
     made = process()
     denoiser = made.denoiser(Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, STD)), unbounded)
-    x_0_mse, timesteps = gaussian_x_0_mse(made.schedule, STD), build.SPACINGS["linspace"](made.schedule, steps)
+    x_0_mse, timesteps = gaussian_x_0_mse(made.schedule, STD), SPACINGS["linspace"](made.schedule, steps)
     small, true, large = (
         sample(Ancestral(denoiser, found), noise(20_000, 1, 1, 1), timesteps).std().item()
         for found in (FixedSmall(made.schedule), Analytic(made.schedule, x_0_mse), FixedLarge(made.schedule))

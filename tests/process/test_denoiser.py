@@ -7,24 +7,23 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from diffusion.process import build
-from diffusion.process.denoiser import Guided, clip, dynamic_threshold, unbounded
+from diffusion.process.denoiser import THRESHOLDS, Guided, clip, dynamic_threshold, unbounded
 from tests.process.fakes import PARAMETERIZATIONS, Says, at, process, randn, some_x_0_hat
 
 SHAPE = (5, 2, 10, 10)
 T = torch.tensor([0, 1, 300, 800, 999])
 
 
-@pytest.mark.parametrize("threshold", sorted(build.THRESHOLDS))
+@pytest.mark.parametrize("threshold", sorted(THRESHOLDS))
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_image_and_noise_belong_together_after_thresholding(name: str, threshold: str) -> None:
     made = process(parameterization=name)
     denoiser = made.denoiser(
-        Says(name, made.schedule, lambda x_t, t: 3 * some_x_0_hat(x_t, t), 0.25), build.THRESHOLDS[threshold]
+        Says(name, made.schedule, lambda x_t, t: 3 * some_x_0_hat(x_t, t), 0.25), THRESHOLDS[threshold]
     )
     x_t = randn(*SHAPE)
     x_0_hat, eps_hat, fraction = denoiser(x_t, T)
-    torch.testing.assert_close(x_0_hat, build.THRESHOLDS[threshold](3 * some_x_0_hat(x_t, T)), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(x_0_hat, THRESHOLDS[threshold](3 * some_x_0_hat(x_t, T)), rtol=1e-6, atol=1e-9)
     a = at(made.schedule, T)
     torch.testing.assert_close(a.sqrt() * x_0_hat + (1 - a).sqrt() * eps_hat, x_t)
     assert fraction is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process import build, editing
-from diffusion.process.sampler import Before, Sampler, sample
+from diffusion.process.sampler import SAMPLERS, Before, Sampler, sample
 from tests.process.fakes import (
     Says,
     X0Hat,
@@ -96,7 +96,7 @@ def test_repaint_goes_every_stretch_so_often(steps: int, jump: int, rounds: int)
     assert len(moves) == steps * (2 * rounds - 1)
 
 
-@pytest.mark.parametrize("changes", [{"sampler": name} for name in sorted(build.SAMPLERS)])
+@pytest.mark.parametrize("changes", [{"sampler": name} for name in sorted(SAMPLERS)])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_inpainting_keeps_what_is_to_be_kept(zero_terminal_snr: bool, changes: dict[str, object]) -> None:
     made = process(parameterization="v", zero_terminal_snr=zero_terminal_snr)
@@ -120,7 +120,7 @@ def test_inpainting_keeps_what_is_to_be_kept(zero_terminal_snr: bool, changes: d
 
 def test_with_nothing_to_keep_inpainting_samples() -> None:
     made, timesteps, x_0 = process(), [999, 600, 300, 100, 0], randn(*SHAPE)
-    for name in build.SAMPLERS:
+    for name in SAMPLERS:
         sampler, z = made_sampler(made, some_x_0_hat, sampler=name), noise(*SHAPE)
         *_, found = editing.inpaint(
             sampler, made.schedule, z, editing.repaint_path(timesteps, 3, 1), x_0, torch.zeros(1, 1, 1, 1)

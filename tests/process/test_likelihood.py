@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.process import build, likelihood
 from diffusion.process.denoiser import clip, unbounded
 from diffusion.process.likelihood import Bound
-from diffusion.process.variance import FixedSmall
+from diffusion.process.variance import VARIANCES, FixedSmall
 from tests.process.fakes import (
     PARAMETERIZATIONS,
     Says,
@@ -138,7 +138,7 @@ def test_divergence_of_normal_distributions() -> None:
 def test_zero_terminal_snr_leaves_no_cost_at_the_prior() -> None:
     made = process(parameterization="v", zero_terminal_snr=True)
     assert likelihood.prior(made.schedule, images(3).double()).tolist() == [0, 0, 0]
-    for variance in build.VARIANCES:
+    for variance in VARIANCES:
         fraction = 0.0 if variance == "learned" else None
         found = bound(made, Says("v", made.schedule, some_x_0_hat, fraction), variance, torch.zeros(1000))
         terms = found.term(images(3), torch.tensor([997, 998, 999]), randn(3, 1, 4, 4).float())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion.process import build
 from diffusion.process.sampler import Before, Point, Sampler, sample, trajectory
+from diffusion.process.spacing import SPACINGS
 from tests.process.fakes import (
     SAMPLERS,
     Says,
@@ -205,7 +206,7 @@ def test_euler_steps_lead_to_edms_largest_sigma(schedule: str) -> None:
     assert asked == [999, 990, *([500] if twice else []), 500, 0, 0]
 
 
-@pytest.mark.parametrize("spacing", sorted(build.SPACINGS))
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
 def test_every_sampler_ends_at_the_clean_image(
@@ -216,7 +217,7 @@ def test_every_sampler_ends_at_the_clean_image(
     made = process(schedule="cosine", num_timesteps=50, parameterization="v", zero_terminal_snr=zero_terminal_snr)
     sampler = made_sampler(made, Says("v", made.schedule, always(image)), **changes)
     for steps in (1, 2, 3, 17, 50):
-        timesteps = build.SPACINGS[spacing](made.schedule, steps)
+        timesteps = SPACINGS[spacing](made.schedule, steps)
         points: list[Point] = list(trajectory(sampler, noise(*SHAPE), timesteps))
         assert [point.t for point in points] == [*timesteps[1:], -1]
         for point in points:
@@ -228,7 +229,7 @@ def test_every_sampler_ends_at_the_clean_image(
 @pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
 def test_an_image_is_the_same_in_any_batch(changes: dict[str, object]) -> None:
     made, z = process(num_timesteps=50), noise(5, 1, 4, 4, dtype=torch.float32)
-    timesteps = build.SPACINGS["linspace"](made.schedule, 12)
+    timesteps = SPACINGS["linspace"](made.schedule, 12)
 
     def images(part: slice) -> Tensor:
         sampler = made_sampler(made, Says("eps", made.schedule, some_x_0_hat), **changes)

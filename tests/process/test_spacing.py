@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from diffusion.process import build, spacing
+from diffusion.process.spacing import SPACINGS
 from tests.process.fakes import options, process
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("schedule", ["linear", "scaled-linear", "cosine", "sigmoid"])
-@pytest.mark.parametrize("name", sorted(build.SPACINGS))
+@pytest.mark.parametrize("name", sorted(SPACINGS))
 @pytest.mark.parametrize("T", [21, 128])
 def test_any_number_of_different_descending_timesteps(
     name: str, schedule: str, zero_terminal_snr: bool, T: int

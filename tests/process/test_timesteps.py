@@ -9,8 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion.data import noise
-from diffusion.process import build
-from diffusion.process.timesteps import ByLoss, LogSnrNormal, Stored, Uniform
+from diffusion.process.timesteps import TIMESTEPS, ByLoss, LogSnrNormal, Stored, Uniform
 from tests.process.fakes import process
 
 T = 100
@@ -62,10 +61,10 @@ def test_uniform_are_independent_of_the_pairs() -> None:
     assert stats.chisquare(drawn.bincount(minlength=T)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(build.TIMESTEPS))
+@pytest.mark.parametrize("name", sorted(TIMESTEPS))
 def test_every_sampler_gives_timesteps_in_range(name: str) -> None:
     made = process(parameterization="v", zero_terminal_snr=True)
-    sampler = build.TIMESTEPS[name](made.schedule)
+    sampler = TIMESTEPS[name](made.schedule)
     t, u = pairs(4, 1000)
     u[0], u[1], t[0], t[1] = 0, 1 - 2**-24, 0, 999
     drawn, weight = sampler.draw(t, u)
@@ -118,7 +117,7 @@ def test_the_weighted_loss_has_the_expectation_of_uniform_timesteps(name: str) -
     """E[weight f(t)] is the mean of f, for any f: exactly so over all (t, u)."""
     made = process(schedule="cosine", num_timesteps=T).schedule
     powers = {"rms-error": 1, "loss-second-moment": 2}
-    sampler = taught(T, powers[name])[0] if name in powers else build.TIMESTEPS[name](made)
+    sampler = taught(T, powers[name])[0] if name in powers else TIMESTEPS[name](made)
     t, u = grid(T, 400) if name in powers else grid(T, T)
     drawn, weight = sampler.draw(t, u)
     for f in (torch.ones(T), torch.arange(T) / T, torch.sin(torch.arange(T) / 10), 1 / (1 + torch.arange(T))):

@@ -9,7 +9,7 @@ from diffusion.errors import UserError
 from diffusion.process import build
 from diffusion.process.sampler import Ancestral
 from diffusion.process.schedule import Schedule
-from diffusion.process.variance import Analytic, FixedLarge, FixedSmall, Learned
+from diffusion.process.variance import VARIANCES, Analytic, FixedLarge, FixedSmall, Learned
 from tests.process.fakes import Says, at, gaussian_x_0_hat, gaussian_x_0_mse, marginal_variance, options, process, randn
 
 LINEAR = process().schedule
@@ -102,7 +102,7 @@ def test_analytic_variance_of_the_last_step_is_what_is_not_known_of_x_0() -> Non
     assert perfect == FixedSmall(LINEAR)(last, clean)
 
 
-@pytest.mark.parametrize("name", sorted(build.VARIANCES))
+@pytest.mark.parametrize("name", sorted(VARIANCES))
 def test_variances_are_finite_and_positive_with_zero_terminal_snr(name: str) -> None:
     made = process(parameterization="v", zero_terminal_snr=True)
     square = gaussian_x_0_mse(made.schedule, 0.5)

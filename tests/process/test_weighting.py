@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from diffusion.process import build
+from diffusion.process.loss import LOSSES
+from diffusion.process.weighting import WEIGHTINGS
 from tests.process.fakes import PARAMETERIZATIONS, Says, always, at, mean_of_eq_7, output, process, randn, some_x_0_hat
 
 SHAPE = (7, 2, 4, 4)
@@ -25,8 +27,8 @@ def errors(made: build.Process, name: str) -> Tensor:
     return (outputs[0] - outputs[1]).square().mean(dim=(1, 2, 3))
 
 
-@pytest.mark.parametrize("kind", sorted(build.LOSSES))
-@pytest.mark.parametrize("weighting", sorted(build.WEIGHTINGS))
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_weighting_is_the_same_loss_for_every_parameterization(schedule: str, weighting: str, kind: str) -> None:
     losses = [

@@ -14,6 +14,7 @@ from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
 from diffusion.process import build as processes
+from diffusion.process.timesteps import TIMESTEPS
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State, begin
@@ -124,7 +125,7 @@ def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("timesteps", processes.TIMESTEPS)
+@pytest.mark.parametrize("timesteps", TIMESTEPS)
 @pytest.mark.parametrize("stop_at", [3, 8, 11])
 def test_a_stopped_training_goes_on_to_the_same_bits(
     params: Params, tmp_path: Path, stop_at: int, timesteps: str, optimizer: str

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.options import TrainOptions
 from diffusion.training import optim
+from diffusion.training.options import TrainOptions
 from flows.params import Params
 from tests.nn.networks import CONDITIONINGS, network
 
