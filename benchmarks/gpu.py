@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import sample
+from diffusion.sampling.build import SampleOptions, sampling_timesteps
+from diffusion.sampling.sampler import sample
 from diffusion.training import loop
 
 PEAK_BF16 = 989e12
@@ -200,7 +200,7 @@ def sampling(bench: Bench) -> Iterator[Facts]:
             net.compile(dynamic=False)
         config = Config(shape=shape, classes=(), network=params.network, process=params.process, x_0_mse=None)
         sampler = Model(net, process, config).sampler(options)
-        visited = build.sampling_timesteps(options, process.schedule)
+        visited = sampling_timesteps(options, process.schedule)
         x = torch.randn(size, *shape, device=bench.device).to(memory_format=torch.channels_last)
 
         def draw(sampler: Any = sampler, x: Tensor = x, visited: list[int] = visited) -> None:

@@ -32,9 +32,9 @@ from diffusion.evaluation.samples import to_uint8
 from diffusion.exchange.diffusers import export_model
 from diffusion.export import parity, speed
 from diffusion.model import Model, load_model
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import sample
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import sample
 from flows import params as parameters
 from flows.paths import Paths
 
@@ -60,7 +60,7 @@ def with_onnx(path: Path) -> Make:
 
 
 def with_torch(model: Model, options: SampleOptions) -> Make:
-    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    timesteps = sampling.sampling_timesteps(options, model.process.schedule)
 
     def make(count: int, seed: int) -> Images:
         noise = np.random.default_rng(seed).standard_normal((count, *model.shape), np.float32)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Model, load_model
-from diffusion.process.build import SampleOptions
+from diffusion.sampling.build import SampleOptions
 from flows.paths import Paths
 
 BATCH = 64

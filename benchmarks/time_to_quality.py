@@ -38,7 +38,7 @@ from diffusion.data.pairs import Pairs, train_batch
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
-from diffusion.process.build import SampleOptions
+from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, runnable

@@ -16,10 +16,12 @@ from diffusion.nn import build as networks
 from diffusion.nn.layers import Network
 from diffusion.nn.options import NetworkOptions
 from diffusion.process import build as processes
-from diffusion.process.build import Process, ProcessOptions, SampleOptions
+from diffusion.process.build import Process, ProcessOptions
 from diffusion.process.denoiser import Guided, Net
-from diffusion.process.sampler import Sampler
 from diffusion.process.variance import Variance
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import Sampler
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -82,7 +84,7 @@ class Model:
 
     def sampler(self, options: SampleOptions, y: Tensor | None = None) -> Sampler:
         """The sampler that `options` describes, for images of the classes `y` int64 (B,)."""
-        return processes.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
+        return sampling.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
 
 
 def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptions, process: ProcessOptions) -> Network:

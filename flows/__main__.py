@@ -15,8 +15,8 @@ from types import FrameType
 from typing import NoReturn
 
 from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
-from diffusion.process.build import SampleOptions
 from diffusion.progress import say
+from diffusion.sampling.build import SampleOptions
 from diffusion.sections import OneOf
 from flows import params as parameters
 from flows import presets, yaml_files

@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from diffusion.errors import UserError, describe
 from diffusion.nn.build import Device
 from diffusion.nn.options import NetworkOptions
-from diffusion.process.build import ProcessOptions, SampleOptions, SamplerName, SpacingName
+from diffusion.process.build import ProcessOptions
+from diffusion.sampling.build import SampleOptions, SamplerName, SpacingName
 from diffusion.sections import LIST, NonNegative, Positive, Section, exactly
 from diffusion.training.options import TrainOptions
 from flows import rules

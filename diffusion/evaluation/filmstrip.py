@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from diffusion.evaluation.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.model import Model
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import trajectory
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import trajectory
 
 
 class Frame(NamedTuple):
@@ -30,7 +30,7 @@ def frames(
 
     There are fewer if there are fewer steps.
     """
-    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())
     noise = noise_for(seed, images, model.shape, device)
     sampler = model.sampler(options, classes_in_turn(model, images, device))

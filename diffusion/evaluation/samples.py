@@ -11,9 +11,9 @@ from PIL import Image
 
 from diffusion.data.noise import Purpose, stream
 from diffusion.model import Model
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import Noise, trajectory
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import Noise, trajectory
 
 
 def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> Noise:
@@ -46,7 +46,7 @@ def draw_samples(
 
     They are the pictures first, first + 1, ... of the seed.
     """
-    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     sampler = model.sampler(options, classes_in_turn(model, options.count, device, first))
     noise = noise_for(seed, options.count, model.shape, device, first)
     for point in trajectory(sampler, noise, timesteps):

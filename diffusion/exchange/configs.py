@@ -15,7 +15,8 @@ from diffusion.model import Config
 from diffusion.nn.options import NetworkOptions
 from diffusion.process import build as processes
 from diffusion.process import schedule
-from diffusion.process.build import ProcessOptions, SampleOptions
+from diffusion.process.build import ProcessOptions
+from diffusion.sampling.build import SampleOptions
 from diffusion.sections import Fraction, Positive
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}

@@ -16,7 +16,7 @@ from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn.layers import groups
 from diffusion.nn.unet import UNet
-from diffusion.process.build import SampleOptions
+from diffusion.sampling.build import SampleOptions
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from diffusion.model import Model
-from diffusion.process.build import SampleOptions
+from diffusion.sampling.build import SampleOptions
 
 VERSION = 2
 """Of the keys: another one when a key changes its meaning or goes."""

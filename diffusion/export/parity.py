@@ -13,10 +13,10 @@ from diffusion.evaluation.heldout import predictions
 from diffusion.evaluation.samples import to_uint8
 from diffusion.export import golden
 from diffusion.model import Model
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import sample
 from diffusion.progress import Progress, say
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import sample
 
 BATCH_SIZES = (1, 7, 64)
 SMALL = 4
@@ -151,7 +151,7 @@ def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[A
         return torch.from_numpy(given["noise"] if place == 0 else given["steps_noise"][place - 1])
 
     y = torch.from_numpy(given["y"]) if "y" in given else None
-    timesteps = build.sampling_timesteps(options, model.process.schedule)
+    timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     return to_uint8(sample(model.sampler(options, y), noise, timesteps).numpy()).transpose(0, 2, 3, 1)
 
 

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.process import build
-from diffusion.process.build import Process, SampleOptions
+from diffusion.process.build import Process
 from diffusion.process.parameterization import X0
-from diffusion.process.sampler import Before
 from diffusion.process.variance import Variance
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import Before
 
 STATE = INPUT, X_T, LAST = range(3)
 """The images that go from look to look: what the network is shown next, the step's x_t, and the last x_0_hat."""
@@ -63,7 +64,7 @@ def recurrence(
     # x_t, the x_0_hat of the step before and z have the first three coordinates, what the looks say has the next.
     x_t, last, z = (_unit(coordinate) for coordinate in range(3))
     plain = options.model_copy(update={"threshold": "none"})
-    sampler = build.sampler(plain, replace(process, parameterization=X0(process.schedule)), look, variance_of)
+    sampler = sampling.sampler(plain, replace(process, parameterization=X0(process.schedule)), look, variance_of)
     times, mixtures, before = list[int](), list[NDArray[np.float64]](), None
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         seen.clear()

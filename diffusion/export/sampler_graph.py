@@ -14,8 +14,8 @@ from diffusion.export import ranges
 from diffusion.export.ranges import FREE
 from diffusion.export.recurrence import Recurrence, recurrence
 from diffusion.model import Model
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
 
 OUTER = """
 sampler ({inputs}) => (uint8[B,{H},{W},{C}] images, float[B,{C},{H},{W}] x_0)
@@ -178,7 +178,7 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
     numbers = sorted({*range(1, min(FREE, schedule.num_timesteps) + 1), options.steps})
     parts = []
     for number in numbers:
-        timesteps = build.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
+        timesteps = sampling.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
         parts.append(recurrence(options, model.process, model.variance, timesteps))
     joined = Recurrence.joined(parts)
     size = numbers[-1] + 2  # the graph takes the last one for any number below 0 or above the others

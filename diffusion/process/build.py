@@ -1,7 +1,6 @@
 """The process, and how it is sampled, from their options: choices by name, each in the module of its class."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,20 +8,16 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from diffusion.process.denoiser import THRESHOLDS, Denoiser, Net, Threshold, clip
+from diffusion.process.denoiser import Denoiser, Net, Threshold, clip
 from diffusion.process.loss import LOSSES, Loss
 from diffusion.process.parameterization import PARAMETERIZATIONS, Parameterization
-from diffusion.process.sampler import SAMPLERS, Sampler
 from diffusion.process.schedule import SCHEDULES, Schedule, zero_terminal
-from diffusion.process.spacing import SPACINGS
-from diffusion.process.variance import VARIANCES, Unseen, Variance
+from diffusion.process.variance import VARIANCES, Variance
 from diffusion.process.weighting import WEIGHTINGS
-from diffusion.sections import LIST, OneOf, Positive, Section
+from diffusion.sections import LIST, OneOf, Section
 
 GIVEN = "given"
 """The schedule whose beta stands in the options."""
-SamplerName = Annotated[str, OneOf(SAMPLERS)]
-SpacingName = Annotated[str, OneOf(SPACINGS)]
 
 
 def _beta_is_given(process: "ProcessOptions") -> None:
@@ -94,29 +89,6 @@ class ProcessOptions(Section):
     """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
 
 
-class SampleOptions(Section):
-    """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
-
-    sampler: SamplerName
-    """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
-    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
-    steps: Annotated[int, Field(ge=1)]
-    """Steps per picture, at most num_timesteps."""
-    spacing: SpacingName
-    """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
-    variance: Annotated[str, OneOf(VARIANCES)]
-    """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
-    process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
-    eta: Annotated[float, Field(ge=0, le=1)]
-    """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
-    threshold: Annotated[str, OneOf(THRESHOLDS)]
-    """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
-    guidance: Annotated[float, Field(ge=0)]
-    """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
-    count: Positive
-    """How many pictures."""
-
-
 @dataclass(frozen=True)
 class Process:
     """A diffusion process, as it is trained."""
@@ -148,19 +120,3 @@ def process(options: ProcessOptions) -> Process:
 def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
     """The reverse variance of a name; `x_0_mse` (T,) is what the model has for the analytic one."""
     return VARIANCES[name](process.schedule, x_0_mse)
-
-
-def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
-    """The sampler that `options` describes, over a network (one with classes as `Guided`)."""
-
-    def for_sampling() -> Variance:
-        found = variance_of(options.variance)
-        return Unseen(found) if options.variance == "analytic" else found
-
-    denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
-    return SAMPLERS[options.sampler](denoiser, for_sampling, options.eta)
-
-
-def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:
-    """The timesteps that sampling visits, descending."""
-    return SPACINGS[options.spacing](schedule, options.steps)

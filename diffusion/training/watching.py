@@ -15,8 +15,9 @@ from diffusion.evaluation.heldout import quick_mse
 from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import write_atomic
 from diffusion.model import Model
-from diffusion.process.build import ProcessOptions, SampleOptions
+from diffusion.process.build import ProcessOptions
 from diffusion.progress import Progress
+from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.state import Row, State

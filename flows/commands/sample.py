@@ -18,12 +18,12 @@ from diffusion.files import write_atomic
 from diffusion.model import Config, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
-from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.editing import image_to_image, inpaint, interpolate, repaint_path
-from diffusion.process.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path
+from diffusion.sampling.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.sections import NonNegative, Section
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
 from flows.paths import Paths
@@ -144,7 +144,7 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
 def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, device: torch.device) -> Way:
     """The way to pictures that the command line asks for."""
     schedule = model.process.schedule
-    timesteps = build.sampling_timesteps(options, schedule)
+    timesteps = sampling.sampling_timesteps(options, schedule)
     if len(arguments.images) > 2:
         raise UserError(f"--from: one image, or two to go from one to the other (got {len(arguments.images)})")
     if arguments.mask is not None and len(arguments.images) != 1:

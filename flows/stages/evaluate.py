@@ -23,8 +23,8 @@ from diffusion.files import (
 )
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
-from diffusion.process.build import SampleOptions
 from diffusion.progress import Progress, say
+from diffusion.sampling.build import SampleOptions
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from diffusion.evaluation import filmstrip, plots, samples
 from diffusion.model import Config, Model
 from diffusion.process import build
-from diffusion.process.build import SampleOptions
-from diffusion.process.sampler import SAMPLERS
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import SAMPLERS
 from flows.params import Params
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_small_images_are_enlarged() -> None:
 def test_moments_lead_from_noise_to_the_samples(params: Params, steps: int, shown: int) -> None:
     made, chosen = model(params, classes=("a", "b", "c")), options(params, steps=steps, count=6)
     found = filmstrip.frames(made, chosen, 3, CPU)
-    timesteps = build.sampling_timesteps(chosen, made.process.schedule)
+    timesteps = sampling.sampling_timesteps(chosen, made.process.schedule)
     assert len(found) == shown
     assert [frame.t for frame in found][:: shown - 1] == [timesteps[0], -1]
     assert {frame.t for frame in found} <= {*timesteps, -1}

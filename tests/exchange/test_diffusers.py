@@ -10,8 +10,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion.process import build as processes
-from diffusion.process.sampler import sample
+from diffusion.sampling import build as sampling
+from diffusion.sampling.sampler import sample
 from flows import __main__, params, presets, yaml_files
 from tests.exchange import models
 
@@ -182,7 +182,7 @@ def test_the_pipeline_samples_as_ours_does(tree: Path, changes: dict[str, Any]) 
 
     generator = torch.Generator().manual_seed(3)
     drawn = [torch.randn(2, *trained.shape, generator=generator, dtype=torch.float64) for _ in range(steps + 1)]
-    timesteps = processes.sampling_timesteps(chosen.sample, trained.process.schedule)
+    timesteps = sampling.sampling_timesteps(chosen.sample, trained.process.schedule)
     assert pipeline.scheduler.timesteps.tolist() == timesteps
     ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-9, rtol=0)

@@ -7,8 +7,9 @@ import torch
 from diffusion.export.recurrence import INPUT, X_T, recurrence
 from diffusion.process import build
 from diffusion.process.denoiser import clip
-from diffusion.process.sampler import sample
 from diffusion.process.variance import Variance
+from diffusion.sampling import build as sampling
+from diffusion.sampling.sampler import sample
 from tests.process import fakes
 
 SHAPE = (2, 3, 4, 5)
@@ -25,10 +26,10 @@ def test_it_goes_where_the_sampler_goes(changes: dict[str, object], spacing: str
     def variance_of(name: str) -> Variance:
         return build.variance(name, process, x_0_mse)
 
-    timesteps = build.sampling_timesteps(options, process.schedule)
+    timesteps = sampling.sampling_timesteps(options, process.schedule)
     net = fakes.Says("v", process.schedule, fakes.some_x_0_hat)
     noise = fakes.noise(*SHAPE)
-    expected = sample(build.sampler(options, process, net, variance_of), noise, timesteps)
+    expected = sample(sampling.sampler(options, process, net, variance_of), noise, timesteps)
 
     table = recurrence(options, process, variance_of, timesteps)
     looks_per_step = len(table.t) / steps

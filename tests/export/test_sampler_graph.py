@@ -15,8 +15,10 @@ from diffusion.evaluation.samples import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
 from diffusion.process import build
-from diffusion.process.build import ProcessOptions, SampleOptions
-from diffusion.process.sampler import sample
+from diffusion.process.build import ProcessOptions
+from diffusion.sampling import build as sampling
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import sample
 from tests.nn.networks import NUM_CLASSES, network, options, randomize
 from tests.process import fakes
 from tests.rounding import assert_rounds_alike
@@ -63,7 +65,7 @@ def pictures(model: Model, settings: SampleOptions, inputs: dict[str, Any], dtyp
         return torch.from_numpy(inputs["noise"] if place == 0 else inputs["steps_noise"][place - 1]).to(dtype)
 
     model = dataclasses.replace(model, net=copy.deepcopy(model.net).to(dtype))
-    timesteps = build.sampling_timesteps(settings, model.process.schedule)
+    timesteps = sampling.sampling_timesteps(settings, model.process.schedule)
     return sample(model.sampler(settings, torch.from_numpy(inputs["y"])), noise, timesteps)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.process import build
-from diffusion.process.build import ProcessOptions, SampleOptions
-from diffusion.process.sampler import Noise
+from diffusion.process.build import ProcessOptions
 from diffusion.process.schedule import Schedule
+from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import Noise
 
 PROCESS = {
     "schedule": "linear",

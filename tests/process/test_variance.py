@@ -7,9 +7,10 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.process import build
-from diffusion.process.sampler import Ancestral
 from diffusion.process.schedule import Schedule
 from diffusion.process.variance import VARIANCES, Analytic, FixedLarge, FixedSmall, Learned
+from diffusion.sampling import build as sampling
+from diffusion.sampling.sampler import Ancestral
 from tests.process.fakes import Says, at, gaussian_x_0_hat, gaussian_x_0_mse, marginal_variance, options, process, randn
 
 LINEAR = process().schedule
@@ -117,7 +118,7 @@ def test_variances_are_finite_and_positive_with_zero_terminal_snr(name: str) -> 
 def test_analytic_sampling_adds_a_grey_level_of_noise_at_most_in_the_step_to_t_0() -> None:
     x_0_mse = gaussian_x_0_mse(LINEAR, 0.5)
     net = Says("eps", LINEAR, gaussian_x_0_hat(LINEAR, 0.5))
-    sampler = build.sampler(
+    sampler = sampling.sampler(
         options(variance="analytic"), process(), net, lambda name: build.variance(name, process(), x_0_mse)
     )
     assert isinstance(sampler, Ancestral)

@@ -7,9 +7,10 @@ import torch
 
 from diffusion.process import build
 from diffusion.process.denoiser import unbounded
-from diffusion.process.sampler import Ancestral, Sampler, sample, trajectory
-from diffusion.process.spacing import SPACINGS
 from diffusion.process.variance import Analytic, FixedLarge, FixedSmall
+from diffusion.sampling import build as sampling
+from diffusion.sampling.sampler import Ancestral, Sampler, sample, trajectory
+from diffusion.sampling.spacing import SPACINGS
 from tests.process.fakes import (
     SAMPLERS,
     Says,
@@ -31,7 +32,7 @@ def optimal(made: build.Process, name: str = "eps", std: float = STD, **changes:
         Says(name, made.schedule, gaussian_x_0_hat(made.schedule, std)),
         gaussian_x_0_mse(made.schedule, std),
     )
-    return build.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, square))
+    return sampling.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, square))
 
 
 def error(made: build.Process, sampler: str, steps: int) -> float:
@@ -70,7 +71,7 @@ def test_second_order_is_nearer_to_the_exact_ode_than_first() -> None:
 @pytest.mark.parametrize("changes", SAMPLERS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
 def test_gaussian_data_are_sampled_with_their_own_variance(changes: dict[str, object], schedule: str) -> None:
     made, std = process(schedule=schedule, num_timesteps=250), 0.2
-    timesteps = build.sampling_timesteps(options(steps=250), made.schedule)
+    timesteps = sampling.sampling_timesteps(options(steps=250), made.schedule)
     x = sample(optimal(made, std=std, **changes), noise(10_000, 1, 1, 1), timesteps)
     assert x.mean().item() == pytest.approx(0, abs=0.01)
     assert x.std().item() == pytest.approx(std, rel=0.07)  # fixed-small is 6 % short with so many steps

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from diffusion.process import build
-from diffusion.process.sampler import Before, Point, Sampler, sample, trajectory
-from diffusion.process.spacing import SPACINGS
+from diffusion.sampling import build as sampling
+from diffusion.sampling.sampler import Before, Point, Sampler, sample, trajectory
+from diffusion.sampling.spacing import SPACINGS
 from tests.process.fakes import (
     SAMPLERS,
     Says,
@@ -33,7 +34,7 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 def made_sampler(made: build.Process, net: Says, **changes: object) -> Sampler:
     square = gaussian_x_0_mse(made.schedule, 0.5)
-    return build.sampler(options(**changes), made, net, lambda name: build.variance(name, made, square))
+    return sampling.sampler(options(**changes), made, net, lambda name: build.variance(name, made, square))
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, module: str) -> Callable[[Tensor], None]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from diffusion.process import build, spacing
-from diffusion.process.spacing import SPACINGS
+from diffusion.sampling import build as sampling
+from diffusion.sampling import spacing
+from diffusion.sampling.spacing import SPACINGS
 from tests.process.fakes import options, process
 
 
@@ -17,7 +18,7 @@ def test_any_number_of_different_descending_timesteps(
 ) -> None:
     made = process(schedule=schedule, num_timesteps=T, zero_terminal_snr=zero_terminal_snr, parameterization="v")
     for steps in range(1, T + 1):
-        timesteps = build.sampling_timesteps(options(spacing=name, steps=steps), made.schedule)
+        timesteps = sampling.sampling_timesteps(options(spacing=name, steps=steps), made.schedule)
         assert len(timesteps) == steps
         assert timesteps == sorted(set(timesteps), reverse=True)
         assert timesteps[0] == T - 1

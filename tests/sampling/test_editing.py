@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.process import build, editing
-from diffusion.process.sampler import SAMPLERS, Before, Sampler, sample
+from diffusion.process import build
+from diffusion.sampling import build as sampling
+from diffusion.sampling import editing
+from diffusion.sampling.sampler import SAMPLERS, Before, Sampler, sample
 from tests.process.fakes import (
     Says,
     X0Hat,
@@ -27,7 +29,7 @@ SHAPE = (4, 1, 3, 5)
 
 def made_sampler(made: build.Process, x_0_hat: X0Hat, name: str = "eps", **changes: object) -> Sampler:
     net = Says(name, made.schedule, x_0_hat)
-    return build.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, None))
+    return sampling.sampler(options(**changes), made, net, lambda variance: build.variance(variance, made, None))
 
 
 @pytest.mark.parametrize("first", [200, 999])

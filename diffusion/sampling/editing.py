@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.sampler import Before, Noise, Sampler, sample
 from diffusion.process.schedule import Schedule
+from diffusion.sampling.sampler import Before, Noise, Sampler, sample
 
 
 def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps: list[int], x_0: Tensor) -> Tensor:

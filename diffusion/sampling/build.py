@@ -1,0 +1,56 @@
+"""How pictures are made, from options: choices by name, each in the module of its class."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field
+
+from diffusion.process.build import Process
+from diffusion.process.denoiser import THRESHOLDS, Net
+from diffusion.process.schedule import Schedule
+from diffusion.process.variance import VARIANCES, Unseen, Variance
+from diffusion.sampling.sampler import SAMPLERS, Sampler
+from diffusion.sampling.spacing import SPACINGS
+from diffusion.sections import OneOf, Positive, Section
+
+SamplerName = Annotated[str, OneOf(SAMPLERS)]
+SpacingName = Annotated[str, OneOf(SPACINGS)]
+
+
+class SampleOptions(Section):
+    """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
+
+    sampler: SamplerName
+    """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
+    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
+    steps: Annotated[int, Field(ge=1)]
+    """Steps per picture, at most num_timesteps."""
+    spacing: SpacingName
+    """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
+    variance: Annotated[str, OneOf(VARIANCES)]
+    """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
+    process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
+    eta: Annotated[float, Field(ge=0, le=1)]
+    """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
+    threshold: Annotated[str, OneOf(THRESHOLDS)]
+    """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
+    guidance: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
+    count: Positive
+    """How many pictures."""
+
+
+def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
+    """The sampler that `options` describes, over a network (one with classes as `Guided`)."""
+
+    def for_sampling() -> Variance:
+        found = variance_of(options.variance)
+        return Unseen(found) if options.variance == "analytic" else found
+
+    denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
+    return SAMPLERS[options.sampler](denoiser, for_sampling, options.eta)
+
+
+def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:
+    """The timesteps that sampling visits, descending."""
+    return SPACINGS[options.spacing](schedule, options.steps)
