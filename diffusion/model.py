@@ -22,6 +22,7 @@ from diffusion.process.variance import Variance
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Sampler
+from diffusion.sections import COMPLETE
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -114,7 +115,7 @@ def load_model(directory: Path, device: torch.device) -> Model:
         )
     described, weights = (read_checked(directory / name, "train") for name in (CONFIG, WEIGHTS))
     try:
-        config = Config.model_validate_json(described)
+        config = Config.model_validate_json(described, context=COMPLETE)
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load(weights))
     except ValidationError as error:

@@ -12,9 +12,13 @@ from pydantic import (
     GetCoreSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+COMPLETE = {"complete": True}
+"""As the context of a validation: whatever is not given is an error, instead of taking its default."""
 
 
 class Section(BaseModel):
@@ -37,20 +41,24 @@ class Section(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _all_faults(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _all_faults(cls, given: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Report wrong fields and broken rules together; pydantic's validators would wait until no field is wrong."""
         faults: list[InitErrorDetails] = []
-        made: Any
+        if info.context == COMPLETE and isinstance(given, Mapping):
+            missing = [name for name in cls.model_fields if name not in given]
+            faults = [InitErrorDetails(type="missing", loc=(name,), input=given) for name in missing]
+        made: Any = None
         try:
             made = handler(given)
         except ValidationError as error:
             found = error.errors(include_url=False)
-            faults = [
+            faults += [
                 InitErrorDetails(type=fault["type"], loc=fault["loc"], input=fault["input"], ctx=fault.get("ctx", {}))
                 for fault in found
             ]
+        if faults:
             # A broken rule says nothing against the single fields.
-            made = _Right(given, [fault["loc"] for fault in found if fault["type"] != "value_error"])
+            made = _Right(given, [fault["loc"] for fault in faults if fault["type"] != "value_error"])
         for rule in cls.rules:
             try:
                 with suppress(_Unknown):

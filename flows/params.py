@@ -1,7 +1,7 @@
 """The parameters: one frozen model per section of params.yaml.
 
-params.yaml is the only place where values stand: no field has a default here, so that DVC, which hashes the values
-in the file, sees everything that shapes a result. A missing or unknown field is an error that names it.
+A field that is missing in params.yaml, or unknown, is an error that names it, though every field has a default: DVC,
+which hashes the values in the file, is to see everything that shapes a result.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from diffusion.nn.build import Device
 from diffusion.nn.options import NetworkOptions
 from diffusion.process.build import ProcessOptions
 from diffusion.sampling.build import SampleOptions, SamplerName, SpacingName
-from diffusion.sections import LIST, NonNegative, Positive, Section, exactly
+from diffusion.sections import COMPLETE, LIST, NonNegative, Positive, Section, exactly
 from diffusion.training.options import TrainOptions
 from flows import rules
 from flows.yaml_files import read_yaml
@@ -25,71 +25,71 @@ class Shard(Section):
 
     rules = (rules.leaves_something_to_train_on,)
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)] = "data/raw/digits.npz"
     """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
-    split_names_as_classes: bool
+    split_names_as_classes: bool = False
     """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
-    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the images held out for the final evaluation; chosen and unused likewise."""
-    samples_per_shard: Positive
+    samples_per_shard: Positive = 10000
     """Images per tar file."""
 
 
 class Pairs(Section):
     """Images of one size, in shuffled blocks, each with its noise recipe."""
 
-    height: Positive
+    height: Positive = 8
     """Height in pixels; other images are cropped to the aspect ratio and resized."""
-    width: Positive
+    width: Positive = 8
     """Width in pixels."""
-    channels: Annotated[Literal[1, 3], exactly(1, 3)]
+    channels: Annotated[Literal[1, 3], exactly(1, 3)] = 1
     """1 for grey, 3 for RGB; transparent images are laid on white."""
-    draws: Positive
+    draws: Positive = 8
     """How many draws of (t, noise key) are stored for each training image; training goes on past them without end."""
-    heldout_draws: Positive
+    heldout_draws: Positive = 8
     """How many draws of each validation and test image are stored, as tensors."""
 
 
 class Evaluate(Section):
     """Held-out evaluation."""
 
-    resamples: Annotated[int, Field(ge=100)]
+    resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples (over images) behind the 95 % intervals."""
-    likelihood_images: Annotated[int, Field(ge=2)]
+    likelihood_images: Annotated[int, Field(ge=2)] = 256
     """Test images on which the bound in bits/dim is estimated, at some timesteps of each."""
-    exact_likelihood_images: Annotated[int, Field(ge=2)]
+    exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
     """Test images on which it is summed over every timestep."""
 
 
 class Export(Section):
     """ONNX export."""
 
-    opset: Annotated[int, Field(ge=18, le=23)]
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
     """ONNX operator set."""
-    tolerance: Annotated[float, Field(gt=0)]
+    tolerance: Annotated[float, Field(gt=0)] = 0.0001
     """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
-    sampler: SamplerName
+    sampler: SamplerName = "dpm-solver++"
     """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] = 10
     """Its steps unless asked otherwise."""
-    spacing: SpacingName
+    spacing: SpacingName = "quadratic"
     """Which timesteps they are at."""
-    variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST]
+    variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST] = ()
     """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
-    max_loss: Annotated[float, Field(ge=0)]
+    max_loss: Annotated[float, Field(ge=0)] = 0.02
     """Largest share by which a variant's held-out MSE may exceed the model's."""
 
 
 class Tracking(Section):
     """MLflow names, and the validation error that a model must reach to become champion."""
 
-    experiment: Annotated[str, Field(min_length=1)]
+    experiment: Annotated[str, Field(min_length=1)] = "ddpm"
     """MLflow experiment."""
-    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")]
+    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")] = "ddpm"
     """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
-    max_mse: Annotated[float, Field(gt=0)]
+    max_mse: Annotated[float, Field(gt=0)] = 0.5
     """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
 
 
@@ -105,19 +105,19 @@ class Params(Section):
         rules.exports_its_variance,
     )
 
-    seed: NonNegative
+    seed: NonNegative = 0
     """Seed of every random number."""
-    device: Device
+    device: Device = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    shard: Shard
-    pairs: Pairs
-    process: ProcessOptions
-    network: NetworkOptions
-    train: TrainOptions
-    sample: SampleOptions
-    evaluate: Evaluate
-    export: Export
-    tracking: Tracking
+    shard: Shard = Shard()
+    pairs: Pairs = Pairs()
+    process: ProcessOptions = ProcessOptions()
+    network: NetworkOptions = NetworkOptions()
+    train: TrainOptions = TrainOptions()
+    sample: SampleOptions = SampleOptions()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    tracking: Tracking = Tracking()
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -130,7 +130,7 @@ SECTIONS: dict[str, type[Section]] = {
 def validate(document: Any, origin: str) -> Params:
     """Parameters from plain data; raises UserError with one line that names `origin` and each wrong field."""
     try:
-        return Params.model_validate(document)
+        return Params.model_validate(document, context=COMPLETE)
     except ValidationError as error:
         raise UserError(f"{origin}: {describe(error)}") from None
 

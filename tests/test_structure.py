@@ -21,6 +21,7 @@ NOT_SHAPING = (
     "diffusion.sections",
     "flows.dvc_yaml",
     "flows.environment",
+    "flows.fingerprint",
     "flows.launching",
     "flows.params",
     "flows.paths",

@@ -52,29 +52,29 @@ class NetworkOptions(Section):
         _divides_channels_into_heads,
     )
 
-    kind: Literal["unet", "uvit"]
+    kind: Literal["unet", "uvit"] = "unet"
     """Family of networks: a U-Net (Ho et al. 2020) or a transformer with long skips, U-ViT (Bao et al. 2023)."""
-    base_channels: Positive
+    base_channels: Positive = 32
     """Channels of the U-Net's first level, or of the transformer's tokens; a multiple of 8."""
-    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST]
+    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST] = (1, 2)
     """U-Net: channels of each level, in multiples of base_channels; each level halves the resolution."""
-    blocks_per_level: Positive
+    blocks_per_level: Positive = 1
     """U-Net: residual blocks at each level on the way down (one more on the way up)."""
-    attention_levels: Annotated[tuple[NonNegative, ...], LIST]
+    attention_levels: Annotated[tuple[NonNegative, ...], LIST] = (1,)
     """U-Net: levels with self-attention, counted from 0, the finest; the middle always has it."""
-    depth: Positive
+    depth: Positive = 13
     """Transformer: number of blocks, odd: as many before the middle one as after it."""
-    conditioning: Literal["add", "film", "token", "adaln"]
+    conditioning: Literal["add", "film", "token", "adaln"] = "film"
     """How timestep and class enter. U-Net: added to the features (add; DDPM), or scaling and shifting them (film;
     Improved DDPM). Transformer: as tokens (token; U-ViT), or scaling, shifting and gating (adaln; DiT)."""
-    head_channels: NonNegative
+    head_channels: NonNegative = 0
     """Channels of each attention head; 0 for a single head."""
-    patch_size: Positive
+    patch_size: Positive = 1
     """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
-    dropout: Fraction
+    dropout: Fraction = 0.0
     """Dropout rate inside the blocks."""
-    classes: bool
+    classes: bool = False
     """Whether the network is told the class of each image, so that it can be asked for one."""
-    convention: Literal["ddpm", "diffusers"]
+    convention: Literal["ddpm", "diffusers"] = "ddpm"
     """U-Net: details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the
     resolution, epsilon and groups of the normalization): matters for exchanging weights alone."""

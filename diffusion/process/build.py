@@ -16,6 +16,7 @@ from diffusion.process.variance import VARIANCES, Variance
 from diffusion.process.weighting import WEIGHTINGS
 from diffusion.sections import LIST, OneOf, Section
 
+SNR_IS_SIMPLE = BeforeValidator(lambda name: "simple" if name == "snr" else name)
 GIVEN = "given"
 """The schedule whose beta stands in the options."""
 
@@ -64,28 +65,28 @@ class ProcessOptions(Section):
         _weighs_the_last_timestep,
     )
 
-    schedule: Annotated[str, OneOf([*SCHEDULES, GIVEN])]
+    schedule: Annotated[str, OneOf([*SCHEDULES, GIVEN])] = "cosine"
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
     sigmoid (Chen 2023), or given, by `beta`."""
-    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST]
+    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
     """beta_t for each timestep, if the schedule is given; else empty."""
-    num_timesteps: Annotated[int, Field(ge=3)]
+    num_timesteps: Annotated[int, Field(ge=3)] = 1000
     """T, the number of timesteps."""
-    zero_terminal_snr: bool
+    zero_terminal_snr: bool = False
     """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""
-    parameterization: Annotated[str, OneOf(PARAMETERIZATIONS)]
+    parameterization: Annotated[str, OneOf(PARAMETERIZATIONS)] = "v"
     """What the network predicts: eps, the noise; x_0, the clean image; v, the velocity (Salimans & Ho 2022); or mu, the
     mean of the reverse step (unstable; for study)."""
-    learned_variance: bool
+    learned_variance: bool = False
     """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
     Dhariwal 2021); `sample.variance` is then free to be learned."""
-    weighting: Annotated[str, OneOf(WEIGHTINGS), BeforeValidator(lambda name: "simple" if name == "snr" else name)]
+    weighting: Annotated[str, OneOf(WEIGHTINGS), SNR_IS_SIMPLE] = "simple"
     """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
     same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the
     same), truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
-    min_snr_gamma: Annotated[float, Field(gt=0)]
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """The gamma of the weighting min-snr; 5 in the paper."""
-    loss: Annotated[str, OneOf(LOSSES)]
+    loss: Annotated[str, OneOf(LOSSES)] = "mse"
     """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
 
 

@@ -20,23 +20,23 @@ SpacingName = Annotated[str, OneOf(SPACINGS)]
 class SampleOptions(Section):
     """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
 
-    sampler: SamplerName
+    sampler: SamplerName = "dpm-solver++-sde"
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
     solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] = 50
     """Steps per picture, at most num_timesteps."""
-    spacing: SpacingName
+    spacing: SpacingName = "log-snr"
     """Which timesteps the steps are at: evenly spaced, quadratic (more of them near the end), or evenly in log SNR."""
-    variance: Annotated[str, OneOf(VARIANCES)]
+    variance: Annotated[str, OneOf(VARIANCES)] = "analytic"
     """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
     process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
-    eta: Annotated[float, Field(ge=0, le=1)]
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
-    threshold: Annotated[str, OneOf(THRESHOLDS)]
+    threshold: Annotated[str, OneOf(THRESHOLDS)] = "clip"
     """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
-    guidance: Annotated[float, Field(ge=0)]
+    guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 heeds it, more overdoes it."""
-    count: Positive
+    count: Positive = 64
     """How many pictures."""
 
 

@@ -13,8 +13,8 @@ import torch
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State
+from flows import fingerprint
 from flows.params import Params
-from flows.stages import train
 from tests.training.test_loop import Killed, changed, new_state
 
 
@@ -171,10 +171,10 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
 
 
 def test_checkpoints_of_interrupted_trainings_are_kept_up_to_a_number(tmp_path: Path) -> None:
-    for number in range(train.KEPT_TRAININGS + 2):
+    for number in range(fingerprint.KEPT_TRAININGS + 2):
         (tmp_path / str(number)).mkdir()
         os.utime(tmp_path / str(number), (number, number))
-    with train.lock_of(tmp_path / "0"):
-        train.drop_old_trainings(tmp_path)
+    with fingerprint.lock_of(tmp_path / "0"):
+        fingerprint.drop_old_trainings(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert left == ["0", *map(str, range(2, train.KEPT_TRAININGS + 2))]  # the first is in use
+    assert left == ["0", *map(str, range(2, fingerprint.KEPT_TRAININGS + 2))]  # the first is in use

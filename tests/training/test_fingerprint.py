@@ -11,9 +11,9 @@ import torch
 from diffusion import files
 from diffusion.training.distributed import World
 from flows import dvc_yaml, yaml_files
+from flows import fingerprint as fingerprints
 from flows import params as parameters
 from flows.paths import Paths
-from flows.stages import train
 from tests.training import trees
 
 LONG: dict[str, Any] = {"steps": 100_000, "preview_every": 20, "decay": "constant"}
@@ -93,7 +93,9 @@ def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Pa
 
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
     params = parameters.validate(yaml_files.overlay(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
-    return train.training_fingerprint(train.training_facts(params, Paths(tree), torch.device("cpu"), World()))
+    return fingerprints.training_fingerprint(
+        fingerprints.training_facts(params, Paths(tree), torch.device("cpu"), World())
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,10 +140,10 @@ def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, t
 def test_limits_to_the_instructions_are_part_of_the_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("MKL_CBWR", raising=False)
-    plain = train.instructions()
+    plain = fingerprints.instructions()
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert train.instructions() == f"{plain} ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"
+    assert fingerprints.instructions() == f"{plain} ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE"
 
 
 def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
@@ -167,13 +169,13 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     }
     for name, changes in others.items():
         (tmp_path / name).mkdir()
-        files.write_json(tmp_path / name / train.FACTS, facts | changes)
+        files.write_json(tmp_path / name / fingerprints.FACTS, facts | changes)
         (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
     (tmp_path / "g").mkdir()
-    (tmp_path / "g" / train.FACTS).write_text("{", encoding="utf-8")
-    first, second, third = train.unusable(tmp_path, facts)
+    (tmp_path / "g" / fingerprints.FACTS).write_text("{", encoding="utf-8")
+    first, second, third = fingerprints.unusable(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
-    assert train.unusable(tmp_path, facts | {"params": {}}) == []
+    assert fingerprints.unusable(tmp_path, facts | {"params": {}}) == []
