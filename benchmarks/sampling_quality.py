@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Model, load_model
+from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from flows.paths import Paths
 

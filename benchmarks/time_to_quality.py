@@ -35,9 +35,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.data.pairs import Pairs, train_batch
-from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
+from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.distributed import World

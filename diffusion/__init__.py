@@ -1,0 +1,45 @@
+"""Denoising diffusion models: images in, a trained model and pictures out.
+
+What stands here is imported when it is first used: a program that needs no torch does not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion.data.memory import Images, load_images
+    from diffusion.model import Model
+    from diffusion.nn.options import NetworkOptions
+    from diffusion.process.build import Process, ProcessOptions
+    from diffusion.samples import save_grid
+    from diffusion.training.fit import fit
+    from diffusion.training.options import TrainOptions
+
+PLACES = {
+    "Images": "data.memory",
+    "Model": "model",
+    "NetworkOptions": "nn.options",
+    "Process": "process.build",
+    "ProcessOptions": "process.build",
+    "TrainOptions": "training.options",
+    "fit": "training.fit",
+    "load_images": "data.memory",
+    "save_grid": "samples",
+}
+__all__ = [
+    "Images",
+    "Model",
+    "NetworkOptions",
+    "Process",
+    "ProcessOptions",
+    "TrainOptions",
+    "fit",
+    "load_images",
+    "save_grid",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -19,6 +21,7 @@ from diffusion.process import build as processes
 from diffusion.process.build import Process, ProcessOptions
 from diffusion.process.denoiser import Guided, Net
 from diffusion.process.variance import Variance
+from diffusion.samples import draw_samples
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Sampler
@@ -68,6 +71,46 @@ class Model:
     def num_classes(self) -> int:
         """Classes that the network can be asked for; 0 if it knows none."""
         return len(self.config.classes) if self.config.network.classes else 0
+
+    @classmethod
+    def new(
+        cls,
+        shape: tuple[int, int, int],
+        network: NetworkOptions | None = None,
+        process: ProcessOptions | None = None,
+        classes: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> Self:
+        """A model that is not trained, for images of `shape` (C, H, W)."""
+        network, process = network or NetworkOptions(), process or ProcessOptions()
+        torch.manual_seed(seed)
+        net = new_network(shape, len(classes), network, process)
+        config = Config(shape=shape, classes=classes, network=network, process=process, x_0_mse=None)
+        return cls(net, processes.process(process), config)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> "Model":
+        """The model in a directory, in evaluation mode; raises UserError naming a file that is missing or damaged."""
+        return load_model(Path(directory), torch.device(device))
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model's directory; atomic, and the same bytes for the same weights."""
+        save_model(Path(directory), self.net, self.config)
+
+    def loss(self, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+        """The training loss of each image, (B,): x_0 and eps (B, C, H, W), t and y int64 (B,)."""
+        return self.process.loss(self.net, x_0, t, eps, y)
+
+    def sample(self, count: int = 64, *, seed: int = 0, **options: Any) -> NDArray[np.uint8]:
+        """Pictures, uint8 (count, C, H, W), of the classes in turn if it knows any.
+
+        options: fields of `SampleOptions`, such as sampler="ddim", steps=20. Without a variance the posterior's is
+        taken: the analytic one is estimated by the stage `train` alone.
+        """
+        if self.config.x_0_mse is None:
+            options = {"variance": "fixed-small"} | options
+        device = next(self.net.parameters()).device
+        return draw_samples(self, SampleOptions(count=count, **options), seed, device)
 
     def net_for(self, y: Tensor | None = None, guidance: float = 1.0) -> Net:
         """The network for images of the classes `y` int64 (B,), -1 for none; for any images if it knows no classes."""

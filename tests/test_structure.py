@@ -16,6 +16,7 @@ MODULES = {
     for path in (ROOT / package).rglob("*.py")
 }
 NOT_SHAPING = (
+    "diffusion.__init__",
     "diffusion.errors",
     "diffusion.progress",
     "diffusion.sections",
@@ -31,7 +32,7 @@ NOT_SHAPING = (
 """Code that cannot change what a stage writes: values stand in params.yaml alone, and the rest checks, carries or
 watches."""
 
-DRAWING = ("diffusion.sampling", "diffusion.evaluation.samples")
+DRAWING = ("diffusion.sampling", "diffusion.samples")
 """What draws the previews of a training. They may be those of an earlier sampler; the weights are not."""
 
 

@@ -101,6 +101,24 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
 
 
+class TrainImages(Protocol):
+    """Images in blocks, with the recipes of their pairs; on disk (`Pairs`) or in memory (`memory.Blocks`)."""
+
+    shape: tuple[int, int, int]
+    images: int
+
+    @property
+    def cached_recipe(self) -> Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Of a block and a draw: t (n,) and eps (n, C, H, W), which are not to be changed."""
+        ...
+
+    def size(self, block: int) -> int: ...
+
+    def x_0(self, block: int) -> NDArray[np.uint8]: ...
+
+    def labels(self, block: int) -> NDArray[np.int64]: ...
+
+
 def fit(image: Image.Image, channels: int, height: int, width: int) -> NDArray[np.uint8]:
     """An image as uint8 (C, H, W): laid on white if transparent, cropped to the aspect ratio and resized if need be."""
     if image.mode == "RGBA":
@@ -207,7 +225,7 @@ class Pairs:
             for number, mapped in enumerate(self._maps)
             for member in members(mapped)
         }
-        self._cached_recipe = lru_cache(maxsize=2)(self.recipe)
+        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
 
     @property
     def digest(self) -> str:
@@ -278,7 +296,7 @@ def _random(seed: int, purpose: Purpose, epoch: int, block: int) -> NDArray[np.f
 
 
 def train_batch(
-    pairs: Pairs,
+    pairs: TrainImages,
     seed: int,
     step: int,
     batch_size: int,
@@ -310,15 +328,15 @@ def train_batch(
         block, start = int(order[place]), offset - int(begins[place])
         count = min(pairs.size(block) - start, share - done)
         taken, into = slice(start, start + count), slice(done, done + count)
-        t, eps = pairs._cached_recipe(block, epoch)
-        x_0 = pairs._view(block, "x_0", np.uint8, pairs.size(block), *pairs.shape)[taken]
+        t, eps = pairs.cached_recipe(block, epoch)
+        x_0 = pairs.x_0(block)[taken]
         if flip:
             mirrored = _random(seed, Purpose.FLIP, epoch, block)[taken] < 0.5
             x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
         np.divide(x_0, np.float32(127.5), out=batch.x_0[into])
         batch.t[into], batch.eps[into] = t[taken], eps[taken]
         dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
-        batch.y[into] = np.where(dropped, -1, pairs._view(block, "y", np.int64, pairs.size(block))[taken])
+        batch.y[into] = np.where(dropped, -1, pairs.labels(block)[taken])
         batch.u[into] = _random(seed, Purpose.TIMESTEP_UNIFORMS, epoch, block)[taken]
         done += count
     np.subtract(batch.x_0, np.float32(1), out=batch.x_0)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import predictions
-from diffusion.evaluation.samples import to_uint8
 from diffusion.export import golden
 from diffusion.model import Model
 from diffusion.progress import Progress, say
+from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample

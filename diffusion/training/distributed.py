@@ -11,19 +11,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
 from diffusion.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(hours=12)
 """How long the others wait while the main process measures, draws or writes. A lost one is noticed at once."""
@@ -132,6 +133,9 @@ def joined(device: torch.device, store: Path | None = None, lost: type[UserError
 def share_out(net: Network, options: TrainOptions, world: World) -> Network:
     """The network with its weights shared out over the processes, block by block, if `options` say so (FSDP2)."""
     if world.size > 1 and options.sharding == "weights":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 takes no other
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nobody writes to
         mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
@@ -161,19 +165,26 @@ def synchronizing(net: nn.Module, now: bool) -> Iterator[None]:
         with nullcontext() if now else net.no_sync():
             yield
         return
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(now)
+    if set_sync := getattr(net, "set_requires_gradient_sync", None):  # FSDP2's
+        set_sync(now)
     yield
+
+
+def is_shared_out(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether each process holds a part of the tensor, a DTensor; its module takes a second to import."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process holds a part, as a whole (all of them call this together); any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same in all processes, laid out over them and in memory as `like` is."""
-    if isinstance(like, DTensor):
+    if is_shared_out(like):
+        from torch.distributed.tensor import distribute_tensor
+
         tensor = tensor.to(like.device)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like).copy_(tensor)

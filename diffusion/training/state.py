@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from diffusion.nn.layers import Network
 from diffusion.process.schedule import Schedule
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
-from diffusion.training.distributed import placed, whole
+from diffusion.training.distributed import is_shared_out, placed, whole
 from diffusion.training.options import TrainOptions
 
 Row = dict[str, float]
@@ -67,7 +66,7 @@ class State(Facts):
     @property
     def shared_out(self) -> bool:
         """Whether the processes share out the weights."""
-        return any(isinstance(parameter, DTensor) for parameter in self.net.parameters())
+        return any(is_shared_out(parameter) for parameter in self.net.parameters())
 
     def facts(self) -> dict[str, Any]:
         """The fields of `Facts`, as plain data."""

@@ -12,11 +12,11 @@ import torch
 from diffusion.data.pairs import Pairs
 from diffusion.errors import Stopped
 from diffusion.evaluation.heldout import quick_mse
-from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import write_atomic
 from diffusion.model import Model
 from diffusion.process.build import ProcessOptions
 from diffusion.progress import Progress
+from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.loop import Trainer

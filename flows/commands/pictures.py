@@ -14,9 +14,9 @@ from diffusion.data import images
 from diffusion.data.pairs import fit
 from diffusion.data.shards import png
 from diffusion.errors import UserError
-from diffusion.evaluation.samples import grid_png
 from diffusion.files import write_atomic, writing
 from diffusion.progress import say
+from diffusion.samples import grid_png
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""

@@ -10,7 +10,6 @@ from diffusion.errors import UserError
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
-from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.files import (
     new_directory,
     parse_csv,
@@ -24,6 +23,7 @@ from diffusion.files import (
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.progress import Progress, say
+from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from flows import made_with, tracking
 from flows.params import Params

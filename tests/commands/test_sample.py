@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.data.pairs import fit
-from diffusion.evaluation.samples import draw_samples, grid_png
 from diffusion.model import Config, load_model, save_model
 from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
+from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from flows import yaml_files
 from flows.__main__ import main

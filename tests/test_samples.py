@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.evaluation import filmstrip, plots, samples
+from diffusion import samples
+from diffusion.evaluation import filmstrip, plots
 from diffusion.model import Config, Model
 from diffusion.process import build
 from diffusion.sampling import build as sampling

@@ -3,6 +3,8 @@
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,10 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.data.noise import Purpose, stream
-from diffusion.model import Model
+from diffusion.files import write_atomic
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Noise, trajectory
+
+if TYPE_CHECKING:
+    from diffusion.model import Model
 
 
 def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> Noise:
@@ -29,13 +34,13 @@ def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.
     return draw
 
 
-def classes_in_turn(model: Model, count: int, device: torch.device, first: int = 0) -> torch.Tensor | None:
+def classes_in_turn(model: "Model", count: int, device: torch.device, first: int = 0) -> torch.Tensor | None:
     """Classes of images first, first + 1, ..., int64 (count,): each in turn; None if the network knows none."""
     return torch.arange(first, first + count, device=device) % model.num_classes if model.num_classes else None
 
 
 def draw_samples(
-    model: Model,
+    model: "Model",
     options: SampleOptions,
     seed: int,
     device: torch.device,
@@ -80,3 +85,8 @@ def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def save_grid(images: NDArray[np.uint8], path: str | Path, side: int = 512) -> None:
+    """Write images (N, C, H, W) as a PNG file, a nearly square grid of about `side` pixels."""
+    write_atomic(Path(path), grid_png(images, side))

@@ -1,0 +1,55 @@
+"""Training in a few lines, on images in memory."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from diffusion.data.memory import Blocks, Images
+from diffusion.data.pairs import train_batch
+from diffusion.errors import UserError
+from diffusion.model import Model
+from diffusion.nn.layers import Network
+from diffusion.progress import Progress
+from diffusion.training import loop
+from diffusion.training.distributed import World
+from diffusion.training.hardware import Ahead, precision, runnable
+from diffusion.training.options import TrainOptions
+from diffusion.training.state import begin
+
+
+def fit(model: Model, images: Images, options: TrainOptions | None = None, seed: int = 0) -> Model:
+    """Train a model, and give the one with the average of the weights; Ho et al. 2020, algorithm 1.
+
+    `model.net` itself is trained on, on the device where it is. The stage `train` takes the same steps on stored pairs,
+    and besides keeps checkpoints, measures held-out errors and goes back where the loss diverges.
+
+    Raises:
+        TypeError: the network is none of diffusion.nn.
+        UserError: loss or gradient was not finite in several steps in a row.
+    """
+    options = options or TrainOptions()
+    if not isinstance(model.net, Network):
+        raise TypeError("fit trains networks of diffusion.nn; for one of your own, write a loop around `Model.loss`")
+    device = next(model.net.parameters()).device
+    state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
+    blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
+    fetch = partial(
+        train_batch,
+        blocks,
+        seed,
+        batch_size=options.batch_size,
+        flip=options.flip,
+        class_dropout=options.class_dropout,
+    )
+    total = options.steps * options.batch_size
+    with Ahead(fetch) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
+        net = runnable(state.net, options, World())
+        trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))
+        while state.step < options.steps:
+            try:
+                loop.step(state, trainer)
+            except loop.Diverged as diverged:
+                raise UserError(f"{diverged}; {loop.advice(options)}") from None
+            progress.advance(options.batch_size)
+    return replace(model, net=state.average)

@@ -1,0 +1,112 @@
+"""The library without the pipeline: README's lines, an own loop, and the same steps as the stage `train` takes."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffusion import Model, NetworkOptions, ProcessOptions, TrainOptions, fit, load_images
+from diffusion.data.memory import Blocks, Images
+from diffusion.data.pairs import Pairs, train_batch
+from diffusion.process import build as processes
+from tests.training import trees
+
+SMALL = NetworkOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
+FEW = TrainOptions(steps=3, batch_size=16, warmup_steps=1)
+
+
+def images(count: int = 70) -> Images:
+    """Random ones, of two classes."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (count, 1, 8, 8), np.uint8)
+    return Images(pixels, np.arange(count) % 2, ("a", "b"))
+
+
+def test_the_lines_in_the_readme(root: Path, tmp_path: Path) -> None:
+    """With fewer steps, in a Python of their own, which must not load the pipeline's packages."""
+    (code,) = re.findall(r"```python\n(from diffusion import.*?)```", (root / "README.md").read_text(), flags=re.S)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    few = re.sub(r"steps=\d+\)", "steps=2)", code.replace("data/raw/", f"{root}/data/raw/"))
+    loaded = "\nimport sys; print({'mlflow', 'prefect', 'dvc', 'flows'} & {name.split('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", few + loaded]
+    environment = trees.ENVIRONMENT | {"PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
+    assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_is_saved_and_loaded_and_draws_the_same(tmp_path: Path) -> None:
+    model = fit(Model.new((1, 8, 8), SMALL, classes=("a", "b")), images(), FEW)
+    model.save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    options = {"sampler": "ddim", "steps": 4, "seed": 7}
+    pictures = model.sample(5, **options)
+    assert pictures.shape == (5, 1, 8, 8)
+    assert np.array_equal(loaded.sample(5, **options), pictures)
+    assert np.array_equal(loaded.sample(3, **options), pictures[:3])
+    assert not np.array_equal(loaded.sample(5, **options | {"seed": 8}), pictures)
+
+
+def test_fitting_learns_and_is_the_same_twice() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        net = fit(Model.new((1, 8, 8), SMALL), images(), FEW, seed).net
+        return torch.cat([parameter.flatten() for parameter in net.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+    start = Model.new((1, 8, 8), SMALL).net
+    assert not torch.equal(weights(0), torch.cat([parameter.flatten() for parameter in start.parameters()]))
+
+
+def test_batches_in_memory_are_those_of_the_stored_pairs(pairs_tree: Path) -> None:
+    pairs = Pairs(pairs_tree / "data" / "pairs", "train")
+    x_0 = np.concatenate([pairs.x_0(block) for block in range(pairs.blocks)])
+    y = np.concatenate([pairs.labels(block) for block in range(pairs.blocks)])
+    blocks = Blocks(Images(x_0, y), pairs.manifest.seed, pairs.manifest.num_timesteps)
+    for step in (0, 30, 100):
+        stored, here = (
+            partial(train_batch, each, 3, batch_size=48, flip=True, class_dropout=0.5) for each in (pairs, blocks)
+        )
+        for one, other in zip(stored(step), here(step), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_images_are_loaded_as_the_pipeline_loads_them(root: Path) -> None:
+    loaded, raw = load_images(root / "data/raw/digits.npz", 8, 8, channels=1), np.load(root / "data/raw/digits.npz")
+    assert np.array_equal(loaded.pixels[:, 0], raw["images"])
+    assert [loaded.classes[label] for label in loaded.y] == list(map(str, raw["labels"]))
+    assert load_images(root / "data/raw/digits.npz", 4, 6).shape == (3, 4, 6)
+
+
+def test_an_own_network_in_an_own_loop() -> None:
+    """A linear network learns to say what noise it was given, where there is nothing but noise."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+            return self.layer(x_t)
+
+    process = processes.process(ProcessOptions(parameterization="eps"))
+    model = replace(Model.new((1, 8, 8), SMALL), net=Linear(), process=process)
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        eps = torch.randn(16, 1, 8, 8, generator=generator)
+        loss = model.loss(torch.zeros_like(eps), torch.full((16,), 999), eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert model.net.layer.weight.item() == pytest.approx(1, abs=0.01)  # x_t is eps, all but 1e-3
+    with pytest.raises(TypeError, match="write a loop around"):
+        fit(model, images())
