@@ -309,6 +309,17 @@ def sample_options(samples: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    finally:  # what cannot be written is dropped: Python, ending, would try again and make the status 120
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     try:
         arguments.action(arguments)
@@ -327,7 +338,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ddpm {arguments.command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         say(f"ddpm {arguments.command}: error: {SystemFault.of(error)}")

@@ -24,7 +24,7 @@ DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 @pytest.fixture(params=["", DEAF])
 def pair(request: pytest.FixtureRequest) -> Iterator[list[int]]:
     """A process with the variable, which may ignore SIGTERM, and its child."""
-    command = [sys.executable, "-c", PARENT.format(ignore=f"{request.param}\nprint()")]
+    command = [sys.executable, "-c", PARENT.format(ignore=f"{request.param}\nprint(flush=True)")]
     environment = os.environ | {"DDPM_TEST": "mine"}
     with ExitStack() as stack:
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
