@@ -7,6 +7,7 @@ import pytest
 
 from flows import params as parameters
 from flows.params import Params
+from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,3 +31,17 @@ def digits_tree(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copy(ROOT / "data" / "raw" / "digits.npz", tmp_path / "data" / "raw")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree after the stages shard and pairs, to be copied."""
+    tree = tmp_path_factory.mktemp("training") / "tree"
+    (tree / "data" / "raw").mkdir(parents=True)
+    shutil.copy(trees.ROOT / "presets" / "digits.yaml", tree / "params.yaml")
+    shutil.copy(trees.ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
+    trees.change(tree, trees.TINY)
+    for stage in ("shard", "pairs"):
+        done = trees.run(tree, stage)
+        assert done.returncode == 0, done.stderr
+    return tree

@@ -89,7 +89,7 @@ def run(
             called.append(f"{'good ' if good else ''}checkpoint {state.step}")
             super().write(state, good)
 
-    told = Told(checkpoints.directory)
+    told = Told(checkpoints.directory, seconds=checkpoints.seconds)
     loop.train(state, trainer, told, report=report, preview=preview, stop_signal=lambda: 15 * (state.step == stop_at))
     return called
 
