@@ -88,4 +88,8 @@ def unbounded(x_0_hat: Tensor) -> Tensor:
     return x_0_hat
 
 
-THRESHOLDS: dict[str, Threshold] = {"clip": clip, "dynamic": dynamic_threshold, "none": unbounded}
+THRESHOLDS: dict[str, Threshold] = {
+    "clip": clip,
+    "dynamic": dynamic_threshold,
+    "none": unbounded,
+}

@@ -62,4 +62,8 @@ class Loss:
         return self.weighting(snr, before).sqrt() * x_0_per_out.abs()
 
 
-LOSSES: dict[str, Kind] = {"mse": torch.square, "l1": torch.abs, "huber": huber}
+LOSSES: dict[str, Kind] = {
+    "mse": torch.square,
+    "l1": torch.abs,
+    "huber": huber,
+}

@@ -95,4 +95,9 @@ def split(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
 
 
-PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {"eps": Eps, "x_0": X0, "v": V, "mu": Mu}
+PARAMETERIZATIONS: dict[str, Callable[[Schedule], Parameterization]] = {
+    "eps": Eps,
+    "x_0": X0,
+    "v": V,
+    "mu": Mu,
+}

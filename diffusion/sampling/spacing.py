@@ -46,4 +46,8 @@ def _distinct(points: list[float]) -> list[int]:
     return chosen
 
 
-SPACINGS: dict[str, Spacing] = {"linspace": linspace, "quadratic": quadratic, "log-snr": log_snr}
+SPACINGS: dict[str, Spacing] = {
+    "linspace": linspace,
+    "quadratic": quadratic,
+    "log-snr": log_snr,
+}
