@@ -13,7 +13,7 @@ from flows import params, workspace
 from flows.parameters import NOTHING, given
 from flows.train_ddpm import _parameters as parameters_of
 from flows.train_ddpm import train_ddpm
-from tests.test_params import ROOT, VALUES, WRONG
+from tests.flows.test_params import ROOT, VALUES, WRONG
 
 SCHEMA = parameter_schema(train_ddpm.fn).model_dump_for_openapi()
 

@@ -15,7 +15,7 @@ from prefect.states import Failed
 
 from flows import dvc_stage, params, pipeline, train_ddpm, workspace
 from flows.paths import Paths
-from tests.tracking import trees
+from tests.flows.tracking import trees
 
 
 @pytest.mark.parametrize(

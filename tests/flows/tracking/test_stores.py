@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from diffusion.errors import UserError
 from flows import tracking
 from flows.paths import Paths
-from tests.tracking.trees import (
+from tests.flows.tracking.trees import (
     LOSS,
     PARAMS,
     REPOSITORY,

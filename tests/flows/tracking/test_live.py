@@ -12,7 +12,7 @@ from diffusion.errors import Stopped
 from diffusion.files import write_json
 from flows import tracking
 from flows.paths import Paths
-from tests.tracking.trees import (
+from tests.flows.tracking.trees import (
     LOSS,
     PARAMS,
     client_of,

@@ -30,7 +30,7 @@ from flows.paths import Paths
 from tests.rounding import assert_rounds_alike
 from tests.training import trees
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "pairs": {"heldout_draws": 2},
     "network": {"base_channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "attention_levels": []},

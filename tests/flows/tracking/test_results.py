@@ -16,7 +16,7 @@ from flows import made_with, tracking, yaml_files
 from flows import params as parameters
 from flows.paths import Paths
 from flows.tracking.recording import Recorded
-from tests.tracking.trees import (
+from tests.flows.tracking.trees import (
     LOSS,
     PARAMS,
     changed,

@@ -18,7 +18,7 @@ from flows import made_with, tracking
 from flows.paths import Paths
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
-from tests.tracking.trees import PARAMS, write_evaluation, write_export, write_training
+from tests.flows.tracking.trees import PARAMS, write_evaluation, write_export, write_training
 
 
 def registered(paths: Paths) -> Path:

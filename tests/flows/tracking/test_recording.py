@@ -16,7 +16,7 @@ from diffusion.files import sha256, write_json
 from flows import made_with, tracking
 from flows import params as parameters
 from flows.paths import Paths
-from tests.tracking.trees import (
+from tests.flows.tracking.trees import (
     LOSS,
     PARAMS,
     changed,

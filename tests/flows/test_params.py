@@ -12,7 +12,7 @@ from flows import presets, yaml_files
 from flows.__main__ import main, parser
 from flows.params import Params
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "presets"
 WRONG = object()
 VALUES: list[tuple[str, str, str, str | None, Any]] = [

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from diffusion.export import digest, metadata
 from flows.__main__ import main
-from tests.commands.test_triton import exported
+from tests.flows.commands.test_triton import exported
 
 Capture = pytest.CaptureFixture[str]
 

@@ -19,7 +19,7 @@ from flows import params as parameters
 from flows.params import Params
 from flows.paths import Paths
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 LOSS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 0.5} for step in range(20, 101, 20)]
 HELDOUT = [{"step": 50, "mse": 0.4}, {"step": 100, "mse": 0.3}]
 

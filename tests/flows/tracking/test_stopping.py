@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from diffusion.errors import Stopped
 from flows import tracking
 from flows.paths import Paths
-from tests.tracking.trees import PARAMS, REPOSITORY, changed, client_of, content, runs_of, write_all
+from tests.flows.tracking.trees import PARAMS, REPOSITORY, changed, client_of, content, runs_of, write_all
 
 CALLS = [
     "create_run",

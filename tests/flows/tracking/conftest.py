@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from flows.paths import Paths
 from flows.tracking import store
-from tests.tracking.trees import write_tree
+from tests.flows.tracking.trees import write_tree
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from flows.__main__ import main
 from flows.commands import sample
 from tests.nn.networks import network, options, randomize
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 PROCESS = ProcessOptions(
     schedule="cosine",
