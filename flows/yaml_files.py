@@ -69,6 +69,8 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; sections hold fields, and fields values or lists") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected sections with fields, found {type(document).__name__}")
     return document

@@ -65,6 +65,8 @@ def read_image(path: Path) -> Picture:
         Unreadable: the file is no image, or cannot be decoded correctly.
         SystemFault: the system cannot read the file.
     """
+    if path.exists() and not path.is_file():
+        raise Unreadable("not a file")  # reading a pipe would wait for ever
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,10 @@ def test_an_error_of_the_disk_is_none_of_the_format(
     monkeypatch.setattr(Path, "open", lambda path, mode: BadDisk(path, mode))
     with pytest.raises(SystemFault, match=rf"{name}: cannot be read \(Input/output error\)"):
         read(path)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(Unreadable, match="^not a file$"):
+            read_image(path)

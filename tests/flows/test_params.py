@@ -167,6 +167,7 @@ def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> No
     ("text", "message"),
     [
         ("seed: [", "not valid YAML"),
+        ("seed: " + 5000 * "[", "nested too deeply"),
         ("- 1\n", "expected sections with fields, found CommentedSeq"),
         ("seed: 1\n", "device: missing (presets/digits.yaml has every field)"),
     ],
