@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from diffusion.data.noise import Purpose, stream
 from diffusion.evaluation.heldout import Prediction
 from diffusion.evaluation.wiener import Wiener
+from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.schedule import Schedule
 
-BANDS = 10
 POINTS = 50
 """Points of the curve over t."""
 
@@ -31,11 +31,6 @@ class Sums(NamedTuple):
     pairs: NDArray[np.int64]  # (BANDS,): number of pairs in each band
 
 
-def band_edges(num_timesteps: int, parts: int) -> NDArray[np.int64]:
-    """The first timestep of each of `parts` equal parts of [0, T), and T, (parts + 1,)."""
-    return -(-np.arange(parts + 1) * num_timesteps // parts)
-
-
 def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, wiener: Wiener) -> Sums:
     """Sum up the predictions on a split of `images` images."""
     T = schedule.num_timesteps
@@ -47,9 +42,9 @@ def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, 
         wiener_error = wiener(x_t, alpha_bar_of[t].reshape(-1, 1, 1, 1)) - eps
         values = (np.ones_like(error), error**2, np.abs(error), wiener_error**2, eps, np.square(eps, dtype=np.float64))
         sums = np.stack([value.sum(axis=(1, 2, 3), dtype=np.float64) for value in values], axis=1)
-        band = t * BANDS // T
+        band = band_of(t, T)
         np.add.at(by_image, (image, band), sums)
-        np.add.at(by_t, t * POINTS // T, sums)
+        np.add.at(by_t, band_of(t, T, POINTS), sums)
         np.add.at(pairs, band, 1)
     return Sums(by_image, by_t, pairs)
 
@@ -140,9 +135,9 @@ def summarize(
         values |= {name: value[part] for name, value in others.items()}
         return {name: float(value) for name, value in values.items()}
 
-    edges = band_edges(num_timesteps, BANDS)
+    edges = band_edges(num_timesteps)
     bands = [
-        {"t_from": int(edges[band]), "t_to": int(edges[band + 1]) - 1, "pairs": int(sums.pairs[band])} | row(band + 1)
+        {"t_from": edges[band], "t_to": edges[band + 1] - 1, "pairs": int(sums.pairs[band])} | row(band + 1)
         for band in range(BANDS)
         if sums.pairs[band]
     ]
@@ -155,7 +150,7 @@ def curve(sums: Sums, num_timesteps: int) -> list[dict[str, float]]:
     model, others = statistics(sums.by_t)["mse"], baselines(sums.by_t)
     return [
         {
-            "t": float(edges[point] + edges[point + 1] - 1) / 2,
+            "t": (edges[point] + edges[point + 1] - 1) / 2,
             "model": float(model[point]),
             "wiener": float(others["wiener_mse"][point]),
             "zero": float(others["zero_mse"][point]),

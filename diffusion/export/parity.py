@@ -12,6 +12,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation.heldout import predictions
 from diffusion.export import golden
 from diffusion.model import Model
+from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.progress import Progress, say
 from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
@@ -21,8 +22,6 @@ from diffusion.sampling.sampler import sample
 BATCH_SIZES = (1, 7, 64)
 SMALL = 4
 """Blocks of pairs that are run in every batch size; the rest in whole blocks."""
-BANDS = 10
-"""Of timesteps: each is compared by itself."""
 PICTURES = 64
 ALONE = 8
 """Batches of each size at most."""
@@ -74,7 +73,7 @@ def check_denoiser(
                 ]
                 eps_hat, x_0_hat = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
                 difference = np.abs(eps_hat - prediction.eps_hat)
-                np.fmax.at(by_band, prediction.t * BANDS // T, difference.max(axis=(1, 2, 3)))
+                np.fmax.at(by_band, band_of(prediction.t, T), difference.max(axis=(1, 2, 3)))
                 total, values = total + float(difference.sum()), values + difference.size
                 alpha_bar = model.process.schedule(torch.from_numpy(prediction.t)).numpy()
                 x_t = np.sqrt(alpha_bar) * x_0_hat + np.sqrt(1 - alpha_bar) * eps_hat
@@ -86,10 +85,10 @@ def check_denoiser(
     mse = {name: error / (count * prediction.eps[0].size) for name, error in errors.items()}
     largest, allowed = float(np.nanmax(by_band)), f"export.tolerance ({tolerance:g}) in params.yaml"
     if not largest <= tolerance:
-        band = int(np.nanargmax(by_band))
+        band, edges = int(np.nanargmax(by_band)), band_edges(T)
         raise UserError(
             f"denoiser.onnx: ONNX Runtime differs from torch by up to {largest:.2e} at t from "
-            f"{-(-band * T // BANDS)} to {-(-(band + 1) * T // BANDS) - 1}, more than {allowed}; no model was written"
+            f"{edges[band]} to {edges[band + 1] - 1}, more than {allowed}; no model was written"
         )
     if not apart <= tolerance:
         raise UserError(

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from diffusion.data.noise import Purpose, stream
 from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
+from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.loss import Loss
 from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World, synchronizing, whole
 from diffusion.training.options import TrainOptions
-from diffusion.training.state import BANDS, Row, State
+from diffusion.training.state import Row, State
 
 SKIPS = 5
 """Steps in a row whose loss or gradient is not finite before the training goes back."""
@@ -156,7 +157,7 @@ def rate(state: State, step: int, options: TrainOptions) -> float:
 
 def add(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tensor, num_timesteps: int) -> None:
     """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm."""
-    band = nn.functional.one_hot(t * BANDS // num_timesteps, BANDS).double()
+    band = nn.functional.one_hot(band_of(t, num_timesteps), BANDS).double()
     weight = weight.double()
     weighted = weight * loss.double()
     step = torch.stack([torch.ones_like(norm), weighted.mean(), norm])
@@ -189,9 +190,8 @@ def add_point(state: State, trainer: Trainer) -> Row | None:
 
 def bands_of(num_timesteps: int) -> list[str]:
     """The columns of the bands' losses, such as loss_t000_099."""
-    edges = [-(-band * num_timesteps // BANDS) for band in range(BANDS + 1)]
     digits = len(str(num_timesteps - 1))
-    return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(edges)]
+    return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(band_edges(num_timesteps))]
 
 
 def best(heldout_curve: list[Row]) -> Row:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.nn.layers import Network
+from diffusion.process.bands import BANDS
 from diffusion.process.schedule import Schedule
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
@@ -17,8 +18,6 @@ from diffusion.training.distributed import is_shared_out, placed, whole
 from diffusion.training.options import TrainOptions
 
 Row = dict[str, float]
-BANDS = 10
-"""Equal stretches of [0, T) whose loss is told apart."""
 
 
 @dataclass

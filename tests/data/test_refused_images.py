@@ -119,5 +119,5 @@ def test_an_error_of_the_disk_is_none_of_the_format(
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path):
-        with pytest.raises(Unreadable, match="^not a file$"):
+        with pytest.raises(Unreadable, match=r"^not a file$"):
             read_image(path)
