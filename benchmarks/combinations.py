@@ -117,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     repository = Path(__file__).parents[1]
-    preset = parameters.load(repository / "presets" / "digits.yaml").model_dump(mode="json")
+    preset = parameters.load(repository / "params.yaml").model_dump(mode="json")
     preset["shard"]["source"] = str(repository / "data" / "raw" / "digits.npz")
     preset["network"]["base_channels"] = 16
     preset["train"] |= {
@@ -131,7 +131,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.jobs) as pool:
         root = Path(directory)
-        params = parameters.validate(preset, "presets/digits.yaml")
+        params = parameters.validate(preset, "params.yaml")
         (root / "params.yaml").write_text(json.dumps(preset))  # JSON is YAML
         shard_stage.run(params, Paths(root))
         pairs_stage.run(params, Paths(root))

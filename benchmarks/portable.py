@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         shutil.copytree(ROOT / "data" / "raw", tree / "data" / "raw")
-        document = yaml_files.read_yaml(ROOT / "presets" / "digits.yaml")
+        document = yaml_files.read_yaml(ROOT / "params.yaml")
         changes = {"train": {"steps": arguments.steps, "preview_every": arguments.steps}}
         yaml_files.write_yaml(tree / "params.yaml", yaml_files.overlay(document, changes))
         common["MLFLOW_TRACKING_URI"] = f"sqlite:///{tree}/mlflow.db"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusion.training.fit import fit
     from diffusion.training.options import TrainOptions
 
-PLACES = {
+_PLACES = {
     "Images": "data.memory",
     "Model": "model",
     "NetworkOptions": "nn.options",
@@ -40,6 +40,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PLACES:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

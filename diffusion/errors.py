@@ -76,7 +76,7 @@ def describe(error: ValidationError) -> str:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
-                text = "missing (presets/digits.yaml has every field)"
+                text = "missing (`ddpm params --add` writes its default)"
             case "extra_forbidden":
                 text = "no such parameter"
             case "tuple_type":

@@ -1,4 +1,7 @@
-"""A trained model on disk: `model.safetensors` (EMA weights), `config.json`, and the digests of both, `SHA256SUMS`."""
+"""A model: a network and its process.
+
+On disk it is `model.safetensors` (EMA weights), `config.json`, and the digests of both, `SHA256SUMS`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +60,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A network with the process that it was trained for."""
+    """A network with the process that it is trained for."""
 
     net: nn.Module
     process: Process
@@ -84,7 +87,7 @@ class Model:
         """A model that is not trained, for images of `shape` (C, H, W)."""
         network, process = network or NetworkOptions(), process or ProcessOptions()
         torch.manual_seed(seed)
-        net = new_network(shape, len(classes), network, process)
+        net = new_network(shape, len(classes), network, process).eval()
         config = Config(shape=shape, classes=classes, network=network, process=process, x_0_mse=None)
         return cls(net, processes.process(process), config)
 
@@ -104,8 +107,8 @@ class Model:
     def sample(self, count: int = 64, *, seed: int = 0, **options: Any) -> NDArray[np.uint8]:
         """Pictures, uint8 (count, C, H, W), of the classes in turn if it knows any.
 
-        options: fields of `SampleOptions`, such as sampler="ddim", steps=20. Without a variance the posterior's is
-        taken: the analytic one is estimated by the stage `train` alone.
+        options: fields of `SampleOptions`, such as sampler="ddim", steps=20. A model without an estimate for the
+        analytic variance, which the stage `train` makes, takes the posterior's by default.
         """
         if self.config.x_0_mse is None:
             options = {"variance": "fixed-small"} | options

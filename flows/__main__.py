@@ -16,9 +16,6 @@ from typing import NoReturn
 
 from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
-from diffusion.sampling.build import SampleOptions
-from diffusion.sections import OneOf
-from flows import params as parameters
 from flows import presets, yaml_files
 from flows.paths import Paths
 from flows.stages import STAGES
@@ -30,8 +27,10 @@ def run_stage(arguments: argparse.Namespace) -> None:
     # Every tar file of a large data set stays open while it is read.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    from flows.params import load
+
     paths = Paths()
-    params = parameters.load(paths.params)
+    params = load(paths.params)
     check_untracked(arguments.command)
     with stoppable():
         importlib.import_module(f"flows.stages.{arguments.command}").run(params, paths)
@@ -74,9 +73,18 @@ def stop(signum: int, _: FrameType | None) -> NoReturn:
     raise Stopped(signum)
 
 
-def show_params(_: argparse.Namespace) -> None:
-    for name, field in parameters.Params.model_fields.items():
-        section = parameters.SECTIONS.get(name)
+def show_params(arguments: argparse.Namespace) -> None:
+    from flows.params import SECTIONS, Params
+
+    if arguments.add:
+        path = Paths().params
+        document = yaml_files.read_yaml(path)
+        yaml_files.fill(document, Params().model_dump(mode="json"))
+        yaml_files.write_yaml(path, document)
+        print(f"{path} now holds every parameter; those that were missing have their defaults")
+        return
+    for name, field in Params.model_fields.items():
+        section = SECTIONS.get(name)
         if section is None:
             print(f"{name}: {field.description}")
             continue
@@ -86,9 +94,11 @@ def show_params(_: argparse.Namespace) -> None:
 
 
 def apply_preset(arguments: argparse.Namespace) -> None:
+    from flows.params import validate
+
     paths = Paths()
     document = presets.laid_over(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
-    parameters.validate(document, f"{paths.params} with the preset {arguments.name}")
+    validate(document, f"{paths.params} with the preset {arguments.name}")
     yaml_files.write_yaml(paths.params, document)
     print(f"params.yaml now holds the preset {arguments.name}")
 
@@ -114,9 +124,10 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def export_diffusers(arguments: argparse.Namespace) -> None:
     from diffusion.exchange import diffusers
+    from flows.params import load
 
     paths = Paths()
-    sample = parameters.load(paths.params).sample
+    sample = load(paths.params).sample
     told = diffusers.export_model(arguments.model or paths.model, arguments.directory, sample, arguments.force)
     print(f"{arguments.directory} is now what diffusers.{told}")
 
@@ -149,18 +160,20 @@ def triton(arguments: argparse.Namespace) -> None:
 
 def track(arguments: argparse.Namespace) -> None:
     from flows import tracking, workspace
+    from flows.params import load
 
     paths = Paths(workspace.find(arguments.run)) if arguments.run else Paths()
     with stoppable():
-        tracking.track(parameters.load(paths.params), paths, as_json=arguments.json)
+        tracking.track(load(paths.params), paths, as_json=arguments.json)
 
 
 def promote(arguments: argparse.Namespace) -> None:
     from flows import tracking
+    from flows.params import load
 
     paths = Paths()
     with stoppable():
-        tracking.promote(parameters.load(paths.params), paths, arguments.version, arguments.reason)
+        tracking.promote(load(paths.params), paths, arguments.version, arguments.reason)
 
 
 def apply_run(arguments: argparse.Namespace) -> None:
@@ -182,7 +195,8 @@ def summary(arguments: argparse.Namespace) -> None:
     summary.show(arguments.run)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(complete: bool = True) -> argparse.ArgumentParser:
+    """The commands; without `complete`, which imports torch, `sample` has no options."""
     top = argparse.ArgumentParser(prog="ddpm", description="Train, evaluate and export denoising diffusion models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -194,7 +208,8 @@ def parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         command(name, text, run_stage)
 
-    command("params", "say what every parameter means", show_params)
+    shown = command("params", "say what every parameter means", show_params)
+    shown.add_argument("--add", action="store_true", help="add those that params.yaml lacks, with their defaults")
     preset = command("preset", "write a preset into params.yaml", apply_preset)
     preset.add_argument("name", help=f"one of: {', '.join(presets.names(Paths().presets)) or 'presets/*.yaml'}")
 
@@ -208,7 +223,11 @@ def parser() -> argparse.ArgumentParser:
         help="confirm classes, and folders inside classes, that are named like a split (train, test, ...)",
     )
 
-    sample_options(command("sample", "make pictures with the trained model", sample))
+    samples = command("sample", "make pictures with the trained model", sample)
+    if complete:
+        from flows.commands.sample import add_options
+
+        add_options(samples)
 
     exports = command("export-diffusers", "write a trained model as a pipeline of diffusers", export_diffusers)
     exports.add_argument("directory", type=Path, metavar="DIR", help="what DDPMPipeline.from_pretrained will load")
@@ -224,11 +243,13 @@ def parser() -> argparse.ArgumentParser:
 
     verifies = command("verify-onnx", "check an exported ONNX file by the test that it carries", verify_onnx)
     verifies.add_argument("file", type=Path, metavar="FILE", help="models/onnx/sampler.onnx, say")
-    verifies.add_argument("--device", default="auto", help=parameters.Params.model_fields["device"].description)
+    verifies.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
 
     serves = command("triton", "write both ONNX graphs as a model repository of Triton Inference Server", triton)
     serves.add_argument("directory", type=Path, metavar="DIR", help="the model repository")
-    serves.add_argument("--max-batch", type=integer, default=64, help="images that are computed at once (default 64)")
+    serves.add_argument(
+        "--max-batch", type=yaml_files.integer, default=64, help="images that are computed at once (default 64)"
+    )
     serves.add_argument("--force", action="store_true", help="replace a repository that is there")
 
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
@@ -249,65 +270,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def integer(text: str) -> int:
-    """A whole number on the command line, spelled as params.yaml takes it."""
-    value = yaml_files.scalar(text)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def number(text: str) -> float:
-    """A number on the command line, spelled as params.yaml takes it."""
-    value = yaml_files.scalar(text)
-    return float(value) if isinstance(value, float) else float(integer(text))
-
-
-def sample_options(samples: argparse.ArgumentParser) -> None:
-    samples.add_argument("--out", default="samples.png", help="a .png file (a grid), an .npz file or a folder (out/)")
-    samples.add_argument("--model", type=Path, metavar="DIR", help="a trained model; without it, models/ddpm")
-    samples.add_argument(
-        "--class",
-        dest="classes",
-        action="extend",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        metavar="CLASS",
-        help="class by name or number, or several (3,5): their pictures in turn; without it, all classes in turn",
-    )
-    samples.add_argument(
-        "--filmstrip", type=Path, metavar="FILE.png", help="draw the way of the first pictures as well"
-    )
-    given = samples.add_argument_group("from given pictures, in place of noise alone (of no class without --class)")
-    given.add_argument(
-        "--from",
-        dest="images",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="pictures like this image, or from one image to another",
-    )
-    given.add_argument(
-        "--at",
-        type=integer,
-        metavar="T",
-        help="timestep up to which noise is added (default: where half of the image is left)",
-    )
-    given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
-    given.add_argument("--jump", type=integer, help="with --mask: steps down before going up again (default 10)")
-    given.add_argument("--rounds", type=integer, help="with --mask: how often; takes so many times longer (default 10)")
-    settings = samples.add_argument_group("settings, in place of those in params.yaml")
-    settings.add_argument(
-        "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
-    )
-    settings.add_argument("--device", help=parameters.Params.model_fields["device"].description)
-    for name, field in SampleOptions.model_fields.items():
-        # A choice has names; any other field a number's type.
-        choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
-        kind = str if choices else integer if field.annotation is int else number
-        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
@@ -320,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser(complete="sample" in given[:1]).parse_args(argv)
     try:
         arguments.action(arguments)
     except UserError as error:

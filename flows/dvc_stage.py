@@ -45,7 +45,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
 
     Every line of output goes to `on_line` as it is written. Whatever ends the wait early (a signal's exception, an
     error in `on_line`) ends the stage's processes too, and is raised again; should this process be killed, they end by
-    themselves (see diffusion/watch.py).
+    themselves (see flows/watch.py).
 
     Raises: StageError, or PassingStageError where it is worth trying again.
     """

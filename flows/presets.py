@@ -1,14 +1,14 @@
-"""Presets: parameters for a kind of data, as files that hold what differs from the defaults, `presets/digits.yaml`."""
+"""Presets: parameters for a kind of data, as files that hold what differs from the defaults."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
-from flows.params import Params, validate
 from flows.yaml_files import overlay, read_yaml
 
-DEFAULT = "digits"
-"""The preset that holds every parameter."""
+if TYPE_CHECKING:
+    from flows.params import Params
+
 OWN = ("seed", "device", "tracking")
 """What no preset changes."""
 
@@ -18,9 +18,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.stem for path in directory.glob("*.yaml"))
 
 
-def load(path: Path) -> Params:
+def load(path: Path) -> "Params":
     """The parameters of a preset's file, with the defaults for the rest."""
-    return validate(overlay(read_yaml(path.parent / f"{DEFAULT}.yaml"), _differences(path)), str(path))
+    from flows.params import validate
+
+    return validate(overlay(_defaults(), _differences(path)), str(path))
 
 
 def laid_over(document: Any, directory: Path, name: str) -> Any:
@@ -32,19 +34,24 @@ def laid_over(document: Any, directory: Path, name: str) -> Any:
     known = names(directory)
     if name not in known:
         raise UserError(f"preset {name!r}: no such preset; there are {', '.join(known)} (in {directory}/)")
-    defaults, preset = read_yaml(directory / f"{DEFAULT}.yaml"), _differences(directory / f"{name}.yaml")
-    for own in OWN:
-        del defaults[own]
-    if name != DEFAULT and "source" not in preset.get("shard", {}):
+    preset = _differences(directory / f"{name}.yaml")
+    defaults = {key: value for key, value in _defaults().items() if key not in OWN}
+    if "source" not in preset.get("shard", {}):
         del defaults["shard"]["source"]
     return overlay(document, overlay(defaults, preset))
+
+
+def _defaults() -> dict[str, Any]:
+    from flows.params import Params  # imports torch, which those who only list the names need not wait for
+
+    return Params().model_dump(mode="json")
 
 
 def _differences(path: Path) -> Any:
     """What a preset's file changes."""
     preset = read_yaml(path)
-    if path.stem == DEFAULT:
-        return {}
     if own := [name for name in OWN if name in preset]:
         raise UserError(f"{path}: {', '.join(own)}: no preset changes that; set it in params.yaml")
+    if wrong := [name for name, fields in preset.items() if not isinstance(fields, dict)]:
+        raise UserError(f"{path}: {', '.join(wrong)}: must be a section with fields")
     return preset

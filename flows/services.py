@@ -211,7 +211,7 @@ def _deploy(services: Services) -> None:
 
 def _shaping() -> list[Path]:
     """The files that make the deployment what it is, the schema of its parameters included."""
-    code = [*Path("diffusion").glob("*.py"), *Path("flows").glob("*.py")]
+    code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py")]
     return sorted([Path("prefect.yaml"), *code, *Paths().presets.glob("*.yaml")])
 
 

@@ -144,7 +144,7 @@ def train_ddpm(
     What is left out is as in params.yaml.
 
     Args:
-        preset: A set of parameters from presets/, laid over params.yaml.
+        preset: A file in presets/, in place of all but seed, device, tracking and, where it names none, shard.source.
         seed: Seed of every random number.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         shard: Raw images into webdataset shards.

@@ -22,7 +22,7 @@ from pydantic import Field
 from diffusion.errors import UserError
 from diffusion.files import write_json, writing
 from diffusion.progress import say
-from flows import dvc_output, params, presets, yaml_files
+from flows import dvc_output, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -57,16 +57,18 @@ class Run:
 
 
 def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
-    """params.yaml of the working tree with a preset and then `changes` laid over it.
+    """params.yaml of the working tree, a preset in its place (see presets.py), and `changes` laid over that.
 
     Raises: UserError naming the field, if the whole does not hold together.
     """
+    from flows.params import validate  # imports torch, which `ddpm runs` need not wait for
+
     paths = Paths()
     merged = yaml_files.read_yaml(paths.params)
     if preset is not None:
         merged = presets.laid_over(merged, paths.presets, preset)
     merged = yaml_files.overlay(merged, dict(changes))
-    params.validate(merged, "parameters of the run")
+    validate(merged, "parameters of the run")
     return merged
 
 
@@ -244,7 +246,9 @@ def _configure_dvc(workspace: Path) -> None:
 
 def _bring_raw_data(workspace: Path) -> None:
     """Check the raw data out of the DVC cache, where git does not hold them."""
-    source = params.load(Paths(workspace).params).shard.source
+    from flows.params import load
+
+    source = load(Paths(workspace).params).shard.source
     if (workspace / source).exists():
         return
     for tracked in sorted(Paths(workspace).raw.glob("*.dvc")):

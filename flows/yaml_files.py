@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.constructor import RoundTripConstructor, SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
@@ -43,6 +44,10 @@ _Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_n
 
 def overlay(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings are merged key by key, in place; anything else is replaced."""
+    if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
+        base.clear()
+        base.extend(changes)
+        return base
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     for key, value in changes.items():
@@ -56,6 +61,29 @@ def scalar(text: str) -> Any:
         return _yaml().load(text)
     except YAMLError:
         return text
+
+
+def integer(text: str) -> int:
+    """A whole number on the command line, spelled as params.yaml takes it."""
+    value = scalar(text)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    """A number on the command line, spelled as params.yaml takes it."""
+    value = scalar(text)
+    return float(value) if isinstance(value, float) else float(integer(text))
+
+
+def fill(document: Any, defaults: Any) -> None:
+    """Put into `document`, in place, what it lacks of `defaults`, at any depth of mappings."""
+    for key, value in defaults.items():
+        if key not in document:
+            document[key] = value
+        elif isinstance(value, dict) and isinstance(document[key], dict):
+            fill(document[key], value)
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`ddpm` as tests call it where no signal and no environment of its own matter: without another Python to start."""
+"""`ddpm` in this process, for tests in which no signal matters: another Python need not start."""
 
 import io
 import os

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 TIMES = 16
-"""Sums in another order round otherwise, but not by another order of magnitude; a fault of thought is many."""
+"""Sums in another order round otherwise, but not by another order of magnitude; a mistake is off by many."""
 
 
 def assert_rounds_alike(found: Tensor, float32: Tensor, float64: Tensor) -> None:

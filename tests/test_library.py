@@ -1,4 +1,4 @@
-"""The library without the pipeline: README's lines, an own loop, and the same steps as the stage `train` takes."""
+"""The library without the pipeline: README's lines, an own loop, and the batches that the stage `train` takes."""
 
 import re
 import subprocess
@@ -15,6 +15,7 @@ from torch import nn
 from diffusion import Model, NetworkOptions, ProcessOptions, TrainOptions, fit, load_images
 from diffusion.data.memory import Blocks, Images
 from diffusion.data.pairs import Pairs, train_batch
+from diffusion.errors import UserError
 from diffusion.process import build as processes
 from tests.training import trees
 
@@ -64,6 +65,30 @@ def test_fitting_learns_and_is_the_same_twice() -> None:
     assert not torch.equal(weights(0), weights(1))
     start = Model.new((1, 8, 8), SMALL).net
     assert not torch.equal(weights(0), torch.cat([parameter.flatten() for parameter in start.parameters()]))
+
+
+def test_fitting_drops_an_estimate_that_was_of_other_weights() -> None:
+    model = Model.new((1, 8, 8), SMALL)
+    estimated = replace(model, config=model.config.model_copy(update={"x_0_mse": (0.5,) * 1000}))
+    assert fit(estimated, images(), FEW).config.x_0_mse is None
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    known = SMALL.model_copy(update={"classes": True})
+    for model, given in (
+        (Model.new((3, 8, 8), SMALL), images()),
+        (Model.new((1, 8, 8), SMALL), images(0)),
+        (Model.new((1, 8, 8), known, classes=("a",)), images()),
+    ):
+        with pytest.raises(ValueError, match=r"^fit: "):
+            fit(model, given, FEW)
+    few = Model.new((1, 8, 8), SMALL, ProcessOptions(num_timesteps=30))
+    with pytest.raises(UserError, match=r"^steps \(50\) exceeds num_timesteps \(30\)"):
+        few.sample(1)
+
+
+def test_a_new_model_is_in_evaluation_mode() -> None:
+    assert not Model.new((1, 8, 8), SMALL).net.training
 
 
 def test_batches_in_memory_are_those_of_the_stored_pairs(pairs_tree: Path) -> None:

@@ -1,4 +1,4 @@
-"""The process, and how it is sampled, from their options: choices by name, each in the module of its class."""
+"""The process from its options: choices by name, each in the module of its class."""
 
 import math
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from diffusion.errors import UserError
 from diffusion.process.build import Process
 from diffusion.process.denoiser import THRESHOLDS, Net
 from diffusion.process.schedule import Schedule
@@ -52,5 +53,7 @@ def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Cal
 
 
 def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:
-    """The timesteps that sampling visits, descending."""
+    """The timesteps that sampling visits, descending; raises UserError if there are fewer than `options.steps`."""
+    if options.steps > schedule.num_timesteps:
+        raise UserError(f"steps ({options.steps}) exceeds num_timesteps ({schedule.num_timesteps}); choose fewer steps")
     return SPACINGS[options.spacing](schedule, options.steps)

@@ -1,6 +1,6 @@
 """Several processes that train one network together: their places, and all that they have to agree on.
 
-A launcher has started them (see launching.py) and says in the environment which is which (RANK, WORLD_SIZE, ...).
+A launcher has started them and says in the environment which is which (RANK, WORLD_SIZE, ...).
 """
 
 import os
@@ -87,7 +87,7 @@ class World:
 
 
 def is_worker() -> bool:
-    """Whether this process was started by a launcher, torch's or `launch`."""
+    """Whether this process was started by a launcher."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 

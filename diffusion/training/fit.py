@@ -21,16 +21,23 @@ from diffusion.training.state import begin
 def fit(model: Model, images: Images, options: TrainOptions | None = None, seed: int = 0) -> Model:
     """Train a model, and give the one with the average of the weights; Ho et al. 2020, algorithm 1.
 
-    `model.net` itself is trained on, on the device where it is. The stage `train` takes the same steps on stored pairs,
-    and besides keeps checkpoints, measures held-out errors and goes back where the loss diverges.
+    `model.net` is trained further, on the device it is on. The stage `train` takes the same steps on stored pairs. It
+    also keeps checkpoints, measures held-out errors, goes back where the loss diverges, and trains in several
+    processes; the options for these are not looked at here.
 
     Raises:
         TypeError: the network is none of diffusion.nn.
+        ValueError: the images are not those that the network was made for.
         UserError: loss or gradient was not finite in several steps in a row.
     """
     options = options or TrainOptions()
     if not isinstance(model.net, Network):
         raise TypeError("fit trains networks of diffusion.nn; for one of your own, write a loop around `Model.loss`")
+    if not len(images) or images.shape != model.shape or (model.num_classes and images.classes != model.config.classes):
+        raise ValueError(
+            f"fit: {len(images)} images of shape {images.shape} in the classes {images.classes}, for a network of "
+            f"{model.shape} and {model.config.classes}"
+        )
     device = next(model.net.parameters()).device
     state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
@@ -52,4 +59,5 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
             except loop.Diverged as diverged:
                 raise UserError(f"{diverged}; {loop.advice(options)}") from None
             progress.advance(options.batch_size)
-    return replace(model, net=state.average)
+    # An estimate for the analytic variance would be of other weights.
+    return replace(model, net=state.average, config=model.config.model_copy(update={"x_0_mse": None}))

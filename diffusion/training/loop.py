@@ -236,4 +236,4 @@ def advice(options: TrainOptions) -> str:
     rates = f"learning_rate (now {options.learning_rate})"
     if options.optimizer == "muon":
         rates += f" and muon_learning_rate (now {options.muon_learning_rate})"
-    return f"lower {rates} in the section train of params.yaml"
+    return f"lower {rates}"

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path
 from diffusion.sampling.sampler import Before, Draw, Noise, Sampler, sample
-from diffusion.sections import NonNegative, Section
+from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
 from flows.paths import Paths
-from flows.yaml_files import overlay, read_yaml
+from flows.yaml_files import integer, number, overlay, read_yaml
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
@@ -99,6 +100,52 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
         say(f"sample: wrote {arguments.filmstrip}")
 
 
+def add_options(samples: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    samples.add_argument("--out", default="samples.png", help="a .png file (a grid), an .npz file or a folder (out/)")
+    samples.add_argument("--model", type=Path, metavar="DIR", help="a trained model; without it, models/ddpm")
+    samples.add_argument(
+        "--class",
+        dest="classes",
+        action="extend",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="CLASS",
+        help="class by name or number, or several (3,5): their pictures in turn; without it, all classes in turn",
+    )
+    samples.add_argument(
+        "--filmstrip", type=Path, metavar="FILE.png", help="draw the way of the first pictures as well"
+    )
+    given = samples.add_argument_group("from given pictures, in place of noise alone (of no class without --class)")
+    given.add_argument(
+        "--from",
+        dest="images",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="pictures like this image, or from one image to another",
+    )
+    given.add_argument(
+        "--at",
+        type=integer,
+        metavar="T",
+        help="timestep up to which noise is added (default: where half of the image is left)",
+    )
+    given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
+    given.add_argument("--jump", type=integer, help="with --mask: steps down before going up again (default 10)")
+    given.add_argument("--rounds", type=integer, help="with --mask: how often; takes so many times longer (default 10)")
+    settings = samples.add_argument_group("settings, in place of those in params.yaml")
+    settings.add_argument(
+        "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
+    )
+    settings.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    for name, field in SampleOptions.model_fields.items():
+        # A choice has names; any other field a number's type.
+        choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
+        kind = str if choices else integer if field.annotation is int else number
+        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
+
+
 def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     """params.yaml, if there is one, with the options laid over it."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -110,7 +157,7 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
     try:
-        return Settings.model_validate(overlay(document, changes))
+        return Settings.model_validate(overlay(document, changes), context=COMPLETE)
     except ValidationError as error:
         raise UserError(f"{paths.params} with the options given: {describe(error)}") from None
 
@@ -132,8 +179,8 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     if not model.num_classes:
         raise UserError("--class: the model knows no classes (it was trained with network.classes: false)")
     numbers = [known.index(name) if name in known else int(name) if name.isdecimal() else -1 for name in names]
-    for name, number in zip(names, numbers, strict=True):
-        if not 0 <= number < len(known):
+    for name, found in zip(names, numbers, strict=True):
+        if not 0 <= found < len(known):
             raise UserError(
                 f"--class: {name!r} is no class of the model; there are {', '.join(known)}, "
                 f"and their numbers from 0 to {len(known) - 1}"

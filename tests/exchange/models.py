@@ -49,7 +49,7 @@ DDPM_CIFAR10: dict[str, Any] = {
 
 def settings(**changes: dict[str, Any]) -> params.Params:
     """The parameters of a small model that diffusers has too, with changes by section."""
-    document = yaml_files.read_yaml(ROOT / "presets" / "digits.yaml")
+    document = yaml_files.read_yaml(ROOT / "params.yaml")
     return params.validate(yaml_files.overlay(yaml_files.overlay(document, SMALL), changes), "test")
 
 

@@ -46,7 +46,6 @@ def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> P
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, name)
     Path("presets").mkdir()
-    shutil.copy(root / "presets" / "digits.yaml", "presets")
     Path("presets/short.yaml").write_text("train:\n  steps: 7\n")
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("stage.py").write_text(STAGE_PY)

@@ -1,6 +1,5 @@
 """Parameters, presets and the commands that show them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,9 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
 def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: Params) -> None:
     defaults, content = params.model_dump(mode="json"), yaml_files.read_yaml(PRESETS / f"{name}.yaml")
     assert isinstance(presets.load(PRESETS / f"{name}.yaml"), Params)
-    if name != presets.DEFAULT:
-        assert not set(content) & set(presets.OWN)
-        for section, values in content.items():
-            assert all(value != defaults[section][key] for key, value in values.items())
+    assert not set(content) & set(presets.OWN)
+    for section, values in content.items():
+        assert all(value != defaults[section][key] for key, value in values.items() if key != "source")
 
 
 def test_snr_is_read_as_another_name_of_simple(params: Params) -> None:
@@ -106,7 +104,6 @@ def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
     document = yaml_files.read_yaml(ROOT / "params.yaml")
     own: dict[str, Any] = {"seed": 5, "device": "cpu", "tracking": {"model_name": "mine"}}
     yaml_files.overlay(document, own | {"shard": {"source": "data/raw/mine"}, "train": {"steps": 7}})
-    shutil.copy(PRESETS / "digits.yaml", tmp_path)
     (tmp_path / "small.yaml").write_text("network:\n  base_channels: 16\n", encoding="utf-8")
     made = parameters.validate(presets.laid_over(document, tmp_path, "small"), "test")
     assert (made.seed, made.device, made.tracking.model_name) == (5, "cpu", "mine")
@@ -120,8 +117,8 @@ def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
     assert back.shard.source == presets.load(PRESETS / "digits.yaml").shard.source
 
 
-def test_params_yaml_holds_the_digits_preset(params: Params) -> None:
-    assert params == parameters.load(PRESETS / "digits.yaml")
+def test_params_yaml_holds_the_defaults_which_are_the_digits(params: Params) -> None:
+    assert params == Params() == presets.load(PRESETS / "digits.yaml")
 
 
 def test_every_field_is_described_and_read_somewhere() -> None:
@@ -148,7 +145,7 @@ def test_a_preset_is_written_and_taken_back(
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "cifar10.yaml")
     assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
-    assert parameters.load(Path("params.yaml")) == parameters.load(PRESETS / "digits.yaml")
+    assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 1
     assert capsys.readouterr().err == (
         "ddpm preset: error: preset 'cifar': no such preset; there are cifar10, digits, fashion-mnist (in presets/)\n"
@@ -169,7 +166,7 @@ def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> No
         ("seed: [", "not valid YAML"),
         ("seed: " + 5000 * "[", "nested too deeply"),
         ("- 1\n", "expected sections with fields, found CommentedSeq"),
-        ("seed: 1\n", "device: missing (presets/digits.yaml has every field)"),
+        ("seed: 1\n", "device: missing (`ddpm params --add` writes its default)"),
     ],
 )
 def test_a_broken_file_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -254,7 +251,7 @@ def test_all_faults_are_reported_at_once() -> None:
         "process: beta is for the schedule given, wit",
         "process: zero_terminal_snr needs another par",
         "process: zero_terminal_snr needs the weighti",
-        "seed: missing (presets/digits.yaml has every",
+        "seed: missing (`ddpm params --add` writes it",
         "train.timesteps: log-snr-normal never draws ",
     ]
 
@@ -262,3 +259,19 @@ def test_all_faults_are_reported_at_once() -> None:
 def test_overlay_merges_mappings_and_replaces_the_rest() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
     assert yaml_files.overlay(base, {"a": {"c": [9]}, "d": 4}) == {"a": {"b": 1, "c": [9]}, "d": 4}
+
+
+def test_what_is_missing_is_added_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = yaml_files.read_yaml(ROOT / "params.yaml")
+    document["seed"] = 7
+    del document["train"]["steps"], document["device"], document["evaluate"]
+    yaml_files.write_yaml(tmp_path / "params.yaml", document)
+    with pytest.raises(UserError, match=r"device: missing .*evaluate: missing .*train.steps: missing "):
+        parameters.load(tmp_path / "params.yaml")
+    assert main(["params", "--add"]) == 0
+    assert capsys.readouterr().out.startswith("params.yaml now holds every parameter")
+    assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
+    assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

@@ -206,6 +206,15 @@ def test_the_filmstrip(tree: Path) -> None:
         assert picture.width > picture.height
 
 
+def test_a_field_that_params_lacks_is_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tree / "params.yaml"
+    document = yaml_files.read_yaml(path)
+    del document["sample"]["spacing"]
+    yaml_files.write_yaml(path, document)
+    assert main(["sample"]) == 1
+    assert "sample.spacing: missing (`ddpm params --add` writes its default)" in capsys.readouterr().err
+
+
 def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = pictures()
     (tree / "params.yaml").unlink()
