@@ -79,7 +79,7 @@ def run(clone: Path) -> Command:
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # down again before the other tests
 def services(run: Command) -> Iterator[Command]:
     """`run`, with the services up and the flow deployed."""
     try:
