@@ -1,8 +1,13 @@
 """Requests to the services, for commands that must also work where nothing answers, or another program does."""
 
+import time
 from typing import Any
 
 import httpx
+
+TRIES, PAUSE = 10, 1.0
+"""Prefect's server answers 503 while its SQLite database is locked by another request; it asks for another try, in
+seconds."""
 
 
 def answers(url: str) -> bool:
@@ -11,16 +16,23 @@ def answers(url: str) -> bool:
 
 
 def json(url: str, body: Any = None) -> Any:
-    """The JSON at an address, None where there is none; a request with a body is a POST."""
-    response = _response(url, body)
+    """The JSON at an address, None where there is none; a request with a body is a POST.
+
+    A server that is busy (503) is asked again, a few times.
+    """
+    response = _response(url, body, TRIES)
     try:
         return response and response.json()
     except ValueError:
         return None
 
 
-def _response(url: str, body: Any) -> httpx.Response | None:
+def _response(url: str, body: Any, tries: int = 1) -> httpx.Response | None:
     try:
-        return httpx.request("GET" if body is None else "POST", url, json=body, timeout=5).raise_for_status()
+        response = httpx.request("GET" if body is None else "POST", url, json=body, timeout=5)
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE and tries > 1:
+            time.sleep(PAUSE)
+            return _response(url, body, tries - 1)
+        return response.raise_for_status()
     except httpx.HTTPError:
         return None

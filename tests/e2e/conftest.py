@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import yaml_files
+from flows import http, yaml_files
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
@@ -93,10 +92,7 @@ def services(run: Command) -> Iterator[Command]:
 def api(clone: Path, path: str, body: dict[str, Any] | None = None) -> Any:
     """What Prefect's server says, with a body by POST."""
     port = json.loads((clone / ".ddpm" / "services" / "addresses.json").read_text())["PREFECT_PORT"]
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+    return http.json(f"http://127.0.0.1:{port}/api/{path}", body)
 
 
 def task_states(clone: Path, flow_run_id: str) -> dict[str, str]:

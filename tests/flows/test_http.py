@@ -11,11 +11,11 @@ from flows import http
 
 
 @contextmanager
-def replying(content: bytes) -> Iterator[str]:
-    """The address of a program that answers two connections with these bytes."""
+def replying(*contents: bytes) -> Iterator[str]:
+    """The address of a program that answers as many connections, each with its bytes."""
 
     def serve() -> None:
-        for _ in range(2):
+        for content in contents:
             connection, _address = listener.accept()
             with connection:
                 connection.recv(65536)
@@ -45,9 +45,21 @@ def http_reply(status: str, body: bytes) -> bytes:
     ids=["json", "text", "bytes", "refusal", "other-protocol", "nothing"],
 )
 def test_only_a_good_answer_counts(content: bytes, good: bool, value: object) -> None:
-    with replying(content) as url:
+    with replying(content, content) as url:
         assert http.answers(url) is good
         assert http.json(url, {}) == value
+
+
+def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "PAUSE", 0.0)
+    busy, done = http_reply("503 Service Unavailable", b""), http_reply("200 OK", b'{"id": 3}')
+    with replying(busy, busy, done) as url:
+        assert http.json(url, {}) == {"id": 3}
+    with replying(busy) as url:
+        assert not http.answers(url)  # of a server that starts `up` asks again by itself
+    monkeypatch.setattr(http, "TRIES", 2)
+    with replying(busy, busy) as url:
+        assert http.json(url) is None
 
 
 def test_where_nothing_listens_nothing_answers() -> None:
