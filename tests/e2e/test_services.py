@@ -64,7 +64,7 @@ def test_a_server_that_is_killed_is_served_again_by_another_process(up: Command,
     killed = server(clone, name)
     assert killed.children() == []
     killed.kill()
-    killed.wait(10)
+    killed.wait(60)
     assert not status(up)[name].startswith("running")
     wait_for(lambda: status(up)[name].startswith("running"), 120)
     assert server(clone, name).pid != killed.pid

@@ -96,16 +96,16 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_goes_on_from_it(services: 
         with ThreadPoolExecutor() as pool:
             watched = pool.submit(services, *RUN, "--flow-run-name", name, "-p", f"train={train}")
             wait_for_line(clone / ".ddpm" / "services" / "worker.log", sign)
-            wait_for(lambda: trainings(clone) != [], 10)
+            wait_for(lambda: trainings(clone) != [], 60)
             run_id = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
             cancelled = services("prefect", "flow-run", "cancel", run_id)
             assert cancelled.returncode == 0, cancelled.stdout
-            wait_for(lambda: not trainings(clone), 10)
+            wait_for(lambda: not trainings(clone), 60)
             done = watched.result()
         assert done.returncode == 1
         assert "Flow run finished in state 'Cancelled'" in done.stdout
         assert workspace.Run.read(clone / ".ddpm" / "runs" / name).state == "cancelled"
-        wait_for(lambda run_id=run_id: task_states(clone, run_id).get("train") == "CANCELLED", 20)
+        wait_for(lambda run_id=run_id: task_states(clone, run_id).get("train") == "CANCELLED", 60)
 
 
 def test_the_end_of_the_worker_ends_a_training_with_a_checkpoint(services: Command, clone: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_end_of_the_worker_ends_a_training_with_a_checkpoint(services: Comma
         wait_for_line(clone / ".ddpm" / "services" / "worker.log", "train: step 20: held-out")
         (worker,) = processes(clone, "worker", "start")
         worker.terminate()
-        wait_for(lambda: not trainings(clone), 20)
+        wait_for(lambda: not trainings(clone), 60)
         done = watched.result()
     assert done.returncode == 1
     assert "Flow run finished in state 'Crashed'" in done.stdout

@@ -94,7 +94,7 @@ def test_ahead_makes_the_next_item_meanwhile_and_any_that_is_asked_for() -> None
     with Ahead(fetch) as ahead:
         assert ahead(3) == 30
         for _ in range(2):
-            assert ready.acquire(timeout=10)
+            assert ready.acquire(timeout=60)
         assert made == [3, 4]  # made without being asked for
         assert ahead(4) == 40
         assert ahead(0) == 0  # the training went back
