@@ -59,7 +59,7 @@ repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring th
 scrub: setup ## Delete damaged files from DVC's cache, which DVC trusts unread; `dvc repro` makes them again.
 	@python -m flows.scrub
 
-lint: setup ## Check style and types.
+lint: setup ## Check style, types and imports.
 	ruff check
 	ruff format --check
 	mypy

@@ -44,6 +44,8 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3) ->
     source = open_source(Path(path))
     pixels, y = [], []
     for sample in source:
+        if sample.left_out is not None:
+            raise UserError(f"{sample.file}: {sample.left_out}")
         try:
             image = sample.decode().image
         except Unreadable as error:

@@ -36,8 +36,7 @@ class SampleOptions(Section):
     threshold: Annotated[str, OneOf(THRESHOLDS)] = "clip"
     """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Classifier-free guidance, for networks with classes: 0 ignores the class, 1 follows it, larger values exaggerate
-    it."""
+    """Classifier-free guidance, for networks with classes. 0: unconditional; 1: conditional; above 1: amplified."""
     count: Positive = 64
     """How many pictures."""
 

@@ -21,7 +21,7 @@ def of(name: str, zero_terminal_snr: bool = False) -> build.Process:
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_the_target_gives_back_image_noise_and_mean(name: str, zero_terminal_snr: bool) -> None:
     if zero_terminal_snr and name == "eps":
-        return  # params.py forbids it
+        return  # ProcessOptions forbids it
     made = of(name, zero_terminal_snr)
     x_0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
     x_t = made.schedule.diffuse(x_0, T, eps)
