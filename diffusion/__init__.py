@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusion.data.memory import Images, load_images
     from diffusion.model import Model
-    from diffusion.nn.options import NetworkOptions
+    from diffusion.nn.unet import UNetOptions
+    from diffusion.nn.uvit import UViTOptions
     from diffusion.process.build import Process, ProcessOptions
     from diffusion.samples import save_grid
     from diffusion.training.fit import fit
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "Images": "data.memory",
     "Model": "model",
-    "NetworkOptions": "nn.options",
     "Process": "process.build",
     "ProcessOptions": "process.build",
     "TrainOptions": "training.options",
+    "UNetOptions": "nn.unet",
+    "UViTOptions": "nn.uvit",
     "fit": "training.fit",
     "load_images": "data.memory",
     "save_grid": "samples",
@@ -29,10 +31,11 @@ _PLACES = {
 __all__ = [
     "Images",
     "Model",
-    "NetworkOptions",
     "Process",
     "ProcessOptions",
     "TrainOptions",
+    "UNetOptions",
+    "UViTOptions",
     "fit",
     "load_images",
     "save_grid",

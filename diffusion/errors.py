@@ -76,11 +76,13 @@ def describe(error: ValidationError) -> str:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
-                text = "missing (`ddpm params --add` writes its default)"
+                text = "missing"
             case "extra_forbidden":
                 text = "no such parameter"
             case "tuple_type":
                 text = f"must be a list, as [1, 2] (got {problem['input']!r})"
+            case "model_type":
+                text = f"must be a section with fields (got {problem['input']!r})"
             case "value_error":
                 text = str(problem["ctx"]["error"])
             case _:

@@ -5,21 +5,24 @@ On disk it is `model.safetensors` (EMA weights), `config.json`, and the digests 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import from_json, to_json
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from diffusion import upgrade
 from diffusion.errors import UserError, describe
 from diffusion.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 from diffusion.nn import build as networks
-from diffusion.nn.layers import Network
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.build import NetworkChoice
+from diffusion.nn.layers import Network, NetworkOptions
+from diffusion.nn.unet import UNetOptions
 from diffusion.process import build as processes
 from diffusion.process.build import Process, ProcessOptions
 from diffusion.process.denoiser import Guided, Net
@@ -40,11 +43,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format: Literal[2] = 2
+    """Of this file."""
     shape: tuple[int, int, int]
     """Channels, height and width of the images."""
     classes: tuple[str, ...]
     """Names of the images' classes, by number; a network without classes was not told of them."""
-    network: NetworkOptions
+    network: NetworkChoice
     process: ProcessOptions
     x_0_mse: tuple[float, ...] | None
     """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
@@ -85,7 +90,7 @@ class Model:
         seed: int = 0,
     ) -> Self:
         """A model that is not trained, for images of `shape` (C, H, W)."""
-        network, process = network or NetworkOptions(), process or ProcessOptions()
+        network, process = network or UNetOptions(), process or ProcessOptions()
         torch.manual_seed(seed)
         net = new_network(shape, len(classes), network, process).eval()
         config = Config(shape=shape, classes=classes, network=network, process=process, x_0_mse=None)
@@ -136,7 +141,8 @@ class Model:
 
 def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptions, process: ProcessOptions) -> Network:
     """A network for images of `shape` (C, H, W) of so many classes, and for a process."""
-    return networks.network(shape, network, classes, process.learned_variance)
+    channels_out = 2 * shape[0] if process.learned_variance else shape[0]
+    return networks.network(shape, channels_out, classes, network)
 
 
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
@@ -146,6 +152,27 @@ def save_model(directory: Path, net: nn.Module, config: Config) -> None:
         write_atomic(temporary / WEIGHTS, save(weights))
         write_json(temporary / CONFIG, config.model_dump(mode="json"))
         write_sums(temporary)
+
+
+def read_config(content: bytes) -> Config:
+    """The content of a config.json, of this format or an earlier one.
+
+    Raises:
+        UserError: it is of a later format.
+        ValidationError: it is no config.json.
+    """
+    try:
+        document = from_json(content)
+    except ValueError as error:
+        raise UserError(f"no JSON ({error})") from None
+    if isinstance(document, dict):
+        written = document.get("format", 1)
+        if written == 1:
+            upgrade.from_format_1(document)
+            document["format"] = upgrade.FORMAT
+        elif isinstance(written, int) and written > upgrade.FORMAT:
+            raise UserError(f"format {written}, of a later version; this one reads formats up to {upgrade.FORMAT}")
+    return Config.model_validate_json(to_json(document), context=COMPLETE)
 
 
 def load_model(directory: Path, device: torch.device) -> Model:
@@ -161,11 +188,13 @@ def load_model(directory: Path, device: torch.device) -> Model:
         )
     described, weights = (read_checked(directory / name, "train") for name in (CONFIG, WEIGHTS))
     try:
-        config = Config.model_validate_json(described, context=COMPLETE)
+        config = read_config(described)
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load(weights))
     except ValidationError as error:
         raise UserError(f"{directory / CONFIG}: {describe(error)}; run `dvc repro train`") from None
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from None
     except (RuntimeError, SafetensorError):
         raise UserError(f"{directory / WEIGHTS}: not of the network in {CONFIG}; run `dvc repro train`") from None
     return Model(net.eval().requires_grad_(False).to(device), processes.process(config.process), config)

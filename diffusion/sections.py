@@ -1,6 +1,6 @@
 """What the sections of the parameters share: strict types, and all faults reported at once."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Self
 
@@ -10,15 +10,25 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    model_serializer,
     model_validator,
 )
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
+
+NO_CHOICE, OF_ANOTHER_KIND = OURS = ("choice_type", "of_another_kind")
+"""Errors that pydantic does not know."""
 
 COMPLETE = {"complete": True}
 """As the context of a validation: whatever is not given is an error, instead of taking its default."""
+_FIELDS_ALONE = {"fields alone": True}
+"""As the context of a validation: without the rules."""
 
 
 class Section(BaseModel):
@@ -43,6 +53,8 @@ class Section(BaseModel):
     @classmethod
     def _all_faults(cls, given: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Report wrong fields and broken rules together; pydantic's validators would wait until no field is wrong."""
+        if info.context == _FIELDS_ALONE:
+            return handler(given)
         faults: list[InitErrorDetails] = []
         if info.context == COMPLETE and isinstance(given, Mapping):
             missing = [name for name in cls.model_fields if name not in given]
@@ -51,15 +63,13 @@ class Section(BaseModel):
         try:
             made = handler(given)
         except ValidationError as error:
-            found = error.errors(include_url=False)
-            faults += [
-                InitErrorDetails(type=fault["type"], loc=fault["loc"], input=fault["input"], ctx=fault.get("ctx", {}))
-                for fault in found
-            ]
+            faults += map(_again, error.errors(include_url=False))
         if faults:
             # A broken rule says nothing against the single fields.
-            made = _Right(given, [fault["loc"] for fault in faults if fault["type"] != "value_error"])
-        for rule in cls.rules:
+            wrong = [fault["loc"] for fault in faults if fault["type"] != "value_error"]
+            with suppress(ValidationError):
+                made = _Right(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
+        for rule in cls.rules if made is not None else ():
             try:
                 with suppress(_Unknown):
                     rule(made)
@@ -77,19 +87,44 @@ class _Unknown(Exception):
 class _Right:
     """The fields of a section that are right by themselves."""
 
-    def __init__(self, given: Any, wrong: list[tuple[int | str, ...]]) -> None:
-        self._given, self._wrong = given, wrong
+    def __init__(self, section: Section, wrong: Collection[tuple[int | str, ...]]) -> None:
+        self._section, self._wrong = section, wrong
 
     def __getattr__(self, name: str) -> Any:
-        if () in self._wrong or name not in self._given:
-            raise _Unknown
-        value = self._given[name]
-        within = [loc[1:] for loc in self._wrong if loc[0] == name]
-        if isinstance(value, Mapping):
+        value, within = getattr(self._section, name), _within(name, self._wrong)
+        if not within:
+            return value
+        if isinstance(value, Section) and not _whole(within):
             return _Right(value, within)
-        if within:
-            raise _Unknown
-        return value
+        raise _Unknown
+
+
+def _within(name: str, places: Iterable[tuple[int | str, ...]]) -> list[tuple[int | str, ...]]:
+    """Those of the places that are in a field, as seen from there."""
+    return [place[1:] for place in places if place[:1] == (name,)]
+
+
+def _whole(places: Collection[tuple[int | str, ...]]) -> bool:
+    """Whether a fault is one of a whole field: without its kind, a choice has no fields."""
+    return () in places or ("kind",) in places
+
+
+def _without(given: Any, wrong: Collection[tuple[int | str, ...]]) -> Any:
+    """What is given, but for what is wrong, whose defaults take its place."""
+    if not isinstance(given, Mapping):
+        return given
+    kept = {}
+    for name, value in given.items():
+        within = _within(name, wrong)
+        if not within or (isinstance(value, Mapping) and not _whole(within)):
+            kept[name] = _without(value, within)
+    return kept
+
+
+def _again(fault: ErrorDetails) -> InitErrorDetails:
+    """A fault of one validation, for the report of another."""
+    known = PydanticCustomError(fault["type"], fault["msg"]) if fault["type"] in OURS else fault["type"]
+    return InitErrorDetails(type=known, loc=fault["loc"], input=fault["input"], ctx=fault.get("ctx", {}))
 
 
 def _as_tuple(value: Any) -> Any:
@@ -105,16 +140,90 @@ LARGEST = 2**53
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Channels = Annotated[int, Field(ge=8, le=LARGEST, multiple_of=8)]
+
+
+class Choice(Section):
+    """What is chosen by name: its kind, and the fields that this kind has.
+
+    Without fields it is written as its name alone.
+    """
+
+    kind: str
+    """Its name."""
+
+    @model_serializer(mode="wrap")
+    def _name_alone(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return handler(self) if len(type(self).model_fields) > 1 else self.kind
 
 
 class OneOf:
-    """Marks a text that is one of the names in a registry."""
+    """Marks a choice of one of the names in a registry.
 
-    def __init__(self, registry: Iterable[str]) -> None:
-        self.names = tuple(registry)
+    Where no name has fields, it is a text. Else it is a `Choice`: `options` has the subclass for each name that has
+    fields, and it can be given as a mapping, a name (with the defaults), or an instance. Such a field is typed Any, for
+    type checkers to accept its name.
+    """
+
+    def __init__(self, registry: Iterable[str], options: Mapping[str, type[Choice]] | None = None) -> None:
+        self.names, self.options = tuple(registry), options or {}
+
+    def kind(self, name: str) -> type[Choice]:
+        """The fields of a name."""
+        return self.options.get(name, Choice)
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """The fields of a name, and its kind, as plain data."""
+        return self.options[name](kind=name).model_dump(mode="json") if name in self.options else {"kind": name}
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of all names."""
+        return {field for kind in self.options.values() for field in kind.model_fields}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.literal_schema(list(self.names))
+        if not self.options:
+            return core_schema.literal_schema(list(self.names))
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        if not self.options:
+            return handler(schema)
+        kinds = [handler(kind.__pydantic_core_schema__) for kind in self.options.values()]
+        plain = [name for name in self.names if name not in self.options]
+        return {"anyOf": [{"type": "string", "enum": plain}, *kinds] if plain else kinds}
+
+    def _validate(self, given: Any, info: ValidationInfo) -> Choice:
+        value = {"kind": given} if isinstance(given, str) else given
+        if isinstance(value, Choice):
+            value = {name: getattr(value, name) for name in type(value).model_fields}
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(NO_CHOICE, "Input should be a name, or a kind with its fields")
+        kind, at = value.get("kind"), () if isinstance(given, str) else ("kind",)
+        if "kind" not in value:
+            raise _fault("missing", at, given)
+        if kind not in self.names:
+            *most, last = map(repr, self.names)
+            raise _fault("literal_error", at, kind, expected=f"{', '.join(most)} or {last}")
+        try:
+            return self.kind(kind).model_validate(value, context=info.context)
+        except ValidationError as error:
+            faults = [_again(fault) for fault in error.errors(include_url=False)]
+            for fault in faults:
+                if fault["type"] == "extra_forbidden":
+                    fault["type"] = PydanticCustomError(OF_ANOTHER_KIND, f"no such parameter of {kind}")
+            raise ValidationError.from_exception_data(error.title, faults) from None
+
+
+def _fault(name: str, at: tuple[str, ...], given: Any, **context: str) -> ValidationError:
+    return ValidationError.from_exception_data("", [InitErrorDetails(type=name, loc=at, input=given, ctx=context)])
+
+
+def _dump(choice: Choice, info: SerializationInfo) -> Any:
+    return choice.model_dump(mode=info.mode)
 
 
 def exactly(*allowed: bool | int | str) -> BeforeValidator:

@@ -74,33 +74,21 @@ def stop(signum: int, _: FrameType | None) -> NoReturn:
 
 
 def show_params(arguments: argparse.Namespace) -> None:
-    from flows.params import SECTIONS, Params
+    from flows.commands import parameters
 
-    if arguments.add:
-        path = Paths().params
-        document = yaml_files.read_yaml(path)
-        yaml_files.fill(document, Params().model_dump(mode="json"))
-        yaml_files.write_yaml(path, document)
-        print(f"{path} now holds every parameter; those that were missing have their defaults")
-        return
-    for name, field in Params.model_fields.items():
-        section = SECTIONS.get(name)
-        if section is None:
-            print(f"{name}: {field.description}")
-            continue
-        print(f"{name}: {(section.__doc__ or '').strip()}")
-        for key, part in section.model_fields.items():
-            print(f"  {key}: {' '.join((part.description or '').split())}")
+    parameters.show(arguments, Paths())
+
+
+def set_params(arguments: argparse.Namespace) -> None:
+    from flows.commands import parameters
+
+    parameters.assign(arguments, Paths())
 
 
 def apply_preset(arguments: argparse.Namespace) -> None:
-    from flows.params import validate
+    from flows.commands import parameters
 
-    paths = Paths()
-    document = presets.laid_over(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
-    validate(document, f"{paths.params} with the preset {arguments.name}")
-    yaml_files.write_yaml(paths.params, document)
-    print(f"params.yaml now holds the preset {arguments.name}")
+    parameters.apply_preset(arguments, Paths())
 
 
 def import_data(arguments: argparse.Namespace) -> None:
@@ -209,7 +197,18 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
         command(name, text, run_stage)
 
     shown = command("params", "say what every parameter means", show_params)
-    shown.add_argument("--add", action="store_true", help="add those that params.yaml lacks, with their defaults")
+    shown.add_argument(
+        "--update",
+        action="store_true",
+        help="bring params.yaml up to date: add what is missing, with its default, and rewrite an earlier version's",
+    )
+    assigns = command("set", "change parameters in params.yaml", set_params)
+    assigns.add_argument(
+        "changes",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="train.steps=500, say; with another kind (network.kind=uvit) its fields take their defaults",
+    )
     preset = command("preset", "write a preset into params.yaml", apply_preset)
     preset.add_argument("name", help=f"one of: {', '.join(presets.names(Paths().presets)) or 'presets/*.yaml'}")
 

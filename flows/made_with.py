@@ -5,6 +5,7 @@ the parameters beside them, whoever ran the stage.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from flows.paths import Paths
 def flat(params: Params, *names: str) -> dict[str, Any]:
     """Parameters by dotted name, such as `train.steps`, as plain data.
 
-    `names` are the sections (`train`) or fields (`seed`, `sample.eta`) to include; without any, all of them.
+    A choice within a section has its kind by its own name, as if it had no fields: `train.optimizer`, and then
+    `train.optimizer.learning_rate`.
+
+    `names` are the sections (`train`) or fields (`seed`, `sample.guidance`) to include; without any, all of them.
     """
-    found: dict[str, Any] = {}
-    for name, value in params.model_dump(mode="json").items():
-        found |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {key: v for key, v in found.items() if not names or key in names or key.split(".")[0] in names}
+    found = dict(_leaves(params.model_dump(mode="json")))
+    return {key: v for key, v in found.items() if not names or any(f"{key}.".startswith(f"{name}.") for name in names)}
+
+
+def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in document.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix.removesuffix(".") if name == "kind" and prefix.count(".") > 1 else prefix + name, value
 
 
 def write(paths: Paths, stage: str, params: Params) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 from enum import StrEnum
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model
@@ -48,7 +50,9 @@ class PartOf:
     """`Annotated[Part, PartOf("train")]` is the type of a part of section `train`."""
 
     def __init__(self, section: str) -> None:
-        self.model = part_of(params.SECTIONS[section])
+        choice = params.CHOICES.get((section,))
+        sections = choice.options.values() if choice and choice.options else [params.SECTIONS[section]]
+        self.model: Any = reduce(or_, map(part_of, sections))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler.generate_schema(self.model)

@@ -4,18 +4,31 @@ A field that is missing in params.yaml, or unknown, is an error that names it, t
 which hashes the values in the file, is to see everything that shapes a result.
 """
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from diffusion.errors import UserError, describe
-from diffusion.nn.build import Device
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.build import Device, NetworkChoice
+from diffusion.nn.unet import UNetOptions
 from diffusion.process.build import ProcessOptions
-from diffusion.sampling.build import SampleOptions, SamplerName, SpacingName
-from diffusion.sections import COMPLETE, LIST, NonNegative, Positive, Section, exactly
+from diffusion.sampling.build import SampleOptions, SamplerChoice, SpacingName
+from diffusion.sections import (
+    COMPLETE,
+    LIST,
+    OF_ANOTHER_KIND,
+    Choice,
+    NonNegative,
+    OneOf,
+    Positive,
+    Section,
+    exactly,
+)
 from diffusion.training.options import TrainOptions
+from diffusion.upgrade import from_format_1
 from flows import rules
 from flows.yaml_files import read_yaml
 
@@ -70,7 +83,7 @@ class Export(Section):
     """ONNX operator set."""
     tolerance: Annotated[float, Field(gt=0)] = 0.0001
     """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
-    sampler: SamplerName = "dpm-solver++"
+    sampler: SamplerChoice = Choice(kind="dpm-solver++")
     """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
     steps: Annotated[int, Field(ge=1)] = 10
     """Its steps unless asked otherwise."""
@@ -112,7 +125,7 @@ class Params(Section):
     shard: Shard = Shard()
     pairs: Pairs = Pairs()
     process: ProcessOptions = ProcessOptions()
-    network: NetworkOptions = NetworkOptions()
+    network: NetworkChoice = UNetOptions()
     train: TrainOptions = TrainOptions()
     sample: SampleOptions = SampleOptions()
     evaluate: Evaluate = Evaluate()
@@ -127,12 +140,37 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+def _choices() -> dict[tuple[str, ...], OneOf]:
+    """The choices that can have fields, by where they are."""
+    fields: dict[tuple[str, ...], FieldInfo] = {(name,): field for name, field in Params.model_fields.items()}
+    for name, section in SECTIONS.items():
+        fields |= {(name, key): field for key, field in section.model_fields.items()}
+    marks = {place: mark for place, field in fields.items() for mark in field.metadata if isinstance(mark, OneOf)}
+    return {place: mark for place, mark in marks.items() if mark.options}
+
+
+CHOICES = _choices()
+
+
 def validate(document: Any, origin: str) -> Params:
     """Parameters from plain data; raises UserError with one line that names `origin` and each wrong field."""
     try:
         return Params.model_validate(document, context=COMPLETE)
     except ValidationError as error:
-        raise UserError(f"{origin}: {describe(error)}") from None
+        raise UserError(f"{origin}: {describe(error)}{advice(document, error)}") from None
+
+
+def advice(document: Any, error: ValidationError) -> str:
+    """What to do about an error, where a command does it."""
+    kinds = {fault["type"] for fault in error.errors(include_url=False)}
+    upgraded = copy.deepcopy(document)
+    if isinstance(upgraded, dict):
+        from_format_1(upgraded)
+    if upgraded != document:
+        return "; an earlier version wrote this: `ddpm params --update` rewrites it"
+    if OF_ANOTHER_KIND in kinds:
+        return "; `ddpm set NAME.kind=KIND` changes a kind together with its fields"
+    return "; `ddpm params --update` adds what is missing" if "missing" in kinds else ""
 
 
 def load(path: Path) -> Params:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
-from flows.yaml_files import overlay, read_yaml
+from flows.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -20,9 +20,10 @@ def names(directory: Path) -> list[str]:
 
 def load(path: Path) -> "Params":
     """The parameters of a preset's file, with the defaults for the rest."""
+    from flows.changes import lay_over
     from flows.params import validate
 
-    return validate(overlay(_defaults(), _differences(path)), str(path))
+    return validate(lay_over(_defaults(), _differences(path)), str(path))
 
 
 def laid_over(document: Any, directory: Path, name: str) -> Any:
@@ -31,6 +32,8 @@ def laid_over(document: Any, directory: Path, name: str) -> Any:
     What is the user's own stays: `OWN`, and `shard.source` where the preset names none.
     Raises UserError listing the presets there are, or naming what no preset changes.
     """
+    from flows.changes import lay_over
+
     known = names(directory)
     if name not in known:
         raise UserError(f"preset {name!r}: no such preset; there are {', '.join(known)} (in {directory}/)")
@@ -38,7 +41,7 @@ def laid_over(document: Any, directory: Path, name: str) -> Any:
     defaults = {key: value for key, value in _defaults().items() if key not in OWN}
     if "source" not in preset.get("shard", {}):
         del defaults["shard"]["source"]
-    return overlay(document, overlay(defaults, preset))
+    return lay_over(document, lay_over(defaults, preset))
 
 
 def _defaults() -> dict[str, Any]:

@@ -26,8 +26,9 @@ def exports_timesteps_that_exist(params: "Params") -> None:
 
 
 def has_patches_that_fit(params: "Params") -> None:
-    if params.network.patch_size > min(params.pairs.height, params.pairs.width):
-        raise ValueError(f"network.patch_size ({params.network.patch_size}) exceeds the images' side")
+    patch_size = getattr(params.network, "patch_size", 1)  # not every network has patches
+    if patch_size > min(params.pairs.height, params.pairs.width):
+        raise ValueError(f"network.patch_size ({patch_size}) exceeds the images' side")
 
 
 def draws_the_last_timestep(params: "Params") -> None:
@@ -41,5 +42,5 @@ def has_learned_its_variance(params: "Params") -> None:
 
 
 def exports_its_variance(params: "Params") -> None:
-    if params.sample.variance == "learned" and params.export.sampler == "ddpm":
+    if params.sample.variance == "learned" and params.export.sampler.kind == "ddpm":
         raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")

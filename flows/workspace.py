@@ -61,13 +61,14 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
 
     Raises: UserError naming the field, if the whole does not hold together.
     """
-    from flows.params import validate  # imports torch, which `ddpm runs` need not wait for
+    from flows.changes import lay_over  # imports torch, which `ddpm runs` need not wait for
+    from flows.params import validate
 
     paths = Paths()
     merged = yaml_files.read_yaml(paths.params)
     if preset is not None:
         merged = presets.laid_over(merged, paths.presets, preset)
-    merged = yaml_files.overlay(merged, dict(changes))
+    merged = lay_over(merged, changes)
     validate(merged, "parameters of the run")
     return merged
 

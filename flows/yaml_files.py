@@ -44,6 +44,8 @@ _Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_n
 
 def overlay(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings are merged key by key, in place; anything else is replaced."""
+    if base is changes:
+        return base
     if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
         base.clear()
         base.extend(changes)
@@ -106,9 +108,14 @@ def read_yaml(path: Path) -> Any:
 
 def write_yaml(path: Path, document: Any) -> None:
     """Write what `read_yaml` gave, changed or not."""
+    write_atomic(path, content(document))
+
+
+def content(document: Any) -> bytes:
+    """The bytes of what `read_yaml` gave, changed or not."""
     buffer = BytesIO()
     _yaml().dump(document, buffer)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _yaml() -> YAML:

@@ -12,13 +12,13 @@ EXAMPLE = re.compile(
 )
 USED = """
 import numpy as np
-from diffusion import Model, NetworkOptions, ProcessOptions, TrainOptions, fit
+from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit
 from diffusion.data.memory import Images
 
 pixels = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8)
 images = Images(pixels, np.zeros(64, np.int64))
 process = ProcessOptions(schedule="square", parameterization="score", weighting="constant", loss="log-cosh")
-network = NetworkOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
+network = UNetOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
 model = Model.new((1, 8, 8), network, process)
 model = fit(model, images, TrainOptions(steps=2, batch_size=16, timesteps="late"))
 for options in ({"sampler": "restart", "spacing": "cubic"}, {"sampler": "ddpm", "variance": "halfway"}):

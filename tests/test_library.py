@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import Model, NetworkOptions, ProcessOptions, TrainOptions, fit, load_images
+from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit, load_images
 from diffusion.data.memory import Blocks, Images
 from diffusion.data.pairs import Pairs, train_batch
 from diffusion.errors import UserError
 from diffusion.process import build as processes
 from tests.training import trees
 
-SMALL = NetworkOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
+SMALL = UNetOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
 FEW = TrainOptions(steps=3, batch_size=16, warmup_steps=1)
 
 

@@ -35,7 +35,8 @@ def model(params: Params, channels: int = 1, classes: tuple[str, ...] = ()) -> M
 
 
 def options(params: Params, **changes: object) -> SampleOptions:
-    return params.sample.model_copy(update={"steps": 5, "eta": 0.7, "variance": "fixed-small", **changes})
+    plain = params.sample.model_dump() | {"steps": 5, "variance": "fixed-small"} | changes
+    return SampleOptions.model_validate(plain)
 
 
 def test_uint8_is_the_inverse_of_the_scaling() -> None:

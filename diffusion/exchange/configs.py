@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from torch import Tensor
 
 from diffusion.model import Config
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.unet import UNetOptions, groups
 from diffusion.process import build as processes
 from diffusion.process import schedule
 from diffusion.process.build import ProcessOptions
@@ -127,9 +127,10 @@ class UNetConfig(_Json):
         return self
 
     @classmethod
-    def of(cls, config: Config, groups: int, freq_shift: int) -> Self:
-        """That of a model with so many groups in each normalization, and `freq_shift` in its frequencies."""
+    def of(cls, config: Config, freq_shift: int) -> Self:
+        """That of a model of a U-Net, with `freq_shift` in its frequencies."""
         network, (channels, *size) = config.network, config.shape
+        assert isinstance(network, UNetOptions)
         levels = range(len(network.channel_multipliers))
         down = tuple("AttnDownBlock2D" if level in network.attention_levels else "DownBlock2D" for level in levels)
         padding, eps = CONVENTIONS[network.convention]
@@ -147,30 +148,26 @@ class UNetConfig(_Json):
                 "downsample_padding": padding,
                 "dropout": network.dropout,
                 "attention_head_dim": network.head_channels or None,
-                "norm_num_groups": groups,
-                "attn_norm_num_groups": groups,
+                "norm_num_groups": groups(network),
+                "attn_norm_num_groups": groups(network),
                 "norm_eps": eps,
                 "resnet_time_scale_shift": CONDITIONINGS[network.conditioning],
             }
         )
 
-    def network(self) -> NetworkOptions:
+    def network(self) -> UNetOptions:
         """Raises ValidationError if it cannot be one of ours."""
         base = self.block_out_channels[0]
         attention = [level for level, name in enumerate(self.down_block_types) if name == "AttnDownBlock2D"]
-        return NetworkOptions.model_validate(
+        return UNetOptions.model_validate(
             {
-                "kind": "unet",
                 "base_channels": base,
                 "channel_multipliers": [channels // base for channels in self.block_out_channels],
                 "blocks_per_level": self.layers_per_block,
                 "attention_levels": attention,
-                "depth": 1,
                 "conditioning": key_of(CONDITIONINGS, self.resnet_time_scale_shift),
                 "head_channels": self.attention_head_dim or 0,
-                "patch_size": 1,
                 "dropout": self.dropout,
-                "classes": False,
                 "convention": key_of(CONVENTIONS, (self.downsample_padding, self.norm_eps)),
             }
         )
@@ -200,13 +197,13 @@ class SchedulerConfig(_Json):
     @classmethod
     def of(cls, process: ProcessOptions, sample: SampleOptions) -> Self:
         beta = processes.betas(process)
-        known = process.schedule in SCHEDULES
+        known = process.schedule.kind in SCHEDULES
         return cls.model_validate(
             {
                 "num_train_timesteps": process.num_timesteps,
                 "beta_start": float(beta[0]),
                 "beta_end": float(beta[-1]),
-                "beta_schedule": SCHEDULES.get(process.schedule, "linear"),
+                "beta_schedule": SCHEDULES.get(process.schedule.kind, "linear"),
                 "trained_betas": None if known else beta.tolist(),
                 "variance_type": VARIANCES.get(sample.variance, "fixed_small"),
                 "clip_sample": sample.threshold == "clip",
@@ -225,14 +222,12 @@ class SchedulerConfig(_Json):
         names = [name for name, make in NAMED.items() if len(beta) == T and torch.allclose(beta, make(T), 1e-6, 0)]
         return ProcessOptions.model_validate(
             {
-                "schedule": names[0] if names else "given",
-                "beta": [] if names else beta.tolist(),
+                "schedule": names[0] if names else {"kind": "given", "beta": beta.tolist()},
                 "num_timesteps": T,
                 "zero_terminal_snr": self.rescale_betas_zero_snr,
                 "parameterization": key_of(PREDICTIONS, self.prediction_type),
                 "learned_variance": self.variance_type == "learned_range",
                 "weighting": "snr-plus-one" if self.rescale_betas_zero_snr else "simple",
-                "min_snr_gamma": 5.0,
                 "loss": "mse",
             }
         )

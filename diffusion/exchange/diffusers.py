@@ -14,8 +14,7 @@ from diffusion.errors import UserError, describe
 from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.files import new_directory, write_atomic, write_json
-from diffusion.nn.layers import groups
-from diffusion.nn.unet import UNet
+from diffusion.nn.unet import UNet, UNetOptions, groups
 from diffusion.sampling.build import SampleOptions
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
@@ -38,7 +37,7 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
     if problems := obstacles(config, sample):
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
-    config_json = UNetConfig.of(config, groups(config.network), weights.freq_shift(net)).document()
+    config_json = UNetConfig.of(config, weights.freq_shift(net)).document()
     scheduler = config.scheduler or SchedulerConfig.of(config.process, sample).document()
     name = scheduler.get("_class_name", "DDPMScheduler")
     index = {
@@ -61,8 +60,8 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
 def not_kept(sample: SampleOptions) -> str:
     """What of `sample` a DDPMScheduler cannot be told, and what it has in its place."""
     replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
-    if sample.sampler != "ddpm":
-        replaced.append(f"sample.sampler {sample.sampler} (ddpm in its place)")
+    if sample.sampler.kind != "ddpm":
+        replaced.append(f"sample.sampler {sample.sampler.kind} (ddpm in its place)")
     if sample.spacing != "linspace":
         replaced.append(f"sample.spacing {sample.spacing} (linspace)")
     if sample.variance == "analytic":
@@ -74,11 +73,12 @@ def obstacles(config: model.Config, sample: SampleOptions) -> list[str]:
     """Each parameter that stands in the way of an export, with its value and what it would have to be."""
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization
-    cell = 2 ** (len(network.channel_multipliers) - 1) if network.kind == "unet" else 1
+    if not isinstance(network, UNetOptions):
+        return [f"network.kind is {network.kind}, but must be unet"]
+    cell = 2 ** (len(network.channel_multipliers) - 1)
     # The analytic variance has no counterpart, but it is no part of the model: fixed-small stands in.
     variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large", "analytic"]
     wanted: list[tuple[str, object, bool, str]] = [
-        ("network.kind", network.kind, network.kind == "unet", "unet"),
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
         ("network.classes", str(network.classes).lower(), not network.classes, "false"),
         ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),

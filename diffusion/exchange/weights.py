@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.nn.layers import Block
-from diffusion.nn.unet import UNet
+from diffusion.nn.unet import Block, UNet
 
 ENDS: dict[str, tuple[str, ...]] = {
     "conditions.time.layers.0": ("time_embedding.linear_1",),

@@ -8,6 +8,7 @@ import onnx
 
 from diffusion.model import Model
 from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import DdimOptions
 
 VERSION = 2
 """Of the keys: another one when a key changes its meaning or goes."""
@@ -27,7 +28,7 @@ def of_model(
         "width": width,
         "classes": json.dumps(model.config.classes if model.num_classes else []),
         "parameterization": process.parameterization,
-        "schedule": process.schedule,
+        "schedule": process.schedule.kind,
         "num_timesteps": process.num_timesteps,
         "timesteps": "t is 0-based: x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps",
         "alpha_bar": json.dumps(alpha_bar.tolist()),
@@ -45,15 +46,15 @@ def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]
     """The further keys of sampler.onnx."""
     stochastic = "steps_noise" in {value.name for value in graph.graph.input}
     facts: dict[str, Any] = {
-        "sampler": options.sampler,
+        "sampler": options.sampler.kind,
         "steps": options.steps,
         "spacing": options.spacing,
         "threshold": options.threshold,
         "guidance": options.guidance,
         "stochastic": str(stochastic).lower(),
     }
-    if options.sampler == "ddim":
-        facts["eta"] = options.eta
+    if isinstance(options.sampler, DdimOptions):
+        facts["eta"] = options.sampler.eta
     return _named(facts)
 
 

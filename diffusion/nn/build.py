@@ -1,35 +1,44 @@
-"""The only place where a name in params.yaml becomes a network."""
+"""The only place where a name in the parameters becomes a network."""
 
+import importlib
 import os
-from collections.abc import Callable
-from typing import Annotated
+import pkgutil
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
+from diffusion import nn
 from diffusion.errors import UserError
-from diffusion.nn.layers import Network
-from diffusion.nn.options import NetworkOptions
-from diffusion.nn.unet import UNet
-from diffusion.nn.uvit import UViT
+from diffusion.nn.layers import Network, NetworkOptions
+from diffusion.sections import OneOf
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-NETWORKS: dict[str, Callable[[tuple[int, int, int], int, int | None, NetworkOptions], Network]] = {
-    "unet": UNet,
-    "uvit": UViT,
-}
 
 
-def network(shape: tuple[int, int, int], options: NetworkOptions, num_classes: int, learned_variance: bool) -> Network:
+def _networks() -> dict[str, Any]:
+    """The networks of this package's modules: a new one is a module of its own, and is listed nowhere else."""
+    for module in pkgutil.iter_modules(nn.__path__, f"{nn.__name__}."):
+        if module.name != __name__:
+            importlib.import_module(module.name)
+    found = {network.Options.model_fields["kind"].default: network for network in Network.__subclasses__()}
+    return dict(sorted(found.items()))
+
+
+NETWORKS = _networks()
+"""Networks by the kind of their options; each is made with the arguments of `network`."""
+NetworkChoice = Annotated[NetworkOptions, OneOf(NETWORKS, {kind: made.Options for kind, made in NETWORKS.items()})]
+
+
+def network(shape: tuple[int, int, int], channels_out: int, num_classes: int, options: NetworkOptions) -> Network:
     """The network that `options` describes, for images of `shape` (C, H, W), in the memory layout that is fastest.
 
     It is called as net(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None), where y names one of `num_classes`
     classes, or is negative or None for none; without `options.classes` it is not looked at. The raw output is
-    (B, C, H, W), or with `learned_variance` (B, 2 C, H, W): the second half is for the fraction by which the
-    variance lies between its bounds (Nichol & Dhariwal 2021, sec. 3.1). A new network gives zero.
+    (B, channels_out, H, W): C, or 2 C where the network learns the variance as well, whose second half is for the
+    fraction by which it lies between its bounds (Nichol & Dhariwal 2021, sec. 3.1). A new network gives zero.
     """
-    channels_out = 2 * shape[0] if learned_variance else shape[0]
-    net = NETWORKS[options.kind](shape, channels_out, num_classes if options.classes else None, options)
+    net: Network = NETWORKS[options.kind](shape, channels_out, num_classes if options.classes else None, options)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs leave it out
 
 

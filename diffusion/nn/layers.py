@@ -1,13 +1,13 @@
 """Building blocks of the networks. Images (B, C, H, W), tokens (B, N, C); `emb` (B, E) is what the network is told."""
 
 import math
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.nn.options import NetworkOptions
+from diffusion.sections import Choice
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -20,26 +20,12 @@ def zero_(layer: Layer) -> Layer:
     return layer
 
 
-def groups(options: NetworkOptions) -> int:
-    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels.
-
-    diffusers' default is 32 for any number of channels that it divides.
-    """
-    base = options.base_channels
-    return 32 if options.convention == "diffusers" and base % 32 == 0 else math.gcd(32, base // 4)
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu & He 2018); then, if given, 1 + `scale` times it plus `shift`, each (B, C)."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         h = super().forward(x)
         return h if scale is None or shift is None else h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-
-
-def group_norm(channels: int, options: NetworkOptions) -> GroupNorm:
-    """Group normalization of a network's features, at any of its levels."""
-    return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -60,8 +46,18 @@ def in_full_precision(layers: nn.Module, x: Tensor) -> Tensor:
         return layers(x.to(next(layers.parameters()).dtype))
 
 
+class NetworkOptions(Choice):
+    """The denoising network."""
+
+    classes: bool = False
+    """Whether the network is told the class of each image, so that it can be asked for one."""
+
+
 class Network(nn.Module):
-    """What every network is: see `network` in build.py for how it is called."""
+    """What every network is: see `network` in build.py for how it is made and called."""
+
+    Options: ClassVar[type[NetworkOptions]]
+    """Its options, whose `kind` is its name in the parameters."""
 
     def hidden(self) -> list[nn.Module]:
         """The blocks between the first layer and the last, which hold nearly all the weights."""
@@ -115,83 +111,3 @@ class Conditions(nn.Module):
         if self.label is not None:
             vectors.append(self.label(torch.full_like(t, -1) if y is None else y))
         return torch.stack(vectors, dim=1)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with the embedding between them, around a shortcut: (B, C_in, H, W) to (B, C_out, H, W).
-
-    The embedding is added to the features (Ho et al. 2020, app. B) or, with `film`, scales and shifts the normalized
-    ones (Nichol & Dhariwal 2021, app. A).
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, options: NetworkOptions) -> None:
-        super().__init__()
-        self.film = options.conditioning == "film"
-        self.norm1 = group_norm(channels_in, options)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.emb = nn.Linear(4 * options.base_channels, 2 * channels_out if self.film else channels_out)
-        self.norm2 = group_norm(channels_out, options)
-        self.dropout = nn.Dropout(options.dropout)
-        self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        condition = self.emb(emb)
-        h = self.norm2(h, *condition.chunk(2, dim=1)) if self.film else self.norm2(h + condition[:, :, None, None])
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
-
-
-class SelfAttention(nn.Module):
-    """Self-attention over all pixels, around a shortcut; Ho et al. 2020, app. B."""
-
-    def __init__(self, channels: int, options: NetworkOptions) -> None:
-        super().__init__()
-        self.heads = channels // (options.head_channels or channels)
-        self.norm = group_norm(channels, options)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W, 3 C)
-        h = attend(pixels, self.heads).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.out(h)
-
-
-class Block(nn.Module):
-    """A residual block, with self-attention behind it or not."""
-
-    def __init__(self, channels_in: int, channels_out: int, attention: bool, options: NetworkOptions) -> None:
-        super().__init__()
-        self.residual = ResidualBlock(channels_in, channels_out, options)
-        self.attention = SelfAttention(channels_out, options) if attention else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.attention(self.residual(x, emb))
-
-
-class Downsample(nn.Module):
-    """Half the height and width (both even), by a convolution with stride 2; `emb` is not used.
-
-    One row and column of zeros are missing for that: the DDPM authors' code (TensorFlow's "SAME") adds them below and
-    on the right, diffusers' default all around, where the last ones go unused.
-    """
-
-    def __init__(self, channels: int, convention: str) -> None:
-        super().__init__()
-        self.padding = (0, 1, 0, 1) if convention == "ddpm" else (1, 0, 1, 0)
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
-        return self.conv(F.pad(x, self.padding))
-
-
-class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbours, then a convolution; `emb` is not used."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,11 +1,153 @@
 """The U-Net of DDPM (Ho et al. 2020, app. B), optionally on patches."""
 
+import math
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.nn.layers import Block, Conditions, Downsample, Network, Upsample, group_norm, in_full_precision, zero_
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.layers import Conditions, GroupNorm, Network, NetworkOptions, attend, in_full_precision, zero_
+from diffusion.sections import LIST, Channels, Fraction, NonNegative, Positive
+
+
+def _attends_at_its_levels(network: "UNetOptions") -> None:
+    levels = len(network.channel_multipliers)
+    if wrong := [level for level in network.attention_levels if level >= levels]:
+        raise ValueError(f"attention_levels names level {wrong[0]}, but levels go from 0 to {levels - 1}")
+
+
+def _divides_channels_into_heads(network: "UNetOptions") -> None:
+    if network.head_channels:
+        widths = [network.base_channels * by for by in network.channel_multipliers]
+        attending = {*network.attention_levels, len(widths) - 1}
+        for width in (width for level, width in enumerate(widths) if level in attending):
+            if width % network.head_channels:
+                raise ValueError(f"head_channels ({network.head_channels}) must divide {width} channels")
+
+
+class UNetOptions(NetworkOptions):
+    """A U-Net (Ho et al. 2020)."""
+
+    rules = (_attends_at_its_levels, _divides_channels_into_heads)
+
+    kind: Literal["unet"] = "unet"
+    """The kind of network."""
+    base_channels: Channels = 32
+    """Channels of the first level; a multiple of 8."""
+    channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST] = (1, 2)
+    """Channels of each level, in multiples of base_channels; each level halves the resolution."""
+    blocks_per_level: Positive = 1
+    """Residual blocks at each level on the way down (one more on the way up)."""
+    attention_levels: Annotated[tuple[NonNegative, ...], LIST] = (1,)
+    """Levels with self-attention, counted from 0, the finest; the middle always has it."""
+    conditioning: Literal["add", "film"] = "film"
+    """How timestep and class enter: added to the features (add; DDPM), or scaling and shifting them (film; Improved
+    DDPM)."""
+    head_channels: NonNegative = 0
+    """Channels of each attention head; 0 for a single head."""
+    patch_size: Positive = 1
+    """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
+    dropout: Fraction = 0.0
+    """Dropout rate inside the blocks."""
+    convention: Literal["ddpm", "diffusers"] = "ddpm"
+    """Details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the resolution,
+    epsilon and groups of the normalization): matters for exchanging weights alone."""
+
+
+def groups(options: UNetOptions) -> int:
+    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels.
+
+    diffusers' default is 32 for any number of channels that it divides.
+    """
+    base = options.base_channels
+    return 32 if options.convention == "diffusers" and base % 32 == 0 else math.gcd(32, base // 4)
+
+
+def group_norm(channels: int, options: UNetOptions) -> GroupNorm:
+    """Group normalization of a network's features, at any of its levels."""
+    return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with the embedding between them, around a shortcut: (B, C_in, H, W) to (B, C_out, H, W).
+
+    The embedding is added to the features (Ho et al. 2020, app. B) or, with `film`, scales and shifts the normalized
+    ones (Nichol & Dhariwal 2021, app. A).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, options: UNetOptions) -> None:
+        super().__init__()
+        self.film = options.conditioning == "film"
+        self.norm1 = group_norm(channels_in, options)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.emb = nn.Linear(4 * options.base_channels, 2 * channels_out if self.film else channels_out)
+        self.norm2 = group_norm(channels_out, options)
+        self.dropout = nn.Dropout(options.dropout)
+        self.conv2 = zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        condition = self.emb(emb)
+        h = self.norm2(h, *condition.chunk(2, dim=1)) if self.film else self.norm2(h + condition[:, :, None, None])
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over all pixels, around a shortcut; Ho et al. 2020, app. B."""
+
+    def __init__(self, channels: int, options: UNetOptions) -> None:
+        super().__init__()
+        self.heads = channels // (options.head_channels or channels)
+        self.norm = group_norm(channels, options)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W, 3 C)
+        h = attend(pixels, self.heads).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.out(h)
+
+
+class Block(nn.Module):
+    """A residual block, with self-attention behind it or not."""
+
+    def __init__(self, channels_in: int, channels_out: int, attention: bool, options: UNetOptions) -> None:
+        super().__init__()
+        self.residual = ResidualBlock(channels_in, channels_out, options)
+        self.attention = SelfAttention(channels_out, options) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.attention(self.residual(x, emb))
+
+
+class Downsample(nn.Module):
+    """Half the height and width (both even), by a convolution with stride 2; `emb` is not used.
+
+    One row and column of zeros are missing for that: the DDPM authors' code (TensorFlow's "SAME") adds them below and
+    on the right, diffusers' default all around, where the last ones go unused.
+    """
+
+    def __init__(self, channels: int, convention: str) -> None:
+        super().__init__()
+        self.padding = (0, 1, 0, 1) if convention == "ddpm" else (1, 0, 1, 0)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
+        return self.conv(F.pad(x, self.padding))
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbours, then a convolution; `emb` is not used."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(Network):
@@ -15,8 +157,10 @@ class UNet(Network):
     not divide are padded inside and cropped back.
     """
 
+    Options = UNetOptions
+
     def __init__(
-        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: NetworkOptions
+        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: UNetOptions
     ) -> None:
         super().__init__()
         channels, height, width = shape

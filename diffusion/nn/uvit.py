@@ -1,11 +1,44 @@
 """A transformer with long skips: U-ViT (Bao et al. 2023, "All are Worth Words"), conditioned as there or as in DiT."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.nn.layers import Conditions, Network, attend, in_full_precision, zero_
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.layers import Conditions, Network, NetworkOptions, attend, in_full_precision, zero_
+from diffusion.sections import Channels, Fraction, NonNegative, Positive
+
+
+def _has_a_middle(network: "UViTOptions") -> None:
+    if network.depth % 2 == 0:
+        raise ValueError(f"depth must be odd (got {network.depth})")
+
+
+def _divides_channels_into_heads(network: "UViTOptions") -> None:
+    if network.head_channels and network.base_channels % network.head_channels:
+        raise ValueError(f"head_channels ({network.head_channels}) must divide {network.base_channels} channels")
+
+
+class UViTOptions(NetworkOptions):
+    """A transformer with long skips, U-ViT (Bao et al. 2023)."""
+
+    rules = (_has_a_middle, _divides_channels_into_heads)
+
+    kind: Literal["uvit"] = "uvit"
+    """The kind of network."""
+    base_channels: Channels = 32
+    """Channels of the tokens; a multiple of 8."""
+    depth: Positive = 13
+    """Number of blocks, odd: as many before the middle one as after it."""
+    conditioning: Literal["token", "adaln"] = "token"
+    """How timestep and class enter: as tokens (token; U-ViT), or scaling, shifting and gating (adaln; DiT)."""
+    head_channels: NonNegative = 0
+    """Channels of each attention head; 0 for a single head."""
+    patch_size: Positive = 1
+    """Side of the square patches of which each is a token. Larger is faster."""
+    dropout: Fraction = 0.0
+    """Dropout rate inside the blocks."""
 
 
 class Attention(nn.Module):
@@ -42,7 +75,7 @@ class Residual(nn.Module):
 class Block(nn.Module):
     """Attention, then a two-layer perceptron on each token: (B, N, C) to the same shape."""
 
-    def __init__(self, options: NetworkOptions) -> None:
+    def __init__(self, options: UViTOptions) -> None:
         super().__init__()
         channels, adaptive = options.base_channels, options.conditioning == "adaln"
         attention = Attention(channels, channels // (options.head_channels or channels))
@@ -62,8 +95,10 @@ class UViT(Network):
     its mirror image after it. Images whose sides the patches do not divide are padded inside and cropped back.
     """
 
+    Options = UViTOptions
+
     def __init__(
-        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: NetworkOptions
+        self, shape: tuple[int, int, int], channels_out: int, num_classes: int | None, options: UViTOptions
     ) -> None:
         super().__init__()
         channels, height, width = shape

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -13,29 +13,34 @@ from diffusion.process.loss import LOSSES, Loss
 from diffusion.process.parameterization import PARAMETERIZATIONS, Parameterization
 from diffusion.process.schedule import SCHEDULES, Schedule, zero_terminal
 from diffusion.process.variance import VARIANCES, Variance
-from diffusion.process.weighting import WEIGHTINGS
-from diffusion.sections import LIST, OneOf, Section
+from diffusion.process.weighting import WEIGHTING_OPTIONS, WEIGHTINGS
+from diffusion.sections import LIST, Choice, OneOf, Section
 
 SNR_IS_SIMPLE = BeforeValidator(lambda name: "simple" if name == "snr" else name)
-GIVEN = "given"
-"""The schedule whose beta stands in the options."""
 
 
-def _beta_is_given(process: "ProcessOptions") -> None:
-    if process.schedule == GIVEN and len(process.beta) != process.num_timesteps:
-        raise ValueError(f"beta has {len(process.beta)} values, but num_timesteps is {process.num_timesteps}")
-    if process.schedule != GIVEN and process.beta:
-        raise ValueError(f"beta is for the schedule given; with {process.schedule} it must be []")
+def _leaves_something_to_see(given: "Given") -> None:
+    if math.prod(1 - beta for beta in given.beta[:-1]) < 1e-12:
+        raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
+
+
+class Given(Choice):
+    """A noise schedule given by its values."""
+
+    rules = (_leaves_something_to_see,)
+
+    kind: Literal["given"] = "given"
+    """The kind of schedule."""
+    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
+    """beta_t for each timestep."""
 
 
 def _has_timesteps_enough(process: "ProcessOptions") -> None:
-    if process.schedule in ("linear", "scaled-linear") and process.num_timesteps < 21:
-        raise ValueError(f"the schedule {process.schedule} needs num_timesteps of at least 21")
-
-
-def _leaves_something_to_see(process: "ProcessOptions") -> None:
-    if math.prod(1 - beta for beta in process.beta[:-1]) < 1e-12:
-        raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
+    schedule, T = process.schedule, process.num_timesteps
+    if schedule.kind in ("linear", "scaled-linear") and T < 21:
+        raise ValueError(f"the schedule {schedule.kind} needs num_timesteps of at least 21")
+    if isinstance(schedule, Given) and len(schedule.beta) != T:
+        raise ValueError(f"schedule.beta has {len(schedule.beta)} values, but num_timesteps is {T}")
 
 
 def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
@@ -47,29 +52,21 @@ def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
 
 
 def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
-    if process.zero_terminal_snr and process.weighting not in ("snr-plus-one", "truncated-snr"):
+    if process.zero_terminal_snr and process.weighting.kind not in ("snr-plus-one", "truncated-snr"):
         raise ValueError(
             "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
-            f"{process.weighting} gives the last timestep, where sampling begins, no weight"
+            f"{process.weighting.kind} gives the last timestep, where sampling begins, no weight"
         )
 
 
 class ProcessOptions(Section):
     """The diffusion process."""
 
-    rules = (
-        _beta_is_given,
-        _has_timesteps_enough,
-        _leaves_something_to_see,
-        _predicts_from_noise_alone,
-        _weighs_the_last_timestep,
-    )
+    rules = (_has_timesteps_enough, _predicts_from_noise_alone, _weighs_the_last_timestep)
 
-    schedule: Annotated[str, OneOf([*SCHEDULES, GIVEN])] = "cosine"
+    schedule: Annotated[Any, OneOf([*SCHEDULES, "given"], {"given": Given})] = Choice(kind="cosine")
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
-    sigmoid (Chen 2023), or given, by `beta`."""
-    beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
-    """beta_t for each timestep, if the schedule is given; else empty."""
+    sigmoid (Chen 2023), or given, by its values."""
     num_timesteps: Annotated[int, Field(ge=3)] = 1000
     """T, the number of timesteps."""
     zero_terminal_snr: bool = False
@@ -80,12 +77,10 @@ class ProcessOptions(Section):
     learned_variance: bool = False
     """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
     Dhariwal 2021); `sample.variance` is then free to be learned."""
-    weighting: Annotated[str, OneOf(WEIGHTINGS), SNR_IS_SIMPLE] = "simple"
+    weighting: Annotated[Any, OneOf(WEIGHTINGS, WEIGHTING_OPTIONS), SNR_IS_SIMPLE] = Choice(kind="simple")
     """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
     same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the
     same), truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
-    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
-    """The gamma of the weighting min-snr; 5 in the paper."""
     loss: Annotated[str, OneOf(LOSSES)] = "mse"
     """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
 
@@ -104,9 +99,9 @@ class Process:
 
 def betas(options: ProcessOptions) -> Tensor:
     """beta of the schedule that `options` names or gives, float64 (T,), before it is rescaled to end at zero SNR."""
-    if options.schedule == GIVEN:
-        return torch.tensor(options.beta, dtype=torch.float64)
-    return SCHEDULES[options.schedule](options.num_timesteps)
+    if isinstance(options.schedule, Given):
+        return torch.tensor(options.schedule.beta, dtype=torch.float64)
+    return SCHEDULES[options.schedule.kind](options.num_timesteps)
 
 
 def process(options: ProcessOptions) -> Process:
@@ -114,7 +109,7 @@ def process(options: ProcessOptions) -> Process:
     beta = betas(options)
     schedule = Schedule(zero_terminal(beta) if options.zero_terminal_snr else beta)
     parameterization = PARAMETERIZATIONS[options.parameterization](schedule)
-    weight = WEIGHTINGS[options.weighting](options.min_snr_gamma)
+    weight = WEIGHTINGS[options.weighting.kind](options.weighting)
     return Process(schedule, parameterization, Loss(schedule, parameterization, weight, LOSSES[options.loss]))
 
 

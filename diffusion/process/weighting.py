@@ -6,9 +6,12 @@ In terms of the noise the squared error is SNR times as large, in terms of v (1 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
+
+from diffusion.sections import Choice
 
 
 class Weighting(Protocol):
@@ -65,12 +68,22 @@ class P2:
         return snr / (1 + snr)
 
 
-WEIGHTINGS: dict[str, Callable[[float], Weighting]] = {
+class MinSnrOptions(Choice):
+    """The weighting min-snr."""
+
+    kind: Literal["min-snr"] = "min-snr"
+    """The kind of weighting."""
+    gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Its gamma; 5 in the paper."""
+
+
+WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
     "simple": lambda _: Simple(),
     "vlb": lambda _: Vlb(),
     "snr-plus-one": lambda _: SnrPlusOne(),
     "truncated-snr": lambda _: TruncatedSnr(),
-    "min-snr": MinSnr,
+    "min-snr": lambda options: MinSnr(options.gamma),
     "p2": lambda _: P2(),
 }
-"""Weightings by name, given the gamma of MinSnr."""
+"""Weightings by name, given the options of their kind."""
+WEIGHTING_OPTIONS: dict[str, type[Choice]] = {"min-snr": MinSnrOptions}

@@ -1,7 +1,7 @@
 """How pictures are made, from options: choices by name, each in the module of its class."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,18 +10,18 @@ from diffusion.process.build import Process
 from diffusion.process.denoiser import THRESHOLDS, Net
 from diffusion.process.schedule import Schedule
 from diffusion.process.variance import VARIANCES, Unseen, Variance
-from diffusion.sampling.sampler import SAMPLERS, Sampler
+from diffusion.sampling.sampler import SAMPLER_OPTIONS, SAMPLERS, Sampler
 from diffusion.sampling.spacing import SPACINGS
-from diffusion.sections import OneOf, Positive, Section
+from diffusion.sections import Choice, OneOf, Positive, Section
 
-SamplerName = Annotated[str, OneOf(SAMPLERS)]
+SamplerChoice = Annotated[Any, OneOf(SAMPLERS, SAMPLER_OPTIONS)]
 SpacingName = Annotated[str, OneOf(SPACINGS)]
 
 
 class SampleOptions(Section):
     """Making pictures. The bound in bits/dim takes its variance from here, sampler.onnx what `export` has not."""
 
-    sampler: SamplerName = "dpm-solver++-sde"
+    sampler: SamplerChoice = Choice(kind="dpm-solver++-sde")
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
     solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
     steps: Annotated[int, Field(ge=1)] = 50
@@ -31,8 +31,6 @@ class SampleOptions(Section):
     variance: Annotated[str, OneOf(VARIANCES)] = "analytic"
     """Variance of the reverse step: fixed-small (the posterior's), fixed-large (beta_t), learned (needs
     process.learned_variance) or analytic (Bao et al. 2022; estimated after every training)."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """DDIM's stochasticity: 0 is deterministic, 1 is as random as ddpm."""
     threshold: Annotated[str, OneOf(THRESHOLDS)] = "clip"
     """What keeps the estimated clean image in range: clip, dynamic thresholding (Saharia et al. 2022), or none."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
@@ -49,7 +47,7 @@ def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Cal
         return Unseen(found) if options.variance == "analytic" else found
 
     denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
-    return SAMPLERS[options.sampler](denoiser, for_sampling, options.eta)
+    return SAMPLERS[options.sampler.kind](denoiser, for_sampling, options.sampler)
 
 
 def sampling_timesteps(options: SampleOptions, schedule: Schedule) -> list[int]:

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.variance import Variance
+from diffusion.sections import Choice
 
 Noise = Callable[[int], Tensor]
 """Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
@@ -142,14 +144,24 @@ class Heun:
         return x_s, x_0_hat
 
 
-SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], float], Sampler]] = {
+class DdimOptions(Choice):
+    """The sampler ddim."""
+
+    kind: Literal["ddim"] = "ddim"
+    """The kind of sampler."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Its stochasticity: 0 is deterministic, 1 is as random as ddpm."""
+
+
+SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], Any], Sampler]] = {
     "ddpm": lambda denoiser, variance, _: Ancestral(denoiser, variance()),
-    "ddim": lambda denoiser, _, eta: Ddim(denoiser, eta),
+    "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
     "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
     "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
     "heun": lambda denoiser, _, __: Heun(denoiser),
 }
-"""Samplers by name, given the variance of Ancestral, which is made if it is asked for, and the eta of Ddim."""
+"""Samplers by name, given the variance of Ancestral, made if asked for, and the options of their kind."""
+SAMPLER_OPTIONS: dict[str, type[Choice]] = {"ddim": DdimOptions}
 
 
 @torch.inference_mode()

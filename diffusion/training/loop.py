@@ -18,7 +18,7 @@ from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World, synchronizing, whole
-from diffusion.training.options import TrainOptions
+from diffusion.training.options import MuonOptions, TrainOptions
 from diffusion.training.state import Row, State
 
 SKIPS = 5
@@ -234,6 +234,6 @@ def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen:
 
 def advice(options: TrainOptions) -> str:
     rates = f"learning_rate (now {options.learning_rate})"
-    if options.optimizer == "muon":
-        rates += f" and muon_learning_rate (now {options.muon_learning_rate})"
+    if isinstance(options.optimizer, MuonOptions):
+        rates += f" and optimizer.learning_rate (now {options.optimizer.learning_rate})"
     return f"lower {rates}"

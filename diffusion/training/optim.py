@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.training.distributed import placed, whole
-from diffusion.training.options import TrainOptions
+from diffusion.training.options import MuonOptions, TrainOptions
 
 PEAK = "peak"
 """Each group of parameters keeps its highest learning rate under this name."""
@@ -72,7 +72,8 @@ def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOption
     """
     layers: list[Any] = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     known = set(layers)
-    inside = {parameter for block in hidden for parameter in block.parameters()} if options.optimizer == "muon" else ()
+    muon = options.optimizer if isinstance(options.optimizer, MuonOptions) else None
+    inside = {parameter for block in hidden for parameter in block.parameters()} if muon else ()
     matrices = [weight for weight in layers if weight in inside]
     decaying = [weight for weight in layers if weight not in inside]
     others = [parameter for parameter in net.parameters() if parameter not in known]
@@ -81,8 +82,8 @@ def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOption
         {"params": others, "weight_decay": 0.0},
     ]
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)]
-    if matrices:
-        made.append(Muon(matrices, lr=options.muon_learning_rate))
+    if muon and matrices:
+        made.append(Muon(matrices, lr=muon.learning_rate))
     for optimizer in made:
         for group in optimizer.param_groups:
             group[PEAK] = group["lr"]

@@ -1,17 +1,26 @@
 """Options of training."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from diffusion.process.timesteps import TIMESTEPS
-from diffusion.sections import Fraction, NonNegative, OneOf, Positive, Section, exactly
+from diffusion.sections import Choice, Fraction, NonNegative, OneOf, Positive, Section, exactly
 
 
 def _divides(train: "TrainOptions") -> None:
     parts = train.processes * train.accumulate
     if train.batch_size % parts:
         raise ValueError(f"batch_size ({train.batch_size}) must be a multiple of processes x accumulate ({parts})")
+
+
+class MuonOptions(Choice):
+    """Muon for the matrices and kernels between the first layer and the last, AdamW for the rest."""
+
+    kind: Literal["muon"] = "muon"
+    """The kind of optimizer."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Muon's peak learning rate."""
 
 
 class TrainOptions(Section):
@@ -23,13 +32,11 @@ class TrainOptions(Section):
     """Optimizer steps."""
     batch_size: Positive = 128
     """Images per step, over all processes."""
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Annotated[Any, OneOf(["adamw", "muon"], {"muon": MuonOptions})] = MuonOptions()
     """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices and kernels between the
     first layer and the last, with adamw for the rest."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
     """Peak learning rate of AdamW."""
-    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Peak learning rate of Muon."""
     warmup_steps: NonNegative = 100
     """Steps over which the learning rates rise from zero."""
     decay: Literal["constant", "linear", "cosine"] = "linear"

@@ -65,7 +65,6 @@ def preview_options(process: ProcessOptions) -> SampleOptions:
         steps=min(250, process.num_timesteps),
         spacing="linspace",
         variance="learned" if process.learned_variance else "fixed-small",
-        eta=0.0,
         threshold="clip",
         guidance=1.0,
         count=36,

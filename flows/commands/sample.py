@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,22 @@ from diffusion.samples import classes_in_turn, noise_for, to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path
-from diffusion.sampling.sampler import Before, Draw, Noise, Sampler, sample
+from diffusion.sampling.sampler import SAMPLER_OPTIONS, Before, Draw, Noise, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
+from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
+from flows.params import advice
 from flows.paths import Paths
-from flows.yaml_files import integer, number, overlay, read_yaml
+from flows.yaml_files import integer, number, read_yaml
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
 
 
+OF_SAMPLERS = {
+    name: field for kind in SAMPLER_OPTIONS.values() for name, field in kind.model_fields.items() if name != "kind"
+}
+"""The fields that single samplers have."""
 REPAINT = 10
 """Jump and rounds of RePaint unless given; Lugmayr et al. 2022, section 5."""
 
@@ -139,7 +146,7 @@ def add_options(samples: argparse.ArgumentParser) -> None:
         "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
     )
     settings.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    for name, field in SampleOptions.model_fields.items():
+    for name, field in (SampleOptions.model_fields | OF_SAMPLERS).items():
         # A choice has names; any other field a number's type.
         choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
         kind = str if choices else integer if field.annotation is int else number
@@ -150,16 +157,20 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     """params.yaml, if there is one, with the options laid over it."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
-    changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
-    document = {"device": "auto"}
+    document: dict[str, Any] = {"device": "auto"}
     if paths.params.exists():
         document |= {name: value for name, value in read_yaml(paths.params).items() if name in Settings.model_fields}
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
+    if of_sampler := {name: given[name] for name in OF_SAMPLERS if name in given}:
+        before = document.get("sample", {}).get("sampler")
+        kind = sample.get("sampler", before["kind"] if isinstance(before, dict) else before)
+        sample["sampler"] = {"kind": kind} | of_sampler
+    changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
     try:
-        return Settings.model_validate(overlay(document, changes), context=COMPLETE)
+        return Settings.model_validate(lay_over(document, changes), context=COMPLETE)
     except ValidationError as error:
-        raise UserError(f"{paths.params} with the options given: {describe(error)}") from None
+        raise UserError(f"{paths.params} with the options given: {describe(error)}{advice(document, error)}") from None
 
 
 def check(options: SampleOptions, config: Config) -> None:

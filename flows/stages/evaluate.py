@@ -104,9 +104,12 @@ def run(params: Params, paths: Paths) -> None:
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
     """How the samples were made, in a sentence."""
-    own = {"ddpm": f" with variance {options.variance}", "ddim": f" with eta = {options.eta:g}"}
+    sampler = dict(options.sampler)
+    if options.sampler.kind == "ddpm":
+        sampler["variance"] = options.variance
     parts = [
-        f"Sampler {options.sampler}{own.get(options.sampler, '')}",
+        f"Sampler {sampler.pop('kind')}",
+        *(f"{name} {value}" for name, value in sampler.items()),
         f"{options.steps} steps, spacing {options.spacing}",
         f"threshold {options.threshold}",
         *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),

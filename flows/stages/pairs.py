@@ -17,7 +17,7 @@ def run(params: Params, paths: Paths) -> None:
     settings = pairs.Settings(
         **params.pairs.model_dump(),
         seed=params.seed,
-        schedule=params.process.schedule,
+        schedule=params.process.schedule.kind,
         num_timesteps=params.process.num_timesteps,
         classes=source.classes,
         shards_sha256=shards.manifest_sha256(paths.shards),

@@ -3,7 +3,7 @@
 import pytest
 
 from diffusion.evaluation import report
-from flows.params import Params
+from diffusion.sampling.build import SampleOptions
 from flows.stages import evaluate
 
 NAMES = ("mse", "rmse", "mae", "r2", "bits_per_dim", "bits_per_dim_exact")
@@ -11,12 +11,10 @@ ENDS = ("", "_low", "_high", "_se", "_images")
 PICTURES = ("mse_by_t", "vlb_by_t", "samples", "filmstrip", "training")
 
 
-def test_how_ancestral_samples_were_made(params: Params) -> None:
-    options = params.sample.model_copy(
-        update={"sampler": "ddpm", "variance": "analytic", "steps": 20, "spacing": "log-snr", "threshold": "dynamic"}
-    )
+def test_how_ancestral_samples_were_made() -> None:
+    options = SampleOptions(sampler="ddpm", variance="analytic", steps=20, spacing="log-snr", threshold="dynamic")
     assert evaluate.describe(options, 7, num_classes=0) == (
-        "Sampler ddpm with variance analytic, 20 steps, spacing log-snr, threshold dynamic, EMA weights, seed 7; none "
+        "Sampler ddpm, variance analytic, 20 steps, spacing log-snr, threshold dynamic, EMA weights, seed 7; none "
         "was left out."
     )
 
@@ -24,13 +22,13 @@ def test_how_ancestral_samples_were_made(params: Params) -> None:
 @pytest.mark.parametrize(
     ("changes", "classes", "words"),
     [
-        ({"sampler": "ddim", "eta": 0.5}, 0, "Sampler ddim with eta = 0.5, "),
+        ({"sampler": {"kind": "ddim", "eta": 0.5}}, 0, "Sampler ddim, eta 0.5, "),
         ({"sampler": "dpm-solver++-sde"}, 0, "Sampler dpm-solver++-sde, "),
         ({"guidance": 1.5}, 10, ", classes in turn with guidance 1.5, "),
     ],
 )
-def test_how_samples_were_made(params: Params, changes: dict[str, object], classes: int, words: str) -> None:
-    text = evaluate.describe(params.sample.model_copy(update=changes), 0, classes)
+def test_how_samples_were_made(changes: dict[str, object], classes: int, words: str) -> None:
+    text = evaluate.describe(SampleOptions.model_validate(changes), 0, classes)
     assert words in text
     assert ("guidance" in text) == bool(classes)
 

@@ -16,7 +16,7 @@ OURS: dict[str, dict[str, Any]] = {
     "scaled-linear": {"schedule": "scaled-linear", "num_timesteps": 500},
     "cosine": {"schedule": "cosine"},
     "sigmoid": {"schedule": "sigmoid", "num_timesteps": 100},
-    "given": {"schedule": "given", "beta": [0.1, 0.2, 0.3, 0.5, 0.9], "num_timesteps": 5},
+    "given": {"schedule": {"kind": "given", "beta": [0.1, 0.2, 0.3, 0.5, 0.9]}, "num_timesteps": 5},
     "zero-terminal, v": {
         "schedule": "linear",
         "zero_terminal_snr": True,

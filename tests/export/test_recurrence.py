@@ -34,7 +34,7 @@ def test_it_goes_where_the_sampler_goes(changes: dict[str, object], spacing: str
     table = recurrence(options, process, variance_of, timesteps)
     looks_per_step = len(table.t) / steps
     assert looks_per_step == 1 or (changes["sampler"] == "heun" and looks_per_step < 2)
-    adds_noise = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or bool(changes.get("eta"))
+    adds_noise = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or isinstance(changes["sampler"], dict)
     assert table.stochastic == (adds_noise and steps > 1)  # the last step adds none
     state = np.stack([noise(0).numpy()] * 3)
     for look, (t, mixture) in enumerate(zip(table.t, table.mixture, strict=True)):

@@ -86,7 +86,7 @@ def test_the_graph_makes_the_pictures_of_the_sampler(changes: dict[str, object],
     settings = fakes.options(**changes, steps=5, threshold="clip", guidance=2.5, spacing="quadratic")
     found = session(sampler_graph.to_onnx(step, model, settings))
     names = [value.name for value in found.get_inputs()]
-    stochastic = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or bool(changes.get("eta"))
+    stochastic = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or isinstance(changes["sampler"], dict)
     assert names == ["noise", "steps_noise" if stochastic else "steps", *(["y", "guidance"] if classes else [])]
     for count in (1, 4):
         inputs = given(count, 5)

@@ -97,7 +97,7 @@ def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: 
 def test_snr_is_read_as_another_name_of_simple(params: Params) -> None:
     document = params.model_dump(mode="json")
     document["process"]["weighting"] = "snr"
-    assert parameters.validate(document, "test").process.weighting == "simple"
+    assert parameters.validate(document, "test").process.weighting.kind == "simple"
 
 
 def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_every_field_is_described_and_read_somewhere() -> None:
         for path in (ROOT / package).rglob("*.py")
         if path.name != "params.py"
     )
-    for section in parameters.SECTIONS.values():
+    kinds = [kind for choice in parameters.CHOICES.values() for kind in choice.options.values()]
+    for section in (*parameters.SECTIONS.values(), *kinds):
         for name, field in section.model_fields.items():
             assert field.description, name
             assert f".{name}" in code, name
@@ -166,7 +167,7 @@ def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> No
         ("seed: [", "not valid YAML"),
         ("seed: " + 5000 * "[", "nested too deeply"),
         ("- 1\n", "expected sections with fields, found CommentedSeq"),
-        ("seed: 1\n", "device: missing (`ddpm params --add` writes its default)"),
+        ("seed: 1\n", "device: missing; "),
     ],
 )
 def test_a_broken_file_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -231,7 +232,12 @@ def test_all_faults_are_reported_at_once() -> None:
     document = yaml_files.overlay(
         yaml_files.read_yaml(ROOT / "params.yaml"),
         {
-            "process": {"beta": [0.5], "zero_terminal_snr": True, "num_timesteps": "many", "parameterization": "eps"},
+            "process": {
+                "weightin": [0.5],
+                "zero_terminal_snr": True,
+                "num_timesteps": "many",
+                "parameterization": "eps",
+            },
             "network": {"base_channels": 12, "attention_levels": [7], "patch_size": 9, "dropout": 2},
             "train": {"timesteps": "log-snr-normal"},
             "sample": {"steps": 5000},
@@ -240,18 +246,18 @@ def test_all_faults_are_reported_at_once() -> None:
     del document["seed"]
     with pytest.raises(UserError) as caught:
         parameters.validate(document, "here")
-    text = str(caught.value).removeprefix("here: ").replace("given; with", "given, with")
-    found = text.split("; ")
+    found = str(caught.value).removeprefix("here: ").split("; ")
     assert sorted(fault[:44] for fault in found) == [
+        "`ddpm params --update` adds what is missing",
+        "network.base_channels: input should be a mul",
         "network.dropout: input should be less than 1",
         "network.patch_size (9) exceeds the images' s",
         "network: attention_levels names level 7, but",
-        "network: base_channels must be a multiple of",
         "process.num_timesteps: input should be a val",
-        "process: beta is for the schedule given, wit",
+        "process.weightin: no such parameter",
         "process: zero_terminal_snr needs another par",
         "process: zero_terminal_snr needs the weighti",
-        "seed: missing (`ddpm params --add` writes it",
+        "seed: missing",
         "train.timesteps: log-snr-normal never draws ",
     ]
 
@@ -269,9 +275,9 @@ def test_what_is_missing_is_added_on_request(
     document["seed"] = 7
     del document["train"]["steps"], document["device"], document["evaluate"]
     yaml_files.write_yaml(tmp_path / "params.yaml", document)
-    with pytest.raises(UserError, match=r"device: missing .*evaluate: missing .*train.steps: missing "):
+    with pytest.raises(UserError, match=r"device: missing; evaluate: missing; train.steps: missing; `ddpm"):
         parameters.load(tmp_path / "params.yaml")
-    assert main(["params", "--add"]) == 0
+    assert main(["params", "--update"]) == 0
     assert capsys.readouterr().out.startswith("params.yaml now holds every parameter")
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
     assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

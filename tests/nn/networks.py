@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.nn import build
-from diffusion.nn.options import NetworkOptions
+from diffusion.nn.build import NETWORKS
+from diffusion.nn.layers import NetworkOptions
 
-OPTIONS = {
-    "kind": "unet",
+OPTIONS: dict[str, object] = {
     "base_channels": 16,
     "channel_multipliers": [1, 2],
     "blocks_per_level": 1,
@@ -26,7 +26,10 @@ NUM_CLASSES = 3
 
 
 def options(kind: str, conditioning: str, **changes: object) -> NetworkOptions:
-    return NetworkOptions.model_validate(OPTIONS | {"kind": kind, "conditioning": conditioning} | changes)
+    """Those of a kind; changes of another kind's fields are left out."""
+    described: type[NetworkOptions] = NETWORKS[kind].Options
+    given = OPTIONS | {"kind": kind, "conditioning": conditioning} | changes
+    return described.model_validate({name: value for name, value in given.items() if name in described.model_fields})
 
 
 def network(
@@ -34,7 +37,8 @@ def network(
 ) -> nn.Module:
     """A new network in evaluation mode, always with the same weights."""
     torch.manual_seed(0)
-    return build.network(shape, options(kind, conditioning, **changes), NUM_CLASSES, learned_variance).eval()
+    channels_out = 2 * shape[0] if learned_variance else shape[0]
+    return build.network(shape, channels_out, NUM_CLASSES, options(kind, conditioning, **changes)).eval()
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:

@@ -8,7 +8,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from diffusion.nn.layers import Downsample, ResidualBlock, SelfAttention, TimeEmbedding, attend, group_norm
+from diffusion.nn.layers import TimeEmbedding, attend
+from diffusion.nn.unet import Downsample, ResidualBlock, SelfAttention, group_norm
 from tests.nn.networks import noise, options, randomize
 
 

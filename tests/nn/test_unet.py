@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from diffusion.nn import build
-from diffusion.nn.layers import SelfAttention
+from diffusion.nn.unet import SelfAttention
 from flows import presets
 from tests.nn.networks import network, noise, randomize
 
 
 def test_the_ddpm_papers_cifar10_network_has_its_number_of_parameters() -> None:
     preset = presets.load(Path("presets/cifar10.yaml"))
-    net = build.network((3, 32, 32), preset.network, num_classes=10, learned_variance=False)
+    net = build.network((3, 32, 32), 3, 10, preset.network)
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307  # "35.7 million", app. B
 
 

@@ -13,13 +13,11 @@ from diffusion.sampling.sampler import Noise
 
 PROCESS = {
     "schedule": "linear",
-    "beta": [],
     "num_timesteps": 1000,
     "zero_terminal_snr": False,
     "parameterization": "eps",
     "learned_variance": False,
     "weighting": "simple",
-    "min_snr_gamma": 5.0,
     "loss": "mse",
 }
 SAMPLE = {
@@ -27,7 +25,6 @@ SAMPLE = {
     "steps": 10,
     "spacing": "linspace",
     "variance": "fixed-small",
-    "eta": 0.0,
     "threshold": "none",
     "guidance": 1.0,
     "count": 1,
@@ -36,8 +33,8 @@ SAMPLERS: list[dict[str, object]] = [
     {"sampler": "ddpm", "variance": "fixed-small"},
     {"sampler": "ddpm", "variance": "fixed-large"},
     {"sampler": "ddpm", "variance": "analytic"},
-    {"sampler": "ddim", "eta": 0.0},
-    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "ddim"},
+    {"sampler": {"kind": "ddim", "eta": 1.0}},
     {"sampler": "dpm-solver++"},
     {"sampler": "dpm-solver++-sde"},
     {"sampler": "heun"},

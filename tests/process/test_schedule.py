@@ -61,7 +61,7 @@ def test_sigmoid_alpha_bar_follows_its_formula(T: int) -> None:
 
 
 def test_a_schedule_can_be_given() -> None:
-    made = process(schedule="given", beta=[0.1, 0.2, 0.5], num_timesteps=3).schedule
+    made = process(schedule={"kind": "given", "beta": [0.1, 0.2, 0.5]}, num_timesteps=3).schedule
     torch.testing.assert_close(made.alpha_bar, torch.tensor([0.9, 0.72, 0.36], dtype=torch.float64))
 
 

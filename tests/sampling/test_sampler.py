@@ -91,7 +91,7 @@ def test_ddim_steps_agree_with_diffusers(eta: float, prediction: str) -> None:
     in_float64(scheduler, made)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.tolist()
-    sampler, z = made_sampler(made, net, sampler="ddim", eta=eta, threshold="clip"), noise(*SHAPE)
+    sampler, z = made_sampler(made, net, sampler={"kind": "ddim", "eta": eta}, threshold="clip"), noise(*SHAPE)
     x_t = z(0)
     for index, point in enumerate(trajectory(sampler, z, timesteps), start=1):
         t = timesteps[index - 1]

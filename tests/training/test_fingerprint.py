@@ -13,6 +13,7 @@ from diffusion.training.distributed import World
 from flows import dvc_yaml, yaml_files
 from flows import fingerprint as fingerprints
 from flows import params as parameters
+from flows.changes import lay_over
 from flows.paths import Paths
 from tests.training import trees
 
@@ -92,7 +93,7 @@ def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Pa
 
 
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
-    params = parameters.validate(yaml_files.overlay(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
+    params = parameters.validate(lay_over(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
     return fingerprints.training_fingerprint(
         fingerprints.training_facts(params, Paths(tree), torch.device("cpu"), World())
     )
@@ -105,7 +106,7 @@ def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
         {"process": {"loss": "l1"}},
         {"network": {"dropout": 0.1}},
         {"train": {"learning_rate": 0.001}},
-        {"train": {"muon_learning_rate": 0.001}},
+        {"train": {"optimizer": {"learning_rate": 0.001}}},
     ],
 )
 def test_every_section_that_shapes_the_weights_is_in_the_fingerprint(pairs_tree: Path, changes: dict[str, Any]) -> None:

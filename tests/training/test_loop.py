@@ -54,8 +54,8 @@ def params(params: Params) -> Params:
 
 
 def changed(params: Params, **sections: dict[str, Any]) -> Params:
-    made = {name: getattr(params, name).model_copy(update=changes) for name, changes in sections.items()}
-    return params.model_copy(update=made)
+    plain = params.model_dump()
+    return Params.model_validate(plain | {name: plain[name] | changes for name, changes in sections.items()})
 
 
 def new_state(params: Params) -> State:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusion.training import optim
-from diffusion.training.options import TrainOptions
+from diffusion.training.options import MuonOptions, TrainOptions
 from flows.params import Params
 from tests.nn.networks import CONDITIONINGS, network
 
@@ -33,7 +33,7 @@ def test_the_rate_falls_as_asked(options: TrainOptions, decay: str, halfway: flo
 
 def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> None:
     net = network((1, 8, 8), "unet", "film")
-    options = options.model_copy(update={"optimizer": "muon", "muon_learning_rate": 0.02})
+    options = options.model_copy(update={"optimizer": MuonOptions(learning_rate=0.02)})
     made = optim.optimizers(net, net.hidden(), options)
     optim.set_rate(made, 0.25)
     optim.set_rate(made, 0.5)
@@ -44,7 +44,8 @@ def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> No
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, conditioning: str, optimizer: str) -> None:
     net = network((1, 8, 8), kind, conditioning, classes=True)
-    made = optim.optimizers(net, net.hidden(), options.model_copy(update={"optimizer": optimizer}))
+    options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
+    made = optim.optimizers(net, net.hidden(), options)
     names = {parameter: name for name, parameter in net.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for one in made for group in one.param_groups]
     assert sorted(name for group in groups for name in group) == sorted(names.values())

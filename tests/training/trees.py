@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import yaml_files
+from flows.changes import lay_over
 from flows.stages.train import SECONDS
 from tests.command import ddpm
 
@@ -28,7 +29,6 @@ TINY: dict[str, Any] = {
         "log_every": 15,
         "preview_every": 20,
         "warmup_steps": 5,
-        "optimizer": "muon",
         "timesteps": "rms-error",
     },
     "sample": {"steps": 4, "count": 4},
@@ -40,7 +40,7 @@ ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(RO
 
 def change(tree: Path, changes: dict[str, Any]) -> None:
     path = tree / "params.yaml"
-    yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), changes))
+    yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), changes))
 
 
 def copy(tree: Path, target: Path, **train: Any) -> Path:

@@ -17,6 +17,7 @@ from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import DdimOptions
 from flows import yaml_files
 from flows.__main__ import main
 from flows.commands import sample
@@ -26,21 +27,18 @@ ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 PROCESS = ProcessOptions(
     schedule="cosine",
-    beta=(),
     num_timesteps=40,
     zero_terminal_snr=False,
     parameterization="v",
     learned_variance=False,
     weighting="simple",
-    min_snr_gamma=5.0,
     loss="mse",
 )
 SETTINGS = SampleOptions(
-    sampler="ddpm",
+    sampler={"kind": "ddim", "eta": 0.5},
     steps=6,
     spacing="linspace",
     variance="fixed-small",
-    eta=0.5,
     threshold="clip",
     guidance=2.0,
     count=5,
@@ -102,7 +100,10 @@ def test_all_from_params_as_a_grid(tree: Path, capsys: pytest.CaptureFixture[str
 def test_options_lie_over_params(tree: Path, sampler: str) -> None:
     changes = {"sampler": sampler, "spacing": "quadratic", "steps": 4, "threshold": "dynamic", "guidance": 1.5}
     given = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-    expected = draw_samples(load_model(tree / "models/ddpm", CPU), SETTINGS.model_copy(update=changes), 8, CPU)
+    options = SampleOptions.model_validate(SETTINGS.model_dump() | changes)
+    if sampler == "ddim":
+        given, options = [*given, "--eta", "0.7"], options.model_copy(update={"sampler": DdimOptions(eta=0.7)})
+    expected = draw_samples(load_model(tree / "models/ddpm", CPU), options, 8, CPU)
     assert (pictures("--seed", "8", *given) == expected.transpose(0, 2, 3, 1)).all()
 
 
@@ -212,14 +213,15 @@ def test_a_field_that_params_lacks_is_named(tree: Path, capsys: pytest.CaptureFi
     del document["sample"]["spacing"]
     yaml_files.write_yaml(path, document)
     assert main(["sample"]) == 1
-    assert "sample.spacing: missing (`ddpm params --add` writes its default)" in capsys.readouterr().err
+    assert "sample.spacing: missing; `ddpm params --update` adds what is missing" in capsys.readouterr().err
 
 
 def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = pictures()
     (tree / "params.yaml").unlink()
-    given = [text for name, value in SETTINGS.model_dump().items() for text in (f"--{name}", str(value))]
-    assert (pictures("--seed", "3", *given) == made).all()
+    plain = SETTINGS.model_dump() | {"sampler": "ddim"}
+    given = [text for name, value in plain.items() for text in (f"--{name}", str(value))]
+    assert (pictures("--seed", "3", "--eta", "0.5", *given) == made).all()
     capsys.readouterr()
     assert main(["sample", *given[2:]]) == 1
     message = "params.yaml: no such file here; without it, these must be given: --sampler, --seed"
@@ -231,7 +233,8 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
     [
         ("--steps 0", "params.yaml with the options given: sample.steps: input should be greater than or equal to 1"),
         ("--steps 41", "sample.steps (41) exceeds the model's num_timesteps (40); give fewer by --steps"),
-        ("--eta 2", "sample.eta: input should be less than or equal to 1 (got 2.0)"),
+        ("--eta 2", "sample.sampler.eta: input should be less than or equal to 1 (got 2.0)"),
+        ("--sampler heun --eta 0.1", "sample.sampler.eta: no such parameter of heun (got 0.1)"),
         ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
         ("--device gpu", "device: string should match pattern"),
         ("--variance learned", "sample.variance is learned, but the model has not learned it"),

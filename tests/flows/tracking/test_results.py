@@ -261,11 +261,11 @@ def test_a_lock_is_kept_once_it_describes_the_results(paths: Paths) -> None:
 
 def test_a_long_parameter_is_marked_and_kept_whole_in_the_file(paths: Paths) -> None:
     beta = [0.0001 + index * 1e-5 / 3 for index in range(400)]
-    given = changed(process={"schedule": "given", "beta": beta, "num_timesteps": 400}, sample={"steps": 50})
+    given = changed(process={"schedule": {"kind": "given", "beta": beta}, "num_timesteps": 400}, sample={"steps": 50})
     write_all(paths, params=given)
     found = recorded(paths, given)
     client = client_of(paths)
     digest = hashlib.sha256(json.dumps(beta).encode()).hexdigest()
-    logged = client.get_run(found.run_id).data.params["process.beta"]
+    logged = client.get_run(found.run_id).data.params["process.schedule.beta"]
     assert logged == f"400 values, sha256 {digest}, whole in params.yaml"
-    assert yaml_of(client, found.run_id)["process"]["beta"] == beta
+    assert yaml_of(client, found.run_id)["process"]["schedule"] == {"kind": "given", "beta": beta}

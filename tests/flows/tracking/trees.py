@@ -16,6 +16,7 @@ from PIL import Image
 from diffusion.files import write_csv, write_json, write_sums
 from flows import made_with, tracking, yaml_files
 from flows import params as parameters
+from flows.changes import lay_over
 from flows.params import Params
 from flows.paths import Paths
 
@@ -26,7 +27,7 @@ HELDOUT = [{"step": 50, "mse": 0.4}, {"step": 100, "mse": 0.3}]
 
 def changed(**sections: dict[str, Any]) -> Params:
     """The repository's parameters with some of them changed."""
-    return parameters.validate(yaml_files.overlay(yaml_files.read_yaml(REPOSITORY / "params.yaml"), sections), "test")
+    return parameters.validate(lay_over(yaml_files.read_yaml(REPOSITORY / "params.yaml"), sections), "test")
 
 
 PARAMS = changed()

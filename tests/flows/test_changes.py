@@ -1,0 +1,153 @@
+"""Changes of parameters: kinds with their fields, fields, earlier versions; on the command line and in flow runs."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion.errors import UserError
+from diffusion.nn.uvit import UViTOptions
+from flows import params as parameters
+from flows import workspace, yaml_files
+from flows.__main__ import main
+from flows.changes import lay_over
+from flows.parameters import given
+from flows.params import Params
+from flows.train_ddpm import _parameters as parameters_of
+
+UVIT = UViTOptions().model_dump(mode="json")
+
+
+@pytest.fixture
+def tree(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def read(tree: Path) -> Any:
+    return yaml_files.read_yaml(tree / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "after"),
+    [
+        ("ddpm", "ddim", {"kind": "ddim", "eta": 0.0}),
+        ("ddpm", {"kind": "ddim"}, {"kind": "ddim", "eta": 0.0}),
+        ("ddpm", {"kind": "ddim", "eta": 0.3}, {"kind": "ddim", "eta": 0.3}),
+        ({"kind": "ddim", "eta": 0.3}, "ddim", {"kind": "ddim", "eta": 0.3}),
+        ({"kind": "ddim", "eta": 0.3}, {"eta": 0.4}, {"kind": "ddim", "eta": 0.4}),
+        ({"kind": "ddim", "eta": 0.3}, "heun", "heun"),
+        ({"kind": "ddim", "eta": 0.3}, {"kind": "heun"}, "heun"),
+        ({"kind": "ddim", "eta": 0.3}, {"steps": 3}, None),  # wrong: left to the validation
+        ({"kind": "ddim", "eta": 0.3}, "dim", "dim"),
+        ("ddpm", {"eta": 1.0}, {"kind": "ddpm", "eta": 1.0}),
+        ("ddpm", 5, 5),
+    ],
+)
+def test_a_kind_comes_with_its_fields(before: Any, changes: Any, after: Any) -> None:
+    document = {"sample": {"sampler": copy.deepcopy(before), "steps": 10}}
+    given = {"sample": {"sampler": changes}}
+    kept = copy.deepcopy(given)
+    made = lay_over(document, given)
+    assert made == {"sample": {"sampler": before | changes if after is None else after, "steps": 10}}
+    assert given == kept
+
+
+def test_a_flow_run_takes_another_network_with_its_defaults() -> None:
+    for text in ('network={"kind": "uvit"}', 'network="uvit"', "network=uvit"):
+        assert workspace.document(None, given(parameters_of([text])))["network"] == UVIT
+    deep = workspace.document("cifar10", given(parameters_of(['network={"kind": "uvit", "depth": 5}'])))
+    assert deep["network"] == UVIT | {"depth": 5}
+    wide = workspace.document("cifar10", given(parameters_of(['network={"dropout": 0.5}'])))
+    assert wide["network"]["base_channels"] == 128
+    with pytest.raises(UserError, match="network.channel_multipliers: no such parameter of uvit"):
+        workspace.document(None, {"network": {"kind": "uvit", "channel_multipliers": [1]}})
+
+
+def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ("train.steps=500", "network.kind=uvit", "network.depth=3", "sample.sampler=ddim", "seed=9")
+    assert main(["set", *changes, "sample.sampler.eta=1", "network.classes=true"]) == 0
+    assert capsys.readouterr().out.startswith("params.yaml now has train.steps=500 ")
+    made = parameters.load(tree / "params.yaml")
+    assert (made.train.steps, made.seed) == (500, 9)
+    assert made.network == UViTOptions(depth=3, classes=True)
+    assert made.sample.sampler.eta == 1
+    assert "# a GPU where there is one" in (tree / "params.yaml").read_text(encoding="utf-8")
+    assert main(["set", "network.kind=unet", "sample.sampler=heun", "network.attention_levels=[0]"]) == 0
+    assert parameters.load(tree / "params.yaml").network == Params().network.model_copy(
+        update={"attention_levels": (0,)}
+    )
+    assert read(tree)["sample"]["sampler"] == "heun"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.steps", "'train.steps': must be NAME=VALUE, such as train.steps=500"),
+        (
+            "train.steps=0",
+            "params.yaml with seed=3 train.steps=0: train.steps: input should be greater than or equal to 1",
+        ),
+        ("train.stepz=5", "train.stepz: no such parameter"),
+        ("network.kind=mlp", "network.kind: input should be 'unet' or 'uvit' (got 'mlp')"),
+        ("network.depth=3", "network.depth: no such parameter of unet (got 3); `ddpm set NAME.kind=KIND` changes"),
+        ("sample.sampler.eta=1", "sample.sampler.eta: no such parameter of dpm-solver++-sde"),
+        ("seed.x=1", "seed: input should be a valid integer"),
+        ("train=5", "train: must be a section with fields (got 5)"),
+        ("=5", ": no such parameter"),
+        ("train.optimizer.kind=[muon]", "train.optimizer.kind: input should be 'adamw' or 'muon' (got ['muon'])"),
+    ],
+)
+def test_ddpm_set_refuses_and_writes_nothing(
+    tree: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (tree / "params.yaml").read_bytes()
+    assert main(["set", "seed=3", change]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ddpm set: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert (tree / "params.yaml").read_bytes() == before
+
+
+def test_a_kind_that_another_tool_has_changed_alone_is_named_and_mended(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `dvc exp run -S network.kind=uvit` leaves params.yaml."""
+    path = tree / "params.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("kind: unet", "kind: uvit"), encoding="utf-8")
+    assert main(["shard"]) == 1
+    error = capsys.readouterr().err
+    assert "network.depth: missing" in error
+    assert "network.convention: no such parameter of uvit (got 'ddpm')" in error
+    assert error.endswith("; `ddpm set NAME.kind=KIND` changes a kind together with its fields\n")
+    assert main(["set", "network.kind=uvit"]) == 0
+    assert parameters.load(path).network == UViTOptions()
+
+
+def test_params_of_format_1_are_named_and_rewritten(tree: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(root / "tests" / "format_1" / "params.yaml", tree)
+    assert main(["shard"]) == 1
+    error = capsys.readouterr().err
+    assert "process.beta: no such parameter" in error
+    assert error.endswith("; an earlier version wrote this: `ddpm params --update` rewrites it\n")
+    assert main(["params", "--update"]) == 0
+    assert read(tree) == yaml_files.read_yaml(root / "params.yaml")
+
+
+def test_an_update_keeps_what_is_right_and_adds_the_fields_of_a_kind(tree: Path) -> None:
+    document = read(tree)
+    document["network"] = {"kind": "uvit", "depth": 5}
+    document["sample"]["sampler"] = "ddim"
+    document["train"]["optimizer"] = "adamw"
+    del document["evaluate"]
+    yaml_files.write_yaml(tree / "params.yaml", document)
+    assert main(["params", "--update"]) == 0
+    made = parameters.load(tree / "params.yaml")
+    assert made.network == UViTOptions(depth=5)
+    assert read(tree)["sample"]["sampler"] == {"kind": "ddim", "eta": 0.0}
+    assert made.train.optimizer.kind == "adamw"
+    assert made.evaluate == Params().evaluate
