@@ -10,26 +10,33 @@ from pathlib import Path
 EXAMPLE = re.compile(
     r"^In `(diffusion/\S+\.py)`.*?```python\n(.*?)```\n\nand in `([A-Z]+)`\n\n```python\n(.*?)```", re.M | re.S
 )
+NEW = re.compile(r"^A new file, `(diffusion/\S+\.py)`.*?```python\n(.*?)```", re.M | re.S)
 USED = """
 import numpy as np
-from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit
-from diffusion.data.memory import Images
+from diffusion import Model, ProcessOptions, TrainOptions, fit, load_images
+from pathlib import Path
+from diffusion.nn.mlp import MlpOptions
 
-pixels = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8)
-images = Images(pixels, np.zeros(64, np.int64))
+Path("images").mkdir()
+for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8)):
+    np.save(f"images/{index}.npy", pixels)
+images = load_images("images", 8, 8, channels=1)
 process = ProcessOptions(schedule="square", parameterization="score", weighting="constant", loss="log-cosh")
-network = UNetOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
-model = Model.new((1, 8, 8), network, process)
+model = Model.new(images.shape, MlpOptions(width=16), process)
 model = fit(model, images, TrainOptions(steps=2, batch_size=16, timesteps="late"))
 for options in ({"sampler": "restart", "spacing": "cubic"}, {"sampler": "ddpm", "variance": "halfway"}):
     print(model.sample(4, steps=5, **options).shape)
+model.save("model")
+print(Model.load("model").config.network.width)
 """
 
 
 def test_the_examples_are_one_file_each_and_work_together(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "diffusion", tmp_path / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
     examples = EXAMPLE.findall((root / "docs" / "extending.md").read_text(encoding="utf-8"))
-    assert len(examples) == 8
+    assert len(examples) == 9
+    for file, code in NEW.findall((root / "docs" / "extending.md").read_text(encoding="utf-8")):
+        (tmp_path / file).write_text(code, encoding="utf-8")
     for file, code, registry, entry in examples:
         path = tmp_path / file
         text = path.read_text(encoding="utf-8")
@@ -40,4 +47,4 @@ def test_the_examples_are_one_file_each_and_work_together(root: Path, tmp_path: 
         [sys.executable, "-W", "error", "-c", USED], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(4, 1, 8, 8)\n" * 2
+    assert done.stdout == "(4, 1, 8, 8)\n" * 2 + "16\n"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Self
 
 from diffusion.data.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
 from diffusion.data.noise import Split
@@ -42,6 +43,11 @@ class Folder:
     each split, are classes; folders inside a class belong to it. Folders without images are left out, and so are hidden
     and system ones. Links are followed.
     """
+
+    @classmethod
+    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:
+        holds_images = path.is_dir() and any(is_image(file) for file in files_below(path))
+        return cls(path, split_names_as_classes) if holds_images else None
 
     def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
         """Raises UserError if a class, or a folder inside one, is named like a split.

@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """Images in some format: `len()` of them, iterated in a fixed order with flat memory.
+    """Images in some form: `len()` of them, iterated in a fixed order with flat memory.
 
     The source's own test split comes first and its own val split second: whether an image is a copy of one of theirs is
     then known when it comes.

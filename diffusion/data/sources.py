@@ -5,10 +5,10 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 from numpy.lib import format as npy
@@ -32,31 +32,6 @@ NO_LABEL = -1
 """In the labels of an .npz file."""
 
 
-def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
-    """The images at a path; raises UserError if they are in no known form, or a file is damaged.
-
-    `split_names_as_classes` confirms classes, and folders inside classes, that are named like a split.
-    """
-    if path.is_file() and path.suffix == ".npz":
-        return Npz(path)
-    if path.is_dir():
-        idx = sorted({file.parent for file in files_below(path) if IDX.fullmatch(file.name)})
-        if path in idx:
-            return Idx(path)
-        if any(is_image(file) for file in files_below(path)):
-            return Folder(path, split_names_as_classes)
-        if len(idx) > 1:
-            raise UserError(f"{path}: idx files in several folders; give one of {', '.join(map(str, idx))}")
-        if idx:
-            return Idx(idx[0])
-    elif not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    raise UserError(
-        f"{path}: no images in a known form; looked for an .npz file with the array `images`, a folder with "
-        "train-images-idx3-ubyte(.gz), and a folder with image files"
-    )
-
-
 class Npz:
     """`images`, uint8 (N, H, W) or (N, H, W, C), and perhaps `labels`, integers (N,), in a file of numpy's.
 
@@ -64,6 +39,10 @@ class Npz:
     """
 
     own_splits: Mapping[Split, str] = {}
+
+    @classmethod
+    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+        return cls(path) if path.is_file() and path.suffix == ".npz" else None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,6 +96,19 @@ class Npz:
 
 class Idx:
     """A folder of idx files as MNIST and Fashion-MNIST ship them, gzip-compressed or not."""
+
+    @classmethod
+    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+        """Also those in a folder below `path`, if there is no image beside."""
+        files = list(files_below(path)) if path.is_dir() else []
+        folders = sorted({file.parent for file in files if IDX.fullmatch(file.name)})
+        if path in folders:
+            return cls(path)
+        if not folders or any(is_image(file) for file in files):
+            return None
+        if len(folders) > 1:
+            raise UserError(f"{path}: idx files in several folders; give one of {', '.join(map(str, folders))}")
+        return cls(folders[0])
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[tuple[str, str], Path] = {}
@@ -216,3 +208,25 @@ def _label(codes: NDArray[np.int64] | None, index: int) -> int | None:
 def _picture(pixels: NDArray[np.uint8]) -> Picture:
     image = Image.fromarray(pixels)
     return Picture(image, image.mode)
+
+
+SOURCES: dict[str, Callable[[Path, bool], Source | None]] = {
+    "an .npz file with the array `images`": Npz.at,
+    "a folder with train-images-idx3-ubyte(.gz)": Idx.at,
+    "a folder with image files": Folder.at,
+}
+"""What is looked for, in this order: each gives the source at a path, or None if there is none of its kind."""
+
+
+def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
+    """The images at a path; raises UserError if they are in no known form, or a file is damaged.
+
+    `split_names_as_classes` confirms classes, and folders inside classes, that are named like a split.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    for find in SOURCES.values():
+        if (source := find(path, split_names_as_classes)) is not None:
+            return source
+    *first, last = SOURCES
+    raise UserError(f"{path}: no images in a known form; looked for {', '.join(first)}, and {last}")
