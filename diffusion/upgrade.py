@@ -21,14 +21,14 @@ OPTIONS = (
 )
 
 
-def from_format_1(document: MutableMapping[str, Any]) -> None:
-    """Change parameters of format 1, or what a config.json holds of them, in place. Those of format 2 stay as they are.
+def from_format_1(document: MutableMapping[str, Any]) -> bool:
+    """Change parameters of format 1, or what a config.json holds of them, in place; whether they were of format 1.
 
     A field that belongs to a choice goes there, or goes away where another choice is made.
     """
     sections = {name: part for name, part in document.items() if isinstance(part, MutableMapping)}
     if not any(field in sections.get(section, {}) for section, _, _, field, _ in OPTIONS):
-        return
+        return False
     eta = sections.get("sample", {}).get("eta")
     if eta is not None and sections.get("export", {}).get("sampler") == "ddim":
         sections["export"]["sampler"] = {"kind": "ddim", "eta": eta}
@@ -41,3 +41,4 @@ def from_format_1(document: MutableMapping[str, Any]) -> None:
     network = sections.get("network", {})
     for field in OTHER_NETWORKS.get(network.get("kind", ""), ()):
         network.pop(field, None)
+    return True

@@ -35,8 +35,8 @@ def apply(run: str, force: bool) -> None:
         raise UserError(f"run {source.name!r}: {state}; only a completed run can be applied")
     new = {name: (source / name).read_bytes() for name in FILES}
     parameters = yaml_files.read_yaml(source / "params.yaml")
-    from_format_1(parameters)
-    new["params.yaml"] = yaml_files.content(parameters)
+    if from_format_1(parameters):
+        new["params.yaml"] = yaml_files.content(parameters)
     old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
     lost = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
     if lost and not force:

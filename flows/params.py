@@ -163,10 +163,7 @@ def validate(document: Any, origin: str) -> Params:
 def advice(document: Any, error: ValidationError) -> str:
     """What to do about an error, where a command does it."""
     kinds = {fault["type"] for fault in error.errors(include_url=False)}
-    upgraded = copy.deepcopy(document)
-    if isinstance(upgraded, dict):
-        from_format_1(upgraded)
-    if upgraded != document:
+    if isinstance(document, dict) and from_format_1(copy.deepcopy(document)):
         return "; an earlier version wrote this: `ddpm params --update` rewrites it"
     if OF_ANOTHER_KIND in kinds:
         return "; `ddpm set NAME.kind=KIND` changes a kind together with its fields"

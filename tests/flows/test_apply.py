@@ -54,6 +54,16 @@ def test_changes_that_are_not_committed_are_kept_unless_forced() -> None:
     assert unchanged()
 
 
+def test_parameters_of_an_earlier_version_are_rewritten(run: Path, root: Path) -> None:
+    old = root / "tests" / "format_1" / "params.yaml"
+    (run / "params.yaml").write_text(old.read_text(encoding="utf-8").replace("steps: 1000", "steps: 7"))
+    apply.apply("one", force=False)
+    applied = params.load(Path("params.yaml"))
+    assert applied.train.steps == 7
+    assert applied.train.optimizer.learning_rate == 0.01
+    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.usefixtures("run")
 def test_committed_changes_are_overwritten() -> None:
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "seed: 3"))
