@@ -143,11 +143,21 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[int, Field(ge=8, le=LARGEST, multiple_of=8)]
 
 
+def _named_by_its_kind(schema: dict[str, Any]) -> None:
+    """A JSON schema whose kind can be filled in: forms do not let a `const` be."""
+    kind = schema["properties"]["kind"]
+    if "const" in kind:
+        schema["title"] = kind["const"]
+        kind["enum"] = [kind.pop("const")]
+
+
 class Choice(Section):
     """What is chosen by name: its kind, and the fields that this kind has.
 
     Without fields it is written as its name alone.
     """
+
+    model_config = ConfigDict(json_schema_extra=_named_by_its_kind)
 
     kind: str
     """Its name."""

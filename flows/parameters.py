@@ -44,6 +44,8 @@ def part_of(section: type[Section]) -> type[Part]:
 
 def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default", None)
+    if "const" in schema:  # which a form would not let be filled in
+        schema["enum"] = [schema.pop("const")]
 
 
 class PartOf:

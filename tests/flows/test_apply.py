@@ -56,7 +56,7 @@ def test_changes_that_are_not_committed_are_kept_unless_forced() -> None:
 
 def test_parameters_of_an_earlier_version_are_rewritten(run: Path, root: Path) -> None:
     old = root / "tests" / "format_1" / "params.yaml"
-    (run / "params.yaml").write_text(old.read_text(encoding="utf-8").replace("steps: 1000", "steps: 7"))
+    (run / "params.yaml").write_text(old.read_text(encoding="utf-8").replace("\n  steps: 1000", "\n  steps: 7"))
     apply.apply("one", force=False)
     applied = params.load(Path("params.yaml"))
     assert applied.train.steps == 7
