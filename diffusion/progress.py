@@ -4,7 +4,6 @@ import re
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from tqdm import tqdm
@@ -44,9 +43,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
