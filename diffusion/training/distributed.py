@@ -91,11 +91,6 @@ def is_worker() -> bool:
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def local_rank() -> int:
-    """The place of this process among those on this machine: the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 @contextmanager
 def joined(device: torch.device, store: Path | None = None, lost: type[UserError] = UserError) -> Iterator[World]:
     """The world of this process, connected with the others. A lost one ends the block with an error of the kind `lost`.

@@ -18,13 +18,10 @@ Item = TypeVar("Item")
 
 def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
     """What matrix products and convolutions are computed in; weights and all else are float32."""
+    bf16 = options.precision == "bf16"
     if options.precision == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def runnable(net: Network, options: TrainOptions, world: World) -> nn.Module:

@@ -20,7 +20,7 @@ from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
-from diffusion.training.state import Row, State
+from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
 
 
@@ -99,8 +99,9 @@ class Watch:
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = loop.add_point(state, self.trainer)
             if self.live and row:
+                point = {name: value for name, value in row.items() if name != "step"}
                 rate = self.clock.rate() * options.batch_size
-                self.live.metrics({**without_step(row), "images_per_second": rate}, state.step)
+                self.live.metrics(point | {"images_per_second": rate}, state.step)
 
     def preview(self, state: State) -> None:
         """Measure the held-out error, and draw samples."""
@@ -126,7 +127,3 @@ class Watch:
         images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, self.stop.check)
         write_atomic(picture(self.previews, state.step), grid_png(images))
         return mse
-
-
-def without_step(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "step"}

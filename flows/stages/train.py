@@ -48,7 +48,7 @@ def run(params: Params, paths: Paths) -> None:
 
     With several processes this one only starts them, and each runs this again.
     """
-    device = networks.device(params.device, distributed.local_rank())
+    device = networks.device(params.device, torch.distributed.get_node_local_rank(0))
     pairs = Pairs(paths.pairs, "train")
     process = processes.process(params.process)
     pairs.check_process(process.schedule.alpha_bar.numpy())
