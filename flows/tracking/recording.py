@@ -68,7 +68,8 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
     found, uri = results.read(params, paths), store.tracking_uri(paths)
     for reason in found.stale:
         store.say(f"left out: {reason}; `dvc repro` brings it up to date")
-    recorded = store.or_user_error(uri, lambda: _record(uri, found, None, {}))
+    with store.user_errors(uri):
+        recorded = _record(uri, found, None, {})
     if as_json:
         print(json.dumps(recorded._asdict()))
         return
