@@ -36,8 +36,8 @@ from flows import launching, made_with, tracking
 from flows.environment import setting
 from flows.fingerprint import taken, training_facts, training_fingerprint
 from flows.params import Params
+from flows.parent import launched
 from flows.paths import Paths
-from flows.watch import launched
 
 SECONDS = "DDPM_CHECKPOINT_SECONDS"
 """It shapes no result, and so is no parameter."""
