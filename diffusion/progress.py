@@ -58,13 +58,6 @@ class Progress:
         elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print(note)
 
-    def write(self, line: str) -> None:
-        """Print a line of its own without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            say(line)
-
     def _print(self, note: str) -> None:
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
@@ -74,6 +67,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error. Whoever listened there may be gone, or a log's disk full: the work goes on."""
+    """Print a line to standard error, without breaking a progress bar.
+
+    Whoever listened there may be gone, or a log's disk full: the work goes on.
+    """
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)

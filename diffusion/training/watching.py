@@ -15,7 +15,7 @@ from diffusion.evaluation.heldout import quick_mse
 from diffusion.files import write_atomic
 from diffusion.model import Model
 from diffusion.process.build import ProcessOptions
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
@@ -116,8 +116,8 @@ class Watch:
         if signum:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
-        if self.live and self.progress:
-            self.progress.write(f"train: step {state.step}: held-out MSE {mse:.4f}")
+        if self.live:
+            say(f"train: step {state.step}: held-out MSE {mse:.4f}")
             self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
             self.live.image(picture(self.previews, state.step), state.step)
         self.clock.restart()

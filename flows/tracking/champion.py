@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.files import SUMS, read_checked
+from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import store
@@ -92,12 +93,12 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     if scored != pairs:
         on = f"val pairs {scored[:12]}" if scored else "no val pairs"
         line = f"version {champion} was scored on {on}, version {number} on {pairs[:12]}: not comparable; {by_hand}"
-        store.say(f"champion of {name} stays version {champion}: {line}")
+        say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     errors = _errors_of(client, rival)
     if isinstance(errors, str):
         line = f"the errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
-        store.say(f"champion of {name} stays version {champion}: {line}")
+        say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     mean, margin = compare(new, errors)
     told = (

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
 
 from diffusion.errors import UserError
+from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
 
@@ -232,11 +231,6 @@ def read_image(path: Path) -> Image.Image:
         return image
 
 
-def say(line: str) -> None:
-    """Print a line without breaking a progress bar."""
-    tqdm.write(f"MLflow: {line}", file=sys.stderr)
-
-
 _said: set[str] = set()
 
 
@@ -244,7 +238,8 @@ def say_unusable(uri: str, error: Exception) -> None:
     """Report once in this process that work continues without MLflow."""
     if uri not in _said:
         _said.add(uri)
-        say(f"{uri} cannot be used ({brief(error)}); going on without it, `ddpm track` brings the results there later")
+        later = "going on without it, `ddpm track` brings the results there later"
+        say(f"MLflow: {uri} cannot be used ({brief(error)}); {later}")
 
 
 @contextmanager
