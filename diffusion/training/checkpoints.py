@@ -69,7 +69,7 @@ class Checkpoints:
             else:
                 facts = written["facts"]
                 break
-        facts = json.loads(self.world.bytes_from_main(json.dumps(facts).encode()))
+        facts = self.world.from_main(facts)
         if facts:
             del facts["good"]
             tensors = load(self.world.bytes_from_main(weights))

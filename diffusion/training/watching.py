@@ -34,25 +34,6 @@ class Live(Protocol):
         """The sample grid of a step."""
 
 
-class Clock:
-    """Steps per second since the last look, previews left out."""
-
-    def __init__(self) -> None:
-        self._steps, self._time = 0, time.monotonic()
-
-    def tick(self) -> None:
-        """One more step is done."""
-        self._steps += 1
-
-    def restart(self) -> None:
-        self._steps, self._time = 0, time.monotonic()
-
-    def rate(self) -> float:
-        rate = self._steps / max(time.monotonic() - self._time, 1e-9)
-        self.restart()
-        return rate
-
-
 def picture(directory: Path, step: int) -> Path:
     """The sample grid of a step."""
     return directory / f"step-{step:08d}.png"
@@ -87,12 +68,14 @@ class Watch:
     progress: Progress | None
     """None in all processes but the main one, as is `live`."""
     live: Live | None
-    clock: Clock = field(default_factory=Clock)
+    timed_steps: int = field(default=0, init=False)
+    """Steps since `timed_from`: their rate does not count previews."""
+    timed_from: float = field(default_factory=time.monotonic, init=False)
 
     def report(self, state: State) -> None:
         """After a step: progress, and from time to time a point of the loss curve."""
         options = self.trainer.options
-        self.clock.tick()
+        self.timed_steps += 1
         if self.progress:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
             self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
@@ -100,8 +83,9 @@ class Watch:
             row = loop.add_point(state, self.trainer)
             if self.live and row:
                 point = {name: value for name, value in row.items() if name != "step"}
-                rate = self.clock.rate() * options.batch_size
+                rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)
                 self.live.metrics(point | {"images_per_second": rate}, state.step)
+                self._restart_clock()
 
     def preview(self, state: State) -> None:
         """Measure the held-out error, and draw samples."""
@@ -112,7 +96,7 @@ class Watch:
                 mse = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
-        mse, signum = self.trainer.world.from_main(mse, signum)
+        mse, signum = self.trainer.world.from_main([mse, signum])
         if signum:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
@@ -120,7 +104,10 @@ class Watch:
             say(f"train: step {state.step}: held-out MSE {mse:.4f}")
             self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
             self.live.image(picture(self.previews, state.step), state.step)
-        self.clock.restart()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.timed_steps, self.timed_from = 0, time.monotonic()
 
     def _measure(self, state: State) -> float:
         mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
