@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion.data.memory import Images, load_images
-    from diffusion.model import Model
-    from diffusion.nn.unet import UNetOptions
-    from diffusion.nn.uvit import UViTOptions
-    from diffusion.process.build import Process, ProcessOptions
-    from diffusion.samples import save_grid
-    from diffusion.training.fit import fit
-    from diffusion.training.options import TrainOptions
+    from diffusion.data.memory import Images as Images
+    from diffusion.data.memory import load_images as load_images
+    from diffusion.model import Model as Model
+    from diffusion.nn.unet import UNetOptions as UNetOptions
+    from diffusion.nn.uvit import UViTOptions as UViTOptions
+    from diffusion.process.build import Process as Process
+    from diffusion.process.build import ProcessOptions as ProcessOptions
+    from diffusion.samples import save_grid as save_grid
+    from diffusion.training.fit import fit as fit
+    from diffusion.training.options import TrainOptions as TrainOptions
 
 _PLACES = {
     "Images": "data.memory",
@@ -28,18 +30,7 @@ _PLACES = {
     "load_images": "data.memory",
     "save_grid": "samples",
 }
-__all__ = [
-    "Images",
-    "Model",
-    "Process",
-    "ProcessOptions",
-    "TrainOptions",
-    "UNetOptions",
-    "UViTOptions",
-    "fit",
-    "load_images",
-    "save_grid",
-]
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

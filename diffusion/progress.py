@@ -4,7 +4,6 @@ import re
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from tqdm import tqdm
@@ -44,9 +43,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
@@ -61,13 +58,6 @@ class Progress:
         elif time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print(note)
 
-    def write(self, line: str) -> None:
-        """Print a line of its own without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            say(line)
-
     def _print(self, note: str) -> None:
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self._printed - self._started, 1e-9)
@@ -77,6 +67,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error. Whoever listened there may be gone, or a log's disk full: the work goes on."""
+    """Print a line to standard error, without breaking a progress bar.
+
+    Whoever listened there may be gone, or a log's disk full: the work goes on.
+    """
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)

@@ -17,9 +17,9 @@ from typing import NoReturn
 from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
 from flows import presets, yaml_files
+from flows.parent import launched, stop_with_parent
 from flows.paths import Paths
 from flows.stages import STAGES
-from flows.watch import launched, stop_with_parent
 
 
 def run_stage(arguments: argparse.Namespace) -> None:

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from flows import dvc_output
-from flows.watch import STOP_WITH
+from flows.parent import SECONDS_TO_STOP, STOP_WITH
 
 Outcome = Literal["cached", "run"]
-SECONDS_TO_STOP = 10.0
-"""How long a stage may take to write a checkpoint and end, once told to."""
 
 _CACHED = re.compile(r"Stage '\S+' (didn't change, skipping|is cached - skipping run)")
 _DVC = re.compile(
@@ -45,7 +43,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
 
     Every line of output goes to `on_line` as it is written. Whatever ends the wait early (a signal's exception, an
     error in `on_line`) ends the stage's processes too, and is raised again; should this process be killed, they end by
-    themselves (see flows/watch.py).
+    themselves (see flows/parent.py).
 
     Raises: StageError, or PassingStageError where it is worth trying again.
     """

@@ -93,9 +93,8 @@ def _description(source: Source) -> str:
 def _bring(path: Path, target: Path, link: bool) -> None:
     """Copy or link the files of `path` to `target`, which appears whole or not at all."""
     files = list(files_below(path)) if path.is_dir() else [path]
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        content = temporary / target.name
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        content = Path(temporary) / target.name
         with Progress("import", len(files), "files") as progress:
             for file in files:
                 copy = content / file.relative_to(path) if path.is_dir() else content
@@ -110,8 +109,6 @@ def _bring(path: Path, target: Path, link: bool) -> None:
                     raise UserError(f"{file}: cannot be imported ({error.strerror or error})") from None
                 progress.advance(1)
         content.replace(target)
-    finally:
-        shutil.rmtree(temporary)
 
 
 def _dvc_add(target: Path, root: Path, link: bool) -> None:

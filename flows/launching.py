@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion.errors import Stopped, UserError
-from flows.watch import LAUNCHER, SECONDS_TO_STOP
+from flows.parent import LAUNCHER, SECONDS_TO_STOP
 
 STORE = "DDPM_STORE"
 """File through which the processes of one machine find each other, so that no port is opened for it."""

@@ -1,80 +1,42 @@
 """Every artefact's path, once."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
 class Paths:
     """The files of one working tree (or of one run's workspace), below `root`."""
 
-    root: Path = Path()
-
-    # Inputs.
-    @property
-    def params(self) -> Path:
-        return self.root / "params.yaml"
-
-    @property
-    def presets(self) -> Path:
-        return self.root / "presets"
-
-    @property
-    def raw(self) -> Path:
-        return self.root / "data" / "raw"
-
-    # shard
-    @property
-    def shards(self) -> Path:
-        return self.root / "data" / "shards"
-
-    # pairs
-    @property
-    def pairs(self) -> Path:
-        return self.root / "data" / "pairs"
-
-    # train
-    @property
-    def model(self) -> Path:
-        return self.root / "models" / "ddpm"
-
-    @property
-    def train_report(self) -> Path:
-        return self.root / "reports" / "train.json"
-
-    @property
-    def train_curves(self) -> Path:
-        return self.root / "reports" / "train_curves"
-
-    @property
-    def previews(self) -> Path:
-        return self.root / "reports" / "previews"
-
-    # evaluate
-    @property
-    def evaluate_report(self) -> Path:
-        return self.root / "reports" / "evaluate.json"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "reports" / "evaluation"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "reports" / "report.html"
-
-    # export
-    @property
-    def onnx(self) -> Path:
-        return self.root / "models" / "onnx"
-
-    @property
-    def denoiser(self) -> Path:
-        return self.denoiser_in("fp32")
-
-    @property
-    def sampler(self) -> Path:
-        return self.sampler_in("fp32")
+    def __init__(self, root: Path = Path()) -> None:
+        self.root = root
+        data, models, reports = root / "data", root / "models", root / "reports"
+        # Inputs.
+        self.params = root / "params.yaml"
+        self.presets = root / "presets"
+        self.raw = data / "raw"
+        # shard
+        self.shards = data / "shards"
+        # pairs
+        self.pairs = data / "pairs"
+        # train
+        self.model = models / "ddpm"
+        self.train_report = reports / "train.json"
+        self.train_curves = reports / "train_curves"
+        self.previews = reports / "previews"
+        # evaluate
+        self.evaluate_report = reports / "evaluate.json"
+        self.evaluation = reports / "evaluation"
+        self.report = reports / "report.html"
+        # export
+        self.onnx = models / "onnx"
+        self.denoiser = self.denoiser_in("fp32")
+        self.sampler = self.sampler_in("fp32")
+        self.export_report = reports / "export.json"
+        # Working state, outside git and outside DVC's outputs. A run's workspace links it to the repository's.
+        self.state = root / ".ddpm"
+        self.checkpoints = self.state / "checkpoints"
+        self.mlflow_database = self.state / "mlflow.db"
+        self.mlflow_artifacts = self.state / "mlflow-artifacts"
+        self.runs = self.state / "runs"
 
     def denoiser_in(self, precision: str) -> Path:
         return self._graph("denoiser", precision)
@@ -85,31 +47,6 @@ class Paths:
     def _graph(self, name: str, precision: str) -> Path:
         return self.onnx / (f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx")
 
-    @property
-    def export_report(self) -> Path:
-        return self.root / "reports" / "export.json"
-
     def made_with(self, stage: str) -> Path:
         """The record of what a stage's outputs were made with."""
         return self.root / "reports" / "made_with" / f"{stage}.json"
-
-    # Working state, outside git and outside DVC's outputs. A run's workspace links it to the repository's.
-    @property
-    def state(self) -> Path:
-        return self.root / ".ddpm"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.state / "checkpoints"
-
-    @property
-    def mlflow_database(self) -> Path:
-        return self.state / "mlflow.db"
-
-    @property
-    def mlflow_artifacts(self) -> Path:
-        return self.state / "mlflow-artifacts"
-
-    @property
-    def runs(self) -> Path:
-        return self.state / "runs"

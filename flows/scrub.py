@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from diffusion.errors import SystemFault, UserError
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 from flows import workspace
 
 _NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
@@ -27,7 +27,7 @@ def scrub(cache: Path) -> tuple[int, int]:
             if not _sound(path):
                 path.unlink()
                 deleted += 1
-                progress.write(f"deleted {path}")
+                say(f"deleted {path}")
             progress.advance(1)
     return len(files), deleted
 

@@ -26,7 +26,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from diffusion.errors import SystemFault, UserError
 from diffusion.files import write_atomic, write_json
-from flows import http, lost_runs, processes
+from flows import http, processes
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -218,8 +218,7 @@ def _shaping() -> list[Path]:
 def worker(services: Services) -> None:
     """Become the worker. supervisord keeps one alone, so what another one started has lost it, and ends."""
     processes.end(processes.having(WORKER, str(services.directory)))
-    if _own_server(services):
-        lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    _close_lost_runs(services)
     os.environ.update({**services.environment(), WORKER: str(services.directory)})
     os.execvp("prefect", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "worker"])
 
@@ -239,8 +238,7 @@ def _stop(services: Services) -> bool:
     if states.get("worker") in ("RUNNING", "STARTING"):
         services.supervisor().stopProcess("worker")
     runs = processes.end(processes.having(WORKER, str(services.directory)))
-    if _own_server(services):
-        lost_runs.close(services.prefect, POOL, DEPLOYMENT)
+    _close_lost_runs(services)
     if states:
         services.supervisor().shutdown()
         if not _until(lambda: not services.socket.exists(), 60):
@@ -248,9 +246,28 @@ def _stop(services: Services) -> bool:
     return processes.end(processes.having("DDPM_SERVICES", str(services.directory))) or runs or bool(states)
 
 
-def _own_server(services: Services) -> bool:
-    """Whether it is our server that listens on Prefect's port, rather than that of another clone of the repository."""
-    return processes.listening(processes.having("DDPM_SERVICES", str(services.directory)), services.prefect_port)
+def _close_lost_runs(services: Services) -> None:
+    """Tell the server that runs whose worker has ended, and their tasks, are not running; nobody else does.
+
+    Nothing is told to the server of another clone of the repository, which may listen on our port.
+    """
+    if not processes.listening(processes.having("DDPM_SERVICES", str(services.directory)), services.prefect_port):
+        return
+    api = f"{services.prefect}/api"
+
+    def set_state(run: str, kind: str) -> None:
+        state = {"type": kind, "message": "The worker was stopped; run again to go on from the last checkpoint."}
+        http.json(f"{api}/{run}/set_state", {"state": state, "force": True})
+
+    unfinished = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    of_pool = {"work_pools": {"name": {"any_": [POOL]}}}
+    for run in http.json(f"{api}/flow_runs/filter", of_pool | {"flow_runs": unfinished}) or []:
+        set_state(f"flow_runs/{run['id']}", "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED")
+    of_deployment = {"deployments": {"name": {"any_": [DEPLOYMENT]}}}
+    for task in http.json(f"{api}/task_runs/filter", of_deployment | {"task_runs": unfinished}) or []:
+        run = http.json(f"{api}/flow_runs/{task['flow_run_id']}")
+        if run and run["state_type"] in ("CANCELLED", "CRASHED"):
+            set_state(f"task_runs/{task['id']}", run["state_type"])
 
 
 def status(services: Services) -> None:

@@ -25,9 +25,9 @@ NOT_SHAPING = (
     "flows.fingerprint",
     "flows.launching",
     "flows.params",
+    "flows.parent",
     "flows.paths",
     "flows.tracking",
-    "flows.watch",
 )
 """Code that cannot change what a stage writes: values stand in params.yaml alone, and the rest checks, carries or
 watches."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, TensorProto, helper, numpy_helper
 
 FREE = 50
 """Any number of steps up to this can be asked of a sampler, besides the one that it was exported with."""
@@ -71,13 +71,8 @@ def require(graph: GraphProto, name: str, low: np.generic, high: np.generic, mes
         ),
     ]
     place = next((index + 1 for index, node in enumerate(graph.node) if name in node.output), 0)
-    _insert(graph, place, nodes)
-
-
-def _insert(graph: GraphProto, place: int, nodes: list[NodeProto]) -> None:
-    rest = list(graph.node[place:])
-    del graph.node[place:]
-    graph.node.extend([*nodes, *rest])
+    for index, node in enumerate(nodes, place):
+        graph.node.insert(index, node)
 
 
 def rename(graph: GraphProto, old: str, new: str) -> None:

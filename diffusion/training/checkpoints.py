@@ -44,7 +44,7 @@ class Checkpoints:
             weights.with_suffix(".json").unlink(missing_ok=True)
             write_atomic(weights, content)
         write_json(weights.with_suffix(".json"), {"sha256": _digest(content, facts), "facts": facts})
-        newest = self._newest_first()
+        newest = _newest_first(self.directory)
         kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
         for path in [*self.directory.glob("*[0-9].json*"), *self.directory.glob("*.safetensors*")]:
             if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
@@ -57,7 +57,7 @@ class Checkpoints:
         """
         facts: dict[str, Any] = {}
         weights = b""
-        for path in self._newest_first() if self.world.main else []:
+        for path in _newest_first(self.directory) if self.world.main else []:
             if good and not _is_good(path):
                 continue
             try:
@@ -69,7 +69,7 @@ class Checkpoints:
             else:
                 facts = written["facts"]
                 break
-        facts = json.loads(self.world.bytes_from_main(json.dumps(facts).encode()))
+        facts = self.world.from_main(facts)
         if facts:
             del facts["good"]
             tensors = load(self.world.bytes_from_main(weights))
@@ -79,13 +79,10 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps than `step`."""
-        for path in self._newest_first() if self.world.main else []:
+        for path in _newest_first(self.directory) if self.world.main else []:
             if int(path.stem) > step:
                 path.unlink()
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
-
-    def _newest_first(self) -> list[Path]:
-        return _newest_first(self.directory)
 
 
 def newest_step(directory: Path) -> int:

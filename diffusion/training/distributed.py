@@ -3,6 +3,7 @@
 A launcher has started them and says in the environment which is which (RANK, WORLD_SIZE, ...).
 """
 
+import json
 import os
 import re
 import warnings
@@ -11,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -66,22 +67,17 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def from_main(self, *values: float) -> list[float]:
-        """The values that the main process has, NaN among them."""
-        if self.size == 1:
-            return [*values]
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, src=0)
-        return tensor.tolist()
+    def from_main(self, value: Any) -> Any:
+        """The plain data that the main process has: numbers, NaN among them, lists and mappings."""
+        return json.loads(self.bytes_from_main(json.dumps(value).encode()))
 
     def bytes_from_main(self, content: bytes) -> bytes:
-        """The bytes that the main process has: files need not be shared between machines."""
+        """The bytes, at least one, that the main process has: files need not be shared between machines."""
         if self.size == 1:
             return content
-        (length,) = self.from_main(len(content))
-        if not length:
-            return b""
-        buffer = torch.frombuffer(bytearray(content.ljust(int(length), b"\0")), dtype=torch.uint8)
+        length = torch.tensor(len(content))
+        dist.broadcast(length, src=0)
+        buffer = torch.frombuffer(bytearray(content if self.main else int(length)), dtype=torch.uint8)
         dist.broadcast(buffer, src=0)
         return buffer.numpy().tobytes()
 
@@ -89,11 +85,6 @@ class World:
 def is_worker() -> bool:
     """Whether this process was started by a launcher."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def local_rank() -> int:
-    """The place of this process among those on this machine: the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager

@@ -42,12 +42,7 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
     fetch = partial(
-        train_batch,
-        blocks,
-        seed,
-        batch_size=options.batch_size,
-        flip=options.flip,
-        class_dropout=options.class_dropout,
+        train_batch, blocks, seed, batch_size=options.batch_size, flip=options.flip, class_dropout=options.class_dropout
     )
     total = options.steps * options.batch_size
     with Ahead(fetch) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():

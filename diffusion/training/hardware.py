@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -19,13 +18,10 @@ Item = TypeVar("Item")
 
 def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
     """What matrix products and convolutions are computed in; weights and all else are float32."""
+    bf16 = options.precision == "bf16"
     if options.precision == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def runnable(net: Network, options: TrainOptions, world: World) -> nn.Module:
@@ -54,9 +50,7 @@ class Ahead(Generic[Item]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
     def __call__(self, step: int) -> Item:

@@ -128,10 +128,7 @@ class State(Facts):
 
 
 def begin(
-    net: Network,
-    options: TrainOptions,
-    schedule: Schedule,
-    share_out: Callable[[Network], Network] = lambda net: net,
+    net: Network, options: TrainOptions, schedule: Schedule, share_out: Callable[[Network], Network] = lambda net: net
 ) -> State:
     """A training that has not taken a step; `share_out` lays a network out over the processes."""
     device = next(net.parameters()).device

@@ -15,12 +15,12 @@ from diffusion.evaluation.heldout import quick_mse
 from diffusion.files import write_atomic
 from diffusion.model import Model
 from diffusion.process.build import ProcessOptions
-from diffusion.progress import Progress
+from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
-from diffusion.training.state import Row, State
+from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
 
 
@@ -32,25 +32,6 @@ class Live(Protocol):
 
     def image(self, path: Path, step: int) -> None:
         """The sample grid of a step."""
-
-
-class Clock:
-    """Steps per second since the last look, previews left out."""
-
-    def __init__(self) -> None:
-        self._steps, self._time = 0, time.monotonic()
-
-    def tick(self) -> None:
-        """One more step is done."""
-        self._steps += 1
-
-    def restart(self) -> None:
-        self._steps, self._time = 0, time.monotonic()
-
-    def rate(self) -> float:
-        rate = self._steps / max(time.monotonic() - self._time, 1e-9)
-        self.restart()
-        return rate
 
 
 def picture(directory: Path, step: int) -> Path:
@@ -86,20 +67,24 @@ class Watch:
     progress: Progress | None
     """None in all processes but the main one, as is `live`."""
     live: Live | None
-    clock: Clock = field(default_factory=Clock)
+    timed_steps: int = field(default=0, init=False)
+    """Steps since `timed_from`: their rate does not count previews."""
+    timed_from: float = field(default_factory=time.monotonic, init=False)
 
     def report(self, state: State) -> None:
         """After a step: progress, and from time to time a point of the loss curve."""
         options = self.trainer.options
-        self.clock.tick()
+        self.timed_steps += 1
         if self.progress:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
             self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = loop.add_point(state, self.trainer)
             if self.live and row:
-                rate = self.clock.rate() * options.batch_size
-                self.live.metrics({**without_step(row), "images_per_second": rate}, state.step)
+                point = {name: value for name, value in row.items() if name != "step"}
+                rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)
+                self.live.metrics(point | {"images_per_second": rate}, state.step)
+                self._restart_clock()
 
     def preview(self, state: State) -> None:
         """Measure the held-out error, and draw samples."""
@@ -110,22 +95,21 @@ class Watch:
                 mse = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
-        mse, signum = self.trainer.world.from_main(mse, signum)
+        mse, signum = self.trainer.world.from_main([mse, signum])
         if signum:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
-        if self.live and self.progress:
-            self.progress.write(f"train: step {state.step}: held-out MSE {mse:.4f}")
+        if self.live:
+            say(f"train: step {state.step}: held-out MSE {mse:.4f}")
             self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
             self.live.image(picture(self.previews, state.step), state.step)
-        self.clock.restart()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.timed_steps, self.timed_from = 0, time.monotonic()
 
     def _measure(self, state: State) -> float:
         mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
         images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, self.stop.check)
         write_atomic(picture(self.previews, state.step), grid_png(images))
         return mse
-
-
-def without_step(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "step"}

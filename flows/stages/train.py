@@ -36,8 +36,8 @@ from flows import launching, made_with, tracking
 from flows.environment import setting
 from flows.fingerprint import taken, training_facts, training_fingerprint
 from flows.params import Params
+from flows.parent import launched
 from flows.paths import Paths
-from flows.watch import launched
 
 SECONDS = "DDPM_CHECKPOINT_SECONDS"
 """It shapes no result, and so is no parameter."""
@@ -48,7 +48,7 @@ def run(params: Params, paths: Paths) -> None:
 
     With several processes this one only starts them, and each runs this again.
     """
-    device = networks.device(params.device, distributed.local_rank())
+    device = networks.device(params.device, torch.distributed.get_node_local_rank(0))
     pairs = Pairs(paths.pairs, "train")
     process = processes.process(params.process)
     pairs.check_process(process.schedule.alpha_bar.numpy())

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.files import SUMS, read_checked
+from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import store
@@ -92,12 +93,12 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     if scored != pairs:
         on = f"val pairs {scored[:12]}" if scored else "no val pairs"
         line = f"version {champion} was scored on {on}, version {number} on {pairs[:12]}: not comparable; {by_hand}"
-        store.say(f"champion of {name} stays version {champion}: {line}")
+        say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     errors = _errors_of(client, rival)
     if isinstance(errors, str):
         line = f"the errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
-        store.say(f"champion of {name} stays version {champion}: {line}")
+        say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     mean, margin = compare(new, errors)
     told = (
@@ -121,21 +122,16 @@ def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
     if not reason.strip():
         raise UserError("--reason: empty; say why this version becomes champion, its description will show it")
     uri, name = store.tracking_uri(paths), params.tracking.model_name
-
-    def change() -> str | None:
-        with store.lock(paths):
-            client = store.client_at(uri)
-            versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
-            if number not in versions:
-                there = f"there are {', '.join(sorted(versions, key=int))}" if versions else "there are none"
-                raise UserError(f"version {number}: no such version of {name} in MLflow at {uri}; {there}")
-            before = _aliases(client, name).get(CHAMPION)
-            instead = f" in place of version {before}" if before not in (None, number) else ""
-            _describe(client, versions[number], f"Champion, promoted by hand{instead}: {reason.strip()}")
-            client.set_registered_model_alias(name, CHAMPION, number)
-            return before
-
-    before = store.or_user_error(uri, change)
+    with store.user_errors(uri), store.lock(paths):
+        client = store.client_at(uri)
+        versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+        if number not in versions:
+            there = f"there are {', '.join(sorted(versions, key=int))}" if versions else "there are none"
+            raise UserError(f"version {number}: no such version of {name} in MLflow at {uri}; {there}")
+        before = _aliases(client, name).get(CHAMPION)
+        instead = f" in place of version {before}" if before not in (None, number) else ""
+        _describe(client, versions[number], f"Champion, promoted by hand{instead}: {reason.strip()}")
+        client.set_registered_model_alias(name, CHAMPION, number)
     print(f"{name} version {number} is now champion" + (f"; before, it was version {before}" if before else ""))
 
 

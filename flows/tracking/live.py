@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from diffusion.files import sha256
@@ -44,9 +43,7 @@ class LiveRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._send()
         ended = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._later(lambda run: run.end(ended))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
+from diffusion.progress import say
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
@@ -57,7 +58,7 @@ def record(
     try:
         return _record(uri, results.read(params, paths), run_id, speed or {})
     except UserError as error:
-        store.say(f"not recorded: {error}")
+        say(f"MLflow: not recorded: {error}")
     except Exception as error:
         store.say_unusable(uri, error)
     return None
@@ -67,8 +68,9 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
     """`record`, and print where it is; raises UserError if there is nothing to record or MLflow cannot be reached."""
     found, uri = results.read(params, paths), store.tracking_uri(paths)
     for reason in found.stale:
-        store.say(f"left out: {reason}; `dvc repro` brings it up to date")
-    recorded = store.or_user_error(uri, lambda: _record(uri, found, None, {}))
+        say(f"MLflow: left out: {reason}; `dvc repro` brings it up to date")
+    with store.user_errors(uri):
+        recorded = _record(uri, found, None, {})
     if as_json:
         print(json.dumps(recorded._asdict()))
         return

@@ -7,17 +7,17 @@ import json
 import math
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
 
 from diffusion.errors import UserError
+from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # importing mlflow takes a second or more: only where somethi
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric, Run
 
-T = TypeVar("T")
 FINGERPRINT, WEIGHTS = "ddpm.fingerprint", "ddpm.weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -232,11 +231,6 @@ def read_image(path: Path) -> Image.Image:
         return image
 
 
-def say(line: str) -> None:
-    """Print a line without breaking a progress bar."""
-    tqdm.write(f"MLflow: {line}", file=sys.stderr)
-
-
 _said: set[str] = set()
 
 
@@ -244,13 +238,15 @@ def say_unusable(uri: str, error: Exception) -> None:
     """Report once in this process that work continues without MLflow."""
     if uri not in _said:
         _said.add(uri)
-        say(f"{uri} cannot be used ({brief(error)}); going on without it, `ddpm track` brings the results there later")
+        later = "going on without it, `ddpm track` brings the results there later"
+        say(f"MLflow: {uri} cannot be used ({brief(error)}); {later}")
 
 
-def or_user_error(uri: str, call: Callable[[], T]) -> T:
-    """What a call gives; an error of MLflow's becomes a UserError of one line."""
+@contextmanager
+def user_errors(uri: str) -> Iterator[None]:
+    """A block in which an error of MLflow's becomes a UserError of one line."""
     try:
-        return call()
+        yield
     except UserError:
         raise
     except Exception as error:  # of a database, of a server, of a driver that is not installed

@@ -32,7 +32,7 @@ time.sleep(60)
 
 WATCHED = """
 import os
-from flows.watch import stop_with_parent
+from flows.parent import stop_with_parent
 stop_with_parent()
 print(f"pid {os.getpid()}", flush=True)
 """

@@ -11,7 +11,7 @@ STOP_WITH = "DDPM_STOP_WITH"
 LAUNCHER = "DDPM_LAUNCHER"
 """The process id of a training that has started others, to train together."""
 SECONDS_TO_STOP = 10
-"""How long a process may take to write a checkpoint and end."""
+"""How long a stage may take to write a checkpoint and end, once told to."""
 
 
 def launched() -> bool:
@@ -21,13 +21,10 @@ def launched() -> bool:
 
 def stop_with_parent() -> None:
     """Watch whoever started this process, where the environment says so: its end is taken for SIGTERM."""
-    watches = []
     if os.environ.get(STOP_WITH) == "stdin":
-        watches.append(_wait_for_stdin)
+        threading.Thread(target=_wait_for_stdin, name="stop-with-parent", daemon=True).start()
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        watches.append(_wait_for_launcher)
-    for wait in watches:
-        threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
+        threading.Thread(target=_wait_for_launcher, name="stop-with-launcher", daemon=True).start()
 
 
 def _wait_for_stdin() -> None:
