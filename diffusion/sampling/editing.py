@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 from diffusion.sampling.sampler import Before, Noise, Sampler, sample
 
 
@@ -68,5 +68,5 @@ def inpaint(
             before = Before(at, x_0_hat)
         else:
             alpha = schedule(to) / schedule(at)
-            x, before = alpha.sqrt().to(x.dtype) * x + (1 - alpha).sqrt().to(x.dtype) * noise(places[0]), None
+            x, before = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
         yield x

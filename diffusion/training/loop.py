@@ -14,6 +14,7 @@ from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.loss import Loss
+from diffusion.process.schedule import times
 from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
@@ -143,7 +144,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
         with synchronizing(trainer.net, number == options.accumulate):
             with torch.autocast(x_0.device.type, trainer.precision, enabled=trainer.precision != torch.float32):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
-            value = (weight.to(loss.dtype) * loss).mean() / options.accumulate
+            value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.
             (value * (value.detach() - value.detach() + 1)).backward()
         losses.append(loss.detach())
