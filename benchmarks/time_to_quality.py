@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pixels import to_x_0
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
 from diffusion.samples import draw_samples, grid_png
@@ -178,7 +179,7 @@ class Peer(Training):
 
     def step(self) -> int:
         chosen = torch.randint(len(self.source), (self.BATCH,), generator=self.generator)
-        x_0 = torch.from_numpy(self.source[chosen.numpy()] / np.float32(127.5) - 1)
+        x_0 = torch.from_numpy(to_x_0(self.source[chosen.numpy()], np.float32))
         t = torch.randint(self.process.schedule.num_timesteps, (self.BATCH,), generator=self.generator)
         eps = torch.randn(x_0.shape, generator=self.generator)
         rate = min(1.0, (self.steps + 1) / self.WARMUP)

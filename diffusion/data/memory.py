@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.images import Unreadable
 from diffusion.data.noise import BLOCK, eps_from_key, eps_key, timesteps
-from diffusion.data.pairs import fit
+from diffusion.data.pixels import fit
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 

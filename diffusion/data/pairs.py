@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
+from diffusion.data.pixels import fit, to_x_0
 from diffusion.data.tar import Member, Tar, Writer, members, open_map
 from diffusion.errors import UserError
 from diffusion.files import read_checked, write_json, write_sums
@@ -119,16 +120,6 @@ class TrainImages(Protocol):
     def labels(self, block: int) -> NDArray[np.int64]: ...
 
 
-def fit(image: Image.Image, channels: int, height: int, width: int) -> NDArray[np.uint8]:
-    """An image as uint8 (C, H, W): laid on white if transparent, cropped to the aspect ratio and resized if need be."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height))
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
 def write(
     directory: Path,
     images: Mapping[Split, LabelledImages],
@@ -189,7 +180,7 @@ def _heldout_arrays(
     draws, n = settings.heldout_draws, len(x_0)
     t = np.empty((draws, n), np.int64)
     x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
-    clean = x_0 / 127.5 - 1  # float64, as all here up to the last assignment
+    clean = to_x_0(x_0, np.float64)  # float64, as all here up to the last assignment
     for draw in range(draws):
         t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
         eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
@@ -333,11 +324,9 @@ def train_batch(
         if flip:
             mirrored = _random(seed, Purpose.FLIP, epoch, block)[taken] < 0.5
             x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
-        np.divide(x_0, np.float32(127.5), out=batch.x_0[into])
-        batch.t[into], batch.eps[into] = t[taken], eps[taken]
+        batch.x_0[into], batch.t[into], batch.eps[into] = to_x_0(x_0, np.float32), t[taken], eps[taken]
         dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
         batch.y[into] = np.where(dropped, -1, pairs.labels(block)[taken])
         batch.u[into] = _random(seed, Purpose.TIMESTEP_UNIFORMS, epoch, block)[taken]
         done += count
-    np.subtract(batch.x_0, np.float32(1), out=batch.x_0)
     return batch

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.noise import BLOCK, Purpose, stream
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_x_0
 from diffusion.model import Model
 from diffusion.process.likelihood import Bound, prior
 from diffusion.process.variance import Variance
@@ -75,7 +76,7 @@ def measure(
     priors, steps = np.empty(images), np.empty((images, count))
     for first in range(0, images, BLOCK):
         indices = range(first, min(first + BLOCK, images))
-        x_0 = torch.from_numpy(pairs.x_0(first // BLOCK)[: len(indices)] / 127.5 - 1).to(device)
+        x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64)).to(device)
         y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
         priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
         # Noise of an image at t is its stream t, so that the timesteps' own is free at T.

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import predictions
 from diffusion.export import golden
 from diffusion.model import Model
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.progress import Progress, say
-from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.files import write_atomic
@@ -20,7 +21,7 @@ from diffusion.nn import build as networks
 from diffusion.nn.build import Device
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
-from diffusion.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path

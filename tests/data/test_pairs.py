@@ -15,7 +15,8 @@ from PIL import Image
 
 from diffusion.data import pairs as module
 from diffusion.data.noise import BLOCK, SPLITS, Split
-from diffusion.data.pairs import Manifest, Pairs, Settings, fit, train_batch, write
+from diffusion.data.pairs import Manifest, Pairs, Settings, train_batch, write
+from diffusion.data.pixels import fit
 from diffusion.errors import UserError
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}

@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from diffusion.data.pixels import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
 from diffusion.process import build
 from diffusion.process.build import ProcessOptions
-from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.pairs import fit
+from diffusion.data.pixels import fit
 from diffusion.model import Config, load_model, save_model
 from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
