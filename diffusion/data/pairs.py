@@ -9,6 +9,7 @@ its t as well. data/README.md describes the files.
 import hashlib
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -272,6 +273,60 @@ class Pairs:
         return np.frombuffer(self._maps[number], dtype, count, offset).reshape(shape)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The training stream in batches: called with k it gives batch k, a pure function of k and these fields.
+
+    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Batch k
+    has items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
+    """
+
+    pairs: TrainImages
+    seed: int
+    size: int
+    """B"""
+    flip: bool = False
+    """Whether x_0 is mirrored left to right, by random bits of (seed, e, block)."""
+    class_dropout: float = 0.0
+    """Share of the labels that are dropped, by other such bits."""
+    rank: int = 0
+    world: int = 1
+
+    def __call__(self, k: int) -> Batch:
+        share, image = self.size // self.world, self.pairs.shape
+        batch = Batch(
+            x_0=np.empty((share, *image), np.float32),
+            t=np.empty(share, np.int64),
+            eps=np.empty((share, *image), np.float32),
+            y=np.empty(share, np.int64),
+            u=np.empty(share, np.float64),
+        )
+        first, done = k * self.size + self.rank * share, 0
+        while done < share:
+            epoch, offset = divmod(first + done, self.pairs.images)
+            order, begins = _epoch(self.seed, epoch, self.pairs.images)
+            place = int(np.searchsorted(begins, offset, side="right")) - 1
+            block, start = int(order[place]), offset - int(begins[place])
+            end = min(self.pairs.size(block), start + share - done)
+            for name, items in self._items(epoch, block, slice(start, end))._asdict().items():
+                getattr(batch, name)[done : done + end - start] = items
+            done += end - start
+        return batch
+
+    def _items(self, epoch: int, block: int, taken: slice) -> Batch:
+        """Some of a block's items, as they are in an epoch."""
+
+        def uniform(purpose: Purpose) -> NDArray[np.float64]:
+            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[taken]
+
+        t, eps = self.pairs.cached_recipe(block, epoch)
+        x_0, y = self.pairs.x_0(block)[taken], self.pairs.labels(block)[taken]
+        if self.flip:
+            x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
+        y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
+        return Batch(to_x_0(x_0, np.float32), t[taken], eps[taken], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+
+
 @lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The blocks in an epoch's order, (blocks,), and where in the epoch each begins, (blocks + 1,)."""
@@ -279,54 +334,3 @@ def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArr
     order = stream(seed, Purpose.BLOCK_ORDER, high=epoch).permutation(blocks)
     sizes = np.minimum(BLOCK, images - order * BLOCK)
     return order, np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _random(seed: int, purpose: Purpose, epoch: int, block: int) -> NDArray[np.float64]:
-    """Numbers uniform on [0, 1) for the images of a block in an epoch, (BLOCK,)."""
-    return stream(seed, purpose, high=epoch, low=block).random(BLOCK)
-
-
-def train_batch(
-    pairs: TrainImages,
-    seed: int,
-    step: int,
-    batch_size: int,
-    *,
-    flip: bool = False,
-    class_dropout: float = 0.0,
-    rank: int = 0,
-    world: int = 1,
-) -> Batch:
-    """Batch `step` of the training stream, a pure function of its arguments.
-
-    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Step k
-    takes items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
-    `flip` mirrors x_0 left to right by random bits of (seed, e, block), and labels are dropped by others.
-    """
-    share = batch_size // world
-    batch = Batch(
-        x_0=np.empty((share, *pairs.shape), np.float32),
-        t=np.empty(share, np.int64),
-        eps=np.empty((share, *pairs.shape), np.float32),
-        y=np.empty(share, np.int64),
-        u=np.empty(share, np.float64),
-    )
-    first, done = step * batch_size + rank * share, 0
-    while done < share:
-        epoch, offset = divmod(first + done, pairs.images)
-        order, begins = _epoch(seed, epoch, pairs.images)
-        place = int(np.searchsorted(begins, offset, side="right")) - 1
-        block, start = int(order[place]), offset - int(begins[place])
-        count = min(pairs.size(block) - start, share - done)
-        taken, into = slice(start, start + count), slice(done, done + count)
-        t, eps = pairs.cached_recipe(block, epoch)
-        x_0 = pairs.x_0(block)[taken]
-        if flip:
-            mirrored = _random(seed, Purpose.FLIP, epoch, block)[taken] < 0.5
-            x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
-        batch.x_0[into], batch.t[into], batch.eps[into] = to_x_0(x_0, np.float32), t[taken], eps[taken]
-        dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
-        batch.y[into] = np.where(dropped, -1, pairs.labels(block)[taken])
-        batch.u[into] = _random(seed, Purpose.TIMESTEP_UNIFORMS, epoch, block)[taken]
-        done += count
-    return batch

@@ -5,6 +5,7 @@ Strata of width one make it the exact sum; wider ones an unbiased estimate from 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,34 @@ BATCH = 256
 Array = NDArray[np.float64]
 Edges = NDArray[np.int64]
 """Where each stratum of timesteps begins, and T: (strata + 1,), ascending from 0."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which terms of the bound are computed: of each image, one for each stratum, at a timestep drawn from it.
+
+    What is drawn for an image depends on the seed and the image's index alone, and the noise at a timestep not on the
+    strata: an estimate is one of the exact sum over the very same terms.
+    """
+
+    images: int
+    """The first ones of a split."""
+    edges: Edges
+    seed: int
+
+    @property
+    def terms(self) -> int:
+        return self.images * (len(self.edges) - 1)
+
+    def timesteps(self, image: int) -> NDArray[np.int64]:
+        """One from each stratum, (strata,)."""
+        # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
+        T = int(self.edges[-1])
+        return stream(self.seed, Purpose.LIKELIHOOD, image, T).integers(self.edges[:-1], self.edges[1:])
+
+    def noise(self, image: int, t: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """Of an image at t, of its shape (C, H, W)."""
+        return stream(self.seed, Purpose.LIKELIHOOD, image, t).standard_normal(shape, dtype=np.float32)
 
 
 class Terms(NamedTuple):
@@ -61,32 +90,23 @@ def measure(
     model: Model,
     variance: Variance,
     pairs: Pairs,
-    images: int,
-    edges: Edges,
-    seed: int,
+    draws: Draws,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Terms:
-    """The bound on the first `images` images of a split, told their classes; `advance` is told of terms done.
-
-    What is drawn for an image depends on the seed and the image's index alone, and the noise at a timestep not on the
-    strata: the estimate is one of the exact sum over the very same terms.
-    """
-    T, count = int(edges[-1]), len(edges) - 1
-    priors, steps = np.empty(images), np.empty((images, count))
-    for first in range(0, images, BLOCK):
-        indices = range(first, min(first + BLOCK, images))
+    """The bound on images of a split, told their classes; `advance` is told of terms done."""
+    count = len(draws.edges) - 1
+    priors, steps = np.empty(draws.images), np.empty((draws.images, count))
+    for first in range(0, draws.images, BLOCK):
+        indices = range(first, min(first + BLOCK, draws.images))
         x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64)).to(device)
         y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
         priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
-        # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
-        t = np.stack([stream(seed, Purpose.LIKELIHOOD, image, T).integers(edges[:-1], edges[1:]) for image in indices])
+        t = np.stack([draws.timesteps(image) for image in indices])
         for begin in range(0, t.size, BATCH):
             row, column = np.divmod(np.arange(begin, min(begin + BATCH, t.size)), count)
             noise = [
-                stream(seed, Purpose.LIKELIHOOD, first + int(image), int(at)).standard_normal(
-                    pairs.shape, dtype=np.float32
-                )
+                draws.noise(first + int(image), int(at), pairs.shape)
                 for image, at in zip(row, t[row, column], strict=True)
             ]
             bound = Bound(model.process.denoiser(model.net_for(y[row])), variance)
@@ -97,7 +117,7 @@ def measure(
             )
             steps[first + row, column] = term.cpu().numpy()
             advance(len(row))
-    return Terms(priors, steps * np.diff(edges))
+    return Terms(priors, steps * np.diff(draws.edges))
 
 
 def summarize(estimate: Terms, exact: Terms) -> dict[str, float]:

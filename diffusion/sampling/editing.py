@@ -20,21 +20,12 @@ def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps
     return sample(sampler, noise, timesteps, schedule.diffuse(x_0, t, noise(0)))
 
 
-def interpolate(
-    sampler: Sampler,
-    schedule: Schedule,
-    noise: Noise,
-    timesteps: list[int],
-    x_0: Tensor,
-    x_0_other: Tensor,
-    fraction: Tensor,
-) -> Tensor:
-    """Images between x_0 (fraction 0) and x_0_other (fraction 1): mixed with noise at timesteps[0], then sampled.
+def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
+    """x_0 (fraction 0) mixed with x_0_other (fraction 1), for `image_to_image` to interpolate; fraction: (B,).
 
-    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance. fraction: (B,).
+    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance.
     """
-    mixed = torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
-    return image_to_image(sampler, schedule, noise, timesteps, mixed)
+    return torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
 
 
 def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:

@@ -16,7 +16,7 @@ from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.files import write_atomic
-from diffusion.model import Config, Model, load_model
+from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
 from diffusion.process.schedule import Schedule
@@ -24,7 +24,7 @@ from diffusion.progress import Progress, say
 from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path
+from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import Before, Draw, Noise, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
@@ -82,7 +82,6 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
         raise UserError(f"--filmstrip: {arguments.filmstrip} is no .png file")
     device = networks.device(settings.device)
     model = load_model(arguments.model or paths.model, device)
-    check(options, model.config)
     if arguments.guidance not in (None, 1) and not model.num_classes:
         raise UserError("--guidance: the model knows no classes (it was trained with network.classes: false)")
     # A given picture has a class of its own, which nobody told.
@@ -163,17 +162,6 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
         raise UserError(f"{paths.params} with the options given: {describe(error)}") from None
 
 
-def check(options: SampleOptions, config: Config) -> None:
-    """Raise UserError unless a model can sample so."""
-    T = config.process.num_timesteps
-    if options.steps > T:
-        raise UserError(
-            f"sample.steps ({options.steps}) exceeds the model's num_timesteps ({T}); give fewer by --steps"
-        )
-    if options.variance == "learned" and not config.process.learned_variance:
-        raise UserError("sample.variance is learned, but the model has not learned it; choose another by --variance")
-
-
 def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     """Numbers of the classes that are given by name or number."""
     known = model.config.classes
@@ -235,7 +223,7 @@ def between(schedule: Schedule, timesteps: list[int], x_0: Tensor, x_0_other: Te
 
     def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
         fraction = numbers.double() / max(count - 1, 1)
-        return interpolate(sampler, schedule, noise, timesteps, x_0, x_0_other, fraction)
+        return image_to_image(sampler, schedule, noise, timesteps, mix(x_0, x_0_other, fraction))
 
     return Way(len(timesteps), make, one_noise=True)
 
