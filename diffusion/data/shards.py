@@ -189,18 +189,17 @@ def write(
                 continue
             tally.add(sample, picture, split)
             writers[split].add(sample.key, _record(sample, picture, source.classes))
-    tars = {split: tuple(writers[split].tars) for split in SPLITS}
-    counts = {split: sum(tar.samples for tar in tars[split]) for split in SPLITS}
-    _check_counts(name, counts, rejected)
+    splits = dict[Split, Contents]()
+    for split in SPLITS:
+        tars, per_class = tuple(writers[split].tars), tuple(tally.per_class[split].tolist())
+        splits[split] = Contents(samples=sum(tar.samples for tar in tars), per_class=per_class, shards=tars)
+    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
     manifest = Manifest(
         source=name,
         classes=source.classes,
-        splits={
-            split: Contents(samples=counts[split], per_class=tuple(tally.per_class[split].tolist()), shards=tars[split])
-            for split in SPLITS
-        },
+        splits=splits,
         statistics=tally.statistics(),
         smallest=smallest,
         largest=largest,
@@ -211,7 +210,7 @@ def write(
         multipage=tally.multipage,
     )
     write_json(directory / MANIFEST, manifest.model_dump())
-    write_sums(directory, {tar.name: tar.sha256 for split in SPLITS for tar in tars[split]})
+    write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.shards})
     return manifest
 
 
