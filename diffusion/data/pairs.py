@@ -17,24 +17,19 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
 from diffusion.data.pixels import fit, to_x_0
-from diffusion.data.tar import Member, Tar, Writer, members, open_map
+from diffusion.data.tar import Facts, Member, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import read_checked, write_json, write_sums
+from diffusion.files import write_json, write_sums
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20
 Number = TypeVar("Number", bound=np.generic)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Contents(_Model):
+class Contents(Facts):
     """What a split holds."""
 
     images: int
@@ -43,7 +38,7 @@ class Contents(_Model):
     """A sample of these is a block."""
 
 
-class Settings(_Model):
+class Settings(Facts):
     """What the pairs are made with, besides the images."""
 
     channels: int
@@ -203,10 +198,7 @@ class Pairs:
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        try:
-            self.manifest = Manifest.model_validate_json(read_checked(directory / MANIFEST, "pairs"))
-        except ValidationError:
-            raise UserError(f"{directory / MANIFEST}: of another version; `dvc repro pairs` writes it") from None
+        self.manifest = Manifest.read(directory / MANIFEST, "pairs")
         self.split: Split = split
         contents = self.manifest.splits[split]
         self.images, self.blocks = contents.images, contents.blocks

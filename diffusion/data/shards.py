@@ -15,14 +15,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.images import Picture, Unreadable, digest
 from diffusion.data.noise import SPLITS, Split
 from diffusion.data.splits import Fractions, Splitter
-from diffusion.data.tar import Tar, Writer, members, open_map
+from diffusion.data.tar import Facts, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import read_checked, sha256, write_json, write_sums
+from diffusion.files import sha256, write_json, write_sums
 
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
@@ -65,11 +64,7 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Contents(_Model):
+class Contents(Facts):
     """What a split holds."""
 
     samples: int
@@ -78,7 +73,7 @@ class Contents(_Model):
     shards: tuple[Tar, ...]
 
 
-class Statistics(_Model):
+class Statistics(Facts):
     """Of all images of one mode, channel by channel, for values in [0, 1]."""
 
     images: int
@@ -86,14 +81,14 @@ class Statistics(_Model):
     std: tuple[float, ...]
 
 
-class Remark(_Model):
+class Remark(Facts):
     """A file of the source, and why it was left out or what its decoder warned of."""
 
     file: str
     reason: str
 
 
-class Manifest(_Model):
+class Manifest(Facts):
     """manifest.json of data/shards."""
 
     source: str
@@ -189,10 +184,7 @@ def write(
                 continue
             tally.add(sample, picture, split)
             writers[split].add(sample.key, _record(sample, picture, source.classes))
-    splits = dict[Split, Contents]()
-    for split in SPLITS:
-        tars, per_class = tuple(writers[split].tars), tuple(tally.per_class[split].tolist())
-        splits[split] = Contents(samples=sum(tar.samples for tar in tars), per_class=per_class, shards=tars)
+    splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
     _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
@@ -212,6 +204,11 @@ def write(
     write_json(directory / MANIFEST, manifest.model_dump())
     write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.shards})
     return manifest
+
+
+def _contents(tars: Sequence[Tar], per_class: NDArray[np.int64]) -> Contents:
+    samples = sum(tar.samples for tar in tars)
+    return Contents(samples=samples, per_class=tuple(per_class.tolist()), shards=tuple(tars))
 
 
 def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[str, bytes]:
@@ -257,15 +254,6 @@ def describe_splits(own: Mapping[Split, str]) -> str:
         return "train, val and test by a hash of each image's pixels"
     parts = f"{' and '.join(hashed)} {'is' if len(hashed) == 1 else 'are'} taken from train by a hash of the pixels"
     return ", ".join([*given, parts] if hashed else given)
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of data/shards; raises UserError if it is missing, damaged or not what this version writes."""
-    path = directory / MANIFEST
-    try:
-        return Manifest.model_validate_json(read_checked(path, "shard"))
-    except ValidationError:
-        raise UserError(f"{path}: of another version; `dvc repro shard` writes it") from None
 
 
 def manifest_sha256(directory: Path) -> str:

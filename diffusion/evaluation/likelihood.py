@@ -44,16 +44,6 @@ class Draws:
     def terms(self) -> int:
         return self.images * (len(self.edges) - 1)
 
-    def timesteps(self, image: int) -> NDArray[np.int64]:
-        """One from each stratum, (strata,)."""
-        # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
-        T = int(self.edges[-1])
-        return stream(self.seed, Purpose.LIKELIHOOD, image, T).integers(self.edges[:-1], self.edges[1:])
-
-    def noise(self, image: int, t: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-        """Of an image at t, of its shape (C, H, W)."""
-        return stream(self.seed, Purpose.LIKELIHOOD, image, t).standard_normal(shape, dtype=np.float32)
-
 
 class Terms(NamedTuple):
     """The bound on n images, in bits per dimension."""
@@ -95,18 +85,22 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Terms:
     """The bound on images of a split, told their classes; `advance` is told of terms done."""
-    count = len(draws.edges) - 1
+    edges, count = draws.edges, len(draws.edges) - 1
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))
     for first in range(0, draws.images, BLOCK):
         indices = range(first, min(first + BLOCK, draws.images))
         x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64)).to(device)
         y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
         priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
-        t = np.stack([draws.timesteps(image) for image in indices])
+        # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
+        own = [stream(draws.seed, Purpose.LIKELIHOOD, image, int(edges[-1])) for image in indices]
+        t = np.stack([generator.integers(edges[:-1], edges[1:]) for generator in own])
         for begin in range(0, t.size, BATCH):
             row, column = np.divmod(np.arange(begin, min(begin + BATCH, t.size)), count)
             noise = [
-                draws.noise(first + int(image), int(at), pairs.shape)
+                stream(draws.seed, Purpose.LIKELIHOOD, first + int(image), int(at)).standard_normal(
+                    pairs.shape, dtype=np.float32
+                )
                 for image, at in zip(row, t[row, column], strict=True)
             ]
             bound = Bound(model.process.denoiser(model.net_for(y[row])), variance)
@@ -117,7 +111,7 @@ def measure(
             )
             steps[first + row, column] = term.cpu().numpy()
             advance(len(row))
-    return Terms(priors, steps * np.diff(draws.edges))
+    return Terms(priors, steps * np.diff(edges))
 
 
 def summarize(estimate: Terms, exact: Terms) -> dict[str, float]:

@@ -149,9 +149,7 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
     return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
 
 
-def _constants(
-    table: Recurrence, begins: np.ndarray, lengths: np.ndarray, values: int
-) -> dict[str, np.generic | np.ndarray]:
+def _constants(table: Recurrence, begins: np.ndarray, lengths: np.ndarray, values: int) -> dict[str, Any]:
     """What the graphs read by name, for images of so many values."""
     sources = 4 if table.stochastic else 3
     return {

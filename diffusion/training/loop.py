@@ -206,7 +206,7 @@ def out_of_patience(heldout_curve: list[Row], patience: int) -> bool:
 
 
 def judge(state: State, options: TrainOptions) -> None:
-    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the weights if it is the least."""
+    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the best weights."""
     row = state.heldout_curve[-1]
     if not math.isfinite(row["mse"]):
         raise Diverged(f"the held-out error at step {state.step} was not finite")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion.data.noise import SPLITS
-from diffusion.data.shards import Images, Manifest, read_manifest, write
+from diffusion.data.shards import MANIFEST, Images, Manifest, write
 from diffusion.data.sources import open_source
 from diffusion.data.splits import Fractions
 from diffusion.errors import UserError
@@ -88,7 +88,7 @@ def test_any_webdataset_reader_opens_them(tmp_path: Path, webdataset_samples: Re
 def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     source = npz(tmp_path / "a.npz", 60)
     manifest = shard(source, tmp_path / "shards")
-    assert read_manifest(tmp_path / "shards") == manifest
+    assert Manifest.read(tmp_path / "shards" / MANIFEST, "shard") == manifest
     for contents in manifest.splits.values():
         for tar in contents.shards:
             path = tmp_path / "shards" / tar.name
@@ -227,13 +227,13 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         Images(tmp_path / "shards", manifest.splits["train"])
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"old": 1}))
     with pytest.raises(UserError, match=r"manifest\.json: damaged \(not the bytes that SHA256SUMS lists\)"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
     write_sums(tmp_path / "shards")
     with pytest.raises(UserError, match=r"manifest\.json: of another version; `dvc repro shard`"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
     (tmp_path / "shards" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* an earlier version wrote it; `dvc repro shard`"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
 
 
 def test_members_carry_no_trace_of_the_machine(tmp_path: Path) -> None:
