@@ -113,7 +113,7 @@ class Model:
 def _session(content: bytes, device: str, threads: int) -> ort.InferenceSession:
     ort.set_default_logger_severity(4)  # errors are raised as well
     session = runtime.session(content, None if device == "cpu" else 0, threads)
-    if device == "cuda" and not runtime.on_gpu(session):
+    if device == "cuda" and session.get_providers()[0] != runtime.CUDA:
         raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
     return session
 

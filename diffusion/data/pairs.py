@@ -8,6 +8,7 @@ its t as well. data/README.md describes the files.
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,22 +99,32 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
 
 
-class TrainImages(Protocol):
+class BlockedImages(ABC):
     """Images in blocks, with the recipes of their pairs; on disk (`Pairs`) or in memory (`memory.Blocks`)."""
 
-    shape: tuple[int, int, int]
-    images: int
+    def __init__(self, images: int, shape: tuple[int, int, int], seed: int, split: Split, num_timesteps: int) -> None:
+        self.images, self.shape = images, shape
+        self.seed, self.split, self.num_timesteps = seed, split, num_timesteps
+        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
+        """Gives arrays that are not to be changed."""
 
-    @property
-    def cached_recipe(self) -> Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Of a block and a draw: t (n,) and eps (n, C, H, W), which are not to be changed."""
-        ...
+    @abstractmethod
+    def x_0(self, block: int) -> NDArray[np.uint8]:
+        """The images of a block, (n, C, H, W)."""
 
-    def size(self, block: int) -> int: ...
+    @abstractmethod
+    def labels(self, block: int) -> NDArray[np.int64]:
+        """The labels of a block, (n,); -1 where there is none."""
 
-    def x_0(self, block: int) -> NDArray[np.uint8]: ...
+    def size(self, block: int) -> int:
+        """Images in a block: BLOCK, or fewer in the last one."""
+        return min(BLOCK, self.images - block * BLOCK)
 
-    def labels(self, block: int) -> NDArray[np.int64]: ...
+    def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """t (n,) and eps (n, C, H, W) of any draw of a block."""
+        n = self.size(block)
+        t = timesteps(self.seed, self.split, block, draw, self.num_timesteps)[:n]
+        return t, eps_from_key(eps_key(self.seed, self.split, block, draw), self.shape)[:n]
 
 
 def write(
@@ -191,25 +202,25 @@ def _npy(value: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
-class Pairs:
+class Pairs(BlockedImages):
     """One split of data/pairs, read at random through memory maps.
 
     Raises UserError if the directory is missing, damaged or written by another version.
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        self.manifest = Manifest.read(directory / MANIFEST, "pairs")
-        self.split: Split = split
-        contents = self.manifest.splits[split]
-        self.images, self.blocks = contents.images, contents.blocks
-        self.shape = (self.manifest.channels, self.manifest.height, self.manifest.width)
+        made = self.manifest = Manifest.read(directory / MANIFEST, "pairs")
+        contents = made.splits[split]
+        super().__init__(
+            contents.images, (made.channels, made.height, made.width), made.seed, split, made.num_timesteps
+        )
+        self.blocks = contents.blocks
         self._maps = [open_map(directory, tar, "pairs") for tar in contents.tars]
         self._members: dict[tuple[int, str], tuple[int, Member]] = {
             (int(member.key), member.extension): (number, member)
             for number, mapped in enumerate(self._maps)
             for member in members(mapped)
         }
-        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
 
     @property
     def digest(self) -> str:
@@ -225,28 +236,19 @@ class Pairs:
                 f"other images {self.shape} than the model; `dvc repro` brings all stages up to date"
             )
 
-    def size(self, block: int) -> int:
-        """Images in a block: BLOCK, or fewer in the last one."""
-        return min(BLOCK, self.images - block * BLOCK)
-
     def x_0(self, block: int) -> NDArray[np.uint8]:
-        """The images of a block, (n, C, H, W)."""
         return self._view(block, "x_0", np.uint8, self.size(block), *self.shape).copy()
 
     def labels(self, block: int) -> NDArray[np.int64]:
-        """The labels of a block, (n,); -1 where there is none."""
         return self._view(block, "y", np.int64, self.size(block)).copy()
 
     def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """t (n,) and eps (n, C, H, W) of any draw of a block: from the table where it reaches, else computed alike."""
-        n, made = self.size(block), self.manifest
-        if self.split == "train" and draw < made.draws:
-            t = self._view(block, "t", np.int64, made.draws, n)[draw].copy()
-            key = self._view(block, "noise_key", np.uint64, made.draws, 6)[draw]
-        else:
-            t = timesteps(made.seed, self.split, block, draw, made.num_timesteps)[:n]
-            key = eps_key(made.seed, self.split, block, draw)
-        return t, eps_from_key(key, self.shape)[:n]
+        """From the table where it reaches, else computed alike."""
+        n, draws = self.size(block), self.manifest.draws
+        if self.split != "train" or draw >= draws:
+            return super().recipe(block, draw)
+        t = self._view(block, "t", np.int64, draws, n)[draw].copy()
+        return t, eps_from_key(self._view(block, "noise_key", np.uint64, draws, 6)[draw], self.shape)[:n]
 
     def heldout(self, block: int, draw: int) -> HeldOut:
         """A stored draw, below manifest.heldout_draws, of a block of val or test."""
@@ -273,7 +275,7 @@ class Batches:
     has items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
     """
 
-    pairs: TrainImages
+    pairs: BlockedImages
     seed: int
     size: int
     """B"""

@@ -36,7 +36,7 @@ def session(content: bytes, device: torch.device, required: bool = True) -> ort.
     If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`.
     """
     made = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
-    if device.type == "cuda" and not runtime.on_gpu(made):
+    if device.type == "cuda" and made.get_providers()[0] != runtime.CUDA:
         if required:
             raise UserError(f"device: ONNX Runtime cannot use {device}; set device to auto or cpu")
         say(f"ONNX Runtime cannot use {device}; running the graph on the CPU")
@@ -120,11 +120,8 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
             made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
             images = np.concatenate(made).astype(int)
             off = np.abs(images - expected[: len(images)])
-            differing, values, largest = (
-                differing + int((off > 0).sum()),
-                values + off.size,
-                max(largest, int(off.max())),
-            )
+            differing, values = differing + int((off > 0).sum()), values + off.size
+            largest = max(largest, int(off.max()))
     share = differing / values
     if largest > 1 or share > OFF_BY_ONE:
         raise UserError(

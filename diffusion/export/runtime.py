@@ -18,7 +18,3 @@ def session(content: bytes, gpu: int | None, threads: int = 0) -> ort.InferenceS
     exact = {"device_id": gpu, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
     providers = [(CUDA, exact)] if gpu is not None and CUDA in ort.get_available_providers() else []
     return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
-
-
-def on_gpu(session: ort.InferenceSession) -> bool:
-    return bool(session.get_providers()[0] == CUDA)

@@ -206,26 +206,13 @@ def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, dev
     if not 0 <= at < schedule.num_timesteps:
         raise UserError(f"--at: the model's timesteps go from 0 to {schedule.num_timesteps - 1} (got {at})")
     rest = [at, *(t for t in timesteps if t < at)]
-    return alike(schedule, rest, x_0[0]) if len(x_0) == 1 else between(schedule, rest, x_0[0], x_0[1], options.count)
-
-
-def alike(schedule: Schedule, timesteps: list[int], x_0: Tensor) -> Way:
-    """Pictures like x_0 (1, C, H, W)."""
 
     def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
-        return image_to_image(sampler, schedule, noise, timesteps, x_0.expand(len(numbers), -1, -1, -1))
+        """Pictures like the one given; or evenly from one to the other, of one noise: only the mixture changes."""
+        mixed = mix(x_0[0], x_0[-1], numbers.double() / max(options.count - 1, 1))
+        return image_to_image(sampler, schedule, noise, rest, mixed)
 
-    return Way(len(timesteps), make)
-
-
-def between(schedule: Schedule, timesteps: list[int], x_0: Tensor, x_0_other: Tensor, count: int) -> Way:
-    """Pictures evenly from x_0 to x_0_other (1, C, H, W); of one noise, so that only the mixture changes."""
-
-    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
-        fraction = numbers.double() / max(count - 1, 1)
-        return image_to_image(sampler, schedule, noise, timesteps, mix(x_0, x_0_other, fraction))
-
-    return Way(len(timesteps), make, one_noise=True)
+    return Way(len(rest), make, one_noise=len(x_0) == 2)
 
 
 def made_anew(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) -> Way:
