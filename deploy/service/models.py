@@ -55,12 +55,13 @@ class Model:
         except ValueError as error:
             raise Refused(str(error)) from None
         try:
-            self.session = _session(content, device, threads)
+            ort.set_default_logger_severity(4)  # errors are raised as well
+            self.session = runtime.session(content, None if device == "cpu" else 0, threads)
             facts = self.session.get_modelmeta().custom_metadata_map
-        except Refused:
-            raise
         except Exception as error:  # ONNX Runtime's have nothing in common
             raise Refused(f"no ONNX model that can be run ({golden.brief(error)})") from None
+        if device == "cuda" and self.session.get_providers()[0] != runtime.CUDA:
+            raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
         self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
             raise Refused("no sampler.onnx: it does not lead from `noise` to `images`")
@@ -108,14 +109,6 @@ class Model:
     def run(self, feeds: Feeds) -> Feeds:
         """All outputs, from all inputs."""
         return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
-
-
-def _session(content: bytes, device: str, threads: int) -> ort.InferenceSession:
-    ort.set_default_logger_severity(4)  # errors are raised as well
-    session = runtime.session(content, None if device == "cpu" else 0, threads)
-    if device == "cuda" and session.get_providers()[0] != runtime.CUDA:
-        raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
-    return session
 
 
 def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:

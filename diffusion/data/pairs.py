@@ -211,9 +211,8 @@ class Pairs(BlockedImages):
     def __init__(self, directory: Path, split: Split) -> None:
         made = self.manifest = Manifest.read(directory / MANIFEST, "pairs")
         contents = made.splits[split]
-        super().__init__(
-            contents.images, (made.channels, made.height, made.width), made.seed, split, made.num_timesteps
-        )
+        shape = (made.channels, made.height, made.width)
+        super().__init__(contents.images, shape, made.seed, split, made.num_timesteps)
         self.blocks = contents.blocks
         self._maps = [open_map(directory, tar, "pairs") for tar in contents.tars]
         self._members: dict[tuple[int, str], tuple[int, Member]] = {

@@ -85,7 +85,8 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Terms:
     """The bound on images of a split, told their classes; `advance` is told of terms done."""
-    edges, count = draws.edges, len(draws.edges) - 1
+    seed, edges = draws.seed, draws.edges
+    T, count = int(edges[-1]), len(edges) - 1
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))
     for first in range(0, draws.images, BLOCK):
         indices = range(first, min(first + BLOCK, draws.images))
@@ -93,12 +94,11 @@ def measure(
         y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
         priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
         # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
-        own = [stream(draws.seed, Purpose.LIKELIHOOD, image, int(edges[-1])) for image in indices]
-        t = np.stack([generator.integers(edges[:-1], edges[1:]) for generator in own])
+        t = np.stack([stream(seed, Purpose.LIKELIHOOD, image, T).integers(edges[:-1], edges[1:]) for image in indices])
         for begin in range(0, t.size, BATCH):
             row, column = np.divmod(np.arange(begin, min(begin + BATCH, t.size)), count)
             noise = [
-                stream(draws.seed, Purpose.LIKELIHOOD, first + int(image), int(at)).standard_normal(
+                stream(seed, Purpose.LIKELIHOOD, first + int(image), int(at)).standard_normal(
                     pairs.shape, dtype=np.float32
                 )
                 for image, at in zip(row, t[row, column], strict=True)

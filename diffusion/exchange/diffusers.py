@@ -118,16 +118,9 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     if learned != process.learned_variance:
         must = "learned_range" if learned else "fixed_small or fixed_large"
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
-
-    config = model.Config(
-        shape=(unet.in_channels, *unet.sample_size),
-        classes=(),
-        network=network,
-        process=process,
-        x_0_mse=None,
-        scheduler=document,
-    )
-    net = model.new_network(config.shape, 0, network, process)
+    shape = (unet.in_channels, *unet.sample_size)
+    config = model.Config(shape=shape, classes=(), network=network, process=process, x_0_mse=None, scheduler=document)
+    net = model.new_network(shape, 0, network, process)
     assert isinstance(net, UNet)
     if (wanted := groups(network)) != unet.norm_num_groups:
         raise UserError(f"{unet_path}: norm_num_groups must be {wanted} for such channels (got {unet.norm_num_groups})")

@@ -118,20 +118,13 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
     table, begins, lengths = tables(model, options)
     guided, (C, H, W) = model.num_classes > 0, model.shape
     sides = {"C": C, "H": H, "W": W}
-    image = f"float[B,{C},{H},{W}]"
-    inputs = [f"{image} noise", f"float[S,B,{C},{H},{W}] steps_noise" if table.stochastic else "int64[1] steps"]
+    image = f"B,{C},{H},{W}"
+    inputs = [f"float[{image}] noise", f"float[S,{image}] steps_noise" if table.stochastic else "int64[1] steps"]
     if guided:
         inputs += ["int64[B] y", "float[1] guidance"]
     before, after = GUIDED if guided else PLAIN
-    body = parser.parse_graph(
-        BODY.format(
-            before=before,
-            after=after,
-            threshold=THRESHOLDS[options.threshold],
-            noise=STOCHASTIC if table.stochastic else DETERMINISTIC,
-            **sides,
-        )
-    )
+    parts = {"before": before, "after": after, "threshold": THRESHOLDS[options.threshold]} | sides
+    body = parser.parse_graph(BODY.format(noise=STOCHASTIC if table.stochastic else DETERMINISTIC, **parts))
     put_network(body, denoiser, guided)
     count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
     outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
