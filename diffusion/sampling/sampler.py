@@ -14,8 +14,6 @@ from diffusion.process.variance import Variance
 
 Noise = Callable[[int], Tensor]
 """Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
-
-
 Draw = Callable[[], Tensor]
 """One step's noise; a deterministic step does not ask for it."""
 

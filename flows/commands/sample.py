@@ -33,8 +33,6 @@ from flows.yaml_files import integer, number, overlay, read_yaml
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
-
-
 REPAINT = 10
 """Jump and rounds of RePaint unless given; Lugmayr et al. 2022, section 5."""
 

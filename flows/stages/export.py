@@ -48,9 +48,8 @@ def run(params: Params, paths: Paths) -> None:
             sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                report["sampler"] = parity.check_sampler(
-                    parity.session(contents[whole], device, required), model, sample
-                )
+                sampler = parity.session(contents[whole], device, required)
+                report["sampler"] = parity.check_sampler(sampler, model, sample)
             else:
                 mse = report["denoiser"]["mse"]
                 report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
@@ -72,10 +71,10 @@ def run(params: Params, paths: Paths) -> None:
 def tell(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
     """Say what was written, how exact it is and, of the variants in `times`, how fast."""
     size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
+    largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each), at most "
-        f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "
-        f"{provider}"
+        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each), at most {largest:.1e} from torch "
+        f"on {pairs} held-out pairs, by {provider}"
     )
     for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
