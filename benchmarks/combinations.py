@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.model import Config, Model, new_network
@@ -50,7 +50,7 @@ def train(params: Params, paths: Paths) -> Model:
     pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
     state = begin(net, params.train, process.schedule)
-    fetch = partial(train_batch, pairs, params.seed, batch_size=params.train.batch_size)
+    fetch = Batches(pairs, params.seed, params.train.batch_size)
     trainer = loop.Trainer(params.train, params.seed, process.loss, fetch, state.net)
     for _ in range(params.train.steps):
         loop.step(state, trainer)
@@ -69,10 +69,11 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
     began = time.perf_counter()
     model = train(params, paths)
     seconds, test = time.perf_counter() - began, Pairs(paths.pairs, "test")
-    mse, strata = quick_mse(model, test, CPU, nothing), likelihood.strata(params.process.num_timesteps)
+    mse = quick_mse(model, test, CPU, nothing)
+    draws = likelihood.Draws(images, likelihood.strata(params.process.num_timesteps), params.seed)
     rows = []
     for variance in ["learned"] if params.process.learned_variance else ["fixed-small", "fixed-large", "analytic"]:
-        total = likelihood.measure(model, model.variance(variance), test, images, strata, params.seed, CPU).total
+        total = likelihood.measure(model, model.variance(variance), test, draws, CPU).total
         rows.append(
             {
                 "parameterization": params.process.parameterization,

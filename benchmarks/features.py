@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_x_0
 from flows.paths import Paths
 
 FEATURES = 32
@@ -98,7 +99,7 @@ def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: in
 
 
 def as_tensor(images: Images) -> Tensor:
-    return torch.from_numpy(images / np.float32(127.5) - 1)
+    return torch.from_numpy(to_x_0(images, np.float32))
 
 
 @torch.inference_mode()

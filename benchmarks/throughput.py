@@ -23,12 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
 from diffusion.model import Config, Model, new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
@@ -72,7 +71,7 @@ def main() -> None:
     torch.manual_seed(0)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process).to(device)
     counts, state = count(net, pairs.shape), begin(net, options, process.schedule)
-    fetch = partial(train_batch, pairs, params.seed, batch_size=options.batch_size, flip=options.flip)
+    fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
     batches = [fetch(step) for step in range(IN_MEMORY)]
     forward, dtype = runnable(net, options, World()), precision(options, device)
     bare = loop.Trainer(

@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +33,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
+from diffusion.data.pixels import to_x_0
 from diffusion.model import Config, Model, new_network
 from diffusion.process import build
 from diffusion.samples import draw_samples, grid_png
@@ -112,7 +112,7 @@ class Ours(Training):
         net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
         self.state = begin(net, params.train, self.process.schedule)
         options = params.train
-        fetch = partial(train_batch, pairs, params.seed, batch_size=options.batch_size, flip=options.flip)
+        fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
         self.trainer = loop.Trainer(
             options, params.seed, self.process.loss, Ahead(fetch), runnable(net, options, World())
         )
@@ -178,7 +178,7 @@ class Peer(Training):
 
     def step(self) -> int:
         chosen = torch.randint(len(self.source), (self.BATCH,), generator=self.generator)
-        x_0 = torch.from_numpy(self.source[chosen.numpy()] / np.float32(127.5) - 1)
+        x_0 = torch.from_numpy(to_x_0(self.source[chosen.numpy()], np.float32))
         t = torch.randint(self.process.schedule.num_timesteps, (self.BATCH,), generator=self.generator)
         eps = torch.randn(x_0.shape, generator=self.generator)
         rate = min(1.0, (self.steps + 1) / self.WARMUP)

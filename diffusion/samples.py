@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.data.noise import Purpose, stream
+from diffusion.data.pixels import to_uint8
 from diffusion.files import write_atomic
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
@@ -58,12 +59,6 @@ def draw_samples(
         check_stop()
         x_t = point.x_t
     return to_uint8(x_t.cpu().numpy())
-
-
-def to_uint8(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[-1, 1] to 0..255, the inverse of x_0 = v / 127.5 - 1."""
-    scaled: NDArray[np.float32] = np.rint((x.clip(-1, 1) + 1) * 127.5)
-    return scaled.astype(np.uint8)
 
 
 def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ from flows.stages import STAGES
 Log = Callable[[str], object]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Which run it is."""
+
+    name: str
+    """Its workspace has the same."""
+    id: str
+    """No other run's."""
+    page: str = ""
+    """Address of the run in Prefect's UI, empty without a server."""
+
+
 def run(
-    name: str,
-    run_id: str,
-    page: str,
+    which: Run,
     parameters: Any,
     stage: Callable[[str, Path], Outcome],
     report: Callable[[Path, summary.Summary], object],
@@ -28,23 +39,21 @@ def run(
     """Run every stage that is not up to date, bring the results into MLflow, and write the run's summary.
 
     Args:
-        name: the run's name, which its workspace takes.
-        run_id: its id, no other run's.
-        page: address of the run in Prefect's UI, empty without a server.
+        which: the run.
         parameters: what `workspace.document` gave.
         stage: brings one stage up to date, given its name and the workspace.
         report: shows the summary, given the workspace too.
         log: takes lines of output.
         warn: takes what went wrong without making the run fail.
     """
-    with workspace.use(name, run_id, parameters) as directory:
+    with workspace.use(which.name, which.id, parameters) as directory:
         log(f"workspace {directory}")
         done = []
         for each in STAGES:
             started = time.monotonic()
             outcome = stage(each, directory)
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
-        result = summary.collect(directory, page, done, _track(directory, log, warn))
+        result = summary.collect(directory, which.page, done, _track(directory, log, warn))
         summary.write(directory, result)
         report(directory, result)
     return result

@@ -168,12 +168,10 @@ def train_ddpm(
         return state.result()
 
     run_id = str(runtime.flow_run.id)
-    page = url_for("flow-run", run_id) or ""
+    run = pipeline.Run(runtime.flow_run.name, run_id, url_for("flow-run", run_id) or "")
     try:
         parameters = workspace.document(preset, changes)
-        result = pipeline.run(
-            runtime.flow_run.name, run_id, page, parameters, stage, show_report, log.info, log.warning
-        )
+        result = pipeline.run(run, parameters, stage, show_report, log.info, log.warning)
     except (UserError, dvc_stage.StageError, OSError) as error:
         message = str(SystemFault.of(error) if isinstance(error, OSError) else error)
         logging.getLogger("prefect.flow_runs").addFilter(is_news)
@@ -222,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def nothing(*_: object) -> None: ...
 
-        result = pipeline.run(arguments.name, str(uuid4()), "", parameters, stage, nothing, log, log)
+        result = pipeline.run(pipeline.Run(arguments.name, str(uuid4())), parameters, stage, nothing, log, log)
     except (UserError, dvc_stage.StageError, OSError) as error:
         message = SystemFault.of(error) if isinstance(error, OSError) else error
         print(f"train-ddpm: error: {message}", file=sys.stderr)

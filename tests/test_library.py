@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 
 from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit, load_images
 from diffusion.data.memory import Blocks, Images
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
 from diffusion.errors import UserError
 from diffusion.process import build as processes
 from tests.training import trees
@@ -97,9 +96,7 @@ def test_batches_in_memory_are_those_of_the_stored_pairs(pairs_tree: Path) -> No
     y = np.concatenate([pairs.labels(block) for block in range(pairs.blocks)])
     blocks = Blocks(Images(x_0, y), pairs.manifest.seed, pairs.manifest.num_timesteps)
     for step in (0, 30, 100):
-        stored, here = (
-            partial(train_batch, each, 3, batch_size=48, flip=True, class_dropout=0.5) for each in (pairs, blocks)
-        )
+        stored, here = (Batches(each, 3, 48, flip=True, class_dropout=0.5) for each in (pairs, blocks))
         for one, other in zip(stored(step), here(step), strict=True):
             assert np.array_equal(one, other)
 

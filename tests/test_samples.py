@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import samples
+from diffusion.data.pixels import to_uint8, to_x_0
 from diffusion.evaluation import filmstrip, plots
 from diffusion.model import Config, Model
 from diffusion.process import build
@@ -41,8 +42,8 @@ def options(params: Params, **changes: object) -> SampleOptions:
 
 def test_uint8_is_the_inverse_of_the_scaling() -> None:
     values = np.arange(256, dtype=np.uint8)
-    assert (samples.to_uint8(values.astype(np.float32) / 127.5 - 1) == values).all()
-    assert samples.to_uint8(np.array([-3.0, 3.0], np.float32)).tolist() == [0, 255]
+    assert (to_uint8(to_x_0(values, np.float32)) == values).all()
+    assert to_uint8(np.array([-3.0, 3.0], np.float32)).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -103,13 +104,13 @@ def test_moments_lead_from_noise_to_the_samples(params: Params, steps: int, show
     assert {frame.t for frame in found} <= {*timesteps, -1}
     places = [[*timesteps, -1].index(frame.t) for frame in found]
     assert max(np.diff(places)) - min(np.diff(places)) <= 1
-    assert (found[0].x_t == samples.to_uint8(samples.noise_for(3, 4, made.shape, CPU)(0).numpy())).all()
+    assert (found[0].x_t == to_uint8(samples.noise_for(3, 4, made.shape, CPU)(0).numpy())).all()
     assert (found[-1].x_t == samples.draw_samples(made, chosen, 3, CPU)[:4]).all()
     # What the network sees in the noise, and not in what a step made of it.
     noise = samples.noise_for(3, 4, made.shape, CPU)(0)
     t, y = torch.full((4,), timesteps[0]), samples.classes_in_turn(made, 4, CPU)
     seen = made.process.denoiser(made.net_for(y))(noise, t).x_0_hat
-    assert (found[0].x_0_hat == samples.to_uint8(seen.numpy())).all()
+    assert (found[0].x_0_hat == to_uint8(seen.numpy())).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -15,15 +15,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from diffusion.export import digest, golden
+from diffusion.export import digest, golden, runtime
 
 log = logging.getLogger("ddpm.service")
 T = TypeVar("T")
 Feeds = dict[str, NDArray[Any]]
 """Inputs, or outputs, of the graph by name."""
 METADATA_VERSION = "2"
-FREE = 50
-"""Any number of steps up to this can be asked for; see deploy/ONNX.md."""
 DATATYPES = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(uint8)": "UINT8"}
 
 
@@ -57,12 +55,13 @@ class Model:
         except ValueError as error:
             raise Refused(str(error)) from None
         try:
-            self.session = _session(content, device, threads)
+            ort.set_default_logger_severity(4)  # errors are raised as well
+            self.session = runtime.session(content, None if device == "cpu" else 0, threads)
             facts = self.session.get_modelmeta().custom_metadata_map
-        except Refused:
-            raise
         except Exception as error:  # ONNX Runtime's have nothing in common
             raise Refused(f"no ONNX model that can be run ({golden.brief(error)})") from None
+        if device == "cuda" and self.session.get_providers()[0] != runtime.CUDA:
+            raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
         self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
             raise Refused("no sampler.onnx: it does not lead from `noise` to `images`")
@@ -73,7 +72,7 @@ class Model:
             self.weights = facts["ddpm.weights_sha256"]
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
-            self._most_steps = min(FREE, int(facts["ddpm.num_timesteps"]))
+            self._most_steps = min(runtime.MAX_FREE_STEPS, int(facts["ddpm.num_timesteps"]))
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # whatever a file that was changed may hold
             raise Refused(golden.brief(error)) from None
@@ -110,20 +109,6 @@ class Model:
     def run(self, feeds: Feeds) -> Feeds:
         """All outputs, from all inputs."""
         return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
-
-
-def _session(content: bytes, device: str, threads: int) -> ort.InferenceSession:
-    ort.set_default_logger_severity(4)  # errors are raised as well
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, threads
-    cuda = "CUDAExecutionProvider"
-    wanted = device != "cpu" and cuda in ort.get_available_providers()
-    # Neither rounded products, nor kernels chosen by how fast they happened to be.
-    providers = [(cuda, {"use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"})] if wanted else []
-    session = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
-    if device == "cuda" and session.get_providers()[0] != cuda:
-        raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
-    return session
 
 
 def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """Images in memory, for those who train without stored pairs."""
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.images import Unreadable
-from diffusion.data.noise import BLOCK, eps_from_key, eps_key, timesteps
-from diffusion.data.pairs import fit
+from diffusion.data.noise import BLOCK
+from diffusion.data.pairs import BlockedImages
+from diffusion.data.pixels import fit
 from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 
@@ -55,28 +55,15 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3) ->
     return Images(np.stack(pixels), np.array(y, np.int64), source.classes)
 
 
-class Blocks:
+class Blocks(BlockedImages):
     """Images in blocks, each draw with its timesteps and noise, as `pairs.Pairs` has them on disk; not shuffled."""
 
     def __init__(self, images: Images, seed: int, num_timesteps: int) -> None:
-        self._images, self._seed, self._num_timesteps = images, seed, num_timesteps
-        self.images, self.shape = len(images), images.shape
-        self.cached_recipe = lru_cache(maxsize=2)(partial(type(self).recipe, self))
-
-    def size(self, block: int) -> int:
-        """Images in a block: BLOCK, or fewer in the last one."""
-        return min(BLOCK, self.images - block * BLOCK)
+        super().__init__(len(images), images.shape, seed, "train", num_timesteps)
+        self._images = images
 
     def x_0(self, block: int) -> NDArray[np.uint8]:
-        """The images of a block, (n, C, H, W)."""
         return self._images.pixels[block * BLOCK :][:BLOCK]
 
     def labels(self, block: int) -> NDArray[np.int64]:
-        """The labels of a block, (n,); -1 where there is none."""
         return self._images.y[block * BLOCK :][:BLOCK]
-
-    def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """t (n,) and eps (n, C, H, W) of any draw of a block."""
-        n = self.size(block)
-        t = timesteps(self._seed, "train", block, draw, self._num_timesteps)[:n]
-        return t, eps_from_key(eps_key(self._seed, "train", block, draw), self.shape)[:n]

@@ -8,31 +8,29 @@ its t as well. data/README.md describes the files.
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, ValidationError
+from PIL import Image
 
 from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
-from diffusion.data.tar import Member, Tar, Writer, members, open_map
+from diffusion.data.pixels import fit, to_x_0
+from diffusion.data.tar import Facts, Member, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import read_checked, write_json, write_sums
+from diffusion.files import write_json, write_sums
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20
 Number = TypeVar("Number", bound=np.generic)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Contents(_Model):
+class Contents(Facts):
     """What a split holds."""
 
     images: int
@@ -41,7 +39,7 @@ class Contents(_Model):
     """A sample of these is a block."""
 
 
-class Settings(_Model):
+class Settings(Facts):
     """What the pairs are made with, besides the images."""
 
     channels: int
@@ -101,32 +99,32 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
 
 
-class TrainImages(Protocol):
+class BlockedImages(ABC):
     """Images in blocks, with the recipes of their pairs; on disk (`Pairs`) or in memory (`memory.Blocks`)."""
 
-    shape: tuple[int, int, int]
-    images: int
+    def __init__(self, images: int, shape: tuple[int, int, int], seed: int, split: Split, num_timesteps: int) -> None:
+        self.images, self.shape = images, shape
+        self.seed, self.split, self.num_timesteps = seed, split, num_timesteps
+        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
+        """Gives arrays that are not to be changed."""
 
-    @property
-    def cached_recipe(self) -> Callable[[int, int], tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Of a block and a draw: t (n,) and eps (n, C, H, W), which are not to be changed."""
-        ...
+    @abstractmethod
+    def x_0(self, block: int) -> NDArray[np.uint8]:
+        """The images of a block, (n, C, H, W)."""
 
-    def size(self, block: int) -> int: ...
+    @abstractmethod
+    def labels(self, block: int) -> NDArray[np.int64]:
+        """The labels of a block, (n,); -1 where there is none."""
 
-    def x_0(self, block: int) -> NDArray[np.uint8]: ...
+    def size(self, block: int) -> int:
+        """Images in a block: BLOCK, or fewer in the last one."""
+        return min(BLOCK, self.images - block * BLOCK)
 
-    def labels(self, block: int) -> NDArray[np.int64]: ...
-
-
-def fit(image: Image.Image, channels: int, height: int, width: int) -> NDArray[np.uint8]:
-    """An image as uint8 (C, H, W): laid on white if transparent, cropped to the aspect ratio and resized if need be."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height))
-    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """t (n,) and eps (n, C, H, W) of any draw of a block."""
+        n = self.size(block)
+        t = timesteps(self.seed, self.split, block, draw, self.num_timesteps)[:n]
+        return t, eps_from_key(eps_key(self.seed, self.split, block, draw), self.shape)[:n]
 
 
 def write(
@@ -189,7 +187,7 @@ def _heldout_arrays(
     draws, n = settings.heldout_draws, len(x_0)
     t = np.empty((draws, n), np.int64)
     x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
-    clean = x_0 / 127.5 - 1  # float64, as all here up to the last assignment
+    clean = to_x_0(x_0, np.float64)  # float64, as all here up to the last assignment
     for draw in range(draws):
         t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
         eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
@@ -204,28 +202,24 @@ def _npy(value: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
-class Pairs:
+class Pairs(BlockedImages):
     """One split of data/pairs, read at random through memory maps.
 
     Raises UserError if the directory is missing, damaged or written by another version.
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        try:
-            self.manifest = Manifest.model_validate_json(read_checked(directory / MANIFEST, "pairs"))
-        except ValidationError:
-            raise UserError(f"{directory / MANIFEST}: of another version; `dvc repro pairs` writes it") from None
-        self.split: Split = split
-        contents = self.manifest.splits[split]
-        self.images, self.blocks = contents.images, contents.blocks
-        self.shape = (self.manifest.channels, self.manifest.height, self.manifest.width)
+        made = self.manifest = Manifest.read(directory / MANIFEST, "pairs")
+        contents = made.splits[split]
+        shape = (made.channels, made.height, made.width)
+        super().__init__(contents.images, shape, made.seed, split, made.num_timesteps)
+        self.blocks = contents.blocks
         self._maps = [open_map(directory, tar, "pairs") for tar in contents.tars]
         self._members: dict[tuple[int, str], tuple[int, Member]] = {
             (int(member.key), member.extension): (number, member)
             for number, mapped in enumerate(self._maps)
             for member in members(mapped)
         }
-        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
 
     @property
     def digest(self) -> str:
@@ -241,28 +235,19 @@ class Pairs:
                 f"other images {self.shape} than the model; `dvc repro` brings all stages up to date"
             )
 
-    def size(self, block: int) -> int:
-        """Images in a block: BLOCK, or fewer in the last one."""
-        return min(BLOCK, self.images - block * BLOCK)
-
     def x_0(self, block: int) -> NDArray[np.uint8]:
-        """The images of a block, (n, C, H, W)."""
         return self._view(block, "x_0", np.uint8, self.size(block), *self.shape).copy()
 
     def labels(self, block: int) -> NDArray[np.int64]:
-        """The labels of a block, (n,); -1 where there is none."""
         return self._view(block, "y", np.int64, self.size(block)).copy()
 
     def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """t (n,) and eps (n, C, H, W) of any draw of a block: from the table where it reaches, else computed alike."""
-        n, made = self.size(block), self.manifest
-        if self.split == "train" and draw < made.draws:
-            t = self._view(block, "t", np.int64, made.draws, n)[draw].copy()
-            key = self._view(block, "noise_key", np.uint64, made.draws, 6)[draw]
-        else:
-            t = timesteps(made.seed, self.split, block, draw, made.num_timesteps)[:n]
-            key = eps_key(made.seed, self.split, block, draw)
-        return t, eps_from_key(key, self.shape)[:n]
+        """From the table where it reaches, else computed alike."""
+        n, draws = self.size(block), self.manifest.draws
+        if self.split != "train" or draw >= draws:
+            return super().recipe(block, draw)
+        t = self._view(block, "t", np.int64, draws, n)[draw].copy()
+        return t, eps_from_key(self._view(block, "noise_key", np.uint64, draws, 6)[draw], self.shape)[:n]
 
     def heldout(self, block: int, draw: int) -> HeldOut:
         """A stored draw, below manifest.heldout_draws, of a block of val or test."""
@@ -281,6 +266,60 @@ class Pairs:
         return np.frombuffer(self._maps[number], dtype, count, offset).reshape(shape)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The training stream in batches: called with k it gives batch k, a pure function of k and these fields.
+
+    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Batch k
+    has items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
+    """
+
+    pairs: BlockedImages
+    seed: int
+    size: int
+    """B"""
+    flip: bool = False
+    """Whether x_0 is mirrored left to right, by random bits of (seed, e, block)."""
+    class_dropout: float = 0.0
+    """Share of the labels that are dropped, by other such bits."""
+    rank: int = 0
+    world: int = 1
+
+    def __call__(self, k: int) -> Batch:
+        share, image = self.size // self.world, self.pairs.shape
+        batch = Batch(
+            x_0=np.empty((share, *image), np.float32),
+            t=np.empty(share, np.int64),
+            eps=np.empty((share, *image), np.float32),
+            y=np.empty(share, np.int64),
+            u=np.empty(share, np.float64),
+        )
+        first, done = k * self.size + self.rank * share, 0
+        while done < share:
+            epoch, offset = divmod(first + done, self.pairs.images)
+            order, begins = _epoch(self.seed, epoch, self.pairs.images)
+            place = int(np.searchsorted(begins, offset, side="right")) - 1
+            block, start = int(order[place]), offset - int(begins[place])
+            end = min(self.pairs.size(block), start + share - done)
+            for name, items in self._items(epoch, block, slice(start, end))._asdict().items():
+                getattr(batch, name)[done : done + end - start] = items
+            done += end - start
+        return batch
+
+    def _items(self, epoch: int, block: int, taken: slice) -> Batch:
+        """Some of a block's items, as they are in an epoch."""
+
+        def uniform(purpose: Purpose) -> NDArray[np.float64]:
+            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[taken]
+
+        t, eps = self.pairs.cached_recipe(block, epoch)
+        x_0, y = self.pairs.x_0(block)[taken], self.pairs.labels(block)[taken]
+        if self.flip:
+            x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
+        y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
+        return Batch(to_x_0(x_0, np.float32), t[taken], eps[taken], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+
+
 @lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The blocks in an epoch's order, (blocks,), and where in the epoch each begins, (blocks + 1,)."""
@@ -288,56 +327,3 @@ def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArr
     order = stream(seed, Purpose.BLOCK_ORDER, high=epoch).permutation(blocks)
     sizes = np.minimum(BLOCK, images - order * BLOCK)
     return order, np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _random(seed: int, purpose: Purpose, epoch: int, block: int) -> NDArray[np.float64]:
-    """Numbers uniform on [0, 1) for the images of a block in an epoch, (BLOCK,)."""
-    return stream(seed, purpose, high=epoch, low=block).random(BLOCK)
-
-
-def train_batch(
-    pairs: TrainImages,
-    seed: int,
-    step: int,
-    batch_size: int,
-    *,
-    flip: bool = False,
-    class_dropout: float = 0.0,
-    rank: int = 0,
-    world: int = 1,
-) -> Batch:
-    """Batch `step` of the training stream, a pure function of its arguments.
-
-    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Step k
-    takes items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
-    `flip` mirrors x_0 left to right by random bits of (seed, e, block), and labels are dropped by others.
-    """
-    share = batch_size // world
-    batch = Batch(
-        x_0=np.empty((share, *pairs.shape), np.float32),
-        t=np.empty(share, np.int64),
-        eps=np.empty((share, *pairs.shape), np.float32),
-        y=np.empty(share, np.int64),
-        u=np.empty(share, np.float64),
-    )
-    first, done = step * batch_size + rank * share, 0
-    while done < share:
-        epoch, offset = divmod(first + done, pairs.images)
-        order, begins = _epoch(seed, epoch, pairs.images)
-        place = int(np.searchsorted(begins, offset, side="right")) - 1
-        block, start = int(order[place]), offset - int(begins[place])
-        count = min(pairs.size(block) - start, share - done)
-        taken, into = slice(start, start + count), slice(done, done + count)
-        t, eps = pairs.cached_recipe(block, epoch)
-        x_0 = pairs.x_0(block)[taken]
-        if flip:
-            mirrored = _random(seed, Purpose.FLIP, epoch, block)[taken] < 0.5
-            x_0 = np.where(mirrored[:, None, None, None], x_0[..., ::-1], x_0)
-        np.divide(x_0, np.float32(127.5), out=batch.x_0[into])
-        batch.t[into], batch.eps[into] = t[taken], eps[taken]
-        dropped = _random(seed, Purpose.CLASS_DROPOUT, epoch, block)[taken] < class_dropout
-        batch.y[into] = np.where(dropped, -1, pairs.labels(block)[taken])
-        batch.u[into] = _random(seed, Purpose.TIMESTEP_UNIFORMS, epoch, block)[taken]
-        done += count
-    np.subtract(batch.x_0, np.float32(1), out=batch.x_0)
-    return batch

@@ -15,13 +15,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.images import Picture, Unreadable, digest
 from diffusion.data.noise import SPLITS, Split
-from diffusion.data.tar import Tar, Writer, members, open_map
+from diffusion.data.splits import Fractions, Splitter
+from diffusion.data.tar import Facts, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import read_checked, sha256, write_json, write_sums
+from diffusion.files import sha256, write_json, write_sums
 
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
@@ -64,11 +64,7 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Contents(_Model):
+class Contents(Facts):
     """What a split holds."""
 
     samples: int
@@ -77,7 +73,7 @@ class Contents(_Model):
     shards: tuple[Tar, ...]
 
 
-class Statistics(_Model):
+class Statistics(Facts):
     """Of all images of one mode, channel by channel, for values in [0, 1]."""
 
     images: int
@@ -85,14 +81,14 @@ class Statistics(_Model):
     std: tuple[float, ...]
 
 
-class Remark(_Model):
+class Remark(Facts):
     """A file of the source, and why it was left out or what its decoder warned of."""
 
     file: str
     reason: str
 
 
-class Manifest(_Model):
+class Manifest(Facts):
     """manifest.json of data/shards."""
 
     source: str
@@ -115,45 +111,6 @@ class Manifest(_Model):
     """Files with several pages or frames, of which the first was used."""
 
 
-def split_of(
-    split: Split | None, pixels: int, own: Mapping[Split, str], val_fraction: float, test_fraction: float
-) -> Split:
-    """The split of an image that the source has in `split`, by the `digest` of its pixels.
-
-    The source's own val and test splits are kept. Of other images, a part becomes whichever of val and test the source
-    lacks: a function of the pixels alone, so that new images never move old ones, and copies stay together.
-    """
-    if split in ("val", "test"):
-        return split
-    position = pixels / 2**64  # uniform in [0, 1)
-    if position < val_fraction:
-        return "train" if "val" in own else "val"
-    if position < val_fraction + test_fraction:
-        return "train" if "test" in own else "test"
-    return "train"
-
-
-class _Digests:
-    """Digests of images, 8 bytes of memory for each."""
-
-    def __init__(self) -> None:
-        self._values = array("Q")
-        self._sorted = np.empty(0, np.uint64)
-
-    def add(self, value: int) -> None:
-        self._values.append(value)
-
-    def __contains__(self, value: int) -> bool:
-        if len(self._sorted) != len(self._values):
-            self._sorted = np.sort(np.array(self._values))
-        place = int(np.searchsorted(self._sorted, np.uint64(value)))
-        return place < len(self._sorted) and int(self._sorted[place]) == value
-
-    def copies(self) -> int:
-        """How many are the same as an earlier one."""
-        return len(self._values) - len(np.unique(np.array(self._values)))
-
-
 def png(image: Image.Image) -> bytes:
     """The image as PNG: the same bytes for the same pixels. Fast rather than small: these images are small already."""
     buffer = io.BytesIO()
@@ -162,19 +119,26 @@ def png(image: Image.Image) -> bytes:
 
 
 class _Tally:
-    """Statistics from exact histograms, so in any order the same."""
+    """What the manifest says of the images. Statistics are from exact histograms, so in any order the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int) -> None:
         self.images: dict[str, int] = {}
         self.histograms: dict[str, NDArray[np.int64]] = {}
         self.sizes: NDArray[np.int64] | None = None
+        self.per_class = {split: np.zeros(classes, np.int64) for split in SPLITS}
+        self.warnings = list[Remark]()
+        self.multipage = 0
 
-    def add(self, image: Image.Image) -> None:
-        mode, size = image.mode, np.array(image.size)
+    def add(self, sample: Sample, picture: Picture, split: Split) -> None:
+        mode, size = picture.image.mode, np.array(picture.image.size)
         self.images[mode] = self.images.get(mode, 0) + 1
-        self.histograms[mode] = self.histograms.get(mode, 0) + np.array(image.histogram())
+        self.histograms[mode] = self.histograms.get(mode, 0) + np.array(picture.image.histogram())
         least, most = self.sizes if self.sizes is not None else (size, size)
         self.sizes = np.array([np.minimum(least, size), np.maximum(most, size)])
+        if sample.label is not None:
+            self.per_class[split][sample.label] += 1
+        self.warnings += [Remark(file=sample.file, reason=warning) for warning in picture.warnings]
+        self.multipage += picture.several
 
     def statistics(self) -> dict[str, Statistics]:
         value = np.arange(256) / 255
@@ -194,9 +158,7 @@ def write(
     source: Source,
     name: str,
     directory: Path,
-    *,
-    val_fraction: float,
-    test_fraction: float,
+    fractions: Fractions,
     samples_per_shard: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
@@ -205,9 +167,7 @@ def write(
     `advance` is called after each image. An image that cannot be read, or that is a copy of one in the source's own
     test split, is listed in the manifest as rejected. Raises UserError if no image can be read, or a split stays empty.
     """
-    tally, rejected, warned, multipage = _Tally(), list[Remark](), list[Remark](), 0
-    seen, own_digests = _Digests(), {"test": _Digests(), "val": _Digests()}
-    per_class = {split: np.zeros(len(source.classes), np.int64) for split in SPLITS}
+    tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
@@ -218,56 +178,49 @@ def write(
                 if sample.left_out:
                     raise Unreadable(sample.left_out)
                 picture = sample.decode()
+                split = splitter(sample.split, digest(picture.image))
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
                 continue
-            pixels = digest(picture.image)
-            seen.add(pixels)
-            if sample.split in own_digests:
-                own_digests[sample.split].add(pixels)
-            if sample.split != "test" and pixels in own_digests["test"]:
-                rejected.append(Remark(file=sample.file, reason="a copy of an image in the source's test split"))
-                continue
-            in_val = sample.split not in own_digests and pixels in own_digests["val"]
-            split = "val" if in_val else split_of(sample.split, pixels, source.own_splits, val_fraction, test_fraction)
-            tally.add(picture.image)
-            multipage += picture.several
-            warned += [Remark(file=sample.file, reason=warning) for warning in picture.warnings]
-            if sample.label is not None:
-                per_class[split][sample.label] += 1
-            record = {
-                "label": sample.label,
-                "class": None if sample.label is None else source.classes[sample.label],
-                "source": sample.file,
-                "size": picture.image.size,
-                "mode": picture.mode,
-            }
-            writers[split].add(sample.key, {"json": json.dumps(record).encode(), "png": png(picture.image)})
-    counts = {split: sum(tar.samples for tar in writers[split].tars) for split in SPLITS}
-    _check_counts(name, counts, rejected)
+            tally.add(sample, picture, split)
+            writers[split].add(sample.key, _record(sample, picture, source.classes))
+    splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
+    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
     assert tally.sizes is not None
-    (least_width, least_height), (most_width, most_height) = tally.sizes.tolist()
+    smallest, largest = (tuple(size) for size in tally.sizes.tolist())
     manifest = Manifest(
         source=name,
         classes=source.classes,
-        splits={
-            split: Contents(
-                samples=counts[split], per_class=tuple(per_class[split].tolist()), shards=tuple(writers[split].tars)
-            )
-            for split in SPLITS
-        },
+        splits=splits,
         statistics=tally.statistics(),
-        smallest=(least_width, least_height),
-        largest=(most_width, most_height),
+        smallest=smallest,
+        largest=largest,
         own_splits=dict(source.own_splits),
         rejected=tuple(rejected),
-        warnings=tuple(warned),
-        copies=seen.copies(),
-        multipage=multipage,
+        warnings=tuple(tally.warnings),
+        copies=splitter.seen.copies(),
+        multipage=tally.multipage,
     )
     write_json(directory / MANIFEST, manifest.model_dump())
-    write_sums(directory, {tar.name: tar.sha256 for split in SPLITS for tar in writers[split].tars})
+    write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.shards})
     return manifest
+
+
+def _contents(tars: Sequence[Tar], per_class: NDArray[np.int64]) -> Contents:
+    samples = sum(tar.samples for tar in tars)
+    return Contents(samples=samples, per_class=tuple(per_class.tolist()), shards=tuple(tars))
+
+
+def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[str, bytes]:
+    """What is stored of an image, by extension."""
+    record = {
+        "label": sample.label,
+        "class": None if sample.label is None else classes[sample.label],
+        "source": sample.file,
+        "size": picture.image.size,
+        "mode": picture.mode,
+    }
+    return {"json": json.dumps(record).encode(), "png": png(picture.image)}
 
 
 def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
@@ -301,15 +254,6 @@ def describe_splits(own: Mapping[Split, str]) -> str:
         return "train, val and test by a hash of each image's pixels"
     parts = f"{' and '.join(hashed)} {'is' if len(hashed) == 1 else 'are'} taken from train by a hash of the pixels"
     return ", ".join([*given, parts] if hashed else given)
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of data/shards; raises UserError if it is missing, damaged or not what this version writes."""
-    path = directory / MANIFEST
-    try:
-        return Manifest.model_validate_json(read_checked(path, "shard"))
-    except ValidationError:
-        raise UserError(f"{path}: of another version; `dvc repro shard` writes it") from None
 
 
 def manifest_sha256(directory: Path) -> str:

@@ -13,17 +13,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.data.noise import Split
 from diffusion.errors import UserError
-from diffusion.files import damaged, sha256, writing
+from diffusion.files import damaged, read_checked, sha256, writing
 
 
-class Tar(BaseModel):
-    """One tar file, as a manifest lists it."""
+class Facts(BaseModel):
+    """A manifest, or a part of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def read(cls, path: Path, stage: str) -> Self:
+        """What a stage wrote; raises UserError if it is missing, damaged or not what this version writes."""
+        try:
+            return cls.model_validate_json(read_checked(path, stage))
+        except ValidationError:
+            raise UserError(f"{path}: of another version; `dvc repro {stage}` writes it") from None
+
+
+class Tar(Facts):
+    """One tar file, as a manifest lists it."""
 
     name: str
     samples: int

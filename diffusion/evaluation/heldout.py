@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.noise import BLOCK, Purpose, stream
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_x_0
 from diffusion.model import Model
 from diffusion.process.parameterization import split
 
@@ -68,7 +69,7 @@ def x_0_mse(
         chosen = np.arange(BLOCK) % pairs.size(block)
         t = np.minimum(first + np.arange(BLOCK) // 16, schedule.num_timesteps - 1)
         z = stream(seed, Purpose.X_0_MSE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)
-        x_0 = torch.from_numpy(pairs.x_0(block)[chosen] / np.float32(127.5) - 1).to(device)
+        x_0 = torch.from_numpy(to_x_0(pairs.x_0(block)[chosen], np.float32)).to(device)
         steps, eps = torch.from_numpy(t).to(device), torch.from_numpy(z).to(device)
         denoiser = model.process.denoiser(model.net_for(torch.from_numpy(pairs.labels(block)[chosen]).to(device)))
         x_t = schedule.diffuse(x_0, steps, eps).to(memory_format=torch.channels_last)

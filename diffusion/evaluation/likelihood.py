@@ -5,6 +5,7 @@ Strata of width one make it the exact sum; wider ones an unbiased estimate from 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from diffusion.data.noise import BLOCK, Purpose, stream
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_x_0
 from diffusion.model import Model
 from diffusion.process.likelihood import Bound, prior
 from diffusion.process.variance import Variance
@@ -23,6 +25,24 @@ BATCH = 256
 Array = NDArray[np.float64]
 Edges = NDArray[np.int64]
 """Where each stratum of timesteps begins, and T: (strata + 1,), ascending from 0."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which terms of the bound are computed: of each image, one for each stratum, at a timestep drawn from it.
+
+    What is drawn for an image depends on the seed and the image's index alone, and the noise at a timestep not on the
+    strata: an estimate is one of the exact sum over the very same terms.
+    """
+
+    images: int
+    """The first ones of a split."""
+    edges: Edges
+    seed: int
+
+    @property
+    def terms(self) -> int:
+        return self.images * (len(self.edges) - 1)
 
 
 class Terms(NamedTuple):
@@ -60,22 +80,17 @@ def measure(
     model: Model,
     variance: Variance,
     pairs: Pairs,
-    images: int,
-    edges: Edges,
-    seed: int,
+    draws: Draws,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Terms:
-    """The bound on the first `images` images of a split, told their classes; `advance` is told of terms done.
-
-    What is drawn for an image depends on the seed and the image's index alone, and the noise at a timestep not on the
-    strata: the estimate is one of the exact sum over the very same terms.
-    """
+    """The bound on images of a split, told their classes; `advance` is told of terms done."""
+    seed, edges = draws.seed, draws.edges
     T, count = int(edges[-1]), len(edges) - 1
-    priors, steps = np.empty(images), np.empty((images, count))
-    for first in range(0, images, BLOCK):
-        indices = range(first, min(first + BLOCK, images))
-        x_0 = torch.from_numpy(pairs.x_0(first // BLOCK)[: len(indices)] / 127.5 - 1).to(device)
+    priors, steps = np.empty(draws.images), np.empty((draws.images, count))
+    for first in range(0, draws.images, BLOCK):
+        indices = range(first, min(first + BLOCK, draws.images))
+        x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64)).to(device)
         y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
         priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
         # Noise of an image at t is its stream t, so that the timesteps' own is free at T.

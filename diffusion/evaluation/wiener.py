@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_x_0
 
 Array = NDArray[np.float64]
 LARGEST = 4096
@@ -46,7 +47,7 @@ def fit(pairs: Pairs) -> Wiener:
 
 
 def _images(pairs: Pairs, block: int) -> Array:
-    return pairs.x_0(block).astype(np.float64) / 127.5 - 1
+    return to_x_0(pairs.x_0(block), np.float64)
 
 
 def _mean(pairs: Pairs) -> Array:

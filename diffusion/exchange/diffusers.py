@@ -118,32 +118,29 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     if learned != process.learned_variance:
         must = "learned_range" if learned else "fixed_small or fixed_large"
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
-
-    config = model.Config(
-        shape=(unet.in_channels, *unet.sample_size),
-        classes=(),
-        network=network,
-        process=process,
-        x_0_mse=None,
-        scheduler=document,
-    )
-    net = model.new_network(config.shape, 0, network, process)
+    shape = (unet.in_channels, *unet.sample_size)
+    config = model.Config(shape=shape, classes=(), network=network, process=process, x_0_mse=None, scheduler=document)
+    net = model.new_network(shape, 0, network, process)
     assert isinstance(net, UNet)
     if (wanted := groups(network)) != unet.norm_num_groups:
         raise UserError(f"{unet_path}: norm_num_groups must be {wanted} for such channels (got {unet.norm_num_groups})")
-    weights_path, pickle = unet_path.with_name(WEIGHTS), unet_path.with_name(PICKLE)
-    if pickle.exists() and not weights_path.exists():
-        raise UserError(f"{pickle}: pickles can run code, and are not read; have diffusers save it as {WEIGHTS}")
-    try:
-        weights.from_diffusers(load_file(weights_path), net, unet.freq_shift, unet.flip_sin_to_cos)
-    except (OSError, SafetensorError, UserError) as error:
-        raise UserError(f"{weights_path}: {error}") from None
+    _load_weights(unet_path.parent, unet, net)
     model.save_model(directory, net, config)
     if document is None:
         return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
     other = ", ".join(SchedulerConfig.without_counterpart(document))
     without = f"; `ddpm sample` has no counterpart of {other} (kept for export-diffusers)" if other else ""
     return f"its scheduler has {scheduler.sampling()}{without}"
+
+
+def _load_weights(folder: Path, unet: UNetConfig, net: UNet) -> None:
+    path, pickle = folder / WEIGHTS, folder / PICKLE
+    if pickle.exists() and not path.exists():
+        raise UserError(f"{pickle}: pickles can run code, and are not read; have diffusers save it as {WEIGHTS}")
+    try:
+        weights.from_diffusers(load_file(path), net, unet.freq_shift, unet.flip_sin_to_cos)
+    except (OSError, SafetensorError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _check_free(directory: Path, ours: set[str], force: bool) -> None:

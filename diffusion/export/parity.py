@@ -1,5 +1,6 @@
 """Whether ONNX Runtime computes what torch computes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion.data.pairs import Pairs
+from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError
-from diffusion.evaluation.heldout import predictions
-from diffusion.export import golden
+from diffusion.evaluation.heldout import Prediction, predictions
+from diffusion.export import golden, runtime
 from diffusion.model import Model
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.progress import Progress, say
-from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample
@@ -34,14 +35,8 @@ def session(content: bytes, device: torch.device, required: bool = True) -> ort.
 
     If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well
-    # Neither rounded products, nor kernels chosen by how fast they happened to be.
-    exact = {"device_id": device.index or 0, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
-    gpu = ("CUDAExecutionProvider", exact)
-    providers = [gpu] if device.type == "cuda" and gpu[0] in ort.get_available_providers() else []
-    made = ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
-    if device.type == "cuda" and made.get_providers()[0] != gpu[0]:
+    made = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
+    if device.type == "cuda" and made.get_providers()[0] != runtime.CUDA:
         if required:
             raise UserError(f"device: ONNX Runtime cannot use {device}; set device to auto or cpu")
         say(f"ONNX Runtime cannot use {device}; running the graph on the CPU")
@@ -57,21 +52,14 @@ def check_denoiser(
     that ONNX Runtime comes to. Raises UserError if a value of eps_hat differs by more than `tolerance`, x_0_hat does
     not go with it, or the MSE differs by that share of it.
     """
-    inputs, T = golden.names(denoiser), model.process.schedule.num_timesteps
+    T = model.process.schedule.num_timesteps
     by_band, total, values, count = np.full(BANDS, np.nan), 0.0, 0, 0
     apart, errors = 0.0, {"onnx": 0.0, "torch": 0.0}
     with Progress("export", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
         for number, prediction in enumerate(predictions(model, pairs, torch.device("cpu"))):
             length = len(prediction.t)
             for size in BATCH_SIZES if number < SMALL else BATCH_SIZES[-1:]:
-                parts = [
-                    denoiser.run(
-                        ["eps_hat", "x_0_hat"],
-                        {name: getattr(prediction, name)[start : start + size] for name in inputs},
-                    )
-                    for start in range(0, length, size)
-                ]
-                eps_hat, x_0_hat = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
+                eps_hat, x_0_hat = _in_batches(denoiser, prediction, size)
                 difference = np.abs(eps_hat - prediction.eps_hat)
                 np.fmax.at(by_band, band_of(prediction.t, T), difference.max(axis=(1, 2, 3)))
                 total, values = total + float(difference.sum()), values + difference.size
@@ -84,22 +72,18 @@ def check_denoiser(
             progress.advance(length)
     mse = {name: error / (count * prediction.eps[0].size) for name, error in errors.items()}
     largest, allowed = float(np.nanmax(by_band)), f"export.tolerance ({tolerance:g}) in params.yaml"
+    problem = ""
     if not largest <= tolerance:
         band, edges = int(np.nanargmax(by_band)), band_edges(T)
-        raise UserError(
-            f"denoiser.onnx: ONNX Runtime differs from torch by up to {largest:.2e} at t from "
-            f"{edges[band]} to {edges[band + 1] - 1}, more than {allowed}; no model was written"
-        )
-    if not apart <= tolerance:
-        raise UserError(
-            f"denoiser.onnx: x_0_hat and eps_hat are not parts of x_t, by up to {apart:.2e}, more than {allowed}; "
-            "no model was written"
-        )
-    if not abs(mse["onnx"] - mse["torch"]) <= tolerance * mse["torch"]:
-        raise UserError(
-            f"denoiser.onnx: the held-out MSE is {mse['onnx']:.6f} in ONNX Runtime and {mse['torch']:.6f} in torch, "
-            f"more apart than {allowed}; no model was written"
-        )
+        where = f"at t from {edges[band]} to {edges[band + 1] - 1}"
+        problem = f"ONNX Runtime differs from torch by up to {largest:.2e} {where}, more than"
+    elif not apart <= tolerance:
+        problem = f"x_0_hat and eps_hat are not parts of x_t, by up to {apart:.2e}, more than"
+    elif not abs(mse["onnx"] - mse["torch"]) <= tolerance * mse["torch"]:
+        both = f"{mse['onnx']:.6f} in ONNX Runtime and {mse['torch']:.6f} in torch"
+        problem = f"the held-out MSE is {both}, more apart than"
+    if problem:
+        raise UserError(f"denoiser.onnx: {problem} {allowed}; no model was written")
     return {
         "max_difference": largest,
         "max_difference_by_band": [None if np.isnan(value) else float(value) for value in by_band],
@@ -107,6 +91,14 @@ def check_denoiser(
         "pairs": count,
         "mse": mse["onnx"],
     }
+
+
+def _in_batches(denoiser: ort.InferenceSession, given: Prediction, size: int) -> Iterator[NDArray[np.float64]]:
+    """eps_hat and x_0_hat of a prediction's pairs, each (n, C, H, W)."""
+    starts, inputs = range(0, len(given.t), size), golden.names(denoiser)
+    feeds = ({name: getattr(given, name)[start : start + size] for name in inputs} for start in starts)
+    parts = [denoiser.run(["eps_hat", "x_0_hat"], feed) for feed in feeds]
+    return (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
 
 
 def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOptions) -> dict[str, float | int]:
@@ -128,11 +120,8 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
             made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
             images = np.concatenate(made).astype(int)
             off = np.abs(images - expected[: len(images)])
-            differing, values, largest = (
-                differing + int((off > 0).sum()),
-                values + off.size,
-                max(largest, int(off.max())),
-            )
+            differing, values = differing + int((off > 0).sum()), values + off.size
+            largest = max(largest, int(off.max()))
     share = differing / values
     if largest > 1 or share > OFF_BY_ONE:
         raise UserError(

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 from onnx import GraphProto, TensorProto, helper, numpy_helper
 
-FREE = 50
-"""Any number of steps up to this can be asked of a sampler, besides the one that it was exported with."""
+from diffusion.export.runtime import MAX_FREE_STEPS
+
 LARGEST = 1000
 """Of noise, noisy images and guidance, in absolute value: what is beyond it was meant for something else."""
 
@@ -14,7 +14,7 @@ LARGEST = 1000
 def of_inputs(names: Iterable[str], num_timesteps: int, num_classes: int) -> dict[str, list[int]]:
     """The least and the largest value of each of a graph's inputs."""
     known = {
-        "steps": [0, min(FREE, num_timesteps)],
+        "steps": [0, min(MAX_FREE_STEPS, num_timesteps)],
         "x_t": [-LARGEST, LARGEST],
         "t": [0, num_timesteps - 1],
         "noise": [-LARGEST, LARGEST],

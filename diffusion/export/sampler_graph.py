@@ -5,14 +5,15 @@ beforehand for its matrix products, and each look of the network would take near
 """
 
 from math import ceil
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, parser
 from onnx.utils import Extractor
 
 from diffusion.export import ranges
-from diffusion.export.ranges import FREE
 from diffusion.export.recurrence import Recurrence, recurrence
+from diffusion.export.runtime import MAX_FREE_STEPS
 from diffusion.model import Model
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
@@ -110,35 +111,41 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
 
     denoiser: of the same model, as denoiser.py makes it.
 
-    A deterministic sampler has an input `steps` int64 (1,), a number up to FREE or that of `options`, or 0 for it. A
-    stochastic one takes as many steps as `steps_noise` float32 (S, B, C, H, W) has noise for. For a network of classes
-    there are `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
+    A deterministic sampler has an input `steps` int64 (1,), a number up to MAX_FREE_STEPS or that of `options`, or 0
+    for it. A stochastic one takes as many steps as `steps_noise` float32 (S, B, C, H, W) has noise for. For a network
+    of classes there are `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
     """
     table, begins, lengths = tables(model, options)
     guided, (C, H, W) = model.num_classes > 0, model.shape
     sides = {"C": C, "H": H, "W": W}
-    image = f"float[B,{C},{H},{W}]"
-    inputs = [f"{image} noise", f"float[S,B,{C},{H},{W}] steps_noise" if table.stochastic else "int64[1] steps"]
+    image = f"B,{C},{H},{W}"
+    inputs = [f"float[{image}] noise", f"float[S,{image}] steps_noise" if table.stochastic else "int64[1] steps"]
     if guided:
         inputs += ["int64[B] y", "float[1] guidance"]
     before, after = GUIDED if guided else PLAIN
-    body = parser.parse_graph(
-        BODY.format(
-            before=before,
-            after=after,
-            threshold=THRESHOLDS[options.threshold],
-            noise=STOCHASTIC if table.stochastic else DETERMINISTIC,
-            **sides,
-        )
-    )
+    parts = {"before": before, "after": after, "threshold": THRESHOLDS[options.threshold]} | sides
+    body = parser.parse_graph(BODY.format(noise=STOCHASTIC if table.stochastic else DETERMINISTIC, **parts))
     put_network(body, denoiser, guided)
     count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
     outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
     loop = next(node for node in outer.node if node.op_type == "Loop")
     loop.attribute.append(helper.make_attribute("body", body))
-    values = C * H * W
+    constants = _constants(table, begins, lengths, C * H * W)
+    used = {name for graph in (outer, body) for node in graph.node for name in node.input}
+    outer.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used
+    )
+    most, allowed = len(lengths) - 2, f"1 to {min(MAX_FREE_STEPS, model.process.schedule.num_timesteps)}"
+    allowed += f", or {most}" if most > MAX_FREE_STEPS else ""
+    refusal = f"steps_noise must be for {allowed} steps" if table.stochastic else f"steps must be {allowed}, or 0"
+    ranges.require(outer, "looks", np.int64(1), lengths.max(), refusal)
+    return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
+
+
+def _constants(table: Recurrence, begins: np.ndarray, lengths: np.ndarray, values: int) -> dict[str, Any]:
+    """What the graphs read by name, for images of so many values."""
     sources = 4 if table.stochastic else 3
-    constants = {
+    return {
         "BEGINS": begins,
         "LENGTHS": lengths,
         "TIMESTEPS": table.t,
@@ -158,15 +165,6 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
         "HALF_OF_255": np.float32(127.5),
         "GOES_ON": np.True_,
     }
-    used = {name for graph in (outer, body) for node in graph.node for name in node.input}
-    outer.initializer.extend(
-        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used
-    )
-    most, allowed = len(lengths) - 2, f"1 to {min(FREE, model.process.schedule.num_timesteps)}"
-    allowed += f", or {most}" if most > FREE else ""
-    refusal = f"steps_noise must be for {allowed} steps" if table.stochastic else f"steps must be {allowed}, or 0"
-    ranges.require(outer, "looks", np.int64(1), lengths.max(), refusal)
-    return helper.make_model(outer, opset_imports=denoiser.opset_import, ir_version=denoiser.ir_version)
 
 
 def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray, np.ndarray]:
@@ -175,7 +173,7 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
     0 stands for that of `options`. Numbers that cannot be asked for, and the last entry, have no rows.
     """
     schedule = model.process.schedule
-    numbers = sorted({*range(1, min(FREE, schedule.num_timesteps) + 1), options.steps})
+    numbers = sorted({*range(1, min(MAX_FREE_STEPS, schedule.num_timesteps) + 1), options.steps})
     parts = []
     for number in numbers:
         timesteps = sampling.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.process.parameterization import Parameterization, split
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 
 Net = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, C, H, W), t int64 (B,)) to the network's whole output."""
@@ -40,7 +40,7 @@ class Denoiser:
         out, fraction = split(self.net(x_t, t), x_t.shape[1])
         x_0_hat = self.threshold(self.parameterization.to_x_0(out, x_t, t))
         alpha_bar = self.schedule(t)
-        eps_hat = (x_t - alpha_bar.sqrt().to(x_t.dtype) * x_0_hat) * (1 - alpha_bar).rsqrt().to(x_t.dtype)
+        eps_hat = times((1 - alpha_bar).rsqrt(), x_t - times(alpha_bar.sqrt(), x_0_hat))
         return Estimate(x_0_hat, eps_hat, fraction)
 
 

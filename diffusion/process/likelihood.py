@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 from diffusion.process.variance import Variance
 
 BITS = 1 / math.log(2)
@@ -39,9 +39,9 @@ def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def prior(schedule: Schedule, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, bits per dimension, (B,)."""
-    alpha_bar = schedule.alpha_bar[-1].to(x_0.device, x_0.dtype)
+    alpha_bar = schedule(torch.tensor([schedule.num_timesteps - 1], device=x_0.device))
     zero, one = torch.zeros_like(x_0), torch.ones_like(x_0)
-    return BITS * normal_kl(alpha_bar.sqrt() * x_0, (1 - alpha_bar) * one, zero, one).mean(dim=(1, 2, 3))
+    return BITS * normal_kl(times(alpha_bar.sqrt(), x_0), times(1 - alpha_bar, one), zero, one).mean(dim=(1, 2, 3))
 
 
 def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tensor, variance: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from diffusion.process import likelihood
 from diffusion.process.parameterization import Parameterization, split
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 from diffusion.process.variance import Learned
 from diffusion.process.weighting import Weighting
 
@@ -42,7 +42,7 @@ class Loss:
         """Loss of each image, (B,), at `t` int64 (B,) with noise `eps` (B, C, H, W) and classes `y` int64 (B,)."""
         x_t = self.schedule.diffuse(x_0, t, eps)
         out, fraction = split(net(x_t, t, y), x_0.shape[1])
-        error = (out - self.parameterization.target(x_0, eps, t)) * self.scale(t).to(out.dtype)
+        error = times(self.scale(t), out - self.parameterization.target(x_0, eps, t))
         simple = self.kind(error).mean(dim=(1, 2, 3))
         if fraction is None:
             return simple

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class Parameterization(ABC):
         alpha_bar = self.schedule(t)
         a, b = self.of_x_t_and_out(t)
         of_x_0, of_eps = (1 - a * alpha_bar.sqrt()) / b, -a * (1 - alpha_bar).sqrt() / b
-        return of_x_0.to(x_0.dtype) * x_0 + of_eps.to(x_0.dtype) * eps
+        return times(of_x_0, x_0) + times(of_eps, eps)
 
     def to_x_0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimated clean image, from the network's output."""
         a, b = self.of_x_t_and_out(t)
-        return a.to(out.dtype) * x_t + b.to(out.dtype) * out
+        return times(a, x_t) + times(b, out)
 
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimated noise, from the network's output: (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
         alpha_bar = self.schedule(t)
         a, b = self.of_x_t_and_out(t)
         root, scale = alpha_bar.sqrt(), (1 - alpha_bar).rsqrt()
-        return ((1 - root * a) * scale).to(out.dtype) * x_t - (root * b * scale).to(out.dtype) * out
+        return times((1 - root * a) * scale, x_t) - times(root * b * scale, out)
 
     def to_mu(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The mean of the reverse step to t - 1, from the network's output; Ho et al. 2020, eq. 7 and 11."""

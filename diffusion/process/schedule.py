@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 
+def times(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient times x, in the precision of x: the one place where coefficients are cast."""
+    return coefficient.to(x.dtype) * x
+
+
 class Schedule:
     """The forward process, from its beta_t = 1 - alpha_t: all coefficients float64, (T,), indexed by t from 0.
 
     Called with timesteps, it gives alpha_bar there; t = -1 is the clean image, alpha_bar = 1. All that its methods give
-    for `t` (and an earlier `s`, -1 <= s < t), int64 (B,), is float64 (B, 1, 1, 1), to be combined and only then cast.
+    for `t` (and an earlier `s`, -1 <= s < t), int64 (B,), is float64 (B, 1, 1, 1), to be combined, and cast by `times`.
     """
 
     def __init__(self, beta: Tensor) -> None:
@@ -41,7 +46,7 @@ class Schedule:
     def diffuse(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, (B, C, H, W); Ho et al. 2020, eq. 4."""
         alpha_bar = self(t)
-        return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
+        return times(alpha_bar.sqrt(), x_0) + times((1 - alpha_bar).sqrt(), eps)
 
     def posterior_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of the mean a x_0 + b x_t of q(x_s | x_t, x_0); Ho et al. 2020, eq. 7, here for any s < t.
@@ -62,7 +67,7 @@ class Schedule:
     def posterior_mean(self, x_0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The mean of q(x_s | x_t, x_0), (B, C, H, W)."""
         of_x_0, of_x_t = self.posterior_coefficients(t, s)
-        return of_x_0.to(x_t.dtype) * x_0 + of_x_t.to(x_t.dtype) * x_t
+        return times(of_x_0, x_0) + times(of_x_t, x_t)
 
     def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """The variance of q(x_s | x_t, x_0): (1 - alpha_bar_s) / (1 - alpha_bar_t) beta_t; Ho et al. 2020, eq. 7."""

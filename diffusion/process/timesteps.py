@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 
 
 class Timesteps(nn.Module, ABC):
@@ -124,7 +124,7 @@ class ByLoss(_ByProbability):
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         probability = self.probability()
         chosen = self.draw_by(probability, t, u)
-        return chosen, (1 / (self.num_timesteps * probability[chosen])).to(u.dtype)
+        return chosen, times(1 / (self.num_timesteps * probability[chosen]), torch.ones_like(u))
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
         losses, seen = self.losses.numpy(), self.seen.numpy()  # their own memory, quicker to write one by one

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, times
 from diffusion.sampling.sampler import Before, Noise, Sampler, sample
 
 
@@ -20,21 +20,12 @@ def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps
     return sample(sampler, noise, timesteps, schedule.diffuse(x_0, t, noise(0)))
 
 
-def interpolate(
-    sampler: Sampler,
-    schedule: Schedule,
-    noise: Noise,
-    timesteps: list[int],
-    x_0: Tensor,
-    x_0_other: Tensor,
-    fraction: Tensor,
-) -> Tensor:
-    """Images between x_0 (fraction 0) and x_0_other (fraction 1): mixed with noise at timesteps[0], then sampled.
+def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
+    """x_0 (fraction 0) mixed with x_0_other (fraction 1), for `image_to_image` to interpolate; fraction: (B,).
 
-    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance. fraction: (B,).
+    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance.
     """
-    mixed = torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
-    return image_to_image(sampler, schedule, noise, timesteps, mixed)
+    return torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
 
 
 def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:
@@ -68,5 +59,5 @@ def inpaint(
             before = Before(at, x_0_hat)
         else:
             alpha = schedule(to) / schedule(at)
-            x, before = alpha.sqrt().to(x.dtype) * x + (1 - alpha).sqrt().to(x.dtype) * noise(places[0]), None
+            x, before = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
         yield x

@@ -10,13 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
+from diffusion.process.schedule import times
 from diffusion.process.variance import Variance
 from diffusion.sections import Choice
 
 Noise = Callable[[int], Tensor]
 """Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
-
-
 Draw = Callable[[], Tensor]
 """One step's noise; a deterministic step does not ask for it."""
 
@@ -59,8 +58,8 @@ class Ancestral:
         x_0_hat, _, fraction = self.denoiser(x_t, t)
         mean = self.denoiser.schedule.posterior_mean(x_0_hat, x_t, t, s)
         # No noise in the last step: there the mean is x_0_hat itself.
-        scale = torch.where((s >= 0).view(-1, 1, 1, 1), self.variance(t, s, fraction), 0).sqrt()
-        return mean + scale.to(x_t.dtype) * z(), x_0_hat
+        sigma = torch.where((s >= 0).view(-1, 1, 1, 1), self.variance(t, s, fraction), 0).sqrt()
+        return mean + times(sigma, z()), x_0_hat
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Ddim:
         alpha_bar, variance = schedule(s), self.eta**2 * schedule.posterior_variance(t, s)
         # 1 - alpha_bar - variance is zero for s = -1, and rounding must not take it below.
         direction = (1 - alpha_bar - variance).clamp(min=0).sqrt()
-        x_s = alpha_bar.sqrt().to(x_t.dtype) * x_0_hat + direction.to(x_t.dtype) * eps_hat
-        return x_s + variance.sqrt().to(x_t.dtype) * z() if self.eta else x_s, x_0_hat
+        x_s = times(alpha_bar.sqrt(), x_0_hat) + times(direction, eps_hat)
+        return x_s + times(variance.sqrt(), z()) if self.eta else x_s, x_0_hat
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,15 @@ class DpmSolver:
         if before is not None:
             # h over the last step's: r^-1 in the paper.
             ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(before.t)).log()
-            ratio = torch.where(ratio.isfinite(), ratio, 0).to(x_t.dtype)
-            direction = x_0_hat + ratio / 2 * (x_0_hat - before.x_0_hat)
+            ratio = torch.where(ratio.isfinite(), ratio, 0)
+            direction = x_0_hat + times(ratio / 2, x_0_hat - before.x_0_hat)
         of_x_t = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt()
         if self.stochastic:
             of_x_t, gain = of_x_t * decay, 1 - decay**2
-            noise = ((1 - alpha_bar_s) * gain).sqrt().to(x_t.dtype) * z()
+            noise = times(((1 - alpha_bar_s) * gain).sqrt(), z())
         else:
             gain, noise = 1 - decay, torch.zeros_like(x_t)
-        return of_x_t.to(x_t.dtype) * x_t + (alpha_bar_s.sqrt() * gain).to(x_t.dtype) * direction + noise, x_0_hat
+        return times(of_x_t, x_t) + times(alpha_bar_s.sqrt() * gain, direction) + noise, x_0_hat
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,13 @@ class Heun:
         schedule = self.denoiser.schedule
         x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
         alpha_bar = schedule(s)
-        x_s = alpha_bar.sqrt().to(x_t.dtype) * x_0_hat + (1 - alpha_bar).sqrt().to(x_t.dtype) * eps_hat
+        x_s = times(alpha_bar.sqrt(), x_0_hat) + times((1 - alpha_bar).sqrt(), eps_hat)
         sigma_t, sigma_s = schedule.snr(t).rsqrt(), schedule.snr(s).rsqrt()
         second = (s >= 0).view(-1, 1, 1, 1) & (sigma_t <= self.MAX_SIGMA)
         if second.any():
             _, eps_hat_s, _ = self.denoiser(x_s, s.clamp(min=0))
-            half_step = torch.where(second, alpha_bar.sqrt() * (sigma_s - sigma_t) / 2, 0).to(x_t.dtype)
-            x_s = x_s + half_step * (eps_hat_s - eps_hat)
+            half_step = torch.where(second, alpha_bar.sqrt() * (sigma_s - sigma_t) / 2, 0)
+            x_s = x_s + times(half_step, eps_hat_s - eps_hat)
         return x_s, x_0_hat
 
 

@@ -1,12 +1,11 @@
 """Training in a few lines, on images in memory."""
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from diffusion.data.memory import Blocks, Images
-from diffusion.data.pairs import train_batch
+from diffusion.data.pairs import Batches
 from diffusion.errors import UserError
 from diffusion.model import Model
 from diffusion.nn.layers import Network
@@ -41,9 +40,7 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     device = next(model.net.parameters()).device
     state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
-    fetch = partial(
-        train_batch, blocks, seed, batch_size=options.batch_size, flip=options.flip, class_dropout=options.class_dropout
-    )
+    fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
     total = options.steps * options.batch_size
     with Ahead(fetch) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
         net = runnable(state.net, options, World())

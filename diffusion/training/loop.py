@@ -14,6 +14,7 @@ from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.loss import Loss
+from diffusion.process.schedule import times
 from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
@@ -75,9 +76,7 @@ def train(
             previewed = bool(state.heldout_curve) and state.heldout_curve[-1]["step"] == state.step
             if state.step and (done or state.step % trainer.options.preview_every == 0) and not previewed:
                 preview(state)
-                check_measured(state)
-                if trainer.options.keep_best and state.heldout_curve[-1] is best(state.heldout_curve):
-                    state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
+                judge(state, trainer.options)
                 checkpoints.write(state, good=not state.skipped_in_row)
                 saved = time.monotonic()
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
@@ -143,7 +142,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
         with synchronizing(trainer.net, number == options.accumulate):
             with torch.autocast(x_0.device.type, trainer.precision, enabled=trainer.precision != torch.float32):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
-            value = (weight.to(loss.dtype) * loss).mean() / options.accumulate
+            value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.
             (value * (value.detach() - value.detach() + 1)).backward()
         losses.append(loss.detach())
@@ -206,11 +205,13 @@ def out_of_patience(heldout_curve: list[Row], patience: int) -> bool:
     return len(heldout_curve) - 1 - heldout_curve.index(best(heldout_curve)) >= patience
 
 
-def check_measured(state: State) -> None:
-    """Raise Diverged if the last held-out error is not finite."""
+def judge(state: State, options: TrainOptions) -> None:
+    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the best weights."""
     row = state.heldout_curve[-1]
     if not math.isfinite(row["mse"]):
         raise Diverged(f"the held-out error at step {state.step} was not finite")
+    if options.keep_best and row is best(state.heldout_curve):
+        state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
 
 
 def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from diffusion.data import images
-from diffusion.data.pairs import fit
+from diffusion.data import images, pixels
 from diffusion.data.shards import png
 from diffusion.errors import UserError
 from diffusion.files import write_atomic, writing
@@ -37,7 +36,7 @@ def read_image(path: Path) -> Image.Image:
 
 def to_x_0(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     """An image as (1, C, H, W) in [-1, 1], cropped and resized to `shape` (C, H, W) if need be."""
-    return torch.from_numpy(fit(image, *shape) / np.float32(127.5) - np.float32(1))[None]
+    return torch.from_numpy(pixels.to_x_0(pixels.fit(image, *shape), np.float32))[None]
 
 
 def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:

@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.files import write_atomic
-from diffusion.model import Config, Model, load_model
+from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
-from diffusion.samples import classes_in_turn, noise_for, to_uint8
+from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.editing import image_to_image, inpaint, interpolate, repaint_path
+from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLER_OPTIONS, Before, Draw, Noise, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from flows.changes import lay_over
@@ -35,8 +36,6 @@ from flows.yaml_files import integer, number, read_yaml
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
-
-
 OF_SAMPLERS = {
     name: field for kind in SAMPLER_OPTIONS.values() for name, field in kind.model_fields.items() if name != "kind"
 }
@@ -88,7 +87,6 @@ def run(arguments: argparse.Namespace, paths: Paths) -> None:
         raise UserError(f"--filmstrip: {arguments.filmstrip} is no .png file")
     device = networks.device(settings.device)
     model = load_model(arguments.model or paths.model, device)
-    check(options, model.config)
     if arguments.guidance not in (None, 1) and not model.num_classes:
         raise UserError("--guidance: the model knows no classes (it was trained with network.classes: false)")
     # A given picture has a class of its own, which nobody told.
@@ -173,17 +171,6 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
         raise UserError(f"{paths.params} with the options given: {describe(error)}{advice(document, error)}") from None
 
 
-def check(options: SampleOptions, config: Config) -> None:
-    """Raise UserError unless a model can sample so."""
-    T = config.process.num_timesteps
-    if options.steps > T:
-        raise UserError(
-            f"sample.steps ({options.steps}) exceeds the model's num_timesteps ({T}); give fewer by --steps"
-        )
-    if options.variance == "learned" and not config.process.learned_variance:
-        raise UserError("sample.variance is learned, but the model has not learned it; choose another by --variance")
-
-
 def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     """Numbers of the classes that are given by name or number."""
     known = model.config.classes
@@ -228,26 +215,13 @@ def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, dev
     if not 0 <= at < schedule.num_timesteps:
         raise UserError(f"--at: the model's timesteps go from 0 to {schedule.num_timesteps - 1} (got {at})")
     rest = [at, *(t for t in timesteps if t < at)]
-    return alike(schedule, rest, x_0[0]) if len(x_0) == 1 else between(schedule, rest, x_0[0], x_0[1], options.count)
-
-
-def alike(schedule: Schedule, timesteps: list[int], x_0: Tensor) -> Way:
-    """Pictures like x_0 (1, C, H, W)."""
 
     def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
-        return image_to_image(sampler, schedule, noise, timesteps, x_0.expand(len(numbers), -1, -1, -1))
+        """Pictures like the one given; or evenly from one to the other, of one noise: only the mixture changes."""
+        mixed = mix(x_0[0], x_0[-1], numbers.double() / max(options.count - 1, 1))
+        return image_to_image(sampler, schedule, noise, rest, mixed)
 
-    return Way(len(timesteps), make)
-
-
-def between(schedule: Schedule, timesteps: list[int], x_0: Tensor, x_0_other: Tensor, count: int) -> Way:
-    """Pictures evenly from x_0 to x_0_other (1, C, H, W); of one noise, so that only the mixture changes."""
-
-    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
-        fraction = numbers.double() / max(count - 1, 1)
-        return interpolate(sampler, schedule, noise, timesteps, x_0, x_0_other, fraction)
-
-    return Way(len(timesteps), make, one_noise=True)
+    return Way(len(rest), make, one_noise=len(x_0) == 2)
 
 
 def made_anew(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) -> Way:

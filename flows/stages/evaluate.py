@@ -5,11 +5,13 @@ Models are chosen by their validation error; everything that is reported of the 
 
 from collections.abc import Iterator
 
+import torch
+
 from diffusion.data.pairs import Pairs
-from diffusion.errors import UserError
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
+from diffusion.evaluation.likelihood import Draws
 from diffusion.files import (
     new_directory,
     parse_csv,
@@ -20,11 +22,11 @@ from diffusion.files import (
     write_json,
     write_sums,
 )
-from diffusion.model import WEIGHTS, load_model
+from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
-from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths
@@ -38,52 +40,22 @@ def run(params: Params, paths: Paths) -> None:
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name, "train")) for name in names]
-    T = model.process.schedule.num_timesteps
-    if params.sample.steps > T:
-        raise UserError(f"sample.steps ({params.sample.steps}) exceeds the model's num_timesteps ({T})")
-    variance = model.variance(params.sample.variance)
-    sums_of = [  # images, and strata of timesteps
-        (min(params.evaluate.likelihood_images, pairs.images), likelihood.strata(T)),
-        (min(params.evaluate.exact_likelihood_images, pairs.images), likelihood.every_timestep(T)),
-    ]
-    terms = sum(images * (len(edges) - 1) for images, edges in sums_of)
-
-    scored = (pairs.images + val.images) * pairs.manifest.heldout_draws
-    with Progress("evaluate", scored + terms, "pairs") as progress:
-
-        def counted(split: Pairs) -> Iterator[Prediction]:
-            for prediction in predictions(model, split, device):
-                yield prediction
-                progress.advance(len(prediction.t))
-
-        baseline = wiener.fit(Pairs(paths.pairs, "train"))
-        sums = noise_prediction.collect(counted(pairs), pairs.images, model.process.schedule, baseline)
-        val_errors = noise_prediction.by_image(counted(val), val.images)
-        estimate, exact = (
-            likelihood.measure(model, variance, pairs, images, edges, params.seed, device, progress.advance)
-            for images, edges in sums_of
-        )
-    overall, bands = noise_prediction.summarize(sums, params.seed, params.evaluate.resamples, T)
-    overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
-    mse_by_t, vlb_by_t = noise_prediction.curve(sums, T), likelihood.curve(exact)
-
+    sampling_timesteps(params.sample, model.process.schedule)  # what it refuses, it refuses before the scoring
+    overall, tables = score(params, model, device, pairs, val, wiener.fit(Pairs(paths.pairs, "train")))
     pictures = {
-        "mse_by_t": plots.mse_by_t(mse_by_t),
-        "vlb_by_t": plots.vlb_by_t(vlb_by_t),
+        "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
+        "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
         "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
         "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
     }
     if curves:
         pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
-    page = report.page(overall, bands, pictures, how=how, variance=params.sample.variance)
+    page = report.page(overall, tables["bands"], pictures, how=how, variance=params.sample.variance)
     write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
     with new_directory(paths.evaluation) as temporary:
-        write_csv(temporary / "bands.csv", bands)
-        write_csv(temporary / "mse_by_t.csv", mse_by_t)
-        write_csv(temporary / "vlb_by_t.csv", vlb_by_t)
-        by_image = [{"image": image, "mse": mse} for image, mse in enumerate(val_errors.tolist())]
-        write_csv(temporary / "val_errors.csv", by_image)
+        for name, rows in tables.items():
+            write_csv(temporary / f"{name}.csv", rows)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
@@ -100,6 +72,37 @@ def run(params: Params, paths: Paths) -> None:
         f"on {overall['bits_per_dim_images']} images"
     )
     tracking.record(params, paths)
+
+
+def score(
+    params: Params, model: Model, device: torch.device, test: Pairs, val: Pairs, baseline: wiener.Wiener
+) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
+    """The report's figures, from the held-out pairs and the terms of the bound, and its tables by name."""
+    T, options = model.process.schedule.num_timesteps, params.evaluate
+    variance = model.variance(params.sample.variance)
+    cheap = Draws(min(options.likelihood_images, test.images), likelihood.strata(T), params.seed)
+    whole = Draws(min(options.exact_likelihood_images, test.images), likelihood.every_timestep(T), params.seed)
+    scored = (test.images + val.images) * test.manifest.heldout_draws
+    with Progress("evaluate", scored + cheap.terms + whole.terms, "pairs") as progress:
+
+        def counted(split: Pairs) -> Iterator[Prediction]:
+            for prediction in predictions(model, split, device):
+                yield prediction
+                progress.advance(len(prediction.t))
+
+        sums = noise_prediction.collect(counted(test), test.images, model.process.schedule, baseline)
+        val_errors = noise_prediction.by_image(counted(val), val.images)
+        estimate, exact = (
+            likelihood.measure(model, variance, test, draws, device, progress.advance) for draws in (cheap, whole)
+        )
+    overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
+    overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
+    return overall, {
+        "bands": bands,
+        "mse_by_t": noise_prediction.curve(sums, T),
+        "vlb_by_t": likelihood.curve(exact),
+        "val_errors": [{"image": image, "mse": mse} for image, mse in enumerate(val_errors.tolist())],
+    }
 
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:

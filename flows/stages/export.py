@@ -17,6 +17,7 @@ from diffusion.files import damaged, new_directory, read_checked, sha256, write_
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.progress import say
+from diffusion.sampling.build import sampling_timesteps
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths
@@ -28,12 +29,8 @@ def run(params: Params, paths: Paths) -> None:
     required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
-    if export.steps > model.process.schedule.num_timesteps:
-        raise UserError(
-            f"export.steps ({export.steps}) exceeds the model's num_timesteps ({model.process.schedule.num_timesteps})"
-        )
-    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
-    sample = params.sample.model_copy(update=settings)
+    sample = params.sample.model_copy(update=export.model_dump(include={"sampler", "steps", "spacing"}))
+    sampling_timesteps(sample, model.process.schedule)  # what it refuses, it refuses at once
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
@@ -51,9 +48,8 @@ def run(params: Params, paths: Paths) -> None:
             sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                report["sampler"] = parity.check_sampler(
-                    parity.session(contents[whole], device, required), model, sample
-                )
+                sampler = parity.session(contents[whole], device, required)
+                report["sampler"] = parity.check_sampler(sampler, model, sample)
             else:
                 mse = report["denoiser"]["mse"]
                 report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
@@ -67,20 +63,26 @@ def run(params: Params, paths: Paths) -> None:
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
-    say(
-        f"export: {paths.denoiser} and {paths.sampler} ({len(contents[paths.sampler]) / 1e6:.1f} MB each), at most "
-        f"{report['denoiser']['max_difference']:.1e} from torch on {report['denoiser']['pairs']} held-out pairs, by "
-        f"{sessions['fp32'].get_providers()[0]}"
-    )
     times = speed.measure(sessions)
-    for name in export.variants:
+    tell(paths, report, sessions["fp32"].get_providers()[0], times)
+    tracking.record(params, paths, speed=times)
+
+
+def tell(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
+    """Say what was written, how exact it is and, of the variants in `times`, how fast."""
+    size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
+    largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
+    say(
+        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each), at most {largest:.1e} from torch "
+        f"on {pairs} held-out pairs, by {provider}"
+    )
+    for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
             f"export: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
-            f"({len(contents[paths.sampler_in(name)]) / 1e6:.1f} MB each), MSE {report[name]['loss']:+.2%}; a look is "
+            f"({size[name]:.1f} MB each), MSE {report[name]['loss']:+.2%}; a look is "
             f"{alone:.1f} times as fast for an image alone, {joined:.1f} in batches of {speed.BATCHES[-1]}"
         )
-    tracking.record(params, paths, speed=times)
 
 
 def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:

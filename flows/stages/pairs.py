@@ -12,7 +12,7 @@ from flows.paths import Paths
 
 def run(params: Params, paths: Paths) -> None:
     """Write data/pairs; raises UserError if data/shards is missing or damaged."""
-    source = shards.read_manifest(paths.shards)
+    source = shards.Manifest.read(paths.shards / shards.MANIFEST, "shard")
     images = {split: shards.Images(paths.shards, contents) for split, contents in source.splits.items()}
     settings = pairs.Settings(
         **params.pairs.model_dump(),

@@ -7,6 +7,7 @@ import numpy as np
 from diffusion.data import shards
 from diffusion.data.folders import linked_folders
 from diffusion.data.sources import open_source
+from diffusion.data.splits import Fractions
 from diffusion.errors import UserError
 from diffusion.files import new_directory
 from diffusion.progress import Progress, say
@@ -32,10 +33,9 @@ def run(params: Params, paths: Paths) -> None:
             source,
             params.shard.source,
             directory,
-            val_fraction=params.shard.val_fraction,
-            test_fraction=params.shard.test_fraction,
-            samples_per_shard=params.shard.samples_per_shard,
-            advance=progress.advance,
+            Fractions(params.shard.val_fraction, params.shard.test_fraction),
+            params.shard.samples_per_shard,
+            progress.advance,
         )
     made_with.write(paths, "shard", params)
     _say_files("left out", manifest.rejected)

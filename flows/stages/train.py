@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from diffusion.data.noise import Purpose, stream
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
 from diffusion.errors import Echo, UserError
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.files import new_directory, write_atomic, write_csv, write_json, write_sums
@@ -124,15 +124,8 @@ class Training:
         checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
         checkpoints.restore(state)
         model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
-        fetch = partial(
-            train_batch,
-            self.pairs,
-            seed,
-            batch_size=options.batch_size,
-            flip=options.flip,
-            class_dropout=options.class_dropout,
-            rank=world.rank,
-            world=world.size,
+        fetch = Batches(
+            self.pairs, seed, options.batch_size, options.flip, options.class_dropout, world.rank, world.size
         )
         with StopSignals() as stop, Ahead(fetch) as batches, ExitStack() as watched:
             live = progress = None

@@ -17,11 +17,12 @@ from PIL import Image
 
 from diffusion.data.images import Picture
 from diffusion.data.noise import SPLITS, Split
-from diffusion.data.shards import Manifest, Sample, split_of, write
+from diffusion.data.shards import Manifest, Sample, write
 from diffusion.data.sources import open_source
+from diffusion.data.splits import Fractions, Splitter
 
 RNG = np.random.default_rng(3)
-FRACTIONS: dict[str, Any] = {"val_fraction": 0.2, "test_fraction": 0.2, "samples_per_shard": 100}
+FRACTIONS: dict[str, Any] = {"fractions": Fractions(0.2, 0.2), "samples_per_shard": 100}
 
 
 def shard(source: Path, directory: Path) -> Manifest:
@@ -217,7 +218,7 @@ def test_memory_grows_by_little_more_than_the_digests(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [{}, {"train": "x"}, {"train": "x", "test": "y"}, {"train": "x", "val": "y"}])
 def test_shares_of_the_hash(own: dict[Any, str]) -> None:
-    found = [split_of(None, int(place * 2**64), own, 0.1, 0.3) for place in (np.arange(1000) + 0.5) / 1000]
+    found = [Splitter(own, Fractions(0.1, 0.3))(None, int(place * 2**64)) for place in (np.arange(1000) + 0.5) / 1000]
     shares = {split: found.count(split) for split in SPLITS}
     val, test = (0 if "val" in own else 100), (0 if "test" in own else 300)
     assert shares == {"train": 1000 - val - test, "val": val, "test": test}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from diffusion.data import pairs as module
 from diffusion.data.noise import BLOCK, SPLITS, Split
-from diffusion.data.pairs import Manifest, Pairs, Settings, fit, train_batch, write
+from diffusion.data.pairs import Batches, Manifest, Pairs, Settings, write
+from diffusion.data.pixels import fit
 from diffusion.errors import UserError
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}
@@ -171,7 +172,7 @@ def test_tars_are_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_epoch_has_every_image_once_with_its_own_draw(directory: Path) -> None:
     pairs = Pairs(directory, "train")
-    batches = [train_batch(pairs, 1, step, 50) for step in range(9)]  # three epochs of 150
+    batches = [Batches(pairs, 1, 50)(step) for step in range(9)]  # three epochs of 150
     orders = []
     for epoch in range(3):
         part = batches[3 * epoch : 3 * epoch + 3]
@@ -187,13 +188,13 @@ def test_an_epoch_has_every_image_once_with_its_own_draw(directory: Path) -> Non
 
 def test_batches_of_any_size_cut_the_same_stream(directory: Path) -> None:
     pairs = Pairs(directory, "train")
-    whole = train_batch(pairs, 3, 0, 480)
+    whole = Batches(pairs, 3, 480)(0)
     assert whole.x_0.shape == whole.eps.shape == (480, 3, 4, 6)
     assert [array.dtype for array in whole] == [np.float32, np.int64, np.float32, np.int64, np.float64]
     assert whole.x_0.min() == -1
     assert whole.x_0.max() == 1
     for size in (1, 7, 64, 128, 200):
-        parts = [train_batch(pairs, 3, step, size) for step in range(480 // size)]
+        parts = [Batches(pairs, 3, size)(step) for step in range(480 // size)]
         for name, array in whole._asdict().items():
             cut = np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(cut, array[: len(cut)])
@@ -203,15 +204,15 @@ def test_batches_of_any_size_cut_the_same_stream(directory: Path) -> None:
 @pytest.mark.parametrize("flip", [False, True])
 def test_processes_share_a_batch(directory: Path, world: int, flip: bool) -> None:
     pairs = Pairs(directory, "train")
-    whole = train_batch(pairs, 0, 5, 100, flip=flip)
-    shares = [train_batch(Pairs(directory, "train"), 0, 5, 100, flip=flip, rank=r, world=world) for r in range(world)]
+    whole = Batches(pairs, 0, 100, flip=flip)(5)
+    shares = [Batches(Pairs(directory, "train"), 0, 100, flip=flip, rank=r, world=world)(5) for r in range(world)]
     for name, array in whole._asdict().items():
         np.testing.assert_array_equal(np.concatenate([getattr(share, name) for share in shares]), array)
 
 
 def test_flip_mirrors_about_half_of_the_images_and_nothing_else(directory: Path) -> None:
     pairs = Pairs(directory, "train")
-    plain, flipped = train_batch(pairs, 0, 0, 450), train_batch(pairs, 0, 0, 450, flip=True)
+    plain, flipped = Batches(pairs, 0, 450)(0), Batches(pairs, 0, 450, flip=True)(0)
     same = (plain.x_0 == flipped.x_0).all(axis=(1, 2, 3))
     mirrored = (plain.x_0[..., ::-1] == flipped.x_0).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all()
@@ -223,11 +224,11 @@ def test_flip_mirrors_about_half_of_the_images_and_nothing_else(directory: Path)
 
 def test_a_batch_is_the_callers_own(directory: Path) -> None:
     pairs = Pairs(directory, "train")
-    expected = [array.copy() for array in train_batch(pairs, 0, 0, 100)]
-    given: list[NDArray[Any]] = [*train_batch(pairs, 0, 0, 100), *pairs.recipe(0, 0), pairs.x_0(0), pairs.labels(0)]
+    expected = [array.copy() for array in Batches(pairs, 0, 100)(0)]
+    given: list[NDArray[Any]] = [*Batches(pairs, 0, 100)(0), *pairs.recipe(0, 0), pairs.x_0(0), pairs.labels(0)]
     for array in given:
         array[...] = 0
-    for again, wanted in zip(train_batch(pairs, 0, 0, 100), expected, strict=True):
+    for again, wanted in zip(Batches(pairs, 0, 100)(0), expected, strict=True):
         np.testing.assert_array_equal(again, wanted)
 
 

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from diffusion.data.noise import SPLITS
-from diffusion.data.shards import Images, Manifest, read_manifest, write
+from diffusion.data.shards import MANIFEST, Images, Manifest, write
 from diffusion.data.sources import open_source
+from diffusion.data.splits import Fractions
 from diffusion.errors import UserError
 from diffusion.files import sha256, write_sums
 
@@ -24,7 +25,7 @@ Reader = Callable[[list[str]], list[dict[str, Any]]]
 
 def shard(source: Path, directory: Path, **options: Any) -> Manifest:
     directory.mkdir()
-    settings = {"val_fraction": 0.2, "test_fraction": 0.2, "samples_per_shard": 100} | options
+    settings = {"fractions": Fractions(0.2, 0.2), "samples_per_shard": 100} | options
     return write(open_source(source), "name", directory, **settings)
 
 
@@ -87,7 +88,7 @@ def test_any_webdataset_reader_opens_them(tmp_path: Path, webdataset_samples: Re
 def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     source = npz(tmp_path / "a.npz", 60)
     manifest = shard(source, tmp_path / "shards")
-    assert read_manifest(tmp_path / "shards") == manifest
+    assert Manifest.read(tmp_path / "shards" / MANIFEST, "shard") == manifest
     for contents in manifest.splits.values():
         for tar in contents.shards:
             path = tmp_path / "shards" / tar.name
@@ -122,7 +123,7 @@ def test_new_images_move_no_old_ones(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_split_shares_are_as_asked(tmp_path: Path) -> None:
-    manifest = shard(npz(tmp_path / "a.npz", 2000), tmp_path / "shards", val_fraction=0.1, test_fraction=0.3)
+    manifest = shard(npz(tmp_path / "a.npz", 2000), tmp_path / "shards", fractions=Fractions(0.1, 0.3))
     assert abs(manifest.splits["val"].samples / 2000 - 0.1) < 0.03
     assert abs(manifest.splits["test"].samples / 2000 - 0.3) < 0.04
 
@@ -133,7 +134,7 @@ def test_own_test_split_is_kept_and_val_is_taken_from_train(tmp_path: Path) -> N
             path = tmp_path / "source" / part / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (3, 3), index + (200 if part == "test" else 0)).save(path)
-    manifest = shard(tmp_path / "source", tmp_path / "shards", test_fraction=0.5)
+    manifest = shard(tmp_path / "source", tmp_path / "shards", fractions=Fractions(0.2, 0.5))
     assert manifest.splits["test"].samples == 7
     assert manifest.splits["val"].samples + manifest.splits["train"].samples == 40
     assert 1 <= manifest.splits["val"].samples <= 16
@@ -226,13 +227,13 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         Images(tmp_path / "shards", manifest.splits["train"])
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"old": 1}))
     with pytest.raises(UserError, match=r"manifest\.json: damaged \(not the bytes that SHA256SUMS lists\)"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
     write_sums(tmp_path / "shards")
     with pytest.raises(UserError, match=r"manifest\.json: of another version; `dvc repro shard`"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
     (tmp_path / "shards" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* an earlier version wrote it; `dvc repro shard`"):
-        read_manifest(tmp_path / "shards")
+        Manifest.read(tmp_path / "shards" / MANIFEST, "shard")
 
 
 def test_members_carry_no_trace_of_the_machine(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusion.data.noise import BLOCK
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import x_0_mse
-from diffusion.evaluation.likelihood import Terms
+from diffusion.evaluation.likelihood import Draws, Terms
 from diffusion.model import Config, Model
 from diffusion.process import build
 from flows.params import Params
@@ -64,7 +64,7 @@ def gaussian_model(params: Params, num_timesteps: int, classes: tuple[str, ...] 
 
 def measure(model: Model, images: int, edges: NDArray[np.int64], variance: str = "fixed-small", seed: int = 0) -> Terms:
     pairs: Any = GaussianPairs()
-    return likelihood.measure(model, model.variance(variance), pairs, images, edges, seed, CPU)
+    return likelihood.measure(model, model.variance(variance), pairs, Draws(images, edges, seed), CPU)
 
 
 @pytest.mark.parametrize("T", [2, 3, 10, 64, 999, 1000, 4000])
@@ -143,7 +143,7 @@ def test_every_term_is_counted(params: Params) -> None:
     done: list[int] = []
     pairs: Any = GaussianPairs()
     model, edges = gaussian_model(params, 20), likelihood.strata(20)
-    likelihood.measure(model, model.variance("fixed-large"), pairs, 70, edges, 0, CPU, done.append)
+    likelihood.measure(model, model.variance("fixed-large"), pairs, Draws(70, edges, 0), CPU, done.append)
     assert sum(done) == 70 * (len(edges) - 1)
 
 

@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from diffusion.data.pixels import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
 from diffusion.process import build
 from diffusion.process.build import ProcessOptions
-from diffusion.samples import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample
@@ -108,7 +108,7 @@ def test_another_number_of_steps_can_be_asked_for() -> None:
     model, step = parts(False)
     settings = fakes.options(sampler="heun", steps=60, threshold="clip")
     found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 3)
-    for steps in (0, 1, 9, sampler_graph.FREE, 60):
+    for steps in (0, 1, 9, sampler_graph.MAX_FREE_STEPS, 60):
         asked = {"noise": inputs["noise"], "steps": np.array([steps])}
         same(found.run(None, asked), model, settings.model_copy(update={"steps": steps or 60}), inputs)
     for steps in (-(2**63), -70, -61, -50, -1, 51, 55, 59, 61, 62, 2**63 - 1):

@@ -65,7 +65,7 @@ def test_interpolation_begins_and_ends_at_the_two_images(changes: dict[str, obje
     sampler = made_sampler(made, some_x_0_hat, **changes)
     timesteps, x_0, other = [500, 300, 100, 0], randn(*SHAPE), randn(*SHAPE, seed=1)
     fraction = torch.tensor([0, 0.25, 0.75, 1])
-    found = editing.interpolate(sampler, made.schedule, z, timesteps, x_0, other, fraction)
+    found = editing.image_to_image(sampler, made.schedule, z, timesteps, editing.mix(x_0, other, fraction))
     first, last = (editing.image_to_image(sampler, made.schedule, z, timesteps, image) for image in (x_0, other))
     torch.testing.assert_close(found[0], first[0])
     torch.testing.assert_close(found[3], last[3])

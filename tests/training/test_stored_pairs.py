@@ -4,7 +4,6 @@ import io
 import json
 import math
 import tarfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.pairs import Pairs, train_batch
+from diffusion.data.pairs import Batches, Pairs
 from diffusion.model import new_network
 from diffusion.process import build
 from diffusion.training import loop
@@ -68,14 +67,7 @@ def given_to_the_network(params: Params, directory: Path, checkpoints: Path) -> 
     state = begin(net, options, process.schedule)
     seen: list[tuple[Tensor, ...]] = []
     state.net.register_forward_pre_hook(lambda _, given: seen.append(tuple(value.clone() for value in given)))
-    fetch = partial(
-        train_batch,
-        pairs,
-        params.seed,
-        batch_size=options.batch_size,
-        flip=options.flip,
-        class_dropout=options.class_dropout,
-    )
+    fetch = Batches(pairs, params.seed, options.batch_size, options.flip, options.class_dropout)
     trainer = loop.Trainer(options, params.seed, process.loss, fetch, state.net)
 
     def measure(state: State) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.pairs import fit
+from diffusion.data.pixels import fit
 from diffusion.model import Config, load_model, save_model
 from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
@@ -232,12 +232,12 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         ("--steps 0", "params.yaml with the options given: sample.steps: input should be greater than or equal to 1"),
-        ("--steps 41", "sample.steps (41) exceeds the model's num_timesteps (40); give fewer by --steps"),
+        ("--steps 41", "steps (41) exceeds num_timesteps (40); choose fewer steps"),
         ("--eta 2", "sample.sampler.eta: input should be less than or equal to 1 (got 2.0)"),
         ("--sampler heun --eta 0.1", "sample.sampler.eta: no such parameter of heun (got 0.1)"),
         ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
         ("--device gpu", "device: string should match pattern"),
-        ("--variance learned", "sample.variance is learned, but the model has not learned it"),
+        ("--variance learned", "sample.variance: the model did not learn a variance"),
         ("--variance analytic", "sample.variance: the model holds no estimate for analytic"),
         ("--model nowhere", "nowhere/config.json: No such file or directory; `dvc repro train`"),
         ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (out/)"),

@@ -1,0 +1,68 @@
+"""Which split an image goes to: one for all its copies, that of the source where it has one, else a hash."""
+
+from array import array
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion.data.images import Unreadable
+from diffusion.data.noise import Split
+
+
+class Fractions(NamedTuple):
+    """Of the images without a split of their own, which part goes to val and which to test."""
+
+    val: float
+    test: float
+
+
+class _Digests:
+    """Digests of images, 8 bytes of memory for each."""
+
+    def __init__(self) -> None:
+        self._values = array("Q")
+        self._sorted = np.empty(0, np.uint64)
+
+    def add(self, value: int) -> None:
+        self._values.append(value)
+
+    def __contains__(self, value: int) -> bool:
+        if len(self._sorted) != len(self._values):
+            self._sorted = np.sort(np.array(self._values))
+        place = int(np.searchsorted(self._sorted, np.uint64(value)))
+        return place < len(self._sorted) and int(self._sorted[place]) == value
+
+    def copies(self) -> int:
+        """How many are the same as an earlier one."""
+        return len(self._values) - len(np.unique(np.array(self._values)))
+
+
+class Splitter:
+    """The split of each image, by the `digest` of its pixels; given the source's own test and val splits first.
+
+    Those are kept. Of other images, a part becomes whichever of val and test the source lacks: a function of the
+    pixels alone, so that new images never move old ones, and copies stay together.
+    """
+
+    def __init__(self, own: Mapping[Split, str], fractions: Fractions) -> None:
+        self.own, self.fractions = own, fractions
+        self.seen, self.digests = _Digests(), {"test": _Digests(), "val": _Digests()}
+
+    def __call__(self, split: Split | None, pixels: int) -> Split:
+        """The split of an image that the source has in `split`; raises Unreadable for a copy of one in its test."""
+        self.seen.add(pixels)
+        if split in self.digests:
+            self.digests[split].add(pixels)
+        if split != "test" and pixels in self.digests["test"]:
+            raise Unreadable("a copy of an image in the source's test split")
+        if split in ("val", "test"):
+            return split
+        if pixels in self.digests["val"]:
+            return "val"
+        position = pixels / 2**64  # uniform in [0, 1)
+        if position < self.fractions.val:
+            return "train" if "val" in self.own else "val"
+        if position < self.fractions.val + self.fractions.test:
+            return "train" if "test" in self.own else "test"
+        return "train"
