@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from diffusion.data.pairs import Batches, Pairs
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import quick_mse, x_0_mse
 from diffusion.model import Config, Model, new_network
+from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.process.weighting import WEIGHTINGS as NAMES
 from diffusion.training import loop

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.data.pairs import Pairs
-from diffusion.data.pixels import to_x_0
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import to_x_0
 from flows.paths import Paths
 
 FEATURES = 32

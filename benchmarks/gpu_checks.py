@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.data.pairs import Batch
 from diffusion.model import new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
+from diffusion.pairs.pairs import Batch
 from diffusion.process import build
 from diffusion.process.parameterization import Eps
 from diffusion.training import loop

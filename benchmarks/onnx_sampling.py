@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.pixels import to_uint8
 from diffusion.exchange.diffusers import export_model
 from diffusion.export import parity, speed
 from diffusion.model import Model, load_model
+from diffusion.pairs.pixels import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffusion.files import sha256
+from diffusion.storage.files import sha256
 from flows import yaml_files
 
 ROOT = Path(__file__).parents[1]

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-from diffusion.data.pairs import Batches, Pairs
 from diffusion.model import Config, Model, new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
+from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.progress import Progress
 from diffusion.training import loop

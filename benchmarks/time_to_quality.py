@@ -33,9 +33,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.data.pairs import Batches, Pairs
-from diffusion.data.pixels import to_x_0
 from diffusion.model import Config, Model, new_network
+from diffusion.pairs.pairs import Batches, Pairs
+from diffusion.pairs.pixels import to_x_0
 from diffusion.process import build
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions

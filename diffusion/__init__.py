@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion.data.memory import Images as Images
-    from diffusion.data.memory import load_images as load_images
     from diffusion.model import Model as Model
     from diffusion.nn.unet import UNetOptions as UNetOptions
     from diffusion.nn.uvit import UViTOptions as UViTOptions
+    from diffusion.pairs.memory import Images as Images
+    from diffusion.pairs.memory import load_images as load_images
     from diffusion.process.build import Process as Process
     from diffusion.process.build import ProcessOptions as ProcessOptions
     from diffusion.samples import save_grid as save_grid
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusion.training.options import TrainOptions as TrainOptions
 
 _PLACES = {
-    "Images": "data.memory",
+    "Images": "pairs.memory",
     "Model": "model",
     "Process": "process.build",
     "ProcessOptions": "process.build",
@@ -27,7 +27,7 @@ _PLACES = {
     "UNetOptions": "nn.unet",
     "UViTOptions": "nn.uvit",
     "fit": "training.fit",
-    "load_images": "data.memory",
+    "load_images": "pairs.memory",
     "save_grid": "samples",
 }
 __all__ = list(_PLACES)

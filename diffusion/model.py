@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from diffusion import upgrade
 from diffusion.errors import UserError, describe
-from diffusion.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 from diffusion.nn import build as networks
 from diffusion.nn.build import NetworkChoice
 from diffusion.nn.layers import Network, NetworkOptions
@@ -32,6 +31,7 @@ from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Sampler
 from diffusion.sections import COMPLETE
+from diffusion.storage.files import SUMS, new_directory, read_checked, write_atomic, write_json, write_sums
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

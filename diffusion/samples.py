@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.noise import Purpose, stream
-from diffusion.data.pixels import to_uint8
-from diffusion.files import write_atomic
+from diffusion.pairs.noise import Purpose, stream
+from diffusion.pairs.pixels import to_uint8
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Noise, trajectory
+from diffusion.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from diffusion.model import Model

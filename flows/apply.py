@@ -10,7 +10,7 @@ from ruamel import yaml
 from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
-from diffusion.files import write_atomic
+from diffusion.storage.files import write_atomic
 from diffusion.upgrade import from_format_1
 from flows import workspace, yaml_files
 from flows.paths import Paths

@@ -13,8 +13,8 @@ import filelock
 import numpy as np
 import torch
 
-from diffusion.files import sha256, write_json, writing
 from diffusion.progress import say
+from diffusion.storage.files import sha256, write_json, writing
 from diffusion.training.checkpoints import newest_step
 from diffusion.training.distributed import World
 from flows import dvc_yaml

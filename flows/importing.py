@@ -10,14 +10,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from diffusion.data import shards
-from diffusion.data.folders import files_below
-from diffusion.data.noise import Split
-from diffusion.data.shards import Source
-from diffusion.data.sources import open_source
 from diffusion.errors import UserError
-from diffusion.files import writing
 from diffusion.progress import Progress
+from diffusion.sources import shards
+from diffusion.sources.folders import files_below
+from diffusion.sources.shards import Source
+from diffusion.sources.sources import open_source
+from diffusion.storage.files import writing
+from diffusion.storage.tar import Split
 from flows.dvc_output import reason
 from flows.paths import Paths
 

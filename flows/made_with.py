@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError
-from diffusion.files import damaged, sha256, write_json
+from diffusion.storage.files import damaged, sha256, write_json
 from flows import dvc_yaml
 from flows.params import Params
 from flows.paths import Paths

@@ -25,7 +25,7 @@ from pydantic import Field
 from supervisor.xmlrpc import SupervisorTransport
 
 from diffusion.errors import SystemFault, UserError
-from diffusion.files import write_atomic, write_json
+from diffusion.storage.files import write_atomic, write_json
 from flows import http, processes
 from flows.environment import setting
 from flows.paths import Paths

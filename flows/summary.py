@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.storage.files import write_json
 from flows import workspace
 from flows.dvc_stage import Outcome
 from flows.paths import Paths

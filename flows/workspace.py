@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from diffusion.errors import UserError
-from diffusion.files import write_json, writing
 from diffusion.progress import say
+from diffusion.storage.files import write_json, writing
 from flows import dvc_output, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths

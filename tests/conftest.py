@@ -1,9 +1,14 @@
 """Fixtures for all tests."""
 
+import gc
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import webdataset
 
 from flows import params as parameters
 from flows.params import Params
@@ -45,3 +50,18 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
     return tree
+
+
+@pytest.fixture
+def webdataset_samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dict[str, Any]]]:
+    """Reads tar files with plain webdataset, which must need no pickle."""
+    monkeypatch.setenv("WDS_SECURE", "1")
+
+    def read(paths: list[str]) -> list[dict[str, Any]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+            samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
+            gc.collect()
+        return samples
+
+    return read

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import files
 from diffusion.errors import UserError, WriteFault
+from diffusion.storage import files
 from flows import __main__
 
 

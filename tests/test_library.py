@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit, load_images
-from diffusion.data.memory import Blocks, Images
-from diffusion.data.pairs import Batches, Pairs
 from diffusion.errors import UserError
+from diffusion.pairs.memory import Blocks, Images
+from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build as processes
 from tests.training import trees
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from diffusion.errors import UserError
-from diffusion.files import write_sums
 from diffusion.model import Config, Model, load_model, new_network, save_model
 from diffusion.process.denoiser import Guided
+from diffusion.storage.files import write_sums
 from flows.params import Params
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion import samples
-from diffusion.data.pixels import to_uint8, to_x_0
 from diffusion.evaluation import filmstrip, plots
 from diffusion.model import Config, Model
+from diffusion.pairs.pixels import to_uint8, to_x_0
 from diffusion.process import build
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions

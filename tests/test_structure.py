@@ -20,6 +20,7 @@ NOT_SHAPING = (
     "diffusion.errors",
     "diffusion.progress",
     "diffusion.sections",
+    "diffusion.upgrade",
     "flows.dvc_yaml",
     "flows.environment",
     "flows.fingerprint",

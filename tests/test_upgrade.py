@@ -9,8 +9,8 @@ import pytest
 
 from diffusion import Model
 from diffusion.errors import UserError
-from diffusion.files import write_json, write_sums
 from diffusion.model import CONFIG, read_config
+from diffusion.storage.files import write_json, write_sums
 from diffusion.upgrade import from_format_1
 from flows import yaml_files
 

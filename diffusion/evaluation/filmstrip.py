@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.pixels import to_uint8
 from diffusion.model import Model
+from diffusion.pairs.pixels import to_uint8
 from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.noise import BLOCK, Purpose, stream
-from diffusion.data.pairs import Pairs
-from diffusion.data.pixels import to_x_0
 from diffusion.model import Model
+from diffusion.pairs.noise import BLOCK, Purpose, stream
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import to_x_0
 from diffusion.process.parameterization import split
 
 

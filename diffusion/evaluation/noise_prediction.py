@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.noise import Purpose, stream
 from diffusion.evaluation.heldout import Prediction
 from diffusion.evaluation.wiener import Wiener
+from diffusion.pairs.noise import Purpose, stream
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.schedule import Schedule
 

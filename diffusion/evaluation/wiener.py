@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.pairs import Pairs
-from diffusion.data.pixels import to_x_0
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import to_x_0
 
 Array = NDArray[np.float64]
 LARGEST = 4096

@@ -13,9 +13,9 @@ from diffusion import model
 from diffusion.errors import UserError, describe
 from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
-from diffusion.files import new_directory, write_atomic, write_json
 from diffusion.nn.unet import UNet, UNetOptions, groups
 from diffusion.sampling.build import SampleOptions
+from diffusion.storage.files import new_directory, write_atomic, write_json
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"

@@ -8,12 +8,12 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.pairs import Pairs
-from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.export import golden, runtime
 from diffusion.model import Model
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import to_uint8
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.progress import Progress, say
 from diffusion.sampling import build as sampling

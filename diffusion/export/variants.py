@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from diffusion.data.pairs import Pairs
 from diffusion.errors import UserError
 from diffusion.export import golden
 from diffusion.export.denoiser import to_onnx
-from diffusion.files import writing
 from diffusion.model import Model
 from diffusion.nn.layers import TimeEmbedding
+from diffusion.pairs.pairs import Pairs
+from diffusion.storage.files import writing
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 32, 16

@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from diffusion.files import write_atomic, write_json
 from diffusion.progress import say
+from diffusion.storage.files import write_atomic, write_json
 from diffusion.training.distributed import World
 from diffusion.training.state import State
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from diffusion.data.memory import Blocks, Images
-from diffusion.data.pairs import Batches
 from diffusion.errors import UserError
 from diffusion.model import Model
 from diffusion.nn.layers import Network
+from diffusion.pairs.memory import Blocks, Images
+from diffusion.pairs.pairs import Batches
 from diffusion.progress import Progress
 from diffusion.training import loop
 from diffusion.training.distributed import World

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.noise import Purpose, stream
-from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
+from diffusion.pairs.noise import Purpose, stream
+from diffusion.pairs.pairs import Batch
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.loss import Loss
 from diffusion.process.schedule import times

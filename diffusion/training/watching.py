@@ -9,15 +9,15 @@ from typing import Protocol
 
 import torch
 
-from diffusion.data.pairs import Pairs
 from diffusion.errors import Stopped
 from diffusion.evaluation.heldout import quick_mse
-from diffusion.files import write_atomic
 from diffusion.model import Model
+from diffusion.pairs.pairs import Pairs
 from diffusion.process.build import ProcessOptions
 from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
+from diffusion.storage.files import write_atomic
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.state import State

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from diffusion.data import images, pixels
-from diffusion.data.shards import png
 from diffusion.errors import UserError
-from diffusion.files import write_atomic, writing
+from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
+from diffusion.sources import images
+from diffusion.sources.shards import png
+from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError, describe
 from diffusion.evaluation.filmstrip import frames
-from diffusion.files import write_atomic
 from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
+from diffusion.pairs.pixels import to_uint8
 from diffusion.process.schedule import Schedule
 from diffusion.progress import Progress, say
 from diffusion.samples import classes_in_turn, noise_for
@@ -28,6 +27,7 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLER_OPTIONS, Before, Draw, Noise, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
+from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
 from flows.params import advice

@@ -13,7 +13,7 @@ from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 from diffusion.errors import UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
-from diffusion.files import new_directory, write_atomic
+from diffusion.storage.files import new_directory, write_atomic
 from flows.paths import Paths
 
 DELAY = 2000

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 import torch
 
-from diffusion.data.pairs import Pairs
 from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
-from diffusion.files import (
+from diffusion.model import WEIGHTS, Model, load_model
+from diffusion.nn import build as networks
+from diffusion.pairs.pairs import Pairs
+from diffusion.progress import Progress, say
+from diffusion.samples import draw_samples, grid_png
+from diffusion.sampling.build import SampleOptions, sampling_timesteps
+from diffusion.storage.files import (
     new_directory,
     parse_csv,
     read_checked,
@@ -22,11 +27,6 @@ from diffusion.files import (
     write_json,
     write_sums,
 )
-from diffusion.model import WEIGHTS, Model, load_model
-from diffusion.nn import build as networks
-from diffusion.progress import Progress, say
-from diffusion.samples import draw_samples, grid_png
-from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths

@@ -10,14 +10,14 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion.data.pairs import MANIFEST, Pairs
 from diffusion.errors import UserError
 from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
-from diffusion.files import damaged, new_directory, read_checked, sha256, write_atomic, write_json
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
+from diffusion.pairs.pairs import MANIFEST, Pairs
 from diffusion.progress import say
 from diffusion.sampling.build import sampling_timesteps
+from diffusion.storage.files import damaged, new_directory, read_checked, sha256, write_atomic, write_json
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths

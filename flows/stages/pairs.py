@@ -1,10 +1,11 @@
 """Stage pairs: shards into shuffled blocks with their noise pairs."""
 
-from diffusion.data import pairs, shards
-from diffusion.data.noise import BLOCK
-from diffusion.files import new_directory
+from diffusion.pairs import pairs
+from diffusion.pairs.noise import BLOCK
 from diffusion.process import build
 from diffusion.progress import Progress, say
+from diffusion.sources import shards
+from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion.data import shards
-from diffusion.data.folders import linked_folders
-from diffusion.data.sources import open_source
-from diffusion.data.splits import Fractions
 from diffusion.errors import UserError
-from diffusion.files import new_directory
 from diffusion.progress import Progress, say
+from diffusion.sources import shards
+from diffusion.sources.folders import linked_folders
+from diffusion.sources.sources import open_source
+from diffusion.sources.splits import Fractions
+from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths

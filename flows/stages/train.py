@@ -12,18 +12,18 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from diffusion.data.noise import Purpose, stream
-from diffusion.data.pairs import Batches, Pairs
 from diffusion.errors import Echo, UserError
 from diffusion.evaluation.heldout import x_0_mse
-from diffusion.files import new_directory, write_atomic, write_csv, write_json, write_sums
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
 from diffusion.nn.layers import Network
+from diffusion.pairs.noise import Purpose, stream
+from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say
+from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
 from diffusion.training import distributed, loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World

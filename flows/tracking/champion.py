@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UserError
-from diffusion.files import SUMS, read_checked
 from diffusion.progress import say
+from diffusion.storage.files import SUMS, read_checked
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import store

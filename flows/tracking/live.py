@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from diffusion.files import sha256
+from diffusion.storage.files import sha256
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion.files import sha256
+from diffusion.storage.files import sha256
 from flows.tracking.results import Results
 from flows.tracking.store import WEIGHTS, Store, TrackedRun
 

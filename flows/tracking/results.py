@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UserError
-from diffusion.files import check_sums, parse_csv, read_checked, sha256
+from diffusion.storage.files import check_sums, parse_csv, read_checked, sha256
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffusion.data.noise import BLOCK
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.evaluation.likelihood import Draws, Terms
 from diffusion.model import Config, Model
+from diffusion.pairs.noise import BLOCK
 from diffusion.process import build
 from flows.params import Params
 

@@ -11,7 +11,7 @@ import torch
 
 from diffusion.errors import UserError
 from diffusion.export import metadata, parity, sampler_graph
-from diffusion.files import write_json, write_sums
+from diffusion.storage.files import write_json, write_sums
 from flows.paths import Paths
 from flows.stages import export
 from tests.export.test_sampler_graph import parts

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from diffusion.data.pixels import to_uint8
 from diffusion.export import denoiser, parity, sampler_graph
 from diffusion.model import Config, Model
+from diffusion.pairs.pixels import to_uint8
 from diffusion.process import build
 from diffusion.process.build import ProcessOptions
 from diffusion.sampling import build as sampling

@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 
-from diffusion.data.noise import BLOCK
-from diffusion.data.pairs import HeldOut, Pairs
 from diffusion.errors import UserError
 from diffusion.export import denoiser, golden, metadata, parity, sampler_graph, speed, variants
 from diffusion.model import Model
 from diffusion.nn.layers import GroupNorm, TimeEmbedding
+from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import HeldOut, Pairs
 from flows.stages.export import finished
 from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.nn.networks import NUM_CLASSES

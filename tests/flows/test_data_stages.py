@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusion.data.pairs import Pairs
+from diffusion.pairs.pairs import Pairs
 from diffusion.process import build
 from flows.params import Params
 from tests.training import trees

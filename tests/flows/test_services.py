@@ -11,7 +11,7 @@ import pytest
 from prefect.settings import PREFECT_HOME, temporary_settings
 
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.storage.files import write_json
 from flows import http, services
 from flows.services import Services
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diffusion.data.pairs import Pairs
 from diffusion.evaluation import wiener
 from diffusion.evaluation.heldout import predictions, quick_mse
 from diffusion.evaluation.noise_prediction import baselines, collect
 from diffusion.export.denoiser import Step
-from diffusion.files import parse_csv
 from diffusion.model import Model, load_model
+from diffusion.pairs.pairs import Pairs
+from diffusion.storage.files import parse_csv
 from flows import yaml_files
 from flows.paths import Paths
 from tests.rounding import assert_rounds_alike

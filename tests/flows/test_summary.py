@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
-from diffusion.files import write_json
+from diffusion.storage.files import write_json
 from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
 

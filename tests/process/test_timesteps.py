@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffusion.data import noise
+from diffusion.pairs import noise
 from diffusion.process.timesteps import TIMESTEPS, ByLoss, LogSnrNormal, Stored, Uniform
 from tests.process.fakes import process
 

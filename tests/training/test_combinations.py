@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data.noise import timesteps
-from diffusion.data.pairs import Batch
 from diffusion.model import new_network
+from diffusion.pairs.noise import timesteps
+from diffusion.pairs.pairs import Batch
 from diffusion.process import build
 from diffusion.process.loss import LOSSES
 from diffusion.process.parameterization import PARAMETERIZATIONS

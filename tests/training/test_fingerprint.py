@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion import files
+from diffusion.storage import files
 from diffusion.training.distributed import World
 from flows import dvc_yaml, yaml_files
 from flows import fingerprint as fingerprints

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data.noise import timesteps
-from diffusion.data.pairs import Batch
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
+from diffusion.pairs.noise import timesteps
+from diffusion.pairs.pairs import Batch
 from diffusion.process import build as processes
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.training import loop

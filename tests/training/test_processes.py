@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from diffusion.errors import Echo, UserError
-from diffusion.files import parse_csv
+from diffusion.storage.files import parse_csv
 from diffusion.training.distributed import joined
 from flows.params import Params
 from flows.stages.train import check_devices

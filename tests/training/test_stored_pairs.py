@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.pairs import Batches, Pairs
 from diffusion.model import new_network
+from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints

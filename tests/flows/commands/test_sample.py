@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.pixels import fit
 from diffusion.model import Config, load_model, save_model
+from diffusion.pairs.pixels import fit
 from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png

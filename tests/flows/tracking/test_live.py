@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from diffusion.errors import Stopped
-from diffusion.files import write_json
+from diffusion.storage.files import write_json
 from flows import tracking
 from flows.paths import Paths
 from tests.flows.tracking.trees import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion.errors import UserError
-from diffusion.files import sha256, write_json
+from diffusion.storage.files import sha256, write_json
 from flows import made_with, tracking
 from flows import params as parameters
 from flows.paths import Paths

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from diffusion.errors import UserError
-from diffusion.files import write_json, write_sums
+from diffusion.storage.files import write_json, write_sums
 from flows import made_with, tracking, yaml_files
 from flows import params as parameters
 from flows.paths import Paths

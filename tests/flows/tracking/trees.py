@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from onnx import TensorProto, helper
 from PIL import Image
 
-from diffusion.files import write_csv, write_json, write_sums
+from diffusion.storage.files import write_csv, write_json, write_sums
 from flows import made_with, tracking, yaml_files
 from flows import params as parameters
 from flows.changes import lay_over

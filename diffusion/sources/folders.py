@@ -8,11 +8,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
-from diffusion.data.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
-from diffusion.data.noise import Split
-from diffusion.data.shards import Sample
 from diffusion.errors import UserError
-from diffusion.files import reading
+from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
+from diffusion.sources.shards import Sample
+from diffusion.storage.files import reading
+from diffusion.storage.tar import Split
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train", "training": "train",

@@ -7,13 +7,12 @@ before, on the batch size or on the number of processes.
 """
 
 from enum import IntEnum
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+from diffusion.storage.tar import SPLITS, Split
+
 BLOCK = 64
 """Images in a block, which share a noise stream; the last block of a split may be shorter."""
 

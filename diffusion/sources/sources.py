@@ -15,11 +15,11 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.folders import Folder, files_below
-from diffusion.data.images import Picture, is_image
-from diffusion.data.noise import Split
-from diffusion.data.shards import Sample, Source
 from diffusion.errors import UserError
+from diffusion.sources.folders import Folder, files_below
+from diffusion.sources.images import Picture, is_image
+from diffusion.sources.shards import Sample, Source
+from diffusion.storage.tar import Split
 
 IDX = re.compile(r"(?P<part>train|t10k)[-_.](?P<kind>images[-_.]idx3|labels[-_.]idx1)[-_.]ubyte(\.gz)?")
 IMAGES_IDX, LABELS_IDX = 0x0803, 0x0801

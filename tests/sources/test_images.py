@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.images import Unreadable, digest, read_image
-from tests.data.encoders import packed, png, tiff
-from tests.data.pixels import BYTES, DEEP, PALETTE, RNG, H, W, differ, from_ycbcr, rgba, save, upright
+from diffusion.sources.images import Unreadable, digest, read_image
+from tests.sources.encoders import packed, png, tiff
+from tests.sources.pixels import BYTES, DEEP, PALETTE, RNG, H, W, differ, from_ycbcr, rgba, save, upright
 
 CASES = Path(__file__).parent / "cases" / "images"
 EXPECTED = np.load(CASES / "expected.npz")

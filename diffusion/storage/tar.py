@@ -11,13 +11,15 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffusion.data.noise import Split
 from diffusion.errors import UserError
-from diffusion.files import damaged, read_checked, sha256, writing
+from diffusion.storage.files import damaged, read_checked, sha256, writing
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Facts(BaseModel):

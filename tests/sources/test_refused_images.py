@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.folders import refusal
-from diffusion.data.images import Unreadable, is_image, read_image
 from diffusion.errors import SystemFault
-from tests.data.encoders import png, tiff
-from tests.data.pixels import BYTES, DEEP, H, W, differ, save
+from diffusion.sources.folders import refusal
+from diffusion.sources.images import Unreadable, is_image, read_image
+from tests.sources.encoders import png, tiff
+from tests.sources.pixels import BYTES, DEEP, H, W, differ, save
 
 
 def refused_files() -> dict[str, tuple[bytes, str]]:

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.sources import Idx, Npz, open_source
 from diffusion.errors import UserError
+from diffusion.sources.sources import Idx, Npz, open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.noise import SPLITS
-from diffusion.data.shards import MANIFEST, Images, Manifest, write
-from diffusion.data.sources import open_source
-from diffusion.data.splits import Fractions
 from diffusion.errors import UserError
-from diffusion.files import sha256, write_sums
+from diffusion.sources.shards import MANIFEST, Images, Manifest, write
+from diffusion.sources.sources import open_source
+from diffusion.sources.splits import Fractions
+from diffusion.storage.files import sha256, write_sums
+from diffusion.storage.tar import SPLITS
 
 Reader = Callable[[list[str]], list[dict[str, Any]]]
 

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.noise import BLOCK, SPLITS, Purpose, Split, eps_from_key, eps_key, stream, timesteps
-from diffusion.data.pixels import fit, to_x_0
-from diffusion.data.tar import Facts, Member, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import write_json, write_sums
+from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
+from diffusion.pairs.pixels import fit, to_x_0
+from diffusion.storage.files import write_json, write_sums
+from diffusion.storage.tar import SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20

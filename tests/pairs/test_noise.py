@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from diffusion.data.noise import BLOCK, SPLITS, eps_from_key, eps_key, stream, timesteps
+from diffusion.pairs.noise import BLOCK, eps_from_key, eps_key, stream, timesteps
+from diffusion.storage.tar import SPLITS
 
 
 def test_every_block_has_one_timestep_in_each_stratum() -> None:

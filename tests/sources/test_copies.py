@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data.images import Picture
-from diffusion.data.noise import SPLITS, Split
-from diffusion.data.shards import Manifest, Sample, write
-from diffusion.data.sources import open_source
-from diffusion.data.splits import Fractions, Splitter
+from diffusion.sources.images import Picture
+from diffusion.sources.shards import Manifest, Sample, write
+from diffusion.sources.sources import open_source
+from diffusion.sources.splits import Fractions, Splitter
+from diffusion.storage.tar import SPLITS, Split
 
 RNG = np.random.default_rng(3)
 FRACTIONS: dict[str, Any] = {"fractions": Fractions(0.2, 0.2), "samples_per_shard": 100}

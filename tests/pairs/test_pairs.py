@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data import pairs as module
-from diffusion.data.noise import BLOCK, SPLITS, Split
-from diffusion.data.pairs import Batches, Manifest, Pairs, Settings, write
-from diffusion.data.pixels import fit
 from diffusion.errors import UserError
+from diffusion.pairs import pairs as module
+from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import Batches, Manifest, Pairs, Settings, write
+from diffusion.pairs.pixels import fit
+from diffusion.storage.tar import SPLITS, Split
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}
 T = 200

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from diffusion.data.images import Unreadable, read_image
-from tests.data.encoders import (
+from diffusion.sources.images import Unreadable, read_image
+from tests.sources.encoders import (
     ADOBE_RGB,
     DISPLAY_P3,
     SRGB,

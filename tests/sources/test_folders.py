@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusion.data.folders import Folder
-from diffusion.data.sources import open_source
 from diffusion.errors import UserError
+from diffusion.sources.folders import Folder
+from diffusion.sources.sources import open_source
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> None:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion.data.images import Unreadable
-from diffusion.data.noise import Split
+from diffusion.sources.images import Unreadable
+from diffusion.storage.tar import Split
 
 
 class Fractions(NamedTuple):

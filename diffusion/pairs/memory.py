@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.images import Unreadable
-from diffusion.data.noise import BLOCK
-from diffusion.data.pairs import BlockedImages
-from diffusion.data.pixels import fit
-from diffusion.data.sources import open_source
 from diffusion.errors import UserError
+from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import BlockedImages
+from diffusion.pairs.pixels import fit
+from diffusion.sources.images import Unreadable
+from diffusion.sources.sources import open_source
 
 
 @dataclass(frozen=True)

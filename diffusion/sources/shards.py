@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.data.images import Picture, Unreadable, digest
-from diffusion.data.noise import SPLITS, Split
-from diffusion.data.splits import Fractions, Splitter
-from diffusion.data.tar import Facts, Tar, Writer, members, open_map
 from diffusion.errors import UserError
-from diffusion.files import sha256, write_json, write_sums
+from diffusion.sources.images import Picture, Unreadable, digest
+from diffusion.sources.splits import Fractions, Splitter
+from diffusion.storage.files import sha256, write_json, write_sums
+from diffusion.storage.tar import SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
