@@ -47,6 +47,21 @@ class SystemFault(UserError):
         return cls(Path(os.fsdecode(error.filename)), error)
 
 
+class FileFault(UserError):
+    """A file that was written before and cannot be used as it is: it is missing, damaged or of another version."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class Damaged(FileFault):
+    """A file whose bytes have changed since they were written."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(path, f"damaged ({why})")
+
+
 class WriteFault(SystemFault):
     """What the operating system has against writing a file."""
 

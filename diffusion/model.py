@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion import upgrade
-from diffusion.errors import UserError, describe
+from diffusion.errors import FileFault, UserError, describe
 from diffusion.nn import build as networks
 from diffusion.nn.build import NetworkChoice
 from diffusion.nn.layers import Network, NetworkOptions
@@ -182,19 +182,18 @@ def load_model(directory: Path, device: torch.device) -> Model:
         UserError: a file is missing, damaged or written by another version; it is named.
     """
     if not (directory / SUMS).exists() and (directory / CONFIG).exists():
-        raise UserError(
-            f"{directory}: has no {SUMS}: an earlier version wrote it, and it cannot be checked; train it again "
-            "(`dvc repro train`) or import it again (`ddpm import-diffusers`)"
+        raise FileFault(
+            directory, f"has no {SUMS}: an earlier version wrote it, and it cannot be checked; train or import it again"
         )
-    described, weights = (read_checked(directory / name, "train") for name in (CONFIG, WEIGHTS))
+    described, weights = (read_checked(directory / name) for name in (CONFIG, WEIGHTS))
     try:
         config = read_config(described)
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load(weights))
     except ValidationError as error:
-        raise UserError(f"{directory / CONFIG}: {describe(error)}; run `dvc repro train`") from None
+        raise FileFault(directory / CONFIG, describe(error)) from None
     except UserError as error:
-        raise UserError(f"{directory / CONFIG}: {error}") from None
+        raise FileFault(directory / CONFIG, str(error)) from None
     except (RuntimeError, SafetensorError):
-        raise UserError(f"{directory / WEIGHTS}: not of the network in {CONFIG}; run `dvc repro train`") from None
+        raise FileFault(directory / WEIGHTS, f"not of the network in {CONFIG}") from None
     return Model(net.eval().requires_grad_(False).to(device), processes.process(config.process), config)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError
-from diffusion.storage.files import damaged, sha256, write_json
+from diffusion.errors import Damaged, UserError
+from diffusion.storage.files import sha256, write_json
 from flows import dvc_yaml
 from flows.params import Params
 from flows.paths import Paths
@@ -69,7 +69,7 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
         if not path.exists():
             raise UserError(f"{path}: missing; `dvc repro {stage}` writes it")
         if sha256(path) != digest:
-            raise damaged(path, f"not the bytes that {file} lists")
+            raise Damaged(path, f"not the bytes that {file} lists")
     return None
 
 

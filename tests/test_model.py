@@ -72,11 +72,11 @@ def test_a_variance_that_the_model_does_not_have_is_refused(saved: tuple[Path, M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_0_mse": [0.5]}, "config.json: x_0_mse has 1 values for 1000 timesteps; run `dvc repro train`"),
+        ({"x_0_mse": [0.5]}, "config.json: x_0_mse has 1 values for 1000 timesteps"),
         ({"process": {}}, "config.json: process.schedule: missing"),
         ({"more": 1}, "config.json: more: no such parameter"),
         ({"shape": [1, 8]}, "config.json: shape.2: missing"),
-        ({"classes": ["a", "b", "c"]}, "model.safetensors: not of the network in config.json; run `dvc repro train`"),
+        ({"classes": ["a", "b", "c"]}, "model.safetensors: not of the network in config.json"),
     ],
 )
 def test_a_directory_that_does_not_fit_together_gets_one_line(
@@ -97,11 +97,11 @@ def test_files_of_another_program_get_one_line(saved: tuple[Path, Model]) -> Non
     for content in (few, b"no weights"):
         (directory / "model.safetensors").write_bytes(content)
         write_sums(directory)
-        with pytest.raises(UserError, match=r"model\.safetensors: not of the network in config.json; run"):
+        with pytest.raises(UserError, match=r"model\.safetensors: not of the network in config.json$"):
             load_model(directory, CPU)
     (directory / "config.json").write_text("{")
     write_sums(directory)
-    with pytest.raises(UserError, match=r"config\.json: invalid JSON"):
+    with pytest.raises(UserError, match=r"config\.json: no JSON "):
         load_model(directory, CPU)
 
 
@@ -134,8 +134,8 @@ def test_the_digests_are_those_of_sha256sum(saved: tuple[Path, Model]) -> None:
 def test_a_model_of_an_earlier_version_is_refused(saved: tuple[Path, Model]) -> None:
     directory, _ = saved
     (directory / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match=r"has no SHA256SUMS: an earlier version wrote it.* train it again .* import"):
+    with pytest.raises(UserError, match=r"has no SHA256SUMS: an earlier version wrote it.* train or import it again$"):
         load_model(directory, CPU)
     (directory / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: No such file or directory; `dvc repro train` writes it$"):
+    with pytest.raises(UserError, match=r"config\.json: No such file or directory$"):
         load_model(directory, CPU)

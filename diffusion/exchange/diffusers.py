@@ -51,7 +51,7 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
         write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, scheduler)
     if config.scheduler:
-        told = "its scheduler is the one that it was imported with, whatever the section sample of params.yaml says"
+        told = "its scheduler is the one that it was imported with, whatever the options of sampling say"
     else:
         told = not_kept(sample)
     return f"{PIPELINES[name]}.from_pretrained loads; {told}"

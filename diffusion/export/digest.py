@@ -25,8 +25,7 @@ def check(content: bytes) -> bytes:
     body, found = content[:-LENGTH], content[-LENGTH:]
     if not body.endswith(ENTRY):
         raise ValueError(
-            f"does not end with {KEY}: it was cut, changed, or not written by this version of `ddpm export`; export it "
-            "again"
+            f"does not end with {KEY}: it was cut, changed, or written by another version; export it again"
         )
     if hashlib.sha256(body).hexdigest().encode() != found:
         raise ValueError(f"its bytes do not have the SHA-256 in {KEY}: it is damaged or was changed; export it again")

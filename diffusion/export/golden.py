@@ -85,7 +85,7 @@ def check(session: ort.InferenceSession, facts: Mapping[str, str]) -> Outcome:
         tolerance, share, sha256 = float(test["tolerance"]), float(test["share"]), test["sha256"]
     except Exception as error:  # whatever else may be in such a file; ONNX Runtime's errors have nothing in common
         raise ValueError(
-            f"carries no golden test that can be run ({brief(error)}): it was changed, or not made by `ddpm export`"
+            f"carries no golden test that can be run ({brief(error)}): it was changed, or not exported by this library"
         ) from None
     if _digest(alpha_bar) != digest:
         raise ValueError("ddpm.alpha_bar is not what ddpm.alpha_bar_sha256 says: the file was changed")

@@ -71,7 +71,7 @@ def check_denoiser(
             count += length
             progress.advance(length)
     mse = {name: error / (count * prediction.eps[0].size) for name, error in errors.items()}
-    largest, allowed = float(np.nanmax(by_band)), f"export.tolerance ({tolerance:g}) in params.yaml"
+    largest, allowed = float(np.nanmax(by_band)), f"export.tolerance ({tolerance:g})"
     problem = ""
     if not largest <= tolerance:
         band, edges = int(np.nanargmax(by_band)), band_edges(T)

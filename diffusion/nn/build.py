@@ -43,7 +43,7 @@ def network(shape: tuple[int, int, int], channels_out: int, num_classes: int, op
 
 
 def device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that params.yaml names; `auto` is a GPU where there is one. Raises UserError if it is not there.
+    """The device of that name; `auto` is a GPU where there is one. Raises UserError if it is not there.
 
     Of several processes that train together, each takes the GPU of its `local_rank`, if none is named by number.
 
@@ -54,7 +54,7 @@ def device(name: str, local_rank: int = 0) -> torch.device:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
         if chosen.index >= gpus:
-            raise UserError(f"device: {chosen} is not there; set device to auto or cpu in params.yaml")
+            raise UserError(f"device: {chosen} is not there; set device to auto or cpu")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # With warnings alone attention's backward pass would stay non-deterministic.
         torch.use_deterministic_algorithms(True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from diffusion.errors import UserError
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
 from diffusion.pairs.pixels import fit, to_x_0
 from diffusion.storage.files import write_json, write_sums
-from diffusion.storage.tar import SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
+from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20
@@ -60,6 +60,7 @@ class Settings(Facts):
 class Manifest(Settings):
     """manifest.json of data/pairs."""
 
+    format: Literal[1] = FORMAT
     splits: dict[Split, Contents]
     alpha_bar: tuple[float, ...]
     """(T,), for those who read the pairs without this code."""
@@ -209,12 +210,12 @@ class Pairs(BlockedImages):
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        made = self.manifest = Manifest.read(directory / MANIFEST, "pairs")
+        made = self.manifest = Manifest.read(directory / MANIFEST)
         contents = made.splits[split]
         shape = (made.channels, made.height, made.width)
         super().__init__(contents.images, shape, made.seed, split, made.num_timesteps)
         self.blocks = contents.blocks
-        self._maps = [open_map(directory, tar, "pairs") for tar in contents.tars]
+        self._maps = [open_map(directory, tar) for tar in contents.tars]
         self._members: dict[tuple[int, str], tuple[int, Member]] = {
             (int(member.key), member.extension): (number, member)
             for number, mapped in enumerate(self._maps)
@@ -231,8 +232,8 @@ class Pairs(BlockedImages):
         made = self.manifest
         if not np.array_equal(made.alpha_bar, alpha_bar) or self.shape != (shape or self.shape):
             raise UserError(
-                f"data/pairs: made for another noise schedule ({made.schedule}, {made.num_timesteps} timesteps) or "
-                f"other images {self.shape} than the model; `dvc repro` brings all stages up to date"
+                f"the pairs are made for another noise schedule ({made.schedule}, {made.num_timesteps} timesteps) or "
+                f"other images {self.shape} than the model; make them and the model anew"
             )
 
     def x_0(self, block: int) -> NDArray[np.uint8]:

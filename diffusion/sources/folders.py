@@ -87,7 +87,7 @@ class Folder:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise UserError(
                 f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:SHOWN])}{more}; if it is "
-                "no split, confirm that by shard.split_names_as_classes: true in params.yaml (ddpm import: "
+                "no split, confirm that by shard.split_names_as_classes: true (ddpm import: "
                 "--split-names-as-classes); if it is one, let only train, val and test stand side by side above the "
                 "classes, with train among them and no images beside the folder around them"
             )

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from diffusion.errors import UserError
 from diffusion.sources.images import Picture, Unreadable, digest
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.files import sha256, write_json, write_sums
-from diffusion.storage.tar import SPLITS, Facts, Split, Tar, Writer, members, open_map
+from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
@@ -90,6 +90,7 @@ class Remark(Facts):
 class Manifest(Facts):
     """manifest.json of data/shards."""
 
+    format: Literal[1] = FORMAT
     source: str
     classes: tuple[str, ...]
     splits: dict[Split, Contents]
@@ -230,7 +231,7 @@ def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Rem
     if empty := [split for split, count in counts.items() if not count]:
         raise UserError(
             f"{name}: no image of {total} fell into the split {empty[0]}; add images, or change shard.val_fraction or "
-            "shard.test_fraction in params.yaml"
+            "shard.test_fraction"
         )
 
 
@@ -267,7 +268,7 @@ class Images:
     """
 
     def __init__(self, directory: Path, contents: Contents) -> None:
-        self._maps = [open_map(directory, tar, "shard") for tar in contents.shards]
+        self._maps = [open_map(directory, tar) for tar in contents.shards]
         places = {"png": array("q"), "json": array("q")}
         for number, mapped in enumerate(self._maps):
             for member in members(mapped):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import SystemFault, UserError, WriteFault
+from diffusion.errors import Damaged, FileFault, SystemFault, WriteFault
 
 SUMS = "SHA256SUMS"
 """Digests of the files beside it, in the format of sha256sum."""
@@ -151,48 +151,34 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
     write_atomic(directory / SUMS, "".join(lines).encode())
 
 
-def read_checked(path: Path, stage: str) -> bytes:
-    """The bytes of a file that another stage wrote, checked against the SHA256SUMS beside it.
-
-    Args:
-        path: the file.
-        stage: the stage that writes it, for the message.
+def read_checked(path: Path) -> bytes:
+    """The bytes of a file, checked against the SHA256SUMS beside it.
 
     Raises:
-        UserError: the file or its SHA256SUMS is missing, or the bytes are not those that were written.
+        FileFault: the file or its SHA256SUMS is missing, or the bytes are not those that were written.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; `dvc repro {stage}` writes it") from None
+        raise FileFault(path, error.strerror or str(error)) from None
     sums = path.with_name(SUMS)
     try:
         lines = sums.read_bytes().splitlines()
     except OSError as error:
-        raise UserError(
-            f"{sums}: {error.strerror}, so {path.name} cannot be checked: an earlier version wrote it; "
-            f"`dvc repro {stage}` writes both"
+        raise FileFault(
+            sums, f"{error.strerror}, so {path.name} cannot be checked: an earlier version wrote it"
         ) from None
     if f"{hashlib.sha256(content).hexdigest()}  {path.name}".encode() not in lines:
-        raise damaged(path, f"not the bytes that {SUMS} lists")
+        raise Damaged(path, f"not the bytes that {SUMS} lists")
     return content
 
 
-def check_sums(directory: Path, stage: str) -> None:
-    """Raise UserError, as `read_checked` does, unless all files that a directory's SHA256SUMS lists are as written."""
+def check_sums(directory: Path) -> None:
+    """Raise FileFault, as `read_checked` does, unless all files that a directory's SHA256SUMS lists are as written."""
     sums = directory / SUMS
     try:
         names = [os.fsdecode(line[66:]) for line in sums.read_bytes().splitlines()]
     except OSError as error:
-        raise UserError(f"{sums}: {error.strerror}; `dvc repro {stage}` writes it") from None
+        raise FileFault(sums, error.strerror or str(error)) from None
     for name in names:
-        read_checked(directory / name, stage)
-
-
-def damaged(path: Path, why: str) -> UserError:
-    """The error for a stage's output whose bytes have changed since they were written."""
-    # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage back,
-    # and so does the first checkout after `dvc repro --force`. Only deleting the cached copy repairs it.
-    return UserError(
-        f"{path}: damaged ({why}); delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
-    )
+        read_checked(directory / name)

@@ -6,6 +6,7 @@ KEY holds no dot. Nothing in a file depends on when, where or by whom it was wri
 
 import hashlib
 import io
+import json
 import mmap
 import sys
 import tarfile
@@ -15,11 +16,13 @@ from typing import Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffusion.errors import UserError
-from diffusion.storage.files import damaged, read_checked, sha256, writing
+from diffusion.errors import Damaged, FileFault
+from diffusion.storage.files import read_checked, sha256, writing
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+FORMAT: Literal[1] = 1
+"""Of the manifests. Those without one are of this format too."""
 
 
 class Facts(BaseModel):
@@ -28,12 +31,14 @@ class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def read(cls, path: Path, stage: str) -> Self:
-        """What a stage wrote; raises UserError if it is missing, damaged or not what this version writes."""
+    def read(cls, path: Path) -> Self:
+        """A manifest; raises FileFault if it is missing, damaged or not of this version's format."""
+        content = read_checked(path)
         try:
-            return cls.model_validate_json(read_checked(path, stage))
+            return cls.model_validate_json(content)
         except ValidationError:
-            raise UserError(f"{path}: of another version; `dvc repro {stage}` writes it") from None
+            written = json.loads(content).get("format", "none")
+            raise FileFault(path, f"not of this version: its format is {written}, not {FORMAT}") from None
 
 
 class Tar(Facts):
@@ -99,19 +104,16 @@ class Writer:
         self._tar, self._samples = None, 0
 
 
-def open_map(directory: Path, tar: Tar, stage: str) -> mmap.mmap:
-    """A memory map of a tar file, its content checked.
-
-    Raises UserError, naming the stage that writes it, if the file is not what the manifest says.
-    """
+def open_map(directory: Path, tar: Tar) -> mmap.mmap:
+    """A memory map of a tar file; raises FileFault if it is not what the manifest says."""
     path = directory / tar.name
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); `dvc repro {stage}` writes it anew") from None
+        raise FileFault(path, f"cannot be read ({error})") from None
     if hashlib.sha256(mapped).hexdigest() != tar.sha256:
-        raise damaged(path, "not the bytes that manifest.json lists")
+        raise Damaged(path, "not the bytes that manifest.json lists")
     return mapped
 
 

@@ -112,7 +112,7 @@ def joined(device: torch.device, store: Path | None = None, lost: type[UserError
             raise
         reason = str(error).splitlines()[0]
         raise lost(
-            f"process {rank} of {size} has lost another one ({reason}); `dvc repro` goes on from the last checkpoint"
+            f"process {rank} of {size} has lost another one ({reason}); train again to go on from the last checkpoint"
         ) from None
     except UserError as error:
         if rank == 0:

@@ -36,7 +36,7 @@ class Facts:
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None
-    """The MLflow run that watches this training."""
+    """The run of an experiment tracker that follows this training."""
 
 
 @dataclass

@@ -39,7 +39,7 @@ def run(params: Params, paths: Paths) -> None:
     pairs, val = Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
-    curves = [parse_csv(read_checked(paths.train_curves / name, "train")) for name in names]
+    curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
     sampling_timesteps(params.sample, model.process.schedule)  # what it refuses, it refuses before the scoring
     overall, tables = score(params, model, device, pairs, val, wiener.fit(Pairs(paths.pairs, "train")))
     pictures = {

@@ -10,14 +10,14 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion.errors import UserError
+from diffusion.errors import Damaged, UserError
 from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import MANIFEST, Pairs
 from diffusion.progress import say
 from diffusion.sampling.build import sampling_timesteps
-from diffusion.storage.files import damaged, new_directory, read_checked, sha256, write_atomic, write_json
+from diffusion.storage.files import new_directory, read_checked, sha256, write_atomic, write_json
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths
@@ -29,7 +29,8 @@ def run(params: Params, paths: Paths) -> None:
     required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
-    sample = params.sample.model_copy(update=export.model_dump(include={"sampler", "steps", "spacing"}))
+    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
+    sample = params.sample.model_copy(update=settings)
     sampling_timesteps(sample, model.process.schedule)  # what it refuses, it refuses at once
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
@@ -114,10 +115,10 @@ def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, An
     scored = paths.evaluation / "scored.json"
     if not scored.exists() or not paths.evaluate_report.exists():
         return {}
-    digests = json.loads(read_checked(scored, "evaluate"))
+    digests = json.loads(read_checked(scored))
     if (digests["weights_sha256"], digests["pairs_sha256"]) != (weights_sha256, pairs_sha256):
         return {}
     report = paths.evaluate_report.read_bytes()
     if digests["report_sha256"] != hashlib.sha256(report).hexdigest():
-        raise damaged(paths.evaluate_report, f"not the bytes that {scored} lists")
+        raise Damaged(paths.evaluate_report, f"not the bytes that {scored} lists")
     return json.loads(report)

@@ -13,7 +13,7 @@ from flows.paths import Paths
 
 def run(params: Params, paths: Paths) -> None:
     """Write data/pairs; raises UserError if data/shards is missing or damaged."""
-    source = shards.Manifest.read(paths.shards / shards.MANIFEST, "shard")
+    source = shards.Manifest.read(paths.shards / shards.MANIFEST)
     images = {split: shards.Images(paths.shards, contents) for split, contents in source.splits.items()}
     settings = pairs.Settings(
         **params.pairs.model_dump(),

@@ -162,6 +162,6 @@ def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | str:
     with tempfile.TemporaryDirectory() as directory:
         errors, _ = (Path(client.download_artifacts(version.run_id or "", file, directory)) for file in needed)
         try:
-            return errors_of(read_checked(errors, "evaluate"))
+            return errors_of(read_checked(errors))
         except UserError:
             return f"not those that {SUMS} lists in its run"

@@ -76,15 +76,15 @@ def read(params: Params, paths: Paths) -> Results:
     for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
             raise UserError(f"{needed}: missing, and needed to track a training; run `dvc repro` or `dvc pull`")
-    read_checked(manifest, "pairs")
+    read_checked(manifest)
     stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # not where data was pulled
     for stage in [*stages, "train"]:
         if reason := made_with.difference(paths, stage, params):
             raise UserError(f"{reason}; `dvc repro` brings the results up to date")
-    read_checked(paths.model / "config.json", "train")
-    check_sums(paths.previews, "train")
+    read_checked(paths.model / "config.json")
+    check_sums(paths.previews)
     names = ("loss", "heldout")
-    curves = {name: parse_csv(read_checked(paths.train_curves / f"{name}.csv", "train")) for name in names}
+    curves = {name: parse_csv(read_checked(paths.train_curves / f"{name}.csv")) for name in names}
     stale = []
     evaluation, export = None, None
     if paths.evaluate_report.exists():
@@ -102,10 +102,8 @@ def read(params: Params, paths: Paths) -> Results:
 
 
 def _evaluation(paths: Paths) -> Evaluation:
-    check_sums(paths.evaluation, "evaluate")
-    scored, bands, errors = (
-        read_checked(paths.evaluation / name, "evaluate") for name in ("scored.json", "bands.csv", ERRORS)
-    )
+    check_sums(paths.evaluation)
+    scored, bands, errors = (read_checked(paths.evaluation / name) for name in ("scored.json", "bands.csv", ERRORS))
     report = json.loads(paths.evaluate_report.read_bytes()) | json.loads(scored)
     return Evaluation(report, parse_csv(bands), errors_of(errors))
 

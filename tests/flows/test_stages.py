@@ -310,7 +310,7 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (1000)"),
         ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 1"),
-        ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu in params.yaml"),
+        ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu"),
     ],
 )
 def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -1,0 +1,30 @@
+"""What to do about a file that cannot be used."""
+
+from diffusion.errors import Damaged, FileFault
+from flows.paths import Paths
+
+
+def told(error: Exception) -> str:
+    """An error in one line; of a file that a stage writes here, with what to do about it."""
+    stage = stage_of(error) if isinstance(error, FileFault) else None
+    if stage is None:
+        return str(error)
+    if isinstance(error, Damaged):
+        # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage
+        # back, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy repairs it.
+        return f"{error}; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
+    return f"{error}; `dvc repro {stage}` writes it"
+
+
+def stage_of(error: FileFault) -> str | None:
+    """The stage that writes a file in the working tree."""
+    paths = Paths()
+    written = {
+        "shard": (paths.shards,),
+        "pairs": (paths.pairs,),
+        "train": (paths.model, paths.train_report, paths.train_curves, paths.previews),
+        "evaluate": (paths.evaluation, paths.evaluate_report, paths.report),
+        "export": (paths.onnx, paths.export_report),
+    }
+    at = error.path.absolute()
+    return next((stage for stage, made in written.items() if any(at.is_relative_to(p.absolute()) for p in made)), None)
