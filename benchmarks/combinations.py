@@ -29,10 +29,12 @@ from diffusion.process.weighting import WEIGHTINGS as NAMES
 from diffusion.training import loop
 from diffusion.training.state import begin
 from flows import params as parameters
+from flows.changes import lay_over
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import pairs as pairs_stage
 from flows.stages import shard as shard_stage
+from flows.yaml_files import read_yaml
 
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
 WEIGHTINGS = list(NAMES)
@@ -64,8 +66,7 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
     """Train one combination; a row for each variance that it can be given."""
     torch.set_num_threads(1)
     paths = Paths(root)
-    base = parameters.load(paths.params)
-    params = base.model_copy(update={"process": base.process.model_copy(update=changes)})
+    params = parameters.validate(lay_over(read_yaml(paths.params), {"process": changes}), str(paths.params))
     began = time.perf_counter()
     model = train(params, paths)
     seconds, test = time.perf_counter() - began, Pairs(paths.pairs, "test")
@@ -77,7 +78,7 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
         rows.append(
             {
                 "parameterization": params.process.parameterization,
-                "weighting": params.process.weighting,
+                "weighting": params.process.weighting.kind,
                 "variance": variance,
                 "mse": mse,
                 "bits_per_dim": float(total.mean()),

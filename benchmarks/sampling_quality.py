@@ -59,7 +59,6 @@ class Setting:
                 "spacing": self.spacing,
                 "steps": max(self.evaluations // 2, 1) if self.name == "heun" else self.evaluations,
                 "variance": "fixed-small",
-                "eta": 0.0,
                 "threshold": "clip",
                 "guidance": 1.0,
                 "count": count,

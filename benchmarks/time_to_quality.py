@@ -267,7 +267,7 @@ def pictures(models: dict[str, Model], judge: features.Judge, count: int, path: 
     distances = {}
     for axis, (name, model) in zip(axes, models.items(), strict=True):
         model.net.eval()
-        options = {"sampler": "ddim", "steps": 20, "spacing": "linspace", "variance": "fixed-small", "eta": 0.0}
+        options = {"sampler": "ddim", "steps": 20, "spacing": "linspace", "variance": "fixed-small"}
         sample = SampleOptions.model_validate(options | {"threshold": "clip", "guidance": 1.0, "count": 64})
         drawn = [draw_samples(model, sample, 0, torch.device("cpu"), first=first) for first in range(0, count, 64)]
         distances[name] = judge.distance(np.concatenate(drawn))

@@ -184,6 +184,10 @@ def summary(arguments: argparse.Namespace) -> None:
     summary.show(arguments.run)
 
 
+Command = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
+"""Adds a command by its name, what it does, and the function that does it."""
+
+
 def parser(complete: bool = True) -> argparse.ArgumentParser:
     """The commands; without `complete`, which imports torch, `sample` has no options."""
     top = argparse.ArgumentParser(prog="ddpm", description="Train, evaluate and export denoising diffusion models.")
@@ -196,7 +200,14 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
 
     for name, text in STAGES.items():
         command(name, text, run_stage)
+    _for_inputs(command)
+    _for_models(command, complete)
+    _for_runs(command)
+    return top
 
+
+def _for_inputs(command: Command) -> None:
+    """Commands that change parameters and data."""
     shown = command("params", "say what every parameter means", show_params)
     shown.add_argument(
         "--update",
@@ -223,6 +234,9 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
         help="confirm classes, and folders inside classes, that are named like a split (train, test, ...)",
     )
 
+
+def _for_models(command: Command, complete: bool) -> None:
+    """Commands that use and exchange models."""
     samples = command("sample", "make pictures with the trained model", sample)
     if complete:
         from flows.commands.sample import add_options
@@ -252,6 +266,9 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
     )
     serves.add_argument("--force", action="store_true", help="replace a repository that is there")
 
+
+def _for_runs(command: Command) -> None:
+    """Commands about results and flow runs."""
     tracks = command("track", "bring the working tree's results, or a run's, into MLflow", track)
     tracks.add_argument("run", nargs="?", help="name of a flow run (see `ddpm runs`); without it, the working tree")
     tracks.add_argument("--json", action="store_true", help="print run id, address and model version as JSON")
@@ -267,7 +284,6 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
     command("runs", "list the flow runs that are kept here", list_runs)
     shows = command("summary", "show a flow run's stages and results as a table", summary)
     shows.add_argument("run", nargs="?", help="name of a flow run; without it, the last one")
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,10 +33,7 @@ def apply(run: str, force: bool) -> None:
     state = workspace.state_of(source, workspace.Run.read(source))
     if state != "completed":
         raise UserError(f"run {source.name!r}: {state}; only a completed run can be applied")
-    new = {name: (source / name).read_bytes() for name in FILES}
-    parameters = yaml_files.read_yaml(source / "params.yaml")
-    if from_format_1(parameters):
-        new["params.yaml"] = yaml_files.content(parameters)
+    new = {"params.yaml": _parameters(source), "dvc.lock": (source / "dvc.lock").read_bytes()}
     old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
     lost = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
     if lost and not force:
@@ -72,6 +69,13 @@ def apply(run: str, force: bool) -> None:
             f"warning: {', '.join(changed)} differ from the run's: `dvc repro` will run the stages that use them",
             file=sys.stderr,
         )
+
+
+def _parameters(source: Path) -> bytes:
+    """A run's params.yaml, in the form of this version."""
+    path = source / "params.yaml"
+    document = yaml_files.read_yaml(path)
+    return yaml_files.content(document) if from_format_1(document) else path.read_bytes()
 
 
 def _save_to_cache(source: Path) -> None:

@@ -10,7 +10,7 @@ from diffusion.nn.layers import Network
 from diffusion.pairs.memory import Blocks, Images
 from diffusion.pairs.pairs import Batches
 from diffusion.progress import Progress
-from diffusion.training import loop
+from diffusion.training import loop, recovery
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, precision, runnable
 from diffusion.training.options import TrainOptions
@@ -48,8 +48,8 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
         while state.step < options.steps:
             try:
                 loop.step(state, trainer)
-            except loop.Diverged as diverged:
-                raise UserError(f"{diverged}; {loop.advice(options)}") from None
+            except recovery.Diverged as diverged:
+                raise UserError(f"{diverged}; {recovery.advice(options)}") from None
             progress.advance(options.batch_size)
     # An estimate for the analytic variance would be of other weights.
     return replace(model, net=state.average, config=model.config.model_copy(update={"x_0_mse": None}))

@@ -1,10 +1,8 @@
-"""The training loop."""
+"""The training loop: Ho et al. 2020, algorithm 1, whose lines are named in comments."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +10,15 @@ from torch import Tensor, nn
 from diffusion.errors import Stopped, UserError
 from diffusion.pairs.noise import Purpose, stream
 from diffusion.pairs.pairs import Batch
-from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.loss import Loss
 from diffusion.process.schedule import times
-from diffusion.progress import say
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.curves import accumulate, add_point, out_of_patience
 from diffusion.training.distributed import World, synchronizing, whole
-from diffusion.training.options import MuonOptions, TrainOptions
+from diffusion.training.options import TrainOptions
+from diffusion.training.recovery import Diverged, advice, go_back, judge, rate, skip
 from diffusion.training.state import Row, State
-
-SKIPS = 5
-"""Steps in a row whose loss or gradient is not finite before the training goes back."""
-LOWER_RATE = 0.5
-"""What the learning rate is multiplied by after going back."""
 
 Hook = Callable[[State], None]
 
@@ -44,9 +37,10 @@ class Trainer:
     world: World = field(default_factory=World)
     precision: torch.dtype = torch.float32
 
-
-class Diverged(Exception):
-    """The training has to go back to an earlier step."""
+    def add_point(self, state: State) -> Row | None:
+        """Add to the loss curve the means since its last point; None if all steps since were skipped."""
+        learning_rate = self.options.learning_rate * rate(state, state.step - 1, self.options)
+        return add_point(state, self.world, learning_rate, self.loss.schedule.num_timesteps)
 
 
 def train(
@@ -70,7 +64,7 @@ def train(
     saved = time.monotonic()
     if state.step == 0:
         checkpoints.write(state, good=True)
-    while True:
+    while True:  # line 1: repeat
         try:
             done = state.step == trainer.options.steps
             previewed = bool(state.heldout_curve) and state.heldout_curve[-1]["step"] == state.step
@@ -81,7 +75,7 @@ def train(
                 saved = time.monotonic()
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):
                 if state.last_point < state.step:
-                    add_point(state, trainer)
+                    trainer.add_point(state)
                 if not state.loss_curve:
                     raise UserError(f"loss or gradient was finite in no step; {advice(trainer.options)}")
                 return
@@ -91,7 +85,7 @@ def train(
             if due:
                 checkpoints.write(state)
                 saved = time.monotonic()
-            step(state, trainer)
+            step(state, trainer)  # lines 2 to 5
             report(state)
         except Stopped:
             checkpoints.write(state)
@@ -101,13 +95,18 @@ def train(
 
 
 def step(state: State, trainer: Trainer) -> None:
-    """One step of the optimizers and of the average; skipped where the loss or its gradient is not finite."""
+    """One step of the optimizers and of the average; skipped where the loss or its gradient is not finite.
+
+    With the weighting `simple` the loss is that of line 5, whatever the network predicts: |eps - eps_hat(x_t, t)|^2.
+    """
     options, world = trainer.options, trainer.world
     # Dropout draws from torch's own generator: its seed, too, is a function of the position alone.
     torch.manual_seed(int(stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank).integers(2**63)))
+    # Lines 2 to 4: images, timesteps and noise.
     x_0, pairs_t, eps, y, u = (torch.from_numpy(array) for array in trainer.fetch(state.step))
     t, weight = state.timesteps.draw(pairs_t, u)
     batch = [x.to(state.device, non_blocking=True) for x in (x_0, t, eps, y, weight)]
+    # Line 5: a step along the gradient of the loss.
     loss = backward(trainer, *batch)
     norm = whole(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
     finite = bool(norm.isfinite())
@@ -123,11 +122,9 @@ def step(state: State, trainer: Trainer) -> None:
         ema.update(state.average, state.net, state.step, options.ema_width)
         if state.timesteps.learns:
             state.timesteps.observe(world.gather(t), world.gather(loss.cpu()))
-        add(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
+        accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
     else:
-        state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
-        if state.skipped_in_row == SKIPS:
-            raise Diverged(f"at {SKIPS} steps in a row, from {state.step - SKIPS}, loss or gradient was not finite")
+        skip(state)
 
 
 def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -147,94 +144,3 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
             (value * (value.detach() - value.detach() + 1)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
-
-
-def rate(state: State, step: int, options: TrainOptions) -> float:
-    """The learning rate of a step, as a share of its peak."""
-    return optim.rate(step, options) * LOWER_RATE**state.rollbacks
-
-
-def add(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tensor, num_timesteps: int) -> None:
-    """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm."""
-    band = nn.functional.one_hot(band_of(t, num_timesteps), BANDS).double()
-    weight = weight.double()
-    weighted = weight * loss.double()
-    step = torch.stack([torch.ones_like(norm), weighted.mean(), norm])
-    state.sums += torch.cat([step, weighted @ band, weight @ band])
-
-
-def add_point(state: State, trainer: Trainer) -> Row | None:
-    """Add to the loss curve the means since its last point; None if all steps since were skipped.
-
-    All processes call this together. A band of t has a value if there was a timestep in it.
-    """
-    trainer.world.sum_(state.sums)
-    steps, loss, norm, *bands = state.sums.tolist()
-    state.sums.zero_()
-    if not steps:
-        return None
-    row = {
-        "step": state.step,
-        "loss": loss / steps,
-        "learning_rate": trainer.options.learning_rate * rate(state, state.step - 1, trainer.options),
-        "grad_norm": norm / steps,
-    }
-    names = bands_of(trainer.loss.schedule.num_timesteps)
-    for name, total, weight in zip(names, bands[:BANDS], bands[BANDS:], strict=True):
-        if weight:
-            row[name] = total / weight
-    state.loss_curve.append(row)
-    return row
-
-
-def bands_of(num_timesteps: int) -> list[str]:
-    """The columns of the bands' losses, such as loss_t000_099."""
-    digits = len(str(num_timesteps - 1))
-    return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(band_edges(num_timesteps))]
-
-
-def best(heldout_curve: list[Row]) -> Row:
-    """The held-out measurement with the least error."""
-    return min(heldout_curve, key=lambda row: row["mse"])
-
-
-def out_of_patience(heldout_curve: list[Row], patience: int) -> bool:
-    """Whether the last `patience` measurements (0: any number) were none better than one before them."""
-    if not patience or not heldout_curve:
-        return False
-    return len(heldout_curve) - 1 - heldout_curve.index(best(heldout_curve)) >= patience
-
-
-def judge(state: State, options: TrainOptions) -> None:
-    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the best weights."""
-    row = state.heldout_curve[-1]
-    if not math.isfinite(row["mse"]):
-        raise Diverged(f"the held-out error at step {state.step} was not finite")
-    if options.keep_best and row is best(state.heldout_curve):
-        state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
-
-
-def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
-    """Put the last good checkpoint into `state`, with a lower learning rate.
-
-    Raises UserError if that was done before, or there is none.
-    """
-    if state.rollbacks:
-        raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
-    kept = {"skipped": state.skipped, "run_id": state.run_id, "rollbacks": 1}
-    if not checkpoints.restore(state, good=True):
-        raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
-    # Killed before the last of these, it goes on from an earlier state and comes here again.
-    checkpoints.drop_after(state.step)
-    for name, value in kept.items():
-        setattr(state, name, value)
-    checkpoints.write(state, good=True)
-    if checkpoints.world.main:
-        say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
-
-
-def advice(options: TrainOptions) -> str:
-    rates = f"learning_rate (now {options.learning_rate})"
-    if isinstance(options.optimizer, MuonOptions):
-        rates += f" and optimizer.learning_rate (now {options.optimizer.learning_rate})"
-    return f"lower {rates}"

@@ -32,7 +32,7 @@ class Facts:
     """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
     skipped_in_row: int = 0
     rollbacks: int = 0
-    """How often the training went back to an earlier step (see loop.go_back)."""
+    """How often the training went back to an earlier step (see recovery.go_back)."""
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None

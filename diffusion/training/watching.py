@@ -18,7 +18,6 @@ from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.storage.files import write_atomic
-from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
@@ -79,7 +78,7 @@ class Watch:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
             self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
-            row = loop.add_point(state, self.trainer)
+            row = self.trainer.add_point(state)
             if self.live and row:
                 point = {name: value for name, value in row.items() if name != "step"}
                 rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)

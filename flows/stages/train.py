@@ -24,7 +24,7 @@ from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say
 from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
-from diffusion.training import distributed, loop
+from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead, precision, runnable
@@ -167,7 +167,7 @@ class Training:
             write_csv(temporary / "loss.csv", state.loss_curve, columns)
             write_csv(temporary / "heldout.csv", state.heldout_curve)
             write_sums(temporary)
-        kept = loop.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
+        kept = curves.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
         facts = {
             "steps": state.step,
             "images": state.step * self.params.train.batch_size,

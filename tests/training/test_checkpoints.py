@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.training import loop
+from diffusion.training import recovery
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State
 from flows import fingerprint
@@ -152,7 +152,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
         state.skipped = 5
         countdown.left = moments
         try:
-            loop.go_back(state, params.train, checkpoints, "seen")
+            recovery.go_back(state, params.train, checkpoints, "seen")
             done = True
         except Killed:
             countdown.left = None
@@ -160,7 +160,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
             assert checkpoints.restore(again)
             if not again.rollbacks:  # it trains on, and is where it was
                 again.skipped = 5
-                loop.go_back(again, params.train, checkpoints, "seen")
+                recovery.go_back(again, params.train, checkpoints, "seen")
             state = again
         countdown.left = None
         assert (state.step, state.rollbacks, state.skipped) == (1, 1, 5)

@@ -78,7 +78,7 @@ def run(
 
     def report(state: State) -> None:
         if state.step - state.last_point >= params.train.log_every:
-            loop.add_point(state, trainer)
+            trainer.add_point(state)
 
     def preview(state: State) -> None:
         called.append(f"preview {state.step}")

@@ -1,0 +1,61 @@
+"""The curves of a training: the loss, also by band of t, and the held-out error."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.process.bands import BANDS, band_edges, band_of
+from diffusion.training.distributed import World
+from diffusion.training.state import Row, State
+
+
+def accumulate(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tensor, num_timesteps: int) -> None:
+    """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm."""
+    band = nn.functional.one_hot(band_of(t, num_timesteps), BANDS).double()
+    weight = weight.double()
+    weighted = weight * loss.double()
+    step = torch.stack([torch.ones_like(norm), weighted.mean(), norm])
+    state.sums += torch.cat([step, weighted @ band, weight @ band])
+
+
+def add_point(state: State, world: World, learning_rate: float, num_timesteps: int) -> Row | None:
+    """Add to the loss curve the means since its last point; None if all steps since were skipped.
+
+    All processes call this together. A band of t has a value if there was a timestep in it.
+    """
+    world.sum_(state.sums)
+    steps, loss, norm, *bands = state.sums.tolist()
+    state.sums.zero_()
+    if not steps:
+        return None
+    row = {
+        "step": state.step,
+        "loss": loss / steps,
+        "learning_rate": learning_rate,
+        "grad_norm": norm / steps,
+    }
+    names = bands_of(num_timesteps)
+    for name, total, weight in zip(names, bands[:BANDS], bands[BANDS:], strict=True):
+        if weight:
+            row[name] = total / weight
+    state.loss_curve.append(row)
+    return row
+
+
+def bands_of(num_timesteps: int) -> list[str]:
+    """The columns of the bands' losses, such as loss_t000_099."""
+    digits = len(str(num_timesteps - 1))
+    return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(band_edges(num_timesteps))]
+
+
+def best(heldout_curve: list[Row]) -> Row:
+    """The held-out measurement with the least error."""
+    return min(heldout_curve, key=lambda row: row["mse"])
+
+
+def out_of_patience(heldout_curve: list[Row], patience: int) -> bool:
+    """Whether the last `patience` measurements (0: any number) were none better than one before them."""
+    if not patience or not heldout_curve:
+        return False
+    return len(heldout_curve) - 1 - heldout_curve.index(best(heldout_curve)) >= patience

@@ -1,0 +1,67 @@
+"""Where the loss, a gradient or the held-out error is not finite: back to a good checkpoint, with a lower rate."""
+
+import math
+
+from diffusion.errors import UserError
+from diffusion.progress import say
+from diffusion.training import optim
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.curves import best
+from diffusion.training.options import MuonOptions, TrainOptions
+from diffusion.training.state import State
+
+SKIPS = 5
+"""Steps in a row whose loss or gradient is not finite before the training goes back."""
+LOWER_RATE = 0.5
+"""What the learning rate is multiplied by after going back."""
+
+
+class Diverged(Exception):
+    """The training has to go back to an earlier step."""
+
+
+def skip(state: State) -> None:
+    """Count a step whose loss or gradient was not finite; raises Diverged if there were `SKIPS` in a row."""
+    state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
+    if state.skipped_in_row == SKIPS:
+        raise Diverged(f"at {SKIPS} steps in a row, from {state.step - SKIPS}, loss or gradient was not finite")
+
+
+def judge(state: State, options: TrainOptions) -> None:
+    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the best weights."""
+    row = state.heldout_curve[-1]
+    if not math.isfinite(row["mse"]):
+        raise Diverged(f"the held-out error at step {state.step} was not finite")
+    if options.keep_best and row is best(state.heldout_curve):
+        state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
+
+
+def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
+    """Put the last good checkpoint into `state`, with a lower learning rate.
+
+    Raises UserError if that was done before, or there is none.
+    """
+    if state.rollbacks:
+        raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
+    kept = {"skipped": state.skipped, "run_id": state.run_id, "rollbacks": 1}
+    if not checkpoints.restore(state, good=True):
+        raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
+    # Killed before the last of these, it goes on from an earlier state and comes here again.
+    checkpoints.drop_after(state.step)
+    for name, value in kept.items():
+        setattr(state, name, value)
+    checkpoints.write(state, good=True)
+    if checkpoints.world.main:
+        say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
+
+
+def advice(options: TrainOptions) -> str:
+    rates = f"learning_rate (now {options.learning_rate})"
+    if isinstance(options.optimizer, MuonOptions):
+        rates += f" and optimizer.learning_rate (now {options.optimizer.learning_rate})"
+    return f"lower {rates}"
+
+
+def rate(state: State, step: int, options: TrainOptions) -> float:
+    """The learning rate of a step, as a share of its peak."""
+    return optim.rate(step, options) * LOWER_RATE**state.rollbacks
