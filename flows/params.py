@@ -29,14 +29,53 @@ from diffusion.sections import (
 )
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_format_1
-from flows import rules
 from flows.yaml_files import read_yaml
+
+
+def _leaves_something_to_train_on(shard: "Shard") -> None:
+    if shard.val_fraction + shard.test_fraction >= 1:
+        raise ValueError("val_fraction + test_fraction must be below 1, to leave images to train on")
+
+
+def _samples_at_timesteps_that_exist(params: "Params") -> None:
+    if params.sample.steps > params.process.num_timesteps:
+        raise ValueError(
+            f"sample.steps ({params.sample.steps}) exceeds process.num_timesteps ({params.process.num_timesteps})"
+        )
+
+
+def _exports_timesteps_that_exist(params: "Params") -> None:
+    if params.export.steps > params.process.num_timesteps:
+        raise ValueError(
+            f"export.steps ({params.export.steps}) exceeds process.num_timesteps ({params.process.num_timesteps})"
+        )
+
+
+def _has_patches_that_fit(params: "Params") -> None:
+    patch_size = getattr(params.network, "patch_size", 1)  # not every network has patches
+    if patch_size > min(params.pairs.height, params.pairs.width):
+        raise ValueError(f"network.patch_size ({patch_size}) exceeds the images' side")
+
+
+def _draws_the_last_timestep(params: "Params") -> None:
+    if params.process.zero_terminal_snr and params.train.timesteps == "log-snr-normal":
+        raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
+
+
+def _has_learned_its_variance(params: "Params") -> None:
+    if params.sample.variance == "learned" and not params.process.learned_variance:
+        raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
+
+
+def _exports_its_variance(params: "Params") -> None:
+    if params.sample.variance == "learned" and params.export.sampler.kind == "ddpm":
+        raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")
 
 
 class Shard(Section):
     """Raw images into webdataset shards."""
 
-    rules = (rules.leaves_something_to_train_on,)
+    rules = (_leaves_something_to_train_on,)
 
     source: Annotated[str, Field(min_length=1)] = "data/raw/digits.npz"
     """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
@@ -110,12 +149,12 @@ class Params(Section):
     """All of params.yaml."""
 
     rules = (
-        rules.samples_at_timesteps_that_exist,
-        rules.exports_timesteps_that_exist,
-        rules.has_patches_that_fit,
-        rules.draws_the_last_timestep,
-        rules.has_learned_its_variance,
-        rules.exports_its_variance,
+        _samples_at_timesteps_that_exist,
+        _exports_timesteps_that_exist,
+        _has_patches_that_fit,
+        _draws_the_last_timestep,
+        _has_learned_its_variance,
+        _exports_its_variance,
     )
 
     seed: NonNegative = 0

@@ -1,0 +1,34 @@
+"""What to do about a file that cannot be used: said of those that a stage writes here, and of no others."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.errors import Damaged, FileFault, UserError
+from flows.remedies import told
+
+SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [
+        ("data/shards/train-000000.tar", "shard"),
+        ("data/pairs/manifest.json", "pairs"),
+        ("models/ddpm", "train"),
+        ("reports/train_curves/loss.csv", "train"),
+        ("reports/evaluation/scored.json", "evaluate"),
+        ("models/onnx/denoiser.onnx", "export"),
+        ("models/other/config.json", None),
+        ("/elsewhere/models/ddpm/config.json", None),
+    ],
+)
+def test_files_of_a_stage_are_written_by_it_again(path: str, stage: str | None) -> None:
+    advice = f"; `dvc repro {stage}` writes it" if stage else ""
+    assert told(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
+    assert told(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
+    assert told(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
+
+
+def test_other_errors_are_told_as_they_are() -> None:
+    assert told(UserError("seed: wrong")) == "seed: wrong"
