@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from flows import http, yaml_files
+from flows.changes import lay_over
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
@@ -38,9 +39,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
-    yaml_files.write_yaml(
-        target / "params.yaml", yaml_files.overlay(yaml_files.read_yaml(target / "params.yaml"), TINY)
-    )
+    yaml_files.write_yaml(target / "params.yaml", lay_over(yaml_files.read_yaml(target / "params.yaml"), TINY))
     (target / "dvc.lock").unlink(missing_ok=True)
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):

@@ -11,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import yaml_files
+from flows.changes import lay_over
 
 STAGES = ["shard", "pairs", "train", "evaluate", "export"]
 
@@ -76,7 +77,7 @@ def test_changed_parameters_touch_only_their_own_stage(
     """Those that come after it run when its outputs are other ones."""
     path = tree / "params.yaml"
     before = path.read_text()
-    yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), change))
+    yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), change))
     try:
         assert list(json.loads(call(tree, "dvc", "status", "--json"))) == stages
     finally:

@@ -51,9 +51,7 @@ class Best(nn.Module):
 
 
 def gaussian_model(params: Params, num_timesteps: int, classes: tuple[str, ...] = ()) -> Model:
-    options = params.process.model_copy(
-        update={"schedule": "cosine", "num_timesteps": num_timesteps, "parameterization": "v"}
-    )
+    options = params.process.model_copy(update={"num_timesteps": num_timesteps})
     network = params.network.model_copy(update={"classes": bool(classes)})
     process = build.process(options)
     left = 1 - process.schedule.alpha_bar

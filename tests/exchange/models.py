@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion import model
 from flows import params, yaml_files
+from flows.changes import lay_over
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = 128
@@ -50,7 +51,7 @@ DDPM_CIFAR10: dict[str, Any] = {
 def settings(**changes: dict[str, Any]) -> params.Params:
     """The parameters of a small model that diffusers has too, with changes by section."""
     document = yaml_files.read_yaml(ROOT / "params.yaml")
-    return params.validate(yaml_files.overlay(yaml_files.overlay(document, SMALL), changes), "test")
+    return params.validate(lay_over(lay_over(document, SMALL), changes), "test")
 
 
 def randomize(net: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from diffusion.errors import UserError
 from flows import made_with, yaml_files
 from flows import params as parameters
 from flows.__main__ import main
+from flows.changes import lay_over
 from flows.paths import Paths
 from flows.stages import STAGES
 from tests.e2e.conftest import TINY
@@ -58,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[P
     tree = tmp_path_factory.mktemp("finished") / "tree"
     (tree / "data" / "raw").mkdir(parents=True)
     shutil.copy(root / "data" / "raw" / "digits.npz", tree / "data" / "raw")
-    document = yaml_files.overlay(yaml_files.read_yaml(root / "params.yaml"), TINY)
+    document = lay_over(yaml_files.read_yaml(root / "params.yaml"), TINY)
     yaml_files.write_yaml(tree / "params.yaml", document)
     before = signal.getsignal(signal.SIGTERM)  # a stage leaves it ignored, as its process ends
     with pytest.MonkeyPatch.context() as patch:

@@ -25,6 +25,7 @@ from diffusion.model import Model, load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.storage.files import parse_csv
 from flows import yaml_files
+from flows.changes import lay_over
 from flows.paths import Paths
 from tests.rounding import assert_rounds_alike
 from tests.training import trees
@@ -43,7 +44,7 @@ OUTPUTS = ("models", "reports")
 
 def change(tree: Path, changes: dict[str, Any]) -> None:
     path = tree / "params.yaml"
-    yaml_files.write_yaml(path, yaml_files.overlay(yaml_files.read_yaml(path), changes))
+    yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), changes))
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:

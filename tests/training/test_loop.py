@@ -54,8 +54,9 @@ def params(params: Params) -> Params:
 
 
 def changed(params: Params, **sections: dict[str, Any]) -> Params:
-    plain = params.model_dump()
-    return Params.model_validate(plain | {name: plain[name] | changes for name, changes in sections.items()})
+    made = {name: getattr(params, name) for name in sections}
+    made = {name: type(part).model_validate(part.model_dump() | sections[name]) for name, part in made.items()}
+    return params.model_copy(update=made)
 
 
 def new_state(params: Params) -> State:

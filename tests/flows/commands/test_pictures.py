@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion.errors import UserError
 from flows.commands.pictures import read_image
 
-CASES = Path(__file__).parents[2] / "data" / "cases" / "images"
+CASES = Path(__file__).parents[2] / "sources" / "cases" / "images"
 EXPECTED = np.load(CASES / "expected.npz")
 
 

@@ -237,9 +237,9 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--sampler heun --eta 0.1", "sample.sampler.eta: no such parameter of heun (got 0.1)"),
         ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
         ("--device gpu", "device: string should match pattern"),
-        ("--variance learned", "sample.variance: the model did not learn a variance"),
-        ("--variance analytic", "sample.variance: the model holds no estimate for analytic"),
-        ("--model nowhere", "nowhere/config.json: No such file or directory; `dvc repro train`"),
+        ("--sampler ddpm --variance learned", "sample.variance: the model did not learn a variance"),
+        ("--sampler ddpm --variance analytic", "sample.variance: the model holds no estimate for analytic"),
+        ("--model nowhere", "nowhere/config.json: No such file or directory"),
         ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (out/)"),
         ("--out a.png/", "a.png/00000.png: cannot be written (File exists)"),
         (

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion.errors import UserError
+from diffusion.nn.unet import UNetOptions
 from diffusion.storage.files import sha256, write_json
 from flows import made_with, tracking
 from flows import params as parameters
@@ -42,9 +43,10 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     found = content(client, recorded.run_id)
     assert found["params"]["train.steps"] == "1000"
     assert found["params"]["network.channel_multipliers"] == "[1, 2]"
-    assert set(found["params"]) == {
-        f"{section}.{key}" for section, model in parameters.SECTIONS.items() for key in model.model_fields
-    } | {"seed", "device"}
+    sections = parameters.SECTIONS | {"network": UNetOptions}
+    fields = {f"{section}.{key}" for section, model in sections.items() for key in model.model_fields}
+    assert set(found["params"]) == fields | {"train.optimizer.learning_rate", "seed", "device"}
+    assert found["params"]["train.optimizer"] == "muon"
     assert found["tags"]["ddpm.weights_sha256"] == weights
     assert found["curves"]["train/loss"] == [(row["step"], row["loss"]) for row in LOSS]
     assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
