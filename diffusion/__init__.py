@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusion.process.build import Process as Process
     from diffusion.process.build import ProcessOptions as ProcessOptions
     from diffusion.samples import save_grid as save_grid
+    from diffusion.sampling.build import SampleOptions as SampleOptions
     from diffusion.training.fit import fit as fit
     from diffusion.training.options import TrainOptions as TrainOptions
 
@@ -23,6 +24,7 @@ _PLACES = {
     "Model": "model",
     "Process": "process.build",
     "ProcessOptions": "process.build",
+    "SampleOptions": "sampling.build",
     "TrainOptions": "training.options",
     "UNetOptions": "nn.unet",
     "UViTOptions": "nn.uvit",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -167,12 +167,12 @@ def read_config(content: bytes) -> Config:
         raise UserError(f"no JSON ({error})") from None
     if isinstance(document, dict):
         written = document.get("format", 1)
-        if written == 1:
+        if type(written) is int and written == 1:
             upgrade.from_format_1(document)
             document["format"] = upgrade.FORMAT
         elif isinstance(written, int) and written > upgrade.FORMAT:
             raise UserError(f"format {written}, of a later version; this one reads formats up to {upgrade.FORMAT}")
-    return Config.model_validate_json(to_json(document), context=COMPLETE)
+    return Config.model_validate(document, context=COMPLETE)
 
 
 def load_model(directory: Path, device: torch.device) -> Model:

@@ -32,7 +32,7 @@ _FIELDS_ALONE = {"fields alone": True}
 
 
 class Section(BaseModel):
-    """Frozen fields of strict types, no unknown keys, a docstring per field.
+    """Frozen fields of strict types, no unknown keys, a default and a docstring per field.
 
     Only an int is taken for an int, an int or a float for a float, a list or a tuple for a tuple, and so on: a value
     means the same in a file, on a command line and in a form.

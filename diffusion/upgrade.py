@@ -21,14 +21,16 @@ OPTIONS = (
 )
 
 
-def from_format_1(document: MutableMapping[str, Any]) -> bool:
-    """Change parameters of format 1, or what a config.json holds of them, in place; whether they were of format 1.
+def from_format_1(document: MutableMapping[str, Any]) -> list[str]:
+    """Change parameters of format 1, or what a config.json holds of them, in place.
 
-    A field that belongs to a choice goes there, or goes away where another choice is made.
+    A field that belongs to a choice moves there, or is dropped where another choice is made. Returns the names of the
+    fields that only format 1 had; none if the parameters are of a later format.
     """
     sections = {name: part for name, part in document.items() if isinstance(part, MutableMapping)}
-    if not any(field in sections.get(section, {}) for section, _, _, field, _ in OPTIONS):
-        return False
+    old = [f"{section}.{field}" for section, _, _, field, _ in OPTIONS if field in sections.get(section, {})]
+    if not old:
+        return []
     eta = sections.get("sample", {}).get("eta")
     if eta is not None and sections.get("export", {}).get("sampler") == "ddim":
         sections["export"]["sampler"] = {"kind": "ddim", "eta": eta}
@@ -39,6 +41,7 @@ def from_format_1(document: MutableMapping[str, Any]) -> bool:
             if part.get(choice) == kind:
                 part[choice] = {"kind": kind, name: value}
     network = sections.get("network", {})
-    for field in OTHER_NETWORKS.get(network.get("kind", ""), ()):
-        network.pop(field, None)
-    return True
+    for kind, fields in OTHER_NETWORKS.items():
+        for field in fields if network.get("kind") == kind else ():
+            network.pop(field, None)
+    return old

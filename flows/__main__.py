@@ -74,22 +74,13 @@ def stop(signum: int, _: FrameType | None) -> NoReturn:
     raise Stopped(signum)
 
 
-def show_params(arguments: argparse.Namespace) -> None:
-    from flows.commands import parameters
+def lazily(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """A function of flows.commands, given the arguments and the paths; what it needs is imported when it is called."""
 
-    parameters.show(arguments, Paths())
+    def call(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(f"flows.commands.{module}"), function)(arguments, Paths())
 
-
-def set_params(arguments: argparse.Namespace) -> None:
-    from flows.commands import parameters
-
-    parameters.assign(arguments, Paths())
-
-
-def apply_preset(arguments: argparse.Namespace) -> None:
-    from flows.commands import parameters
-
-    parameters.apply_preset(arguments, Paths())
+    return call
 
 
 def import_data(arguments: argparse.Namespace) -> None:
@@ -103,12 +94,6 @@ def import_data(arguments: argparse.Namespace) -> None:
             link=arguments.link,
             split_names_as_classes=arguments.split_names_as_classes,
         )
-
-
-def sample(arguments: argparse.Namespace) -> None:
-    from flows.commands import sample
-
-    sample.run(arguments, Paths())
 
 
 def export_diffusers(arguments: argparse.Namespace) -> None:
@@ -208,20 +193,20 @@ def parser(complete: bool = True) -> argparse.ArgumentParser:
 
 def _for_inputs(command: Command) -> None:
     """Commands that change parameters and data."""
-    shown = command("params", "say what every parameter means", show_params)
+    shown = command("params", "explain every parameter", lazily("parameters", "show"))
     shown.add_argument(
         "--update",
         action="store_true",
-        help="bring params.yaml up to date: add what is missing, with its default, and rewrite an earlier version's",
+        help="add what is missing in params.yaml, with its default, and migrate a file of an earlier version",
     )
-    assigns = command("set", "change parameters in params.yaml", set_params)
+    assigns = command("set", "change parameters in params.yaml", lazily("parameters", "assign"))
     assigns.add_argument(
         "changes",
         nargs="+",
         metavar="NAME=VALUE",
         help="train.steps=500, say; with another kind (network.kind=uvit) its fields take their defaults",
     )
-    preset = command("preset", "write a preset into params.yaml", apply_preset)
+    preset = command("preset", "write a preset into params.yaml", lazily("parameters", "apply_preset"))
     preset.add_argument("name", help=f"one of: {', '.join(presets.names(Paths().presets)) or 'presets/*.yaml'}")
 
     imports = command("import", "bring images under data/raw and DVC", import_data)
@@ -237,7 +222,7 @@ def _for_inputs(command: Command) -> None:
 
 def _for_models(command: Command, complete: bool) -> None:
     """Commands that use and exchange models."""
-    samples = command("sample", "make pictures with the trained model", sample)
+    samples = command("sample", "make pictures with the trained model", lazily("sample", "run"))
     if complete:
         from flows.commands.sample import add_options
 

@@ -19,7 +19,7 @@ FILES = ("params.yaml", "dvc.lock")
 
 
 def apply(run: str, force: bool) -> None:
-    """Do as `dvc exp apply` would; afterwards `dvc repro` has nothing to run.
+    """Do as `dvc exp apply` would; afterwards `dvc repro` has nothing to run, if the code is that of the run.
 
     Args:
         run: name of a flow run, or a beginning of it.

@@ -4,17 +4,18 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from diffusion.sections import OneOf
 from diffusion.upgrade import from_format_1
 from flows.params import CHOICES, Params
-from flows.yaml_files import fill, overlay
+from flows.yaml_files import fill, keep_alone, overlay
 
 
 def lay_over(document: Any, changes: Mapping[str, Any]) -> Any:
     """Lay `changes` over the parameters `document`, in place.
 
-    Where they name the kind of a choice, the fields of another kind go, and those of this kind that are given nowhere
-    take their defaults.
+    Where they name the kind of a choice, fields of the old kind are removed, and missing ones get their defaults.
     """
     changes = copy.deepcopy(dict(changes))
     for place, choice in CHOICES.items():
@@ -25,21 +26,27 @@ def lay_over(document: Any, changes: Mapping[str, Any]) -> Any:
         if isinstance(named, dict) and "kind" not in named and isinstance(before, str):
             named = {"kind": before} | named
         kind = _kind(named)
-        section[name] = _chosen(choice, kind, before, named) if kind in choice.names else named
+        if kind in choice.names:
+            fields = _fields(choice, kind, before) | (named if isinstance(named, dict) else {})
+            named = fields if len(fields) > 1 else kind
+            if isinstance(before, dict) and isinstance(named, dict):
+                keep_alone(before, named, choice.fields)
+        section[name] = named
     return overlay(document, changes)
 
 
-def _chosen(choice: OneOf, kind: str, before: Any, named: Any) -> Any:
-    """A choice with all fields of its kind; what `before` has of another kind is deleted from it."""
-    full = choice.defaults(kind)
-    if isinstance(before, dict):
-        foreign = choice.fields & before.keys() - full.keys()
-        if _kind(before) == kind and not foreign:  # else another tool has changed the kind alone
-            full |= {name: before[name] for name in full if name in before}
-        for name in foreign:
-            del before[name]
-    full |= named if isinstance(named, dict) else {}
-    return full if len(full) > 1 else kind
+def _fields(choice: OneOf, kind: str, before: Any) -> dict[str, Any]:
+    """The fields of a kind with the values that they had, or else their defaults."""
+    fields = choice.defaults(kind)
+    if _kind(before) == kind and isinstance(before, dict):
+        for name in fields.keys() & before.keys():
+            try:  # another tool may have changed the kind alone: a value is then perhaps not one of this kind
+                choice.kind(kind).model_validate(fields | {name: before[name]})
+            except ValidationError:
+                if choice.fields & before.keys() - fields.keys():
+                    continue
+            fields[name] = before[name]
+    return fields
 
 
 def _kind(value: Any) -> Any:
@@ -53,23 +60,27 @@ def _at(document: Any, place: tuple[str, ...]) -> Any:
 
 
 def with_field(changes: Any, place: Sequence[str], value: Any) -> Any:
-    """Changes, and another field: `train.steps` is at ("train", "steps"); a choice that is given by name has fields."""
+    """Changes, and another field: `train.steps` is at ("train", "steps"); a choice that is given by name has fields.
+
+    Raises ValueError if there is a value already.
+    """
     if not place:
+        if changes is not None:
+            raise ValueError
         return value
     inside = changes if isinstance(changes, dict) else {} if changes is None else {"kind": changes}
     return inside | {place[0]: with_field(inside.get(place[0]), place[1:], value)}
 
 
 def update(document: Any) -> None:
-    """Bring parameters, of an earlier version too, into the form of this one, in place: what is missing gets its
-    default, and fields of another kind than the one chosen go."""
+    """Bring parameters, also those of an earlier version, into the form of this one, in place.
+
+    What is missing gets its default; fields of another kind than the one chosen are removed.
+    """
     from_format_1(document)
-    kinds: dict[str, Any] = {}
+    kinds: Any = {}
     for place, choice in CHOICES.items():
         if (kind := _kind(_at(document, place))) in choice.names:
-            value: Any = {"kind": kind}
-            for name in reversed(place):
-                value = {name: value}
-            overlay(kinds, value)
+            kinds = with_field(kinds, (*place, "kind"), kind)
     lay_over(document, kinds)
     fill(document, lay_over(Params().model_dump(mode="json"), kinds))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parameters(stage: str) -> tuple[str, ...]:
-    """The parameters of a stage: sections (`train`) or fields (`seed`, `sample.eta`)."""
+    """The parameters of a stage: sections (`train`) or fields (`seed`, `sample.guidance`)."""
     return tuple(_stages()[stage]["params"])
 
 

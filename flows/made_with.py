@@ -24,14 +24,15 @@ def flat(params: Params, *names: str) -> dict[str, Any]:
 
     `names` are the sections (`train`) or fields (`seed`, `sample.guidance`) to include; without any, all of them.
     """
-    found = dict(_leaves(params.model_dump(mode="json")))
+    found = dict(leaves(params.model_dump(mode="json")))
     return {key: v for key, v in found.items() if not names or any(f"{key}.".startswith(f"{name}.") for name in names)}
 
 
-def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Plain parameters by dotted name, as in `flat`."""
     for name, value in document.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix.removesuffix(".") if name == "kind" and prefix.count(".") > 1 else prefix + name, value
 
@@ -58,8 +59,10 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
         return f"{file}: missing, unreadable, or written by an earlier version"
     now = flat(params)
     for name, value in ran_with.items():
-        if now.get(name) != value:
-            return f"{stage} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now.get(name))}"
+        if name not in now:
+            return f"{stage} was run by an earlier version, with the parameter {name}"
+        if now[name] != value:
+            return f"{stage} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
     inputs, _ = _files(paths, stage)
     for name, path in inputs.items():
         if sha256(path) != read.get(name):

@@ -38,17 +38,13 @@ def _leaves_something_to_train_on(shard: "Shard") -> None:
 
 
 def _samples_at_timesteps_that_exist(params: "Params") -> None:
-    if params.sample.steps > params.process.num_timesteps:
-        raise ValueError(
-            f"sample.steps ({params.sample.steps}) exceeds process.num_timesteps ({params.process.num_timesteps})"
-        )
+    if (steps := params.sample.steps) > (T := params.process.num_timesteps):
+        raise ValueError(f"sample.steps ({steps}) exceeds process.num_timesteps ({T})")
 
 
 def _exports_timesteps_that_exist(params: "Params") -> None:
-    if params.export.steps > params.process.num_timesteps:
-        raise ValueError(
-            f"export.steps ({params.export.steps}) exceeds process.num_timesteps ({params.process.num_timesteps})"
-        )
+    if (steps := params.export.steps) > (T := params.process.num_timesteps):
+        raise ValueError(f"export.steps ({steps}) exceeds process.num_timesteps ({T})")
 
 
 def _has_patches_that_fit(params: "Params") -> None:
@@ -191,19 +187,27 @@ def _choices() -> dict[tuple[str, ...], OneOf]:
 CHOICES = _choices()
 
 
+def read(path: Path) -> Any:
+    """A file like params.yaml as round-trip data; raises UserError if an earlier version wrote it."""
+    document = read_yaml(path)
+    if old := from_format_1(copy.deepcopy(document)):
+        raise UserError(
+            f"{path}: of an earlier version (it has {', '.join(old)}); `ddpm params --update` rewrites params.yaml"
+        )
+    return document
+
+
 def validate(document: Any, origin: str) -> Params:
     """Parameters from plain data; raises UserError with one line that names `origin` and each wrong field."""
     try:
         return Params.model_validate(document, context=COMPLETE)
     except ValidationError as error:
-        raise UserError(f"{origin}: {describe(error)}{advice(document, error)}") from None
+        raise UserError(f"{origin}: {describe(error)}{advice(error)}") from None
 
 
-def advice(document: Any, error: ValidationError) -> str:
+def advice(error: ValidationError) -> str:
     """What to do about an error, where a command does it."""
     kinds = {fault["type"] for fault in error.errors(include_url=False)}
-    if isinstance(document, dict) and from_format_1(copy.deepcopy(document)):
-        return "; an earlier version wrote this: `ddpm params --update` rewrites it"
     if OF_ANOTHER_KIND in kinds:
         return "; `ddpm set NAME.kind=KIND` changes a kind together with its fields"
     return "; `ddpm params --update` adds what is missing" if "missing" in kinds else ""
@@ -211,4 +215,4 @@ def advice(document: Any, error: ValidationError) -> str:
 
 def load(path: Path) -> Params:
     """The parameters in a file like params.yaml; raises UserError naming the file and the field."""
-    return validate(read_yaml(path), str(path))
+    return validate(read(path), str(path))

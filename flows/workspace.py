@@ -62,10 +62,10 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
     Raises: UserError naming the field, if the whole does not hold together.
     """
     from flows.changes import lay_over  # imports torch, which `ddpm runs` need not wait for
-    from flows.params import validate
+    from flows.params import read, validate
 
     paths = Paths()
-    merged = yaml_files.read_yaml(paths.params)
+    merged = read(paths.params)
     if preset is not None:
         merged = presets.laid_over(merged, paths.presets, preset)
     merged = lay_over(merged, changes)

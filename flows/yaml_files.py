@@ -1,15 +1,17 @@
 """YAML files that keep their comments when they are changed."""
 
 import re
+from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import RoundTripConstructor, SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.tokens import CommentToken
 
 from diffusion.errors import UserError
 from diffusion.storage.files import write_atomic
@@ -55,6 +57,27 @@ def overlay(base: Any, changes: Any) -> Any:
     for key, value in changes.items():
         base[key] = overlay(base.get(key), value)
     return base
+
+
+def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) -> None:
+    """Remove from a mapping, in place, those of the `known` fields that are not in `fields`, and add those it lacks.
+
+    The comment or empty line behind its last field stays behind the last one.
+    """
+    comments = mapping.ca.items if isinstance(mapping, CommentedMap) else {}
+    last = list(mapping)[-1]
+    own, _, behind = comments[last][2].value.partition("\n") if last in comments and comments[last][2] else ("", "", "")
+    if behind:
+        mark = comments[last][2].start_mark
+        comments[last] = [None, None, CommentToken(f"{own}\n", mark, None), None]
+    for name in [name for name in mapping if name in known and name not in fields]:
+        del mapping[name]
+        comments.pop(name, None)
+    mapping.update({name: value for name, value in fields.items() if name not in mapping})
+    if behind:
+        last = list(mapping)[-1]
+        own = comments[last][2].value if last in comments else "\n"
+        comments[last] = [None, None, CommentToken(own + behind, mark, None), None]
 
 
 def scalar(text: str) -> Any:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 EXAMPLE = re.compile(
-    r"^In `(diffusion/\S+\.py)`.*?```python\n(.*?)```\n\nand in `([A-Z]+)`\n\n```python\n(.*?)```", re.M | re.S
+    r"^In `(diffusion/\S+\.py)`.*?```python\n(.*?)```\n\n((?:and in `\w+`\n\n```python\n.*?```\n\n?)+)", re.M | re.S
 )
+ENTRY = re.compile(r"and in `(\w+)`\n\n```python\n(.*?)```", re.S)
 NEW = re.compile(r"^A new file, `(diffusion/\S+\.py)`.*?```python\n(.*?)```", re.M | re.S)
 USED = """
 import numpy as np
@@ -24,7 +25,7 @@ images = load_images("images", 8, 8, channels=1)
 process = ProcessOptions(schedule="square", parameterization="score", weighting="constant", loss="log-cosh")
 model = Model.new(images.shape, MlpOptions(width=16), process)
 model = fit(model, images, TrainOptions(steps=2, batch_size=16, timesteps="late"))
-for options in ({"sampler": "restart", "spacing": "cubic"}, {"sampler": "ddpm", "variance": "halfway"}):
+for options in ({"sampler": {"kind": "restart", "contrast": 0.9}, "spacing": "cubic"}, {"sampler": "ddpm", "variance": "halfway"}):
     print(model.sample(4, steps=5, **options).shape)
 model.save("model")
 print(Model.load("model").config.network.width)
@@ -37,11 +38,13 @@ def test_the_examples_are_one_file_each_and_work_together(root: Path, tmp_path: 
     assert len(examples) == 9
     for file, code in NEW.findall((root / "docs" / "extending.md").read_text(encoding="utf-8")):
         (tmp_path / file).write_text(code, encoding="utf-8")
-    for file, code, registry, entry in examples:
+    for file, code, entries in examples:
         path = tmp_path / file
-        text = path.read_text(encoding="utf-8")
-        (start,) = re.findall(rf"^{registry}: .* = \{{\n", text, flags=re.M)
-        path.write_text(text.replace(start, f"{code}\n\n{start}{entry}"), encoding="utf-8")
+        for registry, entry in ENTRY.findall(entries):
+            text = path.read_text(encoding="utf-8")
+            (start,) = re.findall(rf"^{registry}: .* = \{{\n", text, flags=re.M)
+            path.write_text(text.replace(start, f"{code}\n\n{start}{entry}"), encoding="utf-8")
+            code = ""
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", USED], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -72,7 +72,9 @@ class Model:
             self.weights = facts["ddpm.weights_sha256"]
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
-            self._most_steps = min(runtime.MAX_FREE_STEPS, int(facts["ddpm.num_timesteps"]))
+            # Files of earlier versions do not say it.
+            free = facts.get("ddpm.max_free_steps", runtime.MAX_FREE_STEPS)
+            self._most_steps = min(int(free), int(facts["ddpm.num_timesteps"]))
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # whatever a file that was changed may hold
             raise Refused(golden.brief(error)) from None

@@ -7,7 +7,7 @@ import { normal } from "./noise.js";
 ort.env.wasm.proxy = true;
 
 const VERSION = "2"; // of the metadata's keys
-const FREE = 50; // any number of steps up to this can be asked for
+const MAX_FREE_STEPS = 50; // of files that do not say up to which number any can be asked for
 
 export class Sampler {
   #session;
@@ -35,7 +35,7 @@ export class Sampler {
     this.stochastic = this.facts.stochastic === "true";
     this.steps = Number(this.facts.steps);
     this.guidance = Number(this.facts.guidance);
-    this.mostFree = Math.min(FREE, Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
+    this.mostFree = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
   }
 
   // What picture `number` of a seed is made of: float32 (C, H, W).

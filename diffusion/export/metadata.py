@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx
 
+from diffusion.export.runtime import MAX_FREE_STEPS
 from diffusion.model import Model
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import DdimOptions
@@ -48,6 +49,7 @@ def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]
     facts: dict[str, Any] = {
         "sampler": options.sampler.kind,
         "steps": options.steps,
+        "max_free_steps": MAX_FREE_STEPS,
         "spacing": options.spacing,
         "threshold": options.threshold,
         "guidance": options.guidance,

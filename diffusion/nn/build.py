@@ -1,4 +1,4 @@
-"""The only place where a name in the parameters becomes a network."""
+"""Networks and devices by name."""
 
 import importlib
 import os

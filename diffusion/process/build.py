@@ -16,7 +16,7 @@ from diffusion.process.variance import VARIANCES, Variance
 from diffusion.process.weighting import WEIGHTING_OPTIONS, WEIGHTINGS
 from diffusion.sections import LIST, Choice, OneOf, Section
 
-SNR_IS_SIMPLE = BeforeValidator(lambda name: "simple" if name == "snr" else name)
+SNR_IS_SIMPLE = BeforeValidator(lambda given: "simple" if given in ("snr", {"kind": "snr"}) else given)
 
 
 def _leaves_something_to_see(given: "Given") -> None:
@@ -37,8 +37,8 @@ class Given(Choice):
 
 def _has_timesteps_enough(process: "ProcessOptions") -> None:
     schedule, T = process.schedule, process.num_timesteps
-    if schedule.kind in ("linear", "scaled-linear") and T < 21:
-        raise ValueError(f"the schedule {schedule.kind} needs num_timesteps of at least 21")
+    if schedule.kind in SCHEDULES and SCHEDULES[schedule.kind](T).max() >= 1:
+        raise ValueError(f"the schedule {schedule.kind} needs more timesteps than {T}: some beta would be 1 or more")
     if isinstance(schedule, Given) and len(schedule.beta) != T:
         raise ValueError(f"schedule.beta has {len(schedule.beta)} values, but num_timesteps is {T}")
 
@@ -52,10 +52,11 @@ def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
 
 
 def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
-    if process.zero_terminal_snr and process.weighting.kind not in ("snr-plus-one", "truncated-snr"):
+    zero, weighting = torch.zeros(1), process.weighting
+    if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero):
         raise ValueError(
-            "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr: "
-            f"{process.weighting.kind} gives the last timestep, where sampling begins, no weight"
+            "zero_terminal_snr needs another weighting (snr-plus-one or truncated-snr, say): "
+            f"{weighting.kind} gives the last timestep, where sampling begins, no weight"
         )
 
 

@@ -86,4 +86,6 @@ WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
     "p2": lambda _: P2(),
 }
 """Weightings by name, given the options of their kind."""
-WEIGHTING_OPTIONS: dict[str, type[Choice]] = {"min-snr": MinSnrOptions}
+WEIGHTING_OPTIONS: dict[str, type[Choice]] = {
+    "min-snr": MinSnrOptions,
+}

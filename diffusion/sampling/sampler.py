@@ -160,7 +160,9 @@ SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], Any], Sampler]] 
     "heun": lambda denoiser, _, __: Heun(denoiser),
 }
 """Samplers by name, given the variance of Ancestral, made if asked for, and the options of their kind."""
-SAMPLER_OPTIONS: dict[str, type[Choice]] = {"ddim": DdimOptions}
+SAMPLER_OPTIONS: dict[str, type[Choice]] = {
+    "ddim": DdimOptions,
+}
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ KEY holds no dot. Nothing in a file depends on when, where or by whom it was wri
 
 import hashlib
 import io
-import json
 import mmap
 import sys
 import tarfile
@@ -16,7 +15,7 @@ from typing import Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffusion.errors import Damaged, FileFault
+from diffusion.errors import Damaged, FileFault, describe
 from diffusion.storage.files import read_checked, sha256, writing
 
 Split = Literal["train", "val", "test"]
@@ -36,9 +35,8 @@ class Facts(BaseModel):
         content = read_checked(path)
         try:
             return cls.model_validate_json(content)
-        except ValidationError:
-            written = json.loads(content).get("format", "none")
-            raise FileFault(path, f"not of this version: its format is {written}, not {FORMAT}") from None
+        except ValidationError as error:
+            raise FileFault(path, f"not of format {FORMAT}, which this version reads: {describe(error)}") from None
 
 
 class Tar(Facts):

@@ -1,6 +1,7 @@
 """`ddpm params`, `ddpm set` and `ddpm preset`: what the parameters mean, and changes of params.yaml."""
 
 import argparse
+import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ from pydantic.fields import FieldInfo
 from diffusion.errors import UserError
 from diffusion.sections import OneOf
 from flows import changes, presets, yaml_files
-from flows.params import CHOICES, SECTIONS, Params, validate
+from flows.made_with import leaves
+from flows.params import CHOICES, SECTIONS, Params, read, validate
 from flows.paths import Paths
 
 
@@ -19,9 +21,17 @@ def show(arguments: argparse.Namespace, paths: Paths) -> None:
         print("\n".join(described()))
         return
     document = yaml_files.read_yaml(paths.params)
+    before = dict(leaves(document))
     changes.update(document)
+    validate(document, str(paths.params))
     yaml_files.write_yaml(paths.params, document)
-    print(f"{paths.params} now holds every parameter; those that were missing have their defaults")
+    after = dict(leaves(document))
+    changed = {name: value for name, value in after.items() if name not in before or before[name] != value}
+    for name, value in changed.items():
+        print(f"{name}: {json.dumps(value)}")
+    for name in before.keys() - after.keys():
+        print(f"{name}: gone")
+    print(f"{paths.params} {'is up to date now' if before != after else 'was up to date'}")
 
 
 def assign(arguments: argparse.Namespace, paths: Paths) -> None:
@@ -31,9 +41,12 @@ def assign(arguments: argparse.Namespace, paths: Paths) -> None:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r}: must be NAME=VALUE, such as train.steps=500")
-        given = changes.with_field(given, name.split("."), yaml_files.scalar(value))
+        try:
+            given = changes.with_field(given, name.split("."), yaml_files.scalar(value))
+        except ValueError:
+            raise UserError(f"{name}: given twice; give it once, a choice before its fields") from None
     told = " ".join(arguments.changes)
-    document = changes.lay_over(yaml_files.read_yaml(paths.params), given)
+    document = changes.lay_over(read(paths.params), given)
     validate(document, f"{paths.params} with {told}")
     yaml_files.write_yaml(paths.params, document)
     print(f"{paths.params} now has {told}")
@@ -41,7 +54,7 @@ def assign(arguments: argparse.Namespace, paths: Paths) -> None:
 
 def apply_preset(arguments: argparse.Namespace, paths: Paths) -> None:
     """Write a preset into params.yaml."""
-    document = presets.laid_over(yaml_files.read_yaml(paths.params), paths.presets, arguments.name)
+    document = presets.laid_over(read(paths.params), paths.presets, arguments.name)
     validate(document, f"{paths.params} with the preset {arguments.name}")
     yaml_files.write_yaml(paths.params, document)
     print(f"{paths.params} now holds the preset {arguments.name}")

@@ -30,9 +30,9 @@ from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
-from flows.params import advice
+from flows.params import advice, read
 from flows.paths import Paths
-from flows.yaml_files import integer, number, read_yaml
+from flows.yaml_files import integer, number, scalar
 
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
@@ -47,9 +47,9 @@ REPAINT = 10
 class Settings(Section):
     """What of params.yaml matters here."""
 
-    seed: NonNegative
-    device: Device
-    sample: SampleOptions
+    seed: NonNegative = 0
+    device: Device = "auto"
+    sample: SampleOptions = SampleOptions()
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,11 @@ def add_options(samples: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     for name, field in (SampleOptions.model_fields | OF_SAMPLERS).items():
-        # A choice has names; any other field a number's type.
+        # A choice has names; any other field its own type.
         choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
-        kind = str if choices else integer if field.annotation is int else number
+        kind = (
+            str if choices else integer if field.annotation is int else number if field.annotation is float else scalar
+        )
         settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
 
 
@@ -157,18 +159,16 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     document: dict[str, Any] = {"device": "auto"}
     if paths.params.exists():
-        document |= {name: value for name, value in read_yaml(paths.params).items() if name in Settings.model_fields}
+        document |= {name: value for name, value in read(paths.params).items() if name in Settings.model_fields}
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
     if of_sampler := {name: given[name] for name in OF_SAMPLERS if name in given}:
-        before = document.get("sample", {}).get("sampler")
-        kind = sample.get("sampler", before["kind"] if isinstance(before, dict) else before)
-        sample["sampler"] = {"kind": kind} | of_sampler
+        sample["sampler"] = ({"kind": sample["sampler"]} if "sampler" in sample else {}) | of_sampler
     changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
     try:
         return Settings.model_validate(lay_over(document, changes), context=COMPLETE)
     except ValidationError as error:
-        raise UserError(f"{paths.params} with the options given: {describe(error)}{advice(document, error)}") from None
+        raise UserError(f"{paths.params} with the options given: {describe(error)}{advice(error)}") from None
 
 
 def class_numbers(names: Sequence[str], model: Model) -> list[int]:

@@ -68,6 +68,8 @@ def test_a_flow_run_takes_another_network_with_its_defaults() -> None:
 
 
 def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (tree / "params.yaml").read_text(encoding="utf-8").replace("train:", "# About train\ntrain: # here")
+    (tree / "params.yaml").write_text(text, encoding="utf-8")
     changes = ("train.steps=500", "network.kind=uvit", "network.depth=3", "sample.sampler=ddim", "seed=9")
     assert main(["set", *changes, "sample.sampler.eta=1", "network.classes=true"]) == 0
     assert capsys.readouterr().out.startswith("params.yaml now has train.steps=500 ")
@@ -75,7 +77,9 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
     assert (made.train.steps, made.seed) == (500, 9)
     assert made.network == UViTOptions(depth=3, classes=True)
     assert made.sample.sampler.eta == 1
-    assert "# a GPU where there is one" in (tree / "params.yaml").read_text(encoding="utf-8")
+    text = (tree / "params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU where there is one" in text
+    assert "\n\n# About train\ntrain: # here\n" in text
     assert main(["set", "network.kind=unet", "sample.sampler=heun", "network.attention_levels=[0]"]) == 0
     assert parameters.load(tree / "params.yaml").network == Params().network.model_copy(
         update={"attention_levels": (0,)}
@@ -95,9 +99,11 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("network.kind=mlp", "network.kind: input should be 'unet' or 'uvit' (got 'mlp')"),
         ("network.depth=3", "network.depth: no such parameter of unet (got 3); `ddpm set NAME.kind=KIND` changes"),
         ("sample.sampler.eta=1", "sample.sampler.eta: no such parameter of dpm-solver++-sde"),
-        ("seed.x=1", "seed: input should be a valid integer"),
         ("train=5", "train: must be a section with fields (got 5)"),
         ("=5", ": no such parameter"),
+        ("seed=4", "seed: given twice; give it once, a choice before its fields"),
+        ("seed.x=4", "seed"),
+        ("sample.eta=0.5", "sample.eta: no such parameter\n"),
         ("train.optimizer.kind=[muon]", "train.optimizer.kind: input should be 'adamw' or 'muon' (got ['muon'])"),
     ],
 )
@@ -118,23 +124,38 @@ def test_a_kind_that_another_tool_has_changed_alone_is_named_and_mended(
 ) -> None:
     """As `dvc exp run -S network.kind=uvit` leaves params.yaml."""
     path = tree / "params.yaml"
-    path.write_text(path.read_text(encoding="utf-8").replace("kind: unet", "kind: uvit"), encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace("kind: unet", "kind: uvit")
+    path.write_text(text.replace("base_channels: 32", "base_channels: 64"), encoding="utf-8")
     assert main(["shard"]) == 1
     error = capsys.readouterr().err
     assert "network.depth: missing" in error
     assert "network.convention: no such parameter of uvit (got 'ddpm')" in error
     assert error.endswith("; `ddpm set NAME.kind=KIND` changes a kind together with its fields\n")
     assert main(["set", "network.kind=uvit"]) == 0
-    assert parameters.load(path).network == UViTOptions()
+    assert parameters.load(path).network == UViTOptions(base_channels=64)  # conditioning was none of a transformer
 
 
 def test_params_of_format_1_are_named_and_rewritten(tree: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(root / "tests" / "format_1" / "params.yaml", tree)
     assert main(["shard"]) == 1
     error = capsys.readouterr().err
-    assert "process.beta: no such parameter" in error
-    assert error.endswith("; an earlier version wrote this: `ddpm params --update` rewrites it\n")
+    old = "process.beta, process.min_snr_gamma, train.muon_learning_rate, sample.eta"
+    assert error == (
+        f"ddpm shard: error: params.yaml: of an earlier version (it has {old}); `ddpm params --update` rewrites "
+        "params.yaml\n"
+    )
+    for command in (["set", "seed=1"], ["preset", "digits"], ["sample"]):
+        assert main(command) == 1
+        assert "of an earlier version" in capsys.readouterr().err
+    with pytest.raises(UserError, match="of an earlier version"):
+        workspace.document(None, {})
     assert main(["params", "--update"]) == 0
+    shown = capsys.readouterr().out
+    assert "train.optimizer.learning_rate: 0.01\n" in shown
+    assert "network.depth: gone\n" in shown
+    assert shown.endswith("params.yaml is up to date now\n")
+    assert main(["params", "--update"]) == 0
+    assert capsys.readouterr().out == "params.yaml was up to date\n"
     assert read(tree) == yaml_files.read_yaml(root / "params.yaml")
 
 

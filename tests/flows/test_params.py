@@ -256,7 +256,7 @@ def test_all_faults_are_reported_at_once() -> None:
         "process.num_timesteps: input should be a val",
         "process.weightin: no such parameter",
         "process: zero_terminal_snr needs another par",
-        "process: zero_terminal_snr needs the weighti",
+        "process: zero_terminal_snr needs another wei",
         "seed: missing",
         "train.timesteps: log-snr-normal never draws ",
     ]
@@ -278,6 +278,9 @@ def test_what_is_missing_is_added_on_request(
     with pytest.raises(UserError, match=r"device: missing; evaluate: missing; train.steps: missing; `ddpm"):
         parameters.load(tmp_path / "params.yaml")
     assert main(["params", "--update"]) == 0
-    assert capsys.readouterr().out.startswith("params.yaml now holds every parameter")
+    shown = capsys.readouterr().out
+    assert "train.steps: 1000\n" in shown
+    assert "seed" not in shown
+    assert shown.endswith("params.yaml is up to date now\n")
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
     assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

@@ -300,7 +300,7 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
         ),
         (
             {"process": {"zero_terminal_snr": True}},
-            "zero_terminal_snr needs the weighting snr-plus-one or truncated-snr",
+            "zero_terminal_snr needs another weighting (snr-plus-one or truncated-snr, say)",
         ),
         (
             {"process": {"schedule": {"kind": "given", "beta": [0.9] * 20}, "num_timesteps": 20}},
