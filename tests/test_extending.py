@@ -25,7 +25,8 @@ images = load_images("images", 8, 8, channels=1)
 process = ProcessOptions(schedule="square", parameterization="score", weighting="constant", loss="log-cosh")
 model = Model.new(images.shape, MlpOptions(width=16), process)
 model = fit(model, images, TrainOptions(steps=2, batch_size=16, timesteps="late"))
-for options in ({"sampler": {"kind": "restart", "contrast": 0.9}, "spacing": "cubic"}, {"sampler": "ddpm", "variance": "halfway"}):
+restart = {"sampler": {"kind": "restart", "contrast": 0.9}, "spacing": "cubic"}
+for options in (restart, {"sampler": "ddpm", "variance": "halfway"}):
     print(model.sample(4, steps=5, **options).shape)
 model.save("model")
 print(Model.load("model").config.network.width)
