@@ -22,7 +22,7 @@ def apply(run: str, force: bool) -> None:
     """Do as `dvc exp apply` would; afterwards `dvc repro` has nothing to run, if the code is that of the run.
 
     Args:
-        run: name of a flow run, or a beginning of it.
+        run: name of a flow run, or a unique prefix of it.
         force: whether to overwrite what is not committed.
     Raises:
         UserError: no such run, it is not completed, changes would be lost, or outputs are neither in the DVC cache nor

@@ -125,7 +125,7 @@ def _state_after(error: BaseException) -> State:
 
 
 def find(run: str) -> Path:
-    """The workspace of a run, by its name or a beginning of it that no other has; raises UserError listing them."""
+    """The workspace of a run, by its name or a unique prefix; raises UserError listing the names."""
     names = [workspace.name for workspace, _ in _workspaces(Paths().runs)]
     matches = [run] if run in names else [name for name in names if name.startswith(run)]
     match matches:

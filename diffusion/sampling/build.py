@@ -23,7 +23,8 @@ class SampleOptions(Section):
 
     sampler: SamplerChoice = Choice(kind="dpm-solver++-sde")
     """ddpm: ancestral sampling (Ho et al. 2020); ddim (Song et al. 2021); dpm-solver++: the second-order multistep
-    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two looks per step (Karras et al. 2022)."""
+    solver, or its stochastic variant (Lu et al. 2022); heun: second order, two network evaluations per step (Karras et
+    al. 2022)."""
     steps: Annotated[int, Field(ge=1)] = 50
     """Steps per picture, at most num_timesteps."""
     spacing: SpacingName = "log-snr"

@@ -29,7 +29,7 @@ def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
 
 
 def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:
-    """The timesteps that RePaint visits, -1 at the end: every stretch of `jump` steps down is gone `rounds` times.
+    """The timesteps that RePaint visits, -1 at the end: each run of `jump` steps is repeated `rounds` times.
 
     In between it goes up again, step by step. With one round it is `timesteps` and -1.
     """

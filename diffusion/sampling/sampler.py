@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What the step before found, for samplers of several steps' memory."""
+    """What the step before found, for multistep samplers."""
 
     t: Tensor
     """Where it began, int64 (B,)."""

@@ -1,4 +1,4 @@
-"""How a network is run on the hardware at hand: precision, compilation, memory, and data that is there in time."""
+"""How a network is run on the hardware at hand: precision, compilation, memory and prefetching."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -62,7 +62,7 @@ class TrainOptions(Section):
     preview_every: Positive = 200
     """Steps between two held-out measurements and sample grids."""
     patience: NonNegative = 0
-    """Training ends early once so many held-out measurements in a row were none better; 0 for never."""
+    """Training ends early after this many held-out measurements without improvement; 0 for never."""
     keep_best: bool = False
     """Whether the model is the one of the best held-out measurement instead of the last."""
     processes: Positive = 1
@@ -77,4 +77,4 @@ class TrainOptions(Section):
     compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")] = "auto"
     """Whether the network is compiled (torch.compile); auto: on a GPU."""
     recompute: bool = False
-    """Whether blocks are computed again on the way back instead of kept: less memory, a third slower."""
+    """Activation checkpointing: blocks are recomputed in the backward pass. Less memory, a third slower."""

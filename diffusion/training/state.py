@@ -1,4 +1,4 @@
-"""All that a training is, at one step."""
+"""The complete state of a training run."""
 
 from __future__ import annotations
 

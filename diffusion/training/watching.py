@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: its loss curve, held-out error, pictures and throughput."""
+"""Hooks of the training loop: loss curve, held-out error, previews and throughput."""
 
 import math
 import time

@@ -118,7 +118,7 @@ def add_options(samples: argparse.ArgumentParser) -> None:
         help="class by name or number, or several (3,5): their pictures in turn; without it, all classes in turn",
     )
     samples.add_argument(
-        "--filmstrip", type=Path, metavar="FILE.png", help="draw the way of the first pictures as well"
+        "--filmstrip", type=Path, metavar="FILE.png", help="also show how the first pictures emerge from noise"
     )
     given = samples.add_argument_group("from given pictures, in place of noise alone (of no class without --class)")
     given.add_argument(
