@@ -5,12 +5,12 @@ On disk it is `model.safetensors` (EMA weights), `config.json`, and the digests 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -51,7 +51,7 @@ class Config(BaseModel):
     """Names of the images' classes, by number; a network without classes was not told of them."""
     network: NetworkChoice
     process: ProcessOptions
-    x_0_mse: tuple[float, ...] | None
+    x_0_mse: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None
     """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
     scheduler: dict[str, Any] | None = None
     """Of a model imported from diffusers, its scheduler_config.json, to be exported again as it was."""
@@ -89,8 +89,10 @@ class Model:
         classes: tuple[str, ...] = (),
         seed: int = 0,
     ) -> Self:
-        """A model that is not trained, for images of `shape` (C, H, W)."""
+        """A model that is not trained, for images of `shape` (C, H, W); `classes` are names, by number."""
         network, process = network or UNetOptions(), process or ProcessOptions()
+        if network.classes and not classes:
+            raise ValueError("a network with classes needs their names")
         torch.manual_seed(seed)
         net = new_network(shape, len(classes), network, process).eval()
         config = Config(shape=shape, classes=classes, network=network, process=process, x_0_mse=None)
@@ -102,7 +104,7 @@ class Model:
         return load_model(Path(directory), torch.device(device))
 
     def save(self, directory: str | Path) -> None:
-        """Write the model's directory; atomic, and the same bytes for the same weights."""
+        """Write the model's directory, in place of a model that is there; raises UserError if it holds other files."""
         save_model(Path(directory), self.net, self.config)
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -146,7 +148,12 @@ def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptio
 
 
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
-    """Write a model's directory; atomic, and the same bytes for the same weights."""
+    """Write a model's directory; atomic, and the same bytes for the same weights.
+
+    Raises UserError if it exists and holds other files than a model's.
+    """
+    if directory.is_dir() and (other := sorted({entry.name for entry in directory.iterdir()} - FILES)):
+        raise UserError(f"{directory}: holds other files than a model's ({other[0]}); choose another folder")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     with new_directory(directory) as temporary:
         write_atomic(temporary / WEIGHTS, save(weights))

@@ -62,8 +62,5 @@ class PartOf:
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
     """What was given of the flow's parameters, to lay over params.yaml; what is null is as there."""
-    plain = {
-        name: {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
-        for name, value in parameters.items()
-    }
+    plain = {name: given(value) if isinstance(value, dict) else value for name, value in parameters.items()}
     return {name: value for name, value in plain.items() if value is not None and value != NOTHING}

@@ -73,7 +73,7 @@ class Shard(Section):
 
     rules = (_leaves_something_to_train_on,)
 
-    source: Annotated[str, Field(min_length=1)] = "data/raw/digits.npz"
+    source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
     """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
     split_names_as_classes: bool = False
     """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
@@ -135,7 +135,7 @@ class Tracking(Section):
 
     experiment: Annotated[str, Field(min_length=1)] = "ddpm"
     """MLflow experiment."""
-    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\]*$")] = "ddpm"
+    model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\\n]*$")] = "ddpm"
     """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
     max_mse: Annotated[float, Field(gt=0)] = 0.5
     """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""

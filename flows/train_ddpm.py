@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         changes = given(_parameters(arguments.param))
+        if arguments.preset and "preset" in changes:
+            raise UserError("preset: given by --preset and by -p; give it once")
         parameters = workspace.document(changes.pop("preset", arguments.preset), changes)
 
         def log(line: str) -> None:
@@ -241,7 +243,7 @@ def _parameters(texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"parameter {name!r}: given twice; give its parts at once")
         try:
             values[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name] = value
     return values
 

@@ -84,7 +84,7 @@ def scalar(text: str) -> Any:
     """What a plain value in a YAML file would be: a number, a truth value, text or None."""
     try:
         return _yaml().load(text)
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -124,14 +124,33 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; sections hold fields, and fields values or lists") from None
+    if problem := _shared(document, set()):
+        raise UserError(f"{path}: {problem}: write the values out")
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected sections with fields, found {type(document).__name__}")
     return document
 
 
+def _shared(value: Any, seen: set[int]) -> str:
+    """What of a document stands in several places: changing one of them would change the others."""
+    if isinstance(value, CommentedMap) and value.merge:
+        return "merge keys (<<) are not supported"
+    if not isinstance(value, dict | list):
+        return ""
+    if id(value) in seen:
+        return "aliases (*name) of sections and lists are not supported"
+    seen.add(id(value))
+    parts = value.values() if isinstance(value, dict) else value
+    return next((problem for part in parts if (problem := _shared(part, seen))), "")
+
+
 def write_yaml(path: Path, document: Any) -> None:
-    """Write what `read_yaml` gave, changed or not."""
-    write_atomic(path, content(document))
+    """Write what `read_yaml` gave, changed or not. A link stays one, and the file keeps its mode."""
+    target = path.resolve()
+    mode = target.stat().st_mode if target.exists() else None
+    write_atomic(target, content(document))
+    if mode is not None:
+        target.chmod(mode)
 
 
 def content(document: Any) -> bytes:

@@ -48,16 +48,16 @@ def test_a_command_reports_a_system_error_that_names_a_file(
         def fail(_: object) -> None:
             raise error
 
-        monkeypatch.setattr(__main__, "show_params", fail)
+        monkeypatch.setattr(__main__, "list_runs", fail)
 
     failing(OSError(errno.EROFS, "read-only", "data/x"))
-    assert __main__.main(["params"]) == 1
+    assert __main__.main(["runs"]) == 1
     assert capsys.readouterr().err == (
-        "ddpm params: error: data/x: Read-only file system; remount it writable, or choose another place\n"
+        "ddpm runs: error: data/x: Read-only file system; remount it writable, or choose another place\n"
     )
     failing(ConnectionResetError(errno.ECONNRESET, "reset"))  # no file is at fault
     with pytest.raises(ConnectionResetError):
-        __main__.main(["params"])
+        __main__.main(["runs"])
 
 
 def test_an_error_in_a_new_directory_names_the_file_that_was_to_be(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from diffusion.errors import UserError
-from diffusion.model import Config, Model, load_model, new_network, save_model
+from diffusion.model import FILES, Config, Model, load_model, new_network, save_model
 from diffusion.process.denoiser import Guided
 from diffusion.storage.files import write_sums
 from flows.params import Params
@@ -139,3 +139,26 @@ def test_a_model_of_an_earlier_version_is_refused(saved: tuple[Path, Model]) -> 
     (directory / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json: No such file or directory$"):
         load_model(directory, CPU)
+
+
+def test_saving_deletes_nothing_but_a_model(
+    saved: tuple[Path, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = saved
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"mine: holds other files than a model's \(notes\.txt\); choose another folder$"
+    ):
+        model.save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for name in ("", ".", "..", "../mine"):
+        with pytest.raises(UserError):
+            model.save(name)
+    (tmp_path / "mine" / "notes.txt").rename(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="cannot be written"):
+        model.save("")
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["notes.txt"]
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "model")
+    assert sorted(entry.name for entry in (tmp_path / "model").iterdir()) == sorted(FILES)

@@ -68,7 +68,7 @@ class ProcessOptions(Section):
     schedule: Annotated[Any, OneOf([*SCHEDULES, "given"], {"given": Given})] = Choice(kind="cosine")
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
     sigmoid (Chen 2023), or given, by its values."""
-    num_timesteps: Annotated[int, Field(ge=3)] = 1000
+    num_timesteps: Annotated[int, Field(ge=3, le=100_000)] = 1000
     """T, the number of timesteps."""
     zero_terminal_snr: bool = False
     """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""

@@ -118,9 +118,12 @@ def new_directory(path: Path) -> Iterator[Path]:
             temporary.chmod(0o755)
             for entry in temporary.rglob("*"):
                 sync(entry)
+            former = temporary.with_name(f"{temporary.name}.former")
             if path.exists():
-                shutil.rmtree(path)
+                path.replace(former)  # what was there is deleted only once the new one is in its place
             temporary.replace(path)
+            if former.exists():
+                shutil.rmtree(former)
     except WriteFault as fault:
         shutil.rmtree(temporary, ignore_errors=True)
         if fault.path.is_relative_to(temporary):

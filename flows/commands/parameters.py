@@ -1,8 +1,10 @@
 """`ddpm params`, `ddpm set` and `ddpm preset`: what the parameters mean, and changes of params.yaml."""
 
 import argparse
+import copy
 import json
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -21,17 +23,10 @@ def show(arguments: argparse.Namespace, paths: Paths) -> None:
         print("\n".join(described()))
         return
     document = yaml_files.read_yaml(paths.params)
-    before = dict(leaves(document))
+    before = copy.deepcopy(document)
     changes.update(document)
     validate(document, str(paths.params))
-    yaml_files.write_yaml(paths.params, document)
-    after = dict(leaves(document))
-    changed = {name: value for name, value in after.items() if name not in before or before[name] != value}
-    for name, value in changed.items():
-        print(f"{name}: {json.dumps(value)}")
-    for name in before.keys() - after.keys():
-        print(f"{name}: gone")
-    print(f"{paths.params} {'is up to date now' if before != after else 'was up to date'}")
+    _write(paths.params, before, document)
 
 
 def assign(arguments: argparse.Namespace, paths: Paths) -> None:
@@ -41,15 +36,28 @@ def assign(arguments: argparse.Namespace, paths: Paths) -> None:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r}: must be NAME=VALUE, such as train.steps=500")
+        parsed = yaml_files.scalar(value)
         try:
-            given = changes.with_field(given, name.split("."), yaml_files.scalar(value))
+            given = changes.with_field(given, name.split("."), parsed)
         except ValueError:
             raise UserError(f"{name}: given twice; give it once, a choice before its fields") from None
-    told = " ".join(arguments.changes)
-    document = changes.lay_over(read(paths.params), given)
-    validate(document, f"{paths.params} with {told}")
-    yaml_files.write_yaml(paths.params, document)
-    print(f"{paths.params} now has {told}")
+    before = read(paths.params)
+    document = changes.lay_over(copy.deepcopy(before), given)
+    validate(document, f"{paths.params} with {' '.join(arguments.changes)}")
+    _write(paths.params, before, document)
+
+
+def _write(path: Path, before: Any, document: Any) -> None:
+    """Write parameters, and say what is another than before."""
+    yaml_files.write_yaml(path, document)
+    old, new = dict(leaves(before)), dict(leaves(document))
+    for name, value in new.items():
+        if name not in old or old[name] != value:
+            print(f"{name}: {json.dumps(value)}")
+    for name in [name for name in old if name not in new]:
+        print(f"{name}: removed")
+    if old == new:
+        print(f"{path}: nothing to change")
 
 
 def apply_preset(arguments: argparse.Namespace, paths: Paths) -> None:

@@ -37,7 +37,10 @@ from flows.yaml_files import integer, number, scalar
 BATCH = 64
 """Pictures that are made at once: memory does not grow with their number."""
 OF_SAMPLERS = {
-    name: field for kind in SAMPLER_OPTIONS.values() for name, field in kind.model_fields.items() if name != "kind"
+    name: field
+    for kind in SAMPLER_OPTIONS.values()
+    for name, field in kind.model_fields.items()
+    if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these are set in params.yaml alone
 }
 """The fields that single samplers have."""
 REPAINT = 10

@@ -20,7 +20,9 @@ SCHEMA = parameter_schema(train_ddpm.fn).model_dump_for_openapi()
 
 def test_what_is_left_out_or_null_is_as_in_params_yaml() -> None:
     parameters = {"train": {"steps": 5, "flip": None}, "seed": 0, "shard": None, "pairs": NOTHING, "process": {}}
-    assert given(parameters) == {"train": {"steps": 5}, "seed": 0, "process": {}}
+    sample = {"sampler": {"kind": "ddim", "eta": None}}
+    expected = {"train": {"steps": 5}, "seed": 0, "process": {}, "sample": {"sampler": {"kind": "ddim"}}}
+    assert given(parameters | {"sample": sample}) == expected
 
 
 def test_prefect_leaves_the_values_as_they_are() -> None:

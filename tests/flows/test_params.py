@@ -281,6 +281,5 @@ def test_what_is_missing_is_added_on_request(
     shown = capsys.readouterr().out
     assert "train.steps: 1000\n" in shown
     assert "seed" not in shown
-    assert shown.endswith("params.yaml is up to date now\n")
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
     assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
