@@ -292,7 +292,10 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
         ({"train": {"stepz": 5}}, "params.yaml: train.stepz: no such parameter"),
         ({"train": {"steps": 0}}, "params.yaml: train.steps: input should be greater than or equal to 1 (got 0)"),
         ({"process": {"schedule": "square"}}, "params.yaml: process.schedule: input should be 'linear', "),
-        ({"process": {"beta": [0.5]}}, "an earlier version wrote this: `ddpm params --update` rewrites it"),
+        (
+            {"process": {"beta": [0.5]}},
+            "params.yaml: of an earlier version (it has process.beta); `ddpm params --update` rewrites params.yaml",
+        ),
         ({"process": {"schedule": {"kind": "given", "beta": [0.5]}}}, "process: schedule.beta has 1 values, but num_"),
         (
             {"process": {"parameterization": "eps", "zero_terminal_snr": True}},
