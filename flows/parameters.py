@@ -53,7 +53,7 @@ class PartOf:
 
     def __init__(self, section: str) -> None:
         choice = params.CHOICES.get((section,))
-        sections = choice.options.values() if choice and choice.options else [params.SECTIONS[section]]
+        sections = choice.options.values() if choice else [params.SECTIONS[section]]
         self.model: Any = reduce(or_, map(part_of, sections))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

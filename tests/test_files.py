@@ -116,3 +116,22 @@ def test_a_row_of_a_csv_file_may_lack_a_column(tmp_path: Path) -> None:
     files.write_csv(tmp_path / "a.csv", rows, ["step", "loss", "band"])
     assert (tmp_path / "a.csv").read_text().splitlines()[:2] == ["step,loss,band", "1.0,0.1,"]
     assert files.parse_csv((tmp_path / "a.csv").read_bytes()) == rows
+
+
+def test_a_new_directory_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("old")
+    replace = Path.replace
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if target.name == "old" and not self.name.endswith(".former"):
+            raise OSError(errno.EIO, "input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_for_the_new_one)
+    with pytest.raises(UserError, match="old: cannot be written"), files.new_directory(tmp_path / "old") as temporary:
+        (temporary / "file").touch()
+    assert (tmp_path / "old" / "file").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["old"]

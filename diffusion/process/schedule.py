@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def times(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A float64 coefficient times x, in the precision of x: the one place where coefficients are cast."""
+    """A float64 coefficient times x, in the precision of x: products with coefficients are cast here."""
     return coefficient.to(x.dtype) * x
 
 

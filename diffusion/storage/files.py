@@ -119,9 +119,14 @@ def new_directory(path: Path) -> Iterator[Path]:
             for entry in temporary.rglob("*"):
                 sync(entry)
             former = temporary.with_name(f"{temporary.name}.former")
-            if path.exists():
-                path.replace(former)  # what was there is deleted only once the new one is in its place
-            temporary.replace(path)
+            try:
+                if path.exists():
+                    path.replace(former)  # what was there is deleted only once the new one is in its place
+                temporary.replace(path)
+            except BaseException:
+                if former.exists() and not path.exists():
+                    former.replace(path)
+                raise
             if former.exists():
                 shutil.rmtree(former)
     except WriteFault as fault:

@@ -48,7 +48,10 @@ def assign(arguments: argparse.Namespace, paths: Paths) -> None:
 
 
 def _write(path: Path, before: Any, document: Any) -> None:
-    """Write parameters, and say what is another than before."""
+    """Write parameters, and say what has changed."""
+    if document == before:
+        print(f"{path}: nothing to change")
+        return
     yaml_files.write_yaml(path, document)
     old, new = dict(leaves(before)), dict(leaves(document))
     for name, value in new.items():
@@ -57,7 +60,7 @@ def _write(path: Path, before: Any, document: Any) -> None:
     for name in [name for name in old if name not in new]:
         print(f"{name}: removed")
     if old == new:
-        print(f"{path}: nothing to change")
+        print(f"{path}: the same parameters, rewritten in the form of this version")
 
 
 def apply_preset(arguments: argparse.Namespace, paths: Paths) -> None:
