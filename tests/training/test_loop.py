@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
@@ -15,7 +17,7 @@ from diffusion.pairs.noise import timesteps
 from diffusion.pairs.pairs import Batch
 from diffusion.process import build as processes
 from diffusion.process.timesteps import TIMESTEPS
-from diffusion.training import loop
+from diffusion.training import ema, loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.state import State, begin
 from flows.params import Params
@@ -46,7 +48,7 @@ def spoiled(*steps: int, value: float = math.nan) -> Fetch:
 def params(params: Params) -> Params:
     return changed(
         params,
-        network={"base_channels": 8, "blocks_per_level": 1, "dropout": 0.2},
+        network={"base_channels": 8, "channel_multipliers": [1], "attention_levels": [], "dropout": 0.2},
         # So few timesteps that all are seen often enough for those that are drawn by the loss.
         process={"num_timesteps": 30},
         train={"steps": 12, "log_every": 5, "preview_every": 4, "warmup_steps": 2, "batch_size": 64},
@@ -125,24 +127,26 @@ def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_
     assert [name for name in row if name.startswith("loss_t")][:2] == ["loss_t00_02", "loss_t03_05"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("timesteps", TIMESTEPS)
-@pytest.mark.parametrize("stop_at", [3, 8, 11])
-def test_a_stopped_training_goes_on_to_the_same_bits(
-    params: Params, tmp_path: Path, stop_at: int, timesteps: str, optimizer: str
+@pytest.mark.parametrize(("timesteps", "optimizer"), [*zip(TIMESTEPS, cycle(["muon", "adamw"]), strict=False)])
+def test_a_training_that_is_stopped_again_and_again_goes_on_to_the_same_bits(
+    params: Params, tmp_path: Path, timesteps: str, optimizer: str
 ) -> None:
     params = changed(params, train={"timesteps": timesteps, "optimizer": optimizer, "keep_best": True})
     whole = new_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
 
-    first, checkpoints = new_state(params), Checkpoints(tmp_path / "parts")
-    with pytest.raises(Stopped):
-        run(params, first, checkpoints, stop_at=stop_at)
-    second = new_state(params)
-    assert checkpoints.restore(second)
-    assert second.step == stop_at
-    run(params, second, checkpoints)
-    assert_same(second, whole)
+    checkpoints, reached = Checkpoints(tmp_path / "parts"), 0
+    for stop_at in (3, 8, 11):
+        state = new_state(params)
+        assert checkpoints.restore(state) == bool(reached)
+        assert state.step == reached
+        with pytest.raises(Stopped):
+            run(params, state, checkpoints, stop_at=stop_at)
+        reached = stop_at
+    state = new_state(params)
+    assert checkpoints.restore(state)
+    run(params, state, checkpoints)
+    assert_same(state, whole)
 
 
 class Killed(BaseException):
@@ -279,6 +283,39 @@ def test_the_best_measurement_is_kept_and_patience_ends_the_training(params: Par
     kept = new_state(params)
     state.kept_into(kept.net)
     assert all(torch.equal(tensor, kept.net.state_dict()[name]) for name, tensor in at_8.average.state_dict().items())
+
+
+@pytest.mark.parametrize("grad_clip", [0.01, 1e6])
+def test_a_gradient_is_scaled_down_to_the_largest_norm(params: Params, grad_clip: float) -> None:
+    params = changed(params, train={"grad_clip": grad_clip})
+    state, seen = new_state(params), list[float]()
+
+    def norm(*_: object) -> None:
+        gradients = [parameter.grad.flatten() for parameter in state.net.parameters() if parameter.grad is not None]
+        seen.append(torch.cat(gradients).norm().item())
+
+    for optimizer in state.optimizers:
+        optimizer.register_step_pre_hook(norm)
+    loop.step(state, loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net))
+    _, _, before = state.sums[:3].tolist()
+    assert 0.01 < before < 1e6
+    assert seen == pytest.approx([min(before, grad_clip)] * len(state.optimizers), rel=1e-4)
+
+
+def test_the_average_holds_the_weights_after_every_step(params: Params) -> None:
+    """Karras et al. 2024, eq. 120: after step s it keeps (1 - 1 / s)^(gamma + 1) of what it was."""
+    state, expected = new_state(params), torch.tensor(math.nan)
+    trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
+
+    def flat(net: nn.Module) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in net.parameters()]).double()
+
+    for step in range(1, 5):
+        loop.step(state, trainer)
+        keep = (1 - 1 / step) ** (ema.gamma(params.train.ema_width) + 1)
+        expected = flat(state.net) if step == 1 else keep * expected + (1 - keep) * flat(state.net)
+        torch.testing.assert_close(flat(state.average), expected, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(flat(state.average), flat(state.net), rtol=1e-4)
 
 
 def test_a_batch_in_parts_is_the_batch_as_a_whole(params: Params) -> None:
