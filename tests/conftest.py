@@ -1,14 +1,17 @@
 """Fixtures for all tests."""
 
 import gc
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import webdataset
+from filelock import FileLock
 
 from flows import params as parameters
 from flows.params import Params
@@ -38,18 +41,47 @@ def digits_tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that the first of the session's processes makes, and the others wait for."""
+    base = factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            with TemporaryDirectory(dir=made.parent) as unfinished:
+                make(Path(unfinished) / name)
+                (Path(unfinished) / name).rename(made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree after the stages shard and pairs, to be copied."""
-    tree = tmp_path_factory.mktemp("training") / "tree"
-    (tree / "data" / "raw").mkdir(parents=True)
-    shutil.copy(trees.ROOT / "params.yaml", tree)
-    shutil.copy(trees.ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
-    trees.change(tree, trees.TINY)
-    for stage in ("shard", "pairs"):
+
+    def make(tree: Path) -> None:
+        (tree / "data" / "raw").mkdir(parents=True)
+        shutil.copy(ROOT / "params.yaml", tree)
+        shutil.copy(ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
+        trees.change(tree, trees.TINY)
+        run_stages(tree, "shard", "pairs")
+
+    return once(tmp_path_factory, "pairs_tree", make)
+
+
+@pytest.fixture(scope="session")
+def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tree after all stages, to be copied."""
+
+    def make(tree: Path) -> None:
+        shutil.copytree(pairs_tree, tree)
+        run_stages(tree, "train", "evaluate", "export")
+
+    return once(tmp_path_factory, "whole_tree", make)
+
+
+def run_stages(tree: Path, *stages: str) -> None:
+    for stage in stages:
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
-    return tree
 
 
 @pytest.fixture

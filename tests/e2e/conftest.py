@@ -19,8 +19,8 @@ from flows.changes import lay_over
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
-    "process": {"num_timesteps": 100},
-    "network": {"base_channels": 8, "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": []},
+    "process": {"num_timesteps": 20},
+    "network": {"kind": "uvit", "base_channels": 8, "depth": 1, "patch_size": 4},
     "train": {"steps": 20, "batch_size": 64, "warmup_steps": 2, "log_every": 5, "preview_every": 10},
     "sample": {"steps": 5, "count": 4},
     "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},

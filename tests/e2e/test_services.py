@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.services import Services
 from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for
 
 NAME = "deployments/name/train-ddpm/train-ddpm"
@@ -59,15 +60,17 @@ def started(clone: Path, run: Command, seed: int) -> str:
     return flow_run_id
 
 
-@pytest.mark.parametrize("name", ["mlflow", "prefect"])
-def test_a_server_that_is_killed_is_served_again_by_another_process(up: Command, clone: Path, name: str) -> None:
-    killed = server(clone, name)
-    assert killed.children() == []
-    killed.kill()
-    killed.wait(60)
-    assert not status(up)[name].startswith("running")
-    wait_for(lambda: status(up)[name].startswith("running"), 120)
-    assert server(clone, name).pid != killed.pid
+@pytest.mark.usefixtures("up")
+def test_servers_that_are_killed_are_served_again_by_other_processes(clone: Path) -> None:
+    killed = {name: server(clone, name) for name in ("mlflow", "prefect")}
+    for process in killed.values():
+        assert process.children() == []
+        process.kill()
+        process.wait(60)
+    healthy = Services(clone).as_started().healthy
+    assert not any(healthy()[name] for name in killed)
+    wait_for(lambda: all(healthy().values()), 120)
+    assert all(server(clone, name).pid != process.pid for name, process in killed.items())
 
 
 def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Command, clone: Path) -> None:

@@ -124,12 +124,5 @@ def test_the_end_of_the_worker_ends_a_training_with_a_checkpoint(services: Comma
     assert checkpoints(clone) > before
 
 
-def test_parameters_that_do_not_fit_together_are_said_in_one_line(services: Command) -> None:
-    done = services(*RUN, "-p", 'network={"attention_levels": [9]}')
-    assert done.returncode == 1
-    assert "attention_levels" in done.stdout
-    assert "Traceback" not in done.stdout
-
-
 def checkpoints(clone: Path) -> set[Path]:
     return set((clone / ".ddpm" / "checkpoints").glob("*/*.safetensors"))

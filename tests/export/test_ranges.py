@@ -25,7 +25,7 @@ BEYOND: list[Any] = [np.nan, np.inf, -np.inf, 1000.5, -1e30]
 def loaded(name: str, precision: str = "fp32") -> ort.InferenceSession:
     """A finished file: the denoiser, or a sampler by its name, of a network of classes."""
     model, step = parts(True)
-    graph = step if precision == "fp32" else variant(precision, True)
+    graph = step if precision == "fp32" else variant(precision)
     facts = metadata.of_model(model, "analytic", "weights", "data", {})
     if name != "denoiser":
         settings = fakes.options(sampler=name, threshold="clip", steps=4, guidance=2.5)
@@ -118,5 +118,5 @@ def test_the_files_ask_for_no_newer_runtime_than_their_operators() -> None:
     model, step = parts(True)
     assert [(opset.domain, opset.version) for opset in step.opset_import] == [("", 20)]
     loop = sampler_graph.to_onnx(step, model, fakes.options(sampler="ddim", steps=4))
-    for graph in (step, loop, variant("fp16", True), variant("int8", True)):
+    for graph in (step, loop, variant("fp16"), variant("int8")):
         assert graph.ir_version == 9

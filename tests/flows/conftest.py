@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,30 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
 
 
+def new_repository(directory: Path, root: Path) -> None:
+    """A repository with one commit."""
+    for name in ("params.yaml", "data/raw/digits.npz", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, directory / name)
+    (directory / "presets").mkdir()
+    (directory / "presets/short.yaml").write_text("train:\n  steps: 7\n")
+    (directory / "dvc.yaml").write_text(DVC_YAML)
+    (directory / "stage.py").write_text(STAGE_PY)
+    with chdir(directory):
+        git("init", "--quiet", "--initial-branch=main")
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "first")
+
+
 @pytest.fixture
-def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, changed to a new repository with one commit."""
-    monkeypatch.chdir(tmp_path)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
         monkeypatch.delenv(variable)
-    for name in ("params.yaml", "data/raw/digits.npz", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / name, name)
-    Path("presets").mkdir()
-    Path("presets/short.yaml").write_text("train:\n  steps: 7\n")
-    Path("dvc.yaml").write_text(DVC_YAML)
-    Path("stage.py").write_text(STAGE_PY)
-    git("init", "--quiet", "--initial-branch=main")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "first")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, _plain_environment: None) -> Path:
+    """The working directory, changed to a new repository with one commit."""
+    new_repository(tmp_path, root)
+    monkeypatch.chdir(tmp_path)
     return tmp_path

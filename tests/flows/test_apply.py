@@ -1,6 +1,7 @@
 """A run's results in the working tree."""
 
 import shutil
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,26 +9,35 @@ import pytest
 
 from diffusion.errors import UserError
 from flows import apply, dvc_stage, params, workspace
-from tests.flows.conftest import git
+from tests.flows.conftest import git, new_repository
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Path]:
+    """A repository with a committed dvc.lock and the workspace of a finished run with 5 steps; and a copy of it."""
+    place = tmp_path_factory.mktemp("apply") / "place"
+    place.mkdir()
+    new_repository(place, root)
+    with chdir(place):
+        workspace.dvc(Path(), "repro")
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "lock")
+        with workspace.use("one", "id", workspace.document(None, {"train": {"steps": 5}})) as directory:
+            for stage in ("shard", "train"):
+                dvc_stage.run(stage, directory, print)
+    copy = place.with_name("copy")
+    shutil.copytree(place, copy, symlinks=True)
+    return place, copy
 
 
 @pytest.fixture
-def locked(repository: Path) -> Path:
-    """The repository with a dvc.lock that is committed, of the parameters as they are."""
-    workspace.dvc(Path(), "repro")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "lock")
-    return repository
-
-
-@pytest.fixture
-def run(locked: Path) -> Path:
-    """The workspace of a finished run with 5 steps."""
-    assert Path.cwd() == locked
-    with workspace.use("one", "id", workspace.document(None, {"train": {"steps": 5}})) as directory:
-        for stage in ("shard", "train"):
-            dvc_stage.run(stage, directory, print)
-    return directory
+def run(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, _plain_environment: None) -> Path:
+    """The workspace of the run, in the repository as it was made, which is the current directory."""
+    place, copy = finished
+    shutil.rmtree(place)
+    shutil.copytree(copy, place, symlinks=True)
+    monkeypatch.chdir(place)
+    return workspace.find("one")
 
 
 def unchanged() -> bool:
@@ -132,13 +142,13 @@ def test_where_cache_and_folder_lack_an_output_everything_goes_back(
     assert "are now those" not in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("locked")
+@pytest.mark.usefixtures("run")
 def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None:
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {"train": {"steps": 5}})):
         raise RuntimeError
     with pytest.raises(UserError, match="run 'bad': failed; only a completed run can be applied"):
         apply.apply("bad", force=False)
-    assert params.load(Path("params.yaml")).train.steps != 5
+    assert params.load(Path("params.yaml")).train.steps == 1000
     lost = workspace.find("bad")
     replace(workspace.Run.read(lost), state="running").write(lost)
     with pytest.raises(UserError, match="crashed"):

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import UserError
-from flows import made_with, yaml_files
+from flows import made_with
 from flows import params as parameters
 from flows.__main__ import main
-from flows.changes import lay_over
 from flows.paths import Paths
 from flows.stages import STAGES
-from tests.e2e.conftest import TINY
+from tests.training import trees
 
 READERS = {
     "data/shards/manifest.json": ["pairs", "track"],
@@ -31,7 +29,7 @@ READERS = {
     "reports/train.json": ["track"],
     "reports/train_curves/loss.csv": ["evaluate", "track"],
     "reports/train_curves/heldout.csv": ["evaluate", "track"],
-    "reports/previews/step-00000010.png": ["track"],
+    "reports/previews/step-00000040.png": ["track"],
     "reports/previews/step-00000020.png": ["track"],
     "reports/evaluate.json": ["export", "track"],
     "reports/report.html": ["track"],
@@ -47,6 +45,8 @@ READERS = {
     "reports/evaluation/training.png": ["track"],
     "reports/export.json": ["track"],
     "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx", "track"],
+    "models/onnx/denoiser_int8.onnx": ["verify-onnx models/onnx/denoiser_int8.onnx", "track"],
+    "models/onnx/sampler_int8.onnx": ["verify-onnx models/onnx/sampler_int8.onnx", "track"],
     "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx", "track"],
 }
 """Every such file, and who reads it. The service has a test of its own."""
@@ -54,19 +54,13 @@ CASES = [(file, command) for file, commands in READERS.items() for command in co
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Path]:
-    """A tree after all stages, not to be changed."""
-    tree = tmp_path_factory.mktemp("finished") / "tree"
-    (tree / "data" / "raw").mkdir(parents=True)
-    shutil.copy(root / "data" / "raw" / "digits.npz", tree / "data" / "raw")
-    document = lay_over(yaml_files.read_yaml(root / "params.yaml"), TINY)
-    yaml_files.write_yaml(tree / "params.yaml", document)
+def finished(whole_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tree after all stages, and the current directory; a test puts back what it changes."""
+    tree = trees.copy(whole_tree, tmp_path_factory.mktemp("finished") / "tree")
     before = signal.getsignal(signal.SIGTERM)  # a stage leaves it ignored, as its process ends
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tree)
-        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nothing listens
-        for stage in ("shard", "pairs", "train", "evaluate", "export"):
-            assert main([stage]) == 0
+        patch.setenv("MLFLOW_TRACKING_URI", trees.ENVIRONMENT["MLFLOW_TRACKING_URI"])
         yield tree
     signal.signal(signal.SIGTERM, before)
 

@@ -1,5 +1,6 @@
 """`ddpm import`, through the command line and with the real DVC."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,28 @@ from ruamel.yaml import YAML
 from diffusion.errors import UserError
 from flows import importing
 from flows.paths import Paths
+from tests.command import ddpm
 
 
-def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=tree, capture_output=True, text=True)
+def run(tree: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if program == "flows":
+        return ddpm(tree, *arguments, environment={})
+    return subprocess.run([sys.executable, "-m", program, *arguments], cwd=tree, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder under git and DVC."""
+    folder = tmp_path_factory.mktemp("empty")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    assert run(folder, "dvc", "init", "-q").returncode == 0
+    return folder
 
 
 @pytest.fixture
-def tree(digits_tree: Path) -> Path:
+def tree(digits_tree: Path, empty: Path) -> Path:
     """A working tree under git and DVC, beside a folder of pictures."""
-    subprocess.run(["git", "init", "-q"], cwd=digits_tree, check=True)
-    assert run(digits_tree, "dvc", "init", "-q").returncode == 0
+    shutil.copytree(empty, digits_tree, dirs_exist_ok=True)
     for name in ("a/1.png", "b/2.png", "b/.hidden.png"):
         path = digits_tree / "elsewhere" / name
         path.parent.mkdir(parents=True, exist_ok=True)

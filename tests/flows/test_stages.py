@@ -1,4 +1,4 @@
-"""train, evaluate and export through the real commands, on the digits with a tiny network."""
+"""train, evaluate and export on the digits, with a tiny network."""
 
 import copy
 import json
@@ -24,27 +24,9 @@ from diffusion.export.denoiser import Step
 from diffusion.model import Model, load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.storage.files import parse_csv
-from flows import yaml_files
-from flows.changes import lay_over
 from flows.paths import Paths
 from tests.rounding import assert_rounds_alike
 from tests.training import trees
-
-ROOT = Path(__file__).parents[2]
-TINY: dict[str, Any] = {
-    "pairs": {"heldout_draws": 2},
-    "network": {"base_channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "attention_levels": []},
-    "train": {"steps": 200, "batch_size": 32, "log_every": 50, "preview_every": 100, "warmup_steps": 5},
-    "sample": {"steps": 4, "count": 9},
-    "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},
-    "export": {"variants": ["int8"], "max_loss": 1.0},
-}
-OUTPUTS = ("models", "reports")
-
-
-def change(tree: Path, changes: dict[str, Any]) -> None:
-    path = tree / "params.yaml"
-    yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), changes))
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -59,50 +41,18 @@ def steps(model: Model) -> dict[torch.dtype, Step]:
     }
 
 
-def digests(tree: Path) -> dict[str, str]:
-    files = [path for part in OUTPUTS for path in sorted((tree / part).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(tree)): sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree with shards and pairs, to be copied."""
-    tree = tmp_path_factory.mktemp("pairs")
-    (tree / "data" / "raw").mkdir(parents=True)
-    shutil.copy(ROOT / "params.yaml", tree)
-    shutil.copy(ROOT / "data" / "raw" / "digits.npz", tree / "data" / "raw")
-    change(tree, TINY)
-    for stage in ("shard", "pairs"):
-        assert trees.run(tree, stage).returncode == 0
-    return tree
-
-
-@pytest.fixture(scope="module")
-def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree after all stages."""
-    tree = tmp_path_factory.mktemp("whole") / "tree"
-    shutil.copytree(pairs_tree, tree)
-    for stage in ("train", "evaluate", "export"):
-        done = trees.run(tree, stage)
-        assert done.returncode == 0, done.stderr
-    return tree
-
-
 def test_train_writes_what_it_promises(whole_tree: Path) -> None:
     report = json.loads((whole_tree / "reports/train.json").read_text())
-    assert report["steps"] == 200
-    assert report["images"] == 6400
+    assert report["steps"] == 40
+    assert report["images"] == 40 * 32
     loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
-    assert [row["step"] for row in loss] == [50, 100, 150, 200]
+    assert [row["step"] for row in loss] == [15, 30, 40]
     assert loss[-1]["loss"] < loss[0]["loss"]
-    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [
-        100,
-        200,
-    ]
+    assert [row["step"] for row in read_csv(whole_tree / "reports/train_curves/heldout.csv")] == [20, 40]
     assert sorted(path.name for path in (whole_tree / "reports/previews").iterdir()) == [
         "SHA256SUMS",
-        "step-00000100.png",
-        "step-00000200.png",
+        "step-00000020.png",
+        "step-00000040.png",
     ]
     model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
     assert model.shape == (1, 8, 8)
@@ -136,7 +86,7 @@ def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None
     assert report["wiener_mse"] < report["zero_mse"]
     assert len(read_csv(whole_tree / "reports/evaluation/bands.csv")) == 10
     by_t = read_csv(whole_tree / "reports/evaluation/vlb_by_t.csv")
-    assert [row["t"] for row in by_t] == list(range(1000))
+    assert [row["t"] for row in by_t] == list(range(100))
     total = report["bits_per_dim_prior"] + sum(row["bits_per_dim"] for row in by_t)
     assert report["bits_per_dim_exact"] == pytest.approx(total)
     assert (whole_tree / "reports/evaluation/filmstrip.png").stat().st_size > 10_000
@@ -151,7 +101,7 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
     graph = onnx.load(path)
     assert next(opset.version for opset in graph.opset_import if opset.domain == "") == 20
     assert str(whole_tree) not in str(graph)
-    assert str(ROOT) not in str(graph)
+    assert str(trees.ROOT) not in str(graph)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
     assert [(value.name, value.type) for value in session.get_inputs()] == [
@@ -159,12 +109,12 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
         ("t", "tensor(int64)"),
     ]
     for size in (1, 5):
-        x_t, t = torch.randn(size, 1, 8, 8), torch.randint(1000, (size,))
+        x_t, t = torch.randn(size, 1, 8, 8), torch.randint(100, (size,))
         (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy()})
         expected, float64 = (step(x_t.to(dtype), t)[0] for dtype, step in steps(model).items())
         assert_rounds_alike(torch.from_numpy(eps_hat), expected, float64)
     facts = {prop.key: prop.value for prop in graph.metadata_props}
-    assert facts["ddpm.num_timesteps"] == "1000"
+    assert facts["ddpm.num_timesteps"] == "100"
     assert json.loads(facts["ddpm.alpha_bar"]) == model.process.schedule.alpha_bar.tolist()
     assert (
         facts["ddpm.weights_sha256"] == sha256((whole_tree / "models/ddpm/model.safetensors").read_bytes()).hexdigest()
@@ -173,13 +123,12 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
 
 def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None:
     """A transformer that knows classes and learns its variance, and all else unlike the default."""
-    tree = tmp_path / "tree"
-    shutil.copytree(pairs_tree, tree)
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
     network = {"kind": "uvit", "base_channels": 16, "conditioning": "adaln", "depth": 3, "patch_size": 3}
     changes = {
         "process": {
             "schedule": "sigmoid",
-            "num_timesteps": 100,
+            "num_timesteps": 50,
             "zero_terminal_snr": True,
             "parameterization": "x_0",
             "learned_variance": True,
@@ -190,7 +139,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
         "train": {"steps": 50, "timesteps": "loss-second-moment", "class_dropout": 0.2},
         "sample": {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "learned", "guidance": 2.0},
     }
-    change(tree, changes)
+    trees.change(tree, changes)
     for stage in ("pairs", "train", "evaluate", "export"):
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
@@ -200,7 +149,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     assert "guidance 2" in (tree / "reports/report.html").read_text()
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
-    x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 50, 99]), torch.tensor([3, -1, 9, 0])
+    x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 40, 49]), torch.tensor([3, -1, 9, 0])
     inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()}
     found = session.run(["eps_hat", "x_0_hat"], inputs)
     expected = (step(x_t.to(dtype), t, y) for dtype, step in steps(model).items())
@@ -208,14 +157,13 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
         assert_rounds_alike(torch.from_numpy(output), float32, float64)
     # The analytic variance needs no other training.
     assert model.config.x_0_mse is not None
-    change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
+    trees.change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(whole_tree, tree)
+    tree = trees.copy(whole_tree, tmp_path / "tree")
     shutil.rmtree(tree / "reports")
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
@@ -231,24 +179,21 @@ def test_variants_stand_beside_the_model(whole_tree: Path) -> None:
     assert report["bytes"]["sampler_int8"] == (whole_tree / "models/onnx/sampler_int8.onnx").stat().st_size
 
 
-@pytest.mark.parametrize(("field", "line"), [("tolerance", "more than export.tolerance (1e-12)"), ("max_loss", "int8")])
-def test_a_check_that_fails_leaves_no_model(whole_tree: Path, tmp_path: Path, field: str, line: str) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(whole_tree, tree)
-    change(tree, {"export": {field: 1e-12}})
+def test_a_check_that_fails_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    trees.change(tree, {"export": {"tolerance": 1e-12}})
     done = trees.run(tree, "export")
     assert done.returncode == 1
-    assert line in done.stderr
+    assert "more than export.tolerance (1e-12)" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tree / "models/onnx").exists()
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, whole_tree: Path, tmp_path: Path) -> None:
     """SIGTERM: a checkpoint, exit status 143, and the next run ends with the bytes of an uninterrupted one."""
-    tree = tmp_path / "tree"
-    shutil.copytree(pairs_tree, tree)
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
     with trees.start(tree) as process:
-        trees.wait_for(process, "step 100: held-out")
+        trees.wait_for(process, "step 20: held-out")
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, rest
@@ -259,23 +204,23 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, who
     assert "going on from step" in again.stderr
     records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
     made = ("models/ddpm", "reports/train", "reports/prev", *records)
-    trained = [name for name in digests(whole_tree) if name.startswith(made)]
-    assert digests(tree) == {name: digests(whole_tree)[name] for name in trained}
+    trained = trees.digests(whole_tree, "models", "reports")
+    assert trees.digests(tree, "models", "reports") == {
+        name: digest for name, digest in trained.items() if name.startswith(made)
+    }
 
 
 def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(pairs_tree, tree)
-    change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
+    trees.change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
     done = trees.run(tree, "train")
     assert done.returncode == 1
-    assert "made for another noise schedule (cosine, 1000 timesteps)" in done.stderr
+    assert "made for another noise schedule (cosine, 100 timesteps)" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(pairs_tree, tree)
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
     shutil.rmtree(tree / "data/shards")
     reading, writing = os.pipe()
     os.close(reading)
@@ -312,14 +257,14 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
         ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr-plus-one', "),
         ({"network": {"conditioning": "token"}}, "network.conditioning: input should be 'add' or 'film' (got 'token')"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
-        ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (1000)"),
-        ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 1"),
+        ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (100)"),
+        ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 0"),
         ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu"),
     ],
 )
 def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     shutil.copy(pairs_tree / "params.yaml", tmp_path)
-    change(tmp_path, changes)
+    trees.change(tmp_path, changes)
     done = trees.run(tmp_path, "train")
     assert done.returncode == 1
     assert message in done.stderr
@@ -327,8 +272,7 @@ def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes
 
 
 def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    shutil.copytree(pairs_tree, tree)
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
     done = trees.run(tree, "evaluate")
     assert done.returncode == 1
     assert done.stderr.endswith("models/ddpm/config.json: No such file or directory; `dvc repro train` writes it\n")

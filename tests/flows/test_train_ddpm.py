@@ -25,6 +25,7 @@ from tests.flows.tracking import trees
         ("seed=-1", "seed: "),
         ("device=tpu", "device: "),
         ("shrad={}", "shrad: no such parameter"),
+        ('network={"attention_levels": [9]}', "network: attention_levels names level 9, but levels go from 0 to 1"),
     ],
 )
 @pytest.mark.usefixtures("repository")

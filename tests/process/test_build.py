@@ -1,6 +1,7 @@
 """Objects from their options."""
 
 import pytest
+from pydantic import ValidationError
 from torch import nn
 
 from diffusion.nn.build import NETWORKS
@@ -20,6 +21,27 @@ def test_options_reach_what_is_built() -> None:
     assert process(weighting={"kind": "min-snr", "gamma": 3.0}).loss.weighting == MinSnr(3.0)
     assert process(zero_terminal_snr=True, parameterization="v").schedule.alpha_bar[-1] == 0
     assert sampling.sampling_timesteps(options(steps=3, spacing="quadratic"), process().schedule) == [999, 250, 0]
+
+
+def given(*beta: float) -> dict[str, object]:
+    return {"schedule": {"kind": "given", "beta": beta}, "num_timesteps": len(beta)}
+
+
+def test_a_schedule_that_is_given_leaves_something_of_the_image_until_the_last_timestep() -> None:
+    """0.05^9 is 2e-12, 0.05^10 is 1e-13; the last beta has no say."""
+    assert process(**given(*[0.95] * 10)).schedule.num_timesteps == 10
+    message = "Value error, beta leaves nothing of the image before the last timestep: give fewer or smaller values "
+    with pytest.raises(ValidationError, match=message):
+        process(**given(*[0.95] * 10, 0.1))
+
+
+def test_a_schedule_needs_timesteps_enough() -> None:
+    """Those of Ho et al. 2020 go up to 0.02 for 1000 timesteps, which is 1 for 20."""
+    assert process(num_timesteps=21).schedule.beta.max() < 1
+    with pytest.raises(ValidationError, match="the schedule linear needs more timesteps than 20: some beta would be 1"):
+        process(num_timesteps=20)
+    with pytest.raises(ValidationError, match=r"schedule\.beta has 3 values, but num_timesteps is 4"):
+        process(**given(0.1, 0.2, 0.3) | {"num_timesteps": 4})
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

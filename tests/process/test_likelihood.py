@@ -99,6 +99,16 @@ def test_every_term_is_that_of_an_independent_implementation(name: str, variance
     assert likelihood.prior(made.schedule, x_0).tolist() == pytest.approx([paper.prior(image.numpy()) for image in x_0])
 
 
+def test_the_prior_counts_what_is_left_of_the_image() -> None:
+    """Half of it: the divergence is then far from that of pure noise."""
+    beta = (0.1, 0.2, 0.3)
+    made = process(schedule={"kind": "given", "beta": beta}, num_timesteps=3)
+    x_0 = images(2).double()
+    expected = [Paper(np.array(beta)).prior(image.numpy()) for image in x_0]
+    assert likelihood.prior(made.schedule, x_0).tolist() == pytest.approx(expected)
+    assert likelihood.prior(made.schedule, x_0.float()).tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_terms_are_float64_whatever_the_images_are() -> None:
     made = process()
     found = bound(made, Says("eps", made.schedule, some_x_0_hat), "fixed-small")

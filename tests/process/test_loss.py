@@ -135,5 +135,6 @@ def test_the_hybrid_loss_has_finite_gradients_at_every_timestep_in_float32(name:
     loss = made.loss(always(out), x_0, torch.arange(1000), eps)
     loss.sum().backward()
     assert out.grad is not None
+    assert loss.dtype == torch.float32
     assert loss.isfinite().all()
     assert out.grad.isfinite().all()

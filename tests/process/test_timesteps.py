@@ -131,6 +131,21 @@ def test_several_losses_of_one_stratum_in_a_batch_are_all_remembered() -> None:
     torch.testing.assert_close(sampler.probability(), 0.999 * root / root.sum() + 0.0005)
 
 
+def test_equal_losses_draw_the_pairs_own_timesteps() -> None:
+    """Then every probability is 1 / T, here exactly, and the quantile function gives t back."""
+    sampler, t = ByLoss(64, power=1), torch.arange(64)
+    for _ in range(2):
+        for u in (0.0, 0.5):
+            chosen, weight = sampler.draw(t, torch.full((64,), u))
+            assert chosen.tolist() == t.tolist()
+            torch.testing.assert_close(weight, torch.ones(64))
+        almost_one = torch.full((64,), 1 - 2**-53, dtype=torch.float64)  # 63 and this are rounded to 64
+        assert sampler.draw(t, almost_one)[0].max() == 63
+        assert sampler.probability().dtype == torch.float64
+        for _ in range(64):
+            sampler.observe(t, torch.ones(64))
+
+
 def test_by_loss_goes_on_where_it_was() -> None:
     sampler, _ = taught(T, rounds=70)
     other = ByLoss(T, power=2)

@@ -129,5 +129,5 @@ def test_analytic_sampling_adds_a_grey_level_of_noise_at_most_in_the_step_to_t_0
 
 
 def test_analytic_variance_without_an_estimate_is_refused() -> None:
-    with pytest.raises(UserError, match="no estimate for analytic"):
+    with pytest.raises(UserError, match=r"^sample\.variance: the model holds no estimate for analytic; choose another"):
         build.variance("analytic", process(), None)

@@ -65,6 +65,14 @@ def test_vlb_is_the_divergence_of_the_bound(parameterization: str) -> None:
     torch.testing.assert_close(loss[1:], (weight * errors(made, "eps"))[1:], rtol=1e-6, atol=0)
 
 
+def test_before_the_first_timestep_vlb_takes_the_ratio_of_the_second() -> None:
+    """SNR_{-1} is infinite; SNR_0^2 / SNR_1 stands for it."""
+    made = process(parameterization="x_0", weighting="vlb")
+    first, second = (made.schedule.alpha_bar[:2] / (1 - made.schedule.alpha_bar[:2])).tolist()
+    weight = made.loss.scale(torch.tensor([0])).item() ** 2
+    assert weight == pytest.approx((first * first / second - first) / 2)
+
+
 @pytest.mark.parametrize(
     ("weighting", "parameterization", "expected"),
     [

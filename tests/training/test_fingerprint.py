@@ -1,7 +1,6 @@
 """Which trainings go on from a checkpoint: those with the same parameters, pairs and code, and no others."""
 
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,9 @@ LONG: dict[str, Any] = {"steps": 100_000, "preview_every": 20, "decay": "constan
 def interrupted(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree with a training that was stopped after its first measurement, to be copied."""
     tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("interrupted") / "tree", **LONG)
-    stop(tree, "step 20: held-out")
-    assert max(steps(tree)) >= 20
+    trees.stopped(tree, 21)
+    assert max(steps(tree)) == 21
     return tree
-
-
-def stop(tree: Path, words: str, **environment: str) -> str:
-    """Train until a line has these words, end the training with SIGTERM, and give the line."""
-    with trees.start(tree, **environment) as process:
-        line = trees.wait_for(process, words)
-        process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, rest
-    return line
 
 
 def steps(tree: Path) -> set[int]:
@@ -45,13 +34,13 @@ def steps(tree: Path) -> set[int]:
     return {int(path.stem) for path in tree.glob(".ddpm/checkpoints/*/0*.json")}
 
 
-def begins(tree: Path, **environment: str) -> bool:
+def begins(tree: Path) -> bool:
     """Whether training, started anew, begins at step 0; else it goes on from the newest checkpoint that was there."""
     before, newest = trees.digests(tree, ".ddpm/checkpoints"), max(steps(tree))
-    line = stop(tree, "parameters, ", **environment)
-    if f", going on from step {newest}" in line:
+    said = trees.stopped(tree, 0).stderr
+    if f", going on from step {newest}\n" in said:
         return False
-    assert "going on" not in line
+    assert "going on" not in said
     after = trees.digests(tree, ".ddpm/checkpoints")
     assert before.items() <= after.items()  # the other training can still be taken up again
     return True
@@ -84,12 +73,15 @@ def test_changed_pairs_never_pick_up_old_weights(interrupted: Path, tmp_path: Pa
     assert begins(tree)
 
 
-def test_changed_code_never_picks_up_old_weights(interrupted: Path, tmp_path: Path) -> None:
+def test_changed_code_never_picks_up_old_weights(
+    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
     code = copy_of_the_code(tmp_path / "code")
     loss = code / "diffusion" / "process" / "loss.py"
     loss.write_text(loss.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
-    assert begins(tree, PYTHONPATH=str(code))
+    monkeypatch.setattr(dvc_yaml, "ROOT", code)
+    assert begins(tree)
 
 
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
@@ -129,12 +121,14 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
     assert fingerprint(pairs_tree) == whole
 
 
-def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_number_of_threads_is_named(
+    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
-    assert stop(tree, "checkpoint", OMP_NUM_THREADS="2") == (
-        f"train: the checkpoint of step {max(steps(interrupted))} of this training is not used: it was made with "
-        "OMP_NUM_THREADS=1 (now 2), and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to "
-        "continue from it\n"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert trees.stopped(tree, 0).stderr.startswith(
+        "train: the checkpoint of step 21 of this training is not used: it was made with OMP_NUM_THREADS=1 (now 2), "
+        "and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to continue from it\n"
     )
 
 

@@ -1,34 +1,44 @@
 """Stages that cannot write: one line with the path, nothing half-written, and training goes on from its checkpoint."""
 
-import sys
+import errno
+import itertools
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.training import trees
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from flows.__main__ import main
-sys.exit(main(sys.argv[2:]))
-"""
-"""Runs a command in which no file grows beyond so many bytes; Python ignores the signal, and writing fails (EFBIG)."""
-FULL = """
-import errno, os, sys
-from flows.__main__ import main
-left, fsync = int(sys.argv[1]), os.fsync
-def full(descriptor):
-    global left
-    left -= 1
-    if left < 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    fsync(descriptor)
-os.fsync = full
-sys.exit(main(sys.argv[2:]))
-"""
-"""Runs a command on a disk that is full after so many files."""
 OUTPUTS = ("data", "models", "reports")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A block in which no file grows beyond so many bytes; Python ignores the signal, and writing fails (EFBIG)."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def full_after(files: int) -> Iterator[None]:
+    """A block in which the disk is full after so many files."""
+    left, fsync = itertools.count(files, -1), os.fsync
+
+    def full(descriptor: int) -> None:
+        if next(left) <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with patch.object(os, "fsync", full):
+        yield
 
 
 def entries(tree: Path) -> set[str]:
@@ -39,7 +49,6 @@ def entries(tree: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def trained(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("trained") / "tree")
-    trees.change(tree, {"evaluate": {"resamples": 100, "likelihood_images": 2, "exact_likelihood_images": 2}})
     done = trees.run(tree)
     assert done.returncode == 0, done.stderr
     return tree
@@ -51,13 +60,14 @@ def trained(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("shard", 100_000, "data/shards/train-000000.tar"),
         ("pairs", 100_000, "data/pairs/train-000000.tar"),
         ("evaluate", 100, "reports/evaluate.json"),
-        ("export", 10_000, "models/onnx/denoiser.onnx"),
+        ("export", 80_000, "models/onnx/denoiser.onnx"),
     ],
 )
 def test_a_stage_that_cannot_write_says_where(trained: Path, tmp_path: Path, stage: str, limit: int, path: str) -> None:
     tree = trees.copy(trained, tmp_path / "tree")
     before = entries(tree)
-    done = trees.run_apart(tree, sys.executable, "-c", LIMITED, str(limit), stage)
+    with largest_file(limit):
+        done = trees.run(tree, stage)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ddpm {stage}: error: {path}: cannot be written (File too large); "
@@ -72,7 +82,8 @@ def test_a_full_disk_costs_no_step_of_training(trained: Path, pairs_tree: Path, 
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     named = set()
     for files in (0, 4, 14, 22):
-        done = trees.run_apart(tree, sys.executable, "-c", FULL, str(files), "train")
+        with full_after(files):
+            done = trees.run(tree)
         assert done.returncode == 1, files
         *_, line = done.stderr.splitlines()
         assert line.startswith("ddpm train: error: ")

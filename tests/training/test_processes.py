@@ -68,13 +68,16 @@ def test_two_processes_make_the_model_of_one(alone: Path, two: Path) -> None:
 
 
 def test_weights_shared_out_over_two_processes_make_it_too(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    """Interrupted on the way, which ends all of them with one line."""
     options = {"processes": 2, "sharding": "weights", "accumulate": 2, "keep_best": True, "recompute": True}
     tree = trees.copy(pairs_tree, tmp_path / "tree", **options)
     with trees.start(tree) as stopped:
         trees.wait_for(stopped, "step 20: held-out")
-        stopped.send_signal(signal.SIGTERM)
+        stopped.send_signal(signal.SIGINT)
         _, rest = stopped.communicate(timeout=60)
-    assert stopped.returncode == 128 + signal.SIGTERM, rest
+    assert stopped.returncode == 128 + signal.SIGINT, rest
+    assert [line for line in rest.splitlines() if not line.startswith("train: ")] == ["ddpm train: stopped by SIGINT"]
+    assert rest.endswith("ddpm train: stopped by SIGINT\n")
     done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
@@ -116,17 +119,6 @@ def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: 
         _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert early or list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))
-
-
-def test_an_interrupt_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path) -> None:
-    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
-    with trees.start(tree) as process:
-        trees.wait_for(process, "step 20: held-out")
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGINT, rest
-    assert rest.endswith("ddpm train: stopped by SIGINT\n")
-    assert [line for line in rest.splitlines() if not line.startswith("train: ")] == ["ddpm train: stopped by SIGINT"]
 
 
 def test_torchrun_starts_them_on_two_machines(alone: Path, pairs_tree: Path, tmp_path: Path) -> None:
@@ -190,7 +182,7 @@ def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=3)
-    done = trees.run_apart(tree, *trees.TRAIN)
+    done = trees.run(tree)
     assert done.returncode == 1
     assert "train: batch_size (32) must be a multiple of processes x accumulate (3)" in done.stderr
     assert done.stderr.count("\n") == 1

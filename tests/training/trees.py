@@ -1,13 +1,20 @@
-"""Working trees for tests that train through the real command, with a tiny network on the digits."""
+"""Working trees for tests of the stages, with a tiny network on the digits.
+
+Without a signal or an exit status to test, a stage runs in the tests' own process: another Python takes 6 seconds to
+import torch and MLflow.
+"""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from diffusion.training.stop import StopSignals
 from flows import yaml_files
 from flows.changes import lay_over
 from flows.stages.train import SECONDS
@@ -15,7 +22,7 @@ from tests.command import ddpm
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
-    "pairs": {"draws": 1, "heldout_draws": 1},
+    "pairs": {"draws": 1, "heldout_draws": 2},
     "process": {"num_timesteps": 100},
     "network": {
         "base_channels": 8,
@@ -32,6 +39,8 @@ TINY: dict[str, Any] = {
         "timesteps": "rms-error",
     },
     "sample": {"steps": 4, "count": 4},
+    "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},
+    "export": {"variants": ["int8"], "max_loss": 1.0},
 }
 TRAIN = (sys.executable, "-m", "flows", "train")
 # Nothing listens there: what is written must not depend on MLflow.
@@ -53,6 +62,15 @@ def copy(tree: Path, target: Path, **train: Any) -> Path:
 def run(tree: Path, stage: str = "train") -> subprocess.CompletedProcess[str]:
     """A stage's end."""
     return ddpm(tree, stage, environment=ENVIRONMENT)
+
+
+def stopped(tree: Path, steps: int) -> subprocess.CompletedProcess[str]:
+    """The end of a training to which SIGTERM comes when it has taken `steps` more steps."""
+    signals = [0] * steps + [signal.SIGTERM]
+    with patch.object(StopSignals, "received", side_effect=signals):  # asked once before each step
+        done = run(tree)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    return done
 
 
 def run_apart(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
