@@ -20,7 +20,7 @@ export PREFECT_API_URL := http://127.0.0.1:$(PREFECT_PORT)/api
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train test up down status repro scrub lint lock
+.PHONY: help setup train test mutants up down status repro scrub lint lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -41,7 +41,11 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 	@ddpm summary
 
 test: setup ## Run the tests, a file at a time on each core.
-	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadgroup --no-loadscope-reorder
+
+mutants: setup ## Put in faults at random, and see whether the tests notice; ARGS="--count 60 --seed 1".
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	OMP_NUM_THREADS=1 python tests/mutants.py $(ARGS)
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up

@@ -72,7 +72,7 @@ def test_inference(classes: Service) -> None:
         direct(classes, noise=noise(2), steps=[3], y=[2, -1], guidance=np.float32([1.5])),
     )
     same(found["images"], expected["images"])
-    np.testing.assert_allclose(found["x_0"], expected["x_0"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["x_0"], expected["x_0"], rtol=0, atol=2 / 255)  # a grey level
 
 
 def test_what_may_be_left_out(classes: Service) -> None:

@@ -238,7 +238,7 @@ def test_an_image_is_the_same_in_any_batch(changes: dict[str, object]) -> None:
 
     together = images(slice(0, 5))
     for part in (slice(0, 1), slice(3, 4), slice(2, 5)):
-        torch.testing.assert_close(images(part), together[part], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(images(part), together[part], rtol=1e-5, atol=1e-5)  # 12 steps in float32
 
 
 def test_sampling_begins_where_it_is_told() -> None:

@@ -45,7 +45,7 @@ def test_the_last_layers_are_in_float32(kind: str, conditioning: str, learned_va
     assert out.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert net.conditions(T, None).dtype == torch.bfloat16  # the rest is narrow
-    torch.testing.assert_close(out.double(), exact(x_t.double(), T), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), exact(x_t.double(), T), rtol=1e-4, atol=1e-5)  # bfloat16: 4e-3
 
 
 @pytest.mark.parametrize("learned_variance", [False, True])
