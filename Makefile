@@ -41,7 +41,7 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 	@ddpm summary
 
 test: setup ## Run the tests, a file at a time on each core.
-	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 mutants: setup ## Put in faults at random, and see whether the tests notice; ARGS="--count 60 --seed 1".
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1

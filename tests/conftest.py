@@ -20,13 +20,6 @@ from tests.training import trees
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file run in one process, for its fixtures; those with services in one, which starts them once."""
-    for item in items:
-        services = "services" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("services" if services else item.path.relative_to(ROOT).as_posix()))
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
