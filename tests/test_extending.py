@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 EXAMPLE = re.compile(
     r"^In `(diffusion/\S+\.py)`.*?```python\n(.*?)```\n\n((?:and in `\w+`\n\n```python\n.*?```\n\n?)+)", re.M | re.S
 )

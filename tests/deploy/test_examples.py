@@ -14,6 +14,8 @@ from tests.deploy.conftest import program
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 
+pytestmark = pytest.mark.slow
+
 IMAGES = (16, *SHAPE[1:], SHAPE[0])
 
 

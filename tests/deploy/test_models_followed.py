@@ -15,6 +15,8 @@ from deploy.service.models import File, Model, ModelError, Refused, Registered, 
 from diffusion.export import digest, metadata
 from tests.deploy.models import write_model
 
+pytestmark = pytest.mark.slow
+
 CHAMPION = "models:/ddpm@champion"
 GOLDEN = {"seed": 0, "batch": 2, "output": "images", "sha256": "", "every": 10**9, "tolerance": 1, "share": 1}
 

@@ -16,6 +16,8 @@ from tests.deploy.models import write_model
 from tests.deploy.services import ask, direct, get, same, service
 from tests.export.test_sampler_graph import SHAPE
 
+pytestmark = pytest.mark.slow
+
 
 def cells(answer: httpx.Response, scale: int, columns: int, count: int) -> NDArray[np.uint8]:
     """The pictures (B, H, W, C) of a grid."""

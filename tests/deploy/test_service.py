@@ -18,6 +18,8 @@ from tests.deploy.models import write_model
 from tests.deploy.services import INFER, ask, direct, get, post, received, same, service, tensor
 from tests.export.test_sampler_graph import SHAPE
 
+pytestmark = pytest.mark.slow
+
 Body = dict[str, Any]
 
 

@@ -18,6 +18,8 @@ from tests.deploy.models import write_model
 from tests.deploy.services import INFER, REPOSITORY, running
 from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 6
 
 

@@ -22,6 +22,8 @@ from tests.deploy.conftest import program
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE, parts
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 OFF_BY_ONE = 0.001
 """So many values may be off by one: WebAssembly sums in another order, and some values lie between two grey levels."""

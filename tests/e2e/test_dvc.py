@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from flows import yaml_files
 from flows.changes import lay_over
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["shard", "pairs", "train", "evaluate", "export"]
 
 

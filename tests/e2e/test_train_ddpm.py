@@ -19,6 +19,8 @@ from flows import http, workspace
 from flows.services import Services
 from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for, wait_for_line
 
+pytestmark = pytest.mark.slow
+
 RUN = ("prefect", "deployment", "run", "train-ddpm", "--watch")
 
 

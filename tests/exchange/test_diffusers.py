@@ -15,6 +15,8 @@ from diffusion.sampling.sampler import sample
 from flows import __main__, params, presets, yaml_files
 from tests.exchange import models
 
+pytestmark = pytest.mark.slow
+
 EXPORTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "film": {"network": {"conditioning": "film"}},

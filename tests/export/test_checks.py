@@ -17,6 +17,8 @@ from flows.stages import export
 from tests.export.test_sampler_graph import parts
 from tests.process import fakes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("classes", "sampler"), [(False, "ddpm"), (True, "dpm-solver++")])
 def test_pictures_of_other_weights_are_told(classes: bool, sampler: str) -> None:

@@ -12,6 +12,8 @@ from diffusion.export import golden, metadata, sampler_graph
 from tests.export.test_sampler_graph import parts, session
 from tests.process import fakes
 
+pytestmark = pytest.mark.slow
+
 
 def files(classes: bool) -> list[onnx.ModelProto]:
     """Both graphs with all their facts and their golden tests."""

@@ -17,6 +17,8 @@ from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.export.test_variants import graph as variant
 from tests.process import fakes
 
+pytestmark = pytest.mark.slow
+
 T, CLASSES = 100, 3
 BEYOND: list[Any] = [np.nan, np.inf, -np.inf, 1000.5, -1e30]
 

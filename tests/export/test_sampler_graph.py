@@ -23,6 +23,8 @@ from tests.nn.networks import NUM_CLASSES, network, options, randomize
 from tests.process import fakes
 from tests.rounding import assert_rounds_alike
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (3, 7, 10)
 PROCESS = fakes.PROCESS | {"parameterization": "v", "num_timesteps": 100}
 X_0_MSE = tuple(fakes.gaussian_x_0_mse(fakes.process(num_timesteps=100).schedule, 0.5).tolist())

@@ -22,6 +22,8 @@ from tests.nn.networks import NUM_CLASSES
 from tests.process import fakes
 from tests.rounding import assert_rounds_alike
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("fp16", "int8")
 
 

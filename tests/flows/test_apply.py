@@ -11,6 +11,8 @@ from diffusion.errors import UserError
 from flows import apply, dvc_stage, params, workspace
 from tests.flows.conftest import git, new_repository
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Path]:

@@ -17,6 +17,8 @@ from flows.paths import Paths
 from flows.stages import STAGES
 from tests.training import trees
 
+pytestmark = pytest.mark.slow
+
 READERS = {
     "data/shards/manifest.json": ["pairs", "track"],
     "data/shards/train-000000.tar": ["pairs"],

@@ -13,6 +13,8 @@ import pytest
 from diffusion.errors import UserError
 from flows import dvc_stage, workspace
 
+pytestmark = pytest.mark.slow
+
 SLOW = """
 import signal, sys, time
 def stop(*_):

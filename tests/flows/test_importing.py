@@ -18,6 +18,8 @@ from flows import importing
 from flows.paths import Paths
 from tests.command import ddpm
 
+pytestmark = pytest.mark.slow
+
 
 def run(tree: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     if program == "flows":

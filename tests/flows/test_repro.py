@@ -11,6 +11,8 @@ import pytest
 from flows import dvc_stage, workspace, yaml_files
 from tests.flows.conftest import git
 
+pytestmark = pytest.mark.slow
+
 LOCK, MODEL = Path("dvc.lock"), Path("models/ddpm/result")
 OTHER_BYTES = """
 import os

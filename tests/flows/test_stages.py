@@ -28,6 +28,8 @@ from flows.paths import Paths
 from tests.rounding import assert_rounds_alike
 from tests.training import trees
 
+pytestmark = pytest.mark.slow
+
 
 def read_csv(path: Path) -> list[dict[str, float]]:
     return parse_csv(path.read_bytes())

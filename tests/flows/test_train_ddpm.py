@@ -17,6 +17,8 @@ from flows import dvc_stage, params, pipeline, train_ddpm, workspace
 from flows.paths import Paths
 from tests.flows.tracking import trees
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("argument", "message"),

@@ -18,6 +18,8 @@ from diffusion.errors import UserError
 from flows import dvc_stage, params, summary, workspace
 from tests.flows.conftest import git
 
+pytestmark = pytest.mark.slow
+
 RUNS = Path(".ddpm/runs")
 
 

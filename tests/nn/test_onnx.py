@@ -14,6 +14,8 @@ from tests.nn.networks import NUM_CLASSES, network, noise, options, randomize
 from tests.process.fakes import PROCESS
 from tests.rounding import assert_rounds_alike
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (3, 7, 10)
 CASES = [("unet", "add", False), ("unet", "film", True), ("uvit", "token", True), ("uvit", "adaln", True)]
 

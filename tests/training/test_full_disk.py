@@ -13,6 +13,8 @@ import pytest
 
 from tests.training import trees
 
+pytestmark = pytest.mark.slow
+
 OUTPUTS = ("data", "models", "reports")
 
 

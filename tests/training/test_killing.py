@@ -4,7 +4,11 @@ import random
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.training import trees
+
+pytestmark = pytest.mark.slow
 
 KILLS, STEPS = 4, 400
 WRITING = ".ddpm/checkpoints/*/.0*"

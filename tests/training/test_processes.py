@@ -20,6 +20,8 @@ from flows.params import Params
 from flows.stages.train import check_devices
 from tests.training import trees
 
+pytestmark = pytest.mark.slow
+
 
 def weights(tree: Path) -> dict[str, torch.Tensor]:
     return load_file(tree / "models/ddpm/model.safetensors")

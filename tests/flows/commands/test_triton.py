@@ -14,6 +14,8 @@ from flows.stages.export import finished
 from tests.export.test_sampler_graph import SHAPE, given, parts
 from tests.process import fakes
 
+pytestmark = pytest.mark.slow
+
 
 def exported(root: Path, classes: bool, sampler: str) -> Paths:
     """models/onnx with both graphs."""

@@ -14,6 +14,8 @@ from diffusion.export import digest, metadata
 from flows.__main__ import main
 from tests.flows.commands.test_triton import exported
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 
 

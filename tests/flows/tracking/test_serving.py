@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 
 from diffusion.export import metadata
 from flows import made_with, tracking
@@ -19,6 +20,8 @@ from flows.paths import Paths
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 from tests.flows.tracking.trees import PARAMS, write_evaluation, write_export, write_training
+
+pytestmark = pytest.mark.slow
 
 
 def registered(paths: Paths) -> Path:

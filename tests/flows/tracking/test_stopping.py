@@ -15,6 +15,8 @@ from flows import tracking
 from flows.paths import Paths
 from tests.flows.tracking.trees import PARAMS, REPOSITORY, changed, client_of, content, runs_of, write_all
 
+pytestmark = pytest.mark.slow
+
 CALLS = [
     "create_run",
     "log_batch",

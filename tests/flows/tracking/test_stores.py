@@ -31,6 +31,8 @@ from tests.flows.tracking.trees import (
     write_training,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def in_another_process(paths: Paths, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     program = f"""
