@@ -14,8 +14,10 @@ from torch import nn
 from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit, load_images
 from diffusion.errors import UserError
 from diffusion.pairs.memory import Blocks, Images
-from diffusion.pairs.pairs import Batches, Pairs
+from diffusion.pairs.pairs import Batch, Batches, Pairs
 from diffusion.process import build as processes
+from diffusion.training import loop
+from diffusion.training.state import State
 from tests.training import trees
 
 SMALL = UNetOptions(base_channels=8, channel_multipliers=(1,), attention_levels=())
@@ -64,6 +66,29 @@ def test_fitting_learns_and_is_the_same_twice() -> None:
     assert not torch.equal(weights(0), weights(1))
     start = Model.new((1, 8, 8), SMALL).net
     assert not torch.equal(weights(0), torch.cat([parameter.flatten() for parameter in start.parameters()]))
+
+
+def test_fitting_takes_the_batches_and_options_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers, batches = list[loop.Trainer](), list[Batch]()
+    step = loop.step
+
+    def seen(state: State, trainer: loop.Trainer) -> None:
+        trainers.append(trainer)
+        batches.append(trainer.fetch(state.step))
+        step(state, trainer)
+
+    monkeypatch.setattr(loop, "step", seen)
+    known = SMALL.model_copy(update={"classes": True})
+    options = FEW.model_copy(update={"flip": True, "class_dropout": 0.5, "precision": "bf16"})
+    model = Model.new((1, 8, 8), known, classes=("a", "b"))
+    fit(model, images(), options, seed=5)
+    assert trainers[0].precision == torch.bfloat16
+    assert (trainers[0].options, trainers[0].seed, trainers[0].loss) == (options, 5, model.process.loss)
+    expected = Batches(Blocks(images(), 5, 1000), 5, 16, flip=True, class_dropout=0.5)
+    for number, batch in enumerate(batches):
+        for one, other in zip(batch, expected(number), strict=True):
+            assert np.array_equal(one, other)
+    assert len(batches) == 3
 
 
 def test_fitting_drops_an_estimate_that_was_of_other_weights() -> None:

@@ -1,0 +1,151 @@
+"""The hooks of the loop: what is measured, drawn and told at which step."""
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.errors import Stopped
+from diffusion.evaluation.heldout import quick_mse
+from diffusion.model import Config, Model
+from diffusion.pairs.pairs import Batches, Pairs
+from diffusion.process import build
+from diffusion.process.build import ProcessOptions
+from diffusion.samples import draw_samples, grid_png
+from diffusion.training import loop
+from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.state import State
+from diffusion.training.stop import StopSignals
+from diffusion.training.watching import Watch, picture, preview_options
+from flows.params import Params, load
+from tests.training.test_loop import changed, new_state
+
+CPU = torch.device("cpu")
+
+
+class Told:
+    """Who follows a training, and the progress that a user sees."""
+
+    def __init__(self) -> None:
+        self.points = list[tuple[int, dict[str, float]]]()
+        self.pictures = list[tuple[int, bytes]]()
+        self.done = 0
+        self.notes = list[str]()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.points.append((step, dict(values)))
+
+    def image(self, path: Path, step: int) -> None:
+        self.pictures.append((step, path.read_bytes()))
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+        self.notes.append(note)
+
+
+@pytest.fixture
+def params(pairs_tree: Path) -> Params:
+    train = {"steps": 12, "log_every": 5, "preview_every": 8, "timesteps": "stored"}
+    return changed(load(pairs_tree / "params.yaml"), train=train)
+
+
+def watch(
+    params: Params, state: State, pairs_tree: Path, told: Told | None, previews: Path, stop: StopSignals | None = None
+) -> Watch:
+    directory = pairs_tree / "data" / "pairs"
+    process = build.process(params.process)
+    config = Config(shape=(1, 8, 8), classes=(), network=params.network, process=params.process, x_0_mse=None)
+    trainer = loop.Trainer(params.train, 3, process.loss, Batches(Pairs(directory, "train"), 0, 32), state.net)
+    drawing = preview_options(params.process).model_copy(update={"steps": 2, "count": 4})
+    model = Model(state.average, process, config)
+    progress: object = told
+    return Watch(trainer, model, Pairs(directory, "val"), CPU, drawing, previews, stop or StopSignals(), progress, told)  # type: ignore[arg-type]
+
+
+def test_what_is_told_of_a_training(
+    params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, told = new_state(params), Told()
+    hooks = watch(params, state, pairs_tree, told, tmp_path)
+    measured = list[float]()
+
+    def preview(state: State) -> None:
+        measured.append(quick_mse(hooks.model, hooks.heldout, CPU, lambda: None))
+        hooks.preview(state)
+
+    loop.train(state, hooks.trainer, Checkpoints(tmp_path), report=hooks.report, preview=preview, stop_signal=lambda: 0)
+    losses = [(step, point) for step, point in told.points if "loss" in point]
+    assert [step for step, _ in losses] == [5, 10, 12]
+    for (_, point), row in zip(losses, state.loss_curve, strict=True):
+        assert point.pop("images_per_second") > 0
+        assert point == {name: value for name, value in row.items() if name != "step"}
+    assert [(step, point) for step, point in told.points if "loss" not in point] == [
+        (step, {"heldout_mse": mse, "skipped_steps": 0}) for step, mse in zip((8, 12), measured, strict=True)
+    ]
+    assert [(row["step"], row["mse"]) for row in state.heldout_curve] == [*zip((8, 12), measured, strict=True)]
+    assert capsys.readouterr().err.splitlines() == [
+        f"train: step {step}: held-out MSE {mse:.4f}" for step, mse in zip((8, 12), measured, strict=True)
+    ]
+    drawn = grid_png(draw_samples(hooks.model, hooks.drawing, 3, CPU))
+    assert [step for step, _ in told.pictures] == [8, 12]
+    assert told.pictures[1][1] == drawn == picture(tmp_path, 12).read_bytes()
+    assert told.done == 12 * 32
+    assert told.notes[:4] == [""] * 4
+    assert told.notes[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
+
+
+def test_the_rate_counts_the_steps_since_the_last_point_alone(
+    params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that each step advances by 2 s, and each measurement by 100 s."""
+    clock = [0.0]
+    monkeypatch.setattr("diffusion.training.watching.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("diffusion.training.watching.quick_mse", lambda *_: clock.append(clock.pop() + 100) or 0.5)
+    state, told = new_state(params), Told()
+    hooks = watch(params, state, pairs_tree, told, tmp_path)
+    hooks._restart_clock()
+    for step in range(1, 11):
+        loop.step(state, hooks.trainer)
+        clock[0] += 2
+        hooks.report(state)
+        if step == 8:
+            hooks.preview(state)
+    assert [point["images_per_second"] for _, point in told.points if "loss" in point] == [16, 16]
+
+
+def test_a_stop_while_a_measurement_is_made_ends_it(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+    state, stop = new_state(params), StopSignals()
+    hooks = watch(params, state, pairs_tree, Told(), tmp_path, stop)
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(Stopped) as stopped:
+        hooks.preview(state)
+    assert stopped.value.signum == signal.SIGTERM
+    assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_without_anyone_to_tell_it_measures_all_the_same(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+    state = new_state(params)
+    hooks = watch(params, state, pairs_tree, None, tmp_path)
+    loop.step(state, hooks.trainer)
+    hooks.report(state)
+    hooks.preview(state)
+    assert np.isfinite(state.heldout_curve[0]["mse"])
+    with Image.open(picture(tmp_path, 1)) as image:
+        assert image.size[0] > 256
+
+
+@pytest.mark.parametrize(
+    ("process", "steps", "variance"),
+    [
+        (ProcessOptions(), 250, "fixed-small"),
+        (ProcessOptions(num_timesteps=40, learned_variance=True), 40, "learned"),
+    ],
+)
+def test_previews_are_drawn_by_ancestral_sampling(process: ProcessOptions, steps: int, variance: str) -> None:
+    chosen = preview_options(process)
+    assert (chosen.sampler.kind, chosen.steps, chosen.spacing) == ("ddpm", steps, "linspace")
+    assert (chosen.variance, chosen.threshold, chosen.guidance, chosen.count) == (variance, "clip", 1.0, 36)
