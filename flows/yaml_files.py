@@ -49,6 +49,8 @@ def overlay(base: Any, changes: Any) -> Any:
     if base is changes:
         return base
     if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
+        if not base or not changes:  # the empty list has no other form, and ruamel forgets that it was on one line
+            base.fa.set_flow_style()
         base.clear()
         base.extend(changes)
         return base

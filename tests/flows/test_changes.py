@@ -210,3 +210,23 @@ def test_an_update_keeps_what_is_right_and_adds_the_fields_of_a_kind(tree: Path)
     assert read(tree)["sample"]["sampler"] == {"kind": "ddim", "eta": 0.0}
     assert made.train.optimizer.kind == "adamw"
     assert made.evaluate == Params().evaluate
+
+
+@pytest.mark.parametrize(
+    ("before", "filled"),
+    [
+        ("variants: [] # fp16, int8", "variants: [int8] # fp16, int8"),
+        ("variants: []", "variants: [int8]"),
+        ("variants: [fp16] # one", "variants: [int8] # one"),
+        ("variants: # one\n    - fp16 # half", "variants: # one\n    - int8"),
+        ("variants:\n    # one\n    - fp16", "variants:\n    # one\n    - int8"),
+    ],
+)
+def test_a_list_is_filled_and_emptied_in_its_form(before: str, filled: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"export:\n  {before}\n  steps: 9\n", encoding="utf-8")
+    for values in (["int8"], [], ["fp16", "int8"], []):
+        yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), {"export": {"variants": values}}))
+        if values == ["int8"]:
+            assert path.read_text(encoding="utf-8") == f"export:\n  {filled}\n  steps: 9\n"
+        assert yaml_files.read_yaml(path) == {"export": {"variants": values, "steps": 9}}
