@@ -101,7 +101,7 @@ def test_what_is_told_of_a_training(
 def test_the_rate_counts_the_steps_since_the_last_point_alone(
     params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that each step advances by 2 s, and each measurement by 100 s."""
+    """By a clock that each step advances by 1/8 s, and each measurement by 100 s."""
     clock = [0.0]
     monkeypatch.setattr("diffusion.training.watching.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("diffusion.training.watching.quick_mse", lambda *_: clock.append(clock.pop() + 100) or 0.5)
@@ -110,11 +110,18 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
     hooks._restart_clock()
     for step in range(1, 11):
         loop.step(state, hooks.trainer)
-        clock[0] += 2
+        clock[0] += 1 / 8
         hooks.report(state)
         if step == 8:
             hooks.preview(state)
-    assert [point["images_per_second"] for _, point in told.points if "loss" in point] == [16, 16]
+    assert [point["images_per_second"] for _, point in told.points if "loss" in point] == [256, 256]
+
+
+def test_no_point_is_told_of_steps_that_were_all_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+    state, told = new_state(params), Told()
+    state.step = 5
+    watch(params, state, pairs_tree, told, tmp_path).report(state)
+    assert told.points == state.loss_curve == []
 
 
 def test_a_stop_while_a_measurement_is_made_ends_it(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
