@@ -43,7 +43,7 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 test: setup ## Run the tests, a file at a time on each core.
 	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-mutants: setup ## Put in faults at random, and see whether the tests notice; ARGS="--count 60 --seed 1".
+mutants: setup ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1
 	OMP_NUM_THREADS=1 python tests/mutants.py $(ARGS)
 

@@ -49,7 +49,7 @@ def overlay(base: Any, changes: Any) -> Any:
     if base is changes:
         return base
     if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
-        if not base or not changes:  # the empty list has no other form, and ruamel forgets that it was on one line
+        if not base or not changes:  # it is written as [], whose flow style ruamel does not keep
             base.fa.set_flow_style()
         base.clear()
         base.extend(changes)

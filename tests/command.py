@@ -14,15 +14,15 @@ import torch
 from flows.__main__ import main
 
 
-def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str]) -> CompletedProcess[str]:
-    """A command's end, in the directory `tree` and on one thread."""
+def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str], threads: int = 1) -> CompletedProcess[str]:
+    """A command's end, in the directory `tree` and on so many threads."""
     out, err = io.StringIO(), io.StringIO()
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
+    before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(threads)
     try:
         with chdir(tree), patch.dict(os.environ, environment), redirect_stdout(out), redirect_stderr(err):
             status = main(arguments)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         signal.signal(signal.SIGTERM, handler)
     return CompletedProcess(arguments, status, out.getvalue(), err.getvalue())

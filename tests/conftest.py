@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,15 @@ from flows.params import Params
 from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_repository_of_the_user() -> Iterator[None]:
+    """Started from a git hook, tests would otherwise commit to the user's repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
+            patch.delenv(variable)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +51,7 @@ def digits_tree(tmp_path: Path) -> Path:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A directory that the first of the session's processes makes, and the others wait for."""
+    """A directory that the first worker creates; the others wait for it."""
     base = factory.getbasetemp()
     made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{made}.lock"):
@@ -79,6 +88,7 @@ def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def run_stages(tree: Path, *stages: str) -> None:
+    """Run stages, which have to succeed."""
     for stage in stages:
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr

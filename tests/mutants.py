@@ -1,6 +1,6 @@
-"""Does a test notice a fault? Some single-line faults, drawn at random, and what became of each.
+"""Inserts random single-line faults and reports which ones no test notices.
 
-`make mutants` runs it. mutmut makes the faults, each in one line, and runs the tests that call the function around it.
+`make mutants` runs it. mutmut makes the faults, and runs the tests that call the function around each.
 """
 
 import argparse
@@ -9,34 +9,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-ANY = "diffusion.process.bands.*"
-"""Few and quick: to run them makes all mutants, and finds out which tests call what."""
+MUTMUT = Path(sys.executable).with_name("mutmut")
+SMALLEST = "diffusion.process.bands.*"
+"""Any run makes all mutants, and finds out which tests call what; this module has the fewest."""
+NOTICED = {"killed", "timeout", "segfault"}
 
 
-def mutmut(*arguments: str) -> str:
-    """The output of a command of mutmut, which it also shows if it is a run."""
-    command = [str(Path(sys.executable).with_name("mutmut")), *arguments]
-    if arguments[0] == "run":
-        subprocess.run(command, check=True)
-        return ""
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def run(*names: str) -> None:
+    """Run the tests on these mutants."""
+    subprocess.run([MUTMUT, "run", *names], check=True)
+
+
+def results() -> dict[str, str]:
+    """What became of each mutant."""
+    output = subprocess.run([MUTMUT, "results", "--all", "true"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(line.strip().rsplit(": ", 1) for line in output.splitlines())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Insert random single-line faults; report those no test notices.")
     parser.add_argument("--count", type=int, default=60, help="faults to try (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
-    parser.add_argument("--of", default="", help="only of modules that begin so, such as diffusion.training.loop")
+    parser.add_argument("--of", default="diffusion", help="package or module to draw from (default: %(default)s)")
     arguments = parser.parse_args()
-    mutmut("run", ANY)
-    states = dict(line.strip().rsplit(": ", 1) for line in mutmut("results", "--all", "true").splitlines())
-    names = sorted(name for name in states if name.startswith(arguments.of))
+    run(SMALLEST)
+    names = sorted(name for name in results() if name.startswith(f"{arguments.of}."))
+    if not names:
+        parser.error(f"--of {arguments.of}: nothing in it is mutated; see tool.mutmut in pyproject.toml")
     chosen = random.Random(arguments.seed).sample(names, min(arguments.count, len(names)))
-    mutmut("run", *chosen)
-    states = dict(line.strip().rsplit(": ", 1) for line in mutmut("results", "--all", "true").splitlines())
-    unnoticed = [name for name in chosen if states[name] not in ("killed", "timeout")]
+    run(*chosen)
+    states = results()
+    unnoticed = [name for name in chosen if states[name] not in NOTICED]
     for name in unnoticed:
-        print(mutmut("show", name))
+        subprocess.run([MUTMUT, "show", name], check=True)
     print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} faults were noticed")
     return bool(unnoticed)
 

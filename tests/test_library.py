@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from diffusion import Model, ProcessOptions, TrainOptions, UNetOptions, fit, load_images
@@ -16,7 +17,7 @@ from diffusion.errors import UserError
 from diffusion.pairs.memory import Blocks, Images
 from diffusion.pairs.pairs import Batch, Batches, Pairs
 from diffusion.process import build as processes
-from diffusion.training import loop
+from diffusion.training import loop, recovery
 from diffusion.training.state import State
 from tests.training import trees
 
@@ -63,25 +64,32 @@ def test_fitting_learns_and_is_the_same_twice() -> None:
         return torch.cat([parameter.flatten() for parameter in net.parameters()])
 
     assert torch.equal(weights(0), weights(0))
+    plain = fit(Model.new((1, 8, 8), SMALL), images(), FEW).net
+    assert torch.equal(weights(0), torch.cat([parameter.flatten() for parameter in plain.parameters()]))
     assert not torch.equal(weights(0), weights(1))
     start = Model.new((1, 8, 8), SMALL).net
     assert not torch.equal(weights(0), torch.cat([parameter.flatten() for parameter in start.parameters()]))
 
 
-def test_fitting_takes_the_batches_and_options_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainers, batches = list[loop.Trainer](), list[Batch]()
+def test_fitting_takes_the_batches_and_options_of_the_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainers, batches, states = list[loop.Trainer](), list[Batch](), list[State]()
     step = loop.step
 
     def seen(state: State, trainer: loop.Trainer) -> None:
         trainers.append(trainer)
         batches.append(trainer.fetch(state.step))
+        states.append(state)
         step(state, trainer)
 
     monkeypatch.setattr(loop, "step", seen)
     known = SMALL.model_copy(update={"classes": True})
     options = FEW.model_copy(update={"flip": True, "class_dropout": 0.5, "precision": "bf16"})
     model = Model.new((1, 8, 8), known, classes=("a", "b"))
-    fit(model, images(), options, seed=5)
+    fitted = fit(model, images(), options, seed=5)
+    assert fitted.net is states[-1].average is not model.net
+    assert capsys.readouterr().err.startswith("fit: 48/48 images, ")
     assert trainers[0].precision == torch.bfloat16
     assert (trainers[0].options, trainers[0].seed, trainers[0].loss) == (options, 5, model.process.loss)
     expected = Batches(Blocks(images(), 5, 1000), 5, 16, flip=True, class_dropout=0.5)
@@ -89,6 +97,16 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(monkeypatch: pytest.
         for one, other in zip(batch, expected(number), strict=True):
             assert np.array_equal(one, other)
     assert len(batches) == 3
+
+
+def test_fitting_that_diverges_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object) -> None:
+        raise recovery.Diverged("at 5 steps in a row")
+
+    monkeypatch.setattr(loop, "step", diverge)
+    rates = r"lower learning_rate \(now 0\.002\) and optimizer\.learning_rate \(now 0\.01\)"
+    with pytest.raises(UserError, match=rf"^at 5 steps in a row; {rates}$"):
+        fit(Model.new((1, 8, 8), SMALL), images(), FEW)
 
 
 def test_fitting_drops_an_estimate_that_was_of_other_weights() -> None:
@@ -133,6 +151,16 @@ def test_images_are_loaded_as_the_pipeline_loads_them(root: Path) -> None:
     assert load_images(root / "data/raw/digits.npz", 4, 6).shape == (3, 4, 6)
 
 
+def test_images_without_labels_are_loaded_and_unreadable_ones_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (3, 2), 9).save(tmp_path / name)
+    loaded = load_images(tmp_path, 2, 3, channels=1)
+    assert (loaded.y.tolist(), loaded.y.dtype, loaded.classes) == ([-1, -1], np.int64, ())
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"^b\.png: "):
+        load_images(tmp_path, 2, 3)
+
+
 def test_an_own_network_in_an_own_loop() -> None:
     """A linear network learns to say what noise it was given, where there is nothing but noise."""
 
@@ -155,5 +183,8 @@ def test_an_own_network_in_an_own_loop() -> None:
         loss.backward()
         optimizer.step()
     assert model.net.layer.weight.item() == pytest.approx(1, abs=0.01)  # x_t is eps, all but 1e-3
-    with pytest.raises(TypeError, match="write a loop around"):
+    with pytest.raises(
+        TypeError,
+        match=r"^fit trains networks of diffusion\.nn; .* write a loop around `Model\.loss`$",
+    ):
         fit(model, images())

@@ -51,9 +51,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 def run(clone: Path) -> Command:
     """Runs a command in the clone as a user with the environment activated would; gives its status and output."""
     ports = {"PREFECT_PORT": str(_free_port()), "MLFLOW_PORT": str(_free_port())}
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_", "PREFECT_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= ports | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(clone / ".ddpm" / "prefect"),

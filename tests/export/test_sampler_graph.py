@@ -33,7 +33,8 @@ X_0_MSE = tuple(fakes.gaussian_x_0_mse(fakes.process(num_timesteps=100).schedule
 @cache
 def parts(classes: bool) -> tuple[Model, onnx.ModelProto]:
     """A model with random weights, and its denoiser."""
-    changes = {"classes": classes, "channel_multipliers": [1], "attention_levels": [0]}
+    levels = {"channel_multipliers": [1, 2], "attention_levels": [1]} if classes else {"channel_multipliers": [1]}
+    changes = {"classes": classes, "attention_levels": [0]} | levels
     net = randomize(network(SHAPE, "unet", "film", **changes))
     process = ProcessOptions.model_validate(PROCESS)
     config = Config(

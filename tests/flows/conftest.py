@@ -1,6 +1,5 @@
 """A small repository, under git and DVC, whose two stages take no time."""
 
-import os
 import shutil
 import subprocess
 from contextlib import chdir
@@ -53,13 +52,7 @@ def new_repository(directory: Path, root: Path) -> None:
 
 
 @pytest.fixture
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
-        monkeypatch.delenv(variable)
-
-
-@pytest.fixture
-def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, _plain_environment: None) -> Path:
+def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, changed to a new repository with one commit."""
     new_repository(tmp_path, root)
     monkeypatch.chdir(tmp_path)

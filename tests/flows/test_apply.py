@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Path]:
-    """A repository with a committed dvc.lock and the workspace of a finished run with 5 steps; and a copy of it."""
+    """A repository with a committed dvc.lock the workspace of a finished run with 5 steps, and a pristine copy."""
     place = tmp_path_factory.mktemp("apply") / "place"
     place.mkdir()
     new_repository(place, root)
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path
 
 
 @pytest.fixture
-def run(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, _plain_environment: None) -> Path:
+def run(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workspace of the run, in the repository as it was made, which is the current directory."""
     place, copy = finished
     shutil.rmtree(place)

@@ -283,6 +283,18 @@ def test_damaged_pairs_are_named(tmp_path: Path) -> None:
     assert Pairs(tmp_path / "pairs", "train").images == 150
 
 
+def test_pairs_of_another_process_or_shape_are_refused(directory: Path) -> None:
+    pairs = Pairs(directory, "train")
+    pairs.check_process(ALPHA_BAR)
+    pairs.check_process(ALPHA_BAR, (3, 4, 6))
+    made_for = (
+        r"^the pairs are made for another noise schedule \(linear, 200 timesteps\) or other images \(3, 4, 6\) than"
+    )
+    for alpha_bar, shape in ((ALPHA_BAR[:-1], None), (0.9 * ALPHA_BAR, None), (ALPHA_BAR, (3, 6, 4))):
+        with pytest.raises(UserError, match=made_for):
+            pairs.check_process(alpha_bar, shape)
+
+
 def test_arrays_need_no_pickle(directory: Path) -> None:
     for path in directory.glob("*.tar"):
         with tarfile.open(path) as tar:

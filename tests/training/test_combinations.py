@@ -23,7 +23,7 @@ from flows.params import Params
 UNET: dict[str, Any] = {"kind": "unet", "base_channels": 8, "channel_multipliers": (1,), "attention_levels": ()}
 UVIT: dict[str, Any] = {"kind": "uvit", "base_channels": 8}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "unet": UNET,
+    "unet": UNET | {"channel_multipliers": (1, 2), "attention_levels": (1,)},
     "unet-add": UNET | {"conditioning": "add", "head_channels": 4, "convention": "diffusers"},
     "unet-film": UNET | {"conditioning": "film", "patch_size": 2},
     "uvit-token": UVIT | {"conditioning": "token", "depth": 3, "patch_size": 2, "head_channels": 8},
@@ -45,15 +45,15 @@ CHOICES: dict[str, list[Any]] = {
 
 
 Row = dict[str, Any]
-WITHOUT_NOISE = set(WEIGHTINGS) - {"snr-plus-one", "truncated-snr"}
+WEIGHTLESS_AT_PURE_NOISE = set(WEIGHTINGS) - {"snr-plus-one", "truncated-snr"}
 """Weightings that give pure noise no weight."""
 
 
 def allowed(row: Row) -> bool:
-    """Whether these choices fit together."""
+    """Whether these choices fit together, as the rules of the parameters have it."""
     return not row.get("zero_terminal_snr") or not (
         row.get("parameterization") == "eps"
-        or row.get("weighting") in WITHOUT_NOISE
+        or row.get("weighting") in WEIGHTLESS_AT_PURE_NOISE
         or row.get("timesteps") == "log-snr-normal"
     )
 
@@ -63,18 +63,24 @@ def covering_array() -> list[Row]:
 
     Cohen et al. 1997, "The AETG system", without its random trials.
     """
-    pairs = [
-        {one: a, other: b} for one, other in combinations(CHOICES, 2) for a in CHOICES[one] for b in CHOICES[other]
-    ]
-    missing = [pair for pair in pairs if allowed(pair)]
+    missing = {
+        frozenset({(one, a), (other, b)}): None  # in order
+        for one, other in combinations(CHOICES, 2)
+        for a in CHOICES[one]
+        for b in CHOICES[other]
+        if allowed({one: a, other: b})
+    }
     rows = list[Row]()
     while missing:
-        row = missing[0]
+        row = dict(sorted(next(iter(missing)), key=str))
         for name in [name for name in CHOICES if name not in row]:
-            found = [row | {name: value} for value in CHOICES[name] if allowed(row | {name: value})]
-            row = max(found, key=lambda row: sum(pair.items() <= row.items() for pair in missing))
+            fitting = [value for value in CHOICES[name] if allowed(row | {name: value})]
+            row[name] = max(
+                fitting, key=lambda new: sum(frozenset({(name, new), old}) in missing for old in row.items())
+            )
         rows.append(row)
-        missing = [pair for pair in missing if not pair.items() <= row.items()]
+        for pair in combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
     return rows
 
 

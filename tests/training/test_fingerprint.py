@@ -121,12 +121,9 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
     assert fingerprint(pairs_tree) == whole
 
 
-def test_a_checkpoint_of_another_number_of_threads_is_named(
-    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert trees.stopped(tree, 0).stderr.startswith(
+    assert trees.stopped(tree, 0, threads=2).stderr.startswith(
         "train: the checkpoint of step 21 of this training is not used: it was made with OMP_NUM_THREADS=1 (now 2), "
         "and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to continue from it\n"
     )

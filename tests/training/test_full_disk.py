@@ -31,7 +31,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 @contextmanager
 def full_after(files: int) -> Iterator[None]:
-    """A block in which the disk is full after so many files."""
+    """A block in which the disk is full after so many calls of fsync."""
     left, fsync = itertools.count(files, -1), os.fsync
 
     def full(descriptor: int) -> None:
@@ -51,7 +51,9 @@ def entries(tree: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def trained(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("trained") / "tree")
-    trees.change(tree, {"export": {"variants": []}})  # to quantize needs temporary files, which would be named
+    trees.change(
+        tree, {"export": {"variants": []}}
+    )  # quantization writes temporary files, and the error would name those
     done = trees.run(tree)
     assert done.returncode == 0, done.stderr
     return tree

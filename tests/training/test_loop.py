@@ -131,7 +131,9 @@ def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_
 def test_a_training_that_is_stopped_again_and_again_goes_on_to_the_same_bits(
     params: Params, tmp_path: Path, timesteps: str, optimizer: str
 ) -> None:
-    params = changed(params, train={"timesteps": timesteps, "optimizer": optimizer, "keep_best": True})
+    levels = {"channel_multipliers": [1, 2], "attention_levels": [1]} if timesteps == "stored" else {}
+    train = {"timesteps": timesteps, "optimizer": optimizer, "keep_best": True}
+    params = changed(params, network=levels, train=train)
     whole = new_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
 
@@ -206,12 +208,14 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
 
     def bad_once(step: int) -> Batch:
         asked.append(step)
+        if step == 5 and asked.count(step) == 1:  # after the checkpoint to which it goes back
+            state.run_id = "followed"
         return spoiled(step)(step) if 5 <= step <= 9 and asked.count(step) == 1 else fetch(step)
 
     state, checkpoints = new_state(params), Checkpoints(tmp_path)
     run(params, state, checkpoints, fetch=bad_once)
     assert asked == [*range(10), *range(4, 12)]
-    assert (state.step, state.rollbacks, state.skipped) == (12, 1, 5)
+    assert (state.step, state.rollbacks, state.skipped, state.run_id) == (12, 1, 5, "followed")
     assert state.loss_curve[0]["learning_rate"] == pytest.approx(
         0.5 * params.train.learning_rate * loop.optim.rate(4, params.train)
     )
@@ -280,7 +284,9 @@ def test_the_best_measurement_is_kept_and_patience_ends_the_training(params: Par
     assert [row["step"] for row in state.loss_curve] == [5, 10, 15, 16]  # what was left is told too
     with pytest.raises(Stopped):
         run(params, at_8, Checkpoints(tmp_path / "b"), stop_at=8, measured=errors.__getitem__)
-    kept = new_state(params)
+    kept, last = new_state(params), new_state(params)
+    state.average_into(last.net)
+    assert all(torch.equal(tensor, last.net.state_dict()[name]) for name, tensor in state.average.state_dict().items())
     state.kept_into(kept.net)
     assert all(torch.equal(tensor, kept.net.state_dict()[name]) for name, tensor in at_8.average.state_dict().items())
 

@@ -107,6 +107,17 @@ def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
     assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
 
 
+def test_sigterm_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
+    with trees.start(tree) as process:
+        trees.wait_for(process, "step 20: held-out")
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert [line for line in rest.splitlines() if not line.startswith("train: ")] == ["ddpm train: stopped by SIGTERM"]
+    assert list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path, early: bool) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)

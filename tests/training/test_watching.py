@@ -104,7 +104,12 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
     """By a clock that each step advances by 1/8 s, and each measurement by 100 s."""
     clock = [0.0]
     monkeypatch.setattr("diffusion.training.watching.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("diffusion.training.watching.quick_mse", lambda *_: clock.append(clock.pop() + 100) or 0.5)
+
+    def slow(*_: object) -> float:
+        clock[0] += 100
+        return 0.5
+
+    monkeypatch.setattr("diffusion.training.watching.quick_mse", slow)
     state, told = new_state(params), Told()
     hooks = watch(params, state, pairs_tree, told, tmp_path)
     hooks._restart_clock()

@@ -1,8 +1,4 @@
-"""Working trees for tests of the stages, with a tiny network on the digits.
-
-Without a signal or an exit status to test, a stage runs in the tests' own process: another Python takes 6 seconds to
-import torch and MLflow.
-"""
+"""Working trees for tests of the stages, with a tiny network on the digits."""
 
 import os
 import shutil
@@ -59,16 +55,16 @@ def copy(tree: Path, target: Path, **train: Any) -> Path:
     return target
 
 
-def run(tree: Path, stage: str = "train") -> subprocess.CompletedProcess[str]:
+def run(tree: Path, stage: str = "train", threads: int = 1) -> subprocess.CompletedProcess[str]:
     """A stage's end."""
-    return ddpm(tree, stage, environment=ENVIRONMENT)
+    return ddpm(tree, stage, environment=ENVIRONMENT, threads=threads)
 
 
-def stopped(tree: Path, steps: int) -> subprocess.CompletedProcess[str]:
+def stopped(tree: Path, steps: int, threads: int = 1) -> subprocess.CompletedProcess[str]:
     """The end of a training to which SIGTERM comes when it has taken `steps` more steps."""
     signals = [0] * steps + [signal.SIGTERM]
     with patch.object(StopSignals, "received", side_effect=signals):  # asked once before each step
-        done = run(tree)
+        done = run(tree, threads=threads)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     return done
 
