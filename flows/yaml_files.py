@@ -49,16 +49,29 @@ def overlay(base: Any, changes: Any) -> Any:
     if base is changes:
         return base
     if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
-        if not base or not changes:  # it is written as [], whose flow style ruamel does not keep
-            base.fa.set_flow_style()
-        base.clear()
-        base.extend(changes)
+        _refill(base, changes)
         return base
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     for key, value in changes.items():
         base[key] = overlay(base.get(key), value)
     return base
+
+
+def _refill(items: CommentedSeq, values: list[Any]) -> None:
+    """Replace the items of a list. The comment or empty line behind its last item stays behind the list."""
+    comment = items.ca.items.get(len(items) - 1)
+    behind = comment[0].value.partition("\n")[2] if comment and comment[0] else ""
+    if not items or not values:  # it is written as [], whose flow style ruamel does not keep
+        items.fa.set_flow_style()
+    items.clear()
+    items.extend(values)
+    if behind:
+        token = CommentToken(f"\n{behind}", comment[0].start_mark, None)
+        if values:
+            items.ca.items[len(values) - 1] = [token, None, None, None]
+        else:
+            items.ca.comment = [token, None]
 
 
 def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) -> None:

@@ -223,10 +223,12 @@ def test_an_update_keeps_what_is_right_and_adds_the_fields_of_a_kind(tree: Path)
     ],
 )
 def test_a_list_is_filled_and_emptied_in_its_form(before: str, filled: str, tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(f"export:\n  {before}\n  steps: 9\n", encoding="utf-8")
+    path, behind = tmp_path / "params.yaml", "\n\n  # behind it\n  steps: 9\n"
+    path.write_text(f"export:\n  {before}{behind}", encoding="utf-8")
     for values in (["int8"], [], ["fp16", "int8"], []):
         yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), {"export": {"variants": values}}))
+        text = path.read_text(encoding="utf-8")
         if values == ["int8"]:
-            assert path.read_text(encoding="utf-8") == f"export:\n  {filled}\n  steps: 9\n"
+            assert text == f"export:\n  {filled}{behind}"
+        assert text.endswith(behind) or before == "variants: # one\n    - fp16 # half"
         assert yaml_files.read_yaml(path) == {"export": {"variants": values, "steps": 9}}
