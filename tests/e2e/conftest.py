@@ -114,12 +114,6 @@ def processes(clone: Path, *words: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for_line(log: Path, part: str) -> None:
-    """Wait until a log has one more line with `part` in it."""
-    before = log.read_text().count(part)
-    wait_for(lambda: log.read_text().count(part) > before, 120)
-
-
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -5,23 +5,27 @@ One file, so that one process runs it: the services start once.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
 from flows import http, workspace
 from flows.services import Services
-from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for, wait_for_line
+from tests.conftest import run_stages
+from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for
+from tests.training import trees
 
 pytestmark = pytest.mark.slow
 
 RUN = ("prefect", "deployment", "run", "train-ddpm", "--watch")
+NAME = "deployments/name/train-ddpm/train-ddpm"
+LONG = ("-p", 'train={"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 20}')
 
 
 def summary(clone: Path, name: str) -> dict[str, str]:
@@ -30,60 +34,120 @@ def summary(clone: Path, name: str) -> dict[str, str]:
     return {stage["stage"]: stage["outcome"] for stage in content["stages"]}
 
 
+def flow_run_id(clone: Path, name: str) -> str:
+    found: str = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
+    return found
+
+
+def checkpoints(clone: Path) -> list[int]:
+    """The steps of those there are."""
+    return [int(path.stem) for path in (clone / ".ddpm" / "checkpoints").glob("*/*.safetensors")]
+
+
+def going_on(
+    clone: Path, pool: ThreadPoolExecutor, run: Command, name: str
+) -> Future[subprocess.CompletedProcess[str]]:
+    """The long training, started again under another name, when it has come further."""
+    log = clone / ".ddpm" / "services" / "worker.log"
+    seen = len(log.read_text())
+    watched = pool.submit(run, *RUN, "--flow-run-name", name, *LONG)
+    wait_for(lambda: ": held-out MSE" in log.read_text()[seen:].partition("going on from step")[2], 180)
+    return watched
+
+
+def servers_answer(clone: Path) -> bool:
+    started = Services(clone).as_started()
+    return http.answers(f"{started.prefect}/api/health") and http.answers(f"{started.mlflow}/health")
+
+
+def start_what_is_down(run: Command, clone: Path) -> None:
+    """A test before may have ended the services."""
+    if not servers_answer(clone):
+        done = run("python", "-m", "flows.services", "up")
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def up(services: Command, clone: Path) -> Command:
+    start_what_is_down(services, clone)
+    return services
+
+
 def artifact(run: Command, key: str) -> str:
     code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
     return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
 
 
+class Ended(NamedTuple):
+    """What became of two runs that were started at once."""
+
+    first: subprocess.CompletedProcess[str]
+    """As the command comes, to its end."""
+    long: subprocess.CompletedProcess[str]
+    """A training that would have gone on for hours: cancelled."""
+
+
 @pytest.fixture(scope="module")
-def first(services: Command) -> subprocess.CompletedProcess[str]:
-    """`prefect deployment run train-ddpm --watch`, done, while another run did the same with another seed."""
+def ended(services: Command, clone: Path) -> Ended:
+    start_what_is_down(services, clone)
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(services, *RUN, "--flow-run-name", "other", "-p", "seed=1")
-        first = services(*RUN, "--flow-run-name", "first")
-    assert other.result().returncode == 0, other.result().stdout
-    return first
+        watched = pool.submit(services, *RUN, "--flow-run-name", "long", *LONG)
+        try:
+            first = services(*RUN, "--flow-run-name", "first")
+            wait_for(lambda: checkpoints(clone) != [], 120)
+            assert trainings(clone) != []
+        finally:
+            cancelled = services("prefect", "flow-run", "cancel", flow_run_id(clone, "long"))
+        assert cancelled.returncode == 0, cancelled.stdout
+        return Ended(first, watched.result())
 
 
-def test_the_literal_command_trains_and_exports(
-    first: subprocess.CompletedProcess[str], services: Command, clone: Path
-) -> None:
-    assert first.returncode == 0, first.stdout
+def test_the_literal_command_trains_and_exports(ended: Ended, up: Command, clone: Path) -> None:
+    assert ended.first.returncode == 0, ended.first.stdout
     assert list(summary(clone, "first")) == ["shard", "pairs", "train", "evaluate", "export"]
-    assert {summary(clone, "first")[stage] for stage in ("pairs", "train", "evaluate", "export")} == {"run"}
+    assert {summary(clone, "first")[stage] for stage in ("train", "evaluate", "export")} == {"run"}
     for line in ("Running stage 'train':", "Running stage 'export':", "Flow run finished successfully"):
-        assert line in first.stdout
-    report = artifact(services, "train-ddpm-report")  # of the run that ended last
+        assert line in ended.first.stdout
+    report = artifact(up, "train-ddpm-report")  # of the run that ended last
     for part in ("# ", "| mse |", "| 0 to ", "data:image/png;base64,", "sampler.onnx", "[MLflow run](http://"):
         assert part in report
-    table = services("ddpm", "summary").stdout
+    table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
 
 
-@pytest.mark.usefixtures("first")
-def test_a_second_time_all_is_cached(services: Command, clone: Path) -> None:
-    done = services(*RUN, "--flow-run-name", "second")
+@pytest.mark.usefixtures("ended")
+def test_beside_another_run_it_trains_the_model_that_the_stages_by_themselves_train(
+    clone: Path, digits_tree: Path
+) -> None:
+    shutil.copy(clone / "params.yaml", digits_tree)
+    run_stages(digits_tree, "shard", "pairs", "train")
+    assert trees.digests(clone / ".ddpm/runs/first", "models/ddpm") == trees.digests(digits_tree, "models/ddpm")
+
+
+@pytest.mark.usefixtures("ended")
+def test_a_second_time_all_is_cached(up: Command, clone: Path) -> None:
+    done = up(*RUN, "--flow-run-name", "second")
     assert done.returncode == 0, done.stdout
     assert set(summary(clone, "second").values()) == {"cached"}
-    report = artifact(services, "train-ddpm-report")
+    report = artifact(up, "train-ddpm-report")
     assert "# second" in report
     assert "last run (" in report
 
 
-@pytest.mark.usefixtures("first")
-def test_afterwards_dvc_repro_runs_no_stage(services: Command) -> None:
-    from_cache = services("dvc", "repro").stdout
+@pytest.mark.usefixtures("ended")
+def test_afterwards_dvc_repro_runs_no_stage(up: Command) -> None:
+    from_cache = up("dvc", "repro").stdout
     assert "Running stage" not in from_cache
     assert from_cache.count("is cached - skipping run, checking out outputs") == 5
-    applied = services("ddpm", "apply", "first", "--force")
+    applied = up("ddpm", "apply", "first", "--force")
     assert applied.returncode == 0, applied.stdout
-    assert "Data and pipelines are up to date" in services("dvc", "repro").stdout
+    assert "Data and pipelines are up to date" in up("dvc", "repro").stdout
 
 
-def test_wrong_parameters_are_all_reported_before_anything_is_computed(services: Command, clone: Path) -> None:
+def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Command, clone: Path) -> None:
     wrong = ['train={"stepz": 5, "steps": "10"}', 'sample={"steps": 5000}']
-    done = services(*RUN, "--flow-run-name", "wrong", "-p", wrong[0], "-p", wrong[1])
+    done = up(*RUN, "--flow-run-name", "wrong", "-p", wrong[0], "-p", wrong[1])
     assert done.returncode == 1
     said = " ".join(done.stdout.split())
     assert "train.stepz: no such parameter" in said
@@ -93,67 +157,42 @@ def test_wrong_parameters_are_all_reported_before_anything_is_computed(services:
     assert not (clone / ".ddpm/runs/wrong").exists()
 
 
-@pytest.mark.usefixtures("first")
-def test_two_runs_at_once_are_both_right(clone: Path) -> None:
-    one, other = (summary(clone, name) for name in ("first", "other"))
-    assert one["train"] == other["train"] == "run"
-    assert "run" in {one["shard"], other["shard"]} <= {"run", "cached"}
-    weights = [(clone / f".ddpm/runs/{name}/models/ddpm/model.safetensors").read_bytes() for name in ("first", "other")]
-    assert weights[0] != weights[1]
+def test_a_cancelled_training_is_told_so(ended: Ended, clone: Path) -> None:
+    assert ended.long.returncode == 1
+    assert "Flow run finished in state 'Cancelled'" in ended.long.stdout
+    assert workspace.Run.read(clone / ".ddpm" / "runs" / "long").state == "cancelled"
+    wait_for(lambda: task_states(clone, flow_run_id(clone, "long")).get("train") == "CANCELLED", 60)
 
 
-@pytest.mark.usefixtures("first")
-def test_a_training_goes_on_after_a_cancellation_and_keeps_a_checkpoint_when_its_worker_ends(
-    services: Command, clone: Path
-) -> None:
-    train = '{"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 20}'
-    others = {*(clone / ".ddpm" / "checkpoints").glob("*/")}
-
-    def newest_step() -> int:
-        (mine,) = {*(clone / ".ddpm" / "checkpoints").glob("*/")} - others
-        return max(int(path.stem) for path in mine.glob("*.safetensors"))
-
-    def start(pool: ThreadPoolExecutor, name: str, sign: str) -> Future[subprocess.CompletedProcess[str]]:
-        watched = pool.submit(services, *RUN, "--flow-run-name", name, "-p", f"train={train}")
-        wait_for_line(clone / ".ddpm" / "services" / "worker.log", sign)
-        wait_for(lambda: trainings(clone) != [], 60)
-        return watched
-
+@pytest.mark.usefixtures("ended")
+def test_it_goes_on_later_and_ends_with_a_worker_that_is_killed(up: Command, clone: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        watched = start(pool, "long", "train: step 20: held-out")
-        run_id = json.loads((clone / ".ddpm" / "runs" / "long" / "run.json").read_text())["flow_run_id"]
-        cancelled = services("prefect", "flow-run", "cancel", run_id)
-        assert cancelled.returncode == 0, cancelled.stdout
-        wait_for(lambda: not trainings(clone), 60)
-        done = watched.result()
-        assert done.returncode == 1
-        assert "Flow run finished in state 'Cancelled'" in done.stdout
-        assert workspace.Run.read(clone / ".ddpm" / "runs" / "long").state == "cancelled"
-        wait_for(lambda: task_states(clone, run_id).get("train") == "CANCELLED", 60)
-
-        before = newest_step()
-        watched = start(pool, "again", "going on from step")
-        wait_for_line(clone / ".ddpm" / "services" / "worker.log", ": held-out MSE")
+        watched = going_on(clone, pool, up, "again")
         (worker,) = processes(clone, "worker", "start")
-        worker.terminate()
-        wait_for(lambda: not trainings(clone), 60)
+        worker.kill()
+        wait_for(lambda: not trainings(clone), 90)
         done = watched.result()
     assert done.returncode == 1
     assert "Flow run finished in state 'Crashed'" in done.stdout
-    assert "run 'again': crashed, so there is no summary" in services("ddpm", "summary", "again").stdout
-    assert newest_step() > before
+    assert "so there is no summary" in up("ddpm", "summary", "again").stdout
+    run_id = flow_run_id(clone, "again")
+    wait_for(lambda: api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED", 60)
+    wait_for(lambda: task_states(clone, run_id)["train"] == "CRASHED", 60)
 
 
-NAME = "deployments/name/train-ddpm/train-ddpm"
-TRAIN = {"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 20}
-
-
-@pytest.fixture
-def up(services: Command) -> Iterator[Command]:
-    """The services, which a test may stop: they are up again after it."""
-    yield services
-    done = services("python", "-m", "flows.services", "up")
-    assert done.returncode == 0, done.stdout
+@pytest.mark.usefixtures("ended")
+def test_down_ends_it_with_a_checkpoint_and_its_records(up: Command, clone: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        watched = going_on(clone, pool, up, "later")
+        before = max(checkpoints(clone))
+        assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
+        assert not trainings(clone)
+        assert watched.result().returncode == 1
+    assert max(checkpoints(clone)) > before
+    assert up("python", "-m", "flows.services", "up").returncode == 0
+    run_id = flow_run_id(clone, "later")
+    assert api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED"
+    assert task_states(clone, run_id) == {"shard": "COMPLETED", "pairs": "COMPLETED", "train": "CRASHED"}
 
 
 def status(run: Command) -> dict[str, str]:
@@ -175,44 +214,15 @@ def server(clone: Path, name: str) -> psutil.Process:
     return holder
 
 
-def started(clone: Path, run: Command, seed: int) -> str:
-    """The id of a flow run that is training."""
-    previews = set((clone / ".ddpm" / "checkpoints").glob("*/previews/*"))
-    # Shards of its own: those of other tests in this clone are to be made by these.
-    parameters = {"train": TRAIN, "seed": seed, "shard": {"samples_per_shard": 900 + seed}}
-    given = (f"{name}={json.dumps(value)}" for name, value in parameters.items())
-    arguments = (*(part for each in given for part in ("-p", each)), "--flow-run-name", f"seed{seed}")
-    done = run("prefect", "deployment", "run", "train-ddpm", *arguments)
-    assert done.returncode == 0, done.stdout
-    wait_for(lambda: set((clone / ".ddpm" / "checkpoints").glob("*/previews/*")) > previews, 180)
-    assert trainings(clone)
-    flow_run_id: str = json.loads((clone / ".ddpm" / "runs" / f"seed{seed}" / "run.json").read_text())["flow_run_id"]
-    assert task_states(clone, flow_run_id)["train"] == "RUNNING"
-    return flow_run_id
-
-
 def test_servers_that_are_killed_are_served_again_by_other_processes(up: Command, clone: Path) -> None:
     killed = {name: server(clone, name) for name in ("mlflow", "prefect")}
     for process in killed.values():
         assert process.children() == []
         process.kill()
         process.wait(60)
-    started = Services(clone).as_started()
-    pages = [f"{started.prefect}/api/health", f"{started.mlflow}/health"]
-    wait_for(lambda: all(map(http.answers, pages)), 120)
+    wait_for(lambda: servers_answer(clone), 120)
     assert all(status(up)[name].startswith("running") for name in killed)
     assert all(server(clone, name).pid != process.pid for name, process in killed.items())
-
-
-def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Command, clone: Path) -> None:
-    servers = [server(clone, name) for name in ("prefect", "mlflow")]
-    os.kill(int((clone / ".ddpm" / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: "another process answers" in status(up)["mlflow"], 60)
-    assert "stopped, but another process answers" in status(up)["prefect"]
-    assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
-    assert not any(process.is_running() for process in servers)
-    assert {line.split()[0] for line in status(up).values()} == {"stopped"}
-    assert up("python", "-m", "flows.services", "down").stdout == "not running\n"
 
 
 def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) -> None:
@@ -242,20 +252,12 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
     assert after | {"schema": None} == before | {"schema": None}
 
 
-def test_a_worker_that_is_killed_takes_its_runs_with_it(up: Command, clone: Path) -> None:
-    run_id = started(clone, up, 11)
-    (worker,) = processes(clone, "worker", "start")
-    worker.kill()
-    wait_for(lambda: not trainings(clone), 90)
-    wait_for(lambda: api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED", 60)
-    wait_for(lambda: task_states(clone, run_id)["train"] == "CRASHED", 60)
-
-
-def test_down_ends_a_training_and_its_records(up: Command, clone: Path) -> None:
-    run_id = started(clone, up, 12)
+def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Command, clone: Path) -> None:
+    servers = [server(clone, name) for name in ("prefect", "mlflow")]
+    os.kill(int((clone / ".ddpm" / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
+    # Prefect's server may end by itself: the pipe to which it logs is gone.
+    wait_for(lambda: "stopped, but another process answers" in status(up)["mlflow"], 60)
     assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
-    assert not trainings(clone)
-    assert up("python", "-m", "flows.services", "up").returncode == 0
-    assert api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED"
-    assert task_states(clone, run_id) == {"shard": "COMPLETED", "pairs": "COMPLETED", "train": "CRASHED"}
-    assert list((clone / ".ddpm" / "checkpoints").glob("*/*.safetensors"))
+    assert not any(process.is_running() for process in servers)
+    assert {line.split()[0] for line in status(up).values()} == {"stopped"}
+    assert up("python", "-m", "flows.services", "down").stdout == "not running\n"

@@ -10,7 +10,7 @@ from tests.training import trees
 
 pytestmark = pytest.mark.slow
 
-KILLS, STEPS = 5, 400
+KILLS, STEPS = 4, 200
 WRITING = ".ddpm/checkpoints/*/.0*"
 """What a checkpoint is called until it is whole."""
 

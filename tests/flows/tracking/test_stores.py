@@ -20,6 +20,7 @@ from tests.flows.tracking.trees import (
     LOSS,
     PARAMS,
     REPOSITORY,
+    changed,
     client_of,
     content,
     follow,
@@ -157,35 +158,34 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.parametrize("first", ["server", "file"])
-def test_a_server_and_the_file_are_one_store(
-    paths: Paths, server: str, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_and_the_file_are_one_store(paths: Paths, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An experiment made through either is gone on with through the other, and the server shows its artifacts."""
-    uris = {"server": server, "file": ""}  # empty: the default
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uris.pop(first))
-    with tracking.live(PARAMS, paths, None, "f1") as live:
-        follow(live, paths, range(101))
-    digest = write_training(paths)
-    after_train = tracking.record(PARAMS, paths, live.run_id)
-    (other,) = uris.values()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-    write_evaluation(paths, digest)
-    write_export(paths, digest)
-    recorded = tracking.record(PARAMS, paths)
-    assert after_train is not None
-    assert recorded is not None
-    assert recorded.run_id == after_train.run_id == live.run_id
-    assert recorded.aliases == ["challenger", "champion"]
-    through_server, direct = MlflowClient(server), client_of(paths)
-    found = content(through_server, recorded.run_id)
-    assert found["files"] == content(direct, recorded.run_id)["files"]
-    assert image_steps(found["files"]) == [50, 100]
-    picture = next(name for name in found["files"] if name.endswith("+compressed.webp"))
-    response = mlflow.utils.rest_utils.http_request(
-        mlflow.utils.rest_utils.MlflowHostCreds(server),
-        "/get-artifact",
-        "GET",
-        params={"run_uuid": recorded.run_id, "path": picture},
-    )
-    assert response.content[:4] == b"RIFF"
+    for name, first, then in (("by-server", server, ""), ("by-file", "", server)):  # empty: the default
+        params = changed(tracking={"experiment": name, "model_name": name})
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", first)
+        with tracking.live(params, paths, None, "f1") as live:
+            follow(live, paths, range(101))
+        digest = write_training(paths, params=params)
+        after_train = tracking.record(params, paths, live.run_id)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", then)
+        write_evaluation(paths, digest, params=params)
+        write_export(paths, digest, params=params)
+        recorded = tracking.record(params, paths)
+        assert after_train is not None
+        assert recorded is not None
+        assert recorded.run_id == after_train.run_id == live.run_id
+        assert recorded.aliases == ["challenger", "champion"]
+        through_server, direct = MlflowClient(server), client_of(paths)
+        found = content(through_server, recorded.run_id)
+        assert found["files"] == content(direct, recorded.run_id)["files"]
+        assert image_steps(found["files"]) == [50, 100]
+        picture = next(name for name in found["files"] if name.endswith("+compressed.webp"))
+        response = mlflow.utils.rest_utils.http_request(
+            mlflow.utils.rest_utils.MlflowHostCreds(server),
+            "/get-artifact",
+            "GET",
+            params={"run_uuid": recorded.run_id, "path": picture},
+        )
+        assert response.content[:4] == b"RIFF"
+        for report in (paths.evaluate_report, paths.export_report):
+            report.unlink()
