@@ -41,8 +41,9 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 	@echo
 	@ddpm summary
 
-test: setup ## Run the tests, a file at a time on each core.
-	OMP_NUM_THREADS=1 pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+# One worker more than there are cores, since some tests wait for servers.
+test: setup ## Run the tests, each file in one of several processes.
+	OMP_NUM_THREADS=1 pytest --numprocesses $$(python -c 'import os; print(os.cpu_count() + 1)') --dist loadfile --no-loadscope-reorder
 
 mutants: setup ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1

@@ -20,6 +20,11 @@ from tests.training import trees
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: otherwise one of several workers would still be busy with one when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_repository_of_the_user() -> Iterator[None]:
     """Started from a git hook, tests would otherwise commit to the user's repository."""

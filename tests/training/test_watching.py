@@ -139,6 +139,21 @@ def test_a_stop_while_a_measurement_is_made_ends_it(params: Params, pairs_tree: 
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 
+def test_a_stop_while_samples_are_drawn_ends_it(
+    params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, stop = new_state(params), StopSignals()
+
+    def measured(*_: object) -> float:
+        stop._note(signal.SIGTERM, None)
+        return 0.5
+
+    monkeypatch.setattr("diffusion.training.watching.quick_mse", measured)
+    with pytest.raises(Stopped):
+        watch(params, state, pairs_tree, Told(), tmp_path, stop).preview(state)
+    assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
+
+
 def test_without_anyone_to_tell_it_measures_all_the_same(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
     state = new_state(params)
     hooks = watch(params, state, pairs_tree, None, tmp_path)
