@@ -62,6 +62,33 @@ def test_a_good_one_is_found_again_behind_the_others(params: Params, tmp_path: P
     assert checkpoints.restore(new_state(params), good=True)
 
 
+def test_one_is_good_only_if_it_is_said_to_be(params: Params, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(new_state(params))
+    assert not checkpoints.restore(new_state(params), good=True)
+    assert checkpoints.restore(new_state(params))
+
+
+def test_killed_between_other_weights_of_a_step_and_their_json_it_is_no_damaged_one(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.write(at(state, step))
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("diffusion.training.checkpoints.write_json", raise_killed)
+        state.sums += 1
+        checkpoints.write(state)
+    found = new_state(params)
+    assert checkpoints.restore(found)
+    assert found.step == 1
+    assert capsys.readouterr().err == ""
+
+
+def raise_killed(*_: object) -> None:
+    raise Killed
+
+
 @pytest.mark.parametrize("damage", ["shorter", "other", "gone", "facts", "list"])
 def test_a_damaged_one_falls_back_to_the_one_before(
     params: Params, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
