@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
@@ -48,8 +49,9 @@ def test_a_variable_leads_to_a_process_and_its_children_which_end(
     assert not processes.end(processes.having("DDPM_TEST", "mine"))
 
 
-def test_it_does_not_find_itself_nor_what_it_was_started_by() -> None:
-    own = {**psutil.Process().environ()}
-    name, value = next(iter(own.items()))
-    assert os.getpid() not in {process.pid for process in processes.having(name, value)}
-    assert os.getppid() not in {process.pid for process in processes.having(name, value)}
+def test_it_does_not_find_itself_nor_what_it_was_started_by(root: Path) -> None:
+    find = "from flows import processes; print(processes.having('DDPM_TEST', 'mine'))"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {find!r}], check=True)"
+    environment = os.environ | {"DDPM_TEST": "mine"}
+    done = subprocess.run([sys.executable, "-c", start], cwd=root, env=environment, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"[]\n"
