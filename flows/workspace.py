@@ -226,7 +226,8 @@ def _configure_dvc(workspace: Path) -> None:
 
     Raises: UserError if DVC rejects the repository's configuration.
     """
-    from dvc.config import Config, ConfigError, merge  # late, since it takes a second that `ddpm runs` need not wait
+    from configobj import ConfigObj  # DVC's own; late, since it takes a second that `ddpm runs` need not wait
+    from dvc.config import Config, ConfigError, merge
 
     try:
         ours = Config(str(Path(".dvc")))
@@ -239,10 +240,16 @@ def _configure_dvc(workspace: Path) -> None:
             "type": "reflink,hardlink,symlink,copy",
         },
     }
-    with Config(str(workspace / ".dvc")).edit("local") as local:
-        for settings in (ours.load_one("repo"), ours.load_one("local"), own):
-            merge(local, settings)
-    (workspace / ".dvc" / "config.local").chmod(0o600)  # may hold a remote's password
+    settings: dict[str, Any] = {}
+    for each in (ours.load_one("repo"), ours.load_one("local"), own):  # with absolute paths
+        merge(settings, each)
+    named = {
+        f'{kind} "{name}"': value for kind in ("remote", "machine", "db") for name, value in settings.pop(kind).items()
+    }
+    file = workspace / ".dvc" / "config.local"
+    file.touch(mode=0o600)  # may hold a remote's password
+    with file.open("wb") as opened:
+        ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes ASCII alone
 
 
 def _bring_raw_data(workspace: Path) -> None:

@@ -54,6 +54,7 @@ def new_repository(directory: Path, root: Path) -> None:
 @pytest.fixture
 def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, changed to a new repository with one commit."""
-    new_repository(tmp_path, root)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    directory = tmp_path / "a földer"  # a user's path may have a space and other letters than ASCII's
+    new_repository(directory, root)
+    monkeypatch.chdir(directory)
+    return directory

@@ -75,7 +75,7 @@ def test_the_stages_own_last_error_line_is_the_message(repository: Path, code: s
 
 def test_of_dvcs_own_error_the_message_says_what_happened_and_not_where_to_get_help(repository: Path) -> None:
     (repository / "file").touch()
-    workspace.dvc(repository, "cache", "dir", "--local", str(repository / "file"))
+    workspace.dvc(repository, "cache", "dir", "--local", "file")
     with pytest.raises(dvc_stage.StageError, match=r"^failed to reproduce 'shard': .*Not a directory: '.*/file/"):
         dvc_stage.run("shard", repository, print)
     (repository / "data/raw/mine").touch()
