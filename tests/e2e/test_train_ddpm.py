@@ -157,7 +157,8 @@ def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Comma
     assert not (clone / ".ddpm/runs/wrong").exists()
 
 
-def test_a_cancelled_training_is_told_so(ended: Ended, clone: Path) -> None:
+@pytest.mark.usefixtures("up")
+def test_a_cancelled_training_is_reported_as_cancelled(ended: Ended, clone: Path) -> None:
     assert ended.long.returncode == 1
     assert "Flow run finished in state 'Cancelled'" in ended.long.stdout
     assert workspace.Run.read(clone / ".ddpm" / "runs" / "long").state == "cancelled"
