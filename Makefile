@@ -28,7 +28,7 @@ help: ## List these commands.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles what is imported; all of it, by pip, takes longer than the installation.
+	@# Python compiles what is imported; if pip compiled everything, this would take nearly twice as long.
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

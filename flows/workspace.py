@@ -247,7 +247,8 @@ def _configure_dvc(workspace: Path) -> None:
         f'{kind} "{name}"': value for kind in ("remote", "machine", "db") for name, value in settings.pop(kind).items()
     }
     file = workspace / ".dvc" / "config.local"
-    file.touch(mode=0o600)  # may hold a remote's password
+    file.touch()
+    file.chmod(0o600)  # may hold a remote's password
     with file.open("wb") as opened:
         ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes ASCII alone
 
