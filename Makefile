@@ -13,6 +13,9 @@ export ONEDNN_MAX_CPU_ISA := AVX2
 export MKL_CBWR := COMPATIBLE
 endif
 
+# Set, as in many container images, every process would compile what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 export PREFECT_PORT MLFLOW_PORT
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
@@ -41,9 +44,8 @@ train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" 
 	@echo
 	@ddpm summary
 
-# One worker more than there are cores, since some tests wait for servers.
 test: setup ## Run the tests, each file in one of several processes.
-	OMP_NUM_THREADS=1 pytest --numprocesses $$(python -c 'import os; print(os.cpu_count() + 1)') --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 mutants: setup ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1

@@ -20,6 +20,11 @@ from tests.training import trees
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores to run on, since some tests wait for servers."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first: otherwise one of several workers would still be busy with one when the others have ended."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

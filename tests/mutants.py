@@ -5,10 +5,12 @@
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 MUTMUT = Path(sys.executable).with_name("mutmut")
 SMALLEST = "diffusion.process.bands.*"
 """Any run makes all mutants, and finds out which tests call what; this module has the fewest."""
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
     parser.add_argument("--of", default="diffusion", help="package or module to draw from (default: %(default)s)")
     arguments = parser.parse_args()
+    shutil.rmtree(ROOT / "mutants", ignore_errors=True)  # mutmut would go on with the tests as they were
     run(SMALLEST)
     names = sorted(name for name in results() if name.startswith(f"{arguments.of}."))
     if not names:

@@ -1,6 +1,5 @@
 """Services of small models, and what npm and Debian bring."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,17 +9,7 @@ import pytest
 
 from deploy.service.app import Service
 from tests.deploy.services import shared
-
-
-def program(package: str, *names: str) -> str:
-    """The first of these programs that is there. Without any a test is skipped; in CI, where all are, it fails."""
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    reason = f"needs {names[0]}: install the package {package}"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+from tests.machine import program
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,14 @@ from deploy.service.models import Feeds
 
 
 class Model:
-    """Its outputs say what it was given. It waits for `go` where there is one."""
+    """Its outputs say what it was given. It waits for `go`."""
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
-        self.go = threading.Event()
+        self.running, self.go = threading.Event(), threading.Event()
 
     def run(self, feeds: Feeds) -> Feeds:
+        self.running.set()
         assert self.go.wait(60)
         first = feeds["noise"][:, 0]
         self.batches.append(first.tolist())
@@ -36,7 +37,7 @@ def feeds(*noise: float, **others: Any) -> Feeds:
 async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
     """Submit one that runs alone, then the others while it does; their outputs or errors."""
     tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
-    await asyncio.sleep(0.01)  # it is running, and waits
+    assert await asyncio.to_thread(model.running.wait, 60)
     tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in jobs]
     await asyncio.sleep(0)
     assert batcher.waiting == sum(len(job["noise"]) for job in jobs)
@@ -121,7 +122,7 @@ def test_the_queue_is_bounded() -> None:
 
 async def _crowd(batcher: Batcher, model: Model) -> list[Any]:
     tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
-    await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(model.running.wait, 60)
     tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in (feeds(1, 2), feeds(3, 4), feeds(5))]
     await asyncio.sleep(0)
     model.go.set()
@@ -157,7 +158,7 @@ def test_who_is_gone_is_not_missed() -> None:
     async def run() -> None:
         batcher = Batcher(8, 8)
         first = asyncio.create_task(batcher.submit(model.run, feeds(1)))
-        await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(model.running.wait, 60)
         first.cancel()
         model.go.set()
         assert (await batcher.submit(model.run, feeds(2)))["images"].tolist() == [[20]]

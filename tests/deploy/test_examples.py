@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from tests.deploy.conftest import program
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
+from tests.machine import program
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from sklearn.utils import murmurhash3_32  # an implementation by others; comes with mlflow
 
 from diffusion.export import metadata
-from tests.deploy.conftest import program
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE, parts
+from tests.machine import program
 
 pytestmark = pytest.mark.slow
 

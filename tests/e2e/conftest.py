@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from flows import http, yaml_files
 from flows.changes import lay_over
+from tests.machine import free_port
 
 TINY = {
     "pairs": {"draws": 1, "heldout_draws": 1},
@@ -50,7 +50,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 @pytest.fixture(scope="session")
 def run(clone: Path) -> Command:
     """Runs a command in the clone as a user with the environment activated would; gives its status and output."""
-    ports = {"PREFECT_PORT": str(_free_port()), "MLFLOW_PORT": str(_free_port())}
+    ports = {"PREFECT_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= ports | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -119,10 +119,3 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -25,6 +25,7 @@ from diffusion.model import Model, load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.storage.files import parse_csv
 from flows.paths import Paths
+from tests.nn.networks import noise
 from tests.rounding import assert_rounds_alike
 from tests.training import trees
 
@@ -111,7 +112,7 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
         ("t", "tensor(int64)"),
     ]
     for size in (1, 5):
-        x_t, t = torch.randn(size, 1, 8, 8), torch.randint(100, (size,))
+        x_t, t = noise(size, 1, 8, 8), torch.arange(99, 99 - size, -1)
         (eps_hat,) = session.run(["eps_hat"], {"x_t": x_t.numpy(), "t": t.numpy()})
         expected, float64 = (step(x_t.to(dtype), t)[0] for dtype, step in steps(model).items())
         assert_rounds_alike(torch.from_numpy(eps_hat), expected, float64)
@@ -151,7 +152,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     assert "guidance 2" in (tree / "reports/report.html").read_text()
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
-    x_t, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 40, 49]), torch.tensor([3, -1, 9, 0])
+    x_t, t, y = noise(4, 1, 8, 8), torch.tensor([0, 5, 40, 49]), torch.tensor([3, -1, 9, 0])
     inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()}
     found = session.run(["eps_hat", "x_0_hat"], inputs)
     expected = (step(x_t.to(dtype), t, y) for dtype, step in steps(model).items())

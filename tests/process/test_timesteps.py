@@ -68,7 +68,7 @@ def test_every_sampler_gives_timesteps_in_range(name: str) -> None:
     t, u = pairs(4, 1000)
     u[0], u[1], t[0], t[1] = 0, 1 - 2**-24, 0, 999
     drawn, weight = sampler.draw(t, u)
-    sampler.observe(drawn, torch.rand(len(drawn)))
+    sampler.observe(drawn, u[: len(drawn)])
     assert drawn.shape == weight.shape == t.shape
     assert drawn.dtype == torch.int64
     assert weight.dtype == u.dtype

@@ -1,4 +1,4 @@
-"""Everything that can be chosen for training learns, in every pairing of two choices."""
+"""Everything that can be chosen for training trains every weight, in every pairing of two choices."""
 
 from itertools import combinations
 from typing import Any
@@ -103,10 +103,12 @@ def test_every_pair_of_choices_learns(params: Params, row: Row) -> None:
     process = build.process(params.process)
     state = begin(new_network((1, 8, 8), 2, params.network, params.process), params.train, process.schedule)
     trainer = loop.Trainer(params.train, 0, process.loss, lambda _: batch, state.net, precision=row["precision"])
+    start = {name: parameter.detach().clone() for name, parameter in state.net.named_parameters()}
     losses = []
     for _ in range(15):
         state.sums.zero_()
         loop.step(state, trainer)
         losses.append(float(state.sums[1]))
     assert all(parameter.isfinite().all() for parameter in state.average.parameters())
+    assert [name for name, parameter in state.net.named_parameters() if parameter.equal(start[name])] == []
     assert np.mean(losses[-3:]) < losses[0]

@@ -1,6 +1,5 @@
 """How a network is run: whatever saves time or memory leaves what is computed as it is."""
 
-import shutil
 import threading
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusion.training import hardware
 from diffusion.training.distributed import World
 from diffusion.training.hardware import Ahead
 from flows.params import Params
+from tests.machine import program
 from tests.nn.networks import CONDITIONINGS, network, noise, randomize
 from tests.rounding import assert_rounds_alike
 
@@ -53,9 +53,11 @@ def test_recomputed_blocks_keep_less(params: Params) -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs a C++ compiler")
+@pytest.mark.slow  # compiles C++
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch warns of itself
 def test_a_compiled_network_gives_the_same_within_rounding(params: Params) -> None:
+    program("g++", "g++")  # by which torch compiles on a CPU
+
     def without_dropout(compiled: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The output and all gradients."""
         net = randomize(network((1, 8, 8), "uvit", "adaln", depth=1, patch_size=4)).to(dtype)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from flows.paths import Paths
 from tests.deploy.models import write_model
 from tests.export.test_sampler_graph import SHAPE
 from tests.flows.tracking.trees import PARAMS, write_evaluation, write_export, write_training
+from tests.machine import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +42,8 @@ def registered(paths: Paths) -> Path:
 
 def test_mlflow_answers_with_pictures(paths: Paths, tmp_path: Path) -> None:
     path = registered(paths)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    host, port = "127.0.0.1", str(free_port())
     command = ["-m", "mlflow", "models", "serve", "-m", "models:/ddpm@champion", "--env-manager", "local"]
-    host, port = address.split(":")
     environment = {
         **os.environ,
         "MLFLOW_TRACKING_URI": f"sqlite:///{paths.mlflow_database.resolve()}",
@@ -64,13 +61,13 @@ def test_mlflow_answers_with_pictures(paths: Paths, tmp_path: Path) -> None:
         while True:
             assert server.poll() is None, (tmp_path / "log").read_text()
             try:
-                httpx.get(f"http://{address}/ping").raise_for_status()
+                httpx.get(f"http://{host}:{port}/ping").raise_for_status()
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
         noise = np.random.default_rng(0).standard_normal((3, *SHAPE), np.float32)
         body = {"inputs": {"noise": noise.tolist(), "steps": [2]}}
-        answer = httpx.post(f"http://{address}/invocations", json=body, timeout=60)
+        answer = httpx.post(f"http://{host}:{port}/invocations", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         images = np.array(answer.json()["predictions"]["images"], np.uint8)
     finally:

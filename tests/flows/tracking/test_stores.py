@@ -31,6 +31,7 @@ from tests.flows.tracking.trees import (
     write_export,
     write_training,
 )
+from tests.machine import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -73,12 +74,6 @@ def test_processes_that_record_at_once_in_a_new_store_make_one_run_and_say_nothi
 def test_importing_tracking_does_not_import_mlflow() -> None:
     code = "import sys, flows.tracking; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_without_mlflow_a_training_goes_on_and_says_so_once(
