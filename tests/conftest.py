@@ -31,11 +31,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_repository_of_the_user() -> Iterator[None]:
-    """Started from a git hook, tests would otherwise commit to the user's repository."""
+def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests must neither depend on the user's settings nor write to the user's repository or servers."""
+    empty = str(tmp_path_factory.mktemp("empty"))
     with pytest.MonkeyPatch.context() as patch:
-        for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
+        for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "DDPM_"))]:
             patch.delenv(variable)
+        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(variable, raising=False)
+        patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+        patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+        patch.setenv("DVC_GLOBAL_CONFIG_DIR", empty)
+        patch.setenv("DVC_SYSTEM_CONFIG_DIR", empty)
         yield
 
 

@@ -1,6 +1,5 @@
 """A copy of the repository with tiny parameters, and its services on free ports, for all end-to-end tests."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from flows import http, yaml_files
 from flows.changes import lay_over
+from flows.services import Services
 from tests.machine import free_port
 
 TINY = {
@@ -32,7 +32,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """The repository's files as they are, committed anew."""
-    target = tmp_path_factory.mktemp("e2e") / "a clone"  # with a space, as a user's path may have
+    target = tmp_path_factory.mktemp("e2e") / "ä clone"  # as a user's path may be
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in names:
@@ -86,16 +86,21 @@ def services(run: Command) -> Iterator[Command]:
         run("python", "-m", "flows.services", "down")
 
 
-def api(clone: Path, path: str, body: dict[str, Any] | None = None) -> Any:
-    """What Prefect's server says, with a body by POST."""
-    port = json.loads((clone / ".ddpm" / "services" / "addresses.json").read_text())["PREFECT_PORT"]
-    return http.json(f"http://127.0.0.1:{port}/api/{path}", body)
+def api(clone: Path, path: str) -> Any:
+    """What Prefect's server says."""
+    return http.json(f"{Services(clone).as_started().prefect}/api/{path}")
+
+
+def state(clone: Path, flow_run_id: str) -> str | None:
+    """A flow run's; None while the server does not answer."""
+    return (api(clone, f"flow_runs/{flow_run_id}") or {}).get("state_type")
 
 
 def task_states(clone: Path, flow_run_id: str) -> dict[str, str]:
-    """State of each task of a flow run."""
-    body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
-    return {task["name"].rpartition("-")[0]: task["state_type"] for task in api(clone, "task_runs/filter", body)}
+    """State of each task of a flow run; none while the server does not answer."""
+    url = f"{Services(clone).as_started().prefect}/api/task_runs/filter"
+    found = http.json(url, {"flow_runs": {"id": {"any_": [flow_run_id]}}}) or []
+    return {task["name"].rpartition("-")[0]: task["state_type"] for task in found}
 
 
 def trainings(clone: Path) -> list[psutil.Process]:

@@ -18,7 +18,7 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import Command, api, processes, task_states, trainings, wait_for
+from tests.e2e.conftest import Command, api, processes, state, task_states, trainings, wait_for
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -44,10 +44,8 @@ def checkpoints(clone: Path) -> list[int]:
     return [int(path.stem) for path in (clone / ".ddpm" / "checkpoints").glob("*/*.safetensors")]
 
 
-def going_on(
-    clone: Path, pool: ThreadPoolExecutor, run: Command, name: str
-) -> Future[subprocess.CompletedProcess[str]]:
-    """The long training, started again under another name, when it has come further."""
+def resumed(clone: Path, pool: ThreadPoolExecutor, run: Command, name: str) -> Future[subprocess.CompletedProcess[str]]:
+    """Start the long training again under another name; returns once it has resumed and made progress."""
     log = clone / ".ddpm" / "services" / "worker.log"
     seen = len(log.read_text())
     watched = pool.submit(run, *RUN, "--flow-run-name", name, *LONG)
@@ -60,7 +58,7 @@ def servers_answer(clone: Path) -> bool:
     return http.answers(f"{started.prefect}/api/health") and http.answers(f"{started.mlflow}/health")
 
 
-def start_what_is_down(run: Command, clone: Path) -> None:
+def ensure_up(run: Command, clone: Path) -> None:
     """A test before may have ended the services."""
     if not servers_answer(clone):
         done = run("python", "-m", "flows.services", "up")
@@ -69,7 +67,7 @@ def start_what_is_down(run: Command, clone: Path) -> None:
 
 @pytest.fixture
 def up(services: Command, clone: Path) -> Command:
-    start_what_is_down(services, clone)
+    ensure_up(services, clone)
     return services
 
 
@@ -78,36 +76,37 @@ def artifact(run: Command, key: str) -> str:
     return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
 
 
-class Ended(NamedTuple):
+class TwoRuns(NamedTuple):
     """What became of two runs that were started at once."""
 
     first: subprocess.CompletedProcess[str]
-    """As the command comes, to its end."""
+    """With the repository's parameters, to completion."""
     long: subprocess.CompletedProcess[str]
     """A training that would have gone on for hours: cancelled."""
 
 
 @pytest.fixture(scope="module")
-def ended(services: Command, clone: Path) -> Ended:
-    start_what_is_down(services, clone)
+def two_runs(services: Command, clone: Path) -> TwoRuns:
+    ensure_up(services, clone)
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(services, *RUN, "--flow-run-name", "long", *LONG)
         try:
             first = services(*RUN, "--flow-run-name", "first")
-            wait_for(lambda: checkpoints(clone) != [], 120)
-            assert trainings(clone) != []
+            assert trainings(clone) != []  # it was beside another one, and that one's checkpoints are its own
+            wait_for(lambda: max(checkpoints(clone), default=0) > 0, 120)
         finally:
             cancelled = services("prefect", "flow-run", "cancel", flow_run_id(clone, "long"))
         assert cancelled.returncode == 0, cancelled.stdout
-        return Ended(first, watched.result())
+        wait_for(lambda: not trainings(clone), 60)
+        return TwoRuns(first, watched.result())
 
 
-def test_the_literal_command_trains_and_exports(ended: Ended, up: Command, clone: Path) -> None:
-    assert ended.first.returncode == 0, ended.first.stdout
+def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, clone: Path) -> None:
+    assert two_runs.first.returncode == 0, two_runs.first.stdout
     assert list(summary(clone, "first")) == ["shard", "pairs", "train", "evaluate", "export"]
     assert {summary(clone, "first")[stage] for stage in ("train", "evaluate", "export")} == {"run"}
     for line in ("Running stage 'train':", "Running stage 'export':", "Flow run finished successfully"):
-        assert line in ended.first.stdout
+        assert line in two_runs.first.stdout
     report = artifact(up, "train-ddpm-report")  # of the run that ended last
     for part in ("# ", "| mse |", "| 0 to ", "data:image/png;base64,", "sampler.onnx", "[MLflow run](http://"):
         assert part in report
@@ -116,26 +115,35 @@ def test_the_literal_command_trains_and_exports(ended: Ended, up: Command, clone
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
 
 
-@pytest.mark.usefixtures("ended")
-def test_beside_another_run_it_trains_the_model_that_the_stages_by_themselves_train(
-    clone: Path, digits_tree: Path
-) -> None:
+@pytest.mark.usefixtures("two_runs")
+def test_the_flow_trains_the_model_of_the_stages_run_directly(clone: Path, digits_tree: Path) -> None:
     shutil.copy(clone / "params.yaml", digits_tree)
     run_stages(digits_tree, "shard", "pairs", "train")
     assert trees.digests(clone / ".ddpm/runs/first", "models/ddpm") == trees.digests(digits_tree, "models/ddpm")
 
 
-@pytest.mark.usefixtures("ended")
-def test_a_second_time_all_is_cached(up: Command, clone: Path) -> None:
-    done = up(*RUN, "--flow-run-name", "second")
-    assert done.returncode == 0, done.stdout
+@pytest.mark.usefixtures("two_runs")
+def test_a_second_time_all_is_cached_while_another_run_evaluates_and_exports(up: Command, clone: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(up, *RUN, "--flow-run-name", "other", "-p", 'sample={"steps": 4}')
+        second = up(*RUN, "--flow-run-name", "second")
+    for done in (second, other.result()):
+        assert done.returncode == 0, done.stdout
     assert set(summary(clone, "second").values()) == {"cached"}
-    report = artifact(up, "train-ddpm-report")
-    assert "# second" in report
+    assert [stage for stage, outcome in summary(clone, "other").items() if outcome == "run"] == ["evaluate", "export"]
+    report = artifact(up, "train-ddpm-report")  # of the run that ended last
+    assert "# other" in report
     assert "last run (" in report
+    first, second, other = (
+        trees.digests(clone / f".ddpm/runs/{name}", "models", "reports/evaluation")
+        for name in ("first", "second", "other")
+    )
+    assert first == second
+    differ = {Path(name).name for name in first if first[name] != other[name]}
+    assert differ == {"SHA256SUMS", "samples.png", "filmstrip.png"}
 
 
-@pytest.mark.usefixtures("ended")
+@pytest.mark.usefixtures("two_runs")
 def test_afterwards_dvc_repro_runs_no_stage(up: Command) -> None:
     from_cache = up("dvc", "repro").stdout
     assert "Running stage" not in from_cache
@@ -158,17 +166,17 @@ def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Comma
 
 
 @pytest.mark.usefixtures("up")
-def test_a_cancelled_training_is_reported_as_cancelled(ended: Ended, clone: Path) -> None:
-    assert ended.long.returncode == 1
-    assert "Flow run finished in state 'Cancelled'" in ended.long.stdout
+def test_a_cancelled_training_is_reported_as_cancelled(two_runs: TwoRuns, clone: Path) -> None:
+    assert two_runs.long.returncode == 1
+    assert "Flow run finished in state 'Cancelled'" in two_runs.long.stdout
     assert workspace.Run.read(clone / ".ddpm" / "runs" / "long").state == "cancelled"
     wait_for(lambda: task_states(clone, flow_run_id(clone, "long")).get("train") == "CANCELLED", 60)
 
 
-@pytest.mark.usefixtures("ended")
+@pytest.mark.usefixtures("two_runs")
 def test_it_goes_on_later_and_ends_with_a_worker_that_is_killed(up: Command, clone: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        watched = going_on(clone, pool, up, "again")
+        watched = resumed(clone, pool, up, "again")
         (worker,) = processes(clone, "worker", "start")
         worker.kill()
         wait_for(lambda: not trainings(clone), 90)
@@ -177,14 +185,14 @@ def test_it_goes_on_later_and_ends_with_a_worker_that_is_killed(up: Command, clo
     assert "Flow run finished in state 'Crashed'" in done.stdout
     assert "so there is no summary" in up("ddpm", "summary", "again").stdout
     run_id = flow_run_id(clone, "again")
-    wait_for(lambda: api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED", 60)
-    wait_for(lambda: task_states(clone, run_id)["train"] == "CRASHED", 60)
+    wait_for(lambda: state(clone, run_id) == "CRASHED", 60)
+    wait_for(lambda: task_states(clone, run_id).get("train") == "CRASHED", 60)
 
 
-@pytest.mark.usefixtures("ended")
+@pytest.mark.usefixtures("two_runs")
 def test_down_ends_it_with_a_checkpoint_and_its_records(up: Command, clone: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        watched = going_on(clone, pool, up, "later")
+        watched = resumed(clone, pool, up, "later")
         before = max(checkpoints(clone))
         assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
         assert not trainings(clone)
@@ -192,7 +200,7 @@ def test_down_ends_it_with_a_checkpoint_and_its_records(up: Command, clone: Path
     assert max(checkpoints(clone)) > before
     assert up("python", "-m", "flows.services", "up").returncode == 0
     run_id = flow_run_id(clone, "later")
-    assert api(clone, f"flow_runs/{run_id}")["state_type"] == "CRASHED"
+    assert state(clone, run_id) == "CRASHED"
     assert task_states(clone, run_id) == {"shard": "COMPLETED", "pairs": "COMPLETED", "train": "CRASHED"}
 
 
@@ -226,6 +234,11 @@ def test_servers_that_are_killed_are_served_again_by_other_processes(up: Command
     assert all(server(clone, name).pid != process.pid for name, process in killed.items())
 
 
+def set_paused(clone: Path, paused: bool) -> None:
+    url = f"{Services(clone).as_started().prefect}/api/deployments/{api(clone, NAME)['id']}"
+    http.json(f"{url}/{'pause' if paused else 'resume'}_deployment", {})
+
+
 def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) -> None:
     def deployment() -> dict[str, Any]:
         found = api(clone, NAME)
@@ -238,7 +251,7 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
     first = deployment()
     pause = ("prefect", "deployment", "schedule", "pause", "train-ddpm/train-ddpm", first["schedules"][0][0])
     assert up(*pause).returncode == 0
-    api(clone, f"deployments/{api(clone, NAME)['id']}/pause_deployment", {})
+    set_paused(clone, True)
     before = deployment()
     assert sorted(active for _, active, _ in before["schedules"]) == [False, True]
     assert before["paused"]
@@ -248,7 +261,7 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
         after = deployment()
     finally:
         (clone / "presets" / "mine.yaml").unlink()
-        api(clone, f"deployments/{api(clone, NAME)['id']}/resume_deployment", {})
+        set_paused(clone, False)
     assert "mine" in json.dumps(after["schema"])
     assert after | {"schema": None} == before | {"schema": None}
 
