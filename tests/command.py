@@ -15,7 +15,7 @@ from flows.__main__ import main
 
 
 def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str], threads: int = 1) -> CompletedProcess[str]:
-    """A command's end, in the directory `tree` and on so many threads."""
+    """Run `ddpm` in the directory `tree` with so many threads; its exit status and output."""
     out, err = io.StringIO(), io.StringIO()
     before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(threads)

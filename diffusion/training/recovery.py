@@ -50,7 +50,7 @@ def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen:
     checkpoints.drop_after(state.step)
     for name, value in kept.items():
         setattr(state, name, value)
-    checkpoints.write(state, good=True)
+    checkpoints.write(state)
     if checkpoints.world.main:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
 

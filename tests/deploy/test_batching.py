@@ -152,7 +152,7 @@ def _soon(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
-def test_who_is_gone_is_not_missed() -> None:
+def test_a_cancelled_request_does_not_hold_up_the_next() -> None:
     model = Model()
 
     async def run() -> None:

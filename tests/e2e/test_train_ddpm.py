@@ -174,7 +174,7 @@ def test_a_cancelled_training_is_reported_as_cancelled(two_runs: TwoRuns, clone:
 
 
 @pytest.mark.usefixtures("two_runs")
-def test_it_goes_on_later_and_ends_with_a_worker_that_is_killed(up: Command, clone: Path) -> None:
+def test_a_cancelled_training_resumes_and_a_killed_worker_ends_it(up: Command, clone: Path) -> None:
     with ThreadPoolExecutor() as pool:
         watched = resumed(clone, pool, up, "again")
         (worker,) = processes(clone, "worker", "start")
@@ -190,7 +190,7 @@ def test_it_goes_on_later_and_ends_with_a_worker_that_is_killed(up: Command, clo
 
 
 @pytest.mark.usefixtures("two_runs")
-def test_down_ends_it_with_a_checkpoint_and_its_records(up: Command, clone: Path) -> None:
+def test_down_stops_a_training_with_a_checkpoint_and_records_it_as_crashed(up: Command, clone: Path) -> None:
     with ThreadPoolExecutor() as pool:
         watched = resumed(clone, pool, up, "later")
         before = max(checkpoints(clone))

@@ -197,7 +197,9 @@ def test_a_check_that_fails_leaves_no_model(
     assert not (tree / "models/onnx").exists()
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bytes(pairs_tree: Path, whole_tree: Path, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
+    pairs_tree: Path, whole_tree: Path, tmp_path: Path
+) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     trees.stopped(tree, 21)
     again = trees.run(tree, "train")

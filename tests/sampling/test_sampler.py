@@ -241,7 +241,7 @@ def test_an_image_is_the_same_in_any_batch(changes: dict[str, object]) -> None:
         torch.testing.assert_close(images(part), together[part], rtol=1e-5, atol=1e-5)  # 12 steps in float32
 
 
-def test_sampling_begins_where_it_is_told() -> None:
+def test_sampling_begins_at_the_given_timestep() -> None:
     made, z = process(), noise(*SHAPE)
     sampler = made_sampler(made, Says("eps", made.schedule, some_x_0_hat))
     timesteps = [999, 700, 400, 100]

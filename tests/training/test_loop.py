@@ -87,13 +87,15 @@ def run(
         called.append(f"preview {state.step}")
         state.heldout_curve.append({"step": state.step, "mse": measured(state.step)})
 
-    class Told(Checkpoints):
+    class Recorder(Checkpoints):
         def write(self, state: State, good: bool = False) -> None:
             called.append(f"{'good ' if good else ''}checkpoint {state.step}")
             super().write(state, good)
 
-    told = Told(checkpoints.directory, seconds=checkpoints.seconds)
-    loop.train(state, trainer, told, report=report, preview=preview, stop_signal=lambda: 15 * (state.step == stop_at))
+    recorder = Recorder(checkpoints.directory, seconds=checkpoints.seconds)
+    loop.train(
+        state, trainer, recorder, report=report, preview=preview, stop_signal=lambda: 15 * (state.step == stop_at)
+    )
     return called
 
 
@@ -128,7 +130,7 @@ def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_
 
 
 @pytest.mark.parametrize(("timesteps", "optimizer"), [*zip(TIMESTEPS, cycle(["muon", "adamw"]), strict=False)])
-def test_a_training_that_is_stopped_again_and_again_goes_on_to_the_same_bits(
+def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bits(
     params: Params, tmp_path: Path, timesteps: str, optimizer: str
 ) -> None:
     levels = {"channel_multipliers": [1, 2], "attention_levels": [1]} if timesteps == "stored" else {}
@@ -155,7 +157,9 @@ class Killed(BaseException):
     """Ends the loop as SIGKILL would: nothing more is written."""
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint_to_the_same_bits(params: Params, tmp_path: Path) -> None:
+def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_same_bits(
+    params: Params, tmp_path: Path
+) -> None:
     whole = new_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
     checkpoints = Checkpoints(tmp_path / "parts", seconds=0)
@@ -280,7 +284,7 @@ def test_the_best_measurement_is_kept_and_patience_ends_the_training(params: Par
     state, at_8 = new_state(params), new_state(params)
     run(params, state, Checkpoints(tmp_path / "a"), measured=errors.__getitem__)
     assert state.step == 16
-    assert [row["step"] for row in state.loss_curve] == [5, 10, 15, 16]  # what was left is told too
+    assert [row["step"] for row in state.loss_curve] == [5, 10, 15, 16]  # the rest as well
     with pytest.raises(Stopped):
         run(params, at_8, Checkpoints(tmp_path / "b"), stop_at=8, measured=errors.__getitem__)
     kept, last = new_state(params), new_state(params)

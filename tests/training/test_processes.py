@@ -105,7 +105,7 @@ def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tre
     alone.assert_same_as(tree)
 
 
-def test_a_lost_process_ends_the_others_and_the_training_goes_on_later(
+def test_a_killed_process_ends_the_others_and_the_training_resumes_later(
     two: Path, pairs_tree: Path, tmp_path: Path
 ) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
@@ -138,7 +138,7 @@ def test_sigterm_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_the_end_of_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path, early: bool) -> None:
+def test_killing_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Path, early: bool) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
     with trees.start(tree) as process:
         if not early:
@@ -188,7 +188,7 @@ def test_every_process_needs_a_gpu_of_its_own(
     check_devices(params.model_copy(update={"device": "cuda", "train": train}), torch.device("cpu"))
 
 
-def test_what_all_processes_come_to_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_all_processes_is_reported_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a world of two, whose second process stands here: it raises what the first one says."""
 
     def ends_with(error: Exception, rank: int, lost: type[UserError] = UserError) -> type[BaseException]:

@@ -1,4 +1,4 @@
-"""The hooks of the loop: what is measured, drawn and told at which step."""
+"""The hooks of the loop: what is measured, drawn and reported at which step."""
 
 import signal
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ from tests.training.test_loop import changed, new_state
 CPU = torch.device("cpu")
 
 
-class Told:
-    """Who follows a training, and the progress that a user sees."""
+class Recorder:
+    """Records what is reported of a training: metrics, pictures, and the progress that a user sees."""
 
     def __init__(self) -> None:
         self.points = list[tuple[int, dict[str, float]]]()
@@ -54,7 +54,12 @@ def params(pairs_tree: Path) -> Params:
 
 
 def watch(
-    params: Params, state: State, pairs_tree: Path, told: Told | None, previews: Path, stop: StopSignals | None = None
+    params: Params,
+    state: State,
+    pairs_tree: Path,
+    recorder: Recorder | None,
+    previews: Path,
+    stop: StopSignals | None = None,
 ) -> Watch:
     directory = pairs_tree / "data" / "pairs"
     process = build.process(params.process)
@@ -62,15 +67,17 @@ def watch(
     trainer = loop.Trainer(params.train, 3, process.loss, Batches(Pairs(directory, "train"), 0, 32), state.net)
     drawing = preview_options(params.process).model_copy(update={"steps": 2, "count": 4})
     model = Model(state.average, process, config)
-    progress: object = told
-    return Watch(trainer, model, Pairs(directory, "val"), CPU, drawing, previews, stop or StopSignals(), progress, told)  # type: ignore[arg-type]
+    progress: object = recorder
+    return Watch(
+        trainer, model, Pairs(directory, "val"), CPU, drawing, previews, stop or StopSignals(), progress, recorder
+    )  # type: ignore[arg-type]
 
 
 def test_what_is_told_of_a_training(
     params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state, told = new_state(params), Told()
-    hooks = watch(params, state, pairs_tree, told, tmp_path)
+    state, recorder = new_state(params), Recorder()
+    hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     measured = list[float]()
 
     def preview(state: State) -> None:
@@ -78,12 +85,12 @@ def test_what_is_told_of_a_training(
         hooks.preview(state)
 
     loop.train(state, hooks.trainer, Checkpoints(tmp_path), report=hooks.report, preview=preview, stop_signal=lambda: 0)
-    losses = [(step, point) for step, point in told.points if "loss" in point]
+    losses = [(step, point) for step, point in recorder.points if "loss" in point]
     assert [step for step, _ in losses] == [5, 10, 12]
     for (_, point), row in zip(losses, state.loss_curve, strict=True):
         assert point.pop("images_per_second") > 0
         assert point == {name: value for name, value in row.items() if name != "step"}
-    assert [(step, point) for step, point in told.points if "loss" not in point] == [
+    assert [(step, point) for step, point in recorder.points if "loss" not in point] == [
         (step, {"heldout_mse": mse, "skipped_steps": 0}) for step, mse in zip((8, 12), measured, strict=True)
     ]
     assert [(row["step"], row["mse"]) for row in state.heldout_curve] == [*zip((8, 12), measured, strict=True)]
@@ -91,11 +98,11 @@ def test_what_is_told_of_a_training(
         f"train: step {step}: held-out MSE {mse:.4f}" for step, mse in zip((8, 12), measured, strict=True)
     ]
     drawn = grid_png(draw_samples(hooks.model, hooks.drawing, 3, CPU))
-    assert [step for step, _ in told.pictures] == [8, 12]
-    assert told.pictures[1][1] == drawn == picture(tmp_path, 12).read_bytes()
-    assert told.done == 12 * 32
-    assert told.notes[:4] == [""] * 4
-    assert told.notes[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
+    assert [step for step, _ in recorder.pictures] == [8, 12]
+    assert recorder.pictures[1][1] == drawn == picture(tmp_path, 12).read_bytes()
+    assert recorder.done == 12 * 32
+    assert recorder.notes[:4] == [""] * 4
+    assert recorder.notes[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
 
 
 def test_the_rate_counts_the_steps_since_the_last_point_alone(
@@ -110,8 +117,8 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
         return 0.5
 
     monkeypatch.setattr("diffusion.training.watching.quick_mse", slow)
-    state, told = new_state(params), Told()
-    hooks = watch(params, state, pairs_tree, told, tmp_path)
+    state, recorder = new_state(params), Recorder()
+    hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     hooks._restart_clock()
     for step in range(1, 11):
         loop.step(state, hooks.trainer)
@@ -119,19 +126,19 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
         hooks.report(state)
         if step == 8:
             hooks.preview(state)
-    assert [point["images_per_second"] for _, point in told.points if "loss" in point] == [256, 256]
+    assert [point["images_per_second"] for _, point in recorder.points if "loss" in point] == [256, 256]
 
 
 def test_no_point_is_told_of_steps_that_were_all_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state, told = new_state(params), Told()
+    state, recorder = new_state(params), Recorder()
     state.step = 5
-    watch(params, state, pairs_tree, told, tmp_path).report(state)
-    assert told.points == state.loss_curve == []
+    watch(params, state, pairs_tree, recorder, tmp_path).report(state)
+    assert recorder.points == state.loss_curve == []
 
 
-def test_a_stop_while_a_measurement_is_made_ends_it(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
     state, stop = new_state(params), StopSignals()
-    hooks = watch(params, state, pairs_tree, Told(), tmp_path, stop)
+    hooks = watch(params, state, pairs_tree, Recorder(), tmp_path, stop)
     stop._note(signal.SIGTERM, None)
     with pytest.raises(Stopped) as stopped:
         hooks.preview(state)
@@ -139,7 +146,7 @@ def test_a_stop_while_a_measurement_is_made_ends_it(params: Params, pairs_tree: 
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 
-def test_a_stop_while_samples_are_drawn_ends_it(
+def test_a_stop_interrupts_sampling(
     params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, stop = new_state(params), StopSignals()
@@ -150,7 +157,7 @@ def test_a_stop_while_samples_are_drawn_ends_it(
 
     monkeypatch.setattr("diffusion.training.watching.quick_mse", measured)
     with pytest.raises(Stopped):
-        watch(params, state, pairs_tree, Told(), tmp_path, stop).preview(state)
+        watch(params, state, pairs_tree, Recorder(), tmp_path, stop).preview(state)
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 

@@ -56,12 +56,12 @@ def copy(tree: Path, target: Path, **train: Any) -> Path:
 
 
 def run(tree: Path, stage: str = "train", threads: int = 1) -> subprocess.CompletedProcess[str]:
-    """A stage's end."""
+    """Run a stage in this process; its exit status and output."""
     return ddpm(tree, stage, environment=ENVIRONMENT, threads=threads)
 
 
 def stopped(tree: Path, steps: int, threads: int = 1) -> subprocess.CompletedProcess[str]:
-    """The end of a training to which SIGTERM comes when it has taken `steps` more steps."""
+    """Run a training that receives SIGTERM after `steps` more steps."""
     signals = [0] * steps + [signal.SIGTERM]
     with patch.object(StopSignals, "received", side_effect=signals):  # asked once before each step
         done = run(tree, threads=threads)
@@ -70,7 +70,7 @@ def stopped(tree: Path, steps: int, threads: int = 1) -> subprocess.CompletedPro
 
 
 def run_apart(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """The end of a command in a process of its own."""
+    """Run a command in a process of its own."""
     environment = os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 

@@ -27,7 +27,7 @@ from tests.flows.tracking.trees import (
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_training_that_was_interrupted_goes_on_in_its_run(paths: Paths, known: bool) -> None:
+def test_an_interrupted_training_resumes_in_its_mlflow_run(paths: Paths, known: bool) -> None:
     live = tracking.live(PARAMS, paths, None, "f1")
     follow(live, paths, range(81))  # the checkpoint is of step 50: what came later is trained again
     with pytest.raises(Stopped), live:

@@ -81,12 +81,10 @@ def test_without_mlflow_a_training_goes_on_and_says_so_once(
 ) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    start = time.monotonic()
     with tracking.live(PARAMS, paths, "kept", "f1") as live:
         follow(live, paths, range(101))
     write_all(paths)
     assert tracking.record(PARAMS, paths, live.run_id) is None
-    assert time.monotonic() - start < 60
     assert live.run_id == "kept"
     (line,) = capfd.readouterr().err.splitlines()
     assert line == (
@@ -97,15 +95,18 @@ def test_without_mlflow_a_training_goes_on_and_says_so_once(
         tracking.track(PARAMS, paths, as_json=False)
 
 
-def test_a_server_that_does_not_answer_is_given_up_soon(
+def test_a_server_that_does_not_answer_is_tried_twice(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        start = time.monotonic()
         assert tracking.live(PARAMS, paths, None, "f1").run_id is None
-        assert time.monotonic() - start < 60
+        listener.setblocking(False)
+        for _ in range(2):
+            listener.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
