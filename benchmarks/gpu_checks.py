@@ -27,7 +27,7 @@ from diffusion.process import build
 from diffusion.process.parameterization import Eps
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, runnable
+from diffusion.training.hardware import precision, runnable, to_compile
 from diffusion.training.state import State, begin
 from flows import presets
 from flows.params import Params
@@ -63,7 +63,7 @@ class Bench:
         state = begin(net, options, process.schedule)
         rng = np.random.default_rng(0)
         batches = [_batch(rng, options.batch_size, shape) for _ in range(4)]
-        forward = runnable(net, options, World())
+        forward = runnable(net, options, World(), to_compile(options, self.device, self.flops))
         return state, loop.Trainer(
             options, 0, process.loss, lambda step: batches[step % 4], forward, precision=precision(options, self.device)
         )

@@ -35,7 +35,7 @@ from diffusion.process import build
 from diffusion.progress import Progress
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Ahead, precision, runnable
+from diffusion.training.hardware import precision, prefetched, runnable, to_compile
 from diffusion.training.state import begin
 from diffusion.training.stop import StopSignals
 from diffusion.training.watching import Watch, preview_options
@@ -73,7 +73,8 @@ def main() -> None:
     counts, state = count(net, pairs.shape), begin(net, options, process.schedule)
     fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
     batches = [fetch(step) for step in range(IN_MEMORY)]
-    forward, dtype = runnable(net, options, World()), precision(options, device)
+    forward = runnable(net, options, World(), to_compile(options, device, counts.flops))
+    dtype = precision(options, device)
     bare = loop.Trainer(
         options, params.seed, process.loss, lambda step: batches[step % IN_MEMORY], forward, precision=dtype
     )
@@ -92,7 +93,7 @@ def main() -> None:
         finished()
 
     found: dict[str, list[float]] = {"bare": [], "stage": [], "gemm": []}
-    with tempfile.TemporaryDirectory() as directory, StopSignals() as stop, Ahead(fetch) as ahead:
+    with tempfile.TemporaryDirectory() as directory, StopSignals() as stop, prefetched(fetch, device) as ahead:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{directory}/mlflow.db"
         trainer = loop.Trainer(options, params.seed, process.loss, ahead, forward, precision=dtype)
         with (

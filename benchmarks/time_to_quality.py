@@ -41,7 +41,7 @@ from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Ahead, runnable
+from diffusion.training.hardware import Prefetch, runnable
 from diffusion.training.state import begin
 from flows import presets
 from flows.params import Params
@@ -114,7 +114,7 @@ class Ours(Training):
         options = params.train
         fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
         self.trainer = loop.Trainer(
-            options, params.seed, self.process.loss, Ahead(fetch), runnable(net, options, World())
+            options, params.seed, self.process.loss, Prefetch(fetch), runnable(net, options, World())
         )
         self.config = Config(
             shape=pairs.shape, classes=(), network=params.network, process=params.process, x_0_mse=None

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.training.distributed import World
@@ -11,12 +11,21 @@ from diffusion.training.state import Row, State
 
 
 def accumulate(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tensor, num_timesteps: int) -> None:
-    """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm."""
-    band = nn.functional.one_hot(band_of(t, num_timesteps), BANDS).double()
+    """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm.
+
+    A step whose norm is not finite adds nothing, and is counted as skipped.
+    """
+    finite = norm.isfinite()
+    total, in_row, _ = state.skips + ~finite
+    in_row = torch.where(finite, 0, in_row)
+    state.skips = torch.stack([total, in_row, torch.maximum(state.skips[2], in_row)])
+    bands = torch.arange(BANDS, device=t.device)
+    band = (band_of(t, num_timesteps)[:, None] == bands).double()
     weight = weight.double()
     weighted = weight * loss.double()
     step = torch.stack([torch.ones_like(norm), weighted.mean(), norm])
-    state.sums += torch.cat([step, weighted @ band, weight @ band])
+    added = torch.cat([step, weighted @ band, weight @ band])
+    state.sums += torch.where(finite, added, 0)
 
 
 def add_point(state: State, world: World, learning_rate: float, num_timesteps: int) -> Row | None:

@@ -6,13 +6,14 @@ import torch
 
 from diffusion.errors import UserError
 from diffusion.model import Model
+from diffusion.nn.counting import count
 from diffusion.nn.layers import Network
 from diffusion.pairs.memory import Blocks, Images
 from diffusion.pairs.pairs import Batches
 from diffusion.progress import Progress
 from diffusion.training import loop, recovery
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Ahead, precision, runnable
+from diffusion.training.hardware import precision, prefetched, runnable, to_compile
 from diffusion.training.options import TrainOptions
 from diffusion.training.state import begin
 
@@ -42,12 +43,14 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
     fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
     total = options.steps * options.batch_size
-    with Ahead(fetch) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
-        net = runnable(state.net, options, World())
+    with prefetched(fetch, device) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
+        net = runnable(state.net, options, World(), to_compile(options, device, count(state.net, images.shape).flops))
         trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))
         while state.step < options.steps:
             try:
                 loop.step(state, trainer)
+                if state.step % options.log_every == 0 or state.step == options.steps:
+                    recovery.check(state)
             except recovery.Diverged as diverged:
                 raise UserError(f"{diverged}; {recovery.advice(options)}") from None
             progress.advance(options.batch_size)

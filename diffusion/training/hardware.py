@@ -1,7 +1,9 @@
 """How a network is run on the hardware at hand: precision, compilation, memory and prefetching."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, Self, TypeVar
 
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.nn.layers import Network
+from diffusion.pairs.pairs import Batch
 from diffusion.training.distributed import World, synchronized
 from diffusion.training.options import TrainOptions
 
@@ -17,14 +20,26 @@ Item = TypeVar("Item")
 
 
 def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
-    """What matrix products and convolutions are computed in; weights and all else are float32."""
+    """What matrix products and convolutions are computed in; weights, moments and the average are float32."""
     bf16 = options.precision == "bf16"
     if options.precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def runnable(net: Network, options: TrainOptions, world: World) -> nn.Module:
+COMPILE_FROM = 1e16
+"""FLOPs of a training, from which `compile: auto` compiles on a GPU. Compiling takes about a minute (44 s for the
+preset digits on an H200); a large network does these FLOPs in two to three minutes there, at 7 % of the card's peak."""
+
+
+def to_compile(options: TrainOptions, device: torch.device, flops: float) -> bool:
+    """Whether to compile a network whose forward pass takes `flops` for an image."""
+    if options.compile != "auto":
+        return options.compile
+    return device.type == "cuda" and 3 * flops * options.batch_size * options.steps >= COMPILE_FROM
+
+
+def runnable(net: Network, options: TrainOptions, world: World, compiling: bool = False) -> nn.Module:
     """The network as it is trained: recomputed, synchronized with other processes and compiled as `options` say.
 
     Its weights are those of `net`. Every batch has the same shape, so that it is compiled once.
@@ -32,29 +47,64 @@ def runnable(net: Network, options: TrainOptions, world: World) -> nn.Module:
     if options.recompute:
         for block in net.hidden():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    device = next(net.parameters()).device
     made = synchronized(net, options, world)
-    if device.type == "cuda" if options.compile == "auto" else options.compile:
+    if compiling:
         made.compile(dynamic=False)
     return made
 
 
-class Ahead(Generic[Item]):
-    """`fetch`, with the next item made in a thread meanwhile; a context manager."""
+@contextmanager
+def tf32() -> Iterator[None]:
+    """A block or function whose float32 matrix products and convolutions are in TF32 on a GPU (10 bits of mantissa)."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = True
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
-    def __init__(self, fetch: Callable[[int], Item]) -> None:
-        self._fetch = fetch
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-        self._next: tuple[int, Future[Item]] | None = None
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generator of this device alone: for all of them it takes a quarter of a millisecond."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
+    """Batches made in time: for a GPU by several threads, and in memory from which copies need not be waited for."""
+    if device.type != "cuda":
+        return Prefetch(fetch)
+
+    def pinned(step: int) -> Batch:
+        return Batch(*(torch.from_numpy(array).pin_memory().numpy() for array in fetch(step)))
+
+    return Prefetch(pinned, threads=min(4, os.cpu_count() or 1))
+
+
+class Prefetch(Generic[Item]):
+    """`fetch`, with the next items, as many as there are threads, made meanwhile; a context manager."""
+
+    def __init__(self, fetch: Callable[[int], Item], threads: int = 1) -> None:
+        self._fetch, self._threads = fetch, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+        self._ready: dict[int, Future[Item]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, step: int) -> Item:
-        ready, self._next = self._next, None
-        item = ready[1].result() if ready and ready[0] == step else self._fetch(step)
-        self._next = step + 1, self._thread.submit(self._fetch, step + 1)
+        ready, self._ready = self._ready, {}
+        item = ready[step].result() if step in ready else self._fetch(step)
+        for later in range(step + 1, step + 1 + self._threads):
+            self._ready[later] = ready.pop(later) if later in ready else self._pool.submit(self._fetch, later)
+        for unwanted in ready.values():  # the training went back
+            unwanted.cancel()
         return item

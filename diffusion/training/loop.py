@@ -16,8 +16,9 @@ from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.curves import accumulate, add_point, out_of_patience
 from diffusion.training.distributed import World, synchronizing, whole
+from diffusion.training.hardware import seed_dropout, tf32
 from diffusion.training.options import TrainOptions
-from diffusion.training.recovery import Diverged, advice, go_back, judge, rate, skip
+from diffusion.training.recovery import Diverged, advice, check, go_back, judge, rate
 from diffusion.training.state import Row, State
 
 Hook = Callable[[State], None]
@@ -68,6 +69,8 @@ def train(
         try:
             done = state.step == trainer.options.steps
             previewed = bool(state.heldout_curve) and state.heldout_curve[-1]["step"] == state.step
+            if done or state.step % trainer.options.log_every == 0 or state.step % trainer.options.preview_every == 0:
+                check(state)  # at these steps alone, so that an interrupted training goes back at the same one
             if state.step and (done or state.step % trainer.options.preview_every == 0) and not previewed:
                 preview(state)
                 judge(state, trainer.options)
@@ -100,8 +103,9 @@ def step(state: State, trainer: Trainer) -> None:
     With the weighting `simple` the loss is that of line 5, whatever the network predicts: |eps - eps_hat(x_t, t)|^2.
     """
     options, world = trainer.options, trainer.world
-    # Dropout draws from torch's own generator: its seed, too, is a function of the position alone.
-    torch.manual_seed(int(stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank).integers(2**63)))
+    # Dropout draws from the device's own generator: its seed, too, is a function of the position alone.
+    dropout = stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank)
+    seed_dropout(state.device, int(dropout.integers(2**63)))
     # Lines 2 to 4: images, timesteps and noise.
     x_0, pairs_t, eps, y, u = (torch.from_numpy(array) for array in trainer.fetch(state.step))
     t, weight = state.timesteps.draw(pairs_t, u)
@@ -109,24 +113,15 @@ def step(state: State, trainer: Trainer) -> None:
     # Line 5: a step along the gradient of the loss.
     loss = backward(trainer, *batch)
     norm = whole(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
-    finite = bool(norm.isfinite())
-    if finite:
-        optim.set_rate(state.optimizers, rate(state, state.step, options))
-        for optimizer in state.optimizers:
-            optimizer.step()
-    for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    optim.step(state.optimizers, rate(state, state.step, options), norm)
     state.step += 1
-    if finite:
-        state.skipped_in_row = 0
-        ema.update(state.average, state.net, state.step, options.ema_width)
-        if state.timesteps.learns:
-            state.timesteps.observe(world.gather(t), world.gather(loss.cpu()))
-        accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
-    else:
-        skip(state)
+    ema.update(state.average, state.net, state.step, options.ema_width)
+    accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
+    if state.timesteps.learns and norm.isfinite():
+        state.timesteps.observe(world.gather(t), world.gather(loss.cpu()))
 
 
+@tf32()
 def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Add the gradient of the mean weighted loss to the network's; gives the loss of each image, (B,).
 

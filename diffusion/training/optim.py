@@ -1,13 +1,13 @@
 """The optimizers and their learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.training.distributed import placed, whole
+from diffusion.training.distributed import is_shared_out, placed, whole
 from diffusion.training.options import MuonOptions, TrainOptions
 
 PEAK = "peak"
@@ -18,8 +18,12 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made orthogonal; Jordan et al. 2024, "Muon".
 
     A convolution's kernel (C_out, C_in, h, w) counts as a matrix (C_out, C_in h w). torch.optim.Muon takes matrices
-    alone, one at a time and in bfloat16, which is slow on most CPUs; here those of one shape go through together.
+    alone, one at a time and in bfloat16, which is slow on most CPUs; here many go through together.
+
+    As with torch's fused optimizers, a step changes nothing where the attribute `found_inf`, a tensor (), is 1.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -27,41 +31,77 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override] # noqa: ARG002
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
-            for (rows, columns), parameters in alike.items():
-                directions = [self._direction(parameter, group["momentum"]) for parameter in parameters]
-                updates = orthogonal(torch.stack([whole(direction).flatten(1) for direction in directions]))
-                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.sub_(placed(update.reshape(parameter.shape), parameter), alpha=rate)
+            parameters = group["params"]
+            directions = [whole(direction).flatten(1) for direction in self._directions(parameters, group["momentum"])]
+            for members in banks([direction.shape for direction in directions], parameters[0].is_cuda):
+                updates = orthogonal([directions[member] for member in members])
+                for member, update in zip(members, updates, strict=True):
+                    parameter, (rows, columns) = parameters[member], update.shape
+                    rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                    update = update.reshape(parameter.shape)
+                    parameter.sub_(placed(update, parameter) if is_shared_out(parameter) else update, alpha=rate)
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """The gradient with Nesterov's momentum."""
-        assert parameter.grad is not None
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+    def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """The gradients with Nesterov's momentum."""
+        gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc] # all have one
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta: list[Tensor] = [self.state[parameter]["momentum"] for parameter in parameters]
+        if self.found_inf is not None:  # then each moment stays as it is
+            skipped = self.found_inf == 1
+            gradients = [torch.where(skipped, *pair) for pair in zip(momenta, gradients, strict=True)]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        # DTensor has no such operation out of place.
+        directions = [gradient.lerp(moment, momentum) for gradient, moment in zip(gradients, momenta, strict=True)]
+        return directions if self.found_inf is None else list(torch._foreach_mul(directions, 1 - self.found_inf))
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """U V^T, nearly, of matrices U S V^T, (N, rows, columns): singular values between about 0.7 and 1.2.
+LARGEST_BANK = 2**26
+"""Elements of a padded bank of matrices, up to which its launches count for more than what is computed in vain."""
+
+
+def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
+    """Which matrices of these shapes are made orthogonal together: indices, each in one list.
+
+    Those of one shape; but all of them where each operation is `launched` on a GPU, which for small matrices takes
+    longer than to compute it, and they are not too many to be padded to one shape.
+    """
+    wide = [(min(shape), max(shape)) for shape in shapes]
+    largest = math.prod(max(sides) for sides in zip(*wide, strict=True)) * len(shapes)
+    if launched and largest <= LARGEST_BANK:
+        return [[*range(len(shapes))]]
+    alike: dict[torch.Size, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(index)
+    return [*alike.values()]
+
+
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """U V^T, nearly, of each matrix U S V^T: singular values between about 0.7 and 1.2.
 
     Five steps of an odd polynomial of fifth degree, whose slope at zero is large (Jordan et al. 2024): Newton and
-    Schulz's way, of matrix products alone.
+    Schulz's way, of matrix products alone. Matrices of different shapes, (rows, columns), are padded with zeros, which
+    stay zeros.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
+    tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
+    wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(matrices, tall, strict=True)]
+    if len({matrix.shape for matrix in matrices}) == 1:
+        x = torch.stack([*matrices])
+        x = x.mT if tall[0] else x
+    else:
+        x = wide[0].new_zeros(len(wide), *map(max, zip(*(matrix.shape for matrix in wide), strict=True)))
+        for padded, matrix in zip(x, wide, strict=True):
+            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     # Where bfloat16 is what the hardware is made for, the iteration bears it.
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
-    x = x.mT if tall else x
+    x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if tall else x).to(matrices.dtype)
+    x = x.to(wide[0].dtype)
+    cut = [padded[: matrix.shape[0], : matrix.shape[1]] for padded, matrix in zip(x, wide, strict=True)]
+    return [update.mT if is_tall else update for update, is_tall in zip(cut, tall, strict=True)]
 
 
 def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
@@ -90,11 +130,19 @@ def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOption
     return made
 
 
-def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Set every learning rate to a share of its peak."""
+def step(optimizers: Sequence[torch.optim.Optimizer], share: float, norm: Tensor) -> None:
+    """Step with every learning rate at a share of its peak, unless the gradient's `norm` () is not finite.
+
+    The device decides that, and nobody waits for it.
+    """
+    found_inf = (~norm.isfinite()).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group[PEAK] * share
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined] # what fused optimizers of torch look for
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def rate(step: int, options: TrainOptions) -> float:

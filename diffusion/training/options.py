@@ -73,8 +73,9 @@ class TrainOptions(Section):
     accumulate: Positive = 1
     """Parts in which each process goes through its share of a batch, for batches that do not fit into memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere."""
+    """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere. On a
+    GPU those of fp32 are in TF32 while the network is trained. Weights, optimizer and average are always float32."""
     compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")] = "auto"
-    """Whether the network is compiled (torch.compile); auto: on a GPU."""
+    """Whether the network is compiled (torch.compile); auto: on a GPU, if the training is long enough to gain by it."""
     recompute: bool = False
     """Activation checkpointing: blocks are recomputed in the backward pass. Less memory, a third slower."""

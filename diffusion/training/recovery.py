@@ -11,7 +11,7 @@ from diffusion.training.options import MuonOptions, TrainOptions
 from diffusion.training.state import State
 
 SKIPS = 5
-"""Steps in a row whose loss or gradient is not finite before the training goes back."""
+"""Steps in a row whose loss or gradient is not finite, after which the training goes back."""
 LOWER_RATE = 0.5
 """What the learning rate is multiplied by after going back."""
 
@@ -20,11 +20,12 @@ class Diverged(Exception):
     """The training has to go back to an earlier step."""
 
 
-def skip(state: State) -> None:
-    """Count a step whose loss or gradient was not finite; raises Diverged if there were `SKIPS` in a row."""
-    state.skipped, state.skipped_in_row = state.skipped + 1, state.skipped_in_row + 1
-    if state.skipped_in_row == SKIPS:
-        raise Diverged(f"at {SKIPS} steps in a row, from {state.step - SKIPS}, loss or gradient was not finite")
+def check(state: State) -> None:
+    """Raise Diverged if loss or gradient was not finite at `SKIPS` steps in a row. This waits for the device."""
+    if state.longest_skip >= SKIPS:
+        raise Diverged(
+            f"before step {state.step}, loss or gradient was not finite at {state.longest_skip} steps in a row"
+        )
 
 
 def judge(state: State, options: TrainOptions) -> None:
@@ -43,13 +44,14 @@ def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen:
     """
     if state.rollbacks:
         raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
-    kept = {"skipped": state.skipped, "run_id": state.run_id, "rollbacks": 1}
+    skipped, kept = state.skipped, {"run_id": state.run_id, "rollbacks": 1}
     if not checkpoints.restore(state, good=True):
         raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
     # Killed before the last of these, it goes on from an earlier state and comes here again.
     checkpoints.drop_after(state.step)
     for name, value in kept.items():
         setattr(state, name, value)
+    state.skips[0] = skipped
     checkpoints.write(state)
     if checkpoints.world.main:
         say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")

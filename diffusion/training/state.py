@@ -28,9 +28,6 @@ class Facts:
 
     step: int = 0
     """Steps gone through, skipped ones included."""
-    skipped: int = 0
-    """Steps whose loss or gradient was not finite, and which therefore changed nothing."""
-    skipped_in_row: int = 0
     rollbacks: int = 0
     """How often the training went back to an earlier step (see recovery.go_back)."""
     loss_curve: list[Row] = field(default_factory=list)
@@ -50,12 +47,30 @@ class State(Facts):
     sums: Tensor = field(kw_only=True)
     """Since the last point of the loss curve, float64 (3 + 2 BANDS,): steps, loss, gradient norm, and of each band of t
     the loss and the weight."""
+    skips: Tensor = field(kw_only=True)
+    """Steps whose loss or gradient was not finite, and which therefore changed neither weights nor optimizers, int64
+    (3,): how many there were, how many of them just now in a row, and in the longest row so far."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The average's weights where the held-out error was least, if they are to be kept."""
 
     @property
     def device(self) -> torch.device:
         return self.sums.device
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped; this and the next two wait for the device."""
+        return int(self.skips[0])
+
+    @property
+    def skipped_in_row(self) -> int:
+        """How many of the last steps, up to this one, were skipped."""
+        return int(self.skips[1])
+
+    @property
+    def longest_skip(self) -> int:
+        """The most steps in a row that were skipped."""
+        return int(self.skips[2])
 
     @property
     def last_point(self) -> int:
@@ -68,8 +83,8 @@ class State(Facts):
         return any(is_shared_out(parameter) for parameter in self.net.parameters())
 
     def facts(self) -> dict[str, Any]:
-        """The fields of `Facts`, as plain data."""
-        return {part.name: getattr(self, part.name) for part in fields(Facts)}
+        """The fields of `Facts`, and `skips`, as plain data."""
+        return {part.name: getattr(self, part.name) for part in fields(Facts)} | {"skips": self.skips.tolist()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything else, on the CPU. Where the processes share the weights out, all of them call this together."""
@@ -97,7 +112,8 @@ class State(Facts):
                 for name, target in own.items():
                     target.copy_(placed(tensors[f"{prefix}.{name}"], target))
         self.sums = tensors["sums"].to(self.sums.device)
-        for name, value in vars(Facts(**facts)).items():
+        self.skips = torch.tensor(facts["skips"], device=self.device)
+        for name, value in vars(Facts(**{key: value for key, value in facts.items() if key != "skips"})).items():
             setattr(self, name, value)
 
     def average_into(self, net: nn.Module) -> None:
@@ -140,4 +156,5 @@ def begin(
         optimizers=optim.optimizers(net, net.hidden(), options),
         timesteps=TIMESTEPS[options.timesteps](schedule),
         sums=torch.zeros(3 + 2 * BANDS, dtype=torch.float64, device=device),
+        skips=torch.zeros(3, dtype=torch.int64, device=device),
     )

@@ -3,7 +3,8 @@
 import copy
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from diffusion.storage.files import new_directory, write_atomic, write_csv, writ
 from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Ahead, precision, runnable
+from diffusion.training.hardware import precision, prefetched, runnable, to_compile
 from diffusion.training.options import TrainOptions
 from diffusion.training.state import State, begin
 from diffusion.training.stop import StopSignals
@@ -69,7 +70,8 @@ def run(params: Params, paths: Paths) -> None:
         if world.main and not launched():
             held.enter_context(taken(paths.checkpoints, facts))
         training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
-        model, state = training.run()
+        with enough_memory(params.train):
+            model, state = training.run()
         if world.main:
             training.write(model, state)
             tracking.record(params, paths, state.run_id)
@@ -127,7 +129,7 @@ class Training:
         fetch = Batches(
             self.pairs, seed, options.batch_size, options.flip, options.class_dropout, world.rank, world.size
         )
-        with StopSignals() as stop, Ahead(fetch) as batches, ExitStack() as watched:
+        with StopSignals() as stop, prefetched(fetch, self.device) as batches, ExitStack() as watched:
             live = progress = None
             if world.main:
                 say(
@@ -140,7 +142,8 @@ class Training:
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
                 progress = watched.enter_context(Progress("train", total, "images", done=done))
                 state.run_id = live.run_id
-            forward, dtype = runnable(state.net, options, world), precision(options, self.device)
+            forward = runnable(state.net, options, world, to_compile(options, self.device, counts.flops))
+            dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
             watch = Watch(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
@@ -192,6 +195,21 @@ def check_shares(options: TrainOptions, world: World) -> None:
             f"train.batch_size: {options.batch_size} is not a multiple of {parts}, the processes times "
             "train.accumulate; change it in params.yaml"
         )
+
+
+@contextmanager
+def enough_memory(options: TrainOptions) -> Iterator[None]:
+    """A block that raises UserError, with what to change, where the device's memory is too small."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"train.batch_size: {options.batch_size} images at once do not fit into the device's memory; lower it, "
+            f"raise train.accumulate (now {options.accumulate}: the parts of a batch that go through in turn), or set "
+            "train.recompute to true or train.precision to bf16"
+        ) from None
 
 
 def checkpoint_seconds() -> float:

@@ -24,6 +24,7 @@ from diffusion.export.denoiser import Step
 from diffusion.model import Model, load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.storage.files import parse_csv
+from diffusion.training import loop
 from flows.paths import Paths
 from tests.nn.networks import noise
 from tests.rounding import assert_rounds_alike
@@ -296,3 +297,30 @@ def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp
     assert "data/pairs/manifest.json" in done.stderr
     assert "dvc repro pairs" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_where_memory_is_too_small_train_says_what_to_change(
+    pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
+    monkeypatch.setattr(loop, "step", fails)
+    done = trees.run(tree)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ddpm train: error: train.batch_size: 32 images at once do not fit into the device's memory; lower it, raise "
+        "train.accumulate (now 1: the parts of a batch that go through in turn), or set train.recompute to true or "
+        "train.precision to bf16"
+    )
+    monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("another one")))
+    with pytest.raises(RuntimeError, match="another one"):
+        trees.run(tree)

@@ -178,7 +178,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
         state, checkpoints = new_state(params), Checkpoints(directory)
         for step in range(3):
             checkpoints.write(at(state, step), good=step == 1)
-        state.skipped = 5
+        state.skips[0] = 5
         countdown.left = moments
         try:
             recovery.go_back(state, params.train, checkpoints, "seen")
@@ -188,7 +188,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
             again = new_state(params)
             assert checkpoints.restore(again)
             if not again.rollbacks:  # it trains on, and is where it was
-                again.skipped = 5
+                again.skips[0] = 5
                 recovery.go_back(again, params.train, checkpoints, "seen")
             state = again
         countdown.left = None

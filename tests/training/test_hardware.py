@@ -1,6 +1,7 @@
 """How a network is run: whatever saves time or memory leaves what is computed as it is."""
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from diffusion.training import hardware
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Ahead
+from diffusion.training.hardware import Prefetch
 from flows.params import Params
 from tests.machine import program
 from tests.nn.networks import CONDITIONINGS, network, noise, randomize
@@ -61,7 +62,7 @@ def test_a_compiled_network_gives_the_same_within_rounding(params: Params) -> No
     def without_dropout(compiled: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The output and all gradients."""
         net = randomize(network((1, 8, 8), "uvit", "adaln", depth=1, patch_size=4)).to(dtype)
-        made = hardware.runnable(net, params.train.model_copy(update={"compile": compiled}), World())
+        made = hardware.runnable(net, params.train, World(), compiled)
         out = made(noise(4, 1, 8, 8).to(dtype), torch.tensor([1, 2, 3, 500]), None)
         out.square().mean().backward()
         gradients = [parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None]
@@ -85,7 +86,36 @@ def test_auto_is_full_precision_where_there_is_no_other(
     assert chosen("auto", torch.device("cuda")) == (torch.bfloat16 if has_bf16 else torch.float32)
 
 
-def test_ahead_makes_the_next_item_meanwhile_and_any_that_is_asked_for() -> None:
+def test_auto_compiles_long_trainings_on_a_gpu(params: Params) -> None:
+    """With a forward pass of 1 GFLOP, 128 images a step: 1e16 FLOPs are 1e16 / (3 * 128 * 1e9) = 26,042 steps."""
+
+    def chosen(value: bool | str, device: str, steps: int) -> bool:
+        options = params.train.model_copy(update={"compile": value, "steps": steps, "batch_size": 128})
+        return hardware.to_compile(options, torch.device(device), flops=1e9)
+
+    assert [chosen("auto", "cuda", steps) for steps in (26_041, 26_042)] == [False, True]
+    assert not chosen("auto", "cpu", 10**9)
+    assert [chosen(value, "cpu", 1) for value in (False, True)] == [False, True]
+
+
+def test_tf32_holds_in_the_block_alone() -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    try:
+        for outside in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = outside
+            assert hardware.tf32()(flags)() == (True, True)
+            assert flags() == (outside, outside)
+            with suppress(OSError), hardware.tf32():
+                raise OSError
+            assert flags() == (outside, outside)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_next_item_is_made_meanwhile_and_any_that_is_asked_for() -> None:
     made, ready = list[int](), threading.Semaphore(0)
 
     def fetch(step: int) -> int:
@@ -93,15 +123,29 @@ def test_ahead_makes_the_next_item_meanwhile_and_any_that_is_asked_for() -> None
         ready.release()
         return 10 * step
 
-    with Ahead(fetch) as ahead:
-        assert ahead(3) == 30
+    with Prefetch(fetch) as prefetch:
+        assert prefetch(3) == 30
         for _ in range(2):
             assert ready.acquire(timeout=60)
         assert made == [3, 4]  # made without being asked for
-        assert ahead(4) == 40
-        assert ahead(0) == 0  # the training went back
-        assert ahead(1) == 10
+        assert prefetch(4) == 40
+        assert prefetch(0) == 0  # the training went back
+        assert prefetch(1) == 10
     assert made.count(4) == 1
+
+
+def test_several_threads_make_as_many_items_at_once_and_none_twice() -> None:
+    made, together = list[int](), threading.Barrier(4)
+
+    def fetch(step: int) -> int:
+        made.append(step)
+        if 1 <= step <= 4:
+            together.wait(60)  # passes if four threads are here
+        return 10 * step
+
+    with Prefetch(fetch, threads=4) as prefetch:
+        assert [prefetch(step) for step in range(8)] == [10 * step for step in range(8)]
+    assert sorted(made)[:8] == [*range(8)]
 
 
 def test_an_error_of_the_thread_is_raised_where_the_item_is_asked_for() -> None:
@@ -110,7 +154,7 @@ def test_an_error_of_the_thread_is_raised_where_the_item_is_asked_for() -> None:
             raise OSError("gone")
         return step
 
-    with Ahead(fetch) as ahead:
-        assert ahead(0) == 0
+    with Prefetch(fetch) as prefetch:
+        assert prefetch(0) == 0
         with pytest.raises(OSError, match="gone"):
-            ahead(1)
+            prefetch(1)

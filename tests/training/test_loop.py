@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
@@ -178,6 +179,31 @@ def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_sa
     assert_same(second, whole)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_waits_for_no_result_of_the_device(
+    params: Params, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Each would keep a GPU idle: numbers read from a tensor, conditions on one, copies to the CPU."""
+    params = changed(params, train={"timesteps": "uniform", "accumulate": accumulate})
+    state, waits = new_state(params), list[str]()
+    trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: waits.append(name))
+    loop.step(state, trainer)
+    with Watching():
+        loop.step(state, trainer)
+        assert waits == []
+        assert state.skipped == 0
+    assert waits == ["aten._local_scalar_dense.default"]  # by the line before
+
+
 def test_a_few_bad_steps_are_skipped_and_counted(params: Params, tmp_path: Path) -> None:
     """A skipped step changes nothing but the position: what follows is as if its batch had not been."""
     state = new_state(params)
@@ -222,7 +248,10 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
     assert (state.step, state.rollbacks, state.skipped, state.run_id) == (12, 1, 5, "followed")
     # Steps are counted from 0: 2 of warmup, then linearly to zero at step 12.
     assert state.loss_curve[0]["learning_rate"] == pytest.approx(0.5 * 0.002 * (1 - 2 / 10))
-    assert "from 5, loss or gradient was not finite; going back to step 4 with 0.5 times" in capsys.readouterr().err
+    assert (
+        "before step 10, loss or gradient was not finite at 5 steps in a row; going back to step 4 with 0.5 times"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params: Params, tmp_path: Path) -> None:
@@ -250,7 +279,10 @@ def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params
 
 def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     state = new_state(params)
-    message = "from 6, loss or gradient was not finite, even after going back once .* lower learning_rate"
+    message = (
+        "before step 12, loss or gradient was not finite at 6 steps in a row, even after going back once .* "
+        "lower learning_rate"
+    )
     with pytest.raises(UserError, match=message):
         run(params, state, Checkpoints(tmp_path), fetch=spoiled(*range(6, 12)))
     kept = new_state(params)

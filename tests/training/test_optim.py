@@ -35,8 +35,10 @@ def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> No
     net = network((1, 8, 8), "unet", "film")
     options = options.model_copy(update={"optimizer": MuonOptions(learning_rate=0.02)})
     made = optim.optimizers(net, net.hidden(), options)
-    optim.set_rate(made, 0.25)
-    optim.set_rate(made, 0.5)
+    for share in (0.25, 0.5):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optim.step(made, share, torch.tensor(1.0))
     assert [group["lr"] for optimizer in made for group in optimizer.param_groups] == [0.5, 0.5, 0.01]
 
 
@@ -63,7 +65,7 @@ def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, condi
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (4, 30, 6)])
 def test_orthogonal_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact = optim.orthogonal(matrices.double())
+    exact = torch.stack(optim.orthogonal([*matrices.double()]))
     for matrix, close in zip(matrices.double().numpy(), exact.numpy(), strict=True):
         u, _, v = np.linalg.svd(matrix, full_matrices=False)
         singular = np.diag(u.T @ close @ v.T)  # same singular vectors, and values that the polynomial brings near 1
@@ -71,7 +73,49 @@ def test_orthogonal_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> N
         assert 0.3 < singular.min() <= singular.max() < 1.3
     # Each step of the polynomial multiplies the rounding of the one before by up to 3.4445, its slope at zero.
     rounding = torch.finfo(torch.float32).eps * 3.4445**5
-    assert 0 < (optim.orthogonal(matrices) - exact).abs().max() < rounding
+    assert 0 < (torch.stack(optim.orthogonal([*matrices])) - exact).abs().max() < rounding
+
+
+def test_matrices_of_several_shapes_are_made_orthogonal_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 8), (8, 3), (5, 5), (1, 12), (8, 3), (9, 4)]
+    matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    for together, matrix in zip(optim.orthogonal(matrices), matrices, strict=True):
+        (alone,) = optim.orthogonal([matrix])
+        assert together.shape == matrix.shape
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+
+
+def test_all_matrices_are_padded_to_one_bank_where_launches_count() -> None:
+    shapes = [torch.Size(shape) for shape in [(3, 8), (8, 3), (5, 5), (8, 3)]]
+    assert optim.banks(shapes, launched=False) == [[0], [1, 3], [2]]
+    assert optim.banks(shapes, launched=True) == [[0, 1, 2, 3]]
+    large = [torch.Size([64, 2**19]), torch.Size([16, 65])]  # as wide matrices; 2 x 64 x 2^19 elements
+    assert optim.banks(large[:1] * 2, launched=True) == [[0, 1]]
+    assert optim.banks(large * 2, launched=True) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptions, bad: float) -> None:
+    net = network((1, 8, 8), "unet", "film")
+    made = optim.optimizers(net, net.hidden(), options)
+
+    def step(norm: float) -> list[torch.Tensor]:
+        """Of the optimizers' state and the weights, copies."""
+        generator = torch.Generator().manual_seed(0)
+        for number, parameter in enumerate(net.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if not np.isfinite(norm) and number % 3:
+                parameter.grad[0] = norm
+        optim.step(made, 1.0, torch.tensor(norm))
+        moments = [value for one in made for state in one.state.values() for value in state.values()]
+        return [tensor.detach().clone() for tensor in [*net.parameters(), *moments]]
+
+    first, skipped, second = step(1.0), step(bad), step(1.0)
+    assert len(first) == len(skipped) > 100
+    assert all(one.equal(other) for one, other in zip(first, skipped, strict=True))
+    assert not any(one.equal(other) for one, other in zip(skipped, second, strict=True))
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_muon_is_torchs_own_on_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
