@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results/gpu.jsonl
     python benchmarks/gpu.py --rehearse                                  # tiny, on the CPU
 
-It needs torch (2.11 or later), numpy, onnx, ONNX Runtime, pydantic, ruamel.yaml, pillow and safetensors. The most
-important measurements come first; those for which no time is left are skipped. `--only NAME,NAME` chooses some.
+It needs torch (2.11 or later), numpy, onnx, ONNX Runtime, pydantic, ruamel.yaml, pillow, safetensors and pytest. What
+is most important comes first; those for which no time is left are skipped. `--only NAME,NAME` chooses some.
 Networks are trained on images of random pixels in memory, except in `stages`, which runs the stages' own commands.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import SHAPES, Bench, Facts, cpu_and_gpu, narrow, same_bytes, stages
+from gpu_checks import SHAPES, Bench, Facts, gpu_tests, pairs, stages
 from torch import Tensor, nn
 
 from diffusion.model import Config, Model, new_network
@@ -210,7 +210,7 @@ def sampling(bench: Bench) -> Iterator[Facts]:
 
 
 MEASUREMENTS: list[Callable[[Bench], Iterator[Facts]]] = [
-    ceilings, same_bytes, cpu_and_gpu, narrow, stages, profile, throughput, peer, sampling,
+    ceilings, gpu_tests, stages, profile, throughput, peer, pairs, sampling,
 ]  # fmt: skip
 
 

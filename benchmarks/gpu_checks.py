@@ -1,7 +1,5 @@
 """What the measurements on a GPU share, and whether training there is right."""
 
-import copy
-import hashlib
 import json
 import os
 import shutil
@@ -17,17 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion.model import new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
-from diffusion.pairs.pairs import Batch
+from diffusion.pairs.memory import Blocks, Images
+from diffusion.pairs.pairs import Batch, Batches
 from diffusion.process import build
-from diffusion.process.parameterization import Eps
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, runnable, to_compile
+from diffusion.training.hardware import Prefetch, precision, runnable, to_compile
 from diffusion.training.state import State, begin
 from flows import presets
 from flows.params import Params
@@ -96,66 +93,32 @@ def _batch(rng: np.random.Generator, size: int, shape: tuple[int, int, int]) -> 
     )
 
 
-def digest(state: State) -> str:
-    """Of all tensors of a training."""
-    tensors = state.tensors()
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()[:16]
+def gpu_tests(bench: Bench) -> Iterator[Facts]:
+    """Those of tests/gpu: whether training and sampling there are right. In a rehearsal nothing is compiled."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu", "tests/gpu"]
+    command += ["-k", "not True"] if bench.rehearse else []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "REHEARSE_GPU_TESTS": str(int(bench.rehearse))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+    yield {"passed": done.returncode == 0, "summary": done.stdout.splitlines()[-1:], "failed": failed}
 
 
-def same_bytes(bench: Bench) -> Iterator[Facts]:
-    """Whether the same few steps twice give the same bytes, of each preset, eager and compiled."""
-    for preset, compiled, size in (
-        ("digits", False, 128),
-        ("digits", True, 128),
-        ("cifar10", False, 64),
-        ("cifar10", True, 64),
-    ):
-        if compiled and bench.rehearse:
-            continue
-        digests = []
-        for _ in range(2):
-            state, trainer = bench.training(preset, batch_size=4 if bench.rehearse else size, compile=compiled)
-            for _ in range(3):
-                loop.step(state, trainer)
-            digests.append(digest(state))
-        yield {"preset": preset, "compiled": compiled, "same": digests[0] == digests[1]}
-
-
-def cpu_and_gpu(bench: Bench) -> Iterator[Facts]:
-    """One training step in float32 on both: the largest difference of a gradient's tensor, relative to its norm."""
-    for preset in ("digits", "cifar10"):
-        state, trainer = bench.training(preset, precision="fp32", compile=False, batch_size=16)
-        net = copy.deepcopy(state.net).cpu()
-        gradients = []
-        for each, device in ((state.net, bench.device), (net, torch.device("cpu"))):
-            x_0, t, eps, y, _ = (torch.from_numpy(array).to(device) for array in trainer.fetch(0))
-            torch.manual_seed(0)
-            trainer.loss(each.eval(), x_0, t, eps, y).mean().backward()
-            gradients.append([parameter.grad.double().cpu() for parameter in each.parameters()])  # type: ignore[union-attr]
-        worst = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(*gradients, strict=True))
-        yield {"preset": preset, "largest_difference": float(f"{worst:.2g}")}
-
-
-def narrow(bench: Bench) -> Iterator[Facts]:
-    """x_0_hat of an eps network under autocast to bfloat16, at t = 990: the last layers' part of its error.
-
-    Against float64 from the same features; see tests/training/test_precision.py.
-    """
-    state, trainer = bench.training("cifar10", batch_size=4, compile=False)
-    net, t = state.net.eval(), torch.full((4,), 990, device=bench.device)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        features: list[Tensor] = []
-        hook = net.head.register_forward_pre_hook(lambda _, given: features.append(given[0]))  # type: ignore[union-attr]
-        x_t = torch.randn(4, *SHAPES["cifar10"], device=bench.device)
-        with torch.autocast(bench.device.type, torch.bfloat16):
-            out = net(x_t, t)
-        hook.remove()
-        exact = copy.deepcopy(net.head).double()(features[0].double())  # type: ignore[operator]
-        made = Eps(trainer.loss.schedule)
-        error = made.to_x_0(out, x_t, t) - made.to_x_0(exact, x_t.double(), t)
-    yield {"dtype": str(out.dtype), "largest_error": float(f"{error.abs().max().item():.2g}")}
+def pairs(bench: Bench) -> Iterator[Facts]:
+    """Training pairs made a second from images in memory, with flips, by the number of threads that prefetch them."""
+    cores = len(os.sched_getaffinity(0))
+    for shape in ((1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)):
+        size = 128 if shape[-1] < 256 else 16
+        images = Images(np.random.default_rng(0).integers(0, 256, (size, *shape), dtype=np.uint8), np.full(size, -1))
+        fetch = Batches(Blocks(images, 0, 1000), 0, size, flip=True)
+        for threads in [number for number in (1, 2, 4, 8, 16) if number <= cores]:
+            steps = max(4 * threads, 2 if bench.rehearse else 24)
+            with Prefetch(fetch, threads) as prefetch:
+                prefetch(0)
+                began = time.perf_counter()
+                for step in range(1, 1 + steps):
+                    prefetch(step)
+                spent = time.perf_counter() - began
+            yield {"shape": shape, "threads": threads, "pairs_per_s": round(size * steps / spent)}
 
 
 def stages(bench: Bench) -> Iterator[Facts]:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.errors import Stopped, UserError
 from diffusion.model import new_network
@@ -177,31 +176,6 @@ def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_sa
     assert second.step == 7
     run(params, second, checkpoints)
     assert_same(second, whole)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_waits_for_no_result_of_the_device(
-    params: Params, monkeypatch: pytest.MonkeyPatch, accumulate: int
-) -> None:
-    """Each would keep a GPU idle: numbers read from a tensor, conditions on one, copies to the CPU."""
-    params = changed(params, train={"timesteps": "uniform", "accumulate": accumulate})
-    state, waits = new_state(params), list[str]()
-    trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-                waits.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    for name in ("tolist", "numpy", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: waits.append(name))
-    loop.step(state, trainer)
-    with Watching():
-        loop.step(state, trainer)
-        assert waits == []
-        assert state.skipped == 0
-    assert waits == ["aten._local_scalar_dense.default"]  # by the line before
 
 
 def test_a_few_bad_steps_are_skipped_and_counted(params: Params, tmp_path: Path) -> None:

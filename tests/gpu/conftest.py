@@ -1,0 +1,71 @@
+"""Fixtures for tests of a GPU. They need none of the pipeline, so that a machine with little more than torch runs them:
+
+python -m pytest --confcutdir tests/gpu tests/gpu
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.model import new_network
+from diffusion.nn import build as networks
+from diffusion.pairs.pairs import Batch
+from diffusion.process import build
+from diffusion.training import loop
+from diffusion.training.distributed import World
+from diffusion.training.hardware import prefetched, runnable
+from diffusion.training.state import State, begin
+from flows import presets
+from flows.params import Params
+
+SHAPE = (1, 8, 8)
+Start = Callable[..., tuple[State, loop.Trainer]]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU. With REHEARSE_GPU_TESTS=1 it is the CPU: that tests the tests."""
+    if os.environ.get("REHEARSE_GPU_TESTS") == "1":
+        return networks.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return networks.device("cuda")
+
+
+@pytest.fixture
+def params() -> Params:
+    """Those of the digits, with a small network."""
+    found = presets.load(Path(__file__).parents[2] / "presets" / "digits.yaml")
+    plain = found.model_dump()
+    plain["network"] |= {"base_channels": 16, "dropout": 0.1}
+    plain["train"] |= {"steps": 40, "warmup_steps": 5, "batch_size": 32, "log_every": 10, "preview_every": 20}
+    return Params.model_validate(plain)
+
+
+def batch(step: int) -> Batch:
+    """Images of one gray value each, a function of the step."""
+    rng = np.random.default_rng(step)
+    x_0 = rng.uniform(-1, 1, (32, 1, 1, 1)) * np.ones(SHAPE)
+    eps = rng.standard_normal((32, *SHAPE), dtype=np.float32)
+    return Batch(x_0.astype(np.float32), rng.integers(0, 1000, 32), eps, np.full(32, -1), rng.random(32))
+
+
+@pytest.fixture
+def start(device: torch.device, params: Params) -> Start:
+    """Gives a training that has not begun, with other options, compiled or not, in a precision."""
+
+    def begun(
+        compiled: bool = False, precision: torch.dtype = torch.bfloat16, **train: Any
+    ) -> tuple[State, loop.Trainer]:
+        process, options = build.process(params.process), params.train.model_copy(update=train)
+        torch.manual_seed(0)
+        state = begin(new_network(SHAPE, 0, params.network, params.process).to(device), options, process.schedule)
+        net = runnable(state.net, options, World(), compiled)
+        return state, loop.Trainer(options, 0, process.loss, prefetched(batch, device), net, precision=precision)
+
+    return begun
