@@ -13,7 +13,7 @@ export ONEDNN_MAX_CPU_ISA := AVX2
 export MKL_CBWR := COMPATIBLE
 endif
 
-# Set, as in many container images, every process would compile what it imports anew.
+# If it is set, as in many container images, every process compiles anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 export PREFECT_PORT MLFLOW_PORT

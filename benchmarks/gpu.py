@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results/gpu.jsonl
     python benchmarks/gpu.py --rehearse                                  # tiny, on the CPU
 
-It needs torch (2.11 or later), numpy, onnx, ONNX Runtime, pydantic, ruamel.yaml, pillow, safetensors and pytest. What
-is most important comes first; those for which no time is left are skipped. `--only NAME,NAME` chooses some.
+It needs torch (2.11 or later), numpy, onnx, ONNX Runtime, pydantic, ruamel.yaml, pillow, safetensors and pytest. The
+most important measurements come first; those for which no time is left are skipped. `--only NAME,NAME` chooses some.
 Networks are trained on images of random pixels in memory, except in `stages`, which runs the stages' own commands.
 """
 

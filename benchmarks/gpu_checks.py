@@ -60,7 +60,7 @@ class Bench:
         state = begin(net, options, process.schedule)
         rng = np.random.default_rng(0)
         batches = [_batch(rng, options.batch_size, shape) for _ in range(4)]
-        forward = runnable(net, options, World(), to_compile(options, self.device, self.flops))
+        forward = runnable(net, options, World(), to_compile(options, self.device, lambda: self.flops))
         return state, loop.Trainer(
             options, 0, process.loss, lambda step: batches[step % 4], forward, precision=precision(options, self.device)
         )
@@ -96,6 +96,7 @@ def _batch(rng: np.random.Generator, size: int, shape: tuple[int, int, int]) -> 
 def gpu_tests(bench: Bench) -> Iterator[Facts]:
     """Those of tests/gpu: whether training and sampling there are right. In a rehearsal nothing is compiled."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu", "tests/gpu"]
+    command += ["-W", "default"]  # without the plugins that pyproject.toml sets up
     command += ["-k", "not True"] if bench.rehearse else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "REHEARSE_GPU_TESTS": str(int(bench.rehearse))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -104,7 +105,7 @@ def gpu_tests(bench: Bench) -> Iterator[Facts]:
 
 
 def pairs(bench: Bench) -> Iterator[Facts]:
-    """Training pairs made a second from images in memory, with flips, by the number of threads that prefetch them."""
+    """Training pairs made per second from images in memory, with flips, by the number of threads that prefetch them."""
     cores = len(os.sched_getaffinity(0))
     for shape in ((1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)):
         size = 128 if shape[-1] < 256 else 16

@@ -73,7 +73,7 @@ def main() -> None:
     counts, state = count(net, pairs.shape), begin(net, options, process.schedule)
     fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
     batches = [fetch(step) for step in range(IN_MEMORY)]
-    forward = runnable(net, options, World(), to_compile(options, device, counts.flops))
+    forward = runnable(net, options, World(), to_compile(options, device, lambda: counts.flops))
     dtype = precision(options, device)
     bare = loop.Trainer(
         options, params.seed, process.loss, lambda step: batches[step % IN_MEMORY], forward, precision=dtype

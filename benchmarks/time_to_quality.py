@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.model import Config, Model, new_network
+from diffusion.nn.counting import count
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.pairs.pixels import to_x_0
 from diffusion.process import build
@@ -41,7 +42,7 @@ from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import Prefetch, runnable
+from diffusion.training.hardware import prefetched, runnable, to_compile
 from diffusion.training.state import begin
 from flows import presets
 from flows.params import Params
@@ -113,8 +114,14 @@ class Ours(Training):
         self.state = begin(net, params.train, self.process.schedule)
         options = params.train
         fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
+        device = next(net.parameters()).device
+        compiling = to_compile(options, device, lambda: count(net, pairs.shape).flops)
         self.trainer = loop.Trainer(
-            options, params.seed, self.process.loss, Prefetch(fetch), runnable(net, options, World())
+            options,
+            params.seed,
+            self.process.loss,
+            prefetched(fetch, device),
+            runnable(net, options, World(), compiling),
         )
         self.config = Config(
             shape=pairs.shape, classes=(), network=params.network, process=params.process, x_0_mse=None

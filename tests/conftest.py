@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from flows import params as parameters
 from flows.params import Params
+from flows.tracking import store
 from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are cores to run on, since some tests wait for servers."""
-    return len(os.sched_getaffinity(0)) + 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return cores + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,10 +38,10 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Tests must neither depend on the user's settings nor write to the user's repository or servers."""
     empty = str(tmp_path_factory.mktemp("empty"))
     with pytest.MonkeyPatch.context() as patch:
-        for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "DDPM_"))]:
+        for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "DDPM_", "MLFLOW_"))]:
             patch.delenv(variable)
-        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(variable, raising=False)
+        for variable, value in store.ENVIRONMENT.items():  # set as it was imported
+            patch.setenv(variable, value)
         patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
         patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
         patch.setenv("DVC_GLOBAL_CONFIG_DIR", empty)

@@ -17,7 +17,7 @@ from diffusion.errors import UserError
 from diffusion.pairs.memory import Blocks, Images
 from diffusion.pairs.pairs import Batch, Batches, Pairs
 from diffusion.process import build as processes
-from diffusion.training import loop, recovery
+from diffusion.training import loop
 from diffusion.training.state import State
 from tests.training import trees
 
@@ -99,14 +99,19 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(
     assert len(batches) == 3
 
 
-def test_fitting_that_diverges_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(*_: object) -> None:
-        raise recovery.Diverged("at 5 steps in a row")
-
-    monkeypatch.setattr(loop, "step", diverge)
-    rates = r"lower learning_rate \(now 0\.002\) and optimizer\.learning_rate \(now 0\.01\)"
-    with pytest.raises(UserError, match=rf"^at 5 steps in a row; {rates}$"):
-        fit(Model.new((1, 8, 8), SMALL), images(), FEW)
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (10, "before step 8, loss or gradient was not finite at 7 steps in a row"),  # all but the first
+        (3, "loss or gradient was not finite at the end"),
+        (1, "loss or gradient was not finite at the end"),  # the weights are not
+    ],
+)
+def test_fitting_that_diverges_says_what_to_lower(steps: int, message: str) -> None:
+    options = TrainOptions(steps=steps, batch_size=16, log_every=4, warmup_steps=0, learning_rate=1e38)
+    rates = r"lower learning_rate \(now 1e\+38\) and optimizer\.learning_rate \(now 0\.01\)"
+    with pytest.raises(UserError, match=rf"^{message}; {rates}$"):
+        fit(Model.new((1, 8, 8), SMALL), images(), options)
 
 
 def test_fitting_drops_an_estimate_that_was_of_other_weights() -> None:

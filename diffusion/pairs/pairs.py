@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -106,8 +107,8 @@ class BlockedImages(ABC):
     def __init__(self, images: int, shape: tuple[int, int, int], seed: int, split: Split, num_timesteps: int) -> None:
         self.images, self.shape = images, shape
         self.seed, self.split, self.num_timesteps = seed, split, num_timesteps
-        self.cached_recipe = lru_cache(maxsize=2)(self.recipe)
-        """Gives arrays that are not to be changed."""
+        self._cached = lru_cache(maxsize=6)(self.recipe)
+        self._drawing = [Lock() for _ in range(16)]
 
     @abstractmethod
     def x_0(self, block: int) -> NDArray[np.uint8]:
@@ -116,6 +117,11 @@ class BlockedImages(ABC):
     @abstractmethod
     def labels(self, block: int) -> NDArray[np.int64]:
         """The labels of a block, (n,); -1 where there is none."""
+
+    def cached_recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """`recipe`, once for several threads that want parts of one block; its arrays are not to be changed."""
+        with self._drawing[block % len(self._drawing)]:
+            return self._cached(block, draw)
 
     def size(self, block: int) -> int:
         """Images in a block: BLOCK, or fewer in the last one."""

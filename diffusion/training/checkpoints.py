@@ -64,7 +64,7 @@ class Checkpoints:
                 written, weights = json.loads(path.read_bytes()), path.with_suffix(".safetensors").read_bytes()
                 if _digest(weights, written["facts"]) != written["sha256"]:
                     raise ValueError("its digest does not match")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 say(f"train: checkpoint {path.stem} is damaged ({error}); going back to the one before")
             else:
                 facts = written["facts"]
@@ -103,5 +103,5 @@ def _digest(weights: bytes, facts: dict[str, Any]) -> str:
 def _is_good(path: Path) -> bool:
     try:
         return bool(json.loads(path.read_bytes())["facts"]["good"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -28,7 +28,7 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     Raises:
         TypeError: the network is none of diffusion.nn.
         ValueError: the images are not those that the network was made for.
-        UserError: loss or gradient was not finite in several steps in a row.
+        UserError: loss or gradient was not finite in several steps in a row, or at the end.
     """
     options = options or TrainOptions()
     if not isinstance(model.net, Network):
@@ -44,7 +44,8 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
     total = options.steps * options.batch_size
     with prefetched(fetch, device) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
-        net = runnable(state.net, options, World(), to_compile(options, device, count(state.net, images.shape).flops))
+        compiling = to_compile(options, device, lambda: count(state.net, images.shape).flops)
+        net = runnable(state.net, options, World(), compiling)
         trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))
         while state.step < options.steps:
             try:
@@ -54,5 +55,8 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
             except recovery.Diverged as diverged:
                 raise UserError(f"{diverged}; {recovery.advice(options)}") from None
             progress.advance(options.batch_size)
+        finite = all(parameter.isfinite().all() for parameter in state.average.parameters())
+        if state.skipped == options.steps or not finite:
+            raise UserError(f"loss or gradient was not finite at the end; {recovery.advice(options)}")
     # An estimate for the analytic variance would be of other weights.
     return replace(model, net=state.average, config=model.config.model_copy(update={"x_0_mse": None}))

@@ -1,6 +1,5 @@
 """How a network is run on the hardware at hand: precision, compilation, memory and prefetching."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,15 +31,15 @@ COMPILE_FROM = 1e16
 preset digits on an H200); a large network does these FLOPs in two to three minutes there, at 7 % of the card's peak."""
 
 
-def to_compile(options: TrainOptions, device: torch.device, flops: float) -> bool:
-    """Whether to compile a network whose forward pass takes `flops` for an image."""
+def to_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
+    """Whether to compile a network; `flops` gives those of its forward pass for an image."""
     if options.compile != "auto":
         return options.compile
-    return device.type == "cuda" and 3 * flops * options.batch_size * options.steps >= COMPILE_FROM
+    return device.type == "cuda" and 3 * flops() * options.batch_size * options.steps >= COMPILE_FROM
 
 
-def runnable(net: Network, options: TrainOptions, world: World, compiling: bool = False) -> nn.Module:
-    """The network as it is trained: recomputed, synchronized with other processes and compiled as `options` say.
+def runnable(net: Network, options: TrainOptions, world: World, compiling: bool) -> nn.Module:
+    """The network as it is trained: recomputed and synchronized with other processes as `options` say, and compiled.
 
     Its weights are those of `net`. Every batch has the same shape, so that it is compiled once.
     """
@@ -55,14 +54,23 @@ def runnable(net: Network, options: TrainOptions, world: World, compiling: bool 
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """A block or function whose float32 matrix products and convolutions are in TF32 on a GPU (10 bits of mantissa)."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = True
+    """A block whose float32 matrix products and convolutions are in TF32 on a GPU (10 bits of mantissa).
+
+    What was set by torch's newer `fp32_precision` stays as it is: the two ways to say it do not mix.
+    """
+    convolutions = torch.backends.cudnn
+    try:
+        before = torch.get_float32_matmul_precision(), convolutions.allow_tf32
+    except RuntimeError:
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    convolutions.allow_tf32 = True
     try:
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        convolutions.allow_tf32 = before[1]
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
@@ -81,9 +89,10 @@ def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch
         return Prefetch(fetch)
 
     def pinned(step: int) -> Batch:
-        return Batch(*(torch.from_numpy(array).pin_memory().numpy() for array in fetch(step)))
+        with torch.cuda.device(device):  # it is each thread's own
+            return Batch(*(torch.from_numpy(array).pin_memory().numpy() for array in fetch(step)))
 
-    return Prefetch(pinned, threads=min(4, os.cpu_count() or 1))
+    return Prefetch(pinned, threads=min(4, torch.get_num_threads()))
 
 
 class Prefetch(Generic[Item]):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -98,7 +99,8 @@ def train(
 
 
 def step(state: State, trainer: Trainer) -> None:
-    """One step of the optimizers and of the average; skipped where the loss or its gradient is not finite.
+    """One step of the optimizers, who skip it where the loss or its gradient is not finite, and of the average, which
+    then counts the weights as they are once more.
 
     With the weighting `simple` the loss is that of line 5, whatever the network predicts: |eps - eps_hat(x_t, t)|^2.
     """
@@ -121,7 +123,6 @@ def step(state: State, trainer: Trainer) -> None:
         state.timesteps.observe(world.gather(t), world.gather(loss.cpu()))
 
 
-@tf32()
 def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Add the gradient of the mean weighted loss to the network's; gives the loss of each image, (B,).
 
@@ -131,8 +132,9 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
     parts = zip(*(x.chunk(options.accumulate) for x in (x_0, t, eps, y, weight)), strict=True)
     for number, (x_0, t, eps, y, weight) in enumerate(parts, start=1):
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
-        with synchronizing(trainer.net, number == options.accumulate):
-            with torch.autocast(x_0.device.type, trainer.precision, enabled=trainer.precision != torch.float32):
+        full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
+        with tf32() if full and on_gpu else nullcontext(), synchronizing(trainer.net, number == options.accumulate):
+            with torch.autocast(x_0.device.type, trainer.precision, enabled=not full):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.

@@ -32,9 +32,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override] # noqa: ARG002
         for group in self.param_groups:
             parameters = group["params"]
-            directions = [whole(direction).flatten(1) for direction in self._directions(parameters, group["momentum"])]
-            for members in banks([direction.shape for direction in directions], parameters[0].is_cuda):
-                updates = orthogonal([directions[member] for member in members])
+            directions = self._directions(parameters, group["momentum"])
+            shapes = [torch.Size((len(parameter), parameter[0].numel())) for parameter in parameters]
+            for members in banks(shapes, parameters[0].is_cuda):
+                updates = orthogonal([whole(directions[member]).flatten(1) for member in members])
                 for member, update in zip(members, updates, strict=True):
                     parameter, (rows, columns) = parameters[member], update.shape
                     rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
@@ -54,11 +55,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         # DTensor has no such operation out of place.
         directions = [gradient.lerp(moment, momentum) for gradient, moment in zip(gradients, momenta, strict=True)]
-        return directions if self.found_inf is None else list(torch._foreach_mul(directions, 1 - self.found_inf))
+        if self.found_inf is not None:
+            torch._foreach_mul_(directions, 1 - self.found_inf)
+        return directions
 
 
 LARGEST_BANK = 2**26
-"""Elements of a padded bank of matrices, up to which its launches count for more than what is computed in vain."""
+"""Elements of a padded bank of matrices, up to which saving launches outweighs the work wasted on padding."""
 
 
 def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:

@@ -19,7 +19,7 @@ class MuonOptions(Choice):
 
     kind: Literal["muon"] = "muon"
     """The kind of optimizer."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 0.01
     """Muon's peak learning rate."""
 
 
@@ -76,6 +76,6 @@ class TrainOptions(Section):
     """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere. On a
     GPU those of fp32 are in TF32 while the network is trained. Weights, optimizer and average are always float32."""
     compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")] = "auto"
-    """Whether the network is compiled (torch.compile); auto: on a GPU, if the training is long enough to gain by it."""
+    """Whether the network is compiled (torch.compile); auto: on a GPU, if the training is long enough to benefit."""
     recompute: bool = False
     """Activation checkpointing: blocks are recomputed in the backward pass. Less memory, a third slower."""

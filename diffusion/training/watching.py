@@ -101,7 +101,8 @@ class Watch:
         if self.live:
             say(f"train: step {state.step}: held-out MSE {mse:.4f}")
             self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
-            self.live.image(picture(self.previews, state.step), state.step)
+            if math.isfinite(mse):
+                self.live.image(picture(self.previews, state.step), state.step)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -109,6 +110,8 @@ class Watch:
 
     def _measure(self, state: State) -> float:
         mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
+        if not math.isfinite(mse):
+            return mse  # such a network draws nothing
         images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, self.stop.check)
         write_atomic(picture(self.previews, state.step), grid_png(images))
         return mse

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,14 +65,14 @@ def run(params: Params, paths: Paths) -> None:
         return
     store = os.environ.get(launching.STORE)
     lost = Echo if launched() else UserError  # of several that were launched, one speaks for all
-    with distributed.joined(device, Path(store) if store else None, lost) as world, ExitStack() as held:
+    file = Path(store) if store else None
+    with enough_memory(params.train), distributed.joined(device, file, lost) as world, ExitStack() as held:
         check_shares(params.train, world)
         facts = training_facts(params, paths, device, world)
         if world.main and not launched():
             held.enter_context(taken(paths.checkpoints, facts))
         training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
-        with enough_memory(params.train):
-            model, state = training.run()
+        model, state = training.run()
         if world.main:
             training.write(model, state)
             tracking.record(params, paths, state.run_id)
@@ -142,7 +143,7 @@ class Training:
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
                 progress = watched.enter_context(Progress("train", total, "images", done=done))
                 state.run_id = live.run_id
-            forward = runnable(state.net, options, world, to_compile(options, self.device, counts.flops))
+            forward = runnable(state.net, options, world, to_compile(options, self.device, lambda: counts.flops))
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
@@ -199,16 +200,20 @@ def check_shares(options: TrainOptions, world: World) -> None:
 
 @contextmanager
 def enough_memory(options: TrainOptions) -> Iterator[None]:
-    """A block that raises UserError, with what to change, where the device's memory is too small."""
+    """A block that raises UserError, with what to change, where memory is too small. Each process does so by itself."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not re.search("can't allocate memory|ALLOC_FAILED", said):
             raise
+        advice = ["" if options.recompute else "set train.recompute to true"]
+        advice.append("set train.precision to bf16" if options.precision == "fp32" else "")
         raise UserError(
-            f"train.batch_size: {options.batch_size} images at once do not fit into the device's memory; lower it, "
-            f"raise train.accumulate (now {options.accumulate}: the parts of a batch that go through in turn), or set "
-            "train.recompute to true or train.precision to bf16"
+            f"out of memory ({said}); lower train.batch_size (now {options.batch_size}) or raise train.accumulate (now "
+            f"{options.accumulate}), the parts of a batch that go through in turn"
+            + "".join(f", or {each}" for each in advice if each)
         ) from None
 
 

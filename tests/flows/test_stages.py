@@ -304,10 +304,11 @@ def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 2.27 PiB"),
     ],
 )
 def test_where_memory_is_too_small_train_says_what_to_change(
-    pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+    pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fails(*_: object) -> None:
         raise error
@@ -317,9 +318,8 @@ def test_where_memory_is_too_small_train_says_what_to_change(
     done = trees.run(tree)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ddpm train: error: train.batch_size: 32 images at once do not fit into the device's memory; lower it, raise "
-        "train.accumulate (now 1: the parts of a batch that go through in turn), or set train.recompute to true or "
-        "train.precision to bf16"
+        f"ddpm train: error: out of memory ({error}); lower train.batch_size (now 32) or raise train.accumulate (now "
+        "1), the parts of a batch that go through in turn, or set train.recompute to true"
     )
     monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("another one")))
     with pytest.raises(RuntimeError, match="another one"):

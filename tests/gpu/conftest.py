@@ -1,10 +1,11 @@
 """Fixtures for tests of a GPU. They need none of the pipeline, so that a machine with little more than torch runs them:
 
-python -m pytest --confcutdir tests/gpu tests/gpu
+python -m pytest -W default --confcutdir tests/gpu tests/gpu
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from diffusion.model import new_network
 from diffusion.nn import build as networks
+from diffusion.nn.layers import Network
 from diffusion.pairs.pairs import Batch
 from diffusion.process import build
 from diffusion.training import loop
@@ -56,16 +58,29 @@ def batch(step: int) -> Batch:
 
 
 @pytest.fixture
-def start(device: torch.device, params: Params) -> Start:
+def start(device: torch.device, params: Params) -> Iterator[Start]:
     """Gives a training that has not begun, with other options, compiled or not, in a precision."""
+    held = ExitStack()
 
     def begun(
         compiled: bool = False, precision: torch.dtype = torch.bfloat16, **train: Any
     ) -> tuple[State, loop.Trainer]:
         process, options = build.process(params.process), params.train.model_copy(update=train)
         torch.manual_seed(0)
-        state = begin(new_network(SHAPE, 0, params.network, params.process).to(device), options, process.schedule)
-        net = runnable(state.net, options, World(), compiled)
-        return state, loop.Trainer(options, 0, process.loss, prefetched(batch, device), net, precision=precision)
+        net = randomized(new_network(SHAPE, 0, params.network, params.process)).to(device)
+        state = begin(net, options, process.schedule)
+        fetch = held.enter_context(prefetched(batch, device))
+        forward = runnable(state.net, options, World(), compiled)
+        return state, loop.Trainer(options, 0, process.loss, fetch, forward, precision=precision)
 
-    return begun
+    with held:
+        yield begun
+
+
+def randomized(net: Network) -> Network:
+    """With something to do for the layers that start at zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return net

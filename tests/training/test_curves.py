@@ -48,3 +48,14 @@ def test_patience_ends_after_so_many_measurements_that_are_no_better() -> None:
     assert out([3, 2, 2.5, 2.1, 2.2], 3)
     assert out([3, 2, 2], 1)  # as good is not better
     assert not out([3, 2, 2.5, 2.1, 2.2], 0)
+
+
+def test_skipped_steps_are_counted_in_all_in_a_row_and_in_the_longest_row(params: Params) -> None:
+    state, seen = new_state(params), list[list[int]]()
+    one = torch.ones(1)
+    for norm in (1.0, torch.nan, torch.inf, 2.0, torch.nan, 3.0):
+        curves.accumulate(state, one * norm, torch.tensor(norm), torch.zeros(1, dtype=torch.int64), one, 100)
+        seen.append(state.skips.tolist())
+    assert seen == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 2], [3, 1, 2], [3, 0, 2]]
+    assert (state.skipped, state.skipped_in_row, state.longest_skip) == (3, 0, 2)
+    assert state.sums[:3].tolist() == [3, 6, 6]  # steps, losses, norms of those that were taken

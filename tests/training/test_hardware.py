@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def result(params: Params, kind: str, conditioning: str, **options: Any) -> list[Tensor]:
     """Output and gradients of a network that is run as the options say."""
     net = randomize(network((1, 8, 8), kind, conditioning, dropout=0.3)).train()
-    made = hardware.runnable(net, params.train.model_copy(update=options), World())
+    made = hardware.runnable(net, params.train.model_copy(update=options), World(), False)
     torch.manual_seed(5)
     out = made(noise(4, 1, 8, 8), torch.tensor([1, 2, 3, 500]), None)
     out.square().mean().backward()
@@ -41,7 +41,7 @@ def test_recomputed_blocks_keep_less(params: Params) -> None:
     kept = []
     for recompute in (False, True):
         net = network((1, 8, 8), "unet", "film", blocks_per_level=3)
-        made = hardware.runnable(net, params.train.model_copy(update={"recompute": recompute}), World())
+        made = hardware.runnable(net, params.train.model_copy(update={"recompute": recompute}), World(), False)
         sizes: list[int] = []
 
         def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -91,7 +91,7 @@ def test_auto_compiles_long_trainings_on_a_gpu(params: Params) -> None:
 
     def chosen(value: bool | str, device: str, steps: int) -> bool:
         options = params.train.model_copy(update={"compile": value, "steps": steps, "batch_size": 128})
-        return hardware.to_compile(options, torch.device(device), flops=1e9)
+        return hardware.to_compile(options, torch.device(device), lambda: 1e9)
 
     assert [chosen("auto", "cuda", steps) for steps in (26_041, 26_042)] == [False, True]
     assert not chosen("auto", "cpu", 10**9)
@@ -99,20 +99,32 @@ def test_auto_compiles_long_trainings_on_a_gpu(params: Params) -> None:
 
 
 def test_tf32_holds_in_the_block_alone() -> None:
-    def flags() -> tuple[bool, bool]:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    def settings() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
-    before = flags()
+    before = settings()
     try:
-        for outside in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = outside
-            assert hardware.tf32()(flags)() == (True, True)
-            assert flags() == (outside, outside)
+        for outside in (("highest", False), ("medium", True)):
+            torch.set_float32_matmul_precision(outside[0])
+            torch.backends.cudnn.allow_tf32 = outside[1]
             with suppress(OSError), hardware.tf32():
+                assert settings() == ("high", True)
                 raise OSError
-            assert flags() == (outside, outside)
+            assert settings() == outside
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_a_users_own_precision_of_the_newer_kind_stays() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with hardware.tf32():
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_the_next_item_is_made_meanwhile_and_any_that_is_asked_for() -> None:
