@@ -19,8 +19,10 @@ from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.hardware import prefetched
 from diffusion.training.state import State
 from flows.params import Params
-from tests.gpu.conftest import SHAPE, Start, batch, randomized
+from tests.gpu.conftest import REHEARSAL, SHAPE, Start, batch, randomized
 
+if not (REHEARSAL or torch.cuda.is_available()):
+    pytest.skip("needs a GPU", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch warns of itself
 
 EPS = torch.finfo(torch.float32).eps
