@@ -40,7 +40,7 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "DDPM_", "MLFLOW_"))]:
             patch.delenv(variable)
-        for variable, value in store.ENVIRONMENT.items():  # set as it was imported
+        for variable, value in store.ENVIRONMENT.items():  # ours, set on import
             patch.setenv(variable, value)
         patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
         patch.setenv("GIT_CONFIG_NOSYSTEM", "1")

@@ -84,7 +84,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
-    """Batches made in time: for a GPU by several threads, and in memory from which copies need not be waited for."""
+    """Prefetch batches; for a GPU with several threads, and into pinned memory, from which copies are asynchronous."""
     if device.type != "cuda":
         return Prefetch(fetch)
 
@@ -96,7 +96,7 @@ def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch
 
 
 class Prefetch(Generic[Item]):
-    """`fetch`, with the next items, as many as there are threads, made meanwhile; a context manager."""
+    """`fetch`, with the next items, one for each thread, made in advance; a context manager."""
 
     def __init__(self, fetch: Callable[[int], Item], threads: int = 1) -> None:
         self._fetch, self._threads = fetch, threads

@@ -99,8 +99,10 @@ def train(
 
 
 def step(state: State, trainer: Trainer) -> None:
-    """One step of the optimizers, who skip it where the loss or its gradient is not finite, and of the average, which
-    then counts the weights as they are once more.
+    """One step of the optimizers and of the average.
+
+    Where the loss or its gradient is not finite, the optimizers change nothing, and the average counts the weights as
+    they are once more.
 
     With the weighting `simple` the loss is that of line 5, whatever the network predicts: |eps - eps_hat(x_t, t)|^2.
     """

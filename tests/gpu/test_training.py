@@ -117,7 +117,8 @@ def test_a_step_that_is_not_finite_is_skipped(start: Start, device: torch.device
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     spoiled = batch(2)
     spoiled.x_0[3] = np.nan
-    loop.step(state, loop.Trainer(trainer.options, 0, trainer.loss, prefetched(lambda _: spoiled, device), state.net))
+    with prefetched(lambda _: spoiled, device) as fetch:
+        loop.step(state, loop.Trainer(trainer.options, 0, trainer.loss, fetch, state.net))
     assert (state.step, state.skipped) == (3, 1)
     changed = [name for name, tensor in state.tensors().items() if not tensor.equal(before[name])]
     assert changed
