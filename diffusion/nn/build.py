@@ -47,7 +47,8 @@ def device(name: str, local_rank: int = 0) -> torch.device:
 
     Of several processes that train together, each takes the GPU of its `local_rank`, if none is named by number.
 
-    On a GPU torch is told to use deterministic kernels of full float32 precision (training may use TF32). On a CPU they are so anyway.
+    On a GPU torch is told to use deterministic kernels of full float32 precision (training may use TF32). On a CPU
+    they are so anyway.
     """
     gpus = torch.cuda.device_count()
     chosen = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
