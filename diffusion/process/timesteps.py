@@ -4,6 +4,7 @@ The pairs bring timesteps that are stratified over each block of images. A sampl
 numbers, into those it wants; so what is drawn stays a function of the position in the data.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -29,7 +30,11 @@ class Timesteps(nn.Module, ABC):
     """Whether `observe` has to be called."""
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        """Learn what the loss (B,) was at `t` (B,), both of the whole batch, in its order."""
+        """Learn what the loss (B,) was at `t` int64 (B,), both of the whole batch, in its order.
+
+        The training calls it one step late, so that it need not wait for the device. Losses that are not finite, of a
+        step that was skipped, are left out.
+        """
 
 
 class Stored(Timesteps):
@@ -129,8 +134,9 @@ class ByLoss(_ByProbability):
     def observe(self, t: Tensor, loss: Tensor) -> None:
         losses, seen = self.losses.numpy(), self.seen.numpy()  # their own memory, quicker to write one by one
         for stratum, value in zip(self._stratum(t).tolist(), loss.tolist(), strict=True):
-            losses[stratum, seen[stratum] % self.HISTORY] = value
-            seen[stratum] += 1
+            if math.isfinite(value):
+                losses[stratum, seen[stratum] % self.HISTORY] = value
+                seen[stratum] += 1
 
     def _stratum(self, t: Tensor) -> Tensor:
         return t * self.strata // self.num_timesteps

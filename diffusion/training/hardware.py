@@ -83,6 +83,21 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
 
 
+def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy a tensor to the CPU; what is returned waits for the copy and gives it."""
+    if tensor.device.type != "cuda":
+        copied = tensor.to("cpu")
+        return lambda: copied
+    copied = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    done = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return copied
+
+    return wait
+
+
 def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
     """Prefetch batches; for a GPU with several threads, and into pinned memory, from which copies are asynchronous."""
     if device.type != "cuda":

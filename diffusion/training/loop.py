@@ -17,7 +17,7 @@ from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.curves import accumulate, add_point, out_of_patience
 from diffusion.training.distributed import World, synchronizing, whole
-from diffusion.training.hardware import seed_dropout, tf32
+from diffusion.training.hardware import copy_to_host, seed_dropout, tf32
 from diffusion.training.options import TrainOptions
 from diffusion.training.recovery import Diverged, advice, check, go_back, judge, rate
 from diffusion.training.state import Row, State
@@ -121,8 +121,11 @@ def step(state: State, trainer: Trainer) -> None:
     state.step += 1
     ema.update(state.average, state.net, state.step, options.ema_width)
     accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
-    if state.timesteps.learns and norm.isfinite():
-        state.timesteps.observe(world.gather(t), world.gather(loss.cpu()))
+    if state.timesteps.learns:
+        # The losses of the step before have come by now: waiting for those of this one would keep a GPU idle.
+        state.observe()
+        loss = torch.where(norm.isfinite(), world.gather(loss), torch.nan)
+        state.unobserved = world.gather(t), copy_to_host(loss)
 
 
 def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:

@@ -50,6 +50,9 @@ class State(Facts):
     skips: Tensor = field(kw_only=True)
     """Steps whose loss or gradient was not finite, and which therefore changed neither weights nor optimizers, int64
     (3,): how many there were, how many of them just now in a row, and in the longest row so far."""
+    unobserved: tuple[Tensor, Callable[[], Tensor]] | None = None
+    """Timesteps int64 (B,) of the last step's whole batch and, when called, the loss at each, (B,), both on the CPU.
+    `timesteps` has not observed them yet. If the step was skipped, the losses are NaN."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The average's weights where the held-out error was least, if they are to be kept."""
 
@@ -82,6 +85,13 @@ class State(Facts):
         """Whether the processes share out the weights."""
         return any(is_shared_out(parameter) for parameter in self.net.parameters())
 
+    def observe(self) -> None:
+        """Let `timesteps` observe the losses of the last step, if it has not."""
+        if self.unobserved:
+            t, loss = self.unobserved
+            self.timesteps.observe(t, loss())
+            self.unobserved = None
+
     def facts(self) -> dict[str, Any]:
         """The fields of `Facts`, and `skips`, as plain data."""
         return {part.name: getattr(self, part.name) for part in fields(Facts)} | {"skips": self.skips.tolist()}
@@ -111,6 +121,11 @@ class State(Facts):
             with torch.no_grad():
                 for name, target in own.items():
                     target.copy_(placed(tensors[f"{prefix}.{name}"], target))
+        loss = tensors.get("unobserved.loss")
+        if loss is not None:
+            self.unobserved = tensors["unobserved.t"], lambda: loss
+        else:
+            self.unobserved = None
         self.sums = tensors["sums"].to(self.sums.device)
         self.skips = torch.tensor(facts["skips"], device=self.device)
         for name, value in vars(Facts(**{key: value for key, value in facts.items() if key != "skips"})).items():
@@ -132,6 +147,9 @@ class State(Facts):
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
         yield "sums", self.sums
+        if self.unobserved:
+            t, loss = self.unobserved
+            yield from (("unobserved.t", t), ("unobserved.loss", loss()))
         for prefix, module in self._modules():
             for name, tensor in module.state_dict().items():
                 yield f"{prefix}.{name}", tensor

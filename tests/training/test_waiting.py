@@ -1,15 +1,18 @@
 """A training step gives the device its work and waits for no result of it."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.process import build as processes
+from diffusion.process.timesteps import ByLoss, Stored
 from diffusion.training import loop
 from flows.params import Params
-from tests.training.test_loop import changed, fetch, new_state
+from tests.training.test_loop import changed, fetch, new_state, spoiled
 
 
 @pytest.fixture
@@ -17,12 +20,14 @@ def params(params: Params) -> Params:
     return changed(params, network={"base_channels": 8, "channel_multipliers": [1], "attention_levels": []})
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_waits_for_no_result(params: Params, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+@pytest.mark.parametrize(("timesteps", "accumulate"), [("uniform", 1), ("uniform", 2), ("rms-error", 1)])
+def test_a_step_waits_for_no_result(
+    params: Params, monkeypatch: pytest.MonkeyPatch, timesteps: str, accumulate: int
+) -> None:
     """Each would keep a GPU idle: numbers read from a tensor, conditions on one, copies to the CPU."""
     params = changed(
         params,
-        train={"timesteps": "uniform", "accumulate": accumulate, "batch_size": 64},
+        train={"timesteps": timesteps, "accumulate": accumulate, "batch_size": 64},
         process={"num_timesteps": 30},
     )
     state, waits = new_state(params), list[str]()
@@ -34,6 +39,9 @@ def test_a_step_waits_for_no_result(params: Params, monkeypatch: pytest.MonkeyPa
                 waits.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    # These read tensors of the CPU alone: the losses of the step before have been copied to it.
+    monkeypatch.setattr(ByLoss, "draw", Stored.draw)
+    monkeypatch.setattr(ByLoss, "observe", lambda *_: None)
     for name in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: waits.append(name))
     loop.step(state, trainer)
@@ -42,3 +50,33 @@ def test_a_step_waits_for_no_result(params: Params, monkeypatch: pytest.MonkeyPa
         assert waits == []
         assert state.skipped == 0
     assert waits == ["aten._local_scalar_dense.default"]  # by the line before
+
+
+def test_losses_are_observed_one_step_late(params: Params) -> None:
+    process = {"num_timesteps": 30, "parameterization": "eps"}
+    params = changed(params, process=process, train={"batch_size": 64})
+    state, seen = new_state(params), list[tuple[list[int], list[float]]]()
+    trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, spoiled(1), state.net)
+
+    class Recording(Stored):
+        learns = True
+
+        def observe(self, t: torch.Tensor, loss: torch.Tensor) -> None:
+            seen.append((t.tolist(), loss.tolist()))
+
+    state.timesteps = Recording()
+    for step in range(4):
+        loop.step(state, trainer)
+        assert [t for t, _ in seen] == [fetch(earlier).t.tolist() for earlier in range(step)]
+    # A new network gives zero: the error is the noise.
+    assert seen[0][1] == pytest.approx(np.square(fetch(0).eps).mean(axis=(1, 2, 3)).tolist(), rel=1e-5)
+    assert np.isnan(seen[1][1]).all()  # the step was skipped: an image was not finite
+    assert np.isfinite(seen[2][1]).all()
+
+
+def test_losses_that_are_not_finite_teach_nothing() -> None:
+    one, other = ByLoss(30, power=1), ByLoss(30, power=1)
+    one.observe(torch.tensor([3, 4, 5]), torch.tensor([1.0, math.nan, 2.0]))
+    other.observe(torch.tensor([3, 5]), torch.tensor([1.0, 2.0]))
+    assert one.losses.equal(other.losses)
+    assert one.seen.equal(other.seen)
