@@ -156,7 +156,7 @@ class Params(Section):
     seed: NonNegative = 0
     """Seed of every random number."""
     device: Device = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (CUDA, MPS or XPU where there is one of them), cpu, cuda, cuda:N, mps, xpu or xpu:N."""
     shard: Shard = Shard()
     pairs: Pairs = Pairs()
     process: ProcessOptions = ProcessOptions()

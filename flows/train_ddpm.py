@@ -147,7 +147,7 @@ def train_ddpm(
     Args:
         preset: A file in presets/, in place of all but seed, device, tracking and, where it names none, shard.source.
         seed: Seed of every random number.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+        device: auto (CUDA, MPS or XPU where there is one of them), cpu, cuda, cuda:N, mps, xpu or xpu:N.
         shard: Raw images into webdataset shards.
         pairs: Images of one size, in shuffled blocks, each with its noise recipe.
         process: The diffusion process.

@@ -13,6 +13,7 @@ from diffusion.pairs.noise import BLOCK, Purpose, stream
 from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import to_x_0
 from diffusion.process.parameterization import split
+from diffusion.process.schedule import float64_device
 
 
 class Prediction(NamedTuple):
@@ -34,8 +35,8 @@ def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Pr
             t, x_t, eps = pairs.heldout(block, draw)
             y = pairs.labels(block)
             on_device = torch.from_numpy(x_t).to(device, memory_format=torch.channels_last)
-            steps, classes = torch.from_numpy(t).to(device), torch.from_numpy(y).to(device)
-            out, _ = split(model.net_for(classes)(on_device, steps), len(x_t[0]))
+            steps, classes = torch.from_numpy(t).to(float64_device(device)), torch.from_numpy(y).to(device)
+            out, _ = split(model.net_for(classes)(on_device, steps.to(device)), len(x_t[0]))
             eps_hat = model.process.parameterization.to_eps(out, on_device, steps)
             yield Prediction(block * BLOCK + np.arange(len(t)), t, y, x_t, eps, eps_hat.cpu().numpy())
 
@@ -70,10 +71,10 @@ def x_0_mse(
         t = np.minimum(first + np.arange(BLOCK) // 16, schedule.num_timesteps - 1)
         z = stream(seed, Purpose.X_0_MSE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)
         x_0 = torch.from_numpy(to_x_0(pairs.x_0(block)[chosen], np.float32)).to(device)
-        steps, eps = torch.from_numpy(t).to(device), torch.from_numpy(z).to(device)
+        steps, eps = torch.from_numpy(t).to(float64_device(device)), torch.from_numpy(z).to(device)
         denoiser = model.process.denoiser(model.net_for(torch.from_numpy(pairs.labels(block)[chosen]).to(device)))
         x_t = schedule.diffuse(x_0, steps, eps).to(memory_format=torch.channels_last)
         x_0_hat = denoiser(x_t, steps).x_0_hat
-        np.add.at(total, t, (x_0 - x_0_hat).square().mean(dim=(1, 2, 3)).double().cpu().numpy())
+        np.add.at(total, t, (x_0 - x_0_hat).square().mean(dim=(1, 2, 3)).cpu().double().numpy())
         np.add.at(count, t, 1)
     return tuple((total / count).tolist())

@@ -17,6 +17,7 @@ from diffusion.pairs.noise import BLOCK, Purpose, stream
 from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import to_x_0
 from diffusion.process.likelihood import Bound, prior
+from diffusion.process.schedule import float64_device
 from diffusion.process.variance import Variance
 
 BATCH = 256
@@ -90,9 +91,9 @@ def measure(
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))
     for first in range(0, draws.images, BLOCK):
         indices = range(first, min(first + BLOCK, draws.images))
-        x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64)).to(device)
-        y = torch.from_numpy(pairs.labels(first // BLOCK)[: len(indices)]).to(device)
-        priors[indices] = prior(model.process.schedule, x_0).cpu().numpy()
+        x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64))
+        y = torch.from_numpy(pairs.labels(first // BLOCK))
+        priors[indices] = prior(model.process.schedule, x_0).numpy()
         # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
         t = np.stack([stream(seed, Purpose.LIKELIHOOD, image, T).integers(edges[:-1], edges[1:]) for image in indices])
         for begin in range(0, t.size, BATCH):
@@ -103,10 +104,10 @@ def measure(
                 )
                 for image, at in zip(row, t[row, column], strict=True)
             ]
-            bound = Bound(model.process.denoiser(model.net_for(y[row])), variance)
+            bound = Bound(model.process.denoiser(model.net_for(y[row].to(device))), variance)
             term = bound.term(
-                x_0[row].float().to(memory_format=torch.channels_last),
-                torch.from_numpy(t[row, column]).to(device),
+                x_0[row].float().to(device, memory_format=torch.channels_last),
+                torch.from_numpy(t[row, column]).to(float64_device(device)),
                 torch.from_numpy(np.stack(noise)).to(device, memory_format=torch.channels_last),
             )
             steps[first + row, column] = term.cpu().numpy()

@@ -13,7 +13,7 @@ from diffusion.errors import UserError
 from diffusion.nn.layers import Network, NetworkOptions
 from diffusion.sections import OneOf
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
 
 
 def _networks() -> dict[str, Any]:
@@ -43,19 +43,25 @@ def network(shape: tuple[int, int, int], channels_out: int, num_classes: int, op
 
 
 def device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one. Raises UserError if it is not there.
+    """The device of that name. Raises UserError if it is not there.
 
-    Of several processes that train together, each takes the GPU of its `local_rank`, if none is named by number.
+    `auto` is the first of CUDA, MPS (Apple) and XPU (Intel) that is there, or else the CPU. Of several processes that
+    train together, each takes the GPU of its `local_rank`, if none is named by number.
 
-    On a GPU torch is told to use deterministic kernels of full float32 precision (training may use TF32). On a CPU
-    they are so anyway.
+    With CUDA torch is told to use deterministic kernels of full float32 precision (training may use TF32). On a CPU
+    they are so anyway. On other devices torch does not promise that the same training gives the same bytes.
     """
-    gpus = torch.cuda.device_count()
-    chosen = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+    there = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
+    if name == "auto":
+        name = next((kind for kind, count in there.items() if count), "cpu")
+    chosen = torch.device(name, local_rank) if name in ("cuda", "xpu") else torch.device(name)
+    if chosen.type in there and (chosen.index or 0) >= there[chosen.type]:
+        raise UserError(f"device: {chosen} is not there; set device to auto or cpu")
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
-        if chosen.index >= gpus:
-            raise UserError(f"device: {chosen} is not there; set device to auto or cpu")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # With warnings alone attention's backward pass would stay non-deterministic.
         torch.use_deterministic_algorithms(True)

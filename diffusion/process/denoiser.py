@@ -37,7 +37,7 @@ class Denoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Estimate:
         """Estimates from x_t (B, C, H, W) at `t` int64 (B,)."""
-        out, fraction = split(self.net(x_t, t), x_t.shape[1])
+        out, fraction = split(self.net(x_t, t.to(x_t.device)), x_t.shape[1])
         x_0_hat = self.threshold(self.parameterization.to_x_0(out, x_t, t))
         alpha_bar = self.schedule(t)
         eps_hat = times((1 - alpha_bar).rsqrt(), x_t - times(alpha_bar.sqrt(), x_0_hat))

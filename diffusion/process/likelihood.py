@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.schedule import Schedule, times
+from diffusion.process.schedule import Schedule, double, like, times
 from diffusion.process.variance import Variance
 
 BITS = 1 / math.log(2)
@@ -53,10 +53,10 @@ def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tenso
     mean = schedule.posterior_mean(x_0_hat, x_t, t, s)
     true_mean = schedule.posterior_mean(x_0, x_t, t, s)
     # At t = 0 the posterior has no variance; any other number does, since that divergence is not used.
-    true_variance = schedule.posterior_variance(t.clamp(min=1), s.clamp(min=0)).to(x_0.dtype)
-    variance = variance.to(x_0.dtype)
+    true_variance = schedule.posterior_variance(t.clamp(min=1), s.clamp(min=0))
+    true_variance, variance = like(true_variance, x_0), like(variance, x_0)
     divergence = normal_kl(true_mean, true_variance, mean, variance)
-    last = (t == 0).view(-1, 1, 1, 1)
+    last = (t == 0).view(-1, 1, 1, 1).to(x_0.device)
     return BITS * torch.where(last, decoder_nll(x_0, mean, variance), divergence).mean(dim=(1, 2, 3))
 
 
@@ -73,4 +73,4 @@ class Bound:
         x_t = schedule.diffuse(x_0, t, eps)
         estimate = self.denoiser(x_t, t)
         variance = self.variance(t, t - 1, estimate.variance_fraction)
-        return term(schedule, x_0.double(), x_t.double(), t, estimate.x_0_hat.double(), variance)
+        return term(schedule, double(x_0), double(x_t), t, double(estimate.x_0_hat), variance)

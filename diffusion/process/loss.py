@@ -41,7 +41,7 @@ class Loss:
     def __call__(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
         """Loss of each image, (B,), at `t` int64 (B,) with noise `eps` (B, C, H, W) and classes `y` int64 (B,)."""
         x_t = self.schedule.diffuse(x_0, t, eps)
-        out, fraction = split(net(x_t, t, y), x_0.shape[1])
+        out, fraction = split(net(x_t, t.to(x_t.device), y), x_0.shape[1])
         error = times(self.scale(t), out - self.parameterization.target(x_0, eps, t))
         simple = self.kind(error).mean(dim=(1, 2, 3))
         if fraction is None:

@@ -10,9 +10,31 @@ import torch
 from torch import Tensor
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on `device` can be in float64; MPS and some XPUs lack it."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where coefficients for tensors on `device` are computed: there, or on the CPU if it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def double(x: Tensor) -> Tensor:
+    """x in float64, on its `float64_device`."""
+    return x.to(float64_device(x.device)).double()
+
+
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient in the precision of x, on its device."""
+    return coefficient.to(x.dtype).to(x.device)
+
+
 def times(coefficient: Tensor, x: Tensor) -> Tensor:
     """A float64 coefficient times x, in the precision of x: products with coefficients are cast here."""
-    return coefficient.to(x.dtype) * x
+    return like(coefficient, x) * x
 
 
 class Schedule:
@@ -20,6 +42,7 @@ class Schedule:
 
     Called with timesteps, it gives alpha_bar there; t = -1 is the clean image, alpha_bar = 1. All that its methods give
     for `t` (and an earlier `s`, -1 <= s < t), int64 (B,), is float64 (B, 1, 1, 1), to be combined, and cast by `times`.
+    Timesteps are on the `float64_device` of the images.
     """
 
     def __init__(self, beta: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, double
 
 
 class Variance(Protocol):
@@ -63,7 +63,7 @@ class Learned:
         assert fraction is not None, "the network was not made to learn the variance"
         small = FixedSmall(self.schedule)(t, s).log()
         large = (1 - self.schedule(t) / self.schedule(s)).log()
-        f = (fraction.double() + 1) / 2
+        f = (double(fraction) + 1) / 2
         return torch.exp(f * large + (1 - f) * small)
 
 

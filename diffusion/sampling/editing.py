@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.schedule import Schedule, times
+from diffusion.process.schedule import Schedule, float64_device, times
 from diffusion.sampling.sampler import Before, Noise, Sampler, sample
 
 
@@ -16,7 +16,7 @@ def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps
 
     Meng et al. 2022 (SDEdit), algorithm 1. The higher timesteps[0], the less of x_0 is left.
     """
-    t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
+    t = torch.full((len(x_0),), timesteps[0], device=float64_device(x_0.device))
     return sample(sampler, noise, timesteps, schedule.diffuse(x_0, t, noise(0)))
 
 
@@ -51,7 +51,7 @@ def inpaint(
     """
     x, before = noise(0), None
     for index, (t, s) in enumerate(pairwise(path)):
-        at, to = (torch.full((len(x),), step, device=x.device) for step in (t, s))
+        at, to = (torch.full((len(x),), step, device=float64_device(x.device)) for step in (t, s))
         places = (2 * index + 1, 2 * index + 2)
         if s < t:
             unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), before)

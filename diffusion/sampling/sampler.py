@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.schedule import times
+from diffusion.process.schedule import float64_device, times
 from diffusion.process.variance import Variance
 from diffusion.sections import Choice
 
@@ -174,7 +174,7 @@ def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor
     x_t = noise(0) if x_t is None else x_t
     before = None
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
-        at, to = (torch.full((len(x_t),), step, device=x_t.device) for step in (t, s))
+        at, to = (torch.full((len(x_t),), step, device=float64_device(x_t.device)) for step in (t, s))
         x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), before)
         before = Before(at, x_0_hat)
         yield Point(s, x_t, x_0_hat)

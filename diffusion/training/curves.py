@@ -15,6 +15,7 @@ def accumulate(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tens
 
     A step whose norm is not finite adds nothing, and is counted as skipped.
     """
+    loss, norm = loss.to(state.sums.device), norm.to(state.sums.device)
     finite = norm.isfinite()
     total, in_row, _ = state.skips + ~finite
     in_row = torch.where(finite, 0, in_row)

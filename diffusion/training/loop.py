@@ -113,7 +113,8 @@ def step(state: State, trainer: Trainer) -> None:
     # Lines 2 to 4: images, timesteps and noise.
     x_0, pairs_t, eps, y, u = (torch.from_numpy(array) for array in trainer.fetch(state.step))
     t, weight = state.timesteps.draw(pairs_t, u)
-    batch = [x.to(state.device, non_blocking=True) for x in (x_0, t, eps, y, weight)]
+    places = (state.device, state.sums.device, state.device, state.device, state.sums.device)
+    batch = [x.to(at, non_blocking=True) for x, at in zip((x_0, t, eps, y, weight), places, strict=True)]
     # Line 5: a step along the gradient of the loss.
     loss = backward(trainer, *batch)
     norm = whole(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
@@ -139,7 +140,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
         full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
         with tf32() if full and on_gpu else nullcontext(), synchronizing(trainer.net, number == options.accumulate):
-            with torch.autocast(x_0.device.type, trainer.precision, enabled=not full):
+            with nullcontext() if full else torch.autocast(x_0.device.type, trainer.precision):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.nn.layers import Network
 from diffusion.process.bands import BANDS
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, float64_device
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
 from diffusion.training.distributed import is_shared_out, placed, whole
@@ -58,7 +58,7 @@ class State(Facts):
 
     @property
     def device(self) -> torch.device:
-        return self.sums.device
+        return next(self.net.parameters()).device
 
     @property
     def skipped(self) -> int:
@@ -127,7 +127,7 @@ class State(Facts):
         else:
             self.unobserved = None
         self.sums = tensors["sums"].to(self.sums.device)
-        self.skips = torch.tensor(facts["skips"], device=self.device)
+        self.skips = torch.tensor(facts["skips"], device=self.skips.device)
         for name, value in vars(Facts(**{key: value for key, value in facts.items() if key != "skips"})).items():
             setattr(self, name, value)
 
@@ -165,7 +165,7 @@ def begin(
     net: Network, options: TrainOptions, schedule: Schedule, share_out: Callable[[Network], Network] = lambda net: net
 ) -> State:
     """A training that has not taken a step; `share_out` lays a network out over the processes."""
-    device = next(net.parameters()).device
+    device = float64_device(next(net.parameters()).device)
     average = share_out(ema.average_of(net))
     net = share_out(net)
     return State(

@@ -146,7 +146,7 @@ def add_options(samples: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
     )
-    settings.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    settings.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
     for name, field in (SampleOptions.model_fields | OF_SAMPLERS).items():
         # A choice has names; any other field its own type.
         choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)

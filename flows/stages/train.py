@@ -56,6 +56,8 @@ def run(params: Params, paths: Paths) -> None:
     pairs.check_process(process.schedule.alpha_bar.numpy())
     if params.network.classes and not pairs.manifest.classes:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
+    if device.type not in ("cpu", "cuda") and (params.train.processes > 1 or distributed.is_worker()):
+        raise UserError(f"device: several processes cannot train on {device}; set device to cpu, or start one process")
     if params.train.processes > 1 and not distributed.is_worker():
         check_devices(params, device)
         launching.divide_threads(params.train.processes)
