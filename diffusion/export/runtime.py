@@ -1,5 +1,9 @@
 """ONNX Runtime with an exported file, also for those who have neither torch nor onnx, such as the service."""
 
+import io
+from contextlib import redirect_stdout
+from functools import cache
+
 import onnxruntime as ort
 
 CUDA = "CUDAExecutionProvider"
@@ -16,5 +20,15 @@ def session(content: bytes, gpu: int | None, threads: int = 0) -> ort.InferenceS
     options.log_severity_level, options.intra_op_num_threads = 4, threads  # errors are raised as well
     # Neither rounded products, nor kernels chosen by how fast they happened to be.
     exact = {"device_id": gpu, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
-    providers = [(CUDA, exact)] if gpu is not None and CUDA in ort.get_available_providers() else []
+    providers = []
+    if gpu is not None and CUDA in ort.get_available_providers():
+        _load_cuda()
+        providers.append((CUDA, exact))
     return ort.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+
+
+@cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries from the packages that pip installs: ONNX Runtime itself looks in the system's paths alone."""
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()

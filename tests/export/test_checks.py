@@ -1,16 +1,19 @@
 """What keeps an export from being written, and what it says of the model."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
 from diffusion.errors import UserError
-from diffusion.export import metadata, parity, sampler_graph
+from diffusion.export import metadata, parity, runtime, sampler_graph
 from diffusion.storage.files import write_json, write_sums
 from flows.paths import Paths
 from flows.stages import export
@@ -73,6 +76,27 @@ def test_the_facts_give_the_schedule_back_exactly() -> None:
     assert np.array_equal(alpha_bar, model.process.schedule.alpha_bar.numpy())
     assert facts["ddpm.classes"] == '["0", "1", "2"]'
     assert facts["ddpm.parameterization"] == "v"
+
+
+def test_the_libraries_of_cuda_are_loaded_before_a_session_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[object]()
+
+    def prints_and_loads() -> None:
+        print("not found")
+        done.append("libraries")
+
+    monkeypatch.setattr(ort, "preload_dlls", prints_and_loads)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [runtime.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, providers: done.append(providers))
+    runtime._load_cuda.cache_clear()
+    runtime.session(b"", None)
+    assert done == [["CPUExecutionProvider"]]
+    with redirect_stdout(io.StringIO()) as printed:
+        runtime.session(b"", 1)
+        runtime.session(b"", 1)
+    exact = {"device_id": 1, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
+    assert done[1:] == ["libraries", *2 * [[(runtime.CUDA, exact), "CPUExecutionProvider"]]]
+    assert not printed.getvalue()
 
 
 def test_a_gpu_that_onnx_runtime_cannot_use_is_replaced_only_where_it_was_not_asked_for(
