@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
 try:
     import torch
     from gpu_measurements import page
