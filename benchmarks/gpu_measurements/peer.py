@@ -72,8 +72,9 @@ def _ready(bench: Bench, size: int, best: bool) -> Ready:
     if best:
         net = net.to(memory_format=torch.channels_last)
         net.compile(dynamic=False)
-    adamw = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
-    optimizer = torch.optim.AdamW(net.parameters(), **adamw, fused=best or None)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=best or None
+    )
     rate: Any = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
     average: Any = EMAModel(
         net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=best

@@ -1,6 +1,6 @@
 """How fast pictures are drawn."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -84,7 +84,7 @@ def sampling(bench: Bench) -> Iterator[Facts]:
     """Pictures of cifar10's network by dpm-solver++, in turns with diffusers' DDIMPipeline in as many steps."""
     size = 2 if bench.rehearse else 256
     drawing = Drawing(bench, size)
-    ways = [
+    ways: list[tuple[str, str, Callable[[int], Ready]]] = [
         ("torch, compiled", "tf32", partial(drawing.by_torch, narrow=True, compiled=True)),
         ("torch", "tf32", partial(drawing.by_torch, narrow=True, compiled=False)),
         ("diffusers", "tf32", drawing.by_diffusers),
