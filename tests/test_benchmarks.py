@@ -57,12 +57,7 @@ def test_the_rehearsal_gives_every_figure(tmp_path: Path) -> None:
         of["profile"][0]["ms_by_kind"]
     )
     assert [line["step"] for line in of["time_to_quality"] if "step" in line] == [3, 6]
-    assert {(line["side"], line["recompute"]) for line in of["memory"]} == {
-        (8, False),
-        (8, True),
-        (16, False),
-        (16, True),
-    }
+    assert [line["recompute"] for line in of["memory"]] == [False, True]
     assert "| cifar10 | 4 | bf16 | yes |" in done.stdout  # the table at the end
 
 

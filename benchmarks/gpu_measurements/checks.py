@@ -64,6 +64,8 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, raw)
         yaml_files.write_yaml(tree / "params.yaml", lay_over(params, SMALL) if bench.rehearse else params)
         for stage in ("shard", "pairs", "train", "evaluate"):
+            if stage == "evaluate":
+                importlib.import_module("matplotlib")  # without it the stage cannot plot
             began = time.perf_counter()
             yield from _stage(bench, tree, stage)
             seconds = round(time.perf_counter() - began, 1)
@@ -73,7 +75,7 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
 def _stage(bench: Bench, tree: Path, stage: str) -> Iterator[Facts]:
     """Run a stage; gives the held-out errors that it tells of, with the seconds since its start.
 
-    Raises RuntimeError with the end of what it said if it fails.
+    Raises RuntimeError with its last line if it fails.
     """
     began, said = time.perf_counter(), list[str]()
     command = [sys.executable, "-m", "flows", stage]
@@ -85,7 +87,8 @@ def _stage(bench: Bench, tree: Path, stage: str) -> Iterator[Facts]:
                 seconds = round(time.perf_counter() - began, 2)
                 yield {"step": int(found[1]), "heldout_mse": float(found[2]), "seconds": seconds}
     if process.returncode:
-        raise RuntimeError(f"{stage}: {''.join(said)[-1500:]}")
+        sys.stderr.writelines(said)
+        raise RuntimeError(f"{stage}: {(said or ['no output'])[-1].strip()}")
 
 
 def _report(tree: Path, stage: str) -> Facts:
