@@ -8,7 +8,8 @@ Each measurement gives JSON lines, printed and written as soon as they are known
 end comes a table. No measurement begins after --minutes, so that a run may be cut off at any time. It needs torch (2.11
 or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm; with pytest it runs tests/gpu, with diffusers it
 compares, with onnx, onnxscript and ONNX Runtime it runs sampler.onnx, with matplotlib the stage `evaluate`. A line says
-what is skipped because a package is missing. Networks are trained on random pixels in memory, except in `time_to_quality`, which runs the stages' commands.
+what is skipped because a package is missing. Networks are trained on random pixels in memory, except in
+`time_to_quality`, which runs the stages' commands.
 """
 
 import argparse
