@@ -1,252 +1,153 @@
-"""Training and sampling on a GPU: whether they are right, and how fast they are; one JSON line per measurement.
+"""Training and sampling on a GPU: whether they are right, and how fast they are.
 
-    python benchmarks/gpu.py --minutes 8 --out benchmarks/results/gpu.jsonl
-    python benchmarks/gpu.py --rehearse                                  # tiny, on the CPU
+    python benchmarks/gpu.py                       # writes benchmarks/results/gpu-CARD.jsonl
+    python benchmarks/gpu.py --rehearse            # all of it, tiny, on the CPU
+    python benchmarks/gpu.py --page                # benchmarks/results/gpu.md of these files
 
-It needs torch (2.11 or later), numpy, onnx, ONNX Runtime, pydantic, ruamel.yaml, pillow, safetensors and pytest. The
-most important measurements come first; those for which no time is left are skipped. `--only NAME,NAME` chooses some.
-Networks are trained on images of random pixels in memory, except in `stages`, which runs the stages' own commands.
+Each measurement gives JSON lines, printed and written as soon as they are known, the most important ones first; at the
+end comes a table. No measurement begins after --minutes, so that a run may be cut off at any time. It needs torch (2.11
+or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm; with pytest it runs tests/gpu, with diffusers it
+compares, with onnx, onnxscript and ONNX Runtime it runs sampler.onnx, with matplotlib the stage `evaluate`. A line says
+what is skipped because a package is missing. Networks are trained on random pixels in memory, except in
+`time_to_quality`, which runs the stages' commands.
 """
 
 import argparse
-import copy
 import json
-import time
+import os
+import platform
+import re
+import subprocess
+import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import torch
-from gpu_checks import SHAPES, Bench, Facts, gpu_tests, pairs, stages
-from torch import Tensor, nn
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
+try:
+    import torch
+    from gpu_measurements import page
+    from gpu_measurements.bench import ROOT, Bench, Facts
+    from gpu_measurements.checks import gpu_tests, time_to_quality
+    from gpu_measurements.profile import profile
+    from gpu_measurements.sampling import sampling
+    from gpu_measurements.training import ceilings, memory, pairs, settings, throughput
+    from gpu_measurements.turns import first_line
 
-from diffusion.model import Config, Model, new_network
-from diffusion.process import build
-from diffusion.sampling.build import SampleOptions, sampling_timesteps
-from diffusion.sampling.sampler import sample
-from diffusion.training import loop
-
-PEAK_BF16 = 989e12
-"""FLOP/s of dense bfloat16 by the data sheet of the H100 and H200 SXM."""
-
-
-def ceilings(bench: Bench) -> Iterator[Facts]:
-    """Products of 8192 x 8192 matrices, and copies, as fast as they go."""
-    side = 256 if bench.rehearse else 8192
-    facts: Facts = {}
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True)):
-        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        facts[f"{name}_tflops"] = round(2 * side**3 / bench.seconds(lambda a=a, b=b: a @ b, 20) / 1e12, 1)  # type: ignore[misc]
-    torch.backends.cuda.matmul.allow_tf32 = False
-    source = torch.empty(2**20 if bench.rehearse else 2**32, dtype=torch.uint8, device=bench.device)
-    target = torch.empty_like(source)
-    facts["copy_tb_per_s"] = round(2 * len(source) / bench.seconds(lambda: target.copy_(source), 10) / 1e12, 2)
-    yield facts
-
-
-def throughput(bench: Bench) -> Iterator[Facts]:
-    """Images a second of the training step, by preset, precision, compilation and batch, on batches in memory."""
-    cases = [
-        ("digits", 128, "bf16", False),
-        ("digits", 128, "bf16", True),
-        ("cifar10", 128, "bf16", True),
-        ("cifar10", 512, "bf16", True),
-        ("cifar10", 128, "bf16", False),
-        ("cifar10", 128, "fp32", False),
-        ("fashion-mnist", 32, "bf16", False),
-        ("fashion-mnist", 32, "bf16", True),
-    ]
-    for preset, size, dtype, compiled in cases:
-        if bench.rehearse and (compiled or preset != "digits"):
-            continue
-        began = time.perf_counter()
-        if bench.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        torch.compiler.reset()
-        state, trainer = bench.training(preset, batch_size=size, precision=dtype, compile=compiled)
-        loop.step(state, trainer)
-        bench.finish()
-        first = time.perf_counter() - began
-        seconds = bench.seconds(lambda state=state, trainer=trainer: loop.step(state, trainer), 20)  # type: ignore[misc]
-        yield {
-            "preset": preset,
-            "batch_size": size,
-            "precision": dtype,
-            "compiled": compiled,
-            "images_per_s": round(size / seconds),
-            "ms_per_step": round(1000 * seconds, 2),
-            "share_of_peak": round(3 * bench.flops * size / seconds / PEAK_BF16, 3),
-            "first_step_s": round(first, 1),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if bench.cuda else None,
-        }
-
-
-def peer(bench: Bench) -> Iterator[Facts]:
-    """diffusers' UNet2DModel of the same size: the step of its training example, as it is and at its best."""
-    from diffusers import UNet2DModel
-
-    UNet: Any = UNet2DModel  # diffusers has no types
-    widths = (32, 64, 64, 64) if bench.rehearse else (128, 256, 256, 256)
-    torch.use_deterministic_algorithms(False)
-    cases = [("example", 128, False, False), ("example, bf16", 128, True, False), ("best", 128, True, True)]
-    for name, size, bf16, best in [*cases, ("best", 512, True, True)]:
-        if bench.rehearse and (best or bf16):
-            continue
-        net: Any = UNet(
-            sample_size=32,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=2,
-            block_out_channels=widths,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            dropout=0.1,
-        ).to(bench.device)
-        if best:
-            net = net.to(memory_format=torch.channels_last)
-            net.compile()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=best or None)
-        average = copy.deepcopy(net)
-        _, trainer = bench.training("cifar10", batch_size=size, compile=False)
-        x_0, t, eps, _, _ = (torch.from_numpy(array).to(bench.device) for array in trainer.fetch(0))
-        x_t = trainer.loss.schedule.diffuse(x_0, t, eps)
-        if best:
-            x_t, eps = (x.to(memory_format=torch.channels_last) for x in (x_t, eps))
-
-        def step(
-            net: Any = net, optimizer: Any = optimizer, average: Any = average,
-            x_t: Tensor = x_t, t: Tensor = t, eps: Tensor = eps, bf16: bool = bf16,
-        ) -> None:  # fmt: skip
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bf16):
-                loss = nn.functional.mse_loss(net(x_t, t).sample.float(), eps)
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.001)
-
-        seconds = bench.seconds(step, 20)
-        parameters = sum(parameter.numel() for parameter in net.parameters())
-        yield {
-            "peer": name,
-            "parameters": parameters,
-            "batch_size": size,
-            "images_per_s": round(size / seconds),
-            "ms_per_step": round(1000 * seconds, 2),
-        }
-    torch.use_deterministic_algorithms(bench.cuda)
-
-
-def profile(bench: Bench) -> Iterator[Facts]:
-    """One step: waits for the GPU, launches, share of the time in which the GPU works, and in which kernels."""
-    for preset, compiled in (("digits", False), ("cifar10", False)):
-        if bench.rehearse and compiled:
-            continue
-        state, trainer = bench.training(preset, compile=compiled)
-        for _ in range(3):
-            loop.step(state, trainer)
-        found: Facts = {"preset": preset, "compiled": compiled}
-        if bench.cuda:
-            with warnings.catch_warnings(record=True) as waits:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                loop.step(state, trainer)
-                torch.cuda.set_sync_debug_mode("default")
-            found["waits"] = len([each for each in waits if "synchronizing" in str(each.message)])
-        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * bench.cuda
-        bench.finish()
-        with torch.profiler.profile(activities=kinds) as profiler:
-            began = time.perf_counter()
-            for _ in range(3):
-                loop.step(state, trainer)
-            bench.finish()
-            spent = time.perf_counter() - began
-        # An annotation, such as that of an optimizer's step, spans kernels and the gaps between them.
-        kernels = [
-            event
-            for event in profiler.events()
-            if event.device_type.name == "CUDA" and not event.name.startswith("Optimizer.")
-        ]
-        busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-        by_name: dict[str, float] = {}
-        for event in kernels:
-            by_name[event.name[:60]] = by_name.get(event.name[:60], 0) + event.time_range.elapsed_us() / 3000
-        found |= {"launches": len(kernels) // 3, "ms": round(spent / 3 * 1000, 1), "busy": round(busy / spent, 3)}
-        found["ms_by_kernel"] = {n: round(v, 2) for n, v in sorted(by_name.items(), key=lambda item: -item[1])[:10]}
-        yield found
-
-
-def sampling(bench: Bench) -> Iterator[Facts]:
-    """Images a second of a 10-step sampler (dpm-solver++) of the network of cifar10."""
-    params, size = bench.params("cifar10"), 4 if bench.rehearse else 256
-    process = build.process(params.process)
-    options = SampleOptions.model_validate(
-        params.sample.model_dump() | {"sampler": "dpm-solver++", "steps": 10, "spacing": "quadratic"}
-    )
-    shape = SHAPES["cifar10"]
-    for tf32, compiled in ((False, False), (True, False), (True, True)):
-        if bench.rehearse and compiled:
-            continue
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        net = new_network(shape, 0, params.network, params.process).to(bench.device).eval().requires_grad_(False)
-        if compiled:
-            net.compile(dynamic=False)
-        config = Config(shape=shape, classes=(), network=params.network, process=params.process, x_0_mse=None)
-        sampler = Model(net, process, config).sampler(options)
-        visited = sampling_timesteps(options, process.schedule)
-        x = torch.randn(size, *shape, device=bench.device).to(memory_format=torch.channels_last)
-
-        def draw(sampler: Any = sampler, x: Tensor = x, visited: list[int] = visited) -> None:
-            with torch.inference_mode():
-                sample(sampler, lambda _: x, visited)
-
-        rate = round(size / bench.seconds(draw, 1))
-        yield {"precision": "tf32" if tf32 else "fp32", "compiled": compiled, "images_per_s": rate}
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
+    from diffusion.storage.files import write_atomic
+except ModuleNotFoundError as error:
+    sys.exit(f"benchmarks/gpu.py: no module named {error.name}; the top of this file says what it needs")
 
 MEASUREMENTS: list[Callable[[Bench], Iterator[Facts]]] = [
-    ceilings, gpu_tests, stages, profile, throughput, peer, pairs, sampling,
+    gpu_tests, ceilings, throughput, profile, time_to_quality, sampling, memory, settings, pairs,
 ]  # fmt: skip
+"""The most important ones first."""
+RESULTS = ROOT / "benchmarks" / "results"
+NO_GPU = "no GPU: rehearsing tiny on the CPU; these figures are of no GPU"
 
 
-def main() -> None:
-    names = [measure.__name__ for measure in MEASUREMENTS]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of the trainings in `stages` (default 300)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no measurement begins after these (default 8)")
-    parser.add_argument("--out", type=Path, help="file to which the lines are written as well")
-    parser.add_argument("--only", default=",".join(names), help=f"some of {', '.join(names)}")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
-    arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here; --rehearse runs everything tiny on the CPU")
-    deadline = time.monotonic() + 60 * arguments.minutes
-    bench = Bench(arguments.rehearse, arguments.steps)
-    lines = []
+def machine(bench: Bench, commit: str | None) -> Facts:
+    """What was measured on, and with."""
+    return {
+        "device": bench.card if bench.cuda else "CPU, rehearsal",
+        "commit": commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if bench.cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if bench.cuda else None,
+        "onnxruntime": _version("onnxruntime-gpu") or _version("onnxruntime"),
+        "diffusers": _version("diffusers"),
+        "numpy": _version("numpy"),
+        "cores": len(os.sched_getaffinity(0)),
+    }
 
-    def write(line: Facts) -> None:
-        lines.append(json.dumps(line))
-        print(lines[-1], flush=True)
-        if arguments.out:
-            arguments.out.write_text("\n".join(lines) + "\n")
 
-    device = torch.cuda.get_device_name() if bench.cuda else "CPU, rehearsal"
-    write({"measurement": "machine", "device": device, "torch": torch.__version__, "cuda": torch.version.cuda})
-    for measure in MEASUREMENTS:
-        if measure.__name__ not in arguments.only.split(",") or time.monotonic() > deadline:
+def _output(*command: str) -> str | None:
+    """The first line that a program prints; None if it fails or is not there."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0] if lines else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class Lines:
+    """The lines of a run, printed and in a file as soon as they are added."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.all: list[Facts] = []
+        self._path = path
+
+    def add(self, line: Facts) -> None:
+        self.all.append(line)
+        print(json.dumps(line), flush=True)
+        if self._path:
+            write_atomic(self._path, "".join(f"{json.dumps(each)}\n" for each in self.all).encode())
+
+
+def measure(bench: Bench, lines: Lines, names: list[str]) -> None:
+    """Run the measurements of these names, for which time is left; one that fails has a line with the error."""
+    for measurement in MEASUREMENTS:
+        name = measurement.__name__
+        if name not in names:
+            continue
+        if bench.left() < 0:
+            lines.add({"measurement": name, "skipped": "no time was left"})
             continue
         try:
-            for facts in measure(bench):
-                write({"measurement": measure.__name__, **facts})
+            for facts in measurement(bench):
+                lines.add({"measurement": name, **facts})
+        except ModuleNotFoundError as error:
+            lines.add({"measurement": name, "skipped": f"no module named {error.name}"})
         except Exception as error:  # whatever fails, the rest is still measured
             traceback.print_exc()
-            write({"measurement": measure.__name__, "error": f"{type(error).__name__}: {error}"[-1500:]})
+            lines.add({"measurement": name, "error": first_line(error)})
+
+
+def main() -> int:
+    described = {each.__name__: (each.__doc__ or "").strip().partition("\n")[0] for each in MEASUREMENTS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no measurement begins after these (default 8)")
+    parser.add_argument("--out", type=Path, help="the file of the lines; a rehearsal writes none without it")
+    parser.add_argument("--only", default=",".join(described), help=f"some of {', '.join(described)}")
+    parser.add_argument("--commit", help="of the code, if this is no git repository (default: DDPM_COMMIT)")
+    parser.add_argument(
+        "--fashion-mnist",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="folder of its four idx files (default %(default)s)",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="all of it, tiny, on the CPU")
+    parser.add_argument("--page", action="store_true", help="measure nothing; write the page of all results")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := sorted(set(names) - described.keys()):
+        parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join(described)}")
+    if arguments.page:
+        print(page.write(RESULTS, described))
+        return 0
+    rehearse = arguments.rehearse or not torch.cuda.is_available()
+    if rehearse and not arguments.rehearse:
+        print(NO_GPU, file=sys.stderr)
+    with Bench(rehearse, arguments.minutes, arguments.fashion_mnist) as bench:
+        name = re.sub(r"\W+", "-", bench.card.removeprefix("NVIDIA ")).strip("-")
+        lines = Lines(arguments.out or (None if rehearse else RESULTS / f"gpu-{name}.jsonl"))
+        about = machine(bench, arguments.commit or os.environ.get("DDPM_COMMIT"))
+        rehearsal = {"not_rehearsed": "torch.compile: what is to be compiled runs as it is"} if rehearse else {}
+        lines.add({"measurement": "machine"} | about | rehearsal)
+        measure(bench, lines, names)
+    print(page.tables(lines.all))
+    return int(any("error" in line for line in lines.all))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,7 @@ python -m pytest -W default --confcutdir tests/gpu tests/gpu
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from flows.params import Params
 REHEARSAL = os.environ.get("REHEARSE_GPU_TESTS") == "1"
 """Whether to run on the CPU: that tests the tests."""
 SHAPE = (1, 8, 8)
+BATCH = 8 if REHEARSAL else 32
 Start = Callable[..., tuple[State, loop.Trainer]]
 
 
@@ -43,31 +44,43 @@ def params() -> Params:
     found = presets.load(Path(__file__).parents[2] / "presets" / "digits.yaml")
     plain = found.model_dump()
     plain["network"] |= {"base_channels": 16, "dropout": 0.1}
-    plain["train"] |= {"steps": 40, "warmup_steps": 5, "batch_size": 32, "log_every": 10, "preview_every": 20}
+    plain["train"] |= {"steps": 40, "warmup_steps": 5, "batch_size": BATCH, "log_every": 10, "preview_every": 20}
     return Params.model_validate(plain)
 
 
 def batch(step: int) -> Batch:
     """Images of one gray value each, a function of the step."""
     rng = np.random.default_rng(step)
-    x_0 = rng.uniform(-1, 1, (32, 1, 1, 1)) * np.ones(SHAPE)
-    eps = rng.standard_normal((32, *SHAPE), dtype=np.float32)
-    return Batch(x_0.astype(np.float32), rng.integers(0, 1000, 32), eps, np.full(32, -1), rng.random(32))
+    x_0 = rng.uniform(-1, 1, (BATCH, 1, 1, 1)) * np.ones(SHAPE)
+    eps = rng.standard_normal((BATCH, *SHAPE), dtype=np.float32)
+    return Batch(x_0.astype(np.float32), rng.integers(0, 1000, BATCH), eps, np.full(BATCH, -1), rng.random(BATCH))
 
 
 @pytest.fixture
 def start(device: torch.device, params: Params) -> Iterator[Start]:
     """Gives a training that has not begun, with other options, compiled or not, in a precision."""
+    with starting(device, params) as begun:
+        yield begun
+
+
+@contextmanager
+def starting(device: torch.device, params: Params) -> Iterator[Start]:
+    """A block with what the fixture `start` gives."""
     held = ExitStack()
 
     def begun(
-        compiled: bool = False, precision: torch.dtype = torch.bfloat16, **train: Any
+        compiled: bool = False,
+        precision: torch.dtype = torch.bfloat16,
+        where: torch.device = device,
+        dropout: float = 0.1,
+        **train: Any,
     ) -> tuple[State, loop.Trainer]:
         process, options = build.process(params.process), params.train.model_copy(update=train)
         torch.manual_seed(0)
-        net = randomized(new_network(SHAPE, 0, params.network, params.process)).to(device)
+        network = params.network.model_copy(update={"dropout": dropout})
+        net = randomized(new_network(SHAPE, 0, network, params.process)).to(where)
         state = begin(net, options, process.schedule)
-        fetch = held.enter_context(prefetched(batch, device))
+        fetch = held.enter_context(prefetched(batch, where))
         forward = runnable(state.net, options, World(), compiled)
         return state, loop.Trainer(options, 0, process.loss, fetch, forward, precision=precision)
 

@@ -1,6 +1,9 @@
 """Training and sampling on a GPU: what the CPU computes, and the same bytes every time."""
 
 import copy
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.hardware import prefetched
 from diffusion.training.state import State
 from flows.params import Params
-from tests.gpu.conftest import REHEARSAL, SHAPE, Start, batch, randomized
+from tests.gpu.conftest import REHEARSAL, SHAPE, Start, batch, randomized, starting
 
 if not (REHEARSAL or torch.cuda.is_available()):
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -56,6 +59,24 @@ def test_the_gradient_is_that_of_the_cpu(start: Start, device: torch.device) -> 
     assert (found - expected).norm() < 1000 * EPS * expected.norm()
 
 
+def test_a_step_changes_the_weights_as_on_the_cpu(start: Start, device: torch.device) -> None:
+    """In float32, with TF32 (10 bits of mantissa) on the GPU: closer than a step in bfloat16 (7 bits) on the CPU.
+
+    Without dropout, since each device draws its own.
+    """
+
+    def change(where: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        state, trainer = start(where=where, precision=dtype, dropout=0.0)
+        before = torch.cat([parameter.detach().flatten().clone() for parameter in state.net.parameters()])
+        loop.step(state, trainer)
+        return (torch.cat([parameter.detach().flatten() for parameter in state.net.parameters()]) - before).cpu()
+
+    cpu = torch.device("cpu")
+    expected, narrow = change(cpu, torch.float32), change(cpu, torch.bfloat16)
+    assert 0 < (narrow - expected).norm() < 0.5 * expected.norm()
+    assert (change(device, torch.float32) - expected).norm() < 0.5 * (narrow - expected).norm()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_same_training_twice_gives_the_same_bytes(start: Start, compiled: bool) -> None:
     states = []
@@ -66,24 +87,50 @@ def test_the_same_training_twice_gives_the_same_bytes(start: Start, compiled: bo
     assert_same(*states)
 
 
-def test_a_stopped_training_resumes_to_the_same_bytes(start: Start, tmp_path: Path) -> None:
-    def run(directory: str, stop_at: int | None = None) -> State:
-        state, trainer = start(steps=40)
-        checkpoints = Checkpoints(tmp_path / directory)
-        checkpoints.restore(state)
-        loop.train(
-            state,
-            trainer,
-            checkpoints,
-            report=lambda state: None if state.step % 10 else (trainer.add_point(state), None)[1],
-            preview=lambda state: state.heldout_curve.append({"step": state.step, "mse": 1.0}),
-            stop_signal=lambda: 15 * (state.step == stop_at),
-        )
-        return state
+def trained(
+    start: Start, directory: Path, stop_at: int | None = None, die_at: int | None = None, **train: object
+) -> State:
+    """A training with checkpoints, to its end, or to a step at which a signal stops it or kills this process."""
+    state, trainer = start(steps=30, **train)
+    checkpoints = Checkpoints(directory)
+    checkpoints.restore(state)
 
+    def report(state: State) -> None:
+        if state.step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.step % 10 == 0:
+            trainer.add_point(state)
+
+    loop.train(
+        state,
+        trainer,
+        checkpoints,
+        report=report,
+        preview=lambda state: state.heldout_curve.append({"step": state.step, "mse": 1.0}),
+        stop_signal=lambda: signal.SIGTERM * (state.step == stop_at),
+    )
+    return state
+
+
+def test_a_training_that_was_stopped_and_killed_resumes_to_the_same_bytes(
+    start: Start, params: Params, device: torch.device, tmp_path: Path
+) -> None:
+    """It dies in a process of its own six steps after its last checkpoint."""
+    interrupted = tmp_path / "interrupted"
     with pytest.raises(Stopped):
-        run("stopped", stop_at=17)
-    assert_same(run("stopped"), run("whole"))
+        trained(start, interrupted, stop_at=17)
+    dying = multiprocessing.get_context("spawn").Process(target=die, args=(device, params, interrupted))
+    dying.start()
+    dying.join()
+    assert dying.exitcode == -signal.SIGKILL
+    assert [int(path.stem) for path in interrupted.glob("0*.json")][-1:] == [20]
+    assert_same(trained(start, interrupted), trained(start, tmp_path / "whole"))
+
+
+def die(device: torch.device, params: Params, directory: Path) -> None:
+    """Continue a training, and be killed at step 26."""
+    with starting(device, params) as start:
+        trained(start, directory, die_at=26)
 
 
 def test_bfloat16_learns_as_float32_does(start: Start) -> None:

@@ -1,0 +1,106 @@
+"""Whether a GPU computes what it should, and how soon a training by the stages' own commands reaches its quality."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows import presets, yaml_files
+from flows.changes import lay_over
+from gpu_measurements.bench import ROOT, Bench, Facts
+
+SMALL: Facts = {
+    "device": "cpu",
+    "pairs": {"draws": 1, "heldout_draws": 1},
+    "process": {"num_timesteps": 50},
+    "network": {"base_channels": 8, "patch_size": 2, "attention_levels": []},
+    "train": {"steps": 6, "batch_size": 16, "warmup_steps": 2, "log_every": 2, "preview_every": 3},
+    "sample": {"steps": 2, "count": 4},
+    "evaluate": {"resamples": 100, "likelihood_images": 4, "exact_likelihood_images": 2},
+    "export": {"steps": 2},
+}
+"""Changes of the digits' parameters for a rehearsal."""
+HELDOUT = re.compile(r"^train: step (\d+): held-out MSE ([\d.]+)")
+
+
+def gpu_tests(bench: Bench) -> Iterator[Facts]:
+    """The tests in tests/gpu: whether training and sampling on the GPU are right."""
+    importlib.import_module("pytest")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu"]
+    command += ["-W", "default", "tests/gpu"]  # without the plugins that pyproject.toml sets up
+    command += ["-k", "not True"] if bench.rehearse else []
+    # What takes longer than all measurements together hangs.
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(bench), capture_output=True, text=True, timeout=max(bench.left(), 60)
+    )
+    lines = done.stdout.splitlines()
+    facts: Facts = {"passed": done.returncode == 0, "summary": (lines or ["no output"])[-1]}
+    if skipped := [line for line in lines if line.startswith("SKIPPED")]:
+        facts["skipped_tests"] = skipped
+    if done.returncode:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+        facts["error"] = failed or done.stderr[-1500:]
+    yield facts
+
+
+def time_to_quality(bench: Bench) -> Iterator[Facts]:
+    """The preset fashion-mnist by the stages' own commands: held-out error by seconds of the stage `train`."""
+    preset, source = ("digits", ROOT / "data/raw/digits.npz") if bench.rehearse else ("fashion-mnist", bench.images)
+    if not source.exists():
+        yield {"skipped": f"{source}: not there; --fashion-mnist names the folder of its four idx files"}
+        return
+    params = presets.load(ROOT / "presets" / f"{preset}.yaml").model_dump(mode="json")
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        raw = tree / params["shard"]["source"]
+        raw.parent.mkdir(parents=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, raw)
+        yaml_files.write_yaml(tree / "params.yaml", lay_over(params, SMALL) if bench.rehearse else params)
+        for stage in ("shard", "pairs", "train", "evaluate"):
+            if stage == "evaluate":
+                importlib.import_module("matplotlib")  # without it the stage cannot plot
+            began = time.perf_counter()
+            yield from _stage(bench, tree, stage)
+            seconds = round(time.perf_counter() - began, 1)
+            yield {"stage": stage, "seconds": seconds} | _report(tree, stage)
+
+
+def _stage(bench: Bench, tree: Path, stage: str) -> Iterator[Facts]:
+    """Run a stage; gives the held-out errors that it tells of, with the seconds since its start.
+
+    Raises RuntimeError with its last line if it fails.
+    """
+    began, said = time.perf_counter(), list[str]()
+    command = [sys.executable, "-m", "flows", stage]
+    with subprocess.Popen(command, cwd=tree, env=_environment(bench), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            said.append(line)
+            if found := HELDOUT.match(line):
+                seconds = round(time.perf_counter() - began, 2)
+                yield {"step": int(found[1]), "heldout_mse": float(found[2]), "seconds": seconds}
+    if process.returncode:
+        sys.stderr.writelines(said)
+        raise RuntimeError(f"{stage}: {(said or ['no output'])[-1].strip()}")
+
+
+def _report(tree: Path, stage: str) -> Facts:
+    """What a stage's report says of the error."""
+    path = tree / "reports" / f"{stage}.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        name: report[name] for name in ("images", "heldout_mse", "val_mse", "mse", "bits_per_dim") if name in report
+    }
+
+
+def _environment(bench: Bench) -> dict[str, str]:
+    """Of commands of this repository; nothing listens where MLflow should be."""
+    ours = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    return os.environ | ours | {"REHEARSE_GPU_TESTS": str(int(bench.rehearse))}

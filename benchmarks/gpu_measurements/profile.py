@@ -1,0 +1,115 @@
+"""Where the time of a training step goes."""
+
+import re
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity
+
+from gpu_measurements.bench import Action, Bench, Facts
+
+KINDS = [
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        ("copy", r"memcpy|memset|copy|fill|nchwToNhwc|nhwcToNchw|CatArray|_to_copy"),
+        ("optimizer", r"multi_tensor|adam|_foreach"),
+        ("random", r"distribution|philox|dropout|bernoulli"),
+        ("normalization", r"triton_(red|per)\w*norm|native_\w+_norm|layer_norm|RowwiseMoments|FusedParams"),
+        ("normalization", r"GammaBeta|ComputeInternalGradients"),
+        ("elementwise", r"triton_poi|elementwise"),
+        ("reduction", r"triton_(red|per)|reduce|softmax"),
+        ("attention", r"flash|fmha|sdpa|attention"),
+        ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm"),
+        ("matrix product", r"gemm|gemv|nvjet|cutlass|triton_tem|aten::(add|b|badd)?mm"),
+    )
+]
+"""Kinds of kernels, and what their names contain; the first that matches counts.
+
+Inductor names a kernel after all that it fuses; whether it is pointwise (poi) or reduces (red, per) comes first.
+"""
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name; "other" if no pattern matches."""
+    return next((kind for kind, pattern in KINDS if pattern.search(kernel)), "other")
+
+
+def profile(bench: Bench) -> Iterator[Facts]:
+    """A step of cifar10's network: time by kind of kernel, share of the time that the GPU works, launches, waits."""
+    for compiled in (True, False):
+        if bench.left() < 0:
+            return
+        size, steps = bench.best_batch, 1 if bench.rehearse else 3
+        training = bench.training("cifar10", batch_size=size, precision="bf16", compile=compiled)
+        for _ in range(steps):
+            training.step()
+        facts: Facts = {"batch_size": size, "compiled": compiled}
+        if bench.cuda:
+            facts["waits"] = waits(training.step)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
+        bench.finish()
+        with torch.profiler.profile(activities=activities) as profiler:
+            began = time.perf_counter()
+            for _ in range(steps):
+                training.step()
+            bench.finish()
+            spent = time.perf_counter() - began
+        yield (
+            facts
+            | {"ms_per_step": round(1000 * spent / steps, 2)}
+            | summary(profiler.events(), spent, steps, bench.cuda)
+        )
+
+
+def waits(step: Action) -> int:
+    """How often a step waits for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return len([each for each in caught if "synchronizing" in str(each.message)])
+
+
+def summary(events: Iterable[FunctionEvent], spent: float, steps: int, on_gpu: bool) -> Facts:
+    """What `steps` steps did in `spent` seconds; without a GPU, of torch's operations instead of kernels."""
+    events = list(events)
+    if on_gpu:  # an annotation, such as that of an optimizer's step, spans kernels and the gaps between them
+        of_gpu = [event for event in events if event.device_type.name == "CUDA"]
+        kernels = [event for event in of_gpu if not event.name.startswith(("Optimizer.", "ProfilerStep"))]
+    else:
+        kernels = [event for event in events if event.name.startswith("aten::")]
+    by_kind, by_name = defaultdict[str, float](float), defaultdict[str, float](float)
+    for event in kernels:
+        microseconds = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        milliseconds = microseconds / 1000 / steps
+        by_kind[kind_of(event.name)] += milliseconds
+        by_name[event.name[:80]] += milliseconds
+    launches = [event for event in events if re.match(r"cu(da)?(Graph)?Launch", event.name)]
+    busy = union((event.time_range.start, event.time_range.end) for event in kernels) / 1e6
+    return {
+        "busy": round(busy / spent, 3),
+        "kernels": len(kernels) // steps,
+        "launches": len(launches) // steps,
+        "ms_by_kind": _largest(by_kind, len(by_kind)),
+        "ms_by_kernel": _largest(by_name, 12),
+    }
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length that intervals (start, end) cover together."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def _largest(values: dict[str, float], count: int) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in sorted(values.items(), key=lambda item: -item[1])[:count]}

@@ -1,0 +1,121 @@
+"""How fast training is, beside diffusers', and how much memory it takes."""
+
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from diffusion.pairs.memory import Blocks, Images
+from diffusion.pairs.pairs import Batches
+from diffusion.training.hardware import Prefetch
+from gpu_measurements import peer
+from gpu_measurements.bench import Bench, Facts
+from gpu_measurements.turns import Contender, Ready, first_line, slices
+
+COMPUTED_IN = {"bf16": "bf16", "fp32": "tf32"}
+"""The precision of a training's matrix products on a GPU, by `train.precision`."""
+
+
+def ceilings(bench: Bench) -> Iterator[Facts]:
+    """Products of 8192 x 8192 matrices, and copies, as fast as they go."""
+    side = 256 if bench.rehearse else 8192
+    facts: Facts = {}
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True)):
+        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        bench.products[name] = 2 * side**3 / bench.seconds(partial(torch.matmul, a, b), 20)
+        facts[f"{name}_tflops"] = float(f"{bench.products[name] / 1e12:.3g}")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    source = torch.empty(2**20 if bench.rehearse else 2**32, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.seconds(lambda: target.copy_(source), 10)
+    yield facts | {"copy_tb_per_s": float(f"{2 * len(source) / seconds / 1e12:.3g}")}
+
+
+def ours(bench: Bench, preset: str, size: int, precision: str, compiled: bool) -> Contender:
+    """A preset's training step on batches of `size` images."""
+
+    def make() -> Ready:
+        training = bench.training(preset, batch_size=size, precision=precision, compile=compiled)
+        return Ready(training.step, training.counts)
+
+    facts = {"training": preset, "batch_size": size, "precision": COMPUTED_IN[precision], "compiled": compiled}
+    return Contender(facts, size, make)
+
+
+def throughput(bench: Bench) -> Iterator[Facts]:
+    """Training of the DDPM paper's network for CIFAR-10 (35.7M parameters), in turns with diffusers'.
+
+    At first uncompiled with several batches; the fastest is the one to be compiled.
+    """
+    fastest = 0.0
+    for size in (4,) if bench.rehearse else (128, 256, 512, 1024):
+        for facts in slices(bench, [ours(bench, "cifar10", size, "bf16", compiled=False)], rounds=1, seconds=1.5):
+            if facts.get("images_per_s", 0.0) > fastest:
+                fastest, bench.best_batch = facts["images_per_s"], size
+            yield facts
+    own = 2 if bench.rehearse else 128
+    contenders = [
+        ours(bench, "cifar10", bench.best_batch, "bf16", compiled=True),
+        peer.training(bench, bench.best_batch, best=True),
+        ours(bench, "cifar10", own, "bf16", compiled=False),
+        ours(bench, "cifar10", own, "fp32", compiled=False),
+        peer.training(bench, own, best=False),
+    ]
+    yield from slices(bench, contenders, rounds=6, seconds=1.5)
+
+
+def settings(bench: Bench) -> Iterator[Facts]:
+    """Training with other batches and presets."""
+    cases = [
+        ("digits", 128, "bf16", False),
+        ("fashion-mnist", 32, "bf16", False),
+        ("fashion-mnist", 32, "bf16", True),
+        ("digits", 128, "bf16", True),
+        ("cifar10", 128, "bf16", True),
+        ("cifar10", 256, "bf16", True),
+        ("cifar10", 1024, "bf16", True),
+    ]
+    for preset, size, precision, compiled in cases[: 1 if bench.rehearse else None]:
+        size = 4 if bench.rehearse else size
+        yield from slices(bench, [ours(bench, preset, size, precision, compiled)], rounds=3, seconds=1.5)
+
+
+def memory(bench: Bench) -> Iterator[Facts]:
+    """The most device memory that a step of cifar10's network takes, by resolution, batch and recomputation."""
+    sides, sizes = ((8,), (2,)) if bench.rehearse else ((32, 64, 128, 256), (32, 128, 512))
+    for side, size, recompute in ((a, b, c) for a in sides for b in sizes for c in (False, True)):
+        if bench.left() < 0:
+            return
+        bench.release()
+        base = bench.watch_memory()
+        facts = {"side": side, "batch_size": size, "recompute": recompute}
+        options = {"batch_size": size, "precision": "bf16", "compile": False, "recompute": recompute}
+        try:
+            training = bench.new_training("cifar10", (3, side, side), batches=1, **options)
+            seconds = bench.seconds(training.step, times=2, rounds=1)
+        except torch.OutOfMemoryError as error:
+            yield facts | {"out_of_memory": first_line(error)}
+        else:
+            yield facts | {"peak_gib": bench.peak_gib(base), "ms_per_step": round(1000 * seconds, 1)}
+
+
+def pairs(bench: Bench) -> Iterator[Facts]:
+    """Training pairs made per second from images in memory, with flips, by the number of threads that prefetch them."""
+    cores = len(os.sched_getaffinity(0))
+    for shape in ((1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)):
+        size = 128 if shape[-1] < 256 else 16
+        images = Images(np.random.default_rng(0).integers(0, 256, (size, *shape), dtype=np.uint8), np.full(size, -1))
+        fetch = Batches(Blocks(images, 0, 1000), 0, size, flip=True)
+        for threads in [number for number in (1, 2, 4, 8, 16) if number <= cores]:
+            steps = max(4 * threads, 2 if bench.rehearse else 24)
+            with Prefetch(fetch, threads) as prefetch:
+                prefetch(0)
+                began = time.perf_counter()
+                for step in range(1, 1 + steps):
+                    prefetch(step)
+                spent = time.perf_counter() - began
+            yield {"shape": shape, "threads": threads, "pairs_per_s": round(size * steps / spent)}
