@@ -29,6 +29,6 @@ def session(content: bytes, gpu: int | None, threads: int = 0) -> ort.InferenceS
 
 @cache
 def _load_cuda() -> None:
-    """Load CUDA's libraries from the packages that pip installs: ONNX Runtime itself looks in the system's paths alone."""
+    """Load CUDA's libraries, also from the packages that pip installs: a session looks in the system's paths alone."""
     with redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
