@@ -146,8 +146,9 @@ def test_weights_optimizers_and_average_are_in_float32(start: Start) -> None:
     assert [name for name, tensor in state.tensors().items() if tensor.dtype in narrow] == []
 
 
-def test_a_step_does_not_wait_for_the_gpu(start: Start, device: torch.device) -> None:
-    state, trainer = start(timesteps="uniform")
+@pytest.mark.parametrize("timesteps", ["uniform", "rms-error"])
+def test_a_step_does_not_wait_for_the_gpu(start: Start, device: torch.device, timesteps: str) -> None:
+    state, trainer = start(timesteps=timesteps)
     losses(state, trainer, 3)
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
