@@ -138,7 +138,7 @@ def test_processes_lost_too_often_end_the_training(pairs_tree: Path, tmp_path: P
         trees.wait_for(process, "step 20: held-out")
         kill(process.pid, rank=0)
         trees.wait_for(process, "going on from the checkpoint")
-        trees.wait_for(process, ", going on from step")
+        trees.wait_for(process, "parameters, ")
         workers = psutil.Process(process.pid).children()
         kill(process.pid, rank=0)
         _, rest = process.communicate(timeout=60)
