@@ -4,9 +4,9 @@ Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs, with 
 
     python benchmarks/scaling.py
 
-Every number of processes divides the same global batch; each process has one thread. A step is that of the stage `train`,
-with its prefetching and its agreement on stopping, on a CPU with gloo. The processes of all sizes start once and take
-turns, so that all see the machine fast and slow alike: first with the exchange of gradients, then without. The
+Every number of processes divides the same global batch; each process has one thread. A step is that of the stage
+`train`, with its prefetching and its agreement on stopping, on a CPU with gloo. The processes of all sizes start once
+and take turns, so that all see the machine fast and slow alike: first with the exchange of gradients, then without. The
 difference of the two is the time that the exchange adds to a step. What counts is the median over the turns of the
 ratios within a turn.
 """
@@ -76,7 +76,7 @@ class Group:
 
     def __init__(self, pipes: list[Connection]) -> None:
         self.pipes = pipes
-        self.parameters, self.batch_size = [pipe.recv() for pipe in pipes][0]
+        self.parameters, self.batch_size = [pipe.recv() for pipe in pipes].pop()  # each sends it
 
     def seconds(self, steps: int, exchange: bool) -> float:
         """Seconds of a step, the mean of `steps` in a row."""

@@ -170,7 +170,7 @@ def synchronized(net: Network, options: TrainOptions, world: World) -> nn.Module
     if world.size == 1 or options.sharding == "weights":
         return net  # FSDP2's hooks do it
     device = next(net.parameters()).device
-    # No static_graph: it fails with no_sync (github.com/pytorch/pytorch/issues/143580), and here all parameters are used.
+    # No static_graph: it fails with no_sync (github.com/pytorch/pytorch/issues/143580), and all parameters are used.
     return DistributedDataParallel(
         net,
         device_ids=[device] if device.type == "cuda" else None,
