@@ -8,18 +8,34 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from diffusion.errors import Stopped, UserError
+from diffusion.progress import say
+from diffusion.training.checkpoints import newest_step
+from flows.environment import setting
 from flows.parent import LAUNCHER, SECONDS_TO_STOP
 
 STORE = "DDPM_STORE"
 """File through which the processes of one machine find each other, so that no port is opened for it."""
+MAX_RESTARTS = "DDPM_MAX_RESTARTS"
+"""How often lost processes are replaced. It shapes no result, and so is no parameter."""
+
+
+_SECONDS_TO_KILL = 30
+"""How long torch gives the others to end after a failure, before it kills them."""
+
+
+class Lost(Exception):
+    """One of the processes has ended without an error of its own: it was killed, or its GPU has failed."""
 
 
 def divide_threads(processes: int) -> None:
@@ -29,12 +45,21 @@ def divide_threads(processes: int) -> None:
     torch.set_num_threads(int(threads))
 
 
-def launch(processes: int) -> None:
+def launch(processes: int, checkpoints: Path) -> None:
     """Run this command in so many processes on this machine, and wait for them.
 
-    Raises Stopped after a signal that ended them, UserError if one was killed, and SystemExit with the status of one
-    that has said itself why it failed.
+    If one is lost, all of them start again from the newest of the checkpoints, DDPM_MAX_RESTARTS times (default 3).
+    torch's own `max_restarts` would also repeat a training that ended with an error of its own, and its message.
+
+    Args:
+        processes: how many.
+        checkpoints: the directory of this training's checkpoints.
+    Raises:
+        Stopped: a signal ended them.
+        UserError: one was lost before the first checkpoint, or once more than DDPM_MAX_RESTARTS allows.
+        SystemExit: one ended with an error that it has reported itself; has its exit status.
     """
+    restarts: int = setting(MAX_RESTARTS, 3, Annotated[int, Field(ge=0)])
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells of signals and ends at length
@@ -43,6 +68,23 @@ def launch(processes: int) -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
+    try:
+        for restart in range(1, restarts + 2):
+            try:
+                _run(processes)
+            except Lost as lost:
+                step = newest_step(checkpoints)
+                if step is None or restart > restarts:
+                    raise UserError(f"{lost}; `dvc repro` goes on from the last checkpoint") from None
+                say(f"train: {lost}; going on from the checkpoint of step {step}, restart {restart} of {restarts}")
+            else:
+                return
+    except SignalException as stopped:
+        raise Stopped(stopped.sigval) from None
+
+
+def _run(processes: int) -> None:
+    """Run the processes once; raises Lost, Stopped, SignalException or SystemExit."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ[STORE] = str(Path(directory) / "store")
         config = LaunchConfig(
@@ -59,19 +101,20 @@ def launch(processes: int) -> None:
         )
         try:
             elastic_launch(config, sys.executable)("-m", "flows", "train")
-        except SignalException as stopped:
-            raise Stopped(stopped.sigval) from None
         except ChildFailedError as failed:
-            # The one that was killed, if there is one: the others only lost it, or were told to end.
-            rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1].exitcode))
-            if failure.exitcode >= 0:
-                raise SystemExit(failure.exitcode) from None
-            raise UserError(
-                f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}; "
-                "`dvc repro` goes on from the last checkpoint"
-            ) from None
+            raise _cause(failed.failures, processes) from None
 
 
-def _blame(exitcode: int) -> tuple[bool, int]:
-    """Sorts first what another process cannot have caused: signals (below 0), but for the launcher's SIGTERM."""
-    return exitcode == -signal.SIGTERM, exitcode
+def _cause(failures: Mapping[int, ProcessFailure], processes: int) -> BaseException:
+    """What ended the processes, by their exit statuses: one that was lost, else what they said themselves."""
+    first = min(failure.timestamp for failure in failures.values())
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode == os.EX_TEMPFAIL:
+            return Lost(f"process {rank} of {processes} has lost its GPU")
+        told_to_end = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= _SECONDS_TO_KILL
+        if failure.exitcode < 0 and not told_to_end:
+            return Lost(f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}")
+    status = min(
+        (failure.exitcode for failure in failures.values() if failure.exitcode > 0), default=128 + signal.SIGTERM
+    )
+    return SystemExit(status) if status < 128 else Stopped(status - 128)

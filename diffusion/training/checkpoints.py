@@ -85,9 +85,9 @@ class Checkpoints:
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def newest_step(directory: Path) -> int:
-    """The step of the newest checkpoint in a directory; 0 if there is none."""
-    return next((int(path.stem) for path in _newest_first(directory)), 0)
+def newest_step(directory: Path) -> int | None:
+    """The step of the newest checkpoint in a directory; None if there is none."""
+    return next((int(path.stem) for path in _newest_first(directory)), None)
 
 
 def _newest_first(directory: Path) -> list[Path]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.errors import Echo, UserError
 from diffusion.nn.layers import Network
+from diffusion.progress import say
 from diffusion.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -89,9 +90,14 @@ def is_worker() -> bool:
 
 @contextmanager
 def joined(device: torch.device, store: Path | None = None, lost: type[UserError] = UserError) -> Iterator[World]:
-    """The world of this process, connected with the others. A lost one ends the block with an error of the kind `lost`.
+    """The world of this process, connected with the others.
 
-    store: file through which the processes of one machine find each other, so that no port is opened for it.
+    Args:
+        device: where it trains.
+        store: file through which the processes of one machine find each other, so that no port is opened for it.
+        lost: the kind of error that ends the block when another process is lost.
+    Raises:
+        SystemExit: the GPU of this process has failed, which a new one may survive; has the status os.EX_TEMPFAIL.
     """
     size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
@@ -102,23 +108,46 @@ def joined(device: torch.device, store: Path | None = None, lost: type[UserError
         torch.cuda.set_device(device)
     # The processes agree over CPU tensors, so that a GPU never waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    meeting = FileStore(str(store), size) if store else None
+    meeting = FileStore(str(store), size) if store else _torchrun_store()
     dist.init_process_group(backend, rank=rank, world_size=size, store=meeting, timeout=PATIENCE)
     try:
         yield World(rank, size)
         dist.barrier()  # the main one may still have been at work
+    except torch.AcceleratorError as error:  # whatever this process asked of its GPU next, it would fail as well
+        say(f"train: process {rank} of {size} has lost its GPU ({str(error).splitlines()[0]})")
+        raise SystemExit(os.EX_TEMPFAIL) from None
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise
         reason = str(error).splitlines()[0]
         raise lost(
-            f"process {rank} of {size} has lost another one ({reason}); train again to go on from the last checkpoint"
+            f"process {rank} of {size} has lost another one ({reason}); the next start goes on from the last checkpoint"
         ) from None
     except UserError as error:
         if rank == 0:
             raise
         raise Echo(str(error)) from None  # all have come to it together
     dist.destroy_process_group()
+
+
+def _torchrun_store() -> Store:
+    """The store through which the processes that torchrun has started find each other.
+
+    The agent's own store outlives a restart, and with it the addresses of the processes before. torchrun's agents on
+    several machines count their restarts apart from each other, so that the count is no name for an attempt there.
+
+    Raises:
+        UserError: torchrun would restart processes on several machines, with such a store.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError(
+            "torchrun --max-restarts on several machines: add --rdzv-backend c10d, and set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, or the restarts would not connect"
+        )
+    return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
 
 
 def share_out(net: Network, options: TrainOptions, world: World) -> Network:
@@ -141,6 +170,7 @@ def synchronized(net: Network, options: TrainOptions, world: World) -> nn.Module
     if world.size == 1 or options.sharding == "weights":
         return net  # FSDP2's hooks do it
     device = next(net.parameters()).device
+    # No static_graph: it fails with no_sync (github.com/pytorch/pytorch/issues/143580), and all parameters are used.
     return DistributedDataParallel(
         net,
         device_ids=[device] if device.type == "cuda" else None,

@@ -62,8 +62,9 @@ def run(params: Params, paths: Paths) -> None:
         check_devices(params, device)
         launching.divide_threads(params.train.processes)
         several = World(size=params.train.processes)
-        with taken(paths.checkpoints, training_facts(params, paths, device, several)):
-            launching.launch(several.size)
+        facts = training_facts(params, paths, device, several)
+        with taken(paths.checkpoints, facts):
+            launching.launch(several.size, paths.checkpoints / training_fingerprint(facts))
         return
     store = os.environ.get(launching.STORE)
     lost = Echo if launched() else UserError  # of several that were launched, one speaks for all

@@ -42,7 +42,7 @@ def test_the_last_two_are_kept_and_the_last_good_one(params: Params, tmp_path: P
         checkpoints.write(at(state, step), good=step in (0, 2))
     assert steps(tmp_path) == [2, 5, 6]
     assert newest_step(tmp_path) == 6
-    assert newest_step(tmp_path / "none") == 0
+    assert newest_step(tmp_path / "none") is None
     (tmp_path / ".0000000002.safetensors.x1y2").touch()  # a killed process left this
     checkpoints.write(at(state, 7), good=True)
     assert steps(tmp_path) == [6, 7]

@@ -1,5 +1,7 @@
 """Several processes that train together: the same model as one process, and a clean end when one of them is lost."""
 
+import os
+import re
 import signal
 import sys
 import time
@@ -105,25 +107,70 @@ def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tre
     alone.assert_same_as(tree)
 
 
-def test_a_killed_process_ends_the_others_and_the_training_resumes_later(
-    two: Path, pairs_tree: Path, tmp_path: Path
-) -> None:
+def kill(launcher: int, rank: int) -> None:
+    """Kill the process of this rank that a launcher has started."""
+    for worker in psutil.Process(launcher).children():
+        if worker.environ().get("RANK") == str(rank):
+            worker.kill()
+
+
+def test_a_lost_process_is_replaced_and_the_result_is_the_same(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
     with trees.start(tree, **trees.seconds(0)) as process:
         trees.wait_for(process, "step 20: held-out")
+        kill(process.pid, rank=1)
+        said = trees.wait_for(process, "going on from the checkpoint")
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 0, rest
+    found = re.fullmatch(
+        r"train: process 1 of 2 was killed by SIGKILL; going on from the checkpoint of step (\d+), restart 1 of 3\n",
+        said,
+    )
+    assert found is not None, said
+    assert f", going on from step {found[1]}\n" in rest
+    assert "Traceback" not in rest
+    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+
+
+def test_processes_lost_too_often_end_the_training(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
+    with trees.start(tree, DDPM_MAX_RESTARTS="1") as process:
+        trees.wait_for(process, "step 20: held-out")
+        kill(process.pid, rank=0)
+        trees.wait_for(process, "going on from the checkpoint")
+        trees.wait_for(process, "parameters, ")
         workers = psutil.Process(process.pid).children()
-        ranked = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-        ranked[0].kill()
+        kill(process.pid, rank=0)
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint" in rest
+    assert rest.endswith(
+        "ddpm train: error: process 0 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint\n"
+    )
     assert "Traceback" not in rest
     psutil.wait_procs(workers, timeout=60)
     assert not any(worker.is_running() for worker in workers)
-    done = trees.run_apart(tree, *trees.TRAIN)
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
-    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+
+
+def test_sigterm_after_a_restart_stops_with_a_checkpoint(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2, steps=100_000, preview_every=20)
+    with trees.start(tree) as process:
+        trees.wait_for(process, "step 20: held-out")
+        kill(process.pid, rank=1)
+        trees.wait_for(process, "step 40: held-out")
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert rest.endswith("ddpm train: stopped by SIGTERM\n")
+    assert max(int(path.stem) for path in tree.glob(".ddpm/checkpoints/*/0*.json")) >= 40
+
+
+def test_an_error_that_the_processes_report_is_reported_once(pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
+    with trees.start(tree, **trees.seconds(-1)) as process:
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert told.startswith("ddpm train: error: DDPM_CHECKPOINT_SECONDS: ")
+    assert told.count("\n") == 1
 
 
 def test_sigterm_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path) -> None:
@@ -153,22 +200,45 @@ def test_killing_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Pat
     assert early or list(tree.glob(".ddpm/checkpoints/*/*.safetensors"))
 
 
-def test_torchrun_starts_them_on_two_machines(alone: Alone, pairs_tree: Path, tmp_path: Path) -> None:
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+
+
+def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
+    where = ["--nproc-per-node=2", f"--master-port={free_port()}", "--max-restarts=1"]
+    more = trees.seconds(0) | {"GLOO_SOCKET_IFNAME": "lo"}
+    with trees.start(tree, TORCHRUN, *where, "-m", "flows", "train", **more) as process:
+        trees.wait_for(process, "step 20: held-out")
+        kill(process.pid, rank=1)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert ", going on from step" in told
+    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+
+
+def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
+    alone: Alone, two: Path, pairs_tree: Path, tmp_path: Path
+) -> None:
     """Two launchers with a tree each stand for two machines without a common file system."""
     machines = [trees.copy(pairs_tree, tmp_path / name) for name in ("first", "second")]
-    port = free_port()
-    torchrun = Path(sys.executable).with_name("torchrun")
+    where = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
+    where += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    more = trees.seconds(0) | {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with ExitStack() as running:
         launchers = []
-        for rank, tree in enumerate(machines):
-            where = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
-            command = [str(torchrun), *where, f"--master-port={port}", "-m", "flows", "train"]
-            launchers.append(running.enter_context(trees.start(tree, *command, GLOO_SOCKET_IFNAME="lo")))
+        for address, tree in zip(("127.0.0.1", "127.0.0.2"), machines, strict=True):
+            command = [TORCHRUN, *where, f"--local-addr={address}", "-m", "flows", "train"]
+            launchers.append(running.enter_context(trees.start(tree, *command, **more)))
+        trees.wait_for(launchers[0], "step 20: held-out")
+        kill(launchers[1].pid, rank=1)
+        trees.wait_for(launchers[0], ", going on from step")
         for process in launchers:
             _, told = process.communicate(timeout=180)
             assert process.returncode == 0, told
     alone.assert_same_as(machines[0])
+    assert trees.digests(machines[0], "models", "reports") == trees.digests(two, "models", "reports")
     assert not (machines[1] / "models").exists()
+    assert not (machines[1] / ".ddpm").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +258,9 @@ def test_every_process_needs_a_gpu_of_its_own(
     check_devices(params.model_copy(update={"device": "cuda", "train": train}), torch.device("cpu"))
 
 
-def test_an_error_of_all_processes_is_reported_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_all_processes_is_reported_by_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a world of two, whose second process stands here: it raises what the first one says."""
 
     def ends_with(error: Exception, rank: int, lost: type[UserError] = UserError) -> type[BaseException]:
@@ -196,7 +268,7 @@ def test_an_error_of_all_processes_is_reported_by_one(monkeypatch: pytest.Monkey
         monkeypatch.setenv("WORLD_SIZE", "2")
         for name in ("init_process_group", "destroy_process_group", "barrier"):
             monkeypatch.setattr(dist, name, lambda *_, **__: None)
-        with pytest.raises(type(error)) as raised, joined(torch.device("cpu"), lost=lost):
+        with pytest.raises(type(error)) as raised, joined(torch.device("cpu"), tmp_path / "store", lost):
             raise error
         return raised.type
 
@@ -208,6 +280,22 @@ def test_an_error_of_all_processes_is_reported_by_one(monkeypatch: pytest.Monkey
         ends_with(RuntimeError("[gloo] Connection closed by peer"), rank=1)
     assert told.type is UserError
     assert ends_with(RuntimeError("gloo: no such interface"), rank=1) is RuntimeError
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as status:
+        ends_with(torch.AcceleratorError("CUDA error: uncorrectable ECC error\nmore"), rank=1)
+    assert status.value.code == os.EX_TEMPFAIL
+    assert capsys.readouterr().err == "train: process 1 of 2 has lost its GPU (CUDA error: uncorrectable ECC error)\n"
+
+
+def test_restarts_by_torchrun_on_several_machines_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it they would wait for the addresses of processes that have ended."""
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
+    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    message = "add --rdzv-backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+    with pytest.raises(UserError, match=message), joined(torch.device("cpu")):
+        pass
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(pairs_tree: Path, tmp_path: Path) -> None:
