@@ -201,6 +201,8 @@ def test_killing_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Pat
 
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+RESULTS = ("models", "reports/train_curves")
+"""What does not tell of train.processes."""
 
 
 def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path:
         _, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
     assert ", going on from step" in told
-    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+    assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
 
 
 def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
@@ -236,7 +238,7 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
             _, told = process.communicate(timeout=180)
             assert process.returncode == 0, told
     alone.assert_same_as(machines[0])
-    assert trees.digests(machines[0], "models", "reports") == trees.digests(two, "models", "reports")
+    assert trees.digests(machines[0], *RESULTS) == trees.digests(two, *RESULTS)
     assert not (machines[1] / "models").exists()
     assert not (machines[1] / ".ddpm").exists()
 
