@@ -99,7 +99,7 @@ def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
-    """Prefetch batches; for a GPU with several threads, and into pinned memory, from which copies are asynchronous."""
+    """Prefetch batches; for a GPU with as many threads as torch has, and into pinned memory: so copies are asynchronous."""
     if device.type != "cuda":
         return Prefetch(fetch)
 
@@ -107,7 +107,7 @@ def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch
         with torch.cuda.device(device):  # it is each thread's own
             return Batch(*(torch.from_numpy(array).pin_memory().numpy() for array in fetch(step)))
 
-    return Prefetch(pinned, threads=min(4, torch.get_num_threads()))
+    return Prefetch(pinned, threads=torch.get_num_threads())
 
 
 class Prefetch(Generic[Item]):
