@@ -99,7 +99,7 @@ def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
-    """Prefetch batches; for a GPU by as many threads as torch has, into pinned memory, from which copies do not wait."""
+    """Prefetch batches; for a GPU by as many threads as torch has, into pinned memory: copies do not wait."""
     if device.type != "cuda":
         return Prefetch(fetch)
 
