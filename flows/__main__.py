@@ -242,7 +242,7 @@ def _for_models(command: Command, complete: bool) -> None:
 
     verifies = command("verify-onnx", "check an exported ONNX file by the test that it carries", verify_onnx)
     verifies.add_argument("file", type=Path, metavar="FILE", help="models/onnx/sampler.onnx, say")
-    verifies.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    verifies.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N; others run on the CPU")
 
     serves = command("triton", "write both ONNX graphs as a model repository of Triton Inference Server", triton)
     serves.add_argument("directory", type=Path, metavar="DIR", help="the model repository")

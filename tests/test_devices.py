@@ -22,7 +22,7 @@ from diffusion.process import build as processes
 from diffusion.process import schedule
 from diffusion.samples import noise_for
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
-from diffusion.sampling.editing import image_to_image, inpaint, repaint_path
+from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLERS, sample
 from diffusion.training import loop
 from diffusion.training.state import begin
@@ -84,6 +84,9 @@ def training(where: Where, params: Params) -> list[Tensor]:
     point = trainer.add_point(state)
     assert point
     assert not state.skipped
+    images = torch.zeros(2, *SHAPE).to(where)
+    beside = model.loss(images, torch.tensor([3, 90]).to(where), images + 0.5)  # timesteps may lie beside the images
+    assert beside.device == where
     return [*state.tensors().values(), torch.tensor([*point.values()])]
 
 
@@ -97,7 +100,8 @@ def sampling(where: Where, params: Params) -> list[Tensor]:
         sampler, z = model.sampler(options, torch.tensor([0, 2]).to(where)), noise_for(0, 2, SHAPE, where)
         visited = sampling_timesteps(options, model.process.schedule)
         found.append(sample(sampler, z, visited))
-        found.append(image_to_image(sampler, model.process.schedule, z, visited[1:], x_0))
+        mixed = mix(x_0[:1], -x_0[:1], torch.tensor([0.25, 0.5], dtype=torch.float64))
+        found.append(image_to_image(sampler, model.process.schedule, z, visited[1:], mixed))
     keep = (x_0[:1] > 0).float()
     *_, last = inpaint(sampler, model.process.schedule, z, repaint_path(visited, 2, 2), x_0, keep)
     return [*found, last]

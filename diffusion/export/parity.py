@@ -31,13 +31,14 @@ OFF_BY_ONE = 1e-3
 
 
 def session(content: bytes, device: torch.device, required: bool = True) -> ort.InferenceSession:
-    """An ONNX Runtime session for a model's bytes, on the GPU where `device` is one.
+    """An ONNX Runtime session for a model's bytes, on `device` if that is the CPU or a GPU with CUDA.
 
-    If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`.
+    If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`. Of
+    other devices than these it uses none: it falls back to the CPU.
     """
     made = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
-    if device.type == "cuda" and made.get_providers()[0] != runtime.CUDA:
-        if required:
+    if device.type != "cpu" and made.get_providers()[0] != runtime.CUDA:
+        if required and device.type == "cuda":
             raise UserError(f"device: ONNX Runtime cannot use {device}; set device to auto or cpu")
         say(f"ONNX Runtime cannot use {device}; running the graph on the CPU")
     return made

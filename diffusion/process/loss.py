@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from diffusion.process import likelihood
 from diffusion.process.parameterization import Parameterization, split
-from diffusion.process.schedule import Schedule, times
+from diffusion.process.schedule import Schedule, float64_device, times
 from diffusion.process.variance import Learned
 from diffusion.process.weighting import Weighting
 
@@ -40,6 +40,7 @@ class Loss:
 
     def __call__(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
         """Loss of each image, (B,), at `t` int64 (B,) with noise `eps` (B, C, H, W) and classes `y` int64 (B,)."""
+        t = t.to(float64_device(x_0.device))
         x_t = self.schedule.diffuse(x_0, t, eps)
         out, fraction = split(net(x_t, t.to(x_t.device), y), x_0.shape[1])
         error = times(self.scale(t), out - self.parameterization.target(x_0, eps, t))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.process.schedule import Schedule, float64_device, times
+from diffusion.process.schedule import Schedule, float64_device, like, times
 from diffusion.sampling.sampler import Before, Noise, Sampler, sample
 
 
@@ -25,7 +25,7 @@ def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
 
     Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance.
     """
-    return torch.lerp(x_0, x_0_other, fraction.to(x_0.dtype).view(-1, 1, 1, 1))
+    return torch.lerp(x_0, x_0_other, like(fraction, x_0).view(-1, 1, 1, 1))
 
 
 def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:

@@ -123,7 +123,7 @@ def step(state: State, trainer: Trainer) -> None:
     ema.update(state.average, state.net, state.step, options.ema_width)
     accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
     if state.timesteps.learns:
-        # The losses of the step before have come by now: waiting for those of this one would keep a GPU idle.
+        # Those of the step before: a GPU has this step to work on while they are waited for.
         state.observe()
         loss = torch.where(norm.isfinite(), world.gather(loss), torch.nan)
         state.unobserved = world.gather(t), copy_to_host(loss)

@@ -19,7 +19,7 @@ from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
 from diffusion.pairs.pixels import to_uint8
-from diffusion.process.schedule import Schedule
+from diffusion.process.schedule import Schedule, double
 from diffusion.progress import Progress, say
 from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
@@ -221,7 +221,7 @@ def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, dev
 
     def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
         """Pictures like the one given; or evenly from one to the other, of one noise: only the mixture changes."""
-        mixed = mix(x_0[0], x_0[-1], numbers.double() / max(options.count - 1, 1))
+        mixed = mix(x_0[0], x_0[-1], double(numbers) / max(options.count - 1, 1))
         return image_to_image(sampler, schedule, noise, rest, mixed)
 
     return Way(len(rest), make, one_noise=len(x_0) == 2)

@@ -110,3 +110,6 @@ def test_a_gpu_that_onnx_runtime_cannot_use_is_replaced_only_where_it_was_not_as
     made = parity.session(content, gpu, required=False)
     assert made.get_providers() == ["CPUExecutionProvider"]
     assert "ONNX Runtime cannot use cuda:0; running the graph on the CPU" in capsys.readouterr().err
+    made = parity.session(content, torch.device("mps"))
+    assert made.get_providers() == ["CPUExecutionProvider"]
+    assert "ONNX Runtime cannot use mps; running the graph on the CPU" in capsys.readouterr().err

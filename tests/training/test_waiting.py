@@ -1,4 +1,4 @@
-"""A training step gives the device its work and waits for no result of it."""
+"""A training step waits for none of its own results, at most for the losses of the step before."""
 
 import math
 from typing import Any
