@@ -181,7 +181,7 @@ def main() -> int:
     commit = arguments.commit or os.environ.get("DDPM_COMMIT")
     commit = commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     if not (commit or rehearse or arguments.page):
-        parser.error("--commit: this is no git repository; name the commit of the code")
+        parser.error("--commit: git does not know the commit of this code; name it")
     try:
         if arguments.page:
             print(page.write(RESULTS, described))

@@ -68,6 +68,7 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.compiler.set_stance("default")
         self.release()
 
     def left(self) -> float:
