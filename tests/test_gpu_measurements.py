@@ -190,3 +190,27 @@ def test_memory_holds_one_training_at_a_time(
         None,
         "RuntimeError: cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     }
+
+
+def test_what_takes_turns_is_made_anew(measurements: Measurements, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slice of the batch 128 has the time and memory of making it, though it was measured before."""
+    training = measurements("training")
+    made: list[tuple[int, str, bool]] = []
+
+    def new(*_: Any, **options: Any) -> Any:
+        made.append((options["batch_size"], options["precision"], options["compile"]))
+        return SimpleNamespace(step=None, counts=None)
+
+    def slices(_: Any, contenders: Any, **__: Any) -> list[dict[str, Any]]:
+        for contender in contenders:
+            if contender.facts["training"] == "cifar10":
+                contender.make()
+        return []
+
+    monkeypatch.setattr(bench, "rehearse", False)
+    monkeypatch.setattr(bench, "best_batch", 512)
+    monkeypatch.setattr(bench, "new_training", new)
+    monkeypatch.setattr(training, "slices", slices)
+    assert list(training.throughput(bench)) == []
+    alone = [(size, "bf16", False) for size in (128, 256, 512, 1024)]
+    assert made == [*alone, (512, "bf16", True), (128, "bf16", False), (128, "fp32", False)]
