@@ -1,11 +1,11 @@
 """Training and sampling on a GPU: whether they are right, and how fast they are.
 
-    python benchmarks/gpu.py                       # writes benchmarks/results/gpu-CARD.jsonl
+    python benchmarks/gpu.py                       # writes benchmarks/results/gpu-CARD-COMMIT.jsonl
     python benchmarks/gpu.py --rehearse            # all of it, tiny, on the CPU
     python benchmarks/gpu.py --page                # benchmarks/results/gpu.md of these files
 
 Each measurement gives JSON lines, printed and written as soon as they are known, the most important ones first; at the
-end comes a table. No measurement begins after --minutes, so that a run may be cut off at any time. It needs torch (2.11
+end comes a table. No measurement begins after --minutes, and the run may be cut off at any time. It needs torch (2.11
 or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm; with pytest it runs tests/gpu, with diffusers it
 compares, with onnx, onnxscript and ONNX Runtime it runs sampler.onnx, with matplotlib the stage `evaluate`. A line says
 what is skipped because a package is missing. Networks are trained on random pixels in memory, except in
@@ -20,7 +20,8 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not i
 try:
     import torch
     from gpu_measurements import page
-    from gpu_measurements.bench import ROOT, Bench, Facts
+    from gpu_measurements.bench import NO_TIME, ROOT, Bench, Facts
     from gpu_measurements.checks import gpu_tests, time_to_quality
     from gpu_measurements.profile import profile
     from gpu_measurements.sampling import sampling
     from gpu_measurements.training import ceilings, memory, pairs, settings, throughput
     from gpu_measurements.turns import first_line
 
+    from diffusion.errors import UserError
     from diffusion.storage.files import write_atomic
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/gpu.py: no module named {error.name}; the top of this file says what it needs")
@@ -50,8 +52,8 @@ NO_GPU = "no GPU: rehearsing tiny on the CPU; these figures are of no GPU"
 def machine(bench: Bench, commit: str | None) -> Facts:
     """What was measured on, and with."""
     return {
-        "device": bench.card if bench.cuda else "CPU, rehearsal",
-        "commit": commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "device": bench.card if bench.cuda else page.REHEARSAL,
+        "commit": commit,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if bench.cuda else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -81,45 +83,88 @@ def _version(package: str) -> str | None:
 
 
 class Lines:
-    """The lines of a run, printed and in a file as soon as they are added."""
+    """The lines of a run, in a file and printed as soon as they are added.
+
+    Raises UserError if the file is there already, or cannot be written.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.all: list[Facts] = []
         self._path = path
+        if path and path.exists():
+            raise UserError(f"{path}: is there already; move it away, or name another file with --out")
 
     def add(self, line: Facts) -> None:
         self.all.append(line)
-        print(json.dumps(line), flush=True)
         if self._path:
             write_atomic(self._path, "".join(f"{json.dumps(each)}\n" for each in self.all).encode())
+        say(json.dumps(line))
 
 
-def measure(bench: Bench, lines: Lines, names: list[str]) -> None:
-    """Run the measurements of these names, for which time is left; one that fails has a line with the error."""
+def say(text: str) -> None:
+    """Print a text; where standard output is closed or full, nothing is printed any more."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def measured(bench: Bench, names: Iterable[str]) -> Iterator[Facts]:
+    """The lines of the measurements of these names; one that fails, or for which no time is left, says so in a line."""
     for measurement in MEASUREMENTS:
-        name = measurement.__name__
-        if name not in names:
+        named = {"measurement": measurement.__name__}
+        if measurement.__name__ not in names:
             continue
         if bench.left() < 0:
-            lines.add({"measurement": name, "skipped": "no time was left"})
+            yield named | {"skipped": NO_TIME}
             continue
+        bench.empty_cache()
         try:
             for facts in measurement(bench):
-                lines.add({"measurement": name, **facts})
+                yield named | facts
         except ModuleNotFoundError as error:
-            lines.add({"measurement": name, "skipped": f"no module named {error.name}"})
+            yield named | {"skipped": f"no module named {error.name}"}
         except Exception as error:  # whatever fails, the rest is still measured
-            traceback.print_exc()
-            lines.add({"measurement": name, "error": first_line(error)})
+            with suppress(OSError):  # of standard error
+                traceback.print_exc()
+            yield named | {"error": first_line(error)}
+
+
+def run(rehearse: bool, minutes: float, images: Path, out: Path | None, commit: str | None, names: list[str]) -> int:
+    """Measure; gives the exit status.
+
+    Raises UserError if the file of the lines is there already, or cannot be written.
+    """
+    status = 0
+    with Bench(rehearse, minutes, images) as bench:
+        short = re.sub(r"([0-9a-f]{7})[0-9a-f]{33}", r"\1", f"{bench.card.removeprefix('NVIDIA ')}-{commit}")
+        name = re.sub(r"\W+", "-", short).strip("-")
+        lines = Lines(out or (None if rehearse else RESULTS / f"gpu-{name}.jsonl"))
+        rehearsal = {"not_rehearsed": "torch.compile: what is to be compiled runs as it is"} if rehearse else {}
+        lines.add({"measurement": "machine"} | machine(bench, commit) | rehearsal)
+        try:
+            for line in measured(bench, names):
+                lines.add(line)
+        except KeyboardInterrupt:
+            status = 130
+    say(page.tables(lines.all))
+    return status or int(any("error" in line for line in lines.all))
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 24 * 60:  # NaN neither
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes from 0 to 1440")
+    return value
 
 
 def main() -> int:
     described = {each.__name__: (each.__doc__ or "").strip().partition("\n")[0] for each in MEASUREMENTS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="no measurement begins after these (default 8)")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="no measurement begins after these (default 8)")
     parser.add_argument("--out", type=Path, help="the file of the lines; a rehearsal writes none without it")
     parser.add_argument("--only", default=",".join(described), help=f"some of {', '.join(described)}")
-    parser.add_argument("--commit", help="of the code, if this is no git repository (default: DDPM_COMMIT)")
+    parser.add_argument("--commit", help="of the code, where git does not know it (default: DDPM_COMMIT)")
     parser.add_argument(
         "--fashion-mnist",
         type=Path,
@@ -132,21 +177,21 @@ def main() -> int:
     names = arguments.only.split(",")
     if unknown := sorted(set(names) - described.keys()):
         parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join(described)}")
-    if arguments.page:
-        print(page.write(RESULTS, described))
-        return 0
     rehearse = arguments.rehearse or not torch.cuda.is_available()
-    if rehearse and not arguments.rehearse:
-        print(NO_GPU, file=sys.stderr)
-    with Bench(rehearse, arguments.minutes, arguments.fashion_mnist) as bench:
-        name = re.sub(r"\W+", "-", bench.card.removeprefix("NVIDIA ")).strip("-")
-        lines = Lines(arguments.out or (None if rehearse else RESULTS / f"gpu-{name}.jsonl"))
-        about = machine(bench, arguments.commit or os.environ.get("DDPM_COMMIT"))
-        rehearsal = {"not_rehearsed": "torch.compile: what is to be compiled runs as it is"} if rehearse else {}
-        lines.add({"measurement": "machine"} | about | rehearsal)
-        measure(bench, lines, names)
-    print(page.tables(lines.all))
-    return int(any("error" in line for line in lines.all))
+    commit = arguments.commit or os.environ.get("DDPM_COMMIT")
+    commit = commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
+    if not (commit or rehearse or arguments.page):
+        parser.error("--commit: git does not know the commit of this code; name it")
+    try:
+        if arguments.page:
+            print(page.write(RESULTS, described))
+            return 0
+        if rehearse and not arguments.rehearse:
+            print(NO_GPU, file=sys.stderr)
+        return run(rehearse, arguments.minutes, arguments.fashion_mnist, arguments.out, commit, names)
+    except UserError as error:
+        print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

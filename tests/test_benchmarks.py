@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: its rehearsal on the CPU, how it reads a profile, and the page of its results."""
+"""The benchmark of a GPU: its rehearsal on the CPU, its command, and the page of its results."""
 
 import json
 import math
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from diffusion.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "benchmarks/gpu.py")
@@ -29,8 +32,8 @@ def page() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def profile(page: Any) -> Any:  # noqa: ARG001 # for its path
-    return import_module("gpu_measurements.profile")
+def command(page: Any) -> Any:  # noqa: ARG001
+    return import_module("gpu")
 
 
 @pytest.mark.slow  # and all of tests/gpu, on the CPU
@@ -91,7 +94,7 @@ def test_the_page_is_that_of_the_committed_files() -> None:
         committed.write_bytes(before)
 
 
-def test_the_page_says_what_is_of_the_current_code(page: Any) -> None:
+def test_the_page_says_of_which_commit_figures_are(page: Any) -> None:
     all_of_them = {"ceilings": "Products.", "memory": "The most.", "profile": "A step."}
     old = [{"measurement": "machine", "device": "Old"}, {"measurement": "ceilings", "bf16_tflops": 700.0}]
     new = [
@@ -124,32 +127,119 @@ def test_slices_of_one_contender_are_one_row(page: Any) -> None:
     assert "The fastest here trains 3.33 times as many images a second as the fastest of diffusers." in found
 
 
+def never(_: Any) -> Iterator[dict[str, Any]]:
+    """A measurement that is not to begin."""
+    pytest.fail("it began")
+
+
+def measuring(command: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *measurements: Any) -> int:
+    """The exit status of a rehearsal that has these measurements alone."""
+    monkeypatch.setattr(command, "MEASUREMENTS", measurements)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--out", str(out), "--commit", "abc"])
+    status: int = command.main()
+    return status
+
+
+def test_an_interrupted_run_ends_with_its_table(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> Iterator[dict[str, Any]]:
+        yield {"first": 1}
+        raise ValueError("no")
+
+    def interrupted(_: Any) -> Iterator[dict[str, Any]]:
+        yield {"second": 2}
+        raise KeyboardInterrupt
+
+    assert measuring(command, monkeypatch, tmp_path / "lines.jsonl", fails, interrupted, never) == 130
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert lines[1:] == [
+        {"measurement": "fails", "first": 1},
+        {"measurement": "fails", "error": "ValueError: no"},
+        {"measurement": "interrupted", "second": 2},
+    ]
+    assert "| second |\n| --- |\n| 2 |" in capsys.readouterr().out
+
+
+def test_a_file_of_results_is_not_replaced(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lines.jsonl"
+    out.write_text("kept")
+    assert measuring(command, monkeypatch, out, never) == 1
+    assert out.read_text() == "kept"
+    expected = f"benchmarks/gpu.py: {out}: is there already; move it away, or name another file with --out\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert measuring(command, monkeypatch, tmp_path / "file" / "lines.jsonl", never) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks/gpu.py: {tmp_path}/file")
+
+
+def test_a_file_of_a_gpu_is_named_by_card_and_commit(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Card(command.Bench):  # type: ignore[misc]
+        def __init__(self, _: bool, *others: Any) -> None:
+            super().__init__(True, *others)
+            self.card = "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(command, "Bench", Card)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert command.run(False, 1.0, Path("none"), None, f"{commit}-dirty", []) == 0
+    (written,) = tmp_path.iterdir()
+    assert written.name == "gpu-H100-80GB-HBM3-0123456-dirty.jsonl"
+    assert json.loads(written.read_text())["commit"] == f"{commit}-dirty"
+
+
 @pytest.mark.parametrize(
-    ("kernel", "kind"),
+    ("given", "problem"),
     [
-        ("sm90_xmma_wgrad_indexed_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
-        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
-        ("nvjet_sm90_tst_64x8_64x16_1x4_h_bx_NNT", "matrix product"),
-        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x128>", "matrix product"),
-        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
-        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<float>", "normalization"),
-        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernel1<float>", "normalization"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-        ("void at::native::vectorized_elementwise_kernel<8, at::native::AUnaryFunctor<...>>", "elementwise"),
-        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copy"),
-        ("Memcpy HtoD (Pinned -> Device)", "copy"),
-        ("triton_poi_fused_convolution_silu_3", "elementwise"),
-        ("triton_red_fused_native_group_norm_12", "normalization"),
-        ("triton_per_fused_convolution_backward_sum_4", "reduction"),
-        ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float, NormTwoOps>>", "reduction"),
-        ("void at::native::distribution_elementwise_grid_stride_kernel<float, 4>", "random"),
-        ("something_new", "other"),
+        (["--minutes", "nan"], "argument --minutes: nan is not a number of minutes from 0 to 1440"),
+        ([], "--commit: git does not know the commit of this code; name it"),
     ],
 )
-def test_kernels_are_sorted_by_their_names(profile: Any, kernel: str, kind: str) -> None:
-    assert profile.kind_of(kernel) == kind
+def test_a_run_on_a_gpu_that_could_not_be_told_from_others_does_not_begin(
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], problem: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "_output", lambda *_: None)
+    monkeypatch.setattr(command, "run", pytest.fail)
+    monkeypatch.delenv("DDPM_COMMIT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {problem}")
 
 
-def test_time_in_which_kernels_overlap_counts_once(profile: Any) -> None:
-    assert profile.union([(5.0, 9.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 7.0
-    assert profile.union([]) == 0.0
+@pytest.mark.slow  # starts a process
+def test_where_nothing_can_be_printed_the_file_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    with Path("/dev/full").open("w") as full:
+        command = (*COMMAND, "--rehearse", "--only", "ceilings", "--out", str(out))
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [json.loads(line)["measurement"] for line in out.read_text().splitlines()] == ["machine", "ceilings"]
+
+
+def test_the_page_leaves_out_rehearsals(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "gpu-tiny.jsonl").write_text('{"measurement": "machine", "device": "CPU, rehearsal", "commit": "1"}\n')
+    (tmp_path / "gpu-card.jsonl").write_text('{"measurement": "machine", "device": "Card", "commit": "2"}\n')
+    written = page.write(tmp_path, {}).read_text()
+    assert "Of commit 2." in written
+    assert "gpu-tiny" not in written
+
+
+@pytest.mark.parametrize("damaged", ['{"measurement": "mach', '{"device": "Card"}', "3", "\xff"])
+def test_a_damaged_file_is_named_with_its_line(page: Any, tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "gpu-card.jsonl"
+    path.write_text('{"measurement": "machine"}\n' + damaged, encoding="latin-1")
+    with pytest.raises(UserError, match=f"^{path}, line 2: is not a JSON object with `measurement`; restore"):
+        page.write(tmp_path, {})

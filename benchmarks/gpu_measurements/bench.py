@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 Facts = dict[str, Any]
 Action = Callable[[], object]
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.compiler.set_stance("default")
         self.release()
 
     def left(self) -> float:
@@ -109,6 +111,10 @@ class Bench:
         self._kept.clear()
         self._held.close()
         torch.compiler.reset()
+        self.empty_cache()
+
+    def empty_cache(self) -> None:
+        """Give device memory that torch holds and does not use back: other processes and libraries need it."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from flows import presets, yaml_files
 from flows.changes import lay_over
-from gpu_measurements.bench import ROOT, Bench, Facts
+from gpu_measurements.bench import NO_TIME, ROOT, Bench, Facts
 
 SMALL: Facts = {
     "device": "cpu",
@@ -27,6 +28,8 @@ SMALL: Facts = {
     "export": {"steps": 2},
 }
 """Changes of the digits' parameters for a rehearsal."""
+TESTS_TAKE = 180
+"""Seconds after which tests that are not done hang."""
 HELDOUT = re.compile(r"^train: step (\d+): held-out MSE ([\d.]+)")
 
 
@@ -36,17 +39,19 @@ def gpu_tests(bench: Bench) -> Iterator[Facts]:
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu"]
     command += ["-W", "default", "tests/gpu"]  # without the plugins that pyproject.toml sets up
     command += ["-k", "not True"] if bench.rehearse else []
-    # What takes longer than all measurements together hangs.
-    done = subprocess.run(
-        command, cwd=ROOT, env=_environment(bench), capture_output=True, text=True, timeout=max(bench.left(), 60)
-    )
-    lines = done.stdout.splitlines()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=_environment(bench), capture_output=True, timeout=TESTS_TAKE)
+    except subprocess.TimeoutExpired as expired:
+        said = (expired.stdout or b"").decode(errors="replace").splitlines()
+        yield {"passed": False, "error": [f"not done after {TESTS_TAKE} s", *said[-20:]]}
+        return
+    lines = done.stdout.decode(errors="replace").splitlines()
     facts: Facts = {"passed": done.returncode == 0, "summary": (lines or ["no output"])[-1]}
     if skipped := [line for line in lines if line.startswith("SKIPPED")]:
         facts["skipped_tests"] = skipped
     if done.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-        facts["error"] = failed or done.stderr[-1500:]
+        facts["error"] = failed or done.stderr.decode(errors="replace")[-1500:]
     yield facts
 
 
@@ -67,28 +72,37 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
             if stage == "evaluate":
                 importlib.import_module("matplotlib")  # without it the stage cannot plot
             began = time.perf_counter()
-            yield from _stage(bench, tree, stage)
+            if not (yield from _stage(bench, tree, stage)):
+                yield {"stage": stage, "skipped": f"ended early: {NO_TIME}"}
+                return
             seconds = round(time.perf_counter() - began, 1)
             yield {"stage": stage, "seconds": seconds} | _report(tree, stage)
 
 
-def _stage(bench: Bench, tree: Path, stage: str) -> Iterator[Facts]:
+def _stage(bench: Bench, tree: Path, stage: str) -> Generator[Facts, None, bool]:
     """Run a stage; gives the held-out errors that it tells of, with the seconds since its start.
 
-    Raises RuntimeError with its last line if it fails.
+    Returns whether it reached its end: when no time is left, it is terminated. Raises RuntimeError with its last line
+    if it fails.
     """
     began, said = time.perf_counter(), list[str]()
     command = [sys.executable, "-m", "flows", stage]
     with subprocess.Popen(command, cwd=tree, env=_environment(bench), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
-        for line in process.stderr:
-            said.append(line)
-            if found := HELDOUT.match(line):
-                seconds = round(time.perf_counter() - began, 2)
-                yield {"step": int(found[1]), "heldout_mse": float(found[2]), "seconds": seconds}
-    if process.returncode:
+        deadline = threading.Timer(max(bench.left(), 0), process.terminate)
+        deadline.start()
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if found := HELDOUT.match(line):
+                    seconds = round(time.perf_counter() - began, 2)
+                    yield {"step": int(found[1]), "heldout_mse": float(found[2]), "seconds": seconds}
+        finally:
+            deadline.cancel()
+    if process.returncode and bench.left() >= 0:
         sys.stderr.writelines(said)
         raise RuntimeError(f"{stage}: {(said or ['no output'])[-1].strip()}")
+    return not process.returncode
 
 
 def _report(tree: Path, stage: str) -> Facts:

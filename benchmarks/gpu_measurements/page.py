@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from diffusion.storage.files import write_atomic
 from gpu_measurements.bench import Facts
 
 OF_A_SLICE = ("slice", "images_per_s", "mfu", "share_of_products", "first_s", "peak_gib")
 """What differs between the slices of one contender."""
 MACHINE = ("driver", "python", "torch", "cuda", "cudnn", "onnxruntime", "diffusers", "numpy", "cores")
+REHEARSAL = "CPU, rehearsal"
+"""The device that a rehearsal states."""
 WIDEST = 12
 """Columns of a table; further ones stay in the file."""
 HEADING = """# Measured on GPUs
@@ -102,7 +105,7 @@ def page(files: Mapping[str, list[Facts]], measurements: Mapping[str, str]) -> s
     """The page of files of results by name; `measurements` are all there are, with what each is."""
     parts, done = [], set[str]()
     for name, lines in files.items():
-        machine = next((line for line in lines if line["measurement"] == "machine"), {})
+        machine = _machine(lines)
         commit = machine.get("commit")
         about = "; ".join(f"{key} {machine.get(key) or 'not stated'}" for key in MACHINE)
         of = f"Of commit {commit}." if commit else "**Of earlier code**: the file does not state its commit."
@@ -120,14 +123,30 @@ def page(files: Mapping[str, list[Facts]], measurements: Mapping[str, str]) -> s
     return "\n\n".join([HEADING.rstrip(), *parts]) + "\n"
 
 
+def _machine(lines: Iterable[Facts]) -> Facts:
+    return next((line for line in lines if line["measurement"] == "machine"), {})
+
+
 def read(path: Path) -> list[Facts]:
-    """The lines of a file of results."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a file of results. Raises UserError, which names the line, unless each is a measurement."""
+    found: list[Facts] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["measurement"]
+        except (ValueError, TypeError, KeyError):
+            problem = "is not a JSON object with `measurement`; restore or remove the file"
+            raise UserError(f"{path}, line {number}: {problem}") from None
+    return found
 
 
 def write(folder: Path, measurements: Mapping[str, str]) -> Path:
-    """Write gpu.md of the gpu-*.jsonl files in `folder`; gives its path."""
+    """Write gpu.md of the gpu-*.jsonl files in `folder`, without those of rehearsals; gives its path.
+
+    Raises UserError if a file is damaged.
+    """
     files = {path.name: read(path) for path in sorted(folder.glob("gpu-*.jsonl"))}
+    files = {name: lines for name, lines in files.items() if _machine(lines).get("device") != REHEARSAL}
     path = folder / "gpu.md"
     write_atomic(path, page(files, measurements).encode())
     return path

@@ -1,7 +1,7 @@
 """diffusers' network of the same size as cifar10's, as its users would train it and draw from it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.nn.counting import count
+from diffusion.training.hardware import tf32
 from gpu_measurements.bench import SHAPES, Bench, random_batch
 from gpu_measurements.turns import Contender, Ready
 
@@ -101,7 +102,7 @@ def _ready(bench: Bench, size: int, best: bool) -> Ready:
 
 
 def pipeline(bench: Bench, size: int, steps: int) -> Callable[[], object]:
-    """Draws `size` pictures by diffusers' DDIMPipeline in so many steps."""
+    """Draws `size` pictures by diffusers' DDIMPipeline in so many steps, with products in TF32 on a GPU."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     Pipeline: Any = DDIMPipeline
@@ -110,7 +111,7 @@ def pipeline(bench: Bench, size: int, steps: int) -> Callable[[], object]:
     made.set_progress_bar_config(disable=True)
 
     def draw() -> object:
-        with settings(bench.device, fast=False):
+        with settings(bench.device, fast=False), tf32() if bench.cuda else nullcontext():
             return made(batch_size=size, num_inference_steps=steps, output_type="np").images
 
     return draw

@@ -10,26 +10,31 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from gpu_measurements.bench import Action, Bench, Facts
+from gpu_measurements.bench import NO_TIME, Action, Bench, Facts
 
 KINDS = [
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
-        ("copy", r"memcpy|memset|copy|fill|nchwToNhwc|nhwcToNchw|CatArray|_to_copy"),
+        ("elementwise", r"triton_poi"),
+        ("normalization", r"triton_(red|per)\w*norm"),
+        ("reduction", r"triton_(red|per)"),
+        ("matrix product", r"triton_tem"),
+        ("copy", r"memcpy|memset|copy|fill|nchwToNhwc|nhwcToNchw|CatArray"),
         ("optimizer", r"multi_tensor|adam|_foreach"),
         ("random", r"distribution|philox|dropout|bernoulli"),
-        ("normalization", r"triton_(red|per)\w*norm|native_\w+_norm|layer_norm|RowwiseMoments|FusedParams"),
+        ("normalization", r"native_\w+_norm|layer_norm|RowwiseMoments|FusedParams"),
         ("normalization", r"GammaBeta|ComputeInternalGradients"),
-        ("elementwise", r"triton_poi|elementwise"),
-        ("reduction", r"triton_(red|per)|reduce|softmax"),
+        ("elementwise", r"elementwise"),
+        ("reduction", r"reduce|softmax"),
         ("attention", r"flash|fmha|sdpa|attention"),
         ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm"),
-        ("matrix product", r"gemm|gemv|nvjet|cutlass|triton_tem|aten::(add|b|badd)?mm"),
+        ("matrix product", r"gemm|gemv|nvjet|cutlass|aten::(add|b|badd)?mm"),
     )
 ]
 """Kinds of kernels, and what their names contain; the first that matches counts.
 
-Inductor names a kernel after all that it fuses; whether it is pointwise (poi) or reduces (red, per) comes first.
+Inductor names a kernel after all that it fuses, so its prefix decides: pointwise (poi), reduction (red, per), template
+of matrix products (tem).
 """
 
 
@@ -39,15 +44,18 @@ def kind_of(kernel: str) -> str:
 
 
 def profile(bench: Bench) -> Iterator[Facts]:
-    """A step of cifar10's network: time by kind of kernel, share of the time that the GPU works, launches, waits."""
+    """A step of cifar10's network: time by kind of kernel, share of the time that the GPU works, launches, waits.
+
+    `ms_per_step` is of steps without the profiler, `ms_profiled` and the rest with it.
+    """
     for compiled in (True, False):
         if bench.left() < 0:
+            yield {"compiled": compiled, "skipped": NO_TIME}
             return
         size, steps = bench.best_batch, 1 if bench.rehearse else 3
         training = bench.training("cifar10", batch_size=size, precision="bf16", compile=compiled)
-        for _ in range(steps):
-            training.step()
-        facts: Facts = {"batch_size": size, "compiled": compiled}
+        seconds = bench.seconds(training.step, times=steps)
+        facts: Facts = {"batch_size": size, "compiled": compiled, "ms_per_step": round(1000 * seconds, 2)}
         if bench.cuda:
             facts["waits"] = waits(training.step)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
@@ -60,7 +68,7 @@ def profile(bench: Bench) -> Iterator[Facts]:
             spent = time.perf_counter() - began
         yield (
             facts
-            | {"ms_per_step": round(1000 * spent / steps, 2)}
+            | {"ms_profiled": round(1000 * spent / steps, 2)}
             | summary(profiler.events(), spent, steps, bench.cuda)
         )
 
@@ -74,14 +82,14 @@ def waits(step: Action) -> int:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return len([each for each in caught if "synchronizing" in str(each.message)])
+    return sum("called a synchronizing" in str(each.message) for each in caught)
 
 
 def summary(events: Iterable[FunctionEvent], spent: float, steps: int, on_gpu: bool) -> Facts:
     """What `steps` steps did in `spent` seconds; without a GPU, of torch's operations instead of kernels."""
     events = list(events)
-    if on_gpu:  # an annotation, such as that of an optimizer's step, spans kernels and the gaps between them
-        of_gpu = [event for event in events if event.device_type.name == "CUDA"]
+    if on_gpu:  # an annotation, such as that of a compiled graph, spans kernels and the gaps between them
+        of_gpu = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
         kernels = [event for event in of_gpu if not event.name.startswith(("Optimizer.", "ProfilerStep"))]
     else:
         kernels = [event for event in events if event.name.startswith("aten::")]

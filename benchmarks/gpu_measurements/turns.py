@@ -1,20 +1,24 @@
 """Rates of several that take turns, so that all see the machine fast and slow alike."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from diffusion.errors import UserError
 from diffusion.nn.counting import Counts
-from gpu_measurements.bench import Action, Bench, Facts
+from gpu_measurements.bench import NO_TIME, Action, Bench, Facts
 
 PEAKS = {
-    "H100 PCIe": {"bf16": 756e12, "tf32": 378e12},
-    "H100": {"bf16": 989e12, "tf32": 494e12},
-    "H200": {"bf16": 989e12, "tf32": 494e12},
-    "A100": {"bf16": 312e12, "tf32": 156e12},
+    r"NVIDIA H100 PCIe": {"bf16": 756e12, "tf32": 378e12},
+    r"NVIDIA H100 80GB HBM3": {"bf16": 989e12, "tf32": 494e12},
+    r"NVIDIA H200": {"bf16": 989e12, "tf32": 494e12},
+    r"NVIDIA A100[- ](SXM4-\d+GB|PCIE-40GB|80GB PCIe)": {"bf16": 312e12, "tf32": 156e12},
 }
-"""FLOP/s of dense matrix products by the data sheet, by a part of the card's name, and by precision."""
+"""FLOP/s of dense matrix products by the data sheet, by the card's whole name, and by precision.
+
+Other cards of the family, and parts of a card (MIG), are slower.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,17 @@ def slices(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: 
     """Images a second of each contender in turn: one line for each slice of some seconds, as soon as it has ended.
 
     Each is made ready at its first turn, whose line has the seconds that this and the first action took, and the
-    device memory. One that fails has a line with the error, and no further turns.
+    device memory. One that fails, or for which no time is left, has a line that says so, and no further turns.
     """
     ready: dict[int, Ready] = {}
     waiting = dict(enumerate(contenders))
     for turn in range(2 if bench.rehearse else rounds):
         for number, contender in list(waiting.items()):
-            if bench.left() < 0:
-                return
             found = dict(contender.facts)
+            if bench.left() < 0:
+                yield found | {"skipped": NO_TIME}
+                del waiting[number]
+                continue
             try:
                 if number not in ready:
                     base, began = bench.watch_memory(), time.perf_counter()
@@ -72,6 +78,7 @@ def slices(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: 
 
 def _seconds(bench: Bench, action: Action, at_least: float) -> float:
     """Seconds of an action, the mean of as many as take `at_least` so long, after one that does not count."""
+    bench.empty_cache()
     action()
     bench.finish()
     times, began = 0, time.perf_counter()
@@ -87,7 +94,7 @@ def utilization(bench: Bench, counts: Counts | None, precision: str, images_per_
 
     A step takes three times the FLOPs of a forward pass. What is not known of the card or network is left out.
     """
-    peak = next((peaks[precision] for name, peaks in PEAKS.items() if name in bench.card and precision in peaks), None)
+    peak = next((peaks.get(precision) for name, peaks in PEAKS.items() if re.fullmatch(name, bench.card)), None)
     most = {"mfu": peak, "share_of_products": bench.products.get(precision)}
     flops = 3 * counts.flops * images_per_s if counts else None
     return {name: float(f"{flops / value:.3g}") for name, value in most.items() if value and flops}

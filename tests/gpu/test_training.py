@@ -12,6 +12,7 @@ import torch
 
 from diffusion.errors import Stopped
 from diffusion.model import Config, Model, new_network
+from diffusion.nn import build as networks
 from diffusion.process import build
 from diffusion.process.likelihood import Bound
 from diffusion.process.parameterization import Eps
@@ -62,11 +63,11 @@ def test_the_gradient_is_that_of_the_cpu(start: Start, device: torch.device) -> 
 def test_a_step_changes_the_weights_as_on_the_cpu(start: Start, device: torch.device) -> None:
     """In float32, with TF32 (10 bits of mantissa) on the GPU: closer than a step in bfloat16 (7 bits) on the CPU.
 
-    Without dropout, since each device draws its own.
+    Without dropout, since each device draws its own, and with AdamW, since Muon computes in bfloat16 on a GPU.
     """
 
     def change(where: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        state, trainer = start(where=where, precision=dtype, dropout=0.0)
+        state, trainer = start(where=where, precision=dtype, dropout=0.0, optimizer="adamw")
         before = torch.cat([parameter.detach().flatten().clone() for parameter in state.net.parameters()])
         loop.step(state, trainer)
         return (torch.cat([parameter.detach().flatten() for parameter in state.net.parameters()]) - before).cpu()
@@ -129,6 +130,7 @@ def test_a_training_that_was_stopped_and_killed_resumes_to_the_same_bytes(
 
 def die(device: torch.device, params: Params, directory: Path) -> None:
     """Continue a training, and be killed at step 26."""
+    networks.device(str(device))  # a new process: its kernels are to be deterministic too
     with starting(device, params) as start:
         trained(start, directory, die_at=26)
 
