@@ -3,17 +3,29 @@
 import importlib
 import os
 import pkgutil
+import re
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from diffusion import nn
 from diffusion.errors import UserError
 from diffusion.nn.layers import Network, NetworkOptions
 from diffusion.sections import OneOf
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
+DEVICES = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+
+
+def _check_device(name: Any) -> Any:
+    if isinstance(name, str) and not re.search(DEVICES, name):
+        expected = "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return name
+
+
+Device = Annotated[str, Field(pattern=DEVICES), BeforeValidator(_check_device)]
 
 
 def _networks() -> dict[str, Any]:

@@ -236,7 +236,7 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--eta 2", "sample.sampler.eta: input should be less than or equal to 1 (got 2.0)"),
         ("--sampler heun --eta 0.1", "sample.sampler.eta: no such parameter of heun (got 0.1)"),
         ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
-        ("--device gpu", "device: string should match pattern"),
+        ("--device gpu", "device: input should be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N (got 'gpu')"),
         ("--sampler ddpm --variance learned", "sample.variance: the model did not learn a variance"),
         ("--sampler ddpm --variance analytic", "sample.variance: the model holds no estimate for analytic"),
         ("--model nowhere", "nowhere/config.json: No such file or directory"),
