@@ -140,7 +140,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
         full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
         with tf32() if full and on_gpu else nullcontext(), synchronizing(trainer.net, number == options.accumulate):
-            with nullcontext() if full else torch.autocast(x_0.device.type, trainer.precision):
+            with torch.autocast(x_0.device.type, None if full else trainer.precision, enabled=not full):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.

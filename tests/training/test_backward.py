@@ -61,3 +61,12 @@ def test_where_one_loss_is_not_finite_no_gradient_is(params: Params, net: torch.
     weight[3] = torch.inf
     found, _ = gradients(params, net, 1, x_0, t, eps, y, weight)
     assert not any(gradient.isfinite().any() for gradient in found)
+
+
+def test_an_autocast_around_it_does_not_reach_a_loss_in_float32(params: Params, net: torch.nn.Module) -> None:
+    x_0, t, eps, y, weight = batch()
+    given = (x_0.float(), t, eps.float(), y, weight)
+    _, expected = gradients(params, net.float(), 1, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, losses = gradients(params, net, 1, *given)
+    assert losses.equal(expected)
