@@ -1,5 +1,7 @@
 """What to do about a file that cannot be used."""
 
+from pathlib import Path
+
 from diffusion.errors import Damaged, FileFault
 from flows.paths import Paths
 
@@ -13,7 +15,17 @@ def told(error: Exception) -> str:
         # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage
         # back, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy repairs it.
         return f"{error}; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
-    return f"{error}; `dvc repro {stage}` writes it"
+    return f"{error}; `dvc repro {stage}` writes it{_or_apply()}"
+
+
+def _or_apply() -> str:
+    """How to take the file from the last flow run instead, in a working tree that has one."""
+    if Path("run.json").exists():  # a run's workspace
+        return ""
+    from flows import workspace
+
+    last = workspace.newest("completed")
+    return f", or `ddpm apply {last.name}` takes the results of the last flow run" if last else ""
 
 
 def stage_of(error: FileFault) -> str | None:

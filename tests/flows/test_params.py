@@ -8,7 +8,8 @@ import pytest
 from diffusion.errors import UserError
 from flows import params as parameters
 from flows import presets, yaml_files
-from flows.__main__ import main, parser
+from flows.__main__ import main
+from flows.cli import app
 from flows.params import Params
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +158,41 @@ def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["params"]) == 0
     shown = capsys.readouterr().out
     for name, section in parameters.SECTIONS.items():
-        assert f"\n{name}: " in shown
-        assert all(f"\n  {field}: " in shown for field in section.model_fields)
+        assert f"\n{name}  " in shown
+        assert all(f"\n{name}.{field} = " in shown for field in section.model_fields if name != "network")
+
+
+def test_ddpm_params_shows_value_default_choices_and_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    assert main(["set", "train.steps=7", "train.decay=cosine", "sample.sampler=ddim", "network.kind=uvit"]) == 0
+    capsys.readouterr()
+    expected = {
+        "train.steps": "train.steps = 7 (default 1000)   integer, at least 1",
+        "train.decay": "train.decay = cosine (default linear)   constant | linear | cosine",
+        "train.compile": "train.compile = auto (default)   true | false | auto",
+        "process.loss": "process.loss = mse (default)   mse | l1 | huber",
+        "process.weighting.gamma": "process.weighting.gamma (default 5.0)   number, above 0",
+        "sample.sampler.eta": "sample.sampler.eta = 0.0 (default)   number, at least 0 and at most 1",
+        "network.kind": "network.kind = uvit (default unet)   unet | uvit",
+        "network.depth": "network.depth = 13 (default)   integer, at least 1",
+        "evaluate.exact_likelihood_images": "evaluate.exact_likelihood_images = 16 (default)   integer, at least 2",
+        "export.variants": "export.variants = [] (default)   list of fp16 | int8",
+        "device": "device = auto (default)   auto | cpu | cuda | cuda:N | mps | xpu | xpu:N",
+    }
+    for name, line in expected.items():
+        assert main(["params", name]) == 0
+        assert line in map(str.strip, capsys.readouterr().out.splitlines())
+    assert main(["params", "network"]) == 0
+    shown = capsys.readouterr().out
+    assert "network.channel_multipliers (default [1, 2])" in shown  # of the other kind: no value
+    assert main(["params", "trains"]) == 1
+    assert capsys.readouterr().err == (
+        "ddpm params: error: trains: no such section or parameter; the sections are seed, device, shard, pairs, "
+        "process, network, train, sample, evaluate, export, tracking\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,12 +253,12 @@ def test_numbers_on_the_command_line_are_as_strict(
 ) -> None:
     arguments = ["sample", f"--{option}={text}"]
     if right is WRONG:
-        with pytest.raises(SystemExit):
-            parser().parse_args(arguments)
-        assert f"argument --{option}: invalid " in capsys.readouterr().err
+        assert main(arguments) == 2
+        assert f"ddpm sample: error: Invalid value for --{option}: " in capsys.readouterr().err
     else:
-        value = getattr(parser().parse_args(arguments), option)
-        assert (type(value), value) == (type(right), right)
+        _, bound, _ = app.parse_args(arguments, exit_on_error=False)
+        options = bound.arguments["editing" if option == "at" else "overrides"]
+        assert (type(getattr(options, option)), getattr(options, option)) == (type(right), right)
 
 
 def test_all_faults_are_reported_at_once() -> None:

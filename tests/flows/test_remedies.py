@@ -6,6 +6,7 @@ import pytest
 
 from diffusion.errors import Damaged, FileFault, UserError
 from flows.remedies import told
+from flows.workspace import Run, State
 
 SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
 
@@ -28,6 +29,20 @@ def test_files_of_a_stage_are_written_by_it_again(path: str, stage: str | None) 
     assert told(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
     assert told(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
     assert told(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
+
+
+def test_the_last_flow_run_is_offered_in_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fault, plain = FileFault(Path("models/ddpm"), "missing"), "models/ddpm: missing; `dvc repro train` writes it"
+    assert told(fault) == plain
+    states: dict[str, State] = {"old-one": "completed", "new-one": "completed", "worst-one": "failed"}
+    for day, (name, state) in enumerate(states.items(), start=1):
+        directory, end = tmp_path / ".ddpm/runs" / name, f"2026-01-0{day}T00:00:00"
+        directory.mkdir(parents=True)
+        Run(name, "id", "2026-01-01T00:00:00", "", False, state, end).write(directory)
+    assert told(fault) == f"{plain}, or `ddpm apply new-one` takes the results of the last flow run"
+    monkeypatch.chdir(tmp_path / ".ddpm/runs/old-one")  # in a run's own workspace there is nothing to apply
+    assert told(fault) == plain
 
 
 def test_other_errors_are_told_as_they_are() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import UserError
-from flows.__main__ import check_untracked
+from flows.commands.stage import check_untracked
 from tests.training import trees
 
 
