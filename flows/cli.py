@@ -107,5 +107,31 @@ def apply(run: str, /, *, force: bool = False) -> None:
     apply(run, force=force)
 
 
-_lazily("track", "runs:track", "Record results in MLflow that are not there yet.", RUNS)
-_lazily("promote", "runs:promote", "Make a registered model version the champion.", RUNS)
+@app.command(group=RUNS)
+def track(run: str | None = None, /, *, json: bool = False) -> None:
+    """Record results in MLflow that are not there yet.
+
+    Args:
+        run: Name of a flow run (see `ddpm runs`); by default the working tree.
+        json: Print run id, address and model version as JSON.
+    """
+    from flows import tracking, workspace
+    from flows.params import load
+
+    paths = Paths(workspace.find(run)) if run else Paths()
+    tracking.track(load(paths.params), paths, as_json=json)
+
+
+@app.command(group=RUNS)
+def promote(version: str, /, *, reason: str) -> None:
+    """Make a registered model version the champion.
+
+    Args:
+        version: Its number in MLflow.
+        reason: Why; it is added to the version's description.
+    """
+    from flows import tracking
+    from flows.params import load
+
+    paths = Paths()
+    tracking.promote(load(paths.params), paths, version, reason)
