@@ -1,5 +1,6 @@
 """What each parameter takes: its type, choices and limits as text, for `ddpm params` and Prefect's form."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -122,3 +123,8 @@ def present(document: Any, parameter: Parameter) -> Any:
         value = document.get(last) if parameter.kind in ("", document.get("kind")) else None
         return value.get("kind") if isinstance(value, Mapping) else value
     return None
+
+
+def as_typed(value: Any) -> str:
+    """A value as `ddpm set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

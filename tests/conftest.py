@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,14 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         patch.setenv("DVC_GLOBAL_CONFIG_DIR", empty)
         patch.setenv("DVC_SYSTEM_CONFIG_DIR", empty)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    """The command line, run in the tests' own process, leaves SIGTERM ignored, which child processes would inherit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -118,16 +118,11 @@ def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:
 
 def _first_line(parameter: Parameter, value: Any) -> Text:
     """Name, value, default and what the parameter takes."""
-    default, line = _as_typed(parameter.default), Text(parameter.name, "bold")
+    default, line = fields.as_typed(parameter.default), Text(parameter.name, "bold")
     if value is None:
         line.append(f" (default {default})", "not bold dim")
     elif value == parameter.default:
         line.append(f" = {default} (default)", "not bold green")
     else:
-        line.append(f" = {_as_typed(value)} (default {default})", "not bold yellow")
+        line.append(f" = {fields.as_typed(value)} (default {default})", "not bold yellow")
     return line.append(f"   {parameter.takes}", "not bold cyan")
-
-
-def _as_typed(value: Any) -> str:
-    """A value as `ddpm set` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
