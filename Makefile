@@ -79,7 +79,7 @@ docs: setup ## Build the documentation in site/ and check its links.
 	@# mkdocs.yml says why it is built from a copy.
 	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
 	git ls-files -z -- . ':!tests' | tar --create --null --files-from - | tar --extract --directory .ddpm/docs
-	mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
 lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
