@@ -49,7 +49,7 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureReference:
     """A trained classifier, and what it sees in the training images."""
 
     classifier: Classifier
@@ -74,7 +74,7 @@ def split(paths: Paths, name: str) -> tuple[Images, NDArray[np.int64]]:
     return np.concatenate([pairs.x_0(b) for b in blocks]), np.concatenate([pairs.labels(b) for b in blocks])
 
 
-def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> Judge:
+def fit_reference(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> FeatureReference:
     """Train the classifier on the training split."""
     torch.manual_seed(seed)
     images, labels = split(paths, "train")
@@ -95,7 +95,7 @@ def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: in
     with torch.inference_mode():
         found = torch.cat([classifier(part)[1].argmax(dim=1) for part in as_tensor(test_images).split(500)])
     accuracy = float((found.numpy() == test_labels).mean())
-    return Judge(classifier, *moments(features(classifier, images)), accuracy)
+    return FeatureReference(classifier, *moments(features(classifier, images)), accuracy)
 
 
 def as_tensor(images: Images) -> Tensor:

@@ -125,11 +125,11 @@ def main() -> None:
         }
     taken = {batch: seconds(makers, batch, arguments.turns) for batch in speed.BATCHES}
 
-    judge = features.train_judge(paths)
+    reference = features.fit_reference(paths)
     distances = {}
     for name in (name for name in makers if not name.startswith("torch")):
         parts = [makers[name](64, seed) for seed in range(-(-arguments.count // 64))]
-        distances[name] = judge.distance(np.concatenate(parts)[: arguments.count])
+        distances[name] = reference.distance(np.concatenate(parts)[: arguments.count])
     print("| | ms, a picture alone | images/s, batch of 64 | Fréchet |\n|---|---|---|---|")
     for name in makers:
         quality = f"{distances[name]:.2f}" if name in distances else ""

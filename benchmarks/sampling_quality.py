@@ -141,16 +141,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     paths, device = Paths(arguments.tree), torch.device("cpu")
-    model, judge = load_model(paths.model, device), features.train_judge(paths)
+    model, reference = load_model(paths.model, device), features.fit_reference(paths)
     images, _ = features.split(paths, "train")
-    real = judge.distance(images[: arguments.count])
+    real = reference.distance(images[: arguments.count])
     rows: list[dict[str, Any]] = []
     best: dict[tuple[str, int], features.Images] = {}
     progress = tqdm(settings(arguments.evaluations, arguments.samplers, model.process.schedule.num_timesteps))
     for setting in progress:
         began = time.perf_counter()
         images = draw(model, setting, arguments.count, device)
-        seconds, distance = time.perf_counter() - began, judge.distance(images)
+        seconds, distance = time.perf_counter() - began, reference.distance(images)
         progress.write(
             f"{setting.evaluations:5} evaluations, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr
         )
@@ -177,8 +177,8 @@ def main() -> None:
         writer.writerows(rows)
     picture(best, arguments.samplers, arguments.evaluations, arguments.out.with_suffix(".png"))
     print(table(rows, arguments.samplers, arguments.evaluations, real))
-    print(f"\nclassifier: {judge.accuracy:.1%} of the test images right")
-    facts = {"count": arguments.count, "real": real, "classifier_accuracy": judge.accuracy, "rows": rows}
+    print(f"\nclassifier: {reference.accuracy:.1%} of the test images right")
+    facts = {"count": arguments.count, "real": real, "classifier_accuracy": reference.accuracy, "rows": rows}
     print(json.dumps({"benchmark": "sampling_quality", **facts}))
 
 

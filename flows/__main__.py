@@ -19,7 +19,7 @@ from diffusion.progress import say
 from flows import presets, yaml_files
 from flows.parent import launched, stop_with_parent
 from flows.paths import Paths
-from flows.remedies import told
+from flows.remedies import with_remedy
 from flows.stages import STAGES
 
 
@@ -291,7 +291,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if not isinstance(error, Echo):
             goes_on = arguments.command == "train" and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if goes_on else ""
-            say(f"ddpm {arguments.command}: error: {told(error)}{more}")
+            say(f"ddpm {arguments.command}: error: {with_remedy(error)}{more}")
         return 1
     except Stopped as stopped:
         if not launched():

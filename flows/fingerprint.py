@@ -69,7 +69,7 @@ def training_fingerprint(facts: dict[str, Any]) -> str:
 
 
 @contextmanager
-def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
+def exclusive(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
     """A block in which this process alone writes the checkpoints of the training with these facts."""
     directory = checkpoints / training_fingerprint(facts)
     with writing(directory):
@@ -82,14 +82,14 @@ def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
             held = lock.acquire()
     with held:
         if not newest_step(directory):
-            for line in unusable(checkpoints, facts):
+            for line in unused_checkpoints(checkpoints, facts):
                 say(f"train: {line}")
         write_json(directory / FACTS, facts)
         drop_old_trainings(checkpoints)
         yield
 
 
-def unusable(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
+def unused_checkpoints(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
     """A line for each interrupted training that differs from this one in its setup alone."""
     lines = []
     for path in sorted(checkpoints.glob(f"*/{FACTS}")):

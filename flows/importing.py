@@ -21,7 +21,7 @@ from diffusion.storage.tar import Split
 from flows.dvc_output import reason
 from flows.paths import Paths
 
-SHOWN = 5
+MAX_LISTED = 5
 """Files named on the terminal."""
 
 
@@ -38,14 +38,14 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
         paths.state.mkdir(exist_ok=True)
     # One import at a time: what is undone after an error must not be another one's.
     with FileLock(paths.state / "import.lock"):
-        place, ignored = _bring_under_dvc(path, name, paths, link)
+        place, ignored = _copy_into_dvc(path, name, paths, link)
     confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
     print(_description(source))
     print(f"\nTo use it, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}\nand keep its record in git:\n")
     print(f"git add {place}.dvc {ignored}")
 
 
-def _bring_under_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
+def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
     """Bring a source under data/raw and DVC; gives its path, and that of the .gitignore beside it, from the root."""
     target = paths.raw / (f"{name}.npz" if path.is_file() else name)
     tracked = target.with_name(f"{target.name}.dvc")
@@ -56,7 +56,7 @@ def _bring_under_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[s
     ignored = paths.raw / ".gitignore"
     before = ignored.read_bytes() if ignored.exists() else None
     try:
-        _bring(path, target, link)
+        _copy_or_link(path, target, link)
         _dvc_add(target, paths.root, link)
     except BaseException:
         _remove(target)
@@ -84,13 +84,13 @@ def _description(source: Source) -> str:
     files = f"Imported {images} images{f' ({counts})' if counts else ''}; the stage shard decodes them."
     classes = shards.describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Left out: {line}" for line in left_out[:SHOWN]]
-    if len(left_out) > SHOWN:
-        lines.append(f"Left out: {len(left_out) - SHOWN} more")
+    lines += [f"Left out: {line}" for line in left_out[:MAX_LISTED]]
+    if len(left_out) > MAX_LISTED:
+        lines.append(f"Left out: {len(left_out) - MAX_LISTED} more")
     return "\n".join(lines)
 
 
-def _bring(path: Path, target: Path, link: bool) -> None:
+def _copy_or_link(path: Path, target: Path, link: bool) -> None:
     """Copy or link the files of `path` to `target`, which appears whole or not at all."""
     files = list(files_below(path)) if path.is_dir() else [path]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:

@@ -30,11 +30,11 @@ MAX_RESTARTS = "DDPM_MAX_RESTARTS"
 """How often lost processes are replaced. It shapes no result, and so is no parameter."""
 
 
-_SECONDS_TO_KILL = 30
+_KILL_TIMEOUT_SECONDS = 30
 """How long torch gives the others to end after a failure, before it kills them."""
 
 
-class Lost(Exception):
+class LostProcess(Exception):
     """One of the processes has ended without an error of its own: it was killed, or its GPU has failed."""
 
 
@@ -72,7 +72,7 @@ def launch(processes: int, checkpoints: Path) -> None:
         for restart in range(1, restarts + 2):
             try:
                 _run(processes)
-            except Lost as lost:
+            except LostProcess as lost:
                 step = newest_step(checkpoints)
                 if step is None or restart > restarts:
                     raise UserError(f"{lost}; `dvc repro` goes on from the last checkpoint") from None
@@ -84,7 +84,7 @@ def launch(processes: int, checkpoints: Path) -> None:
 
 
 def _run(processes: int) -> None:
-    """Run the processes once; raises Lost, Stopped, SignalException or SystemExit."""
+    """Run the processes once; raises LostProcess, Stopped, SignalException or SystemExit."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ[STORE] = str(Path(directory) / "store")
         config = LaunchConfig(
@@ -110,10 +110,10 @@ def _cause(failures: Mapping[int, ProcessFailure], processes: int) -> BaseExcept
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in sorted(failures.items()):
         if failure.exitcode == os.EX_TEMPFAIL:
-            return Lost(f"process {rank} of {processes} has lost its GPU")
-        told_to_end = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= _SECONDS_TO_KILL
-        if failure.exitcode < 0 and not told_to_end:
-            return Lost(f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}")
+            return LostProcess(f"process {rank} of {processes} has lost its GPU")
+        terminated = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= _KILL_TIMEOUT_SECONDS
+        if failure.exitcode < 0 and not terminated:
+            return LostProcess(f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}")
     status = min(
         (failure.exitcode for failure in failures.values() if failure.exitcode > 0), default=128 + signal.SIGTERM
     )

@@ -9,7 +9,7 @@ from flows.yaml_files import read_yaml
 if TYPE_CHECKING:
     from flows.params import Params
 
-OWN = ("seed", "device", "tracking")
+NOT_IN_PRESETS = ("seed", "device", "tracking")
 """What no preset changes."""
 
 
@@ -29,7 +29,7 @@ def load(path: Path) -> "Params":
 def laid_over(document: Any, directory: Path, name: str) -> Any:
     """The parameters `document` with those of preset `name` in their place, and the defaults where it says nothing.
 
-    What is the user's own stays: `OWN`, and `shard.source` where the preset names none.
+    What is the user's own stays: `NOT_IN_PRESETS`, and `shard.source` where the preset names none.
     Raises UserError listing the presets there are, or naming what no preset changes.
     """
     from flows.changes import lay_over
@@ -38,7 +38,7 @@ def laid_over(document: Any, directory: Path, name: str) -> Any:
     if name not in known:
         raise UserError(f"preset {name!r}: no such preset; there are {', '.join(known)} (in {directory}/)")
     preset = _differences(directory / f"{name}.yaml")
-    defaults = {key: value for key, value in _defaults().items() if key not in OWN}
+    defaults = {key: value for key, value in _defaults().items() if key not in NOT_IN_PRESETS}
     if "source" not in preset.get("shard", {}):
         del defaults["shard"]["source"]
     return lay_over(document, lay_over(defaults, preset))
@@ -53,7 +53,7 @@ def _defaults() -> dict[str, Any]:
 def _differences(path: Path) -> Any:
     """What a preset's file changes."""
     preset = read_yaml(path)
-    if own := [name for name in OWN if name in preset]:
+    if own := [name for name in NOT_IN_PRESETS if name in preset]:
         raise UserError(f"{path}: {', '.join(own)}: no preset changes that; set it in params.yaml")
     if wrong := [name for name, fields in preset.items() if not isinstance(fields, dict)]:
         raise UserError(f"{path}: {', '.join(wrong)}: must be a section with fields")

@@ -4,7 +4,7 @@ from diffusion.errors import Damaged, FileFault
 from flows.paths import Paths
 
 
-def told(error: Exception) -> str:
+def with_remedy(error: Exception) -> str:
     """An error in one line; of a file that a stage writes here, with what to do about it."""
     stage = stage_of(error) if isinstance(error, FileFault) else None
     if stage is None:

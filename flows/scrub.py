@@ -24,7 +24,7 @@ def scrub(cache: Path) -> tuple[int, int]:
     deleted = 0
     with Progress("scrub", len(files), "files") as progress:
         for path in files:
-            if not _sound(path):
+            if not _intact(path):
                 path.unlink()
                 deleted += 1
                 say(f"deleted {path}")
@@ -32,7 +32,7 @@ def scrub(cache: Path) -> tuple[int, int]:
     return len(files), deleted
 
 
-def _sound(path: Path) -> bool:
+def _intact(path: Path) -> bool:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return content == path.parent.name + path.name.removesuffix(".dir")

@@ -106,7 +106,7 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
         run.write(workspace)
         state: State = "completed"
         try:
-            _bring_raw_data(workspace)
+            _checkout_raw_data(workspace)
             yield workspace
         except BaseException as error:
             state = _state_after(error)
@@ -154,7 +154,7 @@ def state_of(workspace: Path, run: Run) -> State:
 
 def list_runs() -> None:
     """Print name, time, state and held-out MSE of each run, ordered by their end, and what is removed when."""
-    runs, days = kept()
+    runs, days = retention()
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
         created = run.created[:16].replace("T", " ")
@@ -175,7 +175,7 @@ def _mse(report: Path) -> str:
         return "damaged"
 
 
-def kept() -> tuple[int, float]:
+def retention() -> tuple[int, float]:
     """How many of the runs that ended last are kept, and for how many days after their end."""
     runs = setting("DDPM_KEEP_RUNS", 20, Annotated[int, Field(ge=0)])
     days = setting("DDPM_KEEP_DAYS", 14.0, Annotated[float, Field(ge=0, le=36_500)])
@@ -253,7 +253,7 @@ def _configure_dvc(workspace: Path) -> None:
         ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes ASCII alone
 
 
-def _bring_raw_data(workspace: Path) -> None:
+def _checkout_raw_data(workspace: Path) -> None:
     """Check the raw data out of the DVC cache, where git does not hold them."""
     from flows.params import load
 
@@ -281,7 +281,7 @@ def _bring_raw_data(workspace: Path) -> None:
 
 def _clean(runs: Path) -> None:
     """Remove old workspaces, and what is left of half-made ones; never one in use."""
-    most, days = kept()
+    most, days = retention()
     oldest = datetime.now(UTC) - timedelta(days=days)
     for index, (workspace, run) in enumerate(reversed(_workspaces(runs))):
         if index >= most or datetime.fromisoformat(run.ended or run.created) < oldest:

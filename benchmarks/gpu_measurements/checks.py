@@ -28,7 +28,7 @@ SMALL: Facts = {
     "export": {"steps": 2},
 }
 """Changes of the digits' parameters for a rehearsal."""
-TESTS_TAKE = 180
+TESTS_TIMEOUT_SECONDS = 180
 """Seconds after which tests that are not done hang."""
 HELDOUT = re.compile(r"^train: step (\d+): held-out MSE ([\d.]+)")
 
@@ -40,10 +40,12 @@ def gpu_tests(bench: Bench) -> Iterator[Facts]:
     command += ["-W", "default", "tests/gpu"]  # without the plugins that pyproject.toml sets up
     command += ["-k", "not True"] if bench.rehearse else []
     try:
-        done = subprocess.run(command, cwd=ROOT, env=_environment(bench), capture_output=True, timeout=TESTS_TAKE)
+        done = subprocess.run(
+            command, cwd=ROOT, env=_environment(bench), capture_output=True, timeout=TESTS_TIMEOUT_SECONDS
+        )
     except subprocess.TimeoutExpired as expired:
         said = (expired.stdout or b"").decode(errors="replace").splitlines()
-        yield {"passed": False, "error": [f"not done after {TESTS_TAKE} s", *said[-20:]]}
+        yield {"passed": False, "error": [f"not done after {TESTS_TIMEOUT_SECONDS} s", *said[-20:]]}
         return
     lines = done.stdout.decode(errors="replace").splitlines()
     facts: Facts = {"passed": done.returncode == 0, "summary": (lines or ["no output"])[-1]}

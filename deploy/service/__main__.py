@@ -30,21 +30,21 @@ ENVIRONMENT = {
 }
 
 
-def whole(text: str) -> int:
-    """A whole number from 1."""
+def positive_int(text: str) -> int:
+    """Parse a positive integer."""
     if not text.isdecimal() or (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 (got {text})")
+        raise argparse.ArgumentTypeError(f"must be a positive integer (got {text})")
     return value
 
 
-def duration(text: str) -> float:
-    """A number from 0."""
+def non_negative(text: str) -> float:
+    """Parse a non-negative number."""
     try:
         value = float(text)
     except ValueError:
         value = -1
     if not 0 <= value < threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 (got {text})")
+        raise argparse.ArgumentTypeError(f"must be a non-negative number (got {text})")
     return value
 
 
@@ -69,13 +69,19 @@ def parser() -> argparse.ArgumentParser:
     option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where ONNX Runtime can use it")
     option("threads", type=int, default=0, help="threads of ONNX Runtime; 0 for as many as there are cores")
-    option("max-images", type=whole, default=64, help="images of a request")
-    option("max-body", type=whole, default=64 * 2**20, help="bytes of a request")
-    option("max-batch", type=whole, default=64, help="images of requests that are run together")
-    option("max-delay", type=duration, default=0, help="milliseconds that a request waits for others, if nothing runs")
-    option("max-waiting", type=whole, default=512, help="images that may wait; beyond, requests are refused (503)")
-    option("poll", type=duration, default=10, help="seconds between questions to MLflow which version the alias names")
-    option("drain", type=duration, default=1, help="seconds from SIGTERM until no new connections are accepted")
+    option("max-images", type=positive_int, default=64, help="images of a request")
+    option("max-body", type=positive_int, default=64 * 2**20, help="bytes of a request")
+    option("max-batch", type=positive_int, default=64, help="images of requests that are run together")
+    option(
+        "max-delay", type=non_negative, default=0, help="milliseconds that a request waits for others, if nothing runs"
+    )
+    option(
+        "max-waiting", type=positive_int, default=512, help="images that may wait; beyond, requests are refused (503)"
+    )
+    option(
+        "poll", type=non_negative, default=10, help="seconds between questions to MLflow which version the alias names"
+    )
+    option("drain", type=non_negative, default=1, help="seconds from SIGTERM until no new connections are accepted")
     return made
 
 

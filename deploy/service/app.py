@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.service import pictures, protocol
-from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.batching import Batcher, QueueFull, RunFailed
 from deploy.service.metrics import Metrics
 from deploy.service.models import Model, Served
 
@@ -42,7 +42,7 @@ class Service:
 def create(service: Service) -> FastAPI:
     """The application."""
     app = FastAPI(title="ddpm", version=VERSION, docs_url=None, redoc_url=None)
-    app.add_middleware(Watch, service=service)
+    app.add_middleware(Instrumentation, service=service)
     _answer_errors(app)
 
     def current(request: Request) -> Model:
@@ -91,19 +91,19 @@ def create(service: Service) -> FastAPI:
         return Response(answer, media_type="application/json")
 
     @app.get("/images")
-    async def images(request: Request, wish: Annotated[pictures.Wish, Query()]) -> Response:
-        model, seed = service.served.current, wish.seed
+    async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        model, seed = service.served.current, query.seed
         headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
         if seed is None:
             seed = secrets.randbelow(2**32)
         else:  # the same until the model is another one, which the ETag tells at the price of a question
-            headers |= {"Cache-Control": "no-cache", "ETag": pictures.tag(wish, model)}
+            headers |= {"Cache-Control": "no-cache", "ETag": pictures.etag(query, model)}
         headers["X-Seed"] = str(seed)
-        feeds = await asyncio.to_thread(pictures.feeds, wish, seed, model, service.max_images)
+        feeds = await asyncio.to_thread(pictures.feeds, query, seed, model, service.max_images)
         if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
         results = await service.batcher.submit(model.run, feeds)
-        png = await asyncio.to_thread(pictures.png, results["images"], wish.scale)
+        png = await asyncio.to_thread(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
     @app.get("/metrics")
@@ -114,18 +114,18 @@ def create(service: Service) -> FastAPI:
     return app
 
 
-async def read(request: Request, most: int) -> bytes:
-    """The body, counted while it comes; raises HTTPException 413 once it is longer than `most` bytes."""
-    body, told = bytearray(), request.headers.get("Content-Length", "0")
-    if int(told) <= most:
+async def read(request: Request, limit: int) -> bytes:
+    """The body, counted while it comes; raises HTTPException 413 once it is longer than `limit` bytes."""
+    body, declared = bytearray(), request.headers.get("Content-Length", "0")
+    if int(declared) <= limit:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > most:
+            if len(body) > limit:
                 break
         else:
             return bytes(body)
     # uvicorn reads the rest and forgets it; a connection closed on what is on its way would lose the answer.
-    raise HTTPException(413, f"the body is longer than {most} bytes; send fewer images at a time")
+    raise HTTPException(413, f"the body is longer than {limit} bytes; send fewer images at a time")
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -142,21 +142,28 @@ def _answer_errors(app: FastAPI) -> None:
                 status, line = 400, protocol.describe(error.errors())
             case ClientDisconnect():
                 status, line = 400, "the connection ended before the body did"
-            case Full():
+            case QueueFull():
                 status, line, headers = 503, str(error), {"Retry-After": "1"}
-            case Failed():
+            case RunFailed():
                 status, line = 500, f"the model could not be run: {error}"
                 log.error("a request failed: %s", error)
             case _:  # Starlette raises it again, so that its traceback is logged
                 status, line = 500, "an error of the service's own; its log has more"
         return JSONResponse({"error": line}, status, headers)
 
-    answered = (StarletteHTTPException, protocol.Invalid, RequestValidationError, ClientDisconnect, Full, Failed)
+    answered = (
+        StarletteHTTPException,
+        protocol.Invalid,
+        RequestValidationError,
+        ClientDisconnect,
+        QueueFull,
+        RunFailed,
+    )
     for kind in (*answered, Exception):
         app.add_exception_handler(kind, answer)
 
 
-class Watch:
+class Instrumentation:
     """Middleware: counts and times answers, and has each end its connection when the service is to end."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

@@ -19,11 +19,11 @@ AXES = {"noise": 0, "y": 0, "steps_noise": 1}
 """The axis along which an input is joined. Others (`steps`, `guidance`) are of a whole batch, and have to be equal."""
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """More images are waiting than may."""
 
 
-class Failed(Exception):
+class RunFailed(Exception):
     """Running the model failed; the message is one line."""
 
 
@@ -69,11 +69,11 @@ class Batcher:
     async def submit(self, run: Run, feeds: Feeds) -> Feeds:
         """The outputs of `run`, whose inputs may have been joined with others'.
 
-        Raises: Full: nothing was done, and later it may be. Failed: `run` raised an error for this request.
+        Raises: QueueFull: nothing was done, and later it may be. RunFailed: `run` raised an error for this request.
         """
         job = Job(run, feeds)
         if self.waiting + job.count > self._max_waiting:
-            raise Full(f"{self.waiting} images are waiting, and at most {self._max_waiting} may; try again later")
+            raise QueueFull(f"{self.waiting} images are waiting, and at most {self._max_waiting} may; try again later")
         self._queue.append(job)
         if self.waiting >= self._max_batch:
             self._enough.set()
@@ -111,7 +111,7 @@ class Batcher:
                 for job in jobs:
                     await self._finish([job])
             elif not jobs[0].outputs.done():
-                jobs[0].outputs.set_exception(Failed(golden.brief(error)))
+                jobs[0].outputs.set_exception(RunFailed(golden.brief(error)))
             return
         self._observe(sum(job.count for job in jobs))
         for job, outputs in zip(jobs, results, strict=True):

@@ -29,7 +29,7 @@ class ModelError(Exception):
     """A model that cannot be had now; the message is one line."""
 
 
-class Refused(ModelError):
+class RejectedModel(ModelError):
     """A model that will not do, however often it is tried."""
 
 
@@ -48,25 +48,27 @@ class Model:
 
         version: None for the beginning of the weights' digest. threads: 0 for as many as there are cores.
 
-        Raises: Refused: a damaged file, no sampler, the golden test fails, or the device cannot be used.
+        Raises: RejectedModel: a damaged file, no sampler, the golden test fails, or the device cannot be used.
         """
         try:
             digest.check(content)
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise RejectedModel(str(error)) from None
         try:
             ort.set_default_logger_severity(4)  # errors are raised as well
             self.session = runtime.session(content, None if device == "cpu" else 0, threads)
             facts = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # ONNX Runtime's have nothing in common
-            raise Refused(f"no ONNX model that can be run ({golden.brief(error)})") from None
+            raise RejectedModel(f"no ONNX model that can be run ({golden.brief(error)})") from None
         if device == "cuda" and self.session.get_providers()[0] != runtime.CUDA:
-            raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
+            raise RejectedModel(
+                "ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries"
+            )
         self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
-            raise Refused("no sampler.onnx: it does not lead from `noise` to `images`")
+            raise RejectedModel("no sampler.onnx: it does not lead from `noise` to `images`")
         if facts.get("ddpm.version") != METADATA_VERSION:
-            raise Refused(f"ddpm.version is {facts.get('ddpm.version')}; this service knows {METADATA_VERSION}")
+            raise RejectedModel(f"ddpm.version is {facts.get('ddpm.version')}; this service knows {METADATA_VERSION}")
         try:
             golden.check(self.session, facts)
             self.weights = facts["ddpm.weights_sha256"]
@@ -74,10 +76,10 @@ class Model:
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
             # Files of earlier versions do not say it.
             free = facts.get("ddpm.max_free_steps", runtime.MAX_FREE_STEPS)
-            self._most_steps = min(int(free), int(facts["ddpm.num_timesteps"]))
+            self._max_steps = min(int(free), int(facts["ddpm.num_timesteps"]))
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # whatever a file that was changed may hold
-            raise Refused(golden.brief(error)) from None
+            raise RejectedModel(golden.brief(error)) from None
         self.version = version or self.weights[:12]
         self.digest = hashlib.sha256(content).hexdigest()  # weights can be exported in several ways
         self.shape = self.inputs["noise"].shape[1:]
@@ -101,12 +103,12 @@ class Model:
 
     def allows(self, steps: int) -> bool:
         """Whether the sampler can take this number of steps."""
-        return 1 <= steps <= self._most_steps or steps == self.steps
+        return 1 <= steps <= self._max_steps or steps == self.steps
 
     @property
     def steps_allowed(self) -> str:
-        more = f", or {self.steps}" if self.steps > self._most_steps else ""
-        return f"1 to {self._most_steps}{more}"
+        more = f", or {self.steps}" if self.steps > self._max_steps else ""
+        return f"1 to {self._max_steps}{more}"
 
     def run(self, feeds: Feeds) -> Feeds:
         """All outputs, from all inputs."""
@@ -197,8 +199,8 @@ class Served:
         self.current = load(source.read(version), version)
         self.failures = 0
         """Updates that failed."""
-        self._told = ""
-        self._refused: dict[str | None, str] = {}
+        self._last_error = ""
+        self._rejected: dict[str | None, str] = {}
         """Why, of each version; the errors themselves would keep the models that they were raised in."""
 
     def update(self) -> None:
@@ -207,19 +209,19 @@ class Served:
         try:
             version = self._source.version()
             if version != self.current.version:
-                if version in self._refused:  # no need to download it again
-                    raise Refused(self._refused[version])
+                if version in self._rejected:  # no need to download it again
+                    raise RejectedModel(self._rejected[version])
                 self.current = self._load(self._source.read(version), version)
                 log.info("now serving version %s (weights %s)", version, self.current.weights[:12])
-            self._told = ""
+            self._last_error = ""
         except ModelError as error:
             self.failures += 1
-            if isinstance(error, Refused):
-                self._refused[version] = str(error)
+            if isinstance(error, RejectedModel):
+                self._rejected[version] = str(error)
             line = f"version {version}: {error}" if version else str(error)
-            if line != self._told:
+            if line != self._last_error:
                 log.error("still serving version %s: %s", self.current.version, line)
-            self._told = line
+            self._last_error = line
         except Exception as error:  # whatever else a strange file may bring: the next one is to be taken all the same
             self.failures += 1
             log.error("still serving version %s: %s", self.current.version, golden.brief(error))

@@ -22,7 +22,7 @@ STEPS_NOISE = 2**63
 """Added to a picture's number for the key of its steps' noise, so that it is no picture's first noise."""
 
 
-class Wish(BaseModel):
+class ImageQuery(BaseModel):
     """The query of GET /images."""
 
     model_config = ConfigDict(extra="forbid")
@@ -35,44 +35,44 @@ class Wish(BaseModel):
     scale: int = Field(4, ge=1, le=16)
 
 
-def tag(wish: Wish, model: Model) -> str:
+def etag(query: ImageQuery, model: Model) -> str:
     """An ETag of all that decides on the picture. A weak one: other company in a batch may change a rounding."""
-    digest = hashlib.sha256(f"{model.version} {model.digest} {wish!r}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{model.version} {model.digest} {query!r}".encode()).hexdigest()
     return f'W/"{digest[:32]}"'
 
 
-def feeds(wish: Wish, seed: int, model: Model, max_images: int) -> Feeds:
-    """The model's inputs for a wish.
+def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
+    """The model's inputs for a query.
 
     Picture i has noise of the key (seed, i), and for its steps of (seed, 2^63 + i); so it is the same among any number.
 
     Raises: Invalid: more than the model or the limits allow.
     """
-    if wish.n > max_images:
-        raise Invalid(f"n: must be at most {max_images} (got {wish.n})")
-    columns, rows = layout(wish.n)
+    if query.n > max_images:
+        raise Invalid(f"n: must be at most {max_images} (got {query.n})")
+    columns, rows = layout(query.n)
     _, height, width = model.shape
-    side = 1 + max(columns * (width * wish.scale + 1), rows * (height * wish.scale + 1))
+    side = 1 + max(columns * (width * query.scale + 1), rows * (height * query.scale + 1))
     if side > MAX_SIDE:
         raise Invalid(f"the picture would have {side} pixels, and at most {MAX_SIDE} it may; lower n or scale")
-    steps = wish.steps or model.steps
+    steps = query.steps or model.steps
     if not model.allows(steps):
         raise Invalid(f"steps: {model.allowed('steps')} (got {steps})")
-    if wish.guidance is not None and not model.classes:
+    if query.guidance is not None and not model.classes:
         raise Invalid("guidance: the model knows no classes; leave it out")
-    guidance = model.guidance if wish.guidance is None else wish.guidance
+    guidance = model.guidance if query.guidance is None else query.guidance
     if model.classes and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
     given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
-    given["y"] = np.full(wish.n, -1 if wish.cls is None else number(wish.cls, model.classes))
-    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(wish.n)])
+    given["y"] = np.full(query.n, -1 if query.cls is None else class_index(query.cls, model.classes))
+    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(query.n)])
     if model.stochastic:
         shape = (steps, *model.shape)
-        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(wish.n)], axis=1)
+        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(query.n)], axis=1)
     return {name: given[name] for name in model.inputs}
 
 
-def number(name: str, classes: list[str]) -> int:
+def class_index(name: str, classes: list[str]) -> int:
     """A class's number, by its name or the number itself; raises Invalid."""
     if not classes:
         raise Invalid("class: the model knows no classes; leave it out")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from deploy.service.models import Feeds, Model, Tensor
 
-KINDS: dict[str, tuple[type[np.generic], set[type]]] = {
+VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
     "FP32": (np.float32, {int, float}),
     "INT64": (np.int64, {int}),
 }
@@ -52,7 +52,7 @@ class InferenceRequest(Message):
     outputs: Annotated[list[RequestOutput], FailFast()] = []
 
 
-class Asked(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request that was found good."""
 
     id: str | None
@@ -60,7 +60,7 @@ class Asked(NamedTuple):
     outputs: list[str]
 
 
-def parse(body: bytes, model: Model, max_images: int) -> Asked:
+def parse(body: bytes, model: Model, max_images: int) -> ParsedRequest:
     """The inputs for a model, those that were left out as well; raises Invalid."""
     try:
         request = InferenceRequest.model_validate_json(body)
@@ -79,22 +79,22 @@ def parse(body: bytes, model: Model, max_images: int) -> Asked:
         if each.name in given:
             raise Invalid(f"input {each.name}: given twice; leave one out")
         given[each.name] = _array(each, model, max_images)
-    return Asked(request.id, complete(given, model), outputs)
+    return ParsedRequest(request.id, with_defaults(given, model), outputs)
 
 
-def complete(given: Feeds, model: Model) -> Feeds:
-    """All inputs, with the usual values of those that were left out; raises Invalid for missing and impossible ones."""
+def with_defaults(given: Feeds, model: Model) -> Feeds:
+    """All inputs, with defaults for those left out; raises Invalid for missing and impossible ones."""
     for name in ("noise", "steps_noise"):
         if name in model.inputs and name not in given:
             datatype, shape = model.inputs[name]
             raise Invalid(f"input {name}: missing; give {datatype} of shape {list(shape)}, standard normal noise")
     images = len(given["noise"])
-    usual: Feeds = {
+    defaults: Feeds = {
         "steps": np.array([0]),
         "guidance": np.array([model.guidance], np.float32),
         "y": np.full(images, -1),
     }
-    feeds = {name: given[name] if name in given else usual[name] for name in model.inputs}
+    feeds = {name: given[name] if name in given else defaults[name] for name in model.inputs}
     for name, axis in (("y", 0), ("steps_noise", 1)):
         if name in feeds and (found := feeds[name].shape[axis]) != images:
             raise Invalid(f"input {name}: for {found} images, but noise is for {images}; give as many")
@@ -115,7 +115,7 @@ def _array(given: RequestInput, model: Model, max_images: int) -> NDArray[Any]:
         raise Invalid(f"{where}: shape must be {list(tensor.shape)}, -1 being any size from 1 (got {given.shape})")
     if given.name == "noise" and given.shape[0] > max_images:
         raise Invalid(f"{where}: {given.shape[0]} images, and at most {max_images} may be in a request; send several")
-    dtype, types = KINDS[tensor.datatype]
+    dtype, types = VALUE_TYPES[tensor.datatype]
     values = _flat(given.data, given.shape, where)
     if len(values) != math.prod(given.shape):
         raise Invalid(f"{where}: shape {given.shape} takes {math.prod(given.shape)} values (got {len(values)})")
@@ -143,7 +143,7 @@ def _flat(data: list[Any], shape: list[int], where: str) -> list[Any]:
     return rows
 
 
-def answer(asked: Asked, name: str, model: Model, results: Feeds) -> bytes:
+def answer(asked: ParsedRequest, name: str, model: Model, results: Feeds) -> bytes:
     """The response to a request, as JSON."""
     return (
         InferenceResponse(
@@ -182,15 +182,15 @@ class InferenceResponse(BaseModel):
 def metadata(name: str, model: Model) -> dict[str, Any]:
     """What the protocol tells of a model."""
 
-    def told(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         return [{"name": key, **tensor._asdict()} for key, tensor in tensors.items()]
 
     return {
         "name": name,
         "versions": [model.version],
         "platform": "onnxruntime_onnx",
-        "inputs": told(model.inputs),
-        "outputs": told(model.outputs),
+        "inputs": described(model.inputs),
+        "outputs": described(model.outputs),
     }
 
 

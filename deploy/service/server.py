@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from deploy.service.app import Service
 
 log = logging.getLogger("ddpm.service")
-LINGER = 1.0
+LINGER_SECONDS = 1.0
 """Seconds in which a connection that was accepted may send its request, after no new ones are."""
-PATIENCE = 60
+SHUTDOWN_TIMEOUT_SECONDS = 60
 """Seconds for what was accepted to be answered; then a client that never ends its request is no longer waited for."""
 
 
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=PATIENCE,
+                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
             )
         )
         self._service, self._drain, self._ending = service, drain, 0.0
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
                 lambda: protocol(self.config, self.server_state, self.lifespan.state),  # type: ignore[call-arg]
                 connection,
             )
-        until = time.monotonic() + LINGER
+        until = time.monotonic() + LINGER_SECONDS
         await asyncio.sleep(0.1)  # those that asyncio has just accepted are not among the connections yet
         while self.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(0.05)

@@ -1,30 +1,30 @@
 // The page: a form from what the model says of itself, and a tile for each picture, its noise first.
 import { Sampler } from "./sampler.js";
 
-const at = (id) => document.getElementById(id);
-const [form, pictures, way] = ["form", "pictures", "way"].map(at);
+const byId = (id) => document.getElementById(id);
+const [form, pictures, stepsDialog] = ["form", "pictures", "steps-dialog"].map(byId);
 const fields = form.elements;
 const query = new URLSearchParams(location.search);
 
 let sampler = null;
-let turn = 0; // what began in an earlier turn stops
+let currentTask = 0; // what began in an earlier task stops
 
 // Model
 
 async function open(name, read) {
-  const mine = stop();
+  const task = stop();
   sampler?.close();
   sampler = null;
-  form.hidden = at("hint").hidden = true;
+  form.hidden = byId("hint").hidden = true;
   pictures.replaceChildren();
-  at("facts").textContent = "";
+  byId("facts").textContent = "";
   say(`Loading ${name} ...`);
   try {
     const opened = await Sampler.open(await read());
-    if (mine !== turn) return opened.close();
+    if (task !== currentTask) return opened.close();
     sampler = opened;
   } catch (error) {
-    if (mine === turn) say(`${name} ${error.message}`);
+    if (task === currentTask) say(`${name} ${error.message}`);
     return;
   }
   describe();
@@ -43,7 +43,7 @@ function describe() {
   const { channels, height, width, classes, facts } = sampler;
   const heldout = JSON.parse(facts.heldout);
   const score = (key, text) => (typeof heldout[key] === "number" ? `${heldout[key].toPrecision(3)} ${text}` : "");
-  at("facts").textContent = [
+  byId("facts").textContent = [
     `${height} × ${width}, ${channels === 1 ? "grey" : "RGB"}`,
     classes.length ? `${classes.length} classes` : "",
     `${facts.sampler}, ${facts.steps} steps`,
@@ -67,13 +67,13 @@ function fill() {
   for (const field of fields) if (query.has(field.name)) field.value = query.get(field.name);
   checkSteps();
   form.hidden = false;
-  at("hint").hidden = sampler.stochastic;
+  byId("hint").hidden = sampler.stochastic;
 }
 
 function checkSteps() {
-  const { steps, mostFree } = sampler;
+  const { steps, maxFreeSteps } = sampler;
   const asked = Number(fields.steps.value);
-  fields.steps.setCustomValidity(asked <= mostFree || asked === steps ? "" : `1 to ${mostFree}, or ${steps}`);
+  fields.steps.setCustomValidity(asked <= maxFreeSteps || asked === steps ? "" : `1 to ${maxFreeSteps}, or ${steps}`);
 }
 
 // The choices, also put into the page's address, so that it shows the same pictures to others.
@@ -92,23 +92,23 @@ function chosen() {
 // Pictures
 
 async function make() {
-  const mine = stop();
+  const task = stop();
   const { seed, count, steps, y, guidance } = chosen();
   const { classes } = sampler;
   const tiles = Array.from({ length: count }, (_, number) => {
     const options = { steps, y: y(number), guidance };
     const name = `Picture ${number + 1}${classes[options.y] ? `, ${classes[options.y]}` : ""}`;
     const tile = document.createElement(sampler.stochastic ? "div" : "button");
-    if (!sampler.stochastic) tile.onclick = () => showWay(seed, number, options);
+    if (!sampler.stochastic) tile.onclick = () => showFewerSteps(seed, number, options);
     return { tile, options, canvas: noisy(tile, name, seed, number) };
   });
   pictures.replaceChildren(...tiles.map(({ tile }) => tile));
-  at("stop").disabled = false;
+  byId("stop").disabled = false;
   say(`0 of ${count}`);
   const start = performance.now();
   for (const [number, { canvas, options }] of tiles.entries()) {
     const image = await attempt(sampler.picture(seed, number, options));
-    if (mine !== turn || !image) return;
+    if (task !== currentTask || !image) return;
     show(canvas, image);
     const each = (performance.now() - start) / 1000 / (number + 1);
     say(`${number + 1} of ${count}, ${Number(each.toPrecision(2))} s each`);
@@ -117,13 +117,13 @@ async function make() {
 }
 
 function stop() {
-  at("stop").disabled = true;
-  return ++turn;
+  byId("stop").disabled = true;
+  return ++currentTask;
 }
 
 // What fewer steps make of the same noise; only a sampler that adds none can be asked that.
-async function showWay(seed, number, options) {
-  const counts = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps && steps <= sampler.mostFree);
+async function showFewerSteps(seed, number, options) {
+  const counts = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps && steps <= sampler.maxFreeSteps);
   const figures = [...counts, options.steps].map((steps) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
@@ -132,11 +132,11 @@ async function showWay(seed, number, options) {
     figure.append(caption);
     return { figure, canvas, steps };
   });
-  way.querySelector(".tiles").replaceChildren(...figures.map(({ figure }) => figure));
-  way.showModal();
+  stepsDialog.querySelector(".tiles").replaceChildren(...figures.map(({ figure }) => figure));
+  stepsDialog.showModal();
   for (const { canvas, steps } of figures) {
     const image = await attempt(sampler.picture(seed, number, { ...options, steps }));
-    if (!way.open || !canvas.isConnected || !image) return;
+    if (!stepsDialog.open || !canvas.isConnected || !image) return;
     show(canvas, image);
   }
 }
@@ -176,7 +176,7 @@ async function attempt(work) {
 }
 
 function say(line) {
-  at("status").textContent = line;
+  byId("status").textContent = line;
 }
 
 fields.steps.oninput = checkSteps;
@@ -184,12 +184,12 @@ form.onsubmit = (event) => {
   event.preventDefault();
   make();
 };
-at("stop").onclick = () => {
+byId("stop").onclick = () => {
   stop();
-  say(`${at("status").textContent} - stopped`);
-  at("make").focus();
+  say(`${byId("status").textContent} - stopped`);
+  byId("make").focus();
 };
-at("file").onchange = ({ target }) => {
+byId("file").onchange = ({ target }) => {
   const [file] = target.files;
   if (!file) return;
   for (const name of ["model", "steps", "class", "guidance"]) query.delete(name); // they were of the model before

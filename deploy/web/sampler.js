@@ -35,7 +35,7 @@ export class Sampler {
     this.stochastic = this.facts.stochastic === "true";
     this.steps = Number(this.facts.steps);
     this.guidance = Number(this.facts.guidance);
-    this.mostFree = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
+    this.maxFreeSteps = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
   }
 
   // What picture `number` of a seed is made of: float32 (C, H, W).
@@ -58,16 +58,16 @@ export class Sampler {
       inputs.y = new ort.Tensor("int64", [BigInt(y)], [1]);
       inputs.guidance = new ort.Tensor("float32", [guidance], [1]);
     }
-    const { images } = await this.#inTurn(() => this.#session.run(inputs, ["images"]));
+    const { images } = await this.#enqueue(() => this.#session.run(inputs, ["images"]));
     return images.data;
   }
 
   close() {
-    return this.#inTurn(() => this.#session.release());
+    return this.#enqueue(() => this.#session.release());
   }
 
   // A session is for one run at a time.
-  #inTurn(work) {
+  #enqueue(work) {
     const done = this.#last.then(work);
     this.#last = done.catch(() => {});
     return done;

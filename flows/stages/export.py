@@ -65,11 +65,11 @@ def run(params: Params, paths: Paths) -> None:
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
     times = speed.measure(sessions)
-    tell(paths, report, sessions["fp32"].get_providers()[0], times)
+    log_summary(paths, report, sessions["fp32"].get_providers()[0], times)
     tracking.record(params, paths, speed=times)
 
 
-def tell(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
+def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
     """Say what was written, how exact it is and, of the variants in `times`, how fast."""
     size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
     largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
@@ -99,8 +99,8 @@ def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
         ranges.require_inputs(whole.graph, allowed)
         onnx.checker.check_model(whole, full_check=True)
         session = parity.session(whole.SerializeToString(), torch.device("cpu"))
-        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
-        metadata.describe(whole, facts | told)
+        checks = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
+        metadata.describe(whole, facts | checks)
     except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None
     return digest.seal(whole.SerializeToString(deterministic=True))

@@ -15,7 +15,7 @@ from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
 
-SHOWN = 5
+MAX_LISTED = 5
 """Files named on the terminal; the manifest has all."""
 
 
@@ -54,7 +54,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def _say_files(what: str, remarks: Sequence[shards.Remark]) -> None:
-    for remark in remarks[:SHOWN]:
+    for remark in remarks[:MAX_LISTED]:
         say(f"shard: {what}: {remark.file}: {remark.reason}")
-    if len(remarks) > SHOWN:
-        say(f"shard: {what}: {len(remarks) - SHOWN} more, listed in data/shards/{shards.MANIFEST}")
+    if len(remarks) > MAX_LISTED:
+        say(f"shard: {what}: {len(remarks) - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")

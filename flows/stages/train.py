@@ -36,12 +36,12 @@ from diffusion.training.stop import StopSignals
 from diffusion.training.watching import Watch, picture, preview_options
 from flows import launching, made_with, tracking
 from flows.environment import setting
-from flows.fingerprint import taken, training_facts, training_fingerprint
+from flows.fingerprint import exclusive, training_facts, training_fingerprint
 from flows.params import Params
 from flows.parent import launched
 from flows.paths import Paths
 
-SECONDS = "DDPM_CHECKPOINT_SECONDS"
+CHECKPOINT_SECONDS = "DDPM_CHECKPOINT_SECONDS"
 """It shapes no result, and so is no parameter."""
 
 
@@ -63,17 +63,17 @@ def run(params: Params, paths: Paths) -> None:
         launching.divide_threads(params.train.processes)
         several = World(size=params.train.processes)
         facts = training_facts(params, paths, device, several)
-        with taken(paths.checkpoints, facts):
+        with exclusive(paths.checkpoints, facts):
             launching.launch(several.size, paths.checkpoints / training_fingerprint(facts))
         return
     store = os.environ.get(launching.STORE)
     lost = Echo if launched() else UserError  # of several that were launched, one speaks for all
     file = Path(store) if store else None
-    with enough_memory(params.train), distributed.joined(device, file, lost) as world, ExitStack() as held:
-        check_shares(params.train, world)
+    with explain_out_of_memory(params.train), distributed.joined(device, file, lost) as world, ExitStack() as held:
+        check_batch_size(params.train, world)
         facts = training_facts(params, paths, device, world)
         if world.main and not launched():
-            held.enter_context(taken(paths.checkpoints, facts))
+            held.enter_context(exclusive(paths.checkpoints, facts))
         training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
         model, state = training.run()
         if world.main:
@@ -191,7 +191,7 @@ class Training:
         made_with.write(paths, "train", self.params)
 
 
-def check_shares(options: TrainOptions, world: World) -> None:
+def check_batch_size(options: TrainOptions, world: World) -> None:
     """Raise UserError unless a batch can be shared out."""
     parts = world.size * options.accumulate
     if options.batch_size % parts:
@@ -202,7 +202,7 @@ def check_shares(options: TrainOptions, world: World) -> None:
 
 
 @contextmanager
-def enough_memory(options: TrainOptions) -> Iterator[None]:
+def explain_out_of_memory(options: TrainOptions) -> Iterator[None]:
     """A block that raises UserError, with what to change, where memory is too small. Each process does so by itself."""
     try:
         yield
@@ -222,7 +222,7 @@ def enough_memory(options: TrainOptions) -> Iterator[None]:
 
 def checkpoint_seconds() -> float:
     """How often a checkpoint is written; raises UserError if the environment says it wrongly."""
-    seconds: float = setting(SECONDS, 60.0, Annotated[float, Field(ge=0)])
+    seconds: float = setting(CHECKPOINT_SECONDS, 60.0, Annotated[float, Field(ge=0)])
     return seconds
 
 

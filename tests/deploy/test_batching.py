@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.batching import Batcher, QueueFull, RunFailed
 from deploy.service.models import Feeds
 
 
@@ -108,7 +108,7 @@ def test_a_request_that_fails_spoils_no_other() -> None:
     model = Model()
     good, bad, also = asyncio.run(together(Batcher(8, 8), model, feeds(1), feeds(-2), feeds(3)))
     assert (good, also) == ([10], [30])
-    assert isinstance(bad, Failed)
+    assert isinstance(bad, RunFailed)
     assert str(bad) == "negative"
     assert model.batches[1:] == [[1, -2, 3], [1], [-2], [3]]
 
@@ -117,7 +117,7 @@ def test_the_queue_is_bounded() -> None:
     model = Model()
     first, second, third = asyncio.run(_crowd(Batcher(8, 3), model))
     assert (first, third) == ([10, 20], [50])
-    assert isinstance(second, Full)
+    assert isinstance(second, QueueFull)
 
 
 async def _crowd(batcher: Batcher, model: Model) -> list[Any]:

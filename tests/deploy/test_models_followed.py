@@ -11,7 +11,7 @@ import onnx
 import pytest
 from mlflow import MlflowClient
 
-from deploy.service.models import File, Model, ModelError, Refused, Registered, Served
+from deploy.service.models import File, Model, ModelError, Registered, RejectedModel, Served
 from diffusion.export import digest, metadata
 from tests.deploy.models import write_model
 
@@ -97,7 +97,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     ],
 )
 def test_what_is_refused(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:
-    with pytest.raises(Refused) as error:
+    with pytest.raises(RejectedModel) as error:
         Model(spoil(good), None)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
@@ -107,7 +107,7 @@ def test_a_gpu_that_is_not_there(good: bytes) -> None:
     model = Model(good, None, device="auto")
     if "CUDAExecutionProvider" in model.session.get_providers():
         pytest.skip("there is a GPU")
-    with pytest.raises(Refused, match="ONNX Runtime finds no CUDA"):
+    with pytest.raises(RejectedModel, match="ONNX Runtime finds no CUDA"):
         Model(good, None, device="cuda")
 
 

@@ -8,7 +8,7 @@ from diffusion.errors import UserError
 from flows import services
 from flows.__main__ import main
 from flows.environment import setting
-from flows.stages.train import SECONDS, checkpoint_seconds
+from flows.stages.train import CHECKPOINT_SECONDS, checkpoint_seconds
 
 MAIN = {
     "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),
@@ -40,8 +40,8 @@ def test_a_wrong_value_is_one_line(
 
 @pytest.mark.parametrize("value", ["often", "-1", "nan"])
 def test_a_wrong_pace_of_checkpoints_is_refused_before_training(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SECONDS, value)
-    with pytest.raises(UserError, match=rf"^{SECONDS}: .* \(got '{value}'\)$"):
+    monkeypatch.setenv(CHECKPOINT_SECONDS, value)
+    with pytest.raises(UserError, match=rf"^{CHECKPOINT_SECONDS}: .* \(got '{value}'\)$"):
         checkpoint_seconds()
 
 

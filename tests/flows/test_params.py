@@ -89,7 +89,7 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
 def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: Params) -> None:
     defaults, content = params.model_dump(mode="json"), yaml_files.read_yaml(PRESETS / f"{name}.yaml")
     assert isinstance(presets.load(PRESETS / f"{name}.yaml"), Params)
-    assert not set(content) & set(presets.OWN)
+    assert not set(content) & set(presets.NOT_IN_PRESETS)
     for section, values in content.items():
         assert all(value != defaults[section][key] for key, value in values.items() if key != "source")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import Damaged, FileFault, UserError
-from flows.remedies import told
+from flows.remedies import with_remedy
 
 SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
 
@@ -25,10 +25,10 @@ SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), t
 )
 def test_files_of_a_stage_are_written_by_it_again(path: str, stage: str | None) -> None:
     advice = f"; `dvc repro {stage}` writes it" if stage else ""
-    assert told(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
-    assert told(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
-    assert told(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
+    assert with_remedy(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
+    assert with_remedy(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
+    assert with_remedy(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
 
 
 def test_other_errors_are_told_as_they_are() -> None:
-    assert told(UserError("seed: wrong")) == "seed: wrong"
+    assert with_remedy(UserError("seed: wrong")) == "seed: wrong"

@@ -165,9 +165,9 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
         (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / fingerprints.FACTS).write_text("{", encoding="utf-8")
-    first, second, third = fingerprints.unusable(tmp_path, facts)
+    first, second, third = fingerprints.unused_checkpoints(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
-    assert fingerprints.unusable(tmp_path, facts | {"params": {}}) == []
+    assert fingerprints.unused_checkpoints(tmp_path, facts | {"params": {}}) == []
