@@ -46,7 +46,7 @@ def divide_threads(processes: int) -> None:
 
 
 def launch(processes: int, checkpoints: Path) -> None:
-    """Run `ddpm train` in several processes on this machine and wait for them.
+    """Run `python -m flows train` in several processes on this machine and wait for them.
 
     If one is lost, all restart from the latest checkpoint, up to DDPM_MAX_RESTARTS times (default 3). torch's
     `max_restarts` is not used because it would also retry deterministic errors and repeat their messages.

@@ -1,4 +1,4 @@
-"""`make scrub`: delete damaged files from DVC's cache, which DVC itself trusts without hashing them."""
+"""`make scrub`: delete damaged files from the DVC cache, which DVC trusts without hashing them."""
 
 import hashlib
 import re
@@ -13,12 +13,15 @@ _NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
 
 def scrub(cache: Path) -> tuple[int, int]:
-    """Delete the files of a DVC cache whose content does not have the MD5 that is their name.
+    """Delete the files of a DVC cache whose MD5 does not match their name.
 
-    Files with other names, such as those that a running `dvc` has not finished, are left alone.
+    Files with other names, such as unfinished ones of a running `dvc`, are ignored.
 
-    Returns: how many files were checked, and how many were deleted.
-    Raises: OSError if a file cannot be read or deleted.
+    Returns:
+        The number of files checked and the number deleted.
+
+    Raises:
+        OSError: a file cannot be read or deleted.
     """
     files = [path for path in sorted((cache / "files" / "md5").glob("??/*")) if _NAME.fullmatch(path.name)]
     deleted = 0

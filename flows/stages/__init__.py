@@ -1,10 +1,10 @@
-"""The five stages, each a function `run(params, paths)` in a module of its name."""
+"""The five stages, each a function `run(params, paths)` in the module of that name."""
 
 STAGES = {
-    "shard": "raw images into webdataset shards",
-    "pairs": "shards into shuffled blocks with their noise pairs",
+    "shard": "convert raw images to webdataset shards",
+    "pairs": "turn the shards into shuffled blocks of training and held-out pairs",
     "train": "train the network on the training pairs",
-    "evaluate": "score the network on held-out pairs, and draw samples",
-    "export": "write the model as two ONNX graphs, of a step and of all sampling, checked against torch",
+    "evaluate": "score the network on held-out pairs, and generate samples",
+    "export": "write the denoiser and the complete sampler as ONNX graphs, checked against PyTorch",
 }
-"""In their order, and what each does."""
+"""The stages in execution order, and what each does."""

@@ -59,7 +59,7 @@ def test_afterwards_dvc_repro_runs_nothing() -> None:
 def test_changes_that_are_not_committed_are_kept_unless_forced() -> None:
     text = Path("params.yaml").read_text().replace("seed: 0", "seed: 3")
     Path("params.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"params.yaml: changes that are not committed would be lost"):
+    with pytest.raises(UserError, match=r"params.yaml: uncommitted changes would be lost"):
         apply.apply("one", force=False)
     assert Path("params.yaml").read_text() == text
     apply.apply("one", force=True)
@@ -148,7 +148,7 @@ def test_where_cache_and_folder_lack_an_output_everything_goes_back(
 def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None:
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {"train": {"steps": 5}})):
         raise RuntimeError
-    with pytest.raises(UserError, match="run 'bad': failed; only a completed run can be applied"):
+    with pytest.raises(UserError, match="run 'bad': its state is failed; only completed runs can be applied"):
         apply.apply("bad", force=False)
     assert params.load(Path("params.yaml")).train.steps == 1000
     lost = workspace.find("bad")
@@ -161,7 +161,7 @@ def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None
 def test_changed_code_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("stage.py").write_text(Path("stage.py").read_text() + "# changed\n")
     apply.apply("one", force=False)
-    assert "warning: stage.py differ from the run's: `dvc repro` will run" in capsys.readouterr().err
+    assert "warning: differs from the run: stage.py; `dvc repro` will rerun" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("repository")
@@ -176,10 +176,10 @@ def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.Captu
     Path("data/raw/mine/b.png").write_bytes(b"another")
     workspace.dvc(Path(), "add", "data/raw/mine")
     apply.apply("one", force=False)
-    assert "warning: data/raw/mine.dvc differ from the run's" in capsys.readouterr().err
+    assert "warning: differs from the run: data/raw/mine.dvc" in capsys.readouterr().err
 
 
 def test_a_damaged_lock_file_is_named(run: Path) -> None:
     (run / "dvc.lock").write_text("stages: [")
-    with pytest.raises(UserError, match=r"one/dvc\.lock: not a lock file of DVC; delete it or restore it"):
+    with pytest.raises(UserError, match=r"one/dvc\.lock: not a valid DVC lock file; restore or delete it"):
         apply.apply("one", force=True)

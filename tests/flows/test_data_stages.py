@@ -23,7 +23,7 @@ def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: 
     for _ in range(2):  # the second time over the results of the first
         shard, pairs = trees.run(digits_tree, "shard"), trees.run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
-            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 rejected"
+            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 files skipped"
         ), shard.stderr
         assert pairs.stderr.splitlines()[-1] == (
             "pairs: 1452 train, 163 val, 182 test images of 1x8x8 in blocks of 64"
@@ -64,10 +64,10 @@ def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     reason = "not an image, or of a kind that Pillow cannot read"
     assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
-        *(f"shard: left out: a/note{number}.txt: {reason}" for number in range(5)),
-        "shard: left out: 2 more, listed in data/shards/manifest.json",
-        "shard: files with several pages or frames, of which the first is used: 1",
-        "shard: copies of other images, pixel by pixel: 1; all copies of an image share a split",
+        *(f"shard: skipped: a/note{number}.txt: {reason}" for number in range(5)),
+        "shard: skipped: 2 more, listed in data/shards/manifest.json",
+        "shard: files with several pages or frames, of which only the first is used: 1",
+        "shard: exact copies of other images: 1; all copies of an image are in the same split",
         "shard: 2 classes: a 22, b 20",
         "shard: splits: train, val and test by a hash of each image's pixels",
     ]

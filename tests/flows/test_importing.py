@@ -81,12 +81,12 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
     done = run(tree, "flows", "import", "set", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
-        "Imported 5 images (2 val, 3 train); the stage shard decodes them.\n"
+        "Imported 5 images (2 val, 3 train); the shard stage will decode them.\n"
         "Classes: 2 classes: cat 3, dog 2\n"
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
-        "Left out: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
-        "Left out: cover.png: outside of the folders of the splits\n\n"
+        "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
+        "Skipped: cover.png: outside of the folders of the splits\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
@@ -143,7 +143,7 @@ def test_an_npz_file_stays_a_file(tree: Path) -> None:
         ("elsewhere", "a.b", "--name 'a.b': must be letters"),
         ("params.yaml", "own", "params.yaml: no images in a known form"),
         ("missing", "own", "missing: no such file or folder"),
-        ("data/raw/digits.npz", "digits", "data/raw/digits.npz: exists already"),
+        ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),
     ],
 )
 def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
@@ -189,7 +189,7 @@ def test_of_two_imports_with_one_name_the_second_is_refused_and_the_first_is_who
     first.start()
     assert reached.wait(60)
     threading.Timer(0.5, go_on.set).start()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         importing.import_data(tree / "elsewhere" / "a", "own", Paths(tree), link=False)
     first.join()
     assert sorted(path.name for path in (tree / "data/raw/own").rglob("*.png")) == ["1.png", "2.png"]

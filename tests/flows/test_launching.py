@@ -49,20 +49,20 @@ def after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ends:
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "said"),
     [
         (failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL"),
         (failed(-signal.SIGSEGV, -signal.SIGTERM), "process 0 of 2 was killed by SIGSEGV"),
         (failed(1, -signal.SIGKILL, later=29), "process 1 of 2 was killed by SIGKILL"),  # slow to die
-        (failed(os.EX_TEMPFAIL, 1), "process 0 of 2 has lost its GPU"),
+        (failed(os.EX_TEMPFAIL, 1), "process 0 of 2 lost its GPU"),
     ],
 )
 def test_a_lost_process_is_replaced(
-    after: Ends, capsys: pytest.CaptureFixture[str], end: BaseException, told: str
+    after: Ends, capsys: pytest.CaptureFixture[str], end: BaseException, said: str
 ) -> None:
     stores = after(end, end, None)
     assert len(set(stores)) == 3  # a file store does not serve twice
-    lines = [f"train: {told}; going on from the checkpoint of step 20, restart {number} of 3" for number in (1, 2)]
+    lines = [f"train: {said}; resuming from the checkpoint at step 20 (restart {number} of 3)" for number in (1, 2)]
     assert capsys.readouterr().err.splitlines() == lines
 
 

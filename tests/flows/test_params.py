@@ -111,7 +111,7 @@ def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
     assert made.network.base_channels == 16
     assert made.train.steps == presets.load(PRESETS / "digits.yaml").train.steps
     (tmp_path / "wrong.yaml").write_text("seed: 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"wrong.yaml: seed: no preset changes that; set it in params.yaml$"):
+    with pytest.raises(UserError, match=r"wrong.yaml: seed: presets cannot set this; set it in params.yaml$"):
         presets.laid_over(document, tmp_path, "wrong")
     back = parameters.validate(presets.laid_over(document, PRESETS, "digits"), "test")
     assert back.shard.source == presets.load(PRESETS / "digits.yaml").shard.source
@@ -149,7 +149,7 @@ def test_a_preset_is_written_and_taken_back(
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 1
     assert capsys.readouterr().err == (
-        "ddpm preset: error: preset 'cifar': no such preset; there are cifar10, digits, fashion-mnist (in presets/)\n"
+        "ddpm preset: error: preset 'cifar': not found in presets/; available: cifar10, digits, fashion-mnist\n"
     )
 
 

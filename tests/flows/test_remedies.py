@@ -7,7 +7,7 @@ import pytest
 from diffusion.errors import Damaged, FileFault, UserError
 from flows.remedies import with_remedy
 
-SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
+SCRUB = "; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
 
 
 @pytest.mark.parametrize(

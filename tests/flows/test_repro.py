@@ -93,7 +93,7 @@ def test_a_remote_that_does_not_answer_does_not_end_the_run(root: Path, url: str
     workspace.dvc(Path(), "remote", "add", "--default", "away", url)
     forget_everything()
     output = repro(root)
-    assert "remote 'away': the outputs of train cannot be fetched: " in output
+    assert "remote 'away': cannot fetch the outputs of train: " in output
     assert "Traceback" not in output
     assert output.count("done") == 2
 

@@ -205,7 +205,7 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
     trees.stopped(tree, 21)
     again = trees.run(tree, "train")
     assert again.returncode == 0, again.stderr
-    assert "going on from step 21" in again.stderr
+    assert "resuming from step 21" in again.stderr
     records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
     made = ("models/ddpm", "reports/train", "reports/prev", *records)
     trained = trees.digests(whole_tree, "models", "reports")
@@ -319,7 +319,7 @@ def test_where_memory_is_too_small_train_says_what_to_change(
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ddpm train: error: out of memory ({error}); lower train.batch_size (now 32) or raise train.accumulate (now "
-        "1), the parts of a batch that go through in turn, or set train.recompute to true"
+        "1), which splits each batch into smaller parts, or set train.recompute to true"
     )
     monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("another one")))
     with pytest.raises(RuntimeError, match="another one"):

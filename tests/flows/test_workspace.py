@@ -92,7 +92,10 @@ def test_the_same_run_goes_on_in_its_workspace_and_another_of_its_name_gets_its_
 def test_a_workspace_in_use_is_no_one_elses() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document):
-        with pytest.raises(UserError, match="run 'one' goes on in another process"), workspace.use("one", "first", {}):
+        with (
+            pytest.raises(UserError, match="run 'one' is running in another process"),
+            workspace.use("one", "first", {}),
+        ):
             pass
         with workspace.use("one", "second-run", document) as other:
             assert other.name == "one-second-r"
@@ -202,7 +205,7 @@ def test_raw_data_under_dvc_come_from_the_cache() -> None:
     for file in Path(".dvc/cache/files").rglob("*"):
         if file.is_file():
             file.unlink()
-    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache: `dvc pull"):
+    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache; `dvc pull"):
         make("two", changes)
 
 
@@ -210,7 +213,7 @@ def test_raw_data_under_dvc_come_from_the_cache() -> None:
 def test_raw_data_that_no_run_could_have_are_named() -> None:
     Path("mine/.gitignore").parent.mkdir()
     Path("mine/.gitignore").write_text("*\n")
-    with pytest.raises(UserError, match="mine is neither in git nor under DVC"):
+    with pytest.raises(UserError, match="mine is tracked by neither git nor DVC"):
         make("one", {"shard": {"source": "mine"}})
     with pytest.raises(UserError, match=r"shard.source: absent: no such file"):
         make("two", {"shard": {"source": "absent"}})
@@ -236,9 +239,9 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     (directory / "reports" / "evaluate.json").write_text('{"mse": 0.25}')
     assert workspace.find("red-f").name == "red-fox"
     assert workspace.find("red").name == "red"
-    with pytest.raises(UserError, match="could be red-fox, red-hen"):
+    with pytest.raises(UserError, match="ambiguous; matches red-fox, red-hen"):
         workspace.find("red-")
-    with pytest.raises(UserError, match="no such run; there are"):
+    with pytest.raises(UserError, match="not found; available:"):
         workspace.find("blue")
     lost = workspace.Run.read(RUNS / "red-fox")
     workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
@@ -262,7 +265,7 @@ def test_damaged_files_of_a_run_are_named_and_the_others_still_listed(capsys: py
     assert "red/run.json: damaged; delete" in told.err
     rows = {line.split()[0]: line.split()[3:] for line in told.out.split("\n\n")[0].splitlines()[1:]}
     assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
-    with pytest.raises(UserError, match="no such run; there are"):
+    with pytest.raises(UserError, match="not found; available:"):
         workspace.find("red")
     (RUNS / "blue" / "summary.json").write_text('{"stages": 1}')
     with pytest.raises(UserError, match=r"blue/summary\.json: damaged"):

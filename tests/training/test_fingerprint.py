@@ -38,9 +38,9 @@ def begins(tree: Path) -> bool:
     """Whether training, started anew, begins at step 0; else it goes on from the newest checkpoint that was there."""
     before, newest = trees.digests(tree, ".ddpm/checkpoints"), max(steps(tree))
     said = trees.stopped(tree, 0).stderr
-    if f", going on from step {newest}\n" in said:
+    if f", resuming from step {newest}\n" in said:
         return False
-    assert "going on" not in said
+    assert "resuming from step" not in said
     after = trees.digests(tree, ".ddpm/checkpoints")
     assert before.items() <= after.items()  # the other training can still be taken up again
     return True
@@ -124,8 +124,8 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
 def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
     assert trees.stopped(tree, 0, threads=2).stderr.startswith(
-        "train: the checkpoint of step 21 of this training is not used: it was made with OMP_NUM_THREADS=1 (now 2), "
-        "and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to continue from it\n"
+        "train: not resuming from the checkpoint at step 21: it was made with OMP_NUM_THREADS=1 (now 2), so the "
+        "result would not be bit-identical; train with OMP_NUM_THREADS=1 to resume from it\n"
     )
 
 
