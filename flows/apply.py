@@ -34,9 +34,7 @@ def apply(run: str, force: bool) -> None:
     source = workspace.find(run)
     state = workspace.state_of(source, workspace.Run.read(source))
     if state != "completed":
-        raise UserError(
-            f"run {source.name!r}: its state is {state}; only completed runs can be applied (see `ddpm runs`)"
-        )
+        raise UserError(f"run {source.name!r}: {state}; only completed runs can be applied (see `ddpm runs`)")
     new = {"params.yaml": _parameters(source), "dvc.lock": (source / "dvc.lock").read_bytes()}
     old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
     modified = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]

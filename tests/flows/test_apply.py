@@ -148,7 +148,7 @@ def test_where_cache_and_folder_lack_an_output_everything_goes_back(
 def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None:
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {"train": {"steps": 5}})):
         raise RuntimeError
-    with pytest.raises(UserError, match="run 'bad': its state is failed; only completed runs can be applied"):
+    with pytest.raises(UserError, match="run 'bad': failed; only completed runs can be applied"):
         apply.apply("bad", force=False)
     assert params.load(Path("params.yaml")).train.steps == 1000
     lost = workspace.find("bad")

@@ -93,7 +93,7 @@ def test_a_workspace_in_use_is_no_one_elses() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document):
         with (
-            pytest.raises(UserError, match="run 'one' is running in another process"),
+            pytest.raises(UserError, match="run 'one' is running in another"),
             workspace.use("one", "first", {}),
         ):
             pass
