@@ -71,9 +71,7 @@ def test_without_a_gpu_it_rehearses(tmp_path: Path) -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
-        "no GPU found: rehearsing on the CPU; results are not GPU measurements"
-    ]
+    assert done.stderr.splitlines() == ["no GPU found: rehearsing on the CPU; results are not GPU measurements"]
     assert [json.loads(line)["measurement"] for line in out.read_text().splitlines()] == ["machine", "ceilings"]
 
 

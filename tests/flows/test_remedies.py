@@ -1,4 +1,4 @@
-"""What to do about a file that cannot be used: said of those that a stage writes here, and of no others."""
+"""Advice for unusable files, given only for files that a stage writes."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ SCRUB = "; delete it, run `make scrub` (the DVC cache may hold the same damaged 
         ("/elsewhere/models/ddpm/config.json", None),
     ],
 )
-def test_files_of_a_stage_are_written_by_it_again(path: str, stage: str | None) -> None:
+def test_files_of_a_stage_get_advice(path: str, stage: str | None) -> None:
     advice = f"; `dvc repro {stage}` writes it" if stage else ""
     assert with_remedy(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
     assert with_remedy(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
     assert with_remedy(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
 
 
-def test_other_errors_are_told_as_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     assert with_remedy(UserError("seed: wrong")) == "seed: wrong"
