@@ -81,7 +81,7 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
     assert made.network == UViTOptions(depth=3, classes=True)
     assert made.sample.sampler.eta == 1
     text = (tree / "params.yaml").read_text(encoding="utf-8")
-    assert "# a GPU where there is one" in text
+    assert "# a GPU if available" in text
     assert "\n\n# About train\ntrain: # here\n" in text
     assert main(["set", "network.kind=unet", "sample.sampler=heun", "network.attention_levels=[0]"]) == 0
     assert parameters.load(tree / "params.yaml").network == Params().network.model_copy(

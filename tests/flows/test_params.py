@@ -144,7 +144,7 @@ def test_a_preset_is_written_and_taken_back(
     Path("presets").symlink_to(PRESETS)
     assert main(["preset", "cifar10"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "cifar10.yaml")
-    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 1
@@ -282,4 +282,4 @@ def test_what_is_missing_is_added_on_request(
     assert "train.steps: 1000\n" in shown
     assert "seed" not in shown
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
-    assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert "# only if network.classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

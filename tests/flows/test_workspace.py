@@ -49,7 +49,7 @@ def test_it_has_the_current_files_and_the_parameters_of_the_run() -> None:
     assert (directory / "stage.py").read_text() == "changed"
     assert (directory / ".ddpm" / "secret").read_text() == "state"
     assert params.load(directory / "params.yaml").train.steps == 5
-    assert "# a GPU where there is one" in (directory / "params.yaml").read_text()
+    assert "# a GPU if available" in (directory / "params.yaml").read_text()
     run = workspace.Run.read(directory)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert (run.name, run.flow_run_id, run.git_revision, run.git_dirty) == ("one", "id-one", head, True)
