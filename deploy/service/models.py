@@ -192,9 +192,8 @@ def _mlflow(call: Callable[[Any, Any], T]) -> T:
 
         return call(MlflowClient(), download_artifacts)
     except Exception as error:  # from MLflow, its database, HTTP or storage
-        line = re.sub(
-            r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error)
-        )  # so that the same cause gives the same line
+        # Addresses differ between calls, and the same cause must give the same line.
+        line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error))
         raise ModelError(f"not available from MLflow ({line})") from None
 
 

@@ -98,7 +98,7 @@ def test_a_stop_signal_does_not_restart_training(after: Ends, end: BaseException
 
 
 def test_the_number_of_restarts_is_limited(after: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost, message = failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on"
+    lost, message = failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL; `dvc repro` resumes"
     with pytest.raises(UserError, match=message):
         after(lost, lost, lost, lost)
     monkeypatch.setenv(launching.MAX_RESTARTS, "0")

@@ -57,8 +57,8 @@ def prefect(directory: Path, log: Path) -> Iterator[int]:
 
 
 def states_set(log: Path) -> list[tuple[str, str]]:
-    told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [(path, body["state"]["type"]) for path, body in told if path.endswith("/set_state")]
+    requests = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [(path, body["state"]["type"]) for path, body in requests if path.endswith("/set_state")]
 
 
 def become(*_: Any) -> NoReturn:

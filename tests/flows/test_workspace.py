@@ -261,9 +261,9 @@ def test_damaged_runs_are_reported_and_the_others_listed(capsys: pytest.CaptureF
     (RUNS / "green" / "reports").mkdir()
     (RUNS / "green" / "reports" / "evaluate.json").write_text("[]")
     workspace.list_runs()
-    told = capsys.readouterr()
-    assert "red/run.json: damaged; delete" in told.err
-    rows = {line.split()[0]: line.split()[3:] for line in told.out.split("\n\n")[0].splitlines()[1:]}
+    output = capsys.readouterr()
+    assert "red/run.json: damaged; delete" in output.err
+    rows = {line.split()[0]: line.split()[3:] for line in output.out.split("\n\n")[0].splitlines()[1:]}
     assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
     with pytest.raises(UserError, match="not found; available:"):
         workspace.find("red")
