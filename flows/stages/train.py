@@ -233,5 +233,5 @@ def check_devices(params: Params, device: torch.device) -> None:
         raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
     if device.type == "cuda" and processes > gpus:
         raise UserError(
-            f"train.processes: {processes} processes need a GPU each, but there are only {gpus}; set it to {gpus}"
+            f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}"
         )

@@ -246,7 +246,7 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
 @pytest.mark.parametrize(
     ("device", "processes", "message"),
     [
-        ("auto", 3, "train.processes: 3 processes need a GPU each, but there are only 2; set it to 2"),
+        ("auto", 3, "train.processes: 3 processes need a GPU each (available: 2); set it to 2"),
         ("cuda:1", 2, "device: cuda:1 is one GPU, but train.processes is 2; set device to cuda"),
     ],
 )
