@@ -14,7 +14,7 @@ from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
 from flows.cli import app
 from flows.parent import launched
-from flows.remedies import told
+from flows.remedies import with_remedy
 
 USAGE_ERROR = 2
 
@@ -45,7 +45,7 @@ def _main(arguments: list[str]) -> int:
         if not isinstance(error, Echo):
             goes_on = command == "train" and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if goes_on else ""
-            say(f"{name}: error: {told(error)}{more}")
+            say(f"{name}: error: {with_remedy(error)}{more}")
         return 1
     except Stopped as stopped:
         if not launched():

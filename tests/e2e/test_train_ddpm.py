@@ -49,7 +49,7 @@ def resumed(clone: Path, pool: ThreadPoolExecutor, run: Command, name: str) -> F
     log = clone / ".ddpm" / "services" / "worker.log"
     seen = len(log.read_text())
     watched = pool.submit(run, *RUN, "--flow-run-name", name, *LONG)
-    wait_for(lambda: ": held-out MSE" in log.read_text()[seen:].partition("going on from step")[2], 180)
+    wait_for(lambda: ": held-out MSE" in log.read_text()[seen:].partition("resuming from step")[2], 180)
     return watched
 
 

@@ -73,7 +73,7 @@ def test_all_faults_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize("preset", ["none", ""])
 def test_an_unknown_preset_is_refused(preset: str) -> None:
-    with pytest.raises(UserError, match=f"^preset '{preset}': no such preset; there are cifar10, digits"):
+    with pytest.raises(UserError, match=f"^preset '{preset}': not found in presets/; available: cifar10, digits"):
         workspace.document(preset, {})
 
 

@@ -90,7 +90,7 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
 def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: Params) -> None:
     defaults, content = params.model_dump(mode="json"), yaml_files.read_yaml(PRESETS / f"{name}.yaml")
     assert isinstance(presets.load(PRESETS / f"{name}.yaml"), Params)
-    assert not set(content) & set(presets.OWN)
+    assert not set(content) & set(presets.NOT_IN_PRESETS)
     for section, values in content.items():
         assert all(value != defaults[section][key] for key, value in values.items() if key != "source")
 
@@ -112,7 +112,7 @@ def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
     assert made.network.base_channels == 16
     assert made.train.steps == presets.load(PRESETS / "digits.yaml").train.steps
     (tmp_path / "wrong.yaml").write_text("seed: 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"wrong.yaml: seed: no preset changes that; set it in params.yaml$"):
+    with pytest.raises(UserError, match=r"wrong.yaml: seed: presets cannot set this; set it in params.yaml$"):
         presets.laid_over(document, tmp_path, "wrong")
     back = parameters.validate(presets.laid_over(document, PRESETS, "digits"), "test")
     assert back.shard.source == presets.load(PRESETS / "digits.yaml").shard.source
@@ -145,12 +145,12 @@ def test_a_preset_is_written_and_taken_back(
     Path("presets").symlink_to(PRESETS)
     assert main(["preset", "cifar10"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "cifar10.yaml")
-    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 1
     assert capsys.readouterr().err == (
-        "ddpm preset: error: preset 'cifar': no such preset; there are cifar10, digits, fashion-mnist (in presets/)\n"
+        "ddpm preset: error: preset 'cifar': not found in presets/; available: cifar10, digits, fashion-mnist\n"
     )
 
 
@@ -316,4 +316,4 @@ def test_what_is_missing_is_added_on_request(
     assert "train.steps: 1000\n" in shown
     assert "seed" not in shown
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
-    assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert "# only if network.classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
