@@ -5,7 +5,7 @@ what it would print of each event and line, is shown here instead.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +17,6 @@ from prefect.client.schemas.objects import FlowRun, Log
 from prefect.events import Event
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from flows.run_status import Row, RunStatus, Step, clock
@@ -103,7 +102,7 @@ class Display:
         self.console.print(Text(line), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield table(self.status.rows(datetime.now(UTC)), options.max_width)
+        yield from lines(self.status.rows(datetime.now(UTC)), options.max_width)
 
 
 def _changed(stage: Step) -> str:
@@ -115,20 +114,17 @@ def _changed(stage: Step) -> str:
     return f"{stage.name}: {state}{took}" + (f": {detail}" if detail else "")
 
 
-def table(rows: list[Row], width: int) -> Table:
+def lines(rows: list[Row], width: int) -> Iterator[Text]:
     """The rows as they are shown on a terminal of this width; what does not fit is cut, never wrapped."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for justify in ("left", "left", "right"):
-        grid.add_column(no_wrap=True, justify=justify)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    names = max(len(row.name) for row in rows)
     for name, state, seconds, detail, share in rows:
-        text = Text(detail, "" if state == "running" else "dim")
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(f"{name:{names}}  ").append(f"{state:9}", COLORS.get(state, "dim"))
+        line.append(f" {clock(seconds) if seconds is not None else '':>7}  ")
         if share is not None and width >= WIDE:
             full = round(BAR * share)
-            text = Text.assemble(("━" * full, "blue"), ("━" * (BAR - full), "dim"), "  ", detail)
-        taken = clock(seconds) if seconds is not None else ""
-        grid.add_row(Text(name), Text(state, COLORS.get(state, "dim")), Text(taken), text)
-    return grid
+            line.append("━" * full, "blue").append("━" * (BAR - full) + "  ", "dim")
+        yield line.append(detail, "" if state == "running" else "dim")
 
 
 class Unformatted:
