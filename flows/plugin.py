@@ -11,9 +11,8 @@ from pathlib import Path
 
 from prefect.plugins import HookContext, register_hook
 
-from flows import addresses
+from flows import addresses, deployment
 
-DEPLOYMENT = "train-ddpm"
 ASKING = {
     *("api", "artifact", "automation", "block", "concurrency-limit", "deploy", "deployment", "event", "flow"),
     *("flow-run", "gcl", "global-concurrency-limit", "task-run", "variable", "work-pool", "work-queue", "worker"),
@@ -37,8 +36,8 @@ def arguments(argv: list[str], original: list[str]) -> list[str] | None:
 def complete(given: list[str]) -> list[str]:
     """The arguments of `prefect deployment run train-ddpm ...` with the name completed; any others as they are."""
     match given:
-        case ["deployment" | "deployments" as group, "run", name, *rest] if name == DEPLOYMENT:
-            return [group, "run", f"{DEPLOYMENT}/{DEPLOYMENT}", *rest]
+        case ["deployment" | "deployments" as group, "run", name, *rest] if name == deployment.NAME:
+            return [group, "run", f"{deployment.NAME}/{deployment.NAME}", *rest]
     return given
 
 

@@ -19,10 +19,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from flows import deployment
 from flows.run_status import Row, RunStatus, Step, clock
 from flows.stages import STAGES
 
-DEPLOYMENT = "train-ddpm"
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is no terminal."""
 COLORS = {
@@ -163,7 +163,7 @@ async def name_of_ours(flow_run_id: UUID) -> str | None:
     with suppress(Exception):  # Prefect's own display will say what is wrong
         async with get_client() as client:
             run = await client.read_flow_run(flow_run_id)
-            if run.deployment_id and (await client.read_deployment(run.deployment_id)).name == DEPLOYMENT:
+            if run.deployment_id and (await client.read_deployment(run.deployment_id)).name == deployment.NAME:
                 return run.name
     return None
 

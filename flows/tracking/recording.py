@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -14,7 +13,7 @@ from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
 from diffusion.progress import say
-from flows import made_with
+from flows import addresses, made_with
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import champion, description, names, pages, registry, results, store
@@ -99,7 +98,9 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
             with suppress(Exception):
                 _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-    return Recorded(run.id, _page(uri, run), trained_in, str(version.version) if version else None, aliases)
+    return Recorded(
+        run.id, _page(uri, run, found.paths), trained_in, str(version.version) if version else None, aliases
+    )
 
 
 def _describe(
@@ -119,9 +120,9 @@ def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None
         mlflow_store.client.set_terminated(run_id, status=status)
 
 
-def _page(uri: str, run: TrackedRun) -> str:
+def _page(uri: str, run: TrackedRun, paths: Paths) -> str:
     """The address of a run's page; of a store without a server, the page where `make up` shows it."""
-    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
+    server = uri if uri.startswith("http") else addresses.mlflow(paths)
     return pages.run(server, run.experiment_id, run.id)
 
 
