@@ -1,9 +1,8 @@
 # `make` lists what there is. Everything is made inside the repository: the environment in .venv, state in .ddpm.
 VENV ?= .venv
 PYTHON ?= python3
-# Ports of the services on 127.0.0.1, and arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist".
-PREFECT_PORT ?= 4200
-MLFLOW_PORT ?= 5000
+# Arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist". PREFECT_PORT=4201 and MLFLOW_PORT=5001
+# choose other ports on 127.0.0.1 than 4200 and 5000; later commands use those of the last `make up`.
 ARGS ?=
 
 # PORTABLE=1 limits torch's libraries to what every x86-64 processor with AVX2 computes alike.
@@ -16,10 +15,11 @@ endif
 # If it is set, as in many container images, every process compiles anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-export PREFECT_PORT MLFLOW_PORT
+# It would override prefect.toml, in which `make up` writes where the server is.
+unexport PREFECT_API_URL
+
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
-export PREFECT_API_URL := http://127.0.0.1:$(PREFECT_PORT)/api
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
@@ -39,7 +39,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
 	@mkdir -p $(PREFECT_HOME)
 
-train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" and the like.
+train: up ## Start the services and run the pipeline; ARGS="-p preset=fashion-mnist" and the like.
 	prefect deployment run train-ddpm --watch $(ARGS)
 	@echo
 	@ddpm summary
@@ -54,10 +54,10 @@ mutants: setup ## Insert random faults and check that the tests notice them; ARG
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up
 
-down: setup ## Stop them; a training ends with a checkpoint.
+down: setup ## Stop them; a running training writes a checkpoint.
 	@python -m flows.services down
 
-status: setup ## Show how they are.
+status: setup ## Show their status.
 	@python -m flows.services status
 
 repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.

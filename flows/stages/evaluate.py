@@ -14,7 +14,7 @@ from diffusion.evaluation.likelihood import Draws
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import Pairs
-from diffusion.progress import Progress, say
+from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.storage.files import (
@@ -40,16 +40,23 @@ def run(params: Params, paths: Paths) -> None:
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
-    sampling_timesteps(params.sample, model.process.schedule)  # reject invalid options before scoring
-    overall, tables = score(params, model, device, pairs, val, wiener.fit(Pairs(paths.pairs, "train")))
-    pictures = {
-        "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
-        "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
-        "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
-        "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
-    }
-    if curves:
-        pictures["training"] = plots.training(*curves)
+    steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
+    with working("evaluate: fitting the linear baseline"):
+        baseline = wiener.fit(Pairs(paths.pairs, "train"))
+    overall, tables = score(params, model, device, pairs, val, baseline)
+    with Progress("evaluate", steps, "steps") as progress:
+        samples = draw_samples(
+            model, params.sample, params.seed, device, lambda: progress.advance(1, "drawing samples")
+        )
+    with working("evaluate: drawing the filmstrip and the plots"):
+        pictures = {
+            "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
+            "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
+            "samples": grid_png(samples),
+            "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
+        }
+        if curves:
+            pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, tables["bands"], pictures, how=how, variance=params.sample.variance)
     write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
@@ -64,6 +71,8 @@ def run(params: Params, paths: Paths) -> None:
         write_sums(temporary)
     write_atomic(paths.report, page.encode())
     made_with.write(paths, "evaluate", params)
+    with working("evaluate: recording the results in MLflow"):
+        tracking.record(params, paths)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
         f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs "
@@ -71,7 +80,6 @@ def run(params: Params, paths: Paths) -> None:
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
         f"on {overall['bits_per_dim_images']} images"
     )
-    tracking.record(params, paths)
 
 
 def score(
@@ -95,7 +103,8 @@ def score(
         estimate, exact = (
             likelihood.measure(model, variance, test, draws, device, progress.advance) for draws in (cheap, whole)
         )
-    overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
+    with working("evaluate: bootstrapping the confidence intervals"):
+        overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
     overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
     return overall, {
         "bands": bands,

@@ -15,7 +15,7 @@ from diffusion.export import denoiser, digest, golden, metadata, parity, ranges,
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import MANIFEST, Pairs
-from diffusion.progress import say
+from diffusion.progress import say, working
 from diffusion.sampling.build import sampling_timesteps
 from diffusion.storage.files import new_directory, read_checked, sha256, write_atomic, write_json
 from flows import made_with, tracking
@@ -35,25 +35,31 @@ def run(params: Params, paths: Paths) -> None:
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
-    step = denoiser.to_onnx(model, export.opset)
-    val = Pairs(paths.pairs, "val")
-    graphs = {"fp32": step} | {name: variants.build(name, model, step, export.opset, val) for name in export.variants}
+    with working("export: tracing the network"):
+        step = denoiser.to_onnx(model, export.opset)
+    val, graphs = Pairs(paths.pairs, "val"), {"fp32": step}
+    for variant in export.variants:
+        with working(f"export: building the variant {variant}"):
+            graphs[variant] = variants.build(variant, model, step, export.opset, val)
     contents, report, sessions = dict[Path, bytes](), dict[str, Any](), dict[str, InferenceSession]()
     try:
         for name, graph in graphs.items():
             facts["ddpm.precision"] = name
-            loop = sampler_graph.to_onnx(graph, model, sample)
             one, whole = paths.denoiser_in(name), paths.sampler_in(name)
-            contents[one] = finished(one.name, graph, facts)
-            contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
-            sessions[name] = parity.session(contents[one], device, required)
+            with working(f"export: building {one.name} and {whole.name}"):
+                loop = sampler_graph.to_onnx(graph, model, sample)
+                contents[one] = finished(one.name, graph, facts)
+                contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
+                sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                sampler = parity.session(contents[whole], device, required)
-                report["sampler"] = parity.check_sampler(sampler, model, sample)
+                with working(f"export: comparing the pictures of {whole.name} with torch's"):
+                    sampler = parity.session(contents[whole], device, required)
+                    report["sampler"] = parity.check_sampler(sampler, model, sample)
             else:
                 mse = report["denoiser"]["mse"]
-                report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
+                with working(f"export: scoring {one.name} on the held-out pairs"):
+                    report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
     except UserError:
         shutil.rmtree(paths.onnx, ignore_errors=True)
         paths.export_report.unlink(missing_ok=True)
@@ -64,9 +70,10 @@ def run(params: Params, paths: Paths) -> None:
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
-    times = speed.measure(sessions)
+    with working("export: measuring the speed, recording the model in MLflow"):
+        times = speed.measure(sessions)
+        tracking.record(params, paths, speed=times)
     log_summary(paths, report, sessions["fp32"].get_providers()[0], times)
-    tracking.record(params, paths, speed=times)
 
 
 def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:

@@ -1,11 +1,12 @@
 """Stage train: train a model on the training pairs, with curves and previews."""
 
 import copy
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusion.pairs.noise import Purpose, stream
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build as processes
 from diffusion.process.build import Process
-from diffusion.progress import Progress, say
+from diffusion.progress import Progress, say, working
 from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
 from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
@@ -77,8 +78,11 @@ def run(params: Params, paths: Paths) -> None:
         training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
         model, state = training.run()
         if world.main:
-            training.write(model, state)
-            tracking.record(params, paths, state.run_id)
+            with working("train: writing the model and its curves, recording them in MLflow"):
+                training.write(model, state)
+                tracking.record(params, paths, state.run_id)
+            last = state.heldout_curve[-1]["mse"]
+            say(f"train: {state.step} steps, loss {state.loss_curve[-1]['loss']:.4f}, held-out MSE {last:.4f}")
             shutil.rmtree(training.checkpoints)
 
 
@@ -144,21 +148,33 @@ class Training:
                 )
                 live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
-                progress = watched.enter_context(Progress("train", total, "images", done=done))
+                progress = Progress("train", total, "images", done=done)
                 state.run_id = live.run_id
             forward = runnable(state.net, options, world, to_compile(options, self.device, lambda: counts.flops))
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
             watch = Watch(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
-            loop.train(
-                state, trainer, checkpoints, report=watch.report, preview=watch.preview, stop_signal=stop.received
-            )
+            with progress or nullcontext():
+                loop.train(
+                    state, trainer, checkpoints, report=watch.report, preview=watch.preview, stop_signal=stop.received
+                )
             state.kept_into(model.net)
             if world.main:
-                errors = x_0_mse(model, heldout, self.device, seed, stop.check)
+                errors = self.errors(model, heldout, stop)
                 model = replace(model, config=self.config.model_copy(update={"x_0_mse": errors}))
         return model, state
+
+    def errors(self, model: Model, heldout: Pairs, stop: StopSignals) -> tuple[float, ...]:
+        """E |x_0 - x_0_hat|^2 / d at each timestep, of the trained model."""
+        batches = math.ceil(self.process.schedule.num_timesteps / 4)
+        with Progress("train", batches, "batches") as progress:
+
+            def check_stop() -> None:
+                stop.check()
+                progress.advance(1, "measuring the error at each timestep")
+
+            return x_0_mse(model, heldout, self.device, self.params.seed, check_stop)
 
     def write(self, model: Model, state: State) -> None:
         """Write the model, its curves and previews, and the report."""

@@ -26,7 +26,7 @@ from diffusion.progress import say
 from diffusion.storage.files import SUMS, read_checked
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import store
+from flows.tracking import description, names, store
 from flows.tracking.results import ERRORS, Results, errors_of
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 Errors = NDArray[np.float64]
 """MSE on each validation image, (n,)."""
 CHAMPION, CHALLENGER = "champion", "challenger"
-VAL_PAIRS = "ddpm.val_pairs_sha256"
-JUDGED = "ddpm.judged"
+VAL_PAIRS = f"{names.HIDDEN}val_pairs_sha256"
+JUDGED = f"{names.HIDDEN}judged"
 """Tag: the gate at which a version was last judged."""
 SCORES = ("val_mse", "val_mse_se", "mse", "r2")
 """Tags of a version: its figures on val, and those on test."""
@@ -63,8 +63,8 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
     if found.evaluation is None:
         if not version.description:
             _describe(client, version, "Not promoted: it was not evaluated.")
-    elif version.tags.get(JUDGED) != gate:
-        if VAL_PAIRS not in version.tags:
+    elif (tags := names.current(version.tags)).get(JUDGED) != gate:
+        if VAL_PAIRS not in tags:
             report = found.evaluation.report
             scores = {VAL_PAIRS: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
             for key, value in scores.items():
@@ -88,7 +88,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     if champion is None:
         return Verdict(True, f"the first version whose val MSE, {mse:.4f}, is at most tracking.max_mse, {gate:g}")
     rival = client.get_model_version(name, champion)
-    scored = rival.tags.get(VAL_PAIRS)
+    scored = names.current(rival.tags).get(VAL_PAIRS)
     by_hand = f"`ddpm promote {number} --reason TEXT` makes version {number} the champion"
     if scored != pairs:
         on = f"val pairs {scored[:12]}" if scored else "no val pairs"
@@ -132,6 +132,7 @@ def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
         instead = f" in place of version {before}" if before not in (None, number) else ""
         _describe(client, versions[number], f"Champion, promoted by hand{instead}: {reason.strip()}")
         client.set_registered_model_alias(name, CHAMPION, number)
+        description.rewrite_verdict(client, client.get_model_version(name, number))
     print(f"{name} version {number} is now champion" + (f"; before, it was version {before}" if before else ""))
 
 

@@ -12,7 +12,7 @@ from diffusion.storage.files import sha256
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import store
+from flows.tracking import description, names, store
 from flows.tracking.starting import resume, start
 from flows.tracking.store import TrackedRun
 
@@ -53,7 +53,7 @@ class LiveRun:
         """One point of each curve, named like the columns of reports/train_curves (heldout.csv's mse: heldout_mse)."""
         if self._run is None:
             return
-        self._batch += store.points({f"train/{name}": value for name, value in values.items()}, step)
+        self._batch += store.points({names.curve(name): value for name, value in values.items()}, step)
         if time.monotonic() - self._sent > SECONDS_BETWEEN_BATCHES:
             self._send()
 
@@ -91,7 +91,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
         with store.lock(paths):
             mlflow_store = store.connect(uri, params, paths)
             found = [mlflow_store.run_by_id(run_id), *mlflow_store.runs_by_tag(store.FINGERPRINT, fingerprint)]
-            open_runs = [run for run in found if run and store.WEIGHTS not in run.data.tags]
+            open_runs = [run for run in found if run and store.WEIGHTS not in names.current(run.data.tags)]
             if open_runs:
                 run = TrackedRun(mlflow_store.client, open_runs[0])
                 resume(run, params, paths, fingerprint)
@@ -101,6 +101,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
                 run.dataset(
                     Path(params.shard.source).stem, sha256(paths.pairs / "manifest.json"), paths.pairs, "training"
                 )
+            description.write(mlflow_store.client, run.id, description.training(params, paths))
     except Exception as error:
         store.say_unusable(uri, error)
         return LiveRun(None, run.id if run else run_id, uri)

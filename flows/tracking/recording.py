@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -14,20 +13,21 @@ from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
 from diffusion.progress import say
-from flows import made_with
+from flows import addresses, made_with
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import champion, registry, results, store
+from flows.tracking import champion, description, names, pages, registry, results, store
 from flows.tracking.results import Evaluation, Results
 from flows.tracking.starting import start
 from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
-SET = "ddpm.set_sha256"
+SET = f"{names.HIDDEN}set_sha256"
 """Tag: digest of a run's parameters, data and weights."""
-TRAINED_IN = "ddpm.trained_in_run"
+TRAINED_IN = f"{names.HIDDEN}trained_in_run"
 """Tag of a run that reused weights: the id of the run that trained them."""
 
 
@@ -91,13 +91,26 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
             trained_in = _log(mlflow_store, run, found)
             version = registry.register(mlflow_store, run, found, speed) if found.export is not None else None
             aliases = champion.judge(run.client, found, version) if version else []
+            _describe(mlflow_store, run, found, trained_in, version)
             if run.status != "FINISHED":
                 run.end("FINISHED")
         except BaseException as error:  # recorded in part: the next call completes it
             with suppress(Exception):
                 _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-    return Recorded(run.id, _page(uri, run), trained_in, str(version.version) if version else None, aliases)
+    return Recorded(
+        run.id, _page(uri, run, found.paths), trained_in, str(version.version) if version else None, aliases
+    )
+
+
+def _describe(
+    mlflow_store: Store, run: TrackedRun, found: Results, trained_in: str, version: ModelVersion | None
+) -> None:
+    source = mlflow_store.run_by_id(trained_in) if trained_in != run.id else None
+    link = description.run_link(run.experiment_id, trained_in, f"run {source.info.run_name}") if source else ""
+    judged = run.client.get_model_version(version.name, str(version.version)) if version else None
+    text = description.results(found, link, description.verdict(judged) if judged else "")
+    description.write(run.client, run.id, text)
 
 
 def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None, status: str) -> None:
@@ -107,11 +120,10 @@ def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None
         mlflow_store.client.set_terminated(run_id, status=status)
 
 
-def _page(uri: str, run: TrackedRun) -> str:
+def _page(uri: str, run: TrackedRun, paths: Paths) -> str:
     """The address of a run's page; of a store without a server, the page where `make up` shows it."""
-    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
-    # Told so, MLflow opens its pages for training rather than those for language models.
-    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
+    server = uri if uri.startswith("http") else addresses.mlflow(paths)
+    return pages.run(server, run.experiment_id, run.id)
 
 
 def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedRun:
@@ -124,12 +136,12 @@ def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedR
     client, digests = mlflow_store.client, {_claim(part): digest for part, digest in found.digests().items()}
     claims = {SET: found.identity, WEIGHTS: found.weights} | digests
     followed = mlflow_store.run_by_id(run_id)
-    if followed and WEIGHTS in followed.data.tags:
+    if followed and WEIGHTS in names.current(followed.data.tags):
         followed = None  # it holds results already
     fitting = [
         run
         for run in mlflow_store.runs_by_tag(SET, found.identity)
-        if all(run.data.tags.get(claim, digest) == digest for claim, digest in digests.items())
+        if all(names.current(run.data.tags).get(claim, digest) == digest for claim, digest in digests.items())
     ]
     if fitting:
         run = TrackedRun(client, fitting[0])
@@ -144,7 +156,7 @@ def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedR
 
 
 def _claim(part: str) -> str:
-    return f"ddpm.{part}_sha256"
+    return f"{names.HIDDEN}{part}_sha256"
 
 
 def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
@@ -178,13 +190,13 @@ def _log_parameters(run: TrackedRun, found: Results) -> None:
 
 def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
     """The training's curves and pictures, or just its final figures; of both, the report and the model's config."""
-    for curve, names in (("loss", {}), ("heldout", {"mse": "heldout_mse"})):
+    for curve, columns in (("loss", {}), ("heldout", {"mse": "heldout_mse"})):
         rows = found.curves[curve]
         last = {key: row["step"] for row in rows for key in row}
         for row in rows:
             step = row["step"]
             kept = {key: value for key, value in row.items() if key != "step" and (curves or step == last[key])}
-            run.metrics(store.points({f"train/{names.get(key, key)}": v for key, v in kept.items()}, int(step)))
+            run.metrics(store.points({names.curve(columns.get(key, key)): v for key, v in kept.items()}, int(step)))
     run.scalars("train", found.training)
     if curves:
         for path in sorted(found.paths.previews.glob("step-*.png")):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import warnings
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.storage.files import sha256
+from flows.tracking.names import HIDDEN, former
 from flows.tracking.results import Results
 from flows.tracking.store import WEIGHTS, Store, TrackedRun
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-ONNX = "ddpm.onnx_sha256"
+ONNX = f"{HIDDEN}onnx_sha256"
 
 
 def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> ModelVersion:
@@ -32,8 +34,8 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
 
     name, digest = found.params.tracking.model_name, sha256(found.paths.sampler)
     run.once("export", lambda: _log_export(run, found, speed))
-    same = f"name = '{name}' and tags.`{ONNX}` = '{digest}'"
-    for version in run.client.search_model_versions(same, max_results=1, order_by=["version_number ASC"]):
+    conditions = [f"name = '{name}' and tags.`{tag}` = '{digest}'" for tag in (ONNX, former(ONNX))]
+    for version in chain.from_iterable(run.client.search_model_versions(same, max_results=1) for same in conditions):
         if version.run_id != run.id:
             for model in mlflow_store.models_by_tag(ONNX, digest)[:1]:
                 run.once("model", partial(run.uses, model.model_id))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from flows.params import Params
 from flows.paths import Paths
+from flows.tracking.names import GIT_DIRTY, HIDDEN
 from flows.tracking.store import Store, TrackedRun
 
-FLOW_RUN, COMMIT, DIRTY = "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty"
+FLOW_RUN, COMMIT, DIRTY = f"{HIDDEN}flow_run_id", "mlflow.source.git.commit", GIT_DIRTY
 
 
 def start(store: Store, params: Params, paths: Paths, digest: str, tags: dict[str, str]) -> TrackedRun:
@@ -23,9 +24,7 @@ def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
     """Mark a run as running again, with the name and the origin that a new one would have here."""
     name, origin = _origin(params, paths, digest)
     run.client.update_run(run.id, status="RUNNING", name=name)
-    for former in {FLOW_RUN, COMMIT, DIRTY} & run.tags.keys() - origin.keys():
-        run.client.delete_tag(run.id, former)
-        del run.tags[former]
+    run.untag({FLOW_RUN, COMMIT, DIRTY} - origin.keys())
     run.tag(origin)
 
 

@@ -20,12 +20,13 @@ from diffusion.errors import UserError
 from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
+from flows.tracking import names, pages
 
 if TYPE_CHECKING:  # importing mlflow takes a second or more: only where something is logged
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric, Run
 
-FINGERPRINT, WEIGHTS = "ddpm.fingerprint", "ddpm.weights_sha256"
+FINGERPRINT, WEIGHTS = f"{names.HIDDEN}fingerprint", f"{names.HIDDEN}weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and said here in one line
@@ -46,14 +47,14 @@ class TrackedRun:
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client, self.id, self.experiment_id = client, run.info.run_id, run.info.experiment_id
         self.status: str = run.info.status
-        self.tags, self.params = dict(run.data.tags), dict(run.data.params)
+        self.tags, self.params = names.current(run.data.tags), dict(run.data.params)
         self._logged = set(run.data.metrics)
         self._curves: dict[str, dict[int, float]] = {}
         self._images: dict[int, str | None] | None = None
 
     def once(self, part: str, log: Callable[[], None]) -> None:
         """Log a part, unless the whole of it was logged before."""
-        tag = f"ddpm.logged.{part}"
+        tag = f"{names.HIDDEN}logged.{part}"
         if tag not in self.tags:
             log()
             self.tag({tag: "true"})
@@ -65,6 +66,14 @@ class TrackedRun:
         if tags:
             self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
             self.tags |= tags
+
+    def untag(self, tags: Iterable[str]) -> None:
+        """Remove tags, whatever an earlier version called them."""
+        present = self.client.get_run(self.id).data.tags.keys()
+        for tag in tags:
+            for name in {tag, names.former(tag)} & present:
+                self.client.delete_tag(self.id, name)
+            self.tags.pop(tag, None)
 
     def curve(self, key: str) -> dict[int, float]:
         """The values of a metric by step; of several at the same step, the one that was logged last."""
@@ -88,10 +97,11 @@ class TrackedRun:
             self._curves[point.key][point.step] = point.value
             self._logged.add(point.key)
 
-    def scalars(self, prefix: str, report: Mapping[str, Any]) -> None:
-        """The numbers of a report, as metrics without steps; one that has a curve is left out."""
-        numbers = {f"{prefix}/{key}": value for key, value in report.items() if isinstance(value, int | float)}
-        self.metrics(points({key: value for key, value in numbers.items() if key not in self._logged}, 0))
+    def scalars(self, stage: str, report: Mapping[str, Any]) -> None:
+        """The numbers of a report: metrics without steps (one that has a curve is left out), and parameters."""
+        metrics, constants = names.figures(stage, report)
+        self.metrics(points({key: value for key, value in metrics.items() if key not in self._logged}, 0))
+        self.parameters(constants)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Parameters; of one that is longer than MLflow takes, a text that says so and gives its digest."""
@@ -159,16 +169,22 @@ class Store(NamedTuple):
         return found[0] if found else None
 
     def runs_by_tag(self, tag: str, value: str) -> list[Run]:
-        """The runs with this tag, oldest first."""
-        return self._runs(f"tags.`{tag}` = '{value}'")
+        """The runs with this tag, oldest first; those of earlier versions last."""
+        return [run for name in (tag, names.former(tag)) for run in self._runs(f"tags.`{name}` = '{value}'")]
 
     def models_by_tag(self, tag: str, value: str, own: str = "") -> list[LoggedModel]:
-        """The logged models with this tag whose run has not been deleted, oldest first.
+        """The logged models with this tag whose run has not been deleted, oldest first; those of earlier versions last.
 
         One whose files were not all logged is left out, unless it is of the run with the id `own`.
         """
         order = [{"field_name": "creation_timestamp", "ascending": True}]
-        found = self.client.search_logged_models([self.experiment], f"tags.`{tag}` = '{value}'", order_by=order)
+        found = [
+            model
+            for name in (tag, names.former(tag))
+            for model in self.client.search_logged_models(
+                [self.experiment], f"tags.`{name}` = '{value}'", order_by=order
+            )
+        ]
         usable = [model for model in found if model.status == "READY" or model.source_run_id == own]
         return [model for model in usable if self.run_by_id(model.source_run_id)]
 
@@ -194,10 +210,12 @@ def connect(uri: str, params: Params, paths: Paths) -> Store:
     if experiment is not None:
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
+        if experiment.tags.get(pages.VIEW_TAG) != pages.view():
+            client.set_experiment_tag(experiment.experiment_id, pages.VIEW_TAG, pages.view())
         return Store(client, experiment.experiment_id)
     served = uri.startswith(("http", "databricks"))  # then the server knows where artifacts belong
     location = None if served else paths.mlflow_artifacts.resolve().as_uri()
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # shows the pages for training
+    tags = {"mlflow.experimentKind": "custom_model_development", pages.VIEW_TAG: pages.view()}  # pages for training
     return Store(client, client.create_experiment(params.tracking.experiment, artifact_location=location, tags=tags))
 
 
@@ -238,7 +256,7 @@ def say_unusable(uri: str, error: Exception) -> None:
     """Report once in this process that work continues without MLflow."""
     if uri not in _said:
         _said.add(uri)
-        later = "going on without it, `ddpm track` brings the results there later"
+        later = "continuing without it; `ddpm track` records the results later"
         say(f"MLflow: {uri} cannot be used ({brief(error)}); {later}")
 
 
