@@ -42,8 +42,8 @@ from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import prefetched, runnable, to_compile
-from diffusion.training.state import begin
+from diffusion.training.hardware import prefetched, runnable, should_compile
+from diffusion.training.state import new_state
 from flows import presets
 from flows.params import Params
 from flows.paths import Paths
@@ -111,11 +111,11 @@ class Ours(Training):
         self.process = build.process(params.process)
         torch.manual_seed(params.seed)
         net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
-        self.state = begin(net, params.train, self.process.schedule)
+        self.state = new_state(net, params.train, self.process.schedule)
         options = params.train
         fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
         device = next(net.parameters()).device
-        compiling = to_compile(options, device, lambda: count(net, pairs.shape).flops)
+        compiling = should_compile(options, device, lambda: count(net, pairs.shape).flops)
         self.trainer = loop.Trainer(
             options,
             params.seed,

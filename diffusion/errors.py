@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-MOST = 40
+MAX_FAULTS = 40
 """Faults that one line reports: more than a person makes, fewer than a list of numbers may have."""
 
 
@@ -69,7 +69,7 @@ class WriteFault(SystemFault):
         super().__init__(path, error, "cannot be written ({})")
 
 
-class Echo(UserError):
+class AlreadyReported(UserError):
     """What another process tells of, where several train together: here it is not said again."""
 
 
@@ -87,7 +87,7 @@ class Stopped(BaseException):
 def describe(error: ValidationError) -> str:
     """A validation error in one line: field, what is wrong, the value found."""
     problems, found = [], error.errors(include_url=False)
-    for problem in found[:MOST]:
+    for problem in found[:MAX_FAULTS]:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
@@ -103,5 +103,5 @@ def describe(error: ValidationError) -> str:
             case _:
                 text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
         problems.append(f"{field}: {text}" if field else text)
-    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
+    more = [f"and {len(found) - MAX_FAULTS} more"] if len(found) > MAX_FAULTS else []
     return "; ".join(problems + more)

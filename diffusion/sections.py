@@ -68,10 +68,10 @@ class Section(BaseModel):
             # A broken rule says nothing against the single fields.
             wrong = [fault["loc"] for fault in faults if fault["type"] != "value_error"]
             with suppress(ValidationError):
-                made = _Right(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
+                made = _ValidFields(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
         for rule in cls.rules if made is not None else ():
             try:
-                with suppress(_Unknown):
+                with suppress(_InvalidField):
                     rule(made)
             except ValueError as error:
                 faults.append(InitErrorDetails(type="value_error", input=given, ctx={"error": error}))
@@ -80,11 +80,11 @@ class Section(BaseModel):
         return made
 
 
-class _Unknown(Exception):
+class _InvalidField(Exception):
     """A rule reads a field that is missing or wrong."""
 
 
-class _Right:
+class _ValidFields:
     """The fields of a section that are right by themselves."""
 
     def __init__(self, section: Section, wrong: Collection[tuple[int | str, ...]]) -> None:
@@ -95,8 +95,8 @@ class _Right:
         if not within:
             return value
         if isinstance(value, Section) and not _whole(within):
-            return _Right(value, within)
-        raise _Unknown
+            return _ValidFields(value, within)
+        raise _InvalidField
 
 
 def _within(name: str, places: Iterable[tuple[int | str, ...]]) -> list[tuple[int | str, ...]]:

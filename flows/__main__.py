@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
+from diffusion.errors import AlreadyReported, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
 from flows import presets, yaml_files
 from flows.parent import launched, stop_with_parent
@@ -288,7 +288,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments.action(arguments)
     except UserError as error:
-        if not isinstance(error, Echo):
+        if not isinstance(error, AlreadyReported):
             goes_on = arguments.command == "train" and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if goes_on else ""
             say(f"ddpm {arguments.command}: error: {told(error)}{more}")

@@ -25,7 +25,7 @@ from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLERS, sample
 from diffusion.training import loop
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 from flows.params import Params
 from flows.paths import Paths
 from tests import pretended
@@ -77,7 +77,7 @@ def training(where: Where, params: Params) -> list[Tensor]:
         return Batch(x_0.clip(-1, 1), rng.integers(0, 100, 8), eps, rng.integers(-1, 3, 8), rng.random(8))
 
     model = model_on(where, params)
-    state = begin(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
+    state = new_state(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
     trainer = loop.Trainer(params.train, 0, model.process.loss, fetch, state.net)
     for _ in range(3):
         loop.step(state, trainer)

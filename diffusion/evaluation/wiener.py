@@ -17,7 +17,7 @@ from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import to_x_0
 
 Array = NDArray[np.float64]
-LARGEST = 4096
+MAX_FULL_COVARIANCE = 4096
 """Values per image up to which the whole covariance is used; its eigenvectors cost their cube."""
 
 
@@ -40,9 +40,10 @@ class Wiener:
 def fit(pairs: Pairs) -> Wiener:
     """Fit to the images of a split; memory is flat in their number.
 
-    Images of more than LARGEST values are taken as stationary: their covariance is then diagonal in the Fourier basis.
+    Images with more than MAX_FULL_COVARIANCE values are treated as stationary, so that their covariance is diagonal in
+    the Fourier basis.
     """
-    fit_one = _fit_covariance if np.prod(pairs.shape) <= LARGEST else _fit_stationary
+    fit_one = _fit_covariance if np.prod(pairs.shape) <= MAX_FULL_COVARIANCE else _fit_stationary
     return fit_one(pairs)
 
 

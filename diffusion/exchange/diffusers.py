@@ -34,7 +34,7 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
     _check_free(directory, {PIPELINE, UNET, SCHEDULER}, force)
     loaded = model.load_model(source, torch.device("cpu"))
     net, config = loaded.net, loaded.config
-    if problems := obstacles(config, sample):
+    if problems := unsupported(config, sample):
         raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
     assert isinstance(net, UNet)
     config_json = UNetConfig.of(config, weights.freq_shift(net)).document()
@@ -53,11 +53,11 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
     if config.scheduler:
         told = "its scheduler is the one that it was imported with, whatever the options of sampling say"
     else:
-        told = not_kept(sample)
+        told = settings_not_kept(sample)
     return f"{PIPELINES[name]}.from_pretrained loads; {told}"
 
 
-def not_kept(sample: SampleOptions) -> str:
+def settings_not_kept(sample: SampleOptions) -> str:
     """What of `sample` a DDPMScheduler cannot be told, and what it has in its place."""
     replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
     if sample.sampler.kind != "ddpm":
@@ -69,7 +69,7 @@ def not_kept(sample: SampleOptions) -> str:
     return f"not kept: {', '.join(replaced)}"
 
 
-def obstacles(config: model.Config, sample: SampleOptions) -> list[str]:
+def unsupported(config: model.Config, sample: SampleOptions) -> list[str]:
     """Each parameter that stands in the way of an export, with its value and what it would have to be."""
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization

@@ -80,11 +80,11 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     graph = program.model_proto
     # The exporter always writes the same one, which shuts out older runtimes that know the operators.
     graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)
-    _forget_origin(graph)
+    _strip_origin(graph)
     return graph
 
 
-def _forget_origin(graph: onnx.ModelProto) -> None:
+def _strip_origin(graph: onnx.ModelProto) -> None:
     """Drop what the exporter notes of source files and stack traces: it differs between folders."""
     graph.producer_version = ""
     for part in [graph.graph, *graph.functions]:

@@ -56,7 +56,7 @@ def names(session: ort.InferenceSession) -> list[str]:
     return [value.name for value in session.get_inputs()]
 
 
-def made(session: ort.InferenceSession, facts: Mapping[str, str]) -> str:
+def record(session: ort.InferenceSession, facts: Mapping[str, str]) -> str:
     """The test as text for `ddpm.golden`, from what the graph gives here."""
     name = session.get_outputs()[0].name
     output = session.run([name], inputs(names(session), facts, SEED, BATCH))[0]

@@ -21,12 +21,12 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample
 
 BATCH_SIZES = (1, 7, 64)
-SMALL = 4
+ALL_SIZES_BLOCKS = 4
 """Blocks of pairs that are run in every batch size; the rest in whole blocks."""
-PICTURES = 64
-ALONE = 8
+IMAGES = 64
+MAX_BATCHES = 8
 """Batches of each size at most."""
-OFF_BY_ONE = 1e-3
+MAX_OFF_BY_ONE = 1e-3
 """Share of the pictures' values that may differ, by one grey level of 255."""
 
 
@@ -59,7 +59,7 @@ def check_denoiser(
     with Progress("export", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
         for number, prediction in enumerate(predictions(model, pairs, torch.device("cpu"))):
             length = len(prediction.t)
-            for size in BATCH_SIZES if number < SMALL else BATCH_SIZES[-1:]:
+            for size in BATCH_SIZES if number < ALL_SIZES_BLOCKS else BATCH_SIZES[-1:]:
                 eps_hat, x_0_hat = _in_batches(denoiser, prediction, size)
                 difference = np.abs(eps_hat - prediction.eps_hat)
                 np.fmax.at(by_band, band_of(prediction.t, T), difference.max(axis=(1, 2, 3)))
@@ -106,31 +106,31 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
     """Make pictures with both from the same noise, in ONNX Runtime in batches of several sizes.
 
     Of a network of classes they are of all classes and of none, with and without guidance. Raises UserError if more
-    than OFF_BY_ONE of their values differ, or one by more than a grey level.
+    than MAX_OFF_BY_ONE of their values differ, or one by more than a grey level.
     """
     facts = sampler.get_modelmeta().custom_metadata_map
-    given = golden.inputs(golden.names(sampler), facts, golden.SEED, PICTURES)
+    given = golden.inputs(golden.names(sampler), facts, golden.SEED, IMAGES)
     differing, values, largest = 0, 0, 0
     for guidance in (options.guidance, 2.0 if options.guidance == 1 else 1.0) if "y" in given else (1.0,):
         if "y" in given:
-            given["y"] = np.arange(PICTURES) % (model.num_classes + 1) - 1
+            given["y"] = np.arange(IMAGES) % (model.num_classes + 1) - 1
             given["guidance"] = np.array([guidance], np.float32)
         expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
         for size in BATCH_SIZES:
-            count = min(PICTURES, ALONE * size)
+            count = min(IMAGES, MAX_BATCHES * size)
             made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
             images = np.concatenate(made).astype(int)
             off = np.abs(images - expected[: len(images)])
             differing, values = differing + int((off > 0).sum()), values + off.size
             largest = max(largest, int(off.max()))
     share = differing / values
-    if largest > 1 or share > OFF_BY_ONE:
+    if largest > 1 or share > MAX_OFF_BY_ONE:
         raise UserError(
             f"sampler.onnx: of its pictures' values {share:.2%} differ from torch's, by up to {largest} grey "
-            f"levels ({OFF_BY_ONE:.1%} and 1 are allowed); no model was written: choose another export.sampler, or "
+            f"levels ({MAX_OFF_BY_ONE:.1%} and 1 are allowed); no model was written: choose another export.sampler, or "
             "fewer export.steps"
         )
-    return {"images": PICTURES, "values_off_by_one": share}
+    return {"images": IMAGES, "values_off_by_one": share}
 
 
 def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 
 from diffusion.export.runtime import MAX_FREE_STEPS
 
-LARGEST = 1000
+MAX_MAGNITUDE = 1000
 """Of noise, noisy images and guidance, in absolute value: what is beyond it was meant for something else."""
 
 
@@ -15,12 +15,12 @@ def of_inputs(names: Iterable[str], num_timesteps: int, num_classes: int) -> dic
     """The least and the largest value of each of a graph's inputs."""
     known = {
         "steps": [0, min(MAX_FREE_STEPS, num_timesteps)],
-        "x_t": [-LARGEST, LARGEST],
+        "x_t": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
         "t": [0, num_timesteps - 1],
-        "noise": [-LARGEST, LARGEST],
-        "steps_noise": [-LARGEST, LARGEST],
+        "noise": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
+        "steps_noise": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
         "y": [-1, num_classes - 1],
-        "guidance": [-LARGEST, LARGEST],
+        "guidance": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
     }
     return {name: known[name] for name in names if name in known}
 

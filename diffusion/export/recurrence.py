@@ -18,13 +18,13 @@ from diffusion.process.parameterization import X0
 from diffusion.process.variance import Variance
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.sampler import Before
+from diffusion.sampling.sampler import Previous
 
 STATE = INPUT, X_T, LAST = range(3)
 """The images that go from look to look: what the network is shown next, the step's x_t, and the last x_0_hat."""
 SOURCES = OF_X_T, OF_LAST, OF_X_0_HAT, OF_Z = range(4)
 """What they are mixed of: two of them, what the network says now, and the step's noise."""
-LOOKS = 2
+MAX_EVALUATIONS = 2
 """A step looks at the network so often at most (Heun)."""
 
 
@@ -57,20 +57,20 @@ def recurrence(
     """
     seen = list[tuple[Tensor, Tensor]]()
 
-    def look(x: Tensor, t: Tensor) -> Tensor:
+    def evaluation(x: Tensor, t: Tensor) -> Tensor:
         seen.append((x, t))
         return _unit(2 + len(seen))
 
-    # x_t, the x_0_hat of the step before and z have the first three coordinates, what the looks say has the next.
+    # x_t, the x_0_hat of the previous step and z are the first three coordinates; the network outputs are the next.
     x_t, last, z = (_unit(coordinate) for coordinate in range(3))
     plain = options.model_copy(update={"threshold": "none"})
-    sampler = sampling.sampler(plain, replace(process, parameterization=X0(process.schedule)), look, variance_of)
-    times, mixtures, before = list[int](), list[NDArray[np.float64]](), None
+    sampler = sampling.sampler(plain, replace(process, parameterization=X0(process.schedule)), evaluation, variance_of)
+    times, mixtures, previous = list[int](), list[NDArray[np.float64]](), None
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         seen.clear()
         at, to = torch.tensor([t]), torch.tensor([s])
-        x_s, _ = sampler.step(x_t, at, to, lambda: z, before)
-        before = Before(at, last)
+        x_s, _ = sampler.step(x_t, at, to, lambda: z, previous)
+        previous = Previous(at, last)
         shown = [image for image, _ in seen[1:]]
         for number, image in enumerate([*shown, x_s]):
             coordinates = image.flatten().numpy()
@@ -90,4 +90,4 @@ def recurrence(
 
 def _unit(coordinate: int) -> Tensor:
     """An image that is a coordinate, float64 (1, 5, 1, 1)."""
-    return torch.eye(3 + LOOKS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)
+    return torch.eye(3 + MAX_EVALUATIONS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)

@@ -125,7 +125,7 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
     before, after = GUIDED if guided else PLAIN
     parts = {"before": before, "after": after, "threshold": THRESHOLDS[options.threshold]} | sides
     body = parser.parse_graph(BODY.format(noise=STOCHASTIC if table.stochastic else DETERMINISTIC, **parts))
-    put_network(body, denoiser, guided)
+    inline_network(body, denoiser, guided)
     count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
     outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
     loop = next(node for node in outer.node if node.op_type == "Loop")
@@ -187,7 +187,7 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
     return joined, begins, lengths
 
 
-def put_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
+def inline_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
     """Replace the node Network of the body by the nodes that give `x_0_hat` in the denoiser, with their weights."""
     wires = {"x_t": "x_shown", "t": "t", "y": "y_shown", "x_0_hat": "said", "": ""}
     given = ["x_t", "t", *(["y"] if guided else [])]

@@ -8,8 +8,8 @@ import onnxruntime as ort
 from diffusion.export import golden
 
 BATCHES = (1, 64)
-TURNS = 5
-PAUSE = 0.1
+REPEATS = 5
+PAUSE_SECONDS = 0.1
 """Seconds after which a session's threads are asleep: they wait for more work without, and take time from others."""
 
 
@@ -18,15 +18,15 @@ def measure(denoisers: dict[str, ort.InferenceSession]) -> dict[str, dict[str, f
     facts = next(iter(denoisers.values())).get_modelmeta().custom_metadata_map
     found: dict[str, dict[str, float]] = {name: {} for name in denoisers}
     for batch in BATCHES:
-        taken: dict[str, list[float]] = {name: [] for name in denoisers}
-        for _ in range(TURNS):
+        durations: dict[str, list[float]] = {name: [] for name in denoisers}
+        for _ in range(REPEATS):
             for name, session in denoisers.items():
                 feed = golden.inputs(golden.names(session), facts, golden.SEED, batch)
-                time.sleep(PAUSE)
+                time.sleep(PAUSE_SECONDS)
                 session.run(["eps_hat"], feed)  # wakes its threads
                 began = time.perf_counter()
                 session.run(["eps_hat"], feed)
-                taken[name].append(1000 * (time.perf_counter() - began))
-        for name, times in taken.items():
+                durations[name].append(1000 * (time.perf_counter() - began))
+        for name, times in durations.items():
             found[name][f"ms_at_{batch}"] = median(times)
     return found

@@ -59,7 +59,7 @@ class Network(nn.Module):
     Options: ClassVar[type[NetworkOptions]]
     """Its options, whose `kind` is its name in the parameters."""
 
-    def hidden(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         """The blocks between the first layer and the last, which hold nearly all the weights."""
         raise NotImplementedError
 

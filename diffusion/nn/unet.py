@@ -192,7 +192,7 @@ class UNet(Network):
         to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
         self.head = nn.Sequential(group_norm(current, options), nn.SiLU(), to_patch, nn.PixelShuffle(patch))
 
-    def hidden(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.middle, *self.up]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

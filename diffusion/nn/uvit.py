@@ -119,7 +119,7 @@ class UViT(Network):
         self.head = nn.Sequential(nn.LayerNorm(base), nn.Linear(base, channels_out * patch**2))
         self.final = nn.Sequential(nn.PixelShuffle(patch), zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1)))
 
-    def hidden(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return [*self.first, self.middle, *self.merge, *self.last]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -313,18 +313,18 @@ class Batches:
             done += end - start
         return batch
 
-    def _items(self, epoch: int, block: int, taken: slice) -> Batch:
+    def _items(self, epoch: int, block: int, items: slice) -> Batch:
         """Some of a block's items, as they are in an epoch."""
 
         def uniform(purpose: Purpose) -> NDArray[np.float64]:
-            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[taken]
+            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[items]
 
         t, eps = self.pairs.cached_recipe(block, epoch)
-        x_0, y = self.pairs.x_0(block)[taken], self.pairs.labels(block)[taken]
+        x_0, y = self.pairs.x_0(block)[items], self.pairs.labels(block)[items]
         if self.flip:
             x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
         y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
-        return Batch(to_x_0(x_0, np.float32), t[taken], eps[taken], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, uniform(Purpose.TIMESTEP_UNIFORMS))
 
 
 @lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from diffusion.sections import LIST, Choice, OneOf, Section
 SNR_IS_SIMPLE = BeforeValidator(lambda given: "simple" if given in ("snr", {"kind": "snr"}) else given)
 
 
-def _leaves_something_to_see(given: "Given") -> None:
+def _keeps_some_signal(given: "Given") -> None:
     if math.prod(1 - beta for beta in given.beta[:-1]) < 1e-12:
         raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
 
@@ -27,7 +27,7 @@ def _leaves_something_to_see(given: "Given") -> None:
 class Given(Choice):
     """A noise schedule given by its values."""
 
-    rules = (_leaves_something_to_see,)
+    rules = (_keeps_some_signal,)
 
     kind: Literal["given"] = "given"
     """The kind of schedule."""
@@ -35,7 +35,7 @@ class Given(Choice):
     """beta_t for each timestep."""
 
 
-def _has_timesteps_enough(process: "ProcessOptions") -> None:
+def _has_enough_timesteps(process: "ProcessOptions") -> None:
     schedule, T = process.schedule, process.num_timesteps
     if schedule.kind in SCHEDULES and SCHEDULES[schedule.kind](T).max() >= 1:
         raise ValueError(f"the schedule {schedule.kind} needs more timesteps than {T}: some beta would be 1 or more")
@@ -43,7 +43,7 @@ def _has_timesteps_enough(process: "ProcessOptions") -> None:
         raise ValueError(f"schedule.beta has {len(schedule.beta)} values, but num_timesteps is {T}")
 
 
-def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
+def _can_predict_at_zero_snr(process: "ProcessOptions") -> None:
     if process.zero_terminal_snr and process.parameterization == "eps":
         raise ValueError(
             "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
@@ -51,7 +51,7 @@ def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
         )
 
 
-def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
+def _weights_the_last_timestep(process: "ProcessOptions") -> None:
     zero, weighting = torch.zeros(1), process.weighting
     if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero):
         raise ValueError(
@@ -63,7 +63,7 @@ def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
 class ProcessOptions(Section):
     """The diffusion process."""
 
-    rules = (_has_timesteps_enough, _predicts_from_noise_alone, _weighs_the_last_timestep)
+    rules = (_has_enough_timesteps, _can_predict_at_zero_snr, _weights_the_last_timestep)
 
     schedule: Annotated[Any, OneOf([*SCHEDULES, "given"], {"given": Given})] = Choice(kind="cosine")
     """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),

@@ -13,7 +13,7 @@ from diffusion.process.schedule import Schedule, float64_device, times
 from diffusion.process.variance import Learned
 from diffusion.process.weighting import Weighting
 
-Kind = Callable[[Tensor], Tensor]
+Penalty = Callable[[Tensor], Tensor]
 """The loss of each value's error, same shape."""
 
 
@@ -24,7 +24,7 @@ def huber(error: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """The error of x_0_hat, scaled by the root of its weight, in the mean of its `kind`; Ho et al. 2020, eq. 14.
+    """The error of x_0_hat, scaled by the root of its weight, in the mean of its `penalty`; Ho et al. 2020, eq. 14.
 
     With the weighting `Simple` the scaled error is that of the noise. Where the network learns the variance, the bound
     is added (Nichol & Dhariwal 2021, eq. 16): lambda T times its term at t in bits per dimension, for uniform
@@ -34,7 +34,7 @@ class Loss:
     schedule: Schedule
     parameterization: Parameterization
     weighting: Weighting
-    kind: Kind
+    penalty: Penalty
     VLB_SHARE = 0.001
     """lambda in the hybrid loss."""
 
@@ -44,7 +44,7 @@ class Loss:
         x_t = self.schedule.diffuse(x_0, t, eps)
         out, fraction = split(net(x_t, t.to(x_t.device), y), x_0.shape[1])
         error = times(self.scale(t), out - self.parameterization.target(x_0, eps, t))
-        simple = self.kind(error).mean(dim=(1, 2, 3))
+        simple = self.penalty(error).mean(dim=(1, 2, 3))
         if fraction is None:
             return simple
         x_0_hat = self.parameterization.to_x_0(out.detach(), x_t, t)
@@ -59,11 +59,11 @@ class Loss:
         one = torch.ones_like(t)
         ratio = self.schedule.snr(one - 1) / self.schedule.snr(one)
         before = torch.where(before.isfinite(), before, snr * ratio)
-        _, x_0_per_out = self.parameterization.of_x_t_and_out(t)
+        _, x_0_per_out = self.parameterization.coefficients(t)
         return self.weighting(snr, before).sqrt() * x_0_per_out.abs()
 
 
-LOSSES: dict[str, Kind] = {
+LOSSES: dict[str, Penalty] = {
     "mse": torch.square,
     "l1": torch.abs,
     "huber": huber,

@@ -21,25 +21,25 @@ class Parameterization(ABC):
     schedule: Schedule
 
     @abstractmethod
-    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of x_0 = a x_t + b out."""
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network's output should be: (x_0 - a x_t) / b."""
         alpha_bar = self.schedule(t)
-        a, b = self.of_x_t_and_out(t)
+        a, b = self.coefficients(t)
         of_x_0, of_eps = (1 - a * alpha_bar.sqrt()) / b, -a * (1 - alpha_bar).sqrt() / b
         return times(of_x_0, x_0) + times(of_eps, eps)
 
     def to_x_0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimated clean image, from the network's output."""
-        a, b = self.of_x_t_and_out(t)
+        a, b = self.coefficients(t)
         return times(a, x_t) + times(b, out)
 
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The estimated noise, from the network's output: (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
         alpha_bar = self.schedule(t)
-        a, b = self.of_x_t_and_out(t)
+        a, b = self.coefficients(t)
         root, scale = alpha_bar.sqrt(), (1 - alpha_bar).rsqrt()
         return times((1 - root * a) * scale, x_t) - times(root * b * scale, out)
 
@@ -51,7 +51,7 @@ class Parameterization(ABC):
 class Eps(Parameterization):
     """The network predicts the noise; Ho et al. 2020, eq. 14. Says nothing where alpha_bar = 0."""
 
-    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.schedule(t)
         return alpha_bar.rsqrt(), -(1 / alpha_bar - 1).sqrt()
 
@@ -65,7 +65,7 @@ class Eps(Parameterization):
 class X0(Parameterization):
     """The network predicts the clean image; Ho et al. 2020, section 3.2."""
 
-    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         one = torch.ones_like(self.schedule(t))
         return torch.zeros_like(one), one
 
@@ -73,7 +73,7 @@ class X0(Parameterization):
 class V(Parameterization):
     """The network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0; Salimans & Ho 2022, appendix D."""
 
-    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.schedule(t)
         return alpha_bar.sqrt(), -(1 - alpha_bar).sqrt()
 
@@ -85,7 +85,7 @@ class Mu(Parameterization):
     vlb: the mean is nearly x_t, and what it tells of x_0 is a small difference, multiplied up to 1 / a. For study.
     """
 
-    def of_x_t_and_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         of_x_0, of_x_t = self.schedule.posterior_coefficients(t, t - 1)
         return -of_x_t / of_x_0, 1 / of_x_0
 

@@ -91,7 +91,7 @@ class LogSnrNormal(_ByProbability):
         return self.draw_by(self.probability, t, u), torch.ones_like(u)
 
 
-class ByLoss(_ByProbability):
+class LossAware(_ByProbability):
     """Timesteps in proportion to the root of the mean there of the loss to a power, by what it was of late.
 
     The loss is weighted by 1 / (T p(t)), so that its expectation is that of uniform timesteps; what differs is how much
@@ -145,7 +145,7 @@ class ByLoss(_ByProbability):
 TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
     "stored": lambda _: Stored(),
     "uniform": lambda schedule: Uniform(schedule.num_timesteps),
-    "rms-error": lambda schedule: ByLoss(schedule.num_timesteps, power=1),
-    "loss-second-moment": lambda schedule: ByLoss(schedule.num_timesteps, power=2),
+    "rms-error": lambda schedule: LossAware(schedule.num_timesteps, power=1),
+    "loss-second-moment": lambda schedule: LossAware(schedule.num_timesteps, power=2),
     "log-snr-normal": LogSnrNormal,
 }

@@ -93,7 +93,7 @@ class Analytic:
 
 
 @dataclass(frozen=True)
-class Unseen:
+class CappedLastNoise:
     """`variance` for sampling, but a step to t = 0 adds a grey level of noise at most: E |sigma z| <= 2 / 255.
 
     The last step could not take away again what a long step before it adds; Bao et al. 2022a, appendix on clipping.

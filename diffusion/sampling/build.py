@@ -9,7 +9,7 @@ from diffusion.errors import UserError
 from diffusion.process.build import Process
 from diffusion.process.denoiser import THRESHOLDS, Net
 from diffusion.process.schedule import Schedule
-from diffusion.process.variance import VARIANCES, Unseen, Variance
+from diffusion.process.variance import VARIANCES, CappedLastNoise, Variance
 from diffusion.sampling.sampler import SAMPLER_OPTIONS, SAMPLERS, Sampler
 from diffusion.sampling.spacing import SPACINGS
 from diffusion.sections import Choice, OneOf, Positive, Section
@@ -45,7 +45,7 @@ def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Cal
 
     def for_sampling() -> Variance:
         found = variance_of(options.variance)
-        return Unseen(found) if options.variance == "analytic" else found
+        return CappedLastNoise(found) if options.variance == "analytic" else found
 
     denoiser = process.denoiser(net, THRESHOLDS[options.threshold])
     return SAMPLERS[options.sampler.kind](denoiser, for_sampling, options.sampler)

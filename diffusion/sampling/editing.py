@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Schedule, float64_device, like, times
-from diffusion.sampling.sampler import Before, Noise, Sampler, sample
+from diffusion.sampling.sampler import Noise, Previous, Sampler, sample
 
 
 def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps: list[int], x_0: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ def inpaint(
     Gives x after each step; the last one is the result. path: of `repaint_path`. keep: (B or 1, 1, H, W), 1 where x_0
     is kept and 0 elsewhere. At each timestep the kept part is x_0 with fresh noise; going up adds noise to all.
     """
-    x, before = noise(0), None
+    x, previous = noise(0), None
     for index, (t, s) in enumerate(pairwise(path)):
         at, to = (torch.full((len(x),), step, device=float64_device(x.device)) for step in (t, s))
         places = (2 * index + 1, 2 * index + 2)
         if s < t:
-            unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), before)
+            unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), previous)
             x = keep * schedule.diffuse(x_0, to, noise(places[1])) + (1 - keep) * unknown
-            before = Before(at, x_0_hat)
+            previous = Previous(at, x_0_hat)
         else:
             alpha = schedule(to) / schedule(at)
-            x, before = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
+            x, previous = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
         yield x

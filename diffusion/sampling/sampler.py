@@ -29,8 +29,8 @@ class Point(NamedTuple):
     x_0_hat: Tensor
 
 
-class Before(NamedTuple):
-    """What the step before found, for multistep samplers."""
+class Previous(NamedTuple):
+    """What the previous step found, for multistep samplers."""
 
     t: Tensor
     """Where it began, int64 (B,)."""
@@ -39,11 +39,11 @@ class Before(NamedTuple):
 
 
 class Sampler(Protocol):
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:
         """x_s and x_0_hat, (B, C, H, W), from x_t; `t`, `s` int64 (B,), -1 <= s < t.
 
         z: gives this step's standard normal noise (B, C, H, W).
-        before: the step that led to x_t, if there was one.
+        previous: the step that led to x_t, if there was one.
         """
 
 
@@ -54,7 +54,7 @@ class Ancestral:
     denoiser: Denoiser
     variance: Variance
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         x_0_hat, _, fraction = self.denoiser(x_t, t)
         mean = self.denoiser.schedule.posterior_mean(x_0_hat, x_t, t, s)
         # No noise in the last step: there the mean is x_0_hat itself.
@@ -72,7 +72,7 @@ class Ddim:
     denoiser: Denoiser
     eta: float
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         schedule = self.denoiser.schedule
         x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
         alpha_bar, variance = schedule(s), self.eta**2 * schedule.posterior_variance(t, s)
@@ -86,7 +86,7 @@ class Ddim:
 class DpmSolver:
     """DPM-Solver++(2M), or with `stochastic` SDE-DPM-Solver++(2M); Lu et al. 2022b.
 
-    With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D the x_0_hat extrapolated from the step before,
+    With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D the x_0_hat extrapolated from the previous step,
 
         x_s = sigma_s / sigma_t x_t + sqrt(alpha_bar_s) (1 - e^-h) D,   sigma^2 = 1 - alpha_bar.
 
@@ -96,18 +96,18 @@ class DpmSolver:
     denoiser: Denoiser
     stochastic: bool
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:
         schedule = self.denoiser.schedule
         x_0_hat, _, _ = self.denoiser(x_t, t)
         alpha_bar_t, alpha_bar_s = schedule(t), schedule(s)
         snr_t, snr_s = schedule.snr(t), schedule.snr(s)
         decay = (snr_t / snr_s).sqrt()  # e^-h
         direction = x_0_hat
-        if before is not None:
+        if previous is not None:
             # h over the last step's: r^-1 in the paper.
-            ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(before.t)).log()
+            ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(previous.t)).log()
             ratio = torch.where(ratio.isfinite(), ratio, 0)
-            direction = x_0_hat + times(ratio / 2, x_0_hat - before.x_0_hat)
+            direction = x_0_hat + times(ratio / 2, x_0_hat - previous.x_0_hat)
         of_x_t = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt()
         if self.stochastic:
             of_x_t, gain = of_x_t * decay, 1 - decay**2
@@ -129,7 +129,7 @@ class Heun:
     denoiser: Denoiser
     MAX_SIGMA = 80.0
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         schedule = self.denoiser.schedule
         x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
         alpha_bar = schedule(s)
@@ -172,11 +172,11 @@ def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor
     It begins with `x_t` at timesteps[0], or with noise.
     """
     x_t = noise(0) if x_t is None else x_t
-    before = None
+    previous = None
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
         at, to = (torch.full((len(x_t),), step, device=float64_device(x_t.device)) for step in (t, s))
-        x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), before)
-        before = Before(at, x_0_hat)
+        x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), previous)
+        previous = Previous(at, x_0_hat)
         yield Point(s, x_t, x_0_hat)
 
 

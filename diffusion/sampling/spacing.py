@@ -6,7 +6,7 @@ import torch
 
 from diffusion.process.schedule import Schedule
 
-LEAST = -10.2
+MIN_LOG_SNR = -10.2
 """log SNR where Ho's linear schedule ends, about; below it there is nothing to see of the image."""
 Spacing = Callable[[Schedule, int], list[int]]
 """(schedule, number of steps n) to n different timesteps, descending; a single one is T - 1."""
@@ -28,10 +28,10 @@ def log_snr(schedule: Schedule, steps: int) -> list[int]:
     """Evenly spaced in log SNR, as far as whole timesteps can be; Lu et al. 2022a (DPM-Solver), section 3.4.
 
     A schedule that goes on into pure noise would have most of its steps there: from T - 1 the second step then leads to
-    where log SNR is above LEAST.
+    where log SNR is above MIN_LOG_SNR.
     """
     table, end = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log(), schedule.num_timesteps - 1
-    begin = max(int((table > LEAST).sum()), 1) - 1
+    begin = max(int((table > MIN_LOG_SNR).sum()), 1) - 1
     wanted = torch.linspace(float(table[0]), float(table[begin]), steps - (begin < end), dtype=torch.float64)
     nearest = (table[: begin + 1, None] - wanted).abs().argmin(dim=0)
     return _distinct([end, *nearest.flip(0)[len(nearest) - steps + 1 :].tolist()])

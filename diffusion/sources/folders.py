@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from diffusion.errors import UserError
-from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
+from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, raise_read_errors, read_image
 from diffusion.sources.shards import Sample
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
@@ -31,7 +31,7 @@ SYSTEM = frozenset(
     | {"Thumbs.db", "desktop.ini"}
 )
 """What file managers and storage devices leave behind."""
-SHOWN = 5
+MAX_NAMES = 5
 """Names in a message."""
 
 
@@ -84,10 +84,10 @@ class Folder:
             read_as, inside = "part of a class", next(self._like_splits_inside(), None)
             names = [_text(inside.relative_to(self.folder).as_posix())] if inside else []
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             raise UserError(
-                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:SHOWN])}{more}; if it is "
-                "no split, confirm that by shard.split_names_as_classes: true (ddpm import: "
+                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:MAX_NAMES])}{more}; "
+                "if it is no split, confirm that by shard.split_names_as_classes: true (ddpm import: "
                 "--split-names-as-classes); if it is one, let only train, val and test stand side by side above the "
                 "classes, with train among them and no images beside the folder around them"
             )
@@ -113,7 +113,7 @@ class Folder:
         for path, split, top in self._files():
             inside = path.relative_to(self.folder)
             outside = self.own_splits and not split
-            left_out = "outside of the folders of the splits" if outside else refusal(path)
+            left_out = "outside of the folders of the splits" if outside else rejection_reason(path)
             name, decode = _text(inside.as_posix()), partial(read_image, path)
             yield Sample(_key(inside), name, labels.get(top), split, decode, left_out)
 
@@ -130,14 +130,14 @@ class Folder:
                 yield path, None, ""
 
 
-def refusal(path: Path) -> str | None:
+def rejection_reason(path: Path) -> str | None:
     """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
     if RAW.fullmatch(path.suffix):
         return CAMERA_RAW
     if is_image(path):
         return None
     with reading(path), path.open("rb") as file:
-        read_through(file)
+        raise_read_errors(file)
     return NO_IMAGE
 
 

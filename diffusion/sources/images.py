@@ -98,7 +98,7 @@ def is_image(path: Path) -> bool:
             return isinstance(error, Image.DecompressionBombError)
 
 
-def read_through(file: IO[bytes]) -> None:
+def raise_read_errors(file: IO[bytes]) -> None:
     """Meet the system's errors in a file that is no image by Pillow, which takes some of them for damage."""
     while file.read(2**20):
         pass
@@ -140,7 +140,7 @@ def _read(path: Path) -> Picture:
         try:
             Image.open(file, formats=_formats())
         except Exception:
-            read_through(file)
+            raise_read_errors(file)
             raise
         file.seek(0)
         content = file.read()  # only an image is held as a whole, no video

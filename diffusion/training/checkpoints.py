@@ -32,7 +32,7 @@ class Checkpoints:
     def write(self, state: State, good: bool = False) -> None:
         """Write the state. All processes call this together; the main one writes."""
         sums = self.world.gather(state.sums[None]).cpu()  # each process has its own
-        tensors = state.tensors() if self.world.main or state.shared_out else {}
+        tensors = state.tensors() if self.world.main or state.sharded else {}
         if not self.world.main:
             return
         name = f"{state.step:010d}"
@@ -69,15 +69,15 @@ class Checkpoints:
             else:
                 facts = written["facts"]
                 break
-        facts = self.world.from_main(facts)
+        facts = self.world.broadcast(facts)
         if facts:
             del facts["good"]
-            tensors = load(self.world.bytes_from_main(weights))
+            tensors = load(self.world.broadcast_bytes(weights))
             tensors["sums"] = tensors["sums"][self.world.rank]
             state.restore(tensors, facts)
         return bool(facts)
 
-    def drop_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps than `step`."""
         for path in _newest_first(self.directory) if self.world.main else []:
             if int(path.stem) > step:

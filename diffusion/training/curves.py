@@ -45,7 +45,7 @@ def add_point(state: State, world: World, learning_rate: float, num_timesteps: i
         "learning_rate": learning_rate,
         "grad_norm": norm / steps,
     }
-    names = bands_of(num_timesteps)
+    names = band_columns(num_timesteps)
     for name, total, weight in zip(names, bands[:BANDS], bands[BANDS:], strict=True):
         if weight:
             row[name] = total / weight
@@ -53,7 +53,7 @@ def add_point(state: State, world: World, learning_rate: float, num_timesteps: i
     return row
 
 
-def bands_of(num_timesteps: int) -> list[str]:
+def band_columns(num_timesteps: int) -> list[str]:
     """The columns of the bands' losses, such as loss_t000_099."""
     digits = len(str(num_timesteps - 1))
     return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(band_edges(num_timesteps))]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion.errors import Echo, UserError
+from diffusion.errors import AlreadyReported, UserError
 from diffusion.nn.layers import Network
 from diffusion.progress import say
 from diffusion.training.options import TrainOptions
@@ -28,7 +28,7 @@ from diffusion.training.options import TrainOptions
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(hours=12)
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """How long the others wait while the main process measures, draws or writes. A lost one is noticed at once."""
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|remote process|communicator was aborted|[Tt]imed out"
@@ -47,7 +47,7 @@ class World:
         """Whether this is the one process that writes files and is watched."""
         return self.rank == 0
 
-    def largest(self, *values: float) -> list[float]:
+    def maximum(self, *values: float) -> list[float]:
         """The largest of each value over all processes: what one of them wants, all of them do."""
         if self.size == 1:
             return [*values]
@@ -68,11 +68,11 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The plain data that the main process has: numbers, NaN among them, lists and mappings."""
-        return json.loads(self.bytes_from_main(json.dumps(value).encode()))
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
 
-    def bytes_from_main(self, content: bytes) -> bytes:
+    def broadcast_bytes(self, content: bytes) -> bytes:
         """The bytes, at least one, that the main process has: files need not be shared between machines."""
         if self.size == 1:
             return content
@@ -89,7 +89,9 @@ def is_worker() -> bool:
 
 
 @contextmanager
-def joined(device: torch.device, store: Path | None = None, lost: type[UserError] = UserError) -> Iterator[World]:
+def process_group(
+    device: torch.device, store: Path | None = None, lost: type[UserError] = UserError
+) -> Iterator[World]:
     """The world of this process, connected with the others.
 
     Args:
@@ -109,7 +111,7 @@ def joined(device: torch.device, store: Path | None = None, lost: type[UserError
     # The processes agree over CPU tensors, so that a GPU never waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     meeting = FileStore(str(store), size) if store else _torchrun_store()
-    dist.init_process_group(backend, rank=rank, world_size=size, store=meeting, timeout=PATIENCE)
+    dist.init_process_group(backend, rank=rank, world_size=size, store=meeting, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield World(rank, size)
         dist.barrier()  # the main one may still have been at work
@@ -126,7 +128,7 @@ def joined(device: torch.device, store: Path | None = None, lost: type[UserError
     except UserError as error:
         if rank == 0:
             raise
-        raise Echo(str(error)) from None  # all have come to it together
+        raise AlreadyReported(str(error)) from None  # all have come to it together
     dist.destroy_process_group()
 
 
@@ -139,7 +141,7 @@ def _torchrun_store() -> Store:
     Raises:
         UserError: torchrun would restart processes on several machines, with such a store.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))  # type: ignore[attr-defined]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
@@ -150,7 +152,7 @@ def _torchrun_store() -> Store:
     return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
 
 
-def share_out(net: Network, options: TrainOptions, world: World) -> Network:
+def shard_weights(net: Network, options: TrainOptions, world: World) -> Network:
     """The network with its weights shared out over the processes, block by block, if `options` say so (FSDP2)."""
     if world.size > 1 and options.sharding == "weights":
         from torch.distributed.device_mesh import init_device_mesh
@@ -159,13 +161,13 @@ def share_out(net: Network, options: TrainOptions, world: World) -> Network:
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # FSDP2 takes no other
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nobody writes to
         mesh = init_device_mesh(next(net.parameters()).device.type, (world.size,))
-        for part in net.hidden():
+        for part in net.blocks():
             fully_shard(part, mesh=mesh)
         fully_shard(net, mesh=mesh)
     return net
 
 
-def synchronized(net: Network, options: TrainOptions, world: World) -> nn.Module:
+def data_parallel(net: Network, options: TrainOptions, world: World) -> nn.Module:
     """The network as one whose gradients are the means over all processes."""
     if world.size == 1 or options.sharding == "weights":
         return net  # FSDP2's hooks do it
@@ -180,7 +182,7 @@ def synchronized(net: Network, options: TrainOptions, world: World) -> nn.Module
 
 
 @contextmanager
-def synchronizing(net: nn.Module, now: bool) -> Iterator[None]:
+def gradient_sync(net: nn.Module, now: bool) -> Iterator[None]:
     """A block whose gradients are only added up, not yet exchanged between processes, unless `now`."""
     if isinstance(net, DistributedDataParallel):
         with nullcontext() if now else net.no_sync():
@@ -191,19 +193,19 @@ def synchronizing(net: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
-def is_shared_out(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether each process holds a part of the tensor, a DTensor; its module takes a second to import."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A tensor of which each process holds a part, as a whole (all of them call this together); any other as it is."""
-    return tensor.full_tensor() if is_shared_out(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same in all processes, laid out over them and in memory as `like` is."""
-    if is_shared_out(like):
+    if is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
 
         tensor = tensor.to(like.device)

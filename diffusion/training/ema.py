@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion.training.distributed import is_shared_out
+from diffusion.training.distributed import is_sharded
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -27,7 +27,7 @@ def update(average: nn.Module, net: nn.Module, step: int, width: float) -> None:
     """
     keep = (1 - 1 / step) ** (gamma(width) + 1)
     local = [
-        [tensor.to_local() if is_shared_out(tensor) else tensor for tensor in module.parameters()]
+        [tensor.to_local() if is_sharded(tensor) else tensor for tensor in module.parameters()]
         for module in (average, net)
     ]
     torch._foreach_lerp_(local[0], local[1], 1 - keep)

@@ -13,9 +13,9 @@ from diffusion.pairs.pairs import Batches
 from diffusion.progress import Progress
 from diffusion.training import loop, recovery
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, to_compile
+from diffusion.training.hardware import precision, prefetched, runnable, should_compile
 from diffusion.training.options import TrainOptions
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 
 
 def fit(model: Model, images: Images, options: TrainOptions | None = None, seed: int = 0) -> Model:
@@ -39,12 +39,12 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
             f"{model.shape} and {model.config.classes}"
         )
     device = next(model.net.parameters()).device
-    state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
+    state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
     fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
     total = options.steps * options.batch_size
     with prefetched(fetch, device) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
-        compiling = to_compile(options, device, lambda: count(state.net, images.shape).flops)
+        compiling = should_compile(options, device, lambda: count(state.net, images.shape).flops)
         net = runnable(state.net, options, World(), compiling)
         trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))
         while state.step < options.steps:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.nn.layers import Network
 from diffusion.pairs.pairs import Batch
-from diffusion.training.distributed import World, synchronized
+from diffusion.training.distributed import World, data_parallel
 from diffusion.training.options import TrainOptions
 
 Item = TypeVar("Item")
@@ -26,16 +26,16 @@ def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-COMPILE_FROM = 1e16
+COMPILE_MIN_FLOPS = 1e16
 """FLOPs of a training, from which `compile: auto` compiles on a GPU. Compiling takes about a minute (44 s for the
 preset digits on an H200); a large network does these FLOPs in two to three minutes there, at 7 % of the card's peak."""
 
 
-def to_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
+def should_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
     """Whether to compile a network; `flops` gives those of its forward pass for an image."""
     if options.compile != "auto":
         return options.compile
-    return device.type == "cuda" and 3 * flops() * options.batch_size * options.steps >= COMPILE_FROM
+    return device.type == "cuda" and 3 * flops() * options.batch_size * options.steps >= COMPILE_MIN_FLOPS
 
 
 def runnable(net: Network, options: TrainOptions, world: World, compiling: bool) -> nn.Module:
@@ -44,9 +44,9 @@ def runnable(net: Network, options: TrainOptions, world: World, compiling: bool)
     Its weights are those of `net`. Every batch has the same shape, so that it is compiled once.
     """
     if options.recompute:
-        for block in net.hidden():
+        for block in net.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    made = synchronized(net, options, world)
+    made = data_parallel(net, options, world)
     if compiling:
         made.compile(dynamic=False)
     return made

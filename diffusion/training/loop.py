@@ -16,10 +16,10 @@ from diffusion.process.schedule import times
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.curves import accumulate, add_point, out_of_patience
-from diffusion.training.distributed import World, synchronizing, whole
+from diffusion.training.distributed import World, gather_full, gradient_sync
 from diffusion.training.hardware import copy_to_host, seed_dropout, tf32
 from diffusion.training.options import TrainOptions
-from diffusion.training.recovery import Diverged, advice, check, go_back, judge, rate
+from diffusion.training.recovery import Diverged, advice, check, judge, lr_factor, roll_back
 from diffusion.training.state import Row, State
 
 Hook = Callable[[State], None]
@@ -41,7 +41,7 @@ class Trainer:
 
     def add_point(self, state: State) -> Row | None:
         """Add to the loss curve the means since its last point; None if all steps since were skipped."""
-        learning_rate = self.options.learning_rate * rate(state, state.step - 1, self.options)
+        learning_rate = self.options.learning_rate * lr_factor(state, state.step - 1, self.options)
         return add_point(state, self.world, learning_rate, self.loss.schedule.num_timesteps)
 
 
@@ -83,7 +83,7 @@ def train(
                 if not state.loss_curve:
                     raise UserError(f"loss or gradient was finite in no step; {advice(trainer.options)}")
                 return
-            signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > checkpoints.seconds)
+            signum, due = trainer.world.maximum(stop_signal(), time.monotonic() - saved > checkpoints.seconds)
             if signum:
                 raise Stopped(int(signum))
             if due:
@@ -95,7 +95,7 @@ def train(
             checkpoints.write(state)
             raise
         except Diverged as diverged:
-            go_back(state, trainer.options, checkpoints, str(diverged))
+            roll_back(state, trainer.options, checkpoints, str(diverged))
 
 
 def step(state: State, trainer: Trainer) -> None:
@@ -117,8 +117,8 @@ def step(state: State, trainer: Trainer) -> None:
     batch = [x.to(at, non_blocking=True) for x, at in zip((x_0, t, eps, y, weight), places, strict=True)]
     # Line 5: a step along the gradient of the loss.
     loss = backward(trainer, *batch)
-    norm = whole(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
-    optim.step(state.optimizers, rate(state, state.step, options), norm)
+    norm = gather_full(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
+    optim.step(state.optimizers, lr_factor(state, state.step, options), norm)
     state.step += 1
     ema.update(state.average, state.net, state.step, options.ema_width)
     accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
@@ -139,7 +139,7 @@ def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, w
     for number, (x_0, t, eps, y, weight) in enumerate(parts, start=1):
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
         full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
-        with tf32() if full and on_gpu else nullcontext(), synchronizing(trainer.net, number == options.accumulate):
+        with tf32() if full and on_gpu else nullcontext(), gradient_sync(trainer.net, number == options.accumulate):
             with torch.autocast(x_0.device.type, None if full else trainer.precision, enabled=not full):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.training.distributed import is_shared_out, placed, whole
+from diffusion.training.distributed import gather_full, is_sharded, scatter_like
 from diffusion.training.options import MuonOptions, TrainOptions
 
 PEAK = "peak"
@@ -34,13 +34,13 @@ class Muon(torch.optim.Optimizer):
             parameters = group["params"]
             directions = self._directions(parameters, group["momentum"])
             shapes = [torch.Size((len(parameter), parameter[0].numel())) for parameter in parameters]
-            for members in banks(shapes, parameters[0].is_cuda):
-                updates = orthogonal([whole(directions[member]).flatten(1) for member in members])
+            for members in group_matrices(shapes, parameters[0].is_cuda):
+                updates = orthogonalize([gather_full(directions[member]).flatten(1) for member in members])
                 for member, update in zip(members, updates, strict=True):
                     parameter, (rows, columns) = parameters[member], update.shape
                     rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
                     update = update.reshape(parameter.shape)
-                    parameter.sub_(placed(update, parameter) if is_shared_out(parameter) else update, alpha=rate)
+                    parameter.sub_(scatter_like(update, parameter) if is_sharded(parameter) else update, alpha=rate)
 
     def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
         """The gradients with Nesterov's momentum."""
@@ -60,11 +60,11 @@ class Muon(torch.optim.Optimizer):
         return directions
 
 
-LARGEST_BANK = 2**26
+MAX_PADDED_ELEMENTS = 2**26
 """Elements of a padded bank of matrices, up to which saving launches outweighs the work wasted on padding."""
 
 
-def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
+def group_matrices(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
     """Which matrices of these shapes are made orthogonal together: indices, each in one list.
 
     Those of one shape; but all of them where each operation is `launched` on a GPU, which for small matrices takes
@@ -72,7 +72,7 @@ def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
     """
     wide = [(min(shape), max(shape)) for shape in shapes]
     largest = math.prod(max(sides) for sides in zip(*wide, strict=True)) * len(shapes)
-    if launched and largest <= LARGEST_BANK:
+    if launched and largest <= MAX_PADDED_ELEMENTS:
         return [[*range(len(shapes))]]
     alike: dict[torch.Size, list[int]] = {}
     for index, shape in enumerate(shapes):
@@ -80,7 +80,7 @@ def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
     return [*alike.values()]
 
 
-def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """U V^T, nearly, of each matrix U S V^T: singular values between about 0.7 and 1.2.
 
     Five steps of an odd polynomial of fifth degree, whose slope at zero is large (Jordan et al. 2024): Newton and
@@ -107,16 +107,16 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [update.mT if is_tall else update for update, is_tall in zip(cut, tall, strict=True)]
 
 
-def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
+def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) for all of `net`, or, with options.optimizer muon, beside Muon for the matrices
-    and kernels of its `hidden` blocks: first and last layers, embeddings, biases and norms are AdamW's even then.
+    and kernels of its `blocks`: first and last layers, embeddings, biases and norms are AdamW's even then.
 
     With AdamW the weights of linear layers and convolutions decay; biases, norms, positions and tables do not.
     """
     layers: list[Any] = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     known = set(layers)
     muon = options.optimizer if isinstance(options.optimizer, MuonOptions) else None
-    inside = {parameter for block in hidden for parameter in block.parameters()} if muon else ()
+    inside = {parameter for block in blocks for parameter in block.parameters()} if muon else ()
     matrices = [weight for weight in layers if weight in inside]
     decaying = [weight for weight in layers if weight not in inside]
     others = [parameter for parameter in net.parameters() if parameter not in known]
@@ -148,7 +148,7 @@ def step(optimizers: Sequence[torch.optim.Optimizer], share: float, norm: Tensor
         optimizer.zero_grad(set_to_none=True)
 
 
-def rate(step: int, options: TrainOptions) -> float:
+def lr_factor(step: int, options: TrainOptions) -> float:
     """The learning rate of step `step`, counted from 0, as a share of its peak.
 
     It rises linearly at first, then is constant or falls to zero.

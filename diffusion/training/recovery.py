@@ -10,9 +10,9 @@ from diffusion.training.curves import best
 from diffusion.training.options import MuonOptions, TrainOptions
 from diffusion.training.state import State
 
-SKIPS = 5
+MAX_CONSECUTIVE_SKIPS = 5
 """Steps in a row whose loss or gradient is not finite, after which the training goes back."""
-LOWER_RATE = 0.5
+ROLLBACK_FACTOR = 0.5
 """What the learning rate is multiplied by after going back."""
 
 
@@ -21,8 +21,8 @@ class Diverged(Exception):
 
 
 def check(state: State) -> None:
-    """Raise Diverged if loss or gradient was not finite at `SKIPS` steps in a row. This waits for the device."""
-    if state.longest_skip >= SKIPS:
+    """Raise Diverged after MAX_CONSECUTIVE_SKIPS steps in a row with a non-finite loss or gradient; synchronizes."""
+    if state.longest_skip >= MAX_CONSECUTIVE_SKIPS:
         raise Diverged(
             f"before step {state.step}, loss or gradient was not finite at {state.longest_skip} steps in a row"
         )
@@ -37,7 +37,7 @@ def judge(state: State, options: TrainOptions) -> None:
         state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
 
 
-def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
+def roll_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
     """Put the last good checkpoint into `state`, with a lower learning rate.
 
     Raises UserError if that was done before, or there is none.
@@ -48,13 +48,13 @@ def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen:
     if not checkpoints.restore(state, good=True):
         raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
     # Killed before the last of these, it goes on from an earlier state and comes here again.
-    checkpoints.drop_after(state.step)
+    checkpoints.delete_after(state.step)
     for name, value in kept.items():
         setattr(state, name, value)
     state.skips[0] = skipped
     checkpoints.write(state)
     if checkpoints.world.main:
-        say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
+        say(f"train: {seen}; going back to step {state.step} with {ROLLBACK_FACTOR} times the learning rate")
 
 
 def advice(options: TrainOptions) -> str:
@@ -64,6 +64,6 @@ def advice(options: TrainOptions) -> str:
     return f"lower {rates}"
 
 
-def rate(state: State, step: int, options: TrainOptions) -> float:
+def lr_factor(state: State, step: int, options: TrainOptions) -> float:
     """The learning rate of a step, as a share of its peak."""
-    return optim.rate(step, options) * LOWER_RATE**state.rollbacks
+    return optim.lr_factor(step, options) * ROLLBACK_FACTOR**state.rollbacks

@@ -14,7 +14,7 @@ from diffusion.process.bands import BANDS
 from diffusion.process.schedule import Schedule, float64_device
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
-from diffusion.training.distributed import is_shared_out, placed, whole
+from diffusion.training.distributed import gather_full, is_sharded, scatter_like
 from diffusion.training.options import TrainOptions
 
 Row = dict[str, float]
@@ -29,7 +29,7 @@ class Facts:
     step: int = 0
     """Steps gone through, skipped ones included."""
     rollbacks: int = 0
-    """How often the training went back to an earlier step (see recovery.go_back)."""
+    """How often the training went back to an earlier step (see recovery.roll_back)."""
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None
@@ -81,9 +81,9 @@ class State(Facts):
         return int(self.loss_curve[-1]["step"]) if self.loss_curve else 0
 
     @property
-    def shared_out(self) -> bool:
+    def sharded(self) -> bool:
         """Whether the processes share out the weights."""
-        return any(is_shared_out(parameter) for parameter in self.net.parameters())
+        return any(is_sharded(parameter) for parameter in self.net.parameters())
 
     def observe(self) -> None:
         """Let `timesteps` observe the losses of the last step, if it has not."""
@@ -98,7 +98,7 @@ class State(Facts):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything else, on the CPU. Where the processes share the weights out, all of them call this together."""
-        return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in self._named()}
+        return {name: gather_full(tensor.detach()).cpu().contiguous() for name, tensor in self._named()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Become what `tensors` and `facts` say: the inverse of the two methods above."""
@@ -114,13 +114,13 @@ class State(Facts):
                 key, _, parameter_name = rest.partition(".")
                 target = parameters[parameter_name]
                 # Moments lie in memory as their weights do (channels_last); Adam's count of steps is a scalar.
-                moment = placed(value, target) if value.ndim else value.to(target.device, copy=True)
+                moment = scatter_like(value, target) if value.ndim else value.to(target.device, copy=True)
                 self.optimizers[int(kind)].state[target][key] = moment
         for prefix, module in self._modules():
             own = module.state_dict()
             with torch.no_grad():
                 for name, target in own.items():
-                    target.copy_(placed(tensors[f"{prefix}.{name}"], target))
+                    target.copy_(scatter_like(tensors[f"{prefix}.{name}"], target))
         loss = tensors.get("unobserved.loss")
         if loss is not None:
             self.unobserved = tensors["unobserved.t"], lambda: loss
@@ -131,16 +131,16 @@ class State(Facts):
         for name, value in vars(Facts(**{key: value for key, value in facts.items() if key != "skips"})).items():
             setattr(self, name, value)
 
-    def average_into(self, net: nn.Module) -> None:
+    def copy_average_into(self, net: nn.Module) -> None:
         """Copy the average's weights into `net`, a whole network. All processes call this together."""
         if net is not self.average:
-            net.load_state_dict({name: whole(tensor) for name, tensor in self.average.state_dict().items()})
+            net.load_state_dict({name: gather_full(tensor) for name, tensor in self.average.state_dict().items()})
 
-    def kept_into(self, net: nn.Module) -> None:
+    def copy_final_into(self, net: nn.Module) -> None:
         """Copy into `net`, likewise, the weights that become the model: the average's best, if kept, or its last."""
-        self.average_into(net)
+        self.copy_average_into(net)
         if self.best:
-            net.load_state_dict({name: whole(tensor) for name, tensor in self.best.items()})
+            net.load_state_dict({name: gather_full(tensor) for name, tensor in self.best.items()})
 
     def _modules(self) -> Iterable[tuple[str, nn.Module]]:
         return (("net", self.net), ("average", self.average), ("timesteps", self.timesteps))
@@ -161,17 +161,20 @@ class State(Facts):
                     yield f"{number}.{key}.{name}", value
 
 
-def begin(
-    net: Network, options: TrainOptions, schedule: Schedule, share_out: Callable[[Network], Network] = lambda net: net
+def new_state(
+    net: Network,
+    options: TrainOptions,
+    schedule: Schedule,
+    shard_weights: Callable[[Network], Network] = lambda net: net,
 ) -> State:
-    """A training that has not taken a step; `share_out` lays a network out over the processes."""
+    """A training that has not taken a step; `shard_weights` lays a network out over the processes."""
     device = float64_device(next(net.parameters()).device)
-    average = share_out(ema.average_of(net))
-    net = share_out(net)
+    average = shard_weights(ema.average_of(net))
+    net = shard_weights(net)
     return State(
         net=net,
         average=average,
-        optimizers=optim.optimizers(net, net.hidden(), options),
+        optimizers=optim.optimizers(net, net.blocks(), options),
         timesteps=TIMESTEPS[options.timesteps](schedule),
         sums=torch.zeros(3 + 2 * BANDS, dtype=torch.float64, device=device),
         skips=torch.zeros(3, dtype=torch.int64, device=device),

@@ -99,7 +99,7 @@ def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
         ranges.require_inputs(whole.graph, allowed)
         onnx.checker.check_model(whole, full_check=True)
         session = parity.session(whole.SerializeToString(), torch.device("cpu"))
-        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
+        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.record(session, facts)}
         metadata.describe(whole, facts | told)
     except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None

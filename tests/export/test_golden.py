@@ -23,7 +23,7 @@ def files(classes: bool) -> list[onnx.ModelProto]:
     step = onnx.ModelProto.FromString(step.SerializeToString())
     facts = metadata.of_model(model, "analytic", "weights", "data", {"mse": 0.5}) | metadata.of_sampler(settings, loop)
     for graph in (step, loop):
-        metadata.describe(graph, facts | {"ddpm.golden": golden.made(session(graph), facts)})
+        metadata.describe(graph, facts | {"ddpm.golden": golden.record(session(graph), facts)})
     return [step, loop]
 
 

@@ -56,7 +56,7 @@ def test_a_good_one_is_found_again_behind_the_others(params: Params, tmp_path: P
     assert checkpoints.restore(found, good=True)
     assert found.step == 1
     assert (next(found.net.parameters()) == 1).all()
-    checkpoints.drop_after(1)
+    checkpoints.delete_after(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000001.json", "0000000001.safetensors"]
     checkpoints.write(at(state, 1))  # the same step again: good it stays
     assert checkpoints.restore(new_state(params), good=True)
@@ -181,7 +181,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
         state.skips[0] = 5
         countdown.left = moments
         try:
-            recovery.go_back(state, params.train, checkpoints, "seen")
+            recovery.roll_back(state, params.train, checkpoints, "seen")
             done = True
         except Killed:
             countdown.left = None
@@ -189,7 +189,7 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
             assert checkpoints.restore(again)
             if not again.rollbacks:  # it trains on, and is where it was
                 again.skips[0] = 5
-                recovery.go_back(again, params.train, checkpoints, "seen")
+                recovery.roll_back(again, params.train, checkpoints, "seen")
             state = again
         countdown.left = None
         assert (state.step, state.rollbacks, state.skipped) == (1, 1, 5)

@@ -23,7 +23,7 @@ from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
 
 
-class Live(Protocol):
+class TrainingLogger(Protocol):
     """Whoever else follows a training."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -33,7 +33,7 @@ class Live(Protocol):
         """The sample grid of a step."""
 
 
-def picture(directory: Path, step: int) -> Path:
+def preview_path(directory: Path, step: int) -> Path:
     """The sample grid of a step."""
     return directory / f"step-{step:08d}.png"
 
@@ -52,7 +52,7 @@ def preview_options(process: ProcessOptions) -> SampleOptions:
 
 
 @dataclass
-class Watch:
+class Hooks:
     """The loop's hooks. All processes call them together; the main one measures, draws and tells."""
 
     trainer: Trainer
@@ -60,12 +60,12 @@ class Watch:
     """The average of the weights, as a whole."""
     heldout: Pairs
     device: torch.device
-    drawing: SampleOptions
+    sample_options: SampleOptions
     previews: Path
     stop: StopSignals
     progress: Progress | None
-    """None in all processes but the main one, as is `live`."""
-    live: Live | None
+    """None in all processes but the main one, as is `logger`."""
+    logger: TrainingLogger | None
     timed_steps: int = field(default=0, init=False)
     """Steps since `timed_from`: their rate does not count previews."""
     timed_from: float = field(default_factory=time.monotonic, init=False)
@@ -79,30 +79,30 @@ class Watch:
             self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = self.trainer.add_point(state)
-            if self.live and row:
+            if self.logger and row:
                 point = {name: value for name, value in row.items() if name != "step"}
                 rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)
-                self.live.metrics(point | {"images_per_second": rate}, state.step)
+                self.logger.metrics(point | {"images_per_second": rate}, state.step)
                 self._restart_clock()
 
     def preview(self, state: State) -> None:
         """Measure the held-out error, and draw samples."""
-        state.average_into(self.model.net)
+        state.copy_average_into(self.model.net)
         mse, signum = math.nan, 0.0
         if self.trainer.world.main:
             try:
                 mse = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
-        mse, signum = self.trainer.world.from_main([mse, signum])
+        mse, signum = self.trainer.world.broadcast([mse, signum])
         if signum:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
-        if self.live:
+        if self.logger:
             say(f"train: step {state.step}: held-out MSE {mse:.4f}")
-            self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
+            self.logger.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
             if math.isfinite(mse):
-                self.live.image(picture(self.previews, state.step), state.step)
+                self.logger.image(preview_path(self.previews, state.step), state.step)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -112,6 +112,6 @@ class Watch:
         mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
         if not math.isfinite(mse):
             return mse  # such a network draws nothing
-        images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, self.stop.check)
-        write_atomic(picture(self.previews, state.step), grid_png(images))
+        images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, self.stop.check)
+        write_atomic(preview_path(self.previews, state.step), grid_png(images))
         return mse
