@@ -22,7 +22,7 @@ from diffusion.training.hooks import Hooks, preview_options, preview_path
 from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
 from flows.params import Params, load
-from tests.training.test_loop import changed, new_state
+from tests.training.test_loop import changed, fresh_state
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def watch(
 def test_what_is_told_of_a_training(
     params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state, recorder = new_state(params), Recorder()
+    state, recorder = fresh_state(params), Recorder()
     hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     measured = list[float]()
 
@@ -97,7 +97,7 @@ def test_what_is_told_of_a_training(
     assert capsys.readouterr().err.splitlines() == [
         f"train: step {step}: held-out MSE {mse:.4f}" for step, mse in zip((8, 12), measured, strict=True)
     ]
-    drawn = grid_png(draw_samples(hooks.model, hooks.drawing, 3, CPU))
+    drawn = grid_png(draw_samples(hooks.model, hooks.sample_options, 3, CPU))
     assert [step for step, _ in recorder.pictures] == [8, 12]
     assert recorder.pictures[1][1] == drawn == preview_path(tmp_path, 12).read_bytes()
     assert recorder.done == 12 * 32
@@ -117,7 +117,7 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
         return 0.5
 
     monkeypatch.setattr("diffusion.training.hooks.quick_mse", slow)
-    state, recorder = new_state(params), Recorder()
+    state, recorder = fresh_state(params), Recorder()
     hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     hooks._restart_clock()
     for step in range(1, 11):
@@ -130,14 +130,14 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
 
 
 def test_no_point_is_told_of_steps_that_were_all_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state, recorder = new_state(params), Recorder()
+    state, recorder = fresh_state(params), Recorder()
     state.step = 5
     watch(params, state, pairs_tree, recorder, tmp_path).report(state)
     assert recorder.points == state.loss_curve == []
 
 
 def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state, stop = new_state(params), StopSignals()
+    state, stop = fresh_state(params), StopSignals()
     hooks = watch(params, state, pairs_tree, Recorder(), tmp_path, stop)
     stop._note(signal.SIGTERM, None)
     with pytest.raises(Stopped) as stopped:
@@ -149,7 +149,7 @@ def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_p
 def test_a_stop_interrupts_sampling(
     params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, stop = new_state(params), StopSignals()
+    state, stop = fresh_state(params), StopSignals()
 
     def measured(*_: object) -> float:
         stop._note(signal.SIGTERM, None)
@@ -162,7 +162,7 @@ def test_a_stop_interrupts_sampling(
 
 
 def test_without_anyone_to_tell_it_measures_all_the_same(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     hooks = watch(params, state, pairs_tree, None, tmp_path)
     loop.step(state, hooks.trainer)
     hooks.report(state)

@@ -12,7 +12,7 @@ from diffusion.process import build as processes
 from diffusion.process.timesteps import LossAware, Stored
 from diffusion.training import loop
 from flows.params import Params
-from tests.training.test_loop import changed, fetch, new_state, spoiled
+from tests.training.test_loop import changed, fetch, fresh_state, spoiled
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_step_waits_for_no_result(
         train={"timesteps": timesteps, "accumulate": accumulate, "batch_size": 64},
         process={"num_timesteps": 30},
     )
-    state, waits = new_state(params), list[str]()
+    state, waits = fresh_state(params), list[str]()
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
 
     class Watching(TorchDispatchMode):
@@ -55,7 +55,7 @@ def test_a_step_waits_for_no_result(
 def test_losses_are_observed_one_step_late(params: Params) -> None:
     process = {"num_timesteps": 30, "parameterization": "eps"}
     params = changed(params, process=process, train={"batch_size": 64})
-    state, seen = new_state(params), list[tuple[list[int], list[float]]]()
+    state, seen = fresh_state(params), list[tuple[list[int], list[float]]]()
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, spoiled(1), state.net)
 
     class Recording(Stored):
