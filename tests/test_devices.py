@@ -177,7 +177,7 @@ def test_auto_is_the_first_device_that_is_there(
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu", "xpu:3"])
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     has(monkeypatch, {})
-    with pytest.raises(UserError, match=rf"device: {name}(:0)? is not there; set device to auto or cpu"):
+    with pytest.raises(UserError, match=rf"device: {name}(:0)? is not available; set device to auto or cpu"):
         networks.device(name)
 
 
@@ -185,7 +185,7 @@ def test_a_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
     has(monkeypatch, {"cuda": 2, "mps": 1, "xpu": 2})
     for name in ("cuda:1", "xpu:1", "mps", "cpu"):
         assert networks.device(name) == torch.device(name)
-    with pytest.raises(UserError, match="cuda:2 is not there"):
+    with pytest.raises(UserError, match="cuda:2 is not available"):
         networks.device("cuda:2")
 
 

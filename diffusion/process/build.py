@@ -46,7 +46,7 @@ def _has_enough_timesteps(process: "ProcessOptions") -> None:
 def _can_predict_at_zero_snr(process: "ProcessOptions") -> None:
     if process.zero_terminal_snr and process.parameterization == "eps":
         raise ValueError(
-            "zero_terminal_snr does not work with parameterization eps (use v): at the last timestep x_t is pure "
+            "zero_terminal_snr needs a parameterization other than eps, such as v: at the last timestep x_t is pure "
             "noise, and predicting it says nothing about the image"
         )
 
@@ -55,8 +55,8 @@ def _weights_the_last_timestep(process: "ProcessOptions") -> None:
     zero, weighting = torch.zeros(1), process.weighting
     if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero):
         raise ValueError(
-            f"zero_terminal_snr does not work with weighting {weighting.kind} (use snr-plus-one or truncated-snr): "
-            "it gives zero weight to the last timestep, where sampling starts"
+            f"zero_terminal_snr needs a weighting other than {weighting.kind}, such as snr-plus-one or truncated-snr: "
+            "the last timestep, where sampling starts, must not have zero weight"
         )
 
 

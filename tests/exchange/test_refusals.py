@@ -126,7 +126,7 @@ def test_settings_that_contradict_each_other_are_not_imported(
     (tree / "config.json").write_text((published / "config.json").read_text())
     (tree / "scheduler_config.json").write_text(json.dumps({"rescale_betas_zero_snr": True}))
     said = refusal(capsys, "import-diffusers", ".")
-    assert said.startswith(".: in our parameters, zero_terminal_snr needs another parameterization than eps")
+    assert said.startswith(".: in our parameters, zero_terminal_snr needs a parameterization other than eps")
 
 
 def test_files_that_are_missing_or_wrong(tree: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(
     found = fresh_state(params)
     assert checkpoints.restore(found)
     assert found.step == 2
-    assert "checkpoint 0000000003 is damaged" in capsys.readouterr().err
+    assert "checkpoint 0000000003 is corrupt" in capsys.readouterr().err
 
 
 def test_without_any_the_state_stays_as_it_is(params: Params, tmp_path: Path) -> None:

@@ -223,8 +223,8 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
     # Steps are counted from 0: 2 of warmup, then linearly to zero at step 12.
     assert state.loss_curve[0]["learning_rate"] == pytest.approx(0.5 * 0.002 * (1 - 2 / 10))
     assert (
-        "before step 10, loss or gradient was not finite at 5 steps in a row; going back to step 4 with 0.5 times"
-        in capsys.readouterr().err
+        "the loss or gradient was not finite for 5 steps in a row before step 10; rolling back to step 4 with the "
+        "learning rate times 0.5" in capsys.readouterr().err
     )
 
 
@@ -254,7 +254,7 @@ def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params
 def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     state = fresh_state(params)
     message = (
-        "before step 12, loss or gradient was not finite at 6 steps in a row, even after going back once .* "
+        "the loss or gradient was not finite for 6 steps in a row before step 12, even after a rollback .* "
         "lower learning_rate"
     )
     with pytest.raises(UserError, match=message):
@@ -267,7 +267,7 @@ def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_pat
 
 def test_a_training_without_a_single_good_step_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     params = changed(params, train={"steps": 3})
-    with pytest.raises(UserError, match="loss or gradient was finite in no step; lower learning_rate"):
+    with pytest.raises(UserError, match="the loss or gradient was non-finite at every step; lower learning_rate"):
         run(params, fresh_state(params), Checkpoints(tmp_path), fetch=spoiled(0, 1, 2))
 
 
