@@ -1,4 +1,4 @@
-"""Progress of a long stage: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long-running stages: a bar on a terminal, periodic lines elsewhere."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ _LINE = re.compile(r"^(?P<stage>\w+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>\w+)
 
 
 class Done(NamedTuple):
-    """What a progress line says."""
+    """The progress reported by a line."""
 
     stage: str
     done: int
@@ -21,15 +21,15 @@ class Done(NamedTuple):
 
 
 def parse(line: str) -> Done | None:
-    """The progress that a line of a stage's output reports; None for any other line."""
+    """Parse a progress line of a stage's output; None for any other line."""
     match = _LINE.match(line)
     return Done(match["stage"], int(match["done"]), int(match["total"])) if match else None
 
 
 class Progress:
-    """Counts work done; a context manager.
+    """Reports progress; a context manager.
 
-    On a terminal it is a tqdm bar. Elsewhere it prints lines that `parse` reads:
+    Shows a tqdm bar on a terminal. Elsewhere it prints lines that `parse` understands:
     `train: 640/128000 images, 812/s, 157 s left, loss 0.0712`.
     """
 
@@ -50,7 +50,7 @@ class Progress:
             self._print("")
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more units are done; `note` says how it goes, such as `loss 0.0712`."""
+        """Record that `count` more units are done, with an optional note such as `loss 0.0712`."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
@@ -67,9 +67,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, without breaking a progress bar.
+    """Print a line to standard error without breaking a progress bar.
 
-    Whoever listened there may be gone, or a log's disk full: the work goes on.
+    Errors such as a closed pipe or a full disk are ignored, so that they do not stop the work.
     """
     with suppress(OSError):
         tqdm.write(line, file=sys.stderr)

@@ -39,7 +39,7 @@ def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.
 
 
 def classes_in_turn(model: "Model", count: int, device: torch.device, first: int = 0) -> torch.Tensor | None:
-    """Classes of images first, first + 1, ..., int64 (count,), cycling through all; None if the model has no classes."""
+    """Classes of images first, first + 1, ..., int64 (count,), cycling; None if the model has no classes."""
     return torch.arange(first, first + count, device=device) % model.num_classes if model.num_classes else None
 
 

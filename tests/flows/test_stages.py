@@ -230,7 +230,7 @@ def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) 
     trees.change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
     done = trees.run(tree, "train")
     assert done.returncode == 1
-    assert "made for another noise schedule (cosine, 100 timesteps)" in done.stderr
+    assert "the pairs (schedule cosine, 100 timesteps, images" in done.stderr
     assert "Traceback" not in done.stderr
 
 
