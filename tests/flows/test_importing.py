@@ -86,7 +86,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
         "Left out: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
-        "Left out: cover.png: outside of the folders of the splits\n\n"
+        "Left out: cover.png: outside the folders of the splits\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
@@ -141,7 +141,7 @@ def test_an_npz_file_stays_a_file(tree: Path) -> None:
         ("elsewhere", "a/b", "--name 'a/b': must be letters"),
         ("elsewhere", "..", "--name '..': must be letters"),
         ("elsewhere", "a.b", "--name 'a.b': must be letters"),
-        ("params.yaml", "own", "params.yaml: no images in a known form"),
+        ("params.yaml", "own", "params.yaml: no images in a supported format"),
         ("missing", "own", "missing: no such file or folder"),
         ("data/raw/digits.npz", "digits", "data/raw/digits.npz: exists already"),
     ],

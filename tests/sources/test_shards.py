@@ -200,7 +200,7 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no image of 2 fell into the split .*shard\.val_fraction"):
+    with pytest.raises(UserError, match=r"none of the 2 images fell into the split .*shard\.val_fraction"):
         shard(npz(tmp_path / "a.npz", 2), tmp_path / "shards")
 
 
