@@ -1,7 +1,7 @@
-"""A sampler as a linear recurrence: all that a graph needs of it.
+"""A sampler as a linear recurrence, the form in which it is exported.
 
-Between two looks of the network a sampler only mixes images, by numbers that depend on the step alone. So its own
-`step` is asked, once for each step, with coordinates in place of images; what it answers is the mixture.
+Between network evaluations, a sampler only computes linear combinations of images, whose coefficients depend on the
+step alone. They are found by calling the sampler's own `step` with unit vectors in place of images.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Previous
 
 STATE = INPUT, X_T, LAST = range(3)
-"""The images that go from look to look: what the network is shown next, the step's x_t, and the last x_0_hat."""
+"""The images carried between evaluations: the next network input, the step's x_t, and the last x_0_hat."""
 SOURCES = OF_X_T, OF_LAST, OF_X_0_HAT, OF_Z = range(4)
-"""What they are mixed of: two of them, what the network says now, and the step's noise."""
+"""The images they are combined from: two of the state, the current network output, and the step's noise."""
 MAX_EVALUATIONS = 2
-"""A step looks at the network so often at most (Heun)."""
+"""Maximum number of network evaluations per step (Heun)."""
 
 
 class Recurrence(NamedTuple):
-    """One row for each look of the network.
+    """One row for each network evaluation.
 
-    t: the timestep of the look, int64 (N,).
-    mixture: the next state from the sources, float64 (N, 3, 4).
+    t: the timestep of the evaluation, int64 (N,).
+    mixture: the coefficients of the next state in terms of the sources, float64 (N, 3, 4).
     """
 
     t: NDArray[np.int64]
@@ -45,15 +45,16 @@ class Recurrence(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
+        """Concatenate the rows of several recurrences."""
         return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def recurrence(
     options: SampleOptions, process: Process, variance_of: Callable[[str], Variance], timesteps: list[int]
 ) -> Recurrence:
-    """The sampler of `options` along descending `timesteps`; thresholds and guidance are the network's affair.
+    """The recurrence of the sampler in `options` along descending `timesteps`, without thresholding and guidance.
 
-    The learned variance is no number, and not for this.
+    Those are applied to the network output. The learned variance is not supported, since it is not a constant.
     """
     seen = list[tuple[Tensor, Tensor]]()
 
@@ -77,7 +78,7 @@ def recurrence(
             mixture = np.zeros((len(STATE), len(SOURCES)))
             kept = [0, 2 + number if number else 1, 3 + number, 2]  # in the order of SOURCES
             mixture[INPUT] = coordinates[kept]
-            assert np.count_nonzero(coordinates) == np.count_nonzero(mixture[INPUT]), "mixed of what is not kept"
+            assert np.count_nonzero(coordinates) == np.count_nonzero(mixture[INPUT]), "depends on other images"
             if number == len(shown):
                 mixture[X_T] = mixture[INPUT]
             else:
@@ -89,5 +90,5 @@ def recurrence(
 
 
 def _unit(coordinate: int) -> Tensor:
-    """An image that is a coordinate, float64 (1, 5, 1, 1)."""
+    """A unit vector as an image, float64 (1, 5, 1, 1)."""
     return torch.eye(3 + MAX_EVALUATIONS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)
