@@ -27,7 +27,7 @@ from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.process.weighting import WEIGHTINGS as NAMES
 from diffusion.training import loop
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 from flows import params as parameters
 from flows.changes import lay_over
 from flows.params import Params
@@ -51,7 +51,7 @@ def train(params: Params, paths: Paths) -> Model:
     torch.manual_seed(params.seed)
     pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
-    state = begin(net, params.train, process.schedule)
+    state = new_state(net, params.train, process.schedule)
     fetch = Batches(pairs, params.seed, params.train.batch_size)
     trainer = loop.Trainer(params.train, params.seed, process.loss, fetch, state.net)
     for _ in range(params.train.steps):

@@ -90,7 +90,7 @@ def seconds(makers: dict[str, Make], batch: int, turns: int) -> dict[str, float]
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(turns + 1):
         for name, make in makers.items():
-            time.sleep(speed.PAUSE)
+            time.sleep(speed.PAUSE_SECONDS)
             make(1, turn)
             began = time.perf_counter()
             make(batch, turn)

@@ -31,9 +31,9 @@ from diffusion.nn.counting import count
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.training import loop
-from diffusion.training.distributed import joined
+from diffusion.training.distributed import process_group
 from diffusion.training.hardware import precision, prefetched, runnable
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 from flows import params as parameters
 from flows.paths import Paths
 
@@ -50,9 +50,9 @@ def work(rank: int, size: int, tree: Path, store: Path, pipe: Connection) -> Non
     pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
     torch.manual_seed(0)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
-    state = begin(net, options, process.schedule)
+    state = new_state(net, options, process.schedule)
     fetch = Batches(pairs, params.seed, options.batch_size, options.flip, rank=rank, world=size)
-    with joined(CPU, store) as world, prefetched(fetch, CPU) as batches:
+    with process_group(CPU, store) as world, prefetched(fetch, CPU) as batches:
         forward = runnable(net, options, world, compiling=False)
         together = loop.Trainer(
             options, params.seed, process.loss, batches, forward, world, precision=precision(options, CPU)
@@ -61,12 +61,12 @@ def work(rank: int, size: int, tree: Path, store: Path, pipe: Connection) -> Non
         pipe.send((count(net, pairs.shape).parameters, options.batch_size))
         while (order := pipe.recv()) is not None:
             steps, exchange = order
-            world.largest(0.0)
+            world.maximum(0.0)
             began = time.perf_counter()
             for _ in range(steps):
-                world.largest(0.0)  # the agreement on stopping
+                world.maximum(0.0)  # the agreement on stopping
                 loop.step(state, together if exchange else apart)
-            world.largest(0.0)
+            world.maximum(0.0)
             pipe.send(time.perf_counter() - began)
 
 

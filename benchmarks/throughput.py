@@ -34,10 +34,10 @@ from diffusion.process import build
 from diffusion.progress import Progress
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, to_compile
-from diffusion.training.state import begin
+from diffusion.training.hardware import precision, prefetched, runnable, should_compile
+from diffusion.training.hooks import Hooks, preview_options
+from diffusion.training.state import new_state
 from diffusion.training.stop import StopSignals
-from diffusion.training.watching import Watch, preview_options
 from flows import params as parameters
 from flows import tracking
 from flows.paths import Paths
@@ -69,10 +69,10 @@ def main() -> None:
     device, pairs, process = networks.device(params.device), Pairs(paths.pairs, "train"), build.process(params.process)
     torch.manual_seed(0)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process).to(device)
-    counts, state = count(net, pairs.shape), begin(net, options, process.schedule)
+    counts, state = count(net, pairs.shape), new_state(net, options, process.schedule)
     fetch = Batches(pairs, params.seed, options.batch_size, options.flip)
     batches = [fetch(step) for step in range(IN_MEMORY)]
-    forward = runnable(net, options, World(), to_compile(options, device, lambda: counts.flops))
+    forward = runnable(net, options, World(), should_compile(options, device, lambda: counts.flops))
     dtype = precision(options, device)
     bare = loop.Trainer(
         options, params.seed, process.loss, lambda step: batches[step % IN_MEMORY], forward, precision=dtype
@@ -100,7 +100,7 @@ def main() -> None:
             Progress("train", options.steps * options.batch_size, "images") as progress,
         ):
             drawing = preview_options(params.process)
-            watch = Watch(trainer, model, pairs, device, drawing, Path(directory), stop, progress, live)
+            watch = Hooks(trainer, model, pairs, device, drawing, Path(directory), stop, progress, live)
 
             def step_of_stage() -> None:
                 loop.step(state, trainer)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from cyclopts import CycloptsError
 
-from diffusion.errors import Echo, Stopped, SystemFault, UserError, WriteFault
+from diffusion.errors import AlreadyReported, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
 from flows.cli import app
 from flows.parent import launched
@@ -42,7 +42,7 @@ def _main(arguments: list[str]) -> int:
         say(f"{name}: error: {' '.join(str(error).split()).removesuffix('.')}. See `{name} --help`.")
         return USAGE_ERROR
     except UserError as error:
-        if not isinstance(error, Echo):
+        if not isinstance(error, AlreadyReported):
             goes_on = command == "train" and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if goes_on else ""
             say(f"{name}: error: {with_remedy(error)}{more}")

@@ -95,7 +95,7 @@ def test_sums_name_the_file_that_changed_or_is_gone(tmp_path: Path) -> None:
     files.write_sums(tmp_path)
     files.check_sums(tmp_path)
     (tmp_path / "b").write_text("c")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/b: damaged \(not the bytes that SHA256SUMS lists\)"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b: damaged \(it does not match its digest in SHA256SUMS\)"):
         files.check_sums(tmp_path)
     (tmp_path / "b").unlink()
     with pytest.raises(UserError, match=rf"^{tmp_path}/b: No such file or directory$"):

@@ -19,8 +19,8 @@ from diffusion.pairs.pairs import Batch
 from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, to_compile
-from diffusion.training.state import State, begin
+from diffusion.training.hardware import precision, prefetched, runnable, should_compile
+from diffusion.training.state import State, new_state
 from flows import presets
 from flows.params import Params
 
@@ -98,11 +98,11 @@ class Bench:
         torch.manual_seed(0)
         net = new_network(shape, 0, params.network, params.process).to(self.device)
         counts = count(net, shape)  # before compilation
-        state = begin(net, options, process.schedule)
+        state = new_state(net, options, process.schedule)
         rng = np.random.default_rng(0)
         made = [random_batch(rng, options.batch_size, shape) for _ in range(batches)]
         fetch = self._held.enter_context(prefetched(lambda step: made[step % batches], self.device))
-        forward = runnable(net, options, World(), to_compile(options, self.device, lambda: counts.flops))
+        forward = runnable(net, options, World(), should_compile(options, self.device, lambda: counts.flops))
         dtype = precision(options, self.device)
         return Training(state, loop.Trainer(options, 0, process.loss, fetch, forward, precision=dtype), counts)
 

@@ -25,7 +25,7 @@ from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
-from diffusion.sampling.sampler import SAMPLER_OPTIONS, Before, Draw, Noise, Sampler, sample
+from diffusion.sampling.sampler import SAMPLER_OPTIONS, Draw, Noise, Previous, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
@@ -75,8 +75,8 @@ class ReportsProgress:
     sampler: Sampler
     progress: Progress
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
-        made = self.sampler.step(x_t, t, s, z, before)
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:
+        made = self.sampler.step(x_t, t, s, z, previous)
         self.progress.advance(1)
         return made
 

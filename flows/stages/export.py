@@ -106,7 +106,7 @@ def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
         ranges.require_inputs(whole.graph, allowed)
         onnx.checker.check_model(whole, full_check=True)
         session = parity.session(whole.SerializeToString(), torch.device("cpu"))
-        checks = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
+        checks = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.record(session, facts)}
         metadata.describe(whole, facts | checks)
     except Exception as error:  # onnx and ONNX Runtime have a dozen exceptions without a common base
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from diffusion.errors import Echo, UserError
+from diffusion.errors import AlreadyReported, UserError
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
@@ -30,11 +30,11 @@ from diffusion.storage.files import new_directory, write_atomic, write_csv, writ
 from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, to_compile
+from diffusion.training.hardware import precision, prefetched, runnable, should_compile
+from diffusion.training.hooks import Hooks, preview_options, preview_path
 from diffusion.training.options import TrainOptions
-from diffusion.training.state import State, begin
+from diffusion.training.state import State, new_state
 from diffusion.training.stop import StopSignals
-from diffusion.training.watching import Watch, picture, preview_options
 from flows import launching, made_with, tracking
 from flows.environment import setting
 from flows.fingerprint import exclusive, training_facts, training_fingerprint
@@ -68,9 +68,13 @@ def run(params: Params, paths: Paths) -> None:
             launching.launch(several.size, paths.checkpoints / training_fingerprint(facts))
         return
     store = os.environ.get(launching.STORE)
-    lost = Echo if launched() else UserError  # only the launcher reports errors
+    lost = AlreadyReported if launched() else UserError  # only the launcher reports errors
     file = Path(store) if store else None
-    with explain_out_of_memory(params.train), distributed.joined(device, file, lost) as world, ExitStack() as held:
+    with (
+        explain_out_of_memory(params.train),
+        distributed.process_group(device, file, lost) as world,
+        ExitStack() as held,
+    ):
         check_batch_size(params.train, world)
         facts = training_facts(params, paths, device, world)
         if world.main and not launched():
@@ -129,8 +133,8 @@ class Training:
         params, options, world, seed = self.params, self.params.train, self.world, self.params.seed
         counts = self.counts
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
-        share_out = partial(distributed.share_out, options=options, world=world)
-        state = begin(self.net, options, self.process.schedule, share_out)
+        shard_weights = partial(distributed.shard_weights, options=options, world=world)
+        state = new_state(self.net, options, self.process.schedule, shard_weights)
         checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
         checkpoints.restore(state)
         model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
@@ -150,16 +154,16 @@ class Training:
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
                 progress = Progress("train", total, "images", done=done)
                 state.run_id = live.run_id
-            forward = runnable(state.net, options, world, to_compile(options, self.device, lambda: counts.flops))
+            forward = runnable(state.net, options, world, should_compile(options, self.device, lambda: counts.flops))
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
-            watch = Watch(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
+            hooks = Hooks(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
             with progress or nullcontext():
                 loop.train(
-                    state, trainer, checkpoints, report=watch.report, preview=watch.preview, stop_signal=stop.received
+                    state, trainer, checkpoints, report=hooks.report, preview=hooks.preview, stop_signal=stop.received
                 )
-            state.kept_into(model.net)
+            state.copy_final_into(model.net)
             if world.main:
                 errors = self.errors(model, heldout, stop)
                 model = replace(model, config=self.config.model_copy(update={"x_0_mse": errors}))
@@ -181,7 +185,7 @@ class Training:
         paths = self.paths
         with new_directory(paths.previews) as temporary:
             for row in state.heldout_curve:
-                drawn = picture(self.previews, int(row["step"]))
+                drawn = preview_path(self.previews, int(row["step"]))
                 write_atomic(temporary / drawn.name, drawn.read_bytes())
             write_sums(temporary)
         with new_directory(paths.train_curves) as temporary:
@@ -248,6 +252,4 @@ def check_devices(params: Params, device: torch.device) -> None:
     if device.type == "cuda" and params.device not in ("auto", "cuda"):
         raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
     if device.type == "cuda" and processes > gpus:
-        raise UserError(
-            f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}"
-        )
+        raise UserError(f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}")

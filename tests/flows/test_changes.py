@@ -171,9 +171,7 @@ def test_a_kind_changed_by_another_tool_is_reported_and_repaired(
     assert "network.convention: no such parameter of uvit (got 'ddpm')" in error
     assert error.endswith("; `ddpm set NAME.kind=KIND` changes a kind together with its fields\n")
     assert main(["set", "network.kind=uvit"]) == 0
-    assert parameters.load(path).network == UViTOptions(
-        base_channels=64
-    )  # not valid for a transformer: conditioning
+    assert parameters.load(path).network == UViTOptions(base_channels=64)  # not valid for a transformer: conditioning
 
 
 def test_params_of_format_1_are_reported_and_converted(

@@ -141,7 +141,7 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
         ("elsewhere", "a/b", "--name 'a/b': must be letters"),
         ("elsewhere", "..", "--name '..': must be letters"),
         ("elsewhere", "a.b", "--name 'a.b': must be letters"),
-        ("params.yaml", "own", "params.yaml: no images in a known form"),
+        ("params.yaml", "own", "params.yaml: no images in a supported format"),
         ("missing", "own", "missing: no such file or folder"),
         ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),
     ],

@@ -226,7 +226,7 @@ def test_pairs_of_another_process_are_rejected(pairs_tree: Path, tmp_path: Path)
     trees.change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
     done = trees.run(tree, "train")
     assert done.returncode == 1
-    assert "made for another noise schedule (cosine, 100 timesteps)" in done.stderr
+    assert "the pairs (schedule cosine, 100 timesteps, images" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -255,22 +255,22 @@ def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) ->
         ({"process": {"schedule": {"kind": "given", "beta": [0.5]}}}, "process: schedule.beta has 1 values, but num_"),
         (
             {"process": {"parameterization": "eps", "zero_terminal_snr": True}},
-            "needs another parameterization than eps",
+            "needs a parameterization other than eps",
         ),
         (
             {"process": {"zero_terminal_snr": True}},
-            "zero_terminal_snr needs another weighting (snr-plus-one or truncated-snr, say)",
+            "such as snr-plus-one or truncated-snr: the last timestep",
         ),
         (
             {"process": {"schedule": {"kind": "given", "beta": [0.9] * 20}, "num_timesteps": 20}},
-            "beta leaves nothing of the image",
+            "beta destroys the image before the last timestep",
         ),
         ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr-plus-one', "),
         ({"network": {"conditioning": "token"}}, "network.conditioning: input should be 'add' or 'film' (got 'token')"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (100)"),
-        ({"network": {"attention_levels": [2]}}, "network: attention_levels names level 2, but levels go from 0 to 0"),
-        ({"device": "cuda:7"}, "device: cuda:7 is not there; set device to auto or cpu"),
+        ({"network": {"attention_levels": [2]}}, "network: attention_levels contains 2, but the levels are 0 to 0"),
+        ({"device": "cuda:7"}, "device: cuda:7 is not available; set device to auto or cpu"),
     ],
 )
 def test_invalid_parameters_give_one_line(

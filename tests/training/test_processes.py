@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from diffusion.errors import Echo, UserError
+from diffusion.errors import AlreadyReported, UserError
 from diffusion.storage.files import parse_csv
-from diffusion.training.distributed import joined
+from diffusion.training.distributed import process_group
 from flows.params import Params
 from flows.stages.train import check_devices
 from tests.machine import free_port
@@ -270,14 +270,14 @@ def test_an_error_of_all_processes_is_reported_by_one(
         monkeypatch.setenv("WORLD_SIZE", "2")
         for name in ("init_process_group", "destroy_process_group", "barrier"):
             monkeypatch.setattr(dist, name, lambda *_, **__: None)
-        with pytest.raises(type(error)) as raised, joined(torch.device("cpu"), tmp_path / "store", lost):
+        with pytest.raises(type(error)) as raised, process_group(torch.device("cpu"), tmp_path / "store", lost):
             raise error
         return raised.type
 
     assert ends_with(UserError("diverged"), rank=0) is UserError
-    assert ends_with(UserError("diverged"), rank=1) is Echo
-    with pytest.raises(Echo, match=r"process 1 of 2 has lost another one \(.*Connection closed by peer"):
-        ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1, lost=Echo)
+    assert ends_with(UserError("diverged"), rank=1) is AlreadyReported
+    with pytest.raises(AlreadyReported, match=r"process 1 of 2 lost its connection .*Connection closed by peer"):
+        ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1, lost=AlreadyReported)
     with pytest.raises(UserError) as told:  # torchrun does not tell of it
         ends_with(RuntimeError("[gloo] Connection closed by peer"), rank=1)
     assert told.type is UserError
@@ -286,7 +286,7 @@ def test_an_error_of_all_processes_is_reported_by_one(
     with pytest.raises(SystemExit) as status:
         ends_with(torch.AcceleratorError("CUDA error: uncorrectable ECC error\nmore"), rank=1)
     assert status.value.code == os.EX_TEMPFAIL
-    assert capsys.readouterr().err == "train: process 1 of 2 has lost its GPU (CUDA error: uncorrectable ECC error)\n"
+    assert capsys.readouterr().err == "train: process 1 of 2 lost its GPU (CUDA error: uncorrectable ECC error)\n"
 
 
 def test_restarts_by_torchrun_on_several_machines_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_restarts_by_torchrun_on_several_machines_need_a_store_of_their_own(monk
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
     message = "add --rdzv-backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
-    with pytest.raises(UserError, match=message), joined(torch.device("cpu")):
+    with pytest.raises(UserError, match=message), process_group(torch.device("cpu")):
         pass
 
 

@@ -237,8 +237,11 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--sampler heun --eta 0.1", "sample.sampler.eta: no such parameter of heun (got 0.1)"),
         ("--seed -1", "seed: input should be greater than or equal to 0 (got -1)"),
         ("--device gpu", "device: input should be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N (got 'gpu')"),
-        ("--sampler ddpm --variance learned", "sample.variance: the model did not learn a variance"),
-        ("--sampler ddpm --variance analytic", "sample.variance: the model holds no estimate for analytic"),
+        ("--sampler ddpm --variance learned", "sample.variance: learned needs a model trained with"),
+        (
+            "--sampler ddpm --variance analytic",
+            "sample.variance: analytic needs an estimate that this model does not have",
+        ),
         ("--model nowhere", "nowhere/config.json: No such file or directory"),
         ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (out/)"),
         ("--out a.png/", "a.png/00000.png: cannot be written (File exists)"),
