@@ -189,7 +189,7 @@ def _log_parameters(run: TrackedRun, found: Results) -> None:
 
 def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
     """The training's curves and pictures, or just its final figures; of both, the report and the model's config."""
-    for curve, columns in (("loss", {}), ("heldout", {"mse": "heldout_mse"})):
+    for curve, columns in (("heldout", {"mse": "heldout_mse"}), ("loss", {})):
         rows = found.curves[curve]
         last = {key: row["step"] for row in rows for key in row}
         for row in rows:
