@@ -45,7 +45,7 @@ def test_a_run_without_server_and_tracking_has_no_addresses(capsys: pytest.Captu
     summary.show("one")
     output = capsys.readouterr().out
     assert "Prefect" not in output
-    assert "not tracked: `ddpm track one`" in output
+    assert "not recorded; run `ddpm track one`" in output
     assert "http" not in output
 
 
