@@ -220,7 +220,7 @@ def connect(uri: str, params: Params, paths: Paths) -> Store:
 
 
 def lock(paths: Paths) -> FileLock:
-    """A lock held while runs and versions are searched for and created, so that no two processes create the same one."""
+    """A lock to hold while searching for and creating runs and versions, so that no two processes create the same."""
     paths.state.mkdir(exist_ok=True)
     return FileLock(paths.state.resolve() / "mlflow.lock")
 

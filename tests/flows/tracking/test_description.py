@@ -102,7 +102,7 @@ def test_users_see_no_digests(paths: Paths) -> None:
     assert sorted(shown) == ["mse", "r2", "val_mse", "val_mse_se"]
 
 
-def test_results_that_an_earlier_version_recorded_are_found(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_an_earlier_version_recorded_are_found(paths: Paths) -> None:
     """Earlier versions' tags began with `ddpm.`; neither a run, nor a model, nor a version is made for them again."""
     write_all(paths)
     recorded = tracking.record(PARAMS, paths)
@@ -137,7 +137,7 @@ def test_results_that_an_earlier_version_recorded_are_found(paths: Paths, monkey
         key: then[key] for key in ("params", "curves", "files", "versions")
     }
     assert set(now["tags"]) - set(then["tags"]) == {NOTE, f"{names.HIDDEN}note_sha256"}
-    # A set of results that reuses the weights names them, and a live training with the fingerprint is another one.
+    # Other results of the same weights find those of the earlier version.
     other = changed(sample={"steps": 10})
     write_all(paths, mse=0.25, params=other)
     second = tracking.record(other, paths)
@@ -167,7 +167,7 @@ def test_loss_and_heldout_error_are_in_the_first_section_of_charts(paths: Paths)
     )
 
 
-def test_the_runs_table_has_a_view_with_the_key_figures(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_table_has_a_view_with_the_key_figures(paths: Paths) -> None:
     write_all(paths)
     assert tracking.record(PARAMS, paths) is not None
     client = client_of(paths)
