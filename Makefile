@@ -28,12 +28,18 @@ export DO_NOT_TRACK := 1
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
 	@# Python compiles what is imported; if pip compiled everything, this would take nearly twice as long.
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --no-compile -r requirements.lock
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock
+	$(PIP) --no-compile -r requirements.lock -r requirements-dev.lock
 	@touch $@
 
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
@@ -44,11 +50,11 @@ train: up ## Start the services and run the pipeline; ARGS="-p preset=fashion-mn
 	@echo
 	@ddpm summary
 
-test: setup ## Run the tests, each file in one of several processes.
+test: setup $(VENV)/installed-dev ## Run the tests, each file in one of several processes.
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-mutants: setup ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check mutmut==3.8.1
+mutants: setup $(VENV)/installed-dev ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
+	$(PIP) mutmut==3.8.1
 	OMP_NUM_THREADS=1 python tests/mutants.py $(ARGS)
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
@@ -67,14 +73,14 @@ repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring th
 scrub: setup ## Delete damaged files from DVC's cache, which DVC trusts unread; `dvc repro` makes them again.
 	@python -m flows.scrub
 
-lint: setup ## Check style, types and imports.
+lint: setup $(VENV)/installed-dev ## Check style, types and imports.
 	ruff check
 	ruff format --check
 	mypy
 	lint-imports --no-cache --no-logo
 
 docs: setup ## Build the documentation in site/ and check its links.
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.lock \
+	$(PIP) -c requirements.lock \
 	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 	@# mkdocs.yml says why it is built from a copy.
 	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
@@ -82,13 +88,18 @@ docs: setup ## Build the documentation in site/ and check its links.
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
-lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
+lock: ## Write requirements.lock and requirements-dev.lock anew, from what pyproject.toml asks for.
 	$(PYTHON) -m venv --clear .ddpm/lock
-	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable '.[dev]'
-	@# One of the two ONNX Runtimes fits a machine; what torch brings for one kind of GPU is torch's own affair.
-	{ head -n 1 requirements.lock; \
-	  .ddpm/lock/bin/pip freeze --all --exclude-editable | sed -E \
+	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable .
+	$(FREEZE) > .ddpm/lock/run
+	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(FREEZE) > .ddpm/lock/all
+	{ head -n 1 requirements.lock; cat .ddpm/lock/run; } > .ddpm/requirements.lock
+	{ head -n 1 requirements-dev.lock; grep -Fvxf .ddpm/lock/run .ddpm/lock/all; } > .ddpm/requirements-dev.lock
+	mv .ddpm/requirements.lock .ddpm/requirements-dev.lock .
+# One of the two ONNX Runtimes fits a machine; what torch brings for one kind of GPU is torch's own affair.
+FREEZE = .ddpm/lock/bin/pip freeze --all --exclude-editable | sed -E \
 	  -e '/^(pip|wheel|triton|nvidia-.*|cuda-.*)==/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
-	  -e 's/^onnxruntime(-gpu)?(==.*)/onnxruntime-gpu\2 ; sys_platform == "linux" and platform_machine == "x86_64"\
-	onnxruntime\2 ; sys_platform != "linux" or platform_machine != "x86_64"/'; } > .ddpm/requirements.lock
-	mv .ddpm/requirements.lock requirements.lock
+	  -e 's/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2 ; $(LINUX)\nonnxruntime==\2 ; $(OTHERS)/'
+LINUX = sys_platform == "linux" and platform_machine == "x86_64"
+OTHERS = sys_platform != "linux" or platform_machine != "x86_64"
