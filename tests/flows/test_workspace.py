@@ -231,7 +231,7 @@ def test_changes_override_the_preset_which_overrides_params_yaml() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="there are none yet"):
+    with pytest.raises(UserError, match="there are no runs yet"):
         workspace.find("x")
     for name in ("red-fox", "red-hen", "red"):
         directory = make(name)
