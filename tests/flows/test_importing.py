@@ -138,9 +138,9 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "name", "message"),
     [
-        ("elsewhere", "a/b", "--name 'a/b': must be letters"),
-        ("elsewhere", "..", "--name '..': must be letters"),
-        ("elsewhere", "a.b", "--name 'a.b': must be letters"),
+        ("elsewhere", "a/b", "--name 'a/b': must start with a letter"),
+        ("elsewhere", "..", "--name '..': must start with a letter"),
+        ("elsewhere", "a.b", "--name 'a.b': must start with a letter"),
         ("params.yaml", "own", "params.yaml: no images in a known form"),
         ("missing", "own", "missing: no such file or folder"),
         ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),
