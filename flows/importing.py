@@ -45,11 +45,10 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
     # One import at a time, so that undoing a failed one cannot affect another.
     with FileLock(paths.state / "import.lock"):
         place, ignored = _copy_into_dvc(path, name, paths, link)
-    confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
+    confirmed = " shard.split_names_as_classes=true" if split_names_as_classes else ""
     print(_description(source))
-    print(f"\nTo train on these images, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}")
-    print("and add their DVC file to git:\n")
-    print(f"git add {place}.dvc {ignored}")
+    print("\nTo train on these images, and to keep their DVC file in git:\n")
+    print(f"    ddpm set shard.source={place}{confirmed}\n    git add {place}.dvc {ignored}")
 
 
 def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:

@@ -133,7 +133,8 @@ def find(run: str) -> Path:
         case [name]:
             return Paths().runs / name
         case []:
-            raise UserError(f"run {run!r}: not found; available: {', '.join(names) or 'none yet'}")
+            available = f"available: {', '.join(names)}" if names else "there are no runs yet"
+            raise UserError(f"run {run!r}: not found; {available}")
         case _:
             raise UserError(f"run {run!r}: ambiguous; matches {', '.join(matches)}")
 

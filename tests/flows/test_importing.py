@@ -56,8 +56,8 @@ def status(tree: Path) -> set[str]:
 def test_a_folder_is_added_to_dvc(tree: Path, link: bool) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert done.returncode == 0, done.stderr
-    assert "shard:\n  source: data/raw/own\n" in done.stdout
-    assert "git add data/raw/own.dvc data/raw/.gitignore" in done.stdout
+    assert "    ddpm set shard.source=data/raw/own\n" in done.stdout
+    assert "    git add data/raw/own.dvc data/raw/.gitignore\n" in done.stdout
     copy = tree / "data" / "raw" / "own"
     assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*.*")) == ["a/1.png", "b/2.png"]
     assert (copy / "a" / "1.png").is_symlink() == link
@@ -104,7 +104,7 @@ def test_a_class_named_like_a_split_needs_an_option(tree: Path) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
     assert done.returncode == 0, done.stderr
     assert "Classes: 2 classes: a 1, train 1\n" in done.stdout
-    assert "shard:\n  source: data/raw/own\n  split_names_as_classes: true\n" in done.stdout
+    assert "    ddpm set shard.source=data/raw/own shard.split_names_as_classes=true\n" in done.stdout
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -131,16 +131,16 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
     np.savez(tree / "x.npz", images=np.zeros((3, 2, 2), np.uint8))
     done = run(tree, "flows", "import", "x.npz", "--name", "own")
     assert done.returncode == 0, done.stderr
-    assert "source: data/raw/own.npz\n" in done.stdout
+    assert "    ddpm set shard.source=data/raw/own.npz\n" in done.stdout
     assert (tree / "data" / "raw" / "own.npz").read_bytes() == (tree / "x.npz").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("path", "name", "message"),
     [
-        ("elsewhere", "a/b", "--name 'a/b': must be letters"),
-        ("elsewhere", "..", "--name '..': must be letters"),
-        ("elsewhere", "a.b", "--name 'a.b': must be letters"),
+        ("elsewhere", "a/b", "--name 'a/b': must start with a letter"),
+        ("elsewhere", "..", "--name '..': must start with a letter"),
+        ("elsewhere", "a.b", "--name 'a.b': must start with a letter"),
         ("params.yaml", "own", "params.yaml: no images in a supported format"),
         ("missing", "own", "missing: no such file or folder"),
         ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),

@@ -223,7 +223,7 @@ def test_untracked_raw_data_are_rejected() -> None:
 def test_changes_override_the_preset_which_overrides_params_yaml() -> None:
     document = workspace.document("short", {"train": {"batch_size": 4}, "seed": 9})
     assert (document["train"]["steps"], document["train"]["batch_size"], document["seed"]) == (7, 4, 9)
-    with pytest.raises(UserError, match="there are short"):
+    with pytest.raises(UserError, match="available: short"):
         workspace.document("shrt", {})
     with pytest.raises(UserError, match=r"sample.steps .* exceeds"):
         workspace.document(None, {"sample": {"steps": 5000}})
@@ -231,7 +231,7 @@ def test_changes_override_the_preset_which_overrides_params_yaml() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="there are none yet"):
+    with pytest.raises(UserError, match="there are no runs yet"):
         workspace.find("x")
     for name in ("red-fox", "red-hen", "red"):
         directory = make(name)
