@@ -29,7 +29,7 @@ FIGURES = (
     ("r2", "R²"),
     ("bits_per_dim", "bits/dim"),
     ("val_mse", "val MSE"),
-    ("wiener_mse", "held-out MSE of a linear denoiser"),
+    ("wiener_mse", "MSE of a linear denoiser"),
 )
 GLOSSARY = """\
 - held-out MSE (`evaluate/mse`): mean squared error of the predicted noise on the test pairs; predicting zero scores 1.
@@ -45,12 +45,12 @@ def training(params: Params, paths: Paths) -> str:
     """The description of a run whose training has no results yet."""
     return (
         f"Training of {_network(params)} on {_data(params, paths)}: at most {params.train.steps:,} steps of "
-        f"{params.train.batch_size:,} images.\n\nNo results were recorded yet."
+        f"{params.train.batch_size:,} images.\n\nNo results have been recorded yet."
     )
 
 
 def results(found: Results, trained_in: str, verdict: str) -> str:
-    """The description of a run that has results.
+    """The description of a run that has results; MLflow's page shows only its first lines, until a user asks for more.
 
     Args:
         found: the results.
@@ -58,7 +58,7 @@ def results(found: Results, trained_in: str, verdict: str) -> str:
         verdict: that on its model version, empty if there is none.
     """
     figures = _figures(found.evaluation.report) if found.evaluation else "Not evaluated yet."
-    return "\n\n".join(filter(None, [_trained(found, trained_in), figures, verdict, GLOSSARY]))
+    return "\n\n".join(filter(None, [_trained(found, trained_in), verdict, figures, GLOSSARY]))
 
 
 def verdict(version: ModelVersion) -> str:
@@ -106,19 +106,21 @@ def _digest(text: str) -> str:
 
 def _trained(found: Results, trained_in: str) -> str:
     report, params = found.training, found.params
-    size = [f"{report['parameters']:,} parameters"] if "parameters" in report else []
-    size += [f"{report['flops_per_image'] / 1e9:.3g} GFLOP per image"] if "flops_per_image" in report else []
-    network = _network(params) + (f" ({', '.join(size)})" if size else "")
-    steps, images = report["steps"], report["images"]
+    size = f" ({report['parameters']:,} parameters)" if "parameters" in report else ""
+    steps = report["steps"]
     ended = f"{steps:,} steps" + (f" (of at most {params.train.steps:,})" if steps < params.train.steps else "")
     text = (
-        f"{network} trained on {_data(params, found.paths)}: {ended} of {params.train.batch_size:,} images, "
-        f"{images:,} images in all, to a loss of {report['loss']:.4f}."
+        f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of "
+        f"{params.train.batch_size:,} images."
     )
-    text = text[0].upper() + text[1:]
+    text = _capital(text)
     if report.get("kept_step", steps) != steps:
         text += f" The weights are those of step {report['kept_step']:,}, which had the lowest held-out error."
     return f"{text} The weights were trained in {trained_in} and are reused here." if trained_in else text
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _network(params: Params) -> str:
@@ -133,10 +135,8 @@ def _data(params: Params, paths: Paths) -> str:
 
 
 def _figures(report: Mapping[str, float]) -> str:
-    """The key figures in one paragraph: MLflow's page shows only the first lines of a description."""
     shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in FIGURES if key in report]
-    text = f"{'; '.join(shown)}. In brackets: 95 % intervals."
-    return text[0].upper() + text[1:]
+    return f"{_capital('; '.join(shown))}. In brackets: 95 % intervals."
 
 
 def _interval(report: Mapping[str, float], key: str) -> str:
