@@ -1,7 +1,9 @@
 """The state of a flow run and of its stages, as Prefect's events and the lines of its log report it."""
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -22,6 +24,7 @@ STATES = {
 """What a stage's row says for each type of Prefect's states."""
 _KNOWN = re.compile(r"Finished in state |Running stage |Stage '")
 """Lines that say no more than the state does."""
+_FINISHED = re.compile(r"Finished in state \w+\((?P<message>.*)\)$", re.DOTALL)
 _STAGE = re.compile(r"(?P<stage>\w+): (?P<text>.+)")
 WARNING = 30
 """`logging.WARNING`, from which on a log line counts as a warning."""
@@ -124,6 +127,9 @@ class RunStatus:
                 self._take(stage, line)
         if level < WARNING and ": error:" not in message:
             return None
+        if finished := _FINISHED.match(message):
+            with suppress(ValueError, SyntaxError):
+                message = str(ast.literal_eval(finished["message"]))
         if any(told in message for told in self._told):
             return None
         self._told.append(message)

@@ -5,7 +5,7 @@ what it would print of each event and line, is shown here instead.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -25,6 +25,7 @@ from flows.stages import STAGES
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is no terminal."""
+SECONDS_BETWEEN_LOOKS = 1.0
 COLORS = {
     "running": "blue",
     "done": "green",
@@ -83,19 +84,28 @@ class Display:
             message = event.resource.get("prefect.state-message") or ""
             name = event.resource.get("prefect.resource.name") or ""
             if (stage := self.status.task(run, name, state, event.occurred, message)) and not self._live:
-                self._say(_changed(stage))
+                self._changed(stage)
         elif kind == "flow-run" and self.status.flow(state, event.occurred) and not self._live:
             self._say(f"{self.status.run.name}: {self.status.run.state}")
 
     async def remind(self) -> None:
         """Where the output is no terminal: print how far the running stage is, every SECONDS_BETWEEN_LINES."""
         while not self._live:
-            await asyncio.sleep(1)
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
             now, active = datetime.now(UTC), self.status.active()
             if (now - self._printed).total_seconds() >= SECONDS_BETWEEN_LINES:
                 shown = active or self.status.run
                 text, seconds = f"{shown.name}: {shown.said or shown.state}", shown.row(now).seconds
-                self._say(f"{text} ({clock(seconds or 0)})" if text == self._last else text, text)
+                self._say(f"{text} ({clock(seconds or 0)})" if text == self._last or not shown.said else text, text)
+
+    def _changed(self, stage: Step) -> None:
+        """Print a stage's new state, with its result unless that was printed just now."""
+        _, state, seconds, detail, _ = stage.row(datetime.now(UTC))
+        if state == "running":
+            return self._say(f"{stage.name}: running")
+        text = f"{stage.name}: {state}" + (f" after {clock(seconds)}" if seconds is not None else "")
+        shown = not detail or self._last == f"{stage.name}: {detail}"
+        return self._say(text if shown else f"{text}: {detail}")
 
     def _say(self, line: str, last: str = "") -> None:
         self._printed, self._last = datetime.now(UTC), last
@@ -105,26 +115,20 @@ class Display:
         yield from lines(self.status.rows(datetime.now(UTC)), options.max_width)
 
 
-def _changed(stage: Step) -> str:
-    """A stage's new state as a line."""
-    _, state, seconds, detail, _ = stage.row(datetime.now(UTC))
-    if state == "running":
-        return f"{stage.name}: running"
-    took = f" after {clock(seconds)}" if seconds is not None else ""
-    return f"{stage.name}: {state}{took}" + (f": {detail}" if detail else "")
-
-
-def lines(rows: list[Row], width: int) -> Iterator[Text]:
-    """The rows as they are shown on a terminal of this width; what does not fit is cut, never wrapped."""
-    names = max(len(row.name) for row in rows)
-    for name, state, seconds, detail, share in rows:
+def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
+    """The rows, the run's first, as a terminal of this width shows them; what does not fit is cut, never wrapped."""
+    run, *stages = rows
+    names = max(len(stage.name) for stage in stages)
+    for row, columns in ((run, 0), *((stage, names) for stage in stages)):
         line = Text(no_wrap=True, overflow="ellipsis")
-        line.append(f"{name:{names}}  ").append(f"{state:9}", COLORS.get(state, "dim"))
-        line.append(f" {clock(seconds) if seconds is not None else '':>7}  ")
-        if share is not None and width >= WIDE:
-            full = round(BAR * share)
+        line.append(f"{row.name:{columns}}  ", "" if columns else "bold")
+        line.append(f"{row.state:9}" if columns else row.state, COLORS.get(row.state, "dim"))
+        taken = clock(row.seconds) if row.seconds is not None else ""
+        line.append(f"  {taken:>{6 if columns else 0}}  ")
+        if row.share is not None and width >= WIDE:
+            full = round(BAR * row.share)
             line.append("━" * full, "blue").append("━" * (BAR - full) + "  ", "dim")
-        yield line.append(detail, "" if state == "running" else "dim")
+        yield line.append(row.detail, "" if row.state == "running" else "dim")
 
 
 class Unformatted:
@@ -152,7 +156,8 @@ def replacing(watch: Watch) -> Watch:
                     vars(flow_runs_watching)["FlowRunFormatter"] = formatter
                     reminding.cancel()
         except asyncio.CancelledError:  # Ctrl-C
-            console.print(f"The run goes on: `prefect flow-run watch {flow_run_id}` shows it again.", soft_wrap=True)
+            again = f"The run continues; to watch it again: prefect flow-run watch {flow_run_id}"
+            console.print(again, soft_wrap=True)
             raise
 
     return watch_flow_run
