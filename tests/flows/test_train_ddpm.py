@@ -72,7 +72,7 @@ def test_without_mlflow_the_run_is_none_the_worse(monkeypatch: pytest.MonkeyPatc
             assert pipeline._track(directory, print, warnings.append) is None
     assert len(warnings) == 1
     assert f"MLflow at {uri}: " in warnings[0]
-    assert warnings[0].endswith("`ddpm track one` brings it there later")
+    assert warnings[0].endswith("`ddpm track one` records it later")
 
 
 @pytest.mark.parametrize("cancelling", [True, False])

@@ -68,7 +68,7 @@ def test_a_terminal_of_80_columns() -> None:
 def test_a_narrow_terminal_cuts_and_never_wraps() -> None:
     lines = shown(50, color_system=None)
     assert len(lines) == len(ROWS)
-    assert lines[2] == "train     running      1:05   42 %  812 images/s  …"
+    assert lines[2] == "train     running      1:05   42 %  812 images/s …"
 
 
 def test_a_wide_terminal_has_a_bar() -> None:
