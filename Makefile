@@ -23,7 +23,7 @@ export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train test mutants up down status repro scrub lint lock
+.PHONY: help setup train test mutants up down status repro scrub lint docs lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -72,6 +72,15 @@ lint: setup ## Check style, types and imports.
 	ruff format --check
 	mypy
 	lint-imports --no-cache --no-logo
+
+docs: setup ## Build the documentation in site/ and check its links.
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.lock \
+	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
+	@# mkdocs.yml says why it is built from a copy.
+	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
+	git ls-files -z -- . ':!tests' | tar --create --null --files-from - | tar --extract --directory .ddpm/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "The documentation is in site/index.html"
 
 lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
 	$(PYTHON) -m venv --clear .ddpm/lock

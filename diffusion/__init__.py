@@ -1,6 +1,6 @@
-"""Denoising diffusion models: images in, a trained model and pictures out.
+"""Denoising diffusion models: training, sampling, evaluation and export.
 
-What stands here is imported when it is first used: a program that needs no torch does not wait for it.
+The public names are imported lazily, so that programs that do not need PyTorch do not wait for it.
 """
 
 from importlib import import_module

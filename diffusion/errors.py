@@ -1,4 +1,4 @@
-"""The errors that a user can act on."""
+"""Errors that a user can act on."""
 
 import errno
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-MOST = 40
-"""Faults that one line reports: more than a person makes, fewer than a list of numbers may have."""
+MAX_FAULTS = 40
+"""Maximum number of validation errors reported in one line."""
 
 
 class UserError(Exception):
-    """Something a user can mend: bad parameters, data or files.
+    """An error that the user can fix: bad parameters, data or files.
 
-    The message is one line: the file, field or value at fault, and what to do. The command line prints
-    it without a traceback and exits with status 1; any other exception is a defect and keeps its traceback.
+    The message is one line that names the file, field or value at fault and says what to do. The command line prints it
+    without a traceback and exits with status 1. Any other exception is a bug and keeps its traceback.
     """
 
 
@@ -31,7 +31,7 @@ ADVICE = {
 
 
 class SystemFault(UserError):
-    """What the operating system has against reading or writing a file."""
+    """The operating system failed to read or write a file."""
 
     def __init__(self, path: Path, error: OSError, problem: str = "{}") -> None:
         self.path, self.error = path, error
@@ -41,14 +41,14 @@ class SystemFault(UserError):
 
     @classmethod
     def of(cls, error: OSError) -> "SystemFault":
-        """An error by the file that it names; one that names none is raised again."""
+        """Convert an OSError that names a file; re-raises one that does not."""
         if not isinstance(error.filename, str | bytes):
             raise error
         return cls(Path(os.fsdecode(error.filename)), error)
 
 
 class FileFault(UserError):
-    """A file that was written before and cannot be used as it is: it is missing, damaged or of another version."""
+    """A file written earlier cannot be used: it is missing, corrupt or from another version."""
 
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
@@ -56,27 +56,27 @@ class FileFault(UserError):
 
 
 class Damaged(FileFault):
-    """A file whose bytes have changed since they were written."""
+    """A file has changed since it was written."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(path, f"damaged ({why})")
 
 
 class WriteFault(SystemFault):
-    """What the operating system has against writing a file."""
+    """The operating system failed to write a file."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(path, error, "cannot be written ({})")
 
 
-class Echo(UserError):
-    """What another process tells of, where several train together: here it is not said again."""
+class AlreadyReported(UserError):
+    """An error that another process of a distributed run reports; this process must not report it again."""
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end; raised once everything that must be kept has been saved.
+    """A signal asked the process to stop; raised where the state can be saved.
 
-    Not an Exception, so that `except Exception` around a decoder or a server never mistakes a stop for their error.
+    Not an Exception, so that an `except Exception` around a decoder or server does not swallow it.
     """
 
     def __init__(self, signum: int) -> None:
@@ -85,9 +85,9 @@ class Stopped(BaseException):
 
 
 def describe(error: ValidationError) -> str:
-    """A validation error in one line: field, what is wrong, the value found."""
+    """Format a validation error as one line: field, problem and value of each fault."""
     problems, found = [], error.errors(include_url=False)
-    for problem in found[:MOST]:
+    for problem in found[:MAX_FAULTS]:
         field = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "missing":
@@ -103,5 +103,5 @@ def describe(error: ValidationError) -> str:
             case _:
                 text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
         problems.append(f"{field}: {text}" if field else text)
-    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
+    more = [f"and {len(found) - MAX_FAULTS} more"] if len(found) > MAX_FAULTS else []
     return "; ".join(problems + more)

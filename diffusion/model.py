@@ -1,6 +1,6 @@
-"""A model: a network and its process.
+"""A model: a network and its diffusion process.
 
-On disk it is `model.safetensors` (EMA weights), `config.json`, and the digests of both, `SHA256SUMS`.
+On disk it consists of `model.safetensors` (EMA weights), `config.json` and `SHA256SUMS`, the digests of both.
 """
 
 from dataclasses import dataclass
@@ -39,22 +39,22 @@ FILES = {WEIGHTS, CONFIG, SUMS}
 
 
 class Config(BaseModel):
-    """What config.json holds."""
+    """Content of config.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[2] = 2
-    """Of this file."""
+    """Version of this file's format."""
     shape: tuple[int, int, int]
     """Channels, height and width of the images."""
     classes: tuple[str, ...]
-    """Names of the images' classes, by number; a network without classes was not told of them."""
+    """Names of the data set's classes, by index; also if the network is not conditioned on them."""
     network: NetworkChoice
     process: ProcessOptions
     x_0_mse: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None
-    """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if it was never estimated."""
+    """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance; None if not estimated."""
     scheduler: dict[str, Any] | None = None
-    """Of a model imported from diffusers, its scheduler_config.json, to be exported again as it was."""
+    """scheduler_config.json of a model imported from diffusers, kept for exporting it again."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -65,7 +65,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """A network with the process that it is trained for."""
+    """A network with the diffusion process it is trained for."""
 
     net: nn.Module
     process: Process
@@ -73,11 +73,12 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
         return self.config.shape
 
     @property
     def num_classes(self) -> int:
-        """Classes that the network can be asked for; 0 if it knows none."""
+        """Number of classes that the network is conditioned on; 0 if it is unconditional."""
         return len(self.config.classes) if self.config.network.classes else 0
 
     @classmethod
@@ -89,10 +90,10 @@ class Model:
         classes: tuple[str, ...] = (),
         seed: int = 0,
     ) -> Self:
-        """A model that is not trained, for images of `shape` (C, H, W); `classes` are names, by number."""
+        """Create an untrained model for images of `shape` (C, H, W); `classes` are class names, by index."""
         network, process = network or UNetOptions(), process or ProcessOptions()
         if network.classes and not classes:
-            raise ValueError("a network with classes needs their names")
+            raise ValueError("network.classes is true, but no class names are given (argument `classes`)")
         torch.manual_seed(seed)
         net = new_network(shape, len(classes), network, process).eval()
         config = Config(shape=shape, classes=classes, network=network, process=process, x_0_mse=None)
@@ -100,22 +101,22 @@ class Model:
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> "Model":
-        """The model in a directory, in evaluation mode; raises UserError naming a file that is missing or damaged."""
+        """Load a model, in evaluation mode; raises UserError if a file is missing or corrupt."""
         return load_model(Path(directory), torch.device(device))
 
     def save(self, directory: str | Path) -> None:
-        """Write the model's directory, in place of a model that is there; raises UserError if it holds other files."""
+        """Save the model to a directory, replacing a model there; raises UserError if it contains other files."""
         save_model(Path(directory), self.net, self.config)
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
-        """The training loss of each image, (B,): x_0 and eps (B, C, H, W), t and y int64 (B,)."""
+        """Training loss of each image, (B,), for x_0 and eps (B, C, H, W), t and y int64 (B,)."""
         return self.process.loss(self.net, x_0, t, eps, y)
 
     def sample(self, count: int = 64, *, seed: int = 0, **options: Any) -> NDArray[np.uint8]:
-        """Pictures, uint8 (count, C, H, W), of the classes in turn if it knows any.
+        """Sample images, uint8 (count, C, H, W), cycling through the classes of a class-conditional model.
 
-        options: fields of `SampleOptions`, such as sampler="ddim", steps=20. A model without an estimate for the
-        analytic variance, which the stage `train` makes, takes the posterior's by default.
+        options: fields of `SampleOptions`, such as sampler="ddim", steps=20. `variance` defaults to "fixed-small" if
+        the model has no estimate for the analytic variance, which only the pipeline's stage `train` makes.
         """
         if self.config.x_0_mse is None:
             options = {"variance": "fixed-small"} | options
@@ -123,37 +124,39 @@ class Model:
         return draw_samples(self, SampleOptions(count=count, **options), seed, device)
 
     def net_for(self, y: Tensor | None = None, guidance: float = 1.0) -> Net:
-        """The network for images of the classes `y` int64 (B,), -1 for none; for any images if it knows no classes."""
+        """The network conditioned on the classes `y` int64 (B,), -1 for none; `y` is ignored without classes."""
         if not self.num_classes or y is None:
             return self.net
         return Guided(self.net, y, guidance)
 
     def variance(self, name: str) -> Variance:
-        """The reverse variance of that name; raises UserError if the model does not have what it needs."""
+        """The reverse variance called `name`; raises UserError if the model does not support it."""
         if name == "learned" and not self.config.process.learned_variance:
-            raise UserError("sample.variance: the model did not learn a variance; choose another")
+            raise UserError(
+                "sample.variance: learned needs a model trained with process.learned_variance; choose another variance"
+            )
         x_0_mse = self.config.x_0_mse
         table = None if x_0_mse is None else torch.tensor(x_0_mse, dtype=torch.float64)
         return processes.variance(name, self.process, table)
 
     def sampler(self, options: SampleOptions, y: Tensor | None = None) -> Sampler:
-        """The sampler that `options` describes, for images of the classes `y` int64 (B,)."""
+        """The sampler described by `options`, conditioned on the classes `y` int64 (B,)."""
         return sampling.sampler(options, self.process, self.net_for(y, options.guidance), self.variance)
 
 
 def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptions, process: ProcessOptions) -> Network:
-    """A network for images of `shape` (C, H, W) of so many classes, and for a process."""
+    """Build a network for images of `shape` (C, H, W), a number of classes and a process."""
     channels_out = 2 * shape[0] if process.learned_variance else shape[0]
     return networks.network(shape, channels_out, classes, network)
 
 
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
-    """Write a model's directory; atomic, and the same bytes for the same weights.
+    """Write a model's directory, atomically; the same weights give the same bytes.
 
-    Raises UserError if it exists and holds other files than a model's.
+    Raises UserError if the directory contains files that do not belong to a model.
     """
     if directory.is_dir() and (other := sorted({entry.name for entry in directory.iterdir()} - FILES)):
-        raise UserError(f"{directory}: holds other files than a model's ({other[0]}); choose another folder")
+        raise UserError(f"{directory}: contains a file that is not part of a model ({other[0]}); choose another folder")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     with new_directory(directory) as temporary:
         write_atomic(temporary / WEIGHTS, save(weights))
@@ -162,35 +165,37 @@ def save_model(directory: Path, net: nn.Module, config: Config) -> None:
 
 
 def read_config(content: bytes) -> Config:
-    """The content of a config.json, of this format or an earlier one.
+    """Parse a config.json of the current format or an earlier one.
 
     Raises:
-        UserError: it is of a later format.
-        ValidationError: it is no config.json.
+        UserError: it is not JSON, or its format is newer.
+        ValidationError: its content is invalid.
     """
     try:
         document = from_json(content)
     except ValueError as error:
-        raise UserError(f"no JSON ({error})") from None
+        raise UserError(f"not valid JSON ({error})") from None
     if isinstance(document, dict):
         written = document.get("format", 1)
         if type(written) is int and written == 1:
             upgrade.from_format_1(document)
             document["format"] = upgrade.FORMAT
         elif isinstance(written, int) and written > upgrade.FORMAT:
-            raise UserError(f"format {written}, of a later version; this one reads formats up to {upgrade.FORMAT}")
+            raise UserError(
+                f"format {written} is newer than this version supports (up to {upgrade.FORMAT}); upgrade ddpm-pipeline"
+            )
     return Config.model_validate(document, context=COMPLETE)
 
 
 def load_model(directory: Path, device: torch.device) -> Model:
-    """The model in a directory, in evaluation mode on `device`.
+    """Load a model, in evaluation mode on `device`.
 
     Raises:
-        UserError: a file is missing, damaged or written by another version; it is named.
+        UserError: a file is missing, corrupt or from another version; the message names it.
     """
     if not (directory / SUMS).exists() and (directory / CONFIG).exists():
         raise FileFault(
-            directory, f"has no {SUMS}: an earlier version wrote it, and it cannot be checked; train or import it again"
+            directory, f"has no {SUMS}, so it cannot be verified (written by an earlier version); train or import again"
         )
     described, weights = (read_checked(directory / name) for name in (CONFIG, WEIGHTS))
     try:
@@ -202,5 +207,5 @@ def load_model(directory: Path, device: torch.device) -> Model:
     except UserError as error:
         raise FileFault(directory / CONFIG, str(error)) from None
     except (RuntimeError, SafetensorError):
-        raise FileFault(directory / WEIGHTS, f"not of the network in {CONFIG}") from None
+        raise FileFault(directory / WEIGHTS, f"does not match the network in {CONFIG}") from None
     return Model(net.eval().requires_grad_(False).to(device), processes.process(config.process), config)

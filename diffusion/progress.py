@@ -1,4 +1,4 @@
-"""Progress of a long stage: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long-running stages: a bar on a terminal, periodic lines elsewhere."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ _LINE = re.compile(
 
 
 class Done(NamedTuple):
-    """What a progress line says."""
+    """The progress reported by a line."""
 
     stage: str
     done: int
@@ -48,9 +48,9 @@ def parse(line: str) -> Done | None:
 
 
 class Progress:
-    """Counts work done; a context manager.
+    """Reports progress; a context manager.
 
-    On a terminal it is a tqdm bar. Elsewhere it prints lines that `parse` reads:
+    Shows a tqdm bar on a terminal. Elsewhere it prints lines that `parse` understands:
     `train: 640/128000 images, 812/s, 157 s left, loss 0.0712`.
     """
 
@@ -71,7 +71,7 @@ class Progress:
             self._print()
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more units are done; `note` says how it goes, such as `loss 0.0712`."""
+        """Record that `count` more units are done, with an optional note such as `loss 0.0712`."""
         self.done += count
         self._note = note
         if self._bar is not None:
@@ -108,9 +108,9 @@ def working(text: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, without breaking a progress bar.
+    """Print a line to standard error without breaking a progress bar.
 
-    Whoever listened there may be gone, or a log's disk full: the work goes on.
+    Errors such as a closed pipe or a full disk are ignored, so that they do not stop the work.
     """
     with suppress(OSError):
         tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pictures from a model."""
+"""Sampling images from a model."""
 
 import io
 import math
@@ -21,13 +21,16 @@ from diffusion.storage.files import write_atomic
 if TYPE_CHECKING:
     from diffusion.model import Model
 
+MIN_CELL = 64
+"""Images with smaller sides are enlarged in grids, at least to about this many pixels."""
+
 
 def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> Noise:
-    """Sampling noise of images first, first + 1, ...: image i of a seed gets the same in any number of them."""
+    """Sampling noise for images first, first + 1, ...; that of image i depends only on the seed and i."""
 
-    def draw(place: int) -> torch.Tensor:
+    def draw(index: int) -> torch.Tensor:
         images = [
-            stream(seed, Purpose.SAMPLE, high=first + image, low=place).standard_normal(shape, dtype=np.float32)
+            stream(seed, Purpose.SAMPLE, high=first + image, low=index).standard_normal(shape, dtype=np.float32)
             for image in range(count)
         ]
         return torch.from_numpy(np.stack(images)).to(device, memory_format=torch.channels_last)
@@ -36,7 +39,7 @@ def noise_for(seed: int, count: int, shape: tuple[int, int, int], device: torch.
 
 
 def classes_in_turn(model: "Model", count: int, device: torch.device, first: int = 0) -> torch.Tensor | None:
-    """Classes of images first, first + 1, ..., int64 (count,): each in turn; None if the network knows none."""
+    """Classes of images first, first + 1, ..., int64 (count,), cycling; None if the model has no classes."""
     return torch.arange(first, first + count, device=device) % model.num_classes if model.num_classes else None
 
 
@@ -48,9 +51,9 @@ def draw_samples(
     check_stop: Callable[[], None] = lambda: None,
     first: int = 0,
 ) -> NDArray[np.uint8]:
-    """Pictures as `options` say, uint8 (count, C, H, W), of the classes in turn; `check_stop` is called at each step.
+    """Sample images as `options` describe, uint8 (count, C, H, W), cycling through the classes.
 
-    They are the pictures first, first + 1, ... of the seed.
+    Returns images first, first + 1, ... of the seed. `check_stop` is called after each step.
     """
     timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     sampler = model.sampler(options, classes_in_turn(model, options.count, device, first))
@@ -62,20 +65,22 @@ def draw_samples(
 
 
 def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
-    """Images (N, C, H, W) as a PNG: a nearly square grid, enlarged to about `side` pixels.
+    """Encode images (N, C, H, W) as a PNG with a nearly square grid.
 
-    Small images are enlarged smoothly: of 8x8 pixels shown as squares a person sees the squares, not the digit.
+    Images smaller than MIN_CELL are enlarged by an integer factor with nearest-neighbour interpolation, at least to
+    MIN_CELL and up to a grid of `side` pixels, since viewers would blur them.
     """
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    scale, line = max(1, side // (columns * max(height, width))), 1
+    longest, line = max(height, width), 1
+    scale = max(math.ceil(MIN_CELL / longest), side // (columns * longest)) if longest < MIN_CELL else 1
     cell_width, cell_height = width * scale + line, height * scale + line
     mode = "L" if channels == 1 else "RGB"
     canvas = Image.new(mode, (columns * cell_width + line, rows * cell_height + line), "gray")
     for index, image in enumerate(images):
         picture = Image.fromarray(image[0] if channels == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
-        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+        picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         canvas.paste(picture, (index % columns * cell_width + line, index // columns * cell_height + line))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
@@ -83,5 +88,5 @@ def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
 
 
 def save_grid(images: NDArray[np.uint8], path: str | Path, side: int = 512) -> None:
-    """Write images (N, C, H, W) as a PNG file, a nearly square grid of about `side` pixels."""
+    """Write images (N, C, H, W) to a PNG file as a grid; see `grid_png`."""
     write_atomic(Path(path), grid_png(images, side))

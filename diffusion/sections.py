@@ -1,4 +1,4 @@
-"""What the sections of the parameters share: strict types, and all faults reported at once."""
+"""Base classes of parameter sections: strict types, choices by name, and all errors reported at once."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -23,19 +23,19 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 NO_CHOICE, OF_ANOTHER_KIND = OURS = ("choice_type", "of_another_kind")
-"""Errors that pydantic does not know."""
+"""Custom error types."""
 
 COMPLETE = {"complete": True}
-"""As the context of a validation: whatever is not given is an error, instead of taking its default."""
+"""Validation context in which missing fields are errors instead of taking their defaults."""
 _FIELDS_ALONE = {"fields alone": True}
-"""As the context of a validation: without the rules."""
+"""Validation context that skips the rules."""
 
 
 class Section(BaseModel):
-    """Frozen fields of strict types, no unknown keys, a default and a docstring per field.
+    """A frozen section of parameters with strict types, no unknown keys, and a default and docstring per field.
 
-    Only an int is taken for an int, an int or a float for a float, a list or a tuple for a tuple, and so on: a value
-    means the same in a file, on a command line and in a form.
+    Values are not coerced, except int to float and list to tuple, so that a value means the same in a file, on the
+    command line and in a form.
     """
 
     model_config = ConfigDict(
@@ -47,12 +47,12 @@ class Section(BaseModel):
     )
 
     rules: ClassVar[tuple[Callable[[Any], None], ...]] = ()
-    """What checks that fields fit together; each rule is applied if the fields that it reads are right."""
+    """Checks across fields, which raise ValueError; a rule only runs if all fields that it reads are valid."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _all_faults(cls, given: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        """Report wrong fields and broken rules together; pydantic's validators would wait until no field is wrong."""
+        """Report invalid fields and violated rules together; pydantic only runs model validators on valid fields."""
         if info.context == _FIELDS_ALONE:
             return handler(given)
         faults: list[InitErrorDetails] = []
@@ -65,13 +65,13 @@ class Section(BaseModel):
         except ValidationError as error:
             faults += map(_again, error.errors(include_url=False))
         if faults:
-            # A broken rule says nothing against the single fields.
+            # A violated rule of a nested section does not make its fields invalid.
             wrong = [fault["loc"] for fault in faults if fault["type"] != "value_error"]
             with suppress(ValidationError):
-                made = _Right(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
+                made = _ValidFields(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
         for rule in cls.rules if made is not None else ():
             try:
-                with suppress(_Unknown):
+                with suppress(_InvalidField):
                     rule(made)
             except ValueError as error:
                 faults.append(InitErrorDetails(type="value_error", input=given, ctx={"error": error}))
@@ -80,12 +80,12 @@ class Section(BaseModel):
         return made
 
 
-class _Unknown(Exception):
-    """A rule reads a field that is missing or wrong."""
+class _InvalidField(Exception):
+    """A rule reads a field that is missing or invalid."""
 
 
-class _Right:
-    """The fields of a section that are right by themselves."""
+class _ValidFields:
+    """View of a section's valid fields."""
 
     def __init__(self, section: Section, wrong: Collection[tuple[int | str, ...]]) -> None:
         self._section, self._wrong = section, wrong
@@ -95,22 +95,22 @@ class _Right:
         if not within:
             return value
         if isinstance(value, Section) and not _whole(within):
-            return _Right(value, within)
-        raise _Unknown
+            return _ValidFields(value, within)
+        raise _InvalidField
 
 
 def _within(name: str, places: Iterable[tuple[int | str, ...]]) -> list[tuple[int | str, ...]]:
-    """Those of the places that are in a field, as seen from there."""
+    """The error locations inside a field, relative to it."""
     return [place[1:] for place in places if place[:1] == (name,)]
 
 
 def _whole(places: Collection[tuple[int | str, ...]]) -> bool:
-    """Whether a fault is one of a whole field: without its kind, a choice has no fields."""
+    """Whether a field is invalid as a whole; a choice is, if its kind is."""
     return () in places or ("kind",) in places
 
 
 def _without(given: Any, wrong: Collection[tuple[int | str, ...]]) -> Any:
-    """What is given, but for what is wrong, whose defaults take its place."""
+    """The input without its invalid parts, which then take their defaults."""
     if not isinstance(given, Mapping):
         return given
     kept = {}
@@ -122,7 +122,7 @@ def _without(given: Any, wrong: Collection[tuple[int | str, ...]]) -> Any:
 
 
 def _again(fault: ErrorDetails) -> InitErrorDetails:
-    """A fault of one validation, for the report of another."""
+    """Convert an error of one validation for re-raising in another."""
     known = PydanticCustomError(fault["type"], fault["msg"]) if fault["type"] in OURS else fault["type"]
     return InitErrorDetails(type=known, loc=fault["loc"], input=fault["input"], ctx=fault.get("ctx", {}))
 
@@ -132,11 +132,11 @@ def _as_tuple(value: Any) -> Any:
 
 
 LIST = BeforeValidator(_as_tuple)
-"""Marks a tuple that is written as a list."""
+"""Marks a tuple that may be given as a list."""
 
 
 LARGEST = 2**53
-"""Larger whole numbers are not the same in every program that reads JSON."""
+"""Larger integers are not represented exactly by all JSON readers."""
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -144,7 +144,7 @@ Channels = Annotated[int, Field(ge=8, le=LARGEST, multiple_of=8)]
 
 
 def _named_by_its_kind(schema: dict[str, Any]) -> None:
-    """A JSON schema whose kind can be filled in: forms do not let a `const` be."""
+    """Replace `const` by `enum` in a JSON schema, since forms cannot fill in a `const`."""
     kind = schema["properties"]["kind"]
     if "const" in kind:
         schema["title"] = kind["const"]
@@ -152,15 +152,15 @@ def _named_by_its_kind(schema: dict[str, Any]) -> None:
 
 
 class Choice(Section):
-    """What is chosen by name: its kind, and the fields that this kind has.
+    """A choice by name (`kind`), with the fields of that kind.
 
-    Without fields it is written as its name alone.
+    A kind without further fields is serialized as its name.
     """
 
     model_config = ConfigDict(json_schema_extra=_named_by_its_kind)
 
     kind: str
-    """Its name."""
+    """Name of the choice."""
 
     @model_serializer(mode="wrap")
     def _name_alone(self, handler: SerializerFunctionWrapHandler) -> Any:
@@ -168,27 +168,27 @@ class Choice(Section):
 
 
 class OneOf:
-    """Marks a choice of one of the names in a registry.
+    """Annotation for a choice among the names of a registry.
 
-    Where no name has fields, it is a text. Else it is a `Choice`: `options` has the subclass for each name that has
-    fields, and it can be given as a mapping, a name (with the defaults), or an instance. Such a field is typed Any, for
-    type checkers to accept its name.
+    If no name has options, the value is a string. Otherwise it is a `Choice`, where `options` maps each name that has
+    fields to its subclass, and can be given as a name (for the defaults), a mapping, or an instance. Annotate such a
+    field as Any, so that type checkers accept a name.
     """
 
     def __init__(self, registry: Iterable[str], options: Mapping[str, type[Choice]] | None = None) -> None:
         self.names, self.options = tuple(registry), options or {}
 
     def kind(self, name: str) -> type[Choice]:
-        """The fields of a name."""
+        """The `Choice` subclass of a name."""
         return self.options.get(name, Choice)
 
     def defaults(self, name: str) -> dict[str, Any]:
-        """The fields of a name, and its kind, as plain data."""
+        """The default fields of a name, including `kind`, as JSON-compatible data."""
         return self.options[name](kind=name).model_dump(mode="json") if name in self.options else {"kind": name}
 
     @property
     def fields(self) -> set[str]:
-        """The fields of all names."""
+        """Names of the fields of all choices."""
         return {field for kind in self.options.values() for field in kind.model_fields}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -237,7 +237,7 @@ def _dump(choice: Choice, info: SerializationInfo) -> Any:
 
 
 def exactly(*allowed: bool | int | str) -> BeforeValidator:
-    """Marks a choice of values that are compared by type too: pydantic takes true and 1.0 for the literal 1."""
+    """Annotation for literal values that are also compared by type; pydantic accepts true and 1.0 for the literal 1."""
 
     def kind(value: Any) -> tuple[bool, ...]:
         return tuple(isinstance(value, each) for each in (bool, int, str))

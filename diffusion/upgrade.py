@@ -1,19 +1,19 @@
-"""What earlier versions wrote, in the form of this one.
+"""Upgrades of documents written by earlier versions.
 
-1: the versions before options stood beside what they belong to. 2: this one.
+Format 1: options of a choice are fields of the section. Format 2 (current): they are nested in the choice.
 """
 
 from collections.abc import MutableMapping
 from typing import Any
 
 FORMAT = 2
-"""Of config.json and of the parameters."""
+"""Current format of config.json and of the parameters."""
 OTHER_NETWORKS = {
     "unet": ("depth",),
     "uvit": ("channel_multipliers", "blocks_per_level", "attention_levels", "convention"),
 }
 OPTIONS = (
-    # section, choice, its kind, the field that stood beside it, and its name in the choice
+    # section, choice, kind, field of the section in format 1, field of the choice in format 2
     ("process", "schedule", "given", "beta", "beta"),
     ("process", "weighting", "min-snr", "min_snr_gamma", "gamma"),
     ("train", "optimizer", "muon", "muon_learning_rate", "learning_rate"),
@@ -22,10 +22,10 @@ OPTIONS = (
 
 
 def from_format_1(document: MutableMapping[str, Any]) -> list[str]:
-    """Change parameters of format 1, or what a config.json holds of them, in place.
+    """Convert parameters of format 1, or those in a config.json, in place.
 
-    A field that belongs to a choice moves there, or is dropped where another choice is made. Returns the names of the
-    fields that only format 1 had; none if the parameters are of a later format.
+    Fields of a choice are moved into it, or dropped if another choice is made. Returns the names of the fields that
+    only format 1 has; empty if the document has a newer format.
     """
     sections = {name: part for name, part in document.items() if isinstance(part, MutableMapping)}
     old = [f"{section}.{field}" for section, _, _, field, _ in OPTIONS if field in sections.get(section, {})]

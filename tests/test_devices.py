@@ -25,7 +25,7 @@ from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLERS, sample
 from diffusion.training import loop
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 from flows.params import Params
 from flows.paths import Paths
 from tests import pretended
@@ -77,7 +77,7 @@ def training(where: Where, params: Params) -> list[Tensor]:
         return Batch(x_0.clip(-1, 1), rng.integers(0, 100, 8), eps, rng.integers(-1, 3, 8), rng.random(8))
 
     model = model_on(where, params)
-    state = begin(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
+    state = new_state(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
     trainer = loop.Trainer(params.train, 0, model.process.loss, fetch, state.net)
     for _ in range(3):
         loop.step(state, trainer)
@@ -177,7 +177,7 @@ def test_auto_is_the_first_device_that_is_there(
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu", "xpu:3"])
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     has(monkeypatch, {})
-    with pytest.raises(UserError, match=rf"device: {name}(:0)? is not there; set device to auto or cpu"):
+    with pytest.raises(UserError, match=rf"device: {name}(:0)? is not available; set device to auto or cpu"):
         networks.device(name)
 
 
@@ -185,7 +185,7 @@ def test_a_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
     has(monkeypatch, {"cuda": 2, "mps": 1, "xpu": 2})
     for name in ("cuda:1", "xpu:1", "mps", "cpu"):
         assert networks.device(name) == torch.device(name)
-    with pytest.raises(UserError, match="cuda:2 is not there"):
+    with pytest.raises(UserError, match="cuda:2 is not available"):
         networks.device("cuda:2")
 
 

@@ -102,7 +102,7 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (10, "before step 8, loss or gradient was not finite at 7 steps in a row"),  # all but the first
+        (10, "the loss or gradient was not finite for 7 steps in a row before step 8"),  # all but the first
         (3, "loss or gradient was not finite at the end"),
         (1, "loss or gradient was not finite at the end"),  # the weights are not
     ],
@@ -190,6 +190,6 @@ def test_an_own_network_in_an_own_loop() -> None:
     assert model.net.layer.weight.item() == pytest.approx(1, abs=0.01)  # x_t is eps, all but 1e-3
     with pytest.raises(
         TypeError,
-        match=r"^fit trains networks of diffusion\.nn; .* write a loop around `Model\.loss`$",
+        match=r"^fit only trains networks of diffusion\.nn; .* write a training loop with Model\.loss$",
     ):
         fit(model, images())

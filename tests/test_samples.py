@@ -84,14 +84,19 @@ def test_the_grid_holds_every_image(channels: int) -> None:
     picture = Image.open(io.BytesIO(samples.grid_png(images, side=1)))
     assert picture.mode == ("L" if channels == 1 else "RGB")
     pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
-    for index in range(5):
-        top, left = index // 3 * 9 + 1, index % 3 * 7 + 1
-        assert (pixels[top : top + 8, left : left + 6] == images[index].transpose(1, 2, 0)).all()
+    for index in range(5):  # each pixel is a square of 8 x 8
+        top, left = index // 3 * 65 + 1, index % 3 * 49 + 1
+        cell = pixels[top : top + 64, left : left + 48].reshape(8, 8, 6, 8, channels)
+        assert (cell == images[index].transpose(1, 2, 0)[:, None, :, None]).all()
 
 
-def test_small_images_are_enlarged() -> None:
-    images = np.zeros((64, 1, 8, 8), np.uint8)
-    assert Image.open(io.BytesIO(samples.grid_png(images))).size == (521, 521)
+@pytest.mark.parametrize(
+    ("count", "side", "cell"), [(64, 8, 64), (4, 8, 256), (64, 28, 84), (1, 28, 504), (100, 63, 126), (9, 64, 64)]
+)
+def test_small_images_are_enlarged_by_whole_factors(count: int, side: int, cell: int) -> None:
+    images = np.zeros((count, 3, side, side), np.uint8)
+    size = count**0.5 * (cell + 1) + 1
+    assert Image.open(io.BytesIO(samples.grid_png(images))).size == (size, size)
 
 
 @pytest.mark.parametrize(("steps", "shown"), [(5, 6), (40, 9)])

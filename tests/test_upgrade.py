@@ -50,7 +50,7 @@ def test_parameters_of_this_format_stay_as_they_are(root: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"format": 3}, "format 3, of a later version; this one reads formats up to 2"),
+        ({"format": 3}, "format 3 is newer than this version supports (up to 2); upgrade ddpm-pipeline"),
         ({"format": "new"}, "format: input should be 2"),
         ({}, "shape: "),
         ([], "must be a section with fields (got [])"),

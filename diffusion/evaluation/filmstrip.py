@@ -1,4 +1,4 @@
-"""Pictures on their way from noise."""
+"""Sampling trajectories: how images emerge from noise."""
 
 from typing import NamedTuple
 
@@ -15,21 +15,21 @@ from diffusion.sampling.sampler import trajectory
 
 
 class Frame(NamedTuple):
-    """A few pictures at one point of sampling, uint8 (n, C, H, W) each."""
+    """A few images at one point of their sampling trajectories, uint8 (n, C, H, W) each."""
 
     t: int
-    """-1 at the end."""
+    """The timestep of x_t; -1 at the end."""
     x_t: NDArray[np.uint8]
     x_0_hat: NDArray[np.uint8]
-    """What the network sees in this x_t; at the end, the picture."""
+    """The network's estimate from this x_t; at the end, the image."""
 
 
 def frames(
     model: Model, options: SampleOptions, seed: int, device: torch.device, images: int = 4, count: int = 9
 ) -> list[Frame]:
-    """The seed's first pictures at `count` points of sampling, evenly over the steps, from noise to picture.
+    """The seed's first images at `count` points of sampling, evenly spaced over the steps, from noise to image.
 
-    There are fewer if there are fewer steps.
+    Returns fewer frames if there are fewer steps.
     """
     timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())
@@ -37,7 +37,7 @@ def frames(
     sampler = model.sampler(options, classes_in_turn(model, images, device))
     t, x_t = timesteps[0], noise(0)
     found = []
-    # A point has the x_t that a step leads to; its x_0_hat belongs to the one where the step began.
+    # A point holds the x_t after a step, but x_0_hat was estimated from the x_t before it.
     for index, point in enumerate(trajectory(sampler, noise, timesteps, x_t)):
         if index in chosen:
             found.append(_frame(t, x_t, point.x_0_hat))

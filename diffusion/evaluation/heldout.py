@@ -1,4 +1,4 @@
-"""The network's noise prediction on held-out pairs."""
+"""Noise prediction on held-out pairs."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -17,7 +17,7 @@ from diffusion.process.schedule import float64_device
 
 
 class Prediction(NamedTuple):
-    """The pairs of one block and draw, with what the network made of them."""
+    """The pairs of one block and draw, with the network's prediction."""
 
     images: NDArray[np.int64]  # (n,): index of each pair's image in its split
     t: NDArray[np.int64]  # (n,)
@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 
 @torch.inference_mode()
 def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Prediction]:
-    """Run the network over all stored draws of a held-out split, block by block."""
+    """Run the network on all stored draws of a held-out split, block by block."""
     for draw in range(pairs.manifest.heldout_draws):
         for block in range(pairs.blocks):
             t, x_t, eps = pairs.heldout(block, draw)
@@ -44,7 +44,7 @@ def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Pr
 def quick_mse(
     model: Model, pairs: Pairs, device: torch.device, check_stop: Callable[[], None], blocks: int = 16
 ) -> float:
-    """Noise MSE over the first `blocks` blocks of a split's pairs (1,024 pairs): always the same ones."""
+    """Noise MSE on the first `blocks` blocks of a split (1,024 pairs by default), a fixed subset."""
     total, count = 0.0, 0
     for prediction in islice(predictions(model, pairs, device), blocks):
         check_stop()
@@ -57,16 +57,16 @@ def quick_mse(
 def x_0_mse(
     model: Model, pairs: Pairs, device: torch.device, seed: int, check_stop: Callable[[], None]
 ) -> tuple[float, ...]:
-    """E |x_0 - x_0_hat|^2 / d at each timestep, (T,), over held-out images: for the `Analytic` variance.
+    """Estimate E |x_0 - x_0_hat|^2 / d at each timestep, (T,), on held-out images, for the `Analytic` variance.
 
-    Some 16 images for each timestep, four timesteps for each block of them.
+    Uses about 16 images per timestep, and four timesteps per block of images.
     """
     schedule = model.process.schedule
     total, count = np.zeros(schedule.num_timesteps), np.zeros(schedule.num_timesteps)
     for group, first in enumerate(range(0, schedule.num_timesteps, 4)):
         check_stop()
         block = group % pairs.blocks
-        # A short block is gone round until there are BLOCK images.
+        # Repeat the images of a short block to get BLOCK of them.
         chosen = np.arange(BLOCK) % pairs.size(block)
         t = np.minimum(first + np.arange(BLOCK) // 16, schedule.num_timesteps - 1)
         z = stream(seed, Purpose.X_0_MSE, high=group).standard_normal((BLOCK, *pairs.shape), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""The bound on the negative log-likelihood of test images, in bits per dimension: summed whole, or estimated cheaply.
+"""The variational bound on the negative log-likelihood of test images, in bits per dimension: exact or estimated.
 
-The sum over timesteps is taken in strata: of each, one timestep is drawn, and its term counts for the whole stratum.
-Strata of width one make it the exact sum; wider ones an unbiased estimate from fewer looks at the network.
+The sum over timesteps is stratified: one timestep is drawn from each stratum, and its term is multiplied by the
+stratum's width. Strata of width one give the exact sum, wider ones an unbiased estimate with fewer network evaluations.
 """
 
 from collections.abc import Callable
@@ -21,54 +21,55 @@ from diffusion.process.schedule import float64_device
 from diffusion.process.variance import Variance
 
 BATCH = 256
-"""Pairs of image and timestep that the network sees at once."""
+"""Batch size, in pairs of image and timestep."""
 
 Array = NDArray[np.float64]
 Edges = NDArray[np.int64]
-"""Where each stratum of timesteps begins, and T: (strata + 1,), ascending from 0."""
+"""First timestep of each stratum, followed by T: (strata + 1,), ascending from 0."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Which terms of the bound are computed: of each image, one for each stratum, at a timestep drawn from it.
+    """The terms of the bound to compute: for each image, one per stratum, at a timestep drawn from it.
 
-    What is drawn for an image depends on the seed and the image's index alone, and the noise at a timestep not on the
-    strata: an estimate is one of the exact sum over the very same terms.
+    The draws for an image only depend on the seed and its index, and the noise at a timestep does not depend on the
+    strata. So an estimate uses a subset of the terms of the exact sum.
     """
 
     images: int
-    """The first ones of a split."""
+    """Number of images, the first ones of a split."""
     edges: Edges
     seed: int
 
     @property
     def terms(self) -> int:
+        """Number of terms."""
         return self.images * (len(self.edges) - 1)
 
 
 class Terms(NamedTuple):
-    """The bound on n images, in bits per dimension."""
+    """Terms of the bound for n images, in bits per dimension."""
 
     prior: Array
     """L_T, (n,)."""
     steps: Array
-    """Each stratum's width times the term at the timestep drawn from it, (n, strata). The first one is L_0."""
+    """Term at the timestep drawn from each stratum, times the stratum's width, (n, strata). The first is L_0."""
 
     @property
     def total(self) -> Array:
-        """The bound on each image, (n,)."""
+        """The bound for each image, (n,)."""
         return self.prior + self.steps.sum(axis=1)
 
 
 def every_timestep(num_timesteps: int) -> Edges:
-    """Strata of width one: the sum over them is exact."""
+    """Strata of width one, for the exact sum."""
     return np.arange(num_timesteps + 1)
 
 
 def strata(num_timesteps: int) -> Edges:
-    """Strata that widen from single timesteps near 0 to a seventh of where they begin: 41 of them for T = 1000.
+    """Strata of width 1 + t // 7, where t is the first timestep: 41 strata for T = 1000.
 
-    The terms fall off about as 1 / t: near 0 each timestep weighs much, far from it neighbours are alike.
+    The terms decay approximately as 1 / t: near 0 every timestep matters, far from it neighbouring terms are similar.
     """
     edges = [0]
     while edges[-1] < num_timesteps:
@@ -85,7 +86,7 @@ def measure(
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Terms:
-    """The bound on images of a split, told their classes; `advance` is told of terms done."""
+    """Compute the bound for images of a split, given their classes; `advance` receives the number of terms done."""
     seed, edges = draws.seed, draws.edges
     T, count = int(edges[-1]), len(edges) - 1
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))
@@ -94,7 +95,7 @@ def measure(
         x_0 = torch.from_numpy(to_x_0(pairs.x_0(first // BLOCK)[: len(indices)], np.float64))
         y = torch.from_numpy(pairs.labels(first // BLOCK))
         priors[indices] = prior(model.process.schedule, x_0).numpy()
-        # Noise of an image at t is its stream t, so that the timesteps' own is free at T.
+        # The noise of an image at t uses its stream t, so stream T is free for drawing timesteps.
         t = np.stack([stream(seed, Purpose.LIKELIHOOD, image, T).integers(edges[:-1], edges[1:]) for image in indices])
         for begin in range(0, t.size, BATCH):
             row, column = np.divmod(np.arange(begin, min(begin + BATCH, t.size)), count)
@@ -116,7 +117,7 @@ def measure(
 
 
 def summarize(estimate: Terms, exact: Terms) -> dict[str, float]:
-    """The figures of the report: the bound, estimated and exact, and the exact one's parts (means over the images)."""
+    """Figures for the report, means over images: the estimated and the exact bound, and the parts of the exact one."""
     return (
         mean("bits_per_dim", estimate.total)
         | mean("bits_per_dim_exact", exact.total)
@@ -129,12 +130,12 @@ def summarize(estimate: Terms, exact: Terms) -> dict[str, float]:
 
 
 def curve(exact: Terms) -> list[dict[str, float]]:
-    """The term at each t, bits per dimension: mean over the images."""
+    """The mean term at each t, in bits per dimension."""
     return [{"t": t, "bits_per_dim": float(value)} for t, value in enumerate(exact.steps.mean(axis=0))]
 
 
 def mean(name: str, values: Array) -> dict[str, float]:
-    """The mean over images, its standard error and 95 % interval. A single image's error is not known: zero."""
+    """Mean over images, its standard error and 95 % interval; the standard error is 0 for a single image."""
     average, n = float(values.mean()), len(values)
     error = float(np.sqrt(np.square(values - average).sum() / max(n - 1, 1) / n))
     low, high = average - 1.96 * error, average + 1.96 * error

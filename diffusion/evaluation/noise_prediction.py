@@ -1,4 +1,4 @@
-"""How well the noise of held-out pairs is predicted: errors overall and by timestep, with intervals and baselines."""
+"""Metrics of the noise prediction on held-out pairs, overall and by timestep, with intervals and baselines."""
 
 import warnings
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ from diffusion.process.bands import BANDS, band_edges, band_of
 from diffusion.process.schedule import Schedule
 
 POINTS = 50
-"""Points of the curve over t."""
+"""Number of points of the curve over t."""
 
 COUNT, SQUARES, ABSOLUTES, WIENER_SQUARES, EPS, EPS_SQUARES = range(6)
-"""What is summed over the values of a pair: 1, squared and absolute error, the Wiener denoiser's squared error, the
-noise and its square."""
+"""Quantities summed over the values of a pair: 1, squared error, absolute error, squared error of the Wiener denoiser,
+noise, and squared noise."""
 
 Array = NDArray[np.float64]
 
 
 class Sums(NamedTuple):
-    """Everything that the statistics need; all of them are ratios of sums."""
+    """Sums from which all statistics are computed."""
 
     by_image: Array  # (images, BANDS, 6)
     by_t: Array  # (POINTS, 6)
@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 
 
 def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, wiener: Wiener) -> Sums:
-    """Sum up the predictions on a split of `images` images."""
+    """Accumulate the sums over the predictions on a split of `images` images."""
     T = schedule.num_timesteps
     alpha_bar_of = schedule.alpha_bar.numpy()
     by_image, by_t = np.zeros((images, BANDS, 6)), np.zeros((POINTS, 6))
@@ -52,7 +52,7 @@ def collect(predictions: Iterable[Prediction], images: int, schedule: Schedule, 
 def by_image(predictions: Iterable[Prediction], images: int) -> Array:
     """MSE of the predicted noise over each image's pairs, (images,).
 
-    Every image has as many pairs as any other, so that the mean of these is the MSE of the split.
+    All images have the same number of pairs, so the mean over images is the MSE of the split.
     """
     squares, count = np.zeros(images), np.zeros(images)
     for image, _, _, _, eps, eps_hat in predictions:
@@ -62,7 +62,7 @@ def by_image(predictions: Iterable[Prediction], images: int) -> Array:
 
 
 def statistics(sums: Array) -> dict[str, Array]:
-    """MSE, RMSE, MAE and R^2, each of shape (...), from sums (..., 6); NaN where there are no pairs.
+    """Compute MSE, RMSE, MAE and R^2, each of shape (...), from sums (..., 6); NaN where there are no pairs.
 
     R^2 = 1 - sum (eps - eps_hat)^2 / sum (eps - mean eps)^2.
     """
@@ -79,7 +79,7 @@ def statistics(sums: Array) -> dict[str, Array]:
 
 
 def baselines(sums: Array) -> dict[str, Array]:
-    """MSE of predicting no noise at all, and of the linear Wiener denoiser, each (...) from sums (..., 6)."""
+    """MSE of predicting zero noise and of the linear Wiener denoiser, each (...), from sums (..., 6)."""
     with np.errstate(invalid="ignore"):
         return {
             "zero_mse": sums[..., EPS_SQUARES] / sums[..., COUNT],
@@ -88,16 +88,16 @@ def baselines(sums: Array) -> dict[str, Array]:
 
 
 def with_total(bands: Array) -> Array:
-    """Sums of all bands together, put before those of each: (..., BANDS, 6) to (..., 1 + BANDS, 6)."""
+    """Prepend the total over all bands: (..., BANDS, 6) to (..., 1 + BANDS, 6)."""
     return np.concatenate([bands.sum(axis=-2, keepdims=True), bands], axis=-2)
 
 
 def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Array, Array]]:
     """95 % intervals of each statistic by the percentile bootstrap over images (Efron & Tibshirani 1993, ch. 13).
 
-    `by_image` is (images, BANDS, 6); gives lower and upper ends, each (1 + BANDS,), overall first. How many pairs a
-    band has is no matter of chance, since timesteps are stratified: in every resample each band counts as it does in
-    the data, or chance would seem to move the overall error far more than it can.
+    `by_image` is (images, BANDS, 6); returns lower and upper limits, each (1 + BANDS,), overall first. Since timesteps
+    are stratified, the number of pairs per band is not random. So every resample is reweighted to the bands' numbers
+    of pairs in the data; otherwise the intervals of the overall error would be far too wide.
     """
     images = len(by_image)
     flat = by_image.reshape(images, -1)
@@ -112,7 +112,7 @@ def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Arr
         resampled[index] = with_total(bands * scale[:, None])
     found = {}
     with warnings.catch_warnings():
-        # Of few images a resample may leave a band empty, and a band may have no pairs at all.
+        # A resample of few images may leave a band empty, or a band may have no pairs at all.
         warnings.filterwarnings("ignore", message="All-NaN slice")
         for name, values in statistics(resampled).items():
             low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
@@ -123,7 +123,7 @@ def intervals(by_image: Array, seed: int, resamples: int) -> dict[str, tuple[Arr
 def summarize(
     sums: Sums, seed: int, resamples: int, num_timesteps: int
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The overall figures, and a row for each band of t."""
+    """Overall metrics, and a row for each band of t."""
     total = with_total(sums.by_image.sum(axis=0))
     figures, ends, others = statistics(total), intervals(sums.by_image, seed, resamples), baselines(total)
 
@@ -145,7 +145,7 @@ def summarize(
 
 
 def curve(sums: Sums, num_timesteps: int) -> list[dict[str, float]]:
-    """MSE over t: rows of the middle of each part of [0, T), the model's error and the baselines'."""
+    """MSE over t, in rows: center of an interval of timesteps, and the errors of the model and the baselines."""
     edges = band_edges(num_timesteps, POINTS)
     model, others = statistics(sums.by_t)["mse"], baselines(sums.by_t)
     return [

@@ -1,4 +1,4 @@
-"""The evaluation as one self-contained HTML page."""
+"""The evaluation report, a self-contained HTML page."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ PAGE = """<!doctype html>
   img { max-width: 100% }
 </style>
 <h1>Evaluation</h1>
-<p>Held-out noise prediction on {{ overall.pairs }} pairs of {{ overall.images }} test images, which training never saw.
-Intervals: 95 %, bootstrap over images.</p>
+<p>Noise prediction on {{ overall.pairs }} held-out pairs from {{ overall.images }} test images, which were not used in
+training. Intervals are 95 % bootstrap confidence intervals over images.</p>
 <table>
-  <tr><th></th><th>value</th><th>95 % interval</th></tr>
+  <tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
   {% for name, label in names.items() %}
   <tr><td>{{ label }}</td><td>{{ number(overall[name]) }}</td>
     <td>{{ number(overall[name ~ "_low"]) }} – {{ number(overall[name ~ "_high"]) }}</td></tr>
   {% endfor %}
   <tr><td>MSE of the linear Wiener denoiser</td><td>{{ number(overall.wiener_mse) }}</td><td></td></tr>
-  <tr><td>MSE of predicting no noise</td><td>{{ number(overall.zero_mse) }}</td><td></td></tr>
-  <tr><td>MSE on the validation pairs, which choose between models</td><td>{{ number(overall.val_mse) }}</td>
+  <tr><td>MSE of predicting zero</td><td>{{ number(overall.zero_mse) }}</td><td></td></tr>
+  <tr><td>MSE on the validation pairs, used for model selection</td><td>{{ number(overall.val_mse) }}</td>
     <td>{{ number(overall.val_mse_low) }} – {{ number(overall.val_mse_high) }}</td></tr>
 </table>
 <h2>By timestep</h2>
@@ -47,12 +47,12 @@ Intervals: 95 %, bootstrap over images.</p>
   {% endfor %}
 </table>
 <h2>Likelihood</h2>
-<p>The variational bound on the negative log-likelihood of test images, in bits per dimension: the fewer, the better.
-Of each image its terms are summed over all timesteps (exact), or estimated from one timestep in each of some strata,
-which takes less and so covers more images. Variance of the reverse step: {{ variance }}; the estimated clean image is
-clipped to the range of images. Intervals: 95 %, mean over images ± 1.96 standard errors.</p>
+<p>The variational bound on the negative log-likelihood of test images, in bits per dimension; lower is better. The
+exact bound sums its terms over all timesteps. The estimate uses one timestep per stratum, which is faster and so covers
+more images. Variance of the reverse step: {{ variance }}; the estimated clean image is clipped to [−1, 1]. Intervals
+are 95 % confidence intervals, mean over images ± 1.96 standard errors.</p>
 <table>
-  <tr><th></th><th>images</th><th>bits/dim</th><th>standard error</th><th>95 % interval</th></tr>
+  <tr><th>quantity</th><th>images</th><th>bits/dim</th><th>standard error</th><th>95 % interval</th></tr>
   {% for name, label in bounds.items() %}
   <tr><td>{{ label }}</td><td>{{ overall[name ~ "_images"] }}</td><td>{{ number(overall[name]) }}</td>
     <td>{{ number(overall[name ~ "_se"]) }}</td>
@@ -62,14 +62,14 @@ clipped to the range of images. Intervals: 95 %, mean over images ± 1.96 standa
   <tr><td>{{ label }}</td><td></td><td>{{ number(overall[name]) }}</td><td></td><td></td></tr>
   {% endfor %}
 </table>
-<p><img alt="Terms of the bound over t" src="{{ picture(pictures.vlb_by_t) }}"></p>
+<p><img alt="Terms of the variational bound over t" src="{{ picture(pictures.vlb_by_t) }}"></p>
 <h2>Samples</h2>
 <p><img alt="Samples" src="{{ picture(pictures.samples) }}"></p>
 <p>{{ how }}</p>
-<h2>From noise to pictures</h2>
-<p><img alt="x_t and the estimated clean image while sampling" src="{{ picture(pictures.filmstrip) }}"></p>
-<p>The first of these samples on their way, evenly over the steps: x<sub>t</sub>, and below it the clean image that the
-network sees in it.</p>
+<h2>Sampling trajectories</h2>
+<p><img alt="x_t and the estimated clean image during sampling" src="{{ picture(pictures.filmstrip) }}"></p>
+<p>The first of these samples at evenly spaced steps: x<sub>t</sub>, and below it the clean image that the network
+estimates from it.</p>
 {% if "training" in pictures %}
 <h2>Training</h2>
 <p><img alt="Training loss and held-out error over the steps" src="{{ picture(pictures.training) }}"></p>
@@ -79,9 +79,9 @@ network sees in it.</p>
 
 
 def page(overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, how: str, variance: str) -> str:
-    """The page: overall figures, a row per band of t, and the pictures as PNG, by name.
+    """Render the page from overall metrics, a row per band of t, and PNG images by name.
 
-    how: how the samples were made, in words; variance: of the reverse step in the bound.
+    how: description of how the samples were made; variance: of the reverse step in the bound.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
@@ -93,9 +93,9 @@ def page(overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, h
         names={"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"},
         bounds={"bits_per_dim": "Bound, estimated", "bits_per_dim_exact": "Bound, exact"},
         parts={
-            "bits_per_dim_prior": "of the exact one, L_T: the noise that sampling begins with",
-            "bits_per_dim_diffusion": "the sum of L_t−1: the steps",
-            "bits_per_dim_decoder": "L_0: the last step, to whole pixel values",
+            "bits_per_dim_prior": "of which L_T (prior)",
+            "bits_per_dim_diffusion": "of which the sum of L_t−1 (denoising steps)",
+            "bits_per_dim_decoder": "of which L_0 (decoder, to discrete pixel values)",
         },
         number=lambda value: f"{value:.4f}",
         picture=lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",

@@ -1,10 +1,10 @@
-"""The linear Wiener denoiser: the best noise prediction that is linear in x_t, a baseline to beat.
+"""The linear Wiener denoiser, the optimal linear noise prediction from x_t, as a baseline.
 
-For x_0 with mean mu and covariance Sigma the linear least-squares estimate of the noise is
+For x_0 with mean mu and covariance Sigma, the linear least-squares estimate of the noise is
 
     eps_hat = sqrt(1 - alpha_bar_t) (alpha_bar_t Sigma + (1 - alpha_bar_t) I)^-1 (x_t - sqrt(alpha_bar_t) mu)
 
-(Wiener 1949; Kay 1993, "Estimation Theory", eq. 12.20). It is exact for Gaussian data, whatever Sigma.
+(Wiener 1949; Kay 1993, "Estimation Theory", eq. 12.20). For Gaussian data it is optimal among all estimates.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import to_x_0
 
 Array = NDArray[np.float64]
-LARGEST = 4096
-"""Values per image up to which the whole covariance is used; its eigenvectors cost their cube."""
+MAX_FULL_COVARIANCE = 4096
+"""Maximum number of values per image for a full covariance matrix; the eigendecomposition has cubic cost."""
 
 
 @dataclass(frozen=True)
 class Wiener:
-    """A fitted denoiser: `forward` takes images to coordinates in which their covariance is diagonal."""
+    """A fitted denoiser; `forward` transforms images to coordinates in which their covariance is diagonal."""
 
     mean: Array  # (C, H, W)
     spectrum: Array  # variance of each coordinate
@@ -31,18 +31,19 @@ class Wiener:
     inverse: Callable[[NDArray[np.inexact]], Array]
 
     def __call__(self, x_t: NDArray[np.float32], alpha_bar: Array) -> Array:
-        """eps_hat, (B, C, H, W); `alpha_bar` is (B, 1, 1, 1)."""
+        """Compute eps_hat, (B, C, H, W); `alpha_bar` is (B, 1, 1, 1)."""
         z = self.forward(x_t - np.sqrt(alpha_bar) * self.mean)
         signal = alpha_bar.reshape(-1, *[1] * self.spectrum.ndim)
         return self.inverse(np.sqrt(1 - signal) / (signal * self.spectrum + 1 - signal) * z)
 
 
 def fit(pairs: Pairs) -> Wiener:
-    """Fit to the images of a split; memory is flat in their number.
+    """Fit to the images of a split, with memory independent of their number.
 
-    Images of more than LARGEST values are taken as stationary: their covariance is then diagonal in the Fourier basis.
+    Images with more than MAX_FULL_COVARIANCE values are treated as stationary, so that their covariance is diagonal in
+    the Fourier basis.
     """
-    fit_one = _fit_covariance if np.prod(pairs.shape) <= LARGEST else _fit_stationary
+    fit_one = _fit_covariance if np.prod(pairs.shape) <= MAX_FULL_COVARIANCE else _fit_stationary
     return fit_one(pairs)
 
 
@@ -66,7 +67,7 @@ def _fit_covariance(pairs: Pairs) -> Wiener:
     variances, vectors = np.linalg.eigh(covariance / pairs.images)
     return Wiener(
         mean,
-        np.maximum(variances, 0),  # rounding can take a zero below
+        np.maximum(variances, 0),  # rounding can make zeros negative
         forward=lambda x: x.reshape(len(x), size) @ vectors,
         inverse=lambda z: (z @ vectors.T).real.reshape(len(z), *pairs.shape),
     )

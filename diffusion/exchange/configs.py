@@ -1,7 +1,7 @@
-"""diffusers' UNet2DModel and DDPMScheduler as our parameters, and the other way round.
+"""Conversion between the configurations of diffusers' UNet2DModel and DDPMScheduler and this library's parameters.
 
-The fields are those of its JSON files, with its defaults for what a file leaves out; their types are the values that
-have a counterpart here, so that any other is refused by name. Fields that are not known here are left alone.
+The fields are those of diffusers' JSON files, with its defaults for missing ones. Their types only admit values that
+are supported here, so that others are rejected by name. Unknown fields are ignored.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 VARIANCES = {"fixed-small": "fixed_small", "fixed-large": "fixed_large", "learned": "learned_range"}
 CONDITIONINGS = {"add": "default", "film": "scale_shift"}
 CONVENTIONS = {"ddpm": (0, 1e-6), "diffusers": (1, 1e-5)}
-"""(downsample_padding, norm_eps) of each."""
+"""(downsample_padding, norm_eps) by convention."""
 NAMED = {
     "linear": schedule.linear,
     "scaled-linear": schedule.scaled_linear,
@@ -37,7 +37,7 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
     "squaredcos_cap_v2": lambda start, end, T: schedule.cosine(T),  # noqa: ARG005
     "sigmoid": lambda start, end, T: start + (end - start) * torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid(),
 }
-"""beta (T,) of each beta_schedule, from beta_start, beta_end and T."""
+"""Functions from beta_start, beta_end and T to beta (T,), by beta_schedule."""
 NEUTRAL = {
     "timestep_spacing": "linspace",
     "steps_offset": 0,
@@ -46,7 +46,7 @@ NEUTRAL = {
     "sample_max_value": 1.0,
     "set_alpha_to_one": True,
 }
-"""Settings of a scheduler that have no counterpart here, with the values at which it samples as ours do."""
+"""Scheduler settings without a counterpart here, with the values for which sampling is the same."""
 Down = Literal["DownBlock2D", "AttnDownBlock2D"]
 Up = Literal["UpBlock2D", "AttnUpBlock2D"]
 Key = TypeVar("Key")
@@ -54,6 +54,7 @@ Value = TypeVar("Value")
 
 
 def key_of(table: dict[Key, Value], value: Value) -> Key:
+    """The first key of `table` with this value."""
     return next(key for key, found in table.items() if found == value)
 
 
@@ -67,7 +68,7 @@ class _Json(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     def document(self) -> dict[str, Any]:
-        """What the JSON file holds."""
+        """Content of the JSON file."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -109,7 +110,7 @@ class UNetConfig(_Json):
     def _has_a_counterpart(self) -> Self:
         levels, base = len(self.block_out_channels), self.block_out_channels[0]
         cell, up = 2 ** (levels - 1), up_block_types(self.down_block_types)
-        # With scale_shift, diffusers normalizes before the middle's attention only if told the number of groups.
+        # With scale_shift, diffusers only normalizes before the middle attention if attn_norm_num_groups is given.
         groups = {self.norm_num_groups} | ({None} if self.resnet_time_scale_shift == "default" else set())
         convention = (self.downsample_padding, self.norm_eps)
         wanted = {
@@ -117,7 +118,7 @@ class UNetConfig(_Json):
             "out_channels must be in_channels or twice that": self.out_channels / self.in_channels in (1, 2),
             f"time_embedding_dim must be null or {4 * base}": self.time_embedding_dim in (None, 4 * base),
             f"block_out_channels must be multiples of {base}": not any(at % base for at in self.block_out_channels),
-            f"down_block_types must be {levels}, as block_out_channels": len(self.down_block_types) == levels,
+            f"down_block_types must have {levels} entries, as block_out_channels": len(self.down_block_types) == levels,
             f"up_block_types must be {', '.join(up)}": self.up_block_types == up,
             f"attn_norm_num_groups must be {self.norm_num_groups}": self.attn_norm_num_groups in groups,
             "downsample_padding and norm_eps must be 0 and 1e-06, or 1 and 1e-05": convention in CONVENTIONS.values(),
@@ -128,7 +129,7 @@ class UNetConfig(_Json):
 
     @classmethod
     def of(cls, config: Config, freq_shift: int) -> Self:
-        """That of a model of a U-Net, with `freq_shift` in its frequencies."""
+        """The configuration of a U-Net whose frequencies have this `freq_shift`."""
         network, (channels, *size) = config.network, config.shape
         assert isinstance(network, UNetOptions)
         levels = range(len(network.channel_multipliers))
@@ -156,7 +157,7 @@ class UNetConfig(_Json):
         )
 
     def network(self) -> UNetOptions:
-        """Raises ValidationError if it cannot be one of ours."""
+        """Convert to network options; raises ValidationError if they are not supported."""
         base = self.block_out_channels[0]
         attention = [level for level, name in enumerate(self.down_block_types) if name == "AttnDownBlock2D"]
         return UNetOptions.model_validate(
@@ -174,7 +175,7 @@ class UNetConfig(_Json):
 
 
 def up_block_types(down: tuple[str, ...]) -> tuple[str, ...]:
-    """Attention is at the same levels on the way up."""
+    """The decoder's block types, with attention at the same levels as in the encoder."""
     return tuple(name.replace("Down", "Up") for name in reversed(down))
 
 
@@ -196,6 +197,7 @@ class SchedulerConfig(_Json):
 
     @classmethod
     def of(cls, process: ProcessOptions, sample: SampleOptions) -> Self:
+        """The configuration of a process, with the sampling options that it can express."""
         beta = processes.betas(process)
         known = process.schedule.kind in SCHEDULES
         return cls.model_validate(
@@ -214,7 +216,7 @@ class SchedulerConfig(_Json):
         )
 
     def process(self) -> ProcessOptions:
-        """Raises ValidationError if it cannot be one of ours. What it does not say of the training is as in DDPM."""
+        """Convert to process options, with DDPM's training objective; raises ValidationError if not supported."""
         T = self.num_train_timesteps
         beta = BETAS[self.beta_schedule](self.beta_start, self.beta_end, T)
         if self.trained_betas is not None:
@@ -233,7 +235,7 @@ class SchedulerConfig(_Json):
         )
 
     def sampling(self) -> str:
-        """What it says of sampling, as parameters of ours."""
+        """The sampling settings as this library's parameters."""
         sampler = "ddim" if self.class_name == "DDIMScheduler" else "ddpm"
         variance = key_of(VARIANCES, self.variance_type.removesuffix("_log"))
         threshold = "dynamic" if self.thresholding else "clip" if self.clip_sample else "none"
@@ -241,7 +243,7 @@ class SchedulerConfig(_Json):
 
     @classmethod
     def without_counterpart(cls, document: dict[str, Any]) -> list[str]:
-        """The settings in a scheduler_config.json by which it samples otherwise than `sampling` says."""
+        """Settings in a scheduler_config.json that affect sampling but are not covered by `sampling`."""
         ours = {field.alias or name for name, field in cls.model_fields.items()} - {"timestep_spacing"}
         settings = {"timestep_spacing": cls.model_fields["timestep_spacing"].default} | document
         return [

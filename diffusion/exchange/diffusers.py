@@ -1,4 +1,4 @@
-"""Models to and from diffusers' folders: a DDPMPipeline, or in import a bare UNet2DModel."""
+"""Export to and import from diffusers' folders: a DDPMPipeline, or for import also a bare UNet2DModel."""
 
 import json
 from pathlib import Path
@@ -25,17 +25,17 @@ Read = TypeVar("Read", bound=BaseModel)
 
 
 def export_model(source: Path, directory: Path, sample: SampleOptions, force: bool) -> str:
-    """Write the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
+    """Export the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
-    The scheduler of an imported model is the one that it came with; of any other, `sample` says how it samples.
-    Returns which class loads the folder, and what of `sample` is not kept. Raises UserError naming every parameter that
-    has no counterpart, or if `directory` is in use.
+    An imported model keeps its original scheduler; otherwise the scheduler is derived from `sample`. Returns the class
+    that loads the folder and the sampling options that are lost. Raises UserError listing the parameters that diffusers
+    does not support, or if `directory` is in use.
     """
     _check_free(directory, {PIPELINE, UNET, SCHEDULER}, force)
     loaded = model.load_model(source, torch.device("cpu"))
     net, config = loaded.net, loaded.config
-    if problems := obstacles(config, sample):
-        raise UserError(f"{source}: diffusers has no counterpart: {'; '.join(problems)}")
+    if problems := unsupported(config, sample):
+        raise UserError(f"{source}: not supported by diffusers: {'; '.join(problems)}")
     assert isinstance(net, UNet)
     config_json = UNetConfig.of(config, weights.freq_shift(net)).document()
     scheduler = config.scheduler or SchedulerConfig.of(config.process, sample).document()
@@ -51,17 +51,17 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
         write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
         write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, scheduler)
     if config.scheduler:
-        told = "its scheduler is the one that it was imported with, whatever the options of sampling say"
+        scheduler_note = "its scheduler is the one it was imported with, regardless of the section sample"
     else:
-        told = not_kept(sample)
-    return f"{PIPELINES[name]}.from_pretrained loads; {told}"
+        scheduler_note = settings_not_kept(sample)
+    return f"{PIPELINES[name]}.from_pretrained loads; {scheduler_note}"
 
 
-def not_kept(sample: SampleOptions) -> str:
-    """What of `sample` a DDPMScheduler cannot be told, and what it has in its place."""
+def settings_not_kept(sample: SampleOptions) -> str:
+    """The sampling options that a DDPMScheduler cannot express, and what replaces them."""
     replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
     if sample.sampler.kind != "ddpm":
-        replaced.append(f"sample.sampler {sample.sampler.kind} (ddpm in its place)")
+        replaced.append(f"sample.sampler {sample.sampler.kind} (ddpm instead)")
     if sample.spacing != "linspace":
         replaced.append(f"sample.spacing {sample.spacing} (linspace)")
     if sample.variance == "analytic":
@@ -69,14 +69,14 @@ def not_kept(sample: SampleOptions) -> str:
     return f"not kept: {', '.join(replaced)}"
 
 
-def obstacles(config: model.Config, sample: SampleOptions) -> list[str]:
-    """Each parameter that stands in the way of an export, with its value and what it would have to be."""
+def unsupported(config: model.Config, sample: SampleOptions) -> list[str]:
+    """The parameters that prevent an export, with their values and the required ones."""
     network, process, (_, height, width) = config.network, config.process, config.shape
     predicted = process.parameterization
     if not isinstance(network, UNetOptions):
         return [f"network.kind is {network.kind}, but must be unet"]
     cell = 2 ** (len(network.channel_multipliers) - 1)
-    # The analytic variance has no counterpart, but it is no part of the model: fixed-small stands in.
+    # The analytic variance has no counterpart, but is not part of the model: fixed-small replaces it.
     variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large", "analytic"]
     wanted: list[tuple[str, object, bool, str]] = [
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
@@ -94,13 +94,13 @@ def obstacles(config: model.Config, sample: SampleOptions) -> list[str]:
 
 
 def import_model(source: Path, directory: Path, force: bool) -> str:
-    """Write the DDPMPipeline or UNet2DModel in the folder `source` as a model of ours.
+    """Import the DDPMPipeline or UNet2DModel in the folder `source` as a model directory.
 
-    Says what its scheduler has for sampling, or what is taken in its place. Raises UserError naming every setting that
-    has no counterpart here, or if `directory` is in use.
+    Returns the scheduler's sampling settings, or the assumed ones. Raises UserError listing the settings that are not
+    supported here, or if `directory` is in use.
     """
     _check_free(directory, model.FILES, force)
-    # The first published models have all files in one folder.
+    # Early published models have all files in one folder.
     unet_path = (source / UNET if (source / UNET).is_dir() else source) / UNET_CONFIG
     scheduler_path = (source / SCHEDULER if (source / SCHEDULER).is_dir() else source) / SCHEDULER_CONFIG
     unet = _validated(unet_path, _read_json(unet_path), UNetConfig)
@@ -114,7 +114,7 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     try:
         network, process = unet.network(), scheduler.process()
     except ValidationError as error:
-        raise UserError(f"{source}: in our parameters, {describe(error)}") from None
+        raise UserError(f"{source}: converted to parameters of this pipeline: {describe(error)}") from None
     if learned != process.learned_variance:
         must = "learned_range" if learned else "fixed_small or fixed_large"
         raise UserError(f"{scheduler_path}: variance_type must be {must}, since out_channels is {unet.out_channels}")
@@ -127,16 +127,16 @@ def import_model(source: Path, directory: Path, force: bool) -> str:
     _load_weights(unet_path.parent, unet, net)
     model.save_model(directory, net, config)
     if document is None:
-        return "it has no scheduler: taken as linear, 1000 timesteps, predicting eps"
+        return "it has no scheduler: assuming a linear schedule, 1000 timesteps and eps prediction"
     other = ", ".join(SchedulerConfig.without_counterpart(document))
-    without = f"; `ddpm sample` has no counterpart of {other} (kept for export-diffusers)" if other else ""
-    return f"its scheduler has {scheduler.sampling()}{without}"
+    without = f"; `ddpm sample` does not support {other} (kept for export-diffusers)" if other else ""
+    return f"its scheduler corresponds to {scheduler.sampling()}{without}"
 
 
 def _load_weights(folder: Path, unet: UNetConfig, net: UNet) -> None:
     path, pickle = folder / WEIGHTS, folder / PICKLE
     if pickle.exists() and not path.exists():
-        raise UserError(f"{pickle}: pickles can run code, and are not read; have diffusers save it as {WEIGHTS}")
+        raise UserError(f"{pickle}: pickles can execute code and are not loaded; save it as {WEIGHTS} with diffusers")
     try:
         weights.from_diffusers(load_file(path), net, unet.freq_shift, unet.flip_sin_to_cos)
     except (OSError, SafetensorError, UserError) as error:
@@ -144,13 +144,13 @@ def _load_weights(folder: Path, unet: UNetConfig, net: UNet) -> None:
 
 
 def _check_free(directory: Path, ours: set[str], force: bool) -> None:
-    """Raises UserError unless a folder is new, empty or, with `force`, a former one, which has nothing but `ours`."""
+    """Raise UserError unless a folder is new, empty or, with `force`, contains nothing but `ours`."""
     if directory.is_dir():
         found = {entry.name for entry in directory.iterdir()}
         if not found or (force and found <= ours):
             return
     if directory.exists():
-        raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
+        raise UserError(f"{directory}: already exists; choose another folder, or replace an earlier one with --force")
 
 
 def _read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The weights of our U-Net and of diffusers' UNet2DModel: the same numbers, under other names."""
+"""Conversion of weights between the U-Net and diffusers' UNet2DModel: equal tensors under different names."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ENDS: dict[str, tuple[str, ...]] = {
     "head.0": ("conv_norm_out",),
     "head.2": ("conv_out",),
 }
-"""Layers outside the blocks."""
+"""Names of layers outside the blocks."""
 PARTS: dict[str, tuple[str, ...]] = {
     "residual.norm1": ("resnets.{}.norm1",),
     "residual.conv1": ("resnets.{}.conv1",),
@@ -28,28 +28,28 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention.qkv": ("attentions.{}.to_q", "attentions.{}.to_k", "attentions.{}.to_v"),
     "attention.out": ("attentions.{}.to_out.0",),
 }
-"""Layers of a block; theirs are numbered within a level."""
+"""Names of a block's layers; diffusers numbers blocks within a level."""
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""What diffusers called the layers of attention before 2023."""
+"""Names of attention layers in diffusers before 2023, and the current ones."""
 FREQUENCIES, FIRST_TIME_LAYER = "conditions.time.frequencies", "conditions.time.layers.0.weight"
 
 
 def frequencies(half: int, freq_shift: int) -> Tensor:
-    """Those of the sinusoidal features of t, (half,): 10000^(-i / (half - freq_shift)).
+    """Frequencies of the sinusoidal features of t, (half,): 10000^(-i / (half - freq_shift)).
 
-    diffusers' default is ours, with no shift; the DDPM authors' code has a shift of 1.
+    The shift is 0 here and by default in diffusers, and 1 in the DDPM authors' code.
     """
     return torch.exp(-math.log(10_000) * torch.arange(half) / (half - freq_shift))
 
 
 def freq_shift(net: UNet) -> int:
-    """The shift that a network's frequencies have."""
+    """The shift of a network's frequencies."""
     own = net.conditions.time.frequencies
     return 0 if torch.allclose(own, frequencies(len(own), 0)) else 1
 
 
 def names(net: UNet) -> dict[str, tuple[str, ...]]:
-    """The name of each weight, and diffusers' name for it; for queries, keys and values in one, three."""
+    """Diffusers' name for each weight; three names where queries, keys and values are one tensor here."""
     layers = dict(ENDS)
     blocks = [("middle.0", "mid_block", 0), ("middle.1", "mid_block", 1)]
     for side in ("down", "up"):
@@ -75,12 +75,12 @@ def names(net: UNet) -> dict[str, tuple[str, ...]]:
 
 
 def to_diffusers(net: UNet) -> dict[str, Tensor]:
-    """A UNet2DModel's weights, for `freq_shift` as it is here and `flip_sin_to_cos` false."""
+    """Convert to the weights of a UNet2DModel with the same `freq_shift` and `flip_sin_to_cos` false."""
     weights: dict[str, Tensor] = {}
     for ours, theirs in names(net).items():
         tensor = net.get_parameter(ours).detach().cpu()
         if ".attention." in ours:
-            tensor = tensor.reshape(tensor.shape[:2])  # their attention has linear layers, ours 1x1 convolutions
+            tensor = tensor.reshape(tensor.shape[:2])  # diffusers has linear layers instead of 1x1 convolutions
         parts = tensor.chunk(len(theirs))
         weights |= {
             name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(theirs, parts, strict=True)
@@ -89,8 +89,10 @@ def to_diffusers(net: UNet) -> dict[str, Tensor]:
 
 
 def from_diffusers(weights: Mapping[str, Tensor], net: UNet, freq_shift: int, flip_sin_to_cos: bool) -> None:
-    """Give `net` the weights of a UNet2DModel; raises UserError naming a tensor that is missing,
-    not finite, or one too many."""
+    """Load the weights of a UNet2DModel into `net`.
+
+    Raises UserError naming a tensor that is missing, unexpected, not finite or of the wrong shape.
+    """
     found = {_new_name(name): tensor for name, tensor in weights.items()}
     state = {FREQUENCIES: frequencies(len(net.conditions.time.frequencies), freq_shift)}
     for ours, theirs in names(net).items():
@@ -101,14 +103,14 @@ def from_diffusers(weights: Mapping[str, Tensor], net: UNet, freq_shift: int, fl
                 raise UserError(f"the tensor {name} is missing")
             if found[name].shape != part:
                 raise UserError(
-                    f"the tensor {name} is {tuple(found[name].shape)}, but config.json makes it {tuple(part)}"
+                    f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json implies {tuple(part)}"
                 )
             if not found[name].isfinite().all():
-                raise UserError(f"the tensor {name} holds NaN or infinite numbers")
+                raise UserError(f"the tensor {name} contains NaN or infinite values")
         state[ours] = torch.cat([found.pop(name) for name in theirs]).reshape(shape)
     if found:
-        raise UserError(f"the tensor {min(found)} is not one of such a network")
-    if flip_sin_to_cos:  # theirs reads the cosines first, ours the sines
+        raise UserError(f"the tensor {min(found)} is unexpected: config.json implies no such layer")
+    if flip_sin_to_cos:  # diffusers then has the cosines first, and this network the sines
         weight = state[FIRST_TIME_LAYER]
         state[FIRST_TIME_LAYER] = weight.roll(weight.shape[1] // 2, dims=1)
     net.load_state_dict(state)

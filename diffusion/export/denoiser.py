@@ -15,9 +15,9 @@ from diffusion.process.parameterization import Parameterization, split
 
 
 class Step(nn.Module):
-    """(x_t float32 (B, C, H, W), t int64 (B,)[, y int64 (B,)]) to eps_hat and x_0_hat, whatever the network predicts.
+    """(x_t float32 (B, C, H, W), t int64 (B,)[, y int64 (B,)]) to eps_hat and x_0_hat, for any parameterization.
 
-    `y` is the class of each image, -1 for none; only networks with classes have it.
+    `y` is the class of each image, -1 for none; only for class-conditional networks.
     """
 
     def __init__(self, net: nn.Module, parameterization: Parameterization) -> None:
@@ -31,9 +31,9 @@ class Step(nn.Module):
 
 
 class FastGroupNorm(nn.Module):
-    """A GroupNorm as ONNX Runtime has it faster: with one factor and one term for each channel, instead of two of each.
+    """A GroupNorm that is faster in ONNX Runtime: combines its affine layer and the modulation to one scale and shift.
 
-    The exporter would make it an InstanceNormalization, for which ONNX Runtime takes a single thread.
+    The exporter would convert GroupNorm to InstanceNormalization, which is single-threaded in ONNX Runtime.
     """
 
     def __init__(self, norm: GroupNorm) -> None:
@@ -50,7 +50,7 @@ class FastGroupNorm(nn.Module):
 
 
 def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
-    """The graph with a free batch size; the same bytes for the same weights."""
+    """Export the graph with a dynamic batch size; deterministic."""
     module = Step(copy.deepcopy(model.net).cpu(), model.process.parameterization).eval()
     for part in list(module.modules()):
         for name, child in part.named_children():
@@ -60,7 +60,7 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
     if model.num_classes:
         example["y"] = torch.zeros(2, dtype=torch.int64)
     batch = torch.export.Dim("B")
-    # The exporter reports its progress and its passes in logs and warnings that no reader of ours can act on.
+    # Silence the exporter's progress messages and warnings, on which users cannot act.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -78,14 +78,14 @@ def to_onnx(model: Model, opset: int) -> onnx.ModelProto:
         )
     assert program is not None
     graph = program.model_proto
-    # The exporter always writes the same one, which shuts out older runtimes that know the operators.
+    # The exporter's fixed IR version would exclude older runtimes that support all operators.
     graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)
-    _forget_origin(graph)
+    _strip_origin(graph)
     return graph
 
 
-def _forget_origin(graph: onnx.ModelProto) -> None:
-    """Drop what the exporter notes of source files and stack traces: it differs between folders."""
+def _strip_origin(graph: onnx.ModelProto) -> None:
+    """Remove the exporter's source locations and stack traces, which differ between machines."""
     graph.producer_version = ""
     for part in [graph.graph, *graph.functions]:
         for node in part.node:

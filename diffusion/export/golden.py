@@ -1,6 +1,6 @@
-"""The golden test that an ONNX file carries: inputs that anyone can make, and what has to come out.
+"""The golden test embedded in an ONNX file: reproducible inputs and the expected output.
 
-Nothing but numpy and ONNX Runtime is needed for it; deploy/ONNX.md says in words what stands here.
+It only needs NumPy and ONNX Runtime; deploy/ONNX.md describes it in words.
 """
 
 import hashlib
@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 
 SEED, BATCH = 0, 2
 LISTED = 256
-"""So many values of the output are in the file, beside the digest of all: rounding differs between machines."""
+"""Number of output values in the file, besides the digest of all, since rounding differs between machines."""
 TOLERANCES = {"images": 1.0, "eps_hat": 1e-3}
-"""How far a listed value may be off; grey levels of 255, or standard deviations of the noise."""
+"""Tolerance of a listed value: in grey levels (of 255), or in standard deviations of the noise."""
 SHARE = 0.99
-"""So many of the listed values have to be within the tolerance."""
+"""Fraction of the listed values that must be within the tolerance."""
 
 
 class Outcome(NamedTuple):
-    """What came of a golden test."""
+    """Result of a golden test."""
 
     exact: bool
-    """Whether every bit of the output is as it was where the file was made."""
+    """Whether the output is bit-identical to the one on the exporting machine."""
     largest: float
-    """Largest difference in the listed values."""
+    """Largest difference among the listed values."""
 
 
 def normal(seed: int, number: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal noise from numpy's Philox with the key (seed, number)."""
+    """Standard normal noise from NumPy's Philox with the key (seed, number)."""
     key = np.array([seed, number], np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
 
 
 def inputs(names: Iterable[str], facts: Mapping[str, str], seed: int, batch: int) -> dict[str, NDArray[Any]]:
-    """What a graph with inputs of these names is given."""
+    """Inputs for a graph, by name."""
     shape = (batch, *(int(facts[f"ddpm.{side}"]) for side in ("channels", "height", "width")))
     made: dict[str, Callable[[], NDArray[Any]]] = {
         "x_t": lambda: normal(seed, 0, shape),
@@ -56,8 +56,8 @@ def names(session: ort.InferenceSession) -> list[str]:
     return [value.name for value in session.get_inputs()]
 
 
-def made(session: ort.InferenceSession, facts: Mapping[str, str]) -> str:
-    """The test as text for `ddpm.golden`, from what the graph gives here."""
+def record(session: ort.InferenceSession, facts: Mapping[str, str]) -> str:
+    """Run the graph on this machine and return the test as JSON for `ddpm.golden`."""
     name = session.get_outputs()[0].name
     output = session.run([name], inputs(names(session), facts, SEED, BATCH))[0]
     return json.dumps(
@@ -75,7 +75,7 @@ def made(session: ort.InferenceSession, facts: Mapping[str, str]) -> str:
 
 
 def check(session: ort.InferenceSession, facts: Mapping[str, str]) -> Outcome:
-    """Run the golden test of a file; raises ValueError, in one line, if it carries none or does not pass."""
+    """Run the golden test of a file; raises ValueError, in one line, if it has none or fails."""
     try:
         test = json.loads(facts["ddpm.golden"])
         alpha_bar, digest = np.array(json.loads(facts["ddpm.alpha_bar"]), "<f8"), facts["ddpm.alpha_bar_sha256"]
@@ -83,25 +83,25 @@ def check(session: ort.InferenceSession, facts: Mapping[str, str]) -> Outcome:
         output = session.run([test["output"]], given)[0]
         found, expected = output.reshape(-1)[:: test["every"]].astype(np.float64), np.array(test["values"])
         tolerance, share, sha256 = float(test["tolerance"]), float(test["share"]), test["sha256"]
-    except Exception as error:  # whatever else may be in such a file; ONNX Runtime's errors have nothing in common
+    except Exception as error:  # the file may contain anything, and ONNX Runtime's errors have no common base class
         raise ValueError(
-            f"carries no golden test that can be run ({brief(error)}): it was changed, or not exported by this library"
+            f"has no golden test that can be run ({brief(error)}): modified, or not exported by this library"
         ) from None
     if _digest(alpha_bar) != digest:
-        raise ValueError("ddpm.alpha_bar is not what ddpm.alpha_bar_sha256 says: the file was changed")
+        raise ValueError("ddpm.alpha_bar does not match ddpm.alpha_bar_sha256: the file was modified")
     if found.shape != expected.shape:
-        raise ValueError(f"{test['output']} has {found.size} listed values, not {expected.size}: the file was changed")
+        raise ValueError(f"{test['output']} has {found.size} listed values, not {expected.size}: the file was modified")
     off = np.abs(found - expected)
     if not (off <= tolerance).mean() >= share:
         raise ValueError(
-            f"golden test failed: {test['output']} is off by up to {off.max():.3g} (allowed: {tolerance:g} in all but "
-            f"{1 - share:.0%} of the values); the file is damaged, or ONNX Runtime computes wrongly"
+            f"golden test failed: {test['output']} differs by up to {off.max():.3g} (allowed: {tolerance:g} in all but "
+            f"{1 - share:.0%} of the values); the file is damaged, or ONNX Runtime computes wrong results"
         )
     return Outcome(_digest(output) == sha256, float(off.max()))
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error, or its kind if it says nothing."""
+    """First line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""What a consumer of an ONNX file must know, written into it; deploy/ONNX.md explains each key."""
+"""Metadata for consumers of the ONNX files; deploy/ONNX.md documents each key."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import DdimOptions
 
 VERSION = 2
-"""Of the keys: another one when a key changes its meaning or goes."""
+"""Version of the keys, incremented when one changes its meaning or is removed."""
 
 
 def of_model(
     model: Model, variance: str, weights_sha256: str, data_sha256: str, scores: dict[str, Any]
 ) -> dict[str, str]:
-    """The keys of both graphs: how the model was made, what its values mean, what it scored."""
+    """Keys of both graphs: the model's origin, the meaning of its values, and its scores."""
     process = model.config.process
     alpha_bar = model.process.schedule.alpha_bar.numpy().astype("<f8")
     channels, height, width = model.shape
@@ -44,7 +44,7 @@ def of_model(
 
 
 def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]:
-    """The further keys of sampler.onnx."""
+    """Additional keys of sampler.onnx."""
     stochastic = "steps_noise" in {value.name for value in graph.graph.input}
     facts: dict[str, Any] = {
         "sampler": options.sampler.kind,
@@ -61,7 +61,7 @@ def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]
 
 
 def describe(graph: onnx.ModelProto, facts: dict[str, str]) -> None:
-    """Put facts into the file's `metadata_props`, in place of what is there."""
+    """Replace the graph's `metadata_props` by `facts`."""
     del graph.metadata_props[:]
     onnx.helper.set_model_props(graph, facts)
 

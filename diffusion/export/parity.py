@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime computes what torch computes."""
+"""Checks that ONNX Runtime and PyTorch agree."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,20 +21,20 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample
 
 BATCH_SIZES = (1, 7, 64)
-SMALL = 4
-"""Blocks of pairs that are run in every batch size; the rest in whole blocks."""
-PICTURES = 64
-ALONE = 8
-"""Batches of each size at most."""
-OFF_BY_ONE = 1e-3
-"""Share of the pictures' values that may differ, by one grey level of 255."""
+ALL_SIZES_BLOCKS = 4
+"""Number of blocks of pairs to run in every batch size; the other blocks are run whole."""
+IMAGES = 64
+MAX_BATCHES = 8
+"""Maximum number of batches of each size."""
+MAX_OFF_BY_ONE = 1e-3
+"""Maximum fraction of pixel values that may differ, by one grey level (of 255)."""
 
 
 def session(content: bytes, device: torch.device, required: bool = True) -> ort.InferenceSession:
-    """An ONNX Runtime session for a model's bytes, on `device` if that is the CPU or a GPU with CUDA.
+    """Create an ONNX Runtime session for a model's bytes, on `device` if it is the CPU or a CUDA GPU.
 
-    If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU where the GPU is not `required`. Of
-    other devices than these it uses none: it falls back to the CPU.
+    If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU if the GPU is not `required`. For
+    other devices it falls back to the CPU.
     """
     made = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
     if device.type != "cpu" and made.get_providers()[0] != runtime.CUDA:
@@ -47,11 +47,11 @@ def session(content: bytes, device: torch.device, required: bool = True) -> ort.
 def check_denoiser(
     denoiser: ort.InferenceSession, model: Model, pairs: Pairs, tolerance: float
 ) -> dict[str, float | int | list[float | None]]:
-    """Run all pairs of a held-out split through both; torch computes on the CPU, where `model` is.
+    """Run all pairs of a held-out split through ONNX Runtime and PyTorch; `model` must be on the CPU.
 
-    Gives the differences of eps_hat, by tenths of [0, T) as well (None where there are no pairs), and the held-out MSE
-    that ONNX Runtime comes to. Raises UserError if a value of eps_hat differs by more than `tolerance`, x_0_hat does
-    not go with it, or the MSE differs by that share of it.
+    Returns the differences of eps_hat, overall and by band of t (None where there are no pairs), and ONNX Runtime's
+    held-out MSE. Raises UserError if a value of eps_hat differs by more than `tolerance`, if x_0_hat and eps_hat are
+    inconsistent with x_t by more than that, or if the relative difference of the MSE exceeds it.
     """
     T = model.process.schedule.num_timesteps
     by_band, total, values, count = np.full(BANDS, np.nan), 0.0, 0, 0
@@ -59,7 +59,7 @@ def check_denoiser(
     with Progress("export", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
         for number, prediction in enumerate(predictions(model, pairs, torch.device("cpu"))):
             length = len(prediction.t)
-            for size in BATCH_SIZES if number < SMALL else BATCH_SIZES[-1:]:
+            for size in BATCH_SIZES if number < ALL_SIZES_BLOCKS else BATCH_SIZES[-1:]:
                 eps_hat, x_0_hat = _in_batches(denoiser, prediction, size)
                 difference = np.abs(eps_hat - prediction.eps_hat)
                 np.fmax.at(by_band, band_of(prediction.t, T), difference.max(axis=(1, 2, 3)))
@@ -77,12 +77,12 @@ def check_denoiser(
     if not largest <= tolerance:
         band, edges = int(np.nanargmax(by_band)), band_edges(T)
         where = f"at t from {edges[band]} to {edges[band + 1] - 1}"
-        problem = f"ONNX Runtime differs from torch by up to {largest:.2e} {where}, more than"
+        problem = f"ONNX Runtime differs from PyTorch by up to {largest:.2e} {where}, more than"
     elif not apart <= tolerance:
-        problem = f"x_0_hat and eps_hat are not parts of x_t, by up to {apart:.2e}, more than"
+        problem = f"x_0_hat and eps_hat do not add up to x_t, by up to {apart:.2e}, more than"
     elif not abs(mse["onnx"] - mse["torch"]) <= tolerance * mse["torch"]:
-        both = f"{mse['onnx']:.6f} in ONNX Runtime and {mse['torch']:.6f} in torch"
-        problem = f"the held-out MSE is {both}, more apart than"
+        both = f"{mse['onnx']:.6f} in ONNX Runtime and {mse['torch']:.6f} in PyTorch"
+        problem = f"the held-out MSE is {both}, a relative difference above"
     if problem:
         raise UserError(f"denoiser.onnx: {problem} {allowed}; no model was written")
     return {
@@ -95,7 +95,7 @@ def check_denoiser(
 
 
 def _in_batches(denoiser: ort.InferenceSession, given: Prediction, size: int) -> Iterator[NDArray[np.float64]]:
-    """eps_hat and x_0_hat of a prediction's pairs, each (n, C, H, W)."""
+    """Compute eps_hat and x_0_hat of a prediction's pairs, each (n, C, H, W), in batches of a given size."""
     starts, inputs = range(0, len(given.t), size), golden.names(denoiser)
     feeds = ({name: getattr(given, name)[start : start + size] for name in inputs} for start in starts)
     parts = [denoiser.run(["eps_hat", "x_0_hat"], feed) for feed in feeds]
@@ -103,38 +103,38 @@ def _in_batches(denoiser: ort.InferenceSession, given: Prediction, size: int) ->
 
 
 def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOptions) -> dict[str, float | int]:
-    """Make pictures with both from the same noise, in ONNX Runtime in batches of several sizes.
+    """Sample images in ONNX Runtime and PyTorch from the same noise, with several batch sizes in ONNX Runtime.
 
-    Of a network of classes they are of all classes and of none, with and without guidance. Raises UserError if more
-    than OFF_BY_ONE of their values differ, or one by more than a grey level.
+    Class-conditional networks are checked for all classes and none, with and without guidance. Raises UserError if more
+    than the fraction MAX_OFF_BY_ONE of the values differ, or one by more than a grey level.
     """
     facts = sampler.get_modelmeta().custom_metadata_map
-    given = golden.inputs(golden.names(sampler), facts, golden.SEED, PICTURES)
+    given = golden.inputs(golden.names(sampler), facts, golden.SEED, IMAGES)
     differing, values, largest = 0, 0, 0
     for guidance in (options.guidance, 2.0 if options.guidance == 1 else 1.0) if "y" in given else (1.0,):
         if "y" in given:
-            given["y"] = np.arange(PICTURES) % (model.num_classes + 1) - 1
+            given["y"] = np.arange(IMAGES) % (model.num_classes + 1) - 1
             given["guidance"] = np.array([guidance], np.float32)
         expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
         for size in BATCH_SIZES:
-            count = min(PICTURES, ALONE * size)
+            count = min(IMAGES, MAX_BATCHES * size)
             made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
             images = np.concatenate(made).astype(int)
             off = np.abs(images - expected[: len(images)])
             differing, values = differing + int((off > 0).sum()), values + off.size
             largest = max(largest, int(off.max()))
     share = differing / values
-    if largest > 1 or share > OFF_BY_ONE:
+    if largest > 1 or share > MAX_OFF_BY_ONE:
         raise UserError(
-            f"sampler.onnx: of its pictures' values {share:.2%} differ from torch's, by up to {largest} grey "
-            f"levels ({OFF_BY_ONE:.1%} and 1 are allowed); no model was written: choose another export.sampler, or "
-            "fewer export.steps"
+            f"sampler.onnx: {share:.2%} of its pixel values differ from PyTorch's, by up to {largest} grey levels "
+            f"(allowed: {MAX_OFF_BY_ONE:.1%} and 1); no model was written: choose another export.sampler or fewer "
+            "export.steps"
         )
-    return {"images": PICTURES, "values_off_by_one": share}
+    return {"images": IMAGES, "values_off_by_one": share}
 
 
 def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """The pictures of the same inputs, uint8 (B, H, W, C)."""
+    """PyTorch's images for the same inputs, uint8 (B, H, W, C)."""
 
     def noise(place: int) -> torch.Tensor:
         return torch.from_numpy(given["noise"] if place == 0 else given["steps_noise"][place - 1])
@@ -145,7 +145,7 @@ def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[A
 
 
 def _part(given: dict[str, NDArray[Any]], start: int, end: int) -> dict[str, NDArray[Any]]:
-    """The inputs of some of the pictures."""
+    """The inputs of images `start` to `end`."""
     part = {name: array[start:end] for name, array in given.items() if name in ("noise", "y")}
     part |= {name: given[name] for name in ("steps", "guidance") if name in given}
     return part | ({"steps_noise": given["steps_noise"][:, start:end]} if "steps_noise" in given else {})

@@ -1,4 +1,4 @@
-"""Which values an ONNX graph's inputs may have, and the nodes that end a run with an error for any other."""
+"""Allowed ranges of an ONNX graph's inputs, and nodes that make runs fail outside of them."""
 
 from collections.abc import Iterable
 
@@ -7,28 +7,28 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 
 from diffusion.export.runtime import MAX_FREE_STEPS
 
-LARGEST = 1000
-"""Of noise, noisy images and guidance, in absolute value: what is beyond it was meant for something else."""
+MAX_MAGNITUDE = 1000
+"""Maximum magnitude of noise, noisy images and guidance; larger values are certainly mistakes."""
 
 
 def of_inputs(names: Iterable[str], num_timesteps: int, num_classes: int) -> dict[str, list[int]]:
-    """The least and the largest value of each of a graph's inputs."""
+    """Minimum and maximum of each of a graph's inputs."""
     known = {
         "steps": [0, min(MAX_FREE_STEPS, num_timesteps)],
-        "x_t": [-LARGEST, LARGEST],
+        "x_t": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
         "t": [0, num_timesteps - 1],
-        "noise": [-LARGEST, LARGEST],
-        "steps_noise": [-LARGEST, LARGEST],
+        "noise": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
+        "steps_noise": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
         "y": [-1, num_classes - 1],
-        "guidance": [-LARGEST, LARGEST],
+        "guidance": [-MAX_MAGNITUDE, MAX_MAGNITUDE],
     }
     return {name: known[name] for name in names if name in known}
 
 
 def require_inputs(graph: GraphProto, allowed: dict[str, list[int]]) -> None:
-    """Have runs of a graph fail unless its inputs are within the ranges of `of_inputs`; NaN is in none.
+    """Make runs of a graph fail unless its inputs are within the ranges of `of_inputs`; NaN is never allowed.
 
-    The number of steps is left out: sampler_graph.py checks it, since that of the export may be beyond the range.
+    The number of steps is checked in sampler_graph.py instead, since the exported number may be outside the range.
     """
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     for name, (low, high) in allowed.items():
@@ -38,11 +38,11 @@ def require_inputs(graph: GraphProto, allowed: dict[str, list[int]]) -> None:
 
 
 def require(graph: GraphProto, name: str, low: np.generic, high: np.generic, message: str) -> None:
-    """Have runs of a graph fail with `message` unless all values of the tensor `name` are from `low` to `high`.
+    """Make runs of a graph fail with `message` unless all values of the tensor `name` are in [`low`, `high`].
 
-    ONNX has no operator that raises an error. A Slice with a step of zero is one to ONNX Runtime wherever it runs: the
-    step is read and refused on the CPU, also where the tensor is on a GPU, and without an exception, which the builds
-    for browsers could not catch. (An index out of range is an error on CPUs alone.) Its message has the node's name.
+    ONNX has no assertion operator. But ONNX Runtime rejects a Slice with a step of zero on all devices: the step is
+    validated on the CPU even if the tensor is on a GPU, and without a C++ exception, which browser builds could not
+    catch. (An index out of range is only an error on CPUs.) The error message contains the node's name.
     """
     checked = f"{name}.checked"
     rename(graph, name, checked)
@@ -76,7 +76,7 @@ def require(graph: GraphProto, name: str, low: np.generic, high: np.generic, mes
 
 
 def rename(graph: GraphProto, old: str, new: str) -> None:
-    """Rename a tensor where nodes read it, in the bodies of loops too."""
+    """Rename a tensor in all nodes that read it, including those in loop bodies."""
     for node in graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
         for attribute in node.attribute:

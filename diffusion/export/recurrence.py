@@ -1,7 +1,7 @@
-"""A sampler as a linear recurrence: all that a graph needs of it.
+"""A sampler as a linear recurrence, the form in which it is exported.
 
-Between two looks of the network a sampler only mixes images, by numbers that depend on the step alone. So its own
-`step` is asked, once for each step, with coordinates in place of images; what it answers is the mixture.
+Between network evaluations, a sampler only computes linear combinations of images, whose coefficients depend on the
+step alone. They are found by calling the sampler's own `step` with unit vectors in place of images.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,21 +18,21 @@ from diffusion.process.parameterization import X0
 from diffusion.process.variance import Variance
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.sampler import Before
+from diffusion.sampling.sampler import Previous
 
 STATE = INPUT, X_T, LAST = range(3)
-"""The images that go from look to look: what the network is shown next, the step's x_t, and the last x_0_hat."""
+"""The images carried between evaluations: the next network input, the step's x_t, and the last x_0_hat."""
 SOURCES = OF_X_T, OF_LAST, OF_X_0_HAT, OF_Z = range(4)
-"""What they are mixed of: two of them, what the network says now, and the step's noise."""
-LOOKS = 2
-"""A step looks at the network so often at most (Heun)."""
+"""The images they are combined from: two of the state, the current network output, and the step's noise."""
+MAX_EVALUATIONS = 2
+"""Maximum number of network evaluations per step (Heun)."""
 
 
 class Recurrence(NamedTuple):
-    """One row for each look of the network.
+    """One row for each network evaluation.
 
-    t: the timestep of the look, int64 (N,).
-    mixture: the next state from the sources, float64 (N, 3, 4).
+    t: the timestep of the evaluation, int64 (N,).
+    mixture: the coefficients of the next state in terms of the sources, float64 (N, 3, 4).
     """
 
     t: NDArray[np.int64]
@@ -45,39 +45,40 @@ class Recurrence(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
+        """Concatenate the rows of several recurrences."""
         return cls(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def recurrence(
     options: SampleOptions, process: Process, variance_of: Callable[[str], Variance], timesteps: list[int]
 ) -> Recurrence:
-    """The sampler of `options` along descending `timesteps`; thresholds and guidance are the network's affair.
+    """The recurrence of the sampler in `options` along descending `timesteps`, without thresholding and guidance.
 
-    The learned variance is no number, and not for this.
+    Those are applied to the network output. The learned variance is not supported, since it is not a constant.
     """
     seen = list[tuple[Tensor, Tensor]]()
 
-    def look(x: Tensor, t: Tensor) -> Tensor:
+    def evaluation(x: Tensor, t: Tensor) -> Tensor:
         seen.append((x, t))
         return _unit(2 + len(seen))
 
-    # x_t, the x_0_hat of the step before and z have the first three coordinates, what the looks say has the next.
+    # x_t, the x_0_hat of the previous step and z are the first three coordinates; the network outputs are the next.
     x_t, last, z = (_unit(coordinate) for coordinate in range(3))
     plain = options.model_copy(update={"threshold": "none"})
-    sampler = sampling.sampler(plain, replace(process, parameterization=X0(process.schedule)), look, variance_of)
-    times, mixtures, before = list[int](), list[NDArray[np.float64]](), None
+    sampler = sampling.sampler(plain, replace(process, parameterization=X0(process.schedule)), evaluation, variance_of)
+    times, mixtures, previous = list[int](), list[NDArray[np.float64]](), None
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         seen.clear()
         at, to = torch.tensor([t]), torch.tensor([s])
-        x_s, _ = sampler.step(x_t, at, to, lambda: z, before)
-        before = Before(at, last)
+        x_s, _ = sampler.step(x_t, at, to, lambda: z, previous)
+        previous = Previous(at, last)
         shown = [image for image, _ in seen[1:]]
         for number, image in enumerate([*shown, x_s]):
             coordinates = image.flatten().numpy()
             mixture = np.zeros((len(STATE), len(SOURCES)))
             kept = [0, 2 + number if number else 1, 3 + number, 2]  # in the order of SOURCES
             mixture[INPUT] = coordinates[kept]
-            assert np.count_nonzero(coordinates) == np.count_nonzero(mixture[INPUT]), "mixed of what is not kept"
+            assert np.count_nonzero(coordinates) == np.count_nonzero(mixture[INPUT]), "depends on other images"
             if number == len(shown):
                 mixture[X_T] = mixture[INPUT]
             else:
@@ -89,5 +90,5 @@ def recurrence(
 
 
 def _unit(coordinate: int) -> Tensor:
-    """An image that is a coordinate, float64 (1, 5, 1, 1)."""
-    return torch.eye(3 + LOOKS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)
+    """A unit vector as an image, float64 (1, 5, 1, 1)."""
+    return torch.eye(3 + MAX_EVALUATIONS, dtype=torch.float64)[coordinate].view(1, -1, 1, 1)

@@ -1,7 +1,7 @@
-"""Noise in, pictures out: a sampler's whole loop around the network, as one ONNX graph.
+"""The complete sampling loop, from noise to images, as one ONNX graph.
 
-The loop's body holds the weights as its own initializers: from outside of it ONNX Runtime would not arrange them
-beforehand for its matrix products, and each look of the network would take nearly twice as long.
+The weights are initializers of the loop's body: ONNX Runtime does not pre-pack initializers of an outer graph, and each
+network evaluation would take nearly twice as long.
 """
 
 from math import ceil
@@ -62,7 +62,7 @@ body (int64 look, bool goes_on, float[3,B,{C},{H},{W}] now) => (bool goes_on_sti
 """
 PLAIN = ("x_shown = Identity (x) t = Expand (t_row, count)", "free = Identity (said)")
 GUIDED = (
-    # With a guidance of 1 nothing is looked at twice: then the last `count` answers are the first.
+    # With guidance 1 the network only runs on the conditional inputs: then the last `count` outputs are the first.
     """
     unguided = Equal (guidance, PLUS_ONE)
     again = Where (unguided, ZERO, count)
@@ -107,13 +107,13 @@ STOCHASTIC = """
 
 
 def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> ModelProto:
-    """The graph from `noise` float32 (B, C, H, W) to `images` uint8 (B, H, W, C) and `x_0` float32 (B, C, H, W).
+    """Build the graph from `noise` float32 (B, C, H, W) to `images` uint8 (B, H, W, C) and `x_0` float32 (B, C, H, W).
 
-    denoiser: of the same model, as denoiser.py makes it.
+    denoiser: the model's graph from denoiser.py.
 
-    A deterministic sampler has an input `steps` int64 (1,), a number up to MAX_FREE_STEPS or that of `options`, or 0
-    for it. A stochastic one takes as many steps as `steps_noise` float32 (S, B, C, H, W) has noise for. For a network
-    of classes there are `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
+    Deterministic samplers have an input `steps` int64 (1,): a number up to MAX_FREE_STEPS or the one of `options`,
+    where 0 means the latter. Stochastic ones take their number of steps from `steps_noise` float32 (S, B, C, H, W).
+    Class-conditional networks have the inputs `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
     """
     table, begins, lengths = tables(model, options)
     guided, (C, H, W) = model.num_classes > 0, model.shape
@@ -125,7 +125,7 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
     before, after = GUIDED if guided else PLAIN
     parts = {"before": before, "after": after, "threshold": THRESHOLDS[options.threshold]} | sides
     body = parser.parse_graph(BODY.format(noise=STOCHASTIC if table.stochastic else DETERMINISTIC, **parts))
-    put_network(body, denoiser, guided)
+    inline_network(body, denoiser, guided)
     count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
     outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
     loop = next(node for node in outer.node if node.op_type == "Loop")
@@ -143,7 +143,7 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
 
 
 def _constants(table: Recurrence, begins: np.ndarray, lengths: np.ndarray, values: int) -> dict[str, Any]:
-    """What the graphs read by name, for images of so many values."""
+    """Constants of the graphs, by name; `values` is the number of values per image."""
     sources = 4 if table.stochastic else 3
     return {
         "BEGINS": begins,
@@ -168,9 +168,9 @@ def _constants(table: Recurrence, begins: np.ndarray, lengths: np.ndarray, value
 
 
 def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray, np.ndarray]:
-    """The rows for every number of steps that can be asked for; and by that number, where its rows begin, how many.
+    """The rows for all allowed numbers of steps, and by number of steps the index of its first row and their number.
 
-    0 stands for that of `options`. Numbers that cannot be asked for, and the last entry, have no rows.
+    Entry 0 stands for the number of steps in `options`. Disallowed numbers and the last entry have no rows.
     """
     schedule = model.process.schedule
     numbers = sorted({*range(1, min(MAX_FREE_STEPS, schedule.num_timesteps) + 1), options.steps})
@@ -179,7 +179,7 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
         timesteps = sampling.sampling_timesteps(options.model_copy(update={"steps": number}), schedule)
         parts.append(recurrence(options, model.process, model.variance, timesteps))
     joined = Recurrence.joined(parts)
-    size = numbers[-1] + 2  # the graph takes the last one for any number below 0 or above the others
+    size = numbers[-1] + 2  # the graph uses the last entry for all numbers out of range
     begins, lengths = np.zeros(size, np.int64), np.zeros(size, np.int64)
     lengths[numbers] = [len(part.t) for part in parts]
     begins[numbers] = np.cumsum([0, *lengths[numbers[:-1]]])
@@ -187,8 +187,8 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
     return joined, begins, lengths
 
 
-def put_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
-    """Replace the node Network of the body by the nodes that give `x_0_hat` in the denoiser, with their weights."""
+def inline_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
+    """Replace the body's node Network by the denoiser's nodes that compute `x_0_hat`, with their weights."""
     wires = {"x_t": "x_shown", "t": "t", "y": "y_shown", "x_0_hat": "said", "": ""}
     given = ["x_t", "t", *(["y"] if guided else [])]
     network = Extractor(denoiser).extract_model(given, ["x_0_hat"]).graph

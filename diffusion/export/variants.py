@@ -1,6 +1,6 @@
-"""The denoiser in fewer bits: float16, or int8 for convolutions and matrix products, those of attention too.
+"""Variants of the denoiser in reduced precision: float16, or int8 for convolutions and matrix products.
 
-The sampler around a variant is built as around the denoiser itself, and stays in float32.
+The sampler around a variant is built like the one around the denoiser itself, and stays in float32.
 """
 
 import copy
@@ -31,21 +31,21 @@ from diffusion.storage.files import writing
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 32, 16
-"""The activations of so many batches of pairs are held against each other; those of one are in memory at once."""
+"""Number and size of the calibration batches; the activations of one batch are in memory at a time."""
 PERCENTILE = 99.999
-"""Activations between these percentiles are told apart; what is outside counts as the nearest of them."""
+"""Activations are clipped at this percentile and its counterpart at the lower end."""
 
 
 class Score(NamedTuple):
-    """How a variant does on held-out pairs."""
+    """A variant's score on held-out pairs."""
 
     mse: float
     loss: float
-    """By what share of the denoiser's own MSE it is worse."""
+    """Relative increase of the MSE over that of the float32 denoiser."""
 
 
 class Half(nn.Module):
-    """A network in float16 between float32 images; so are the sines of t, of which float16 would leave nothing."""
+    """A network in float16 with float32 inputs and outputs; the sinusoidal features of t are computed in float32."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -59,17 +59,17 @@ class Half(nn.Module):
 
 
 def build(name: str, model: Model, denoiser: ModelProto, opset: int, pairs: Pairs) -> ModelProto:
-    """The variant of that name (`export.variants`) of a model's `denoiser`; int8 is calibrated on `pairs`, of val."""
+    """Build a variant of a model's `denoiser`, by its name in `export.variants`; int8 is calibrated on val `pairs`."""
     if name == "fp16":
         return to_onnx(replace(model, net=Half(model.net)), opset)
     return int8(denoiser, pairs)
 
 
 def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
-    """Convolutions and matrix products in 8 bits (Jacob et al. 2018), statically: ranges are those seen on val pairs.
+    """Static quantization of convolutions and matrix products to 8 bits (Jacob et al. 2018), calibrated on val pairs.
 
-    What sees x_t itself or features that nothing has normalized, with a few values far off, stays in float32: the first
-    convolution, and those of single pixels, in shortcuts and around attention, which take little time.
+    Layers whose input is x_t or features without normalization, which have outliers, stay in float32: the first
+    convolution, and the 1x1 convolutions of shortcuts and attention, which take little time.
     """
     from onnxruntime import quantization
 
@@ -78,7 +78,7 @@ def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
     exact = [stem.name, *(node.name for node in others if max(kernels[node.input[1]]) == 1)]
     with writing(Path(gettempdir())), TemporaryDirectory() as temporary, _quiet():
         whole, file = Path(temporary) / "denoiser.onnx", Path(temporary) / "int8.onnx"
-        onnx.save_model(denoiser, whole)  # a graph in memory would be changed
+        onnx.save_model(denoiser, whole)  # quantize_static would modify a graph in memory
         quantization.quantize_static(
             whole,
             file,
@@ -92,14 +92,16 @@ def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
             extra_options={
                 "CalibPercentile": PERCENTILE,
                 "CalibTensorRangeSymmetric": False,
-                "CalibStridedMinMax": 1,  # a batch at a time
+                "CalibStridedMinMax": 1,  # one batch at a time
             },
         )
         return onnx.load(file)
 
 
 def check(name: str, session: ort.InferenceSession, pairs: Pairs, mse: float, max_loss: float) -> Score:
-    """A variant's MSE on all held-out pairs; raises UserError if it is worse than `mse` by more than that share."""
+    """Score a variant on all held-out pairs; raises UserError if its MSE exceeds `mse` by more than the fraction
+    `max_loss`.
+    """
     inputs, total, count = golden.names(session), 0.0, 0
     for feed, eps in _batches(pairs, inputs):
         total += float(np.square(session.run(["eps_hat"], feed)[0] - eps, dtype=np.float64).sum())
@@ -107,8 +109,9 @@ def check(name: str, session: ort.InferenceSession, pairs: Pairs, mse: float, ma
     score = Score(total / count, total / count / mse - 1)
     if not score.loss <= max_loss:
         raise UserError(
-            f"export.variants: {name} has a held-out MSE of {score.mse:.6f} instead of {mse:.6f}, {score.loss:.2%} "
-            f"more, and export.max_loss is {max_loss:.2%}; leave {name} out or allow more; no model was written"
+            f"export.variants: {name} has a held-out MSE of {score.mse:.6f} instead of {mse:.6f}, an increase of "
+            f"{score.loss:.2%} (export.max_loss is {max_loss:.2%}); remove {name} or increase export.max_loss; no "
+            "model was written"
         )
     return score
 
@@ -116,7 +119,7 @@ def check(name: str, session: ort.InferenceSession, pairs: Pairs, mse: float, ma
 def _batches(
     pairs: Pairs, inputs: list[str], size: int | None = None
 ) -> Iterator[tuple[dict[str, NDArray[Any]], NDArray[np.float32]]]:
-    """What a denoiser is given, and the noise in it, in batches: of `size`, or a block each."""
+    """A denoiser's inputs and the true noise, in batches of `size`, or of a block each."""
     for draw in range(pairs.manifest.heldout_draws):
         for block in range(pairs.blocks):
             given = {**pairs.heldout(block, draw)._asdict(), "y": pairs.labels(block)}
@@ -126,7 +129,7 @@ def _batches(
 
 
 class _Calibration:
-    """The pairs, as ONNX Runtime's calibration asks for them (CalibrationDataReader)."""
+    """Pairs as a CalibrationDataReader for ONNX Runtime."""
 
     def __init__(self, denoiser: ModelProto, pairs: Pairs) -> None:
         inputs = [value.name for value in denoiser.graph.input]
@@ -146,7 +149,7 @@ class _Calibration:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantization prints its progress, and logs advice that is not ours to take."""
+    """Silence ONNX Runtime's quantization, which prints its progress and logs inapplicable advice."""
     before, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
     try:

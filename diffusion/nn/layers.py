@@ -1,4 +1,4 @@
-"""Building blocks of the networks. Images (B, C, H, W), tokens (B, N, C); `emb` (B, E) is what the network is told."""
+"""Building blocks of the networks. Images (B, C, H, W), tokens (B, N, C); `emb` (B, E) is the conditioning vector."""
 
 import math
 from typing import ClassVar, TypeVar
@@ -13,7 +13,7 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def zero_(layer: Layer) -> Layer:
-    """Start a layer at zero, so that the block around it starts as the identity."""
+    """Zero-initialize a layer, so that the residual block around it starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -21,7 +21,7 @@ def zero_(layer: Layer) -> Layer:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization (Wu & He 2018); then, if given, 1 + `scale` times it plus `shift`, each (B, C)."""
+    """Group normalization (Wu & He 2018), optionally modulated: norm(x) (1 + scale) + shift, with both (B, C)."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         h = super().forward(x)
@@ -35,12 +35,12 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
 
 
 def in_full_precision(layers: nn.Module, x: Tensor) -> Tensor:
-    """`layers` of x in the precision of their weights, also where autocast is on.
+    """Apply `layers` to x in the precision of their weights, even under autocast.
 
-    For a network's last layers: what follows multiplies their output by coefficients up to 1 / sqrt(alpha_bar), and
-    with it the rounding of a narrower type.
+    Used for the output layers: their output, and so its rounding error, is later multiplied by coefficients up to
+    1 / sqrt(alpha_bar).
     """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta tensors
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not support meta tensors
         return layers(x)
     with torch.autocast(x.device.type, enabled=False):
         return layers(x.to(next(layers.parameters()).dtype))
@@ -50,24 +50,24 @@ class NetworkOptions(Choice):
     """The denoising network."""
 
     classes: bool = False
-    """Whether the network is told the class of each image, so that it can be asked for one."""
+    """Condition the network on the class of each image, which allows sampling by class and guidance."""
 
 
 class Network(nn.Module):
-    """What every network is: see `network` in build.py for how it is made and called."""
+    """Base class of all networks; `network` in build.py describes how they are built and called."""
 
     Options: ClassVar[type[NetworkOptions]]
-    """Its options, whose `kind` is its name in the parameters."""
+    """The network's options; the default of `kind` is its name in the parameters."""
 
-    def hidden(self) -> list[nn.Module]:
-        """The blocks between the first layer and the last, which hold nearly all the weights."""
+    def blocks(self) -> list[nn.Module]:
+        """The blocks between the first and last layers, which hold nearly all the weights."""
         raise NotImplementedError
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of t (Vaswani et al. 2017, sec. 3.5), then two layers: int64 (B,) to (B, emb).
+    """Sinusoidal features of t (Vaswani et al. 2017, sec. 3.5) followed by a two-layer MLP: int64 (B,) to (B, emb).
 
-    The frequencies are stored with the weights: imported ones may bring their own.
+    The frequencies are stored with the weights, since imported weights may use different ones.
     """
 
     def __init__(self, channels: int, emb: int) -> None:
@@ -84,7 +84,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A vector for each class and, in the last row, one for none: int64 (B,), negative for none, to (B, emb)."""
+    """A learned vector per class, plus one for no class in the last row: int64 (B,), negative for none, to (B, emb)."""
 
     def __init__(self, num_classes: int, emb: int) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class ClassEmbedding(nn.Module):
 
 
 class Conditions(nn.Module):
-    """All that the network is told, each as one vector: (t int64 (B,), y int64 (B,) or None) to (B, 1 or 2, emb).
+    """The conditioning vectors: (t int64 (B,), y int64 (B,) or None) to (B, 1 or 2, emb).
 
-    The first is the timestep's; the second, if the network knows classes (`num_classes` is not None), the class's.
+    The first embeds the timestep; the second, if `num_classes` is not None, the class.
     """
 
     def __init__(self, channels: int, emb: int, num_classes: int | None) -> None:

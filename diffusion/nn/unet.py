@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020, app. B), optionally on patches."""
+"""The U-Net of DDPM (Ho et al. 2020, app. B), optionally on image patches."""
 
 import math
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ from diffusion.sections import LIST, Channels, Fraction, NonNegative, Positive
 def _attends_at_its_levels(network: "UNetOptions") -> None:
     levels = len(network.channel_multipliers)
     if wrong := [level for level in network.attention_levels if level >= levels]:
-        raise ValueError(f"attention_levels names level {wrong[0]}, but levels go from 0 to {levels - 1}")
+        raise ValueError(f"attention_levels contains {wrong[0]}, but the levels are 0 to {levels - 1}")
 
 
 def _divides_channels_into_heads(network: "UNetOptions") -> None:
@@ -24,57 +24,58 @@ def _divides_channels_into_heads(network: "UNetOptions") -> None:
         attending = {*network.attention_levels, len(widths) - 1}
         for width in (width for level, width in enumerate(widths) if level in attending):
             if width % network.head_channels:
-                raise ValueError(f"head_channels ({network.head_channels}) must divide {width} channels")
+                raise ValueError(f"head_channels ({network.head_channels}) must divide the {width} channels of a level")
 
 
 class UNetOptions(NetworkOptions):
-    """A U-Net (Ho et al. 2020)."""
+    """U-Net (Ho et al. 2020)."""
 
     rules = (_attends_at_its_levels, _divides_channels_into_heads)
 
     kind: Literal["unet"] = "unet"
-    """The kind of network."""
+    """Network architecture."""
     base_channels: Channels = 32
-    """Channels of the first level; a multiple of 8."""
+    """Channels at the first (full-resolution) level; a multiple of 8."""
     channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST] = (1, 2)
-    """Channels of each level, in multiples of base_channels; each level halves the resolution."""
+    """Channels of each level as multiples of base_channels; each level halves the resolution of the one before."""
     blocks_per_level: Positive = 1
-    """Residual blocks at each level on the way down (one more on the way up)."""
+    """Residual blocks per level in the encoder; the decoder has one more."""
     attention_levels: Annotated[tuple[NonNegative, ...], LIST] = (1,)
-    """Levels with self-attention, counted from 0, the finest; the middle always has it."""
+    """Levels with self-attention, counted from 0 (full resolution). The middle block always has it."""
     conditioning: Literal["add", "film"] = "film"
-    """How timestep and class enter: added to the features (add; DDPM), or scaling and shifting them (film; Improved
-    DDPM)."""
+    """How the timestep and class embedding conditions each residual block. add: added to the features (DDPM); film:
+    scale and shift after normalization (Improved DDPM)."""
     head_channels: NonNegative = 0
-    """Channels of each attention head; 0 for a single head."""
+    """Channels per attention head; 0 for a single head."""
     patch_size: Positive = 1
-    """Side of the square patches that the first layer folds into channels; 1 for none. Larger is faster."""
+    """Side of the patches that the first layer rearranges into channels (space-to-depth); 1 for none. Larger is
+    faster and coarser."""
     dropout: Fraction = 0.0
-    """Dropout rate inside the blocks."""
+    """Dropout probability in the residual blocks."""
     convention: Literal["ddpm", "diffusers"] = "ddpm"
-    """Details in which the DDPM authors' code and diffusers' defaults differ (padding when halving the resolution,
-    epsilon and groups of the normalization): matters for exchanging weights alone."""
+    """Padding of downsampling layers, and epsilon and number of groups of GroupNorm, as in the DDPM authors' code or in
+    diffusers' defaults. Only matters for exchanging weights."""
 
 
 def groups(options: UNetOptions) -> int:
-    """Groups of every group normalization: 32 as in DDPM, or as many as leave each four of the base channels.
+    """Number of groups of every GroupNorm: 32 as in DDPM, or fewer so that each has at least four of the base channels.
 
-    diffusers' default is 32 for any number of channels that it divides.
+    diffusers' default is 32 whenever it divides the number of channels.
     """
     base = options.base_channels
     return 32 if options.convention == "diffusers" and base % 32 == 0 else math.gcd(32, base // 4)
 
 
 def group_norm(channels: int, options: UNetOptions) -> GroupNorm:
-    """Group normalization of a network's features, at any of its levels."""
+    """GroupNorm for features with this many channels."""
     return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with the embedding between them, around a shortcut: (B, C_in, H, W) to (B, C_out, H, W).
+    """Residual block of two convolutions conditioned on the embedding: (B, C_in, H, W) to (B, C_out, H, W).
 
     The embedding is added to the features (Ho et al. 2020, app. B) or, with `film`, scales and shifts the normalized
-    ones (Nichol & Dhariwal 2021, app. A).
+    features (Nichol & Dhariwal 2021, app. A).
     """
 
     def __init__(self, channels_in: int, channels_out: int, options: UNetOptions) -> None:
@@ -96,7 +97,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all pixels, around a shortcut; Ho et al. 2020, app. B."""
+    """Residual self-attention over all pixels; Ho et al. 2020, app. B."""
 
     def __init__(self, channels: int, options: UNetOptions) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, with self-attention behind it or not."""
+    """A residual block, optionally followed by self-attention."""
 
     def __init__(self, channels_in: int, channels_out: int, attention: bool, options: UNetOptions) -> None:
         super().__init__()
@@ -124,10 +125,10 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width (both even), by a convolution with stride 2; `emb` is not used.
+    """Halve the height and width (both even) by a stride-2 convolution; `emb` is unused.
 
-    One row and column of zeros are missing for that: the DDPM authors' code (TensorFlow's "SAME") adds them below and
-    on the right, diffusers' default all around, where the last ones go unused.
+    The convolution needs one row and column of padding: the DDPM authors' code (TensorFlow's "SAME") pads at the bottom
+    and right. diffusers' default pads all around, of which only the top and left are used.
     """
 
     def __init__(self, channels: int, convention: str) -> None:
@@ -140,7 +141,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbours, then a convolution; `emb` is not used."""
+    """Double the height and width by nearest-neighbour upsampling and a convolution; `emb` is unused."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -151,10 +152,10 @@ class Upsample(nn.Module):
 
 
 class UNet(Network):
-    """(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
+    """U-Net: (x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
 
-    y is the class, negative or None for none; it counts if `num_classes` is not None. Images whose sides the levels do
-    not divide are padded inside and cropped back.
+    y is the class, negative or None for none; it is ignored if `num_classes` is None. Images whose sides are not
+    divisible by the total downsampling factor are padded internally and the output is cropped.
     """
 
     Options = UNetOptions
@@ -192,7 +193,7 @@ class UNet(Network):
         to_patch = zero_(nn.Conv2d(current, channels_out * patch**2, 3, padding=1))
         self.head = nn.Sequential(group_norm(current, options), nn.SiLU(), to_patch, nn.PixelShuffle(patch))
 
-    def hidden(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.middle, *self.up]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

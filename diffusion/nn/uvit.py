@@ -1,4 +1,4 @@
-"""A transformer with long skips: U-ViT (Bao et al. 2023, "All are Worth Words"), conditioned as there or as in DiT."""
+"""U-ViT, a transformer with long skip connections (Bao et al. 2023, "All are Worth Words"), optionally with adaLN."""
 
 from typing import Literal
 
@@ -17,32 +17,33 @@ def _has_a_middle(network: "UViTOptions") -> None:
 
 def _divides_channels_into_heads(network: "UViTOptions") -> None:
     if network.head_channels and network.base_channels % network.head_channels:
-        raise ValueError(f"head_channels ({network.head_channels}) must divide {network.base_channels} channels")
+        raise ValueError(f"head_channels ({network.head_channels}) must divide base_channels ({network.base_channels})")
 
 
 class UViTOptions(NetworkOptions):
-    """A transformer with long skips, U-ViT (Bao et al. 2023)."""
+    """U-ViT, a transformer with long skip connections (Bao et al. 2023)."""
 
     rules = (_has_a_middle, _divides_channels_into_heads)
 
     kind: Literal["uvit"] = "uvit"
-    """The kind of network."""
+    """Network architecture."""
     base_channels: Channels = 32
-    """Channels of the tokens; a multiple of 8."""
+    """Embedding dimension of the tokens; a multiple of 8."""
     depth: Positive = 13
-    """Number of blocks, odd: as many before the middle one as after it."""
+    """Number of transformer blocks; odd, since skip connections pair the blocks before and after the middle one."""
     conditioning: Literal["token", "adaln"] = "token"
-    """How timestep and class enter: as tokens (token; U-ViT), or scaling, shifting and gating (adaln; DiT)."""
+    """How timestep and class condition the network. token: as extra tokens (U-ViT); adaln: adaLN-Zero, i.e. scale,
+    shift and gate of every block (DiT; Peebles & Xie 2023)."""
     head_channels: NonNegative = 0
-    """Channels of each attention head; 0 for a single head."""
+    """Channels per attention head; 0 for a single head."""
     patch_size: Positive = 1
-    """Side of the square patches of which each is a token. Larger is faster."""
+    """Side of the image patches, each of which becomes a token. Larger is faster and coarser."""
     dropout: Fraction = 0.0
-    """Dropout rate inside the blocks."""
+    """Dropout probability in the transformer blocks."""
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, with a linear layer behind it: (B, N, C) to the same shape."""
+    """Multi-head self-attention over all tokens: (B, N, C) to the same shape."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -55,8 +56,10 @@ class Attention(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + body(norm(x)), or adaptively (adaLN-Zero; Peebles & Xie 2023, sec. 3.2): `emb` shifts and scales what the
-    body sees and gates what it adds, all starting at zero, so that the whole starts as the identity.
+    """x + body(norm(x)), or with adaLN-Zero (Peebles & Xie 2023, sec. 3.2).
+
+    There `emb` shifts and scales the body's input and gates its output; all start at zero, so that the block starts as
+    the identity.
     """
 
     def __init__(self, body: nn.Module, channels: int, adaptive: bool, dropout: float) -> None:
@@ -73,7 +76,7 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron on each token: (B, N, C) to the same shape."""
+    """Transformer block, attention and a two-layer MLP: (B, N, C) to the same shape."""
 
     def __init__(self, options: UViTOptions) -> None:
         super().__init__()
@@ -88,11 +91,12 @@ class Block(nn.Module):
 
 
 class UViT(Network):
-    """(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
+    """U-ViT: (x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None) to the raw output (B, C_out, H, W).
 
-    y is the class, negative or None for none; it counts if `num_classes` is not None. Timestep and class are tokens
-    before those of the patches, or modulate every block (adaLN). Each block before the middle one has a long skip to
-    its mirror image after it. Images whose sides the patches do not divide are padded inside and cropped back.
+    y is the class, negative or None for none; it is ignored if `num_classes` is None. Timestep and class are tokens
+    that precede the patches, or modulate every block (adaLN). A long skip connection links each block before the
+    middle to its counterpart after it. Images whose sides are not divisible by the patch size are padded internally
+    and the output is cropped.
     """
 
     Options = UViTOptions
@@ -119,7 +123,7 @@ class UViT(Network):
         self.head = nn.Sequential(nn.LayerNorm(base), nn.Linear(base, channels_out * patch**2))
         self.final = nn.Sequential(nn.PixelShuffle(patch), zero_(nn.Conv2d(channels_out, channels_out, 3, padding=1)))
 
-    def hidden(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return [*self.first, self.middle, *self.merge, *self.last]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images in memory, for those who train without stored pairs."""
+"""In-memory images, for training without stored pairs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from diffusion.sources.sources import open_source
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one size with their classes."""
+    """Images of one size, with labels."""
 
     pixels: NDArray[np.uint8]
     """(N, C, H, W)"""
     y: NDArray[np.int64]
     """(N,), -1 where there is no label."""
     classes: tuple[str, ...] = ()
-    """Their names, by number."""
+    """Class names, by index."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -36,10 +36,10 @@ class Images:
 
 
 def load_images(path: str | Path, height: int, width: int, channels: int = 3) -> Images:
-    """All images of an .npz file, a folder of idx files or a folder of images, cropped to the aspect ratio and resized.
+    """Load the images of an .npz file, a folder of idx files or a folder of images, center-cropped and resized.
 
     Raises:
-        UserError: there are no images in a known form, or one of them cannot be read; it is named.
+        UserError: no supported images were found, or one cannot be read; the message names it.
     """
     source = open_source(Path(path))
     pixels, y = [], []
@@ -56,7 +56,7 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3) ->
 
 
 class Blocks(BlockedImages):
-    """Images in blocks, each draw with its timesteps and noise, as `pairs.Pairs` has them on disk; not shuffled."""
+    """In-memory counterpart of `pairs.Pairs`; the images are not shuffled."""
 
     def __init__(self, images: Images, seed: int, num_timesteps: int) -> None:
         super().__init__(len(images), images.shape, seed, "train", num_timesteps)

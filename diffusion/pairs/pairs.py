@@ -1,9 +1,9 @@
-"""Pairs (x_0, t, eps) in shuffled blocks: written once, read by block, and as an endless stream of training batches.
+"""Training pairs (x_0, t, eps) in shuffled blocks, and an infinite stream of batches from them.
 
-A pair is a recipe: x_0, a timestep and a noise key give x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, the
-same on any machine, for any batch size and number of processes. Blocks of BLOCK images share a noise stream. Draw d of
-a block is its d-th (t, eps), without end. Training epoch e takes the noise of draw e, and with train.timesteps: stored
-its t as well. data/README.md describes the files.
+A pair is stored as a recipe: x_0, a timestep and a noise key determine x_t = sqrt(alpha_bar_t) x_0 +
+sqrt(1 - alpha_bar_t) eps, on any machine and for any batch size and number of processes. The images of a block share a
+noise stream, whose draw d gives the d-th (t, eps); there is no last one. Training epoch e uses the noise of draw e, and
+with train.timesteps: stored also its t. data/README.md describes the files.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 class Contents(Facts):
-    """What a split holds."""
+    """Contents of a split."""
 
     images: int
     blocks: int
     tars: tuple[Tar, ...]
-    """A sample of these is a block."""
+    """Tar files in which each sample is a block."""
 
 
 class Settings(Facts):
-    """What the pairs are made with, besides the images."""
+    """Everything that determines the pairs, besides the images."""
 
     channels: int
     height: int
@@ -50,12 +50,12 @@ class Settings(Facts):
     schedule: str
     num_timesteps: int
     draws: int
-    """Draws of (t, noise key) stored for train."""
+    """Number of draws of (t, noise key) stored for train."""
     heldout_draws: int
-    """Draws of (t, x_t, eps) stored for val and test."""
+    """Number of draws of (t, x_t, eps) stored for val and test."""
     classes: tuple[str, ...]
     shards_sha256: str
-    """Digest of the shards' manifest."""
+    """SHA-256 of the shards' manifest."""
 
 
 class Manifest(Settings):
@@ -64,7 +64,7 @@ class Manifest(Settings):
     format: Literal[1] = FORMAT
     splits: dict[Split, Contents]
     alpha_bar: tuple[float, ...]
-    """(T,), for those who read the pairs without this code."""
+    """(T,), for reading the pairs without this code."""
 
 
 class HeldOut(NamedTuple):
@@ -79,7 +79,7 @@ class HeldOut(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Training pairs."""
+    """A batch of training pairs."""
 
     x_0: NDArray[np.float32]
     """(B, C, H, W) in [-1, 1]"""
@@ -88,13 +88,13 @@ class Batch(NamedTuple):
     eps: NDArray[np.float32]
     """(B, C, H, W)"""
     y: NDArray[np.int64]
-    """(B,), -1 where there is no label, or where it was dropped"""
+    """(B,), -1 where there is no label or it was dropped"""
     u: NDArray[np.float64]
-    """(B,), uniform on [0, 1): for training at other timesteps than t"""
+    """(B,), uniform on [0, 1); for drawing timesteps other than t"""
 
 
 class LabelledImages(Protocol):
-    """Images with their labels, by index."""
+    """Images with labels, by index."""
 
     def __len__(self) -> int: ...
 
@@ -102,7 +102,7 @@ class LabelledImages(Protocol):
 
 
 class BlockedImages(ABC):
-    """Images in blocks, with the recipes of their pairs; on disk (`Pairs`) or in memory (`memory.Blocks`)."""
+    """Images in blocks with the recipes of their pairs, on disk (`Pairs`) or in memory (`memory.Blocks`)."""
 
     def __init__(self, images: int, shape: tuple[int, int, int], seed: int, split: Split, num_timesteps: int) -> None:
         self.images, self.shape = images, shape
@@ -112,23 +112,23 @@ class BlockedImages(ABC):
 
     @abstractmethod
     def x_0(self, block: int) -> NDArray[np.uint8]:
-        """The images of a block, (n, C, H, W)."""
+        """Images of a block, (n, C, H, W)."""
 
     @abstractmethod
     def labels(self, block: int) -> NDArray[np.int64]:
-        """The labels of a block, (n,); -1 where there is none."""
+        """Labels of a block, (n,); -1 where there is none."""
 
     def cached_recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """`recipe`, once for several threads that want parts of one block; its arrays are not to be changed."""
+        """`recipe` with a cache, shared by threads that read parts of a block; do not modify the arrays."""
         with self._drawing[block % len(self._drawing)]:
             return self._cached(block, draw)
 
     def size(self, block: int) -> int:
-        """Images in a block: BLOCK, or fewer in the last one."""
+        """Number of images in a block: BLOCK, or fewer in the last one."""
         return min(BLOCK, self.images - block * BLOCK)
 
     def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """t (n,) and eps (n, C, H, W) of any draw of a block."""
+        """Compute t (n,) and eps (n, C, H, W) of any draw of a block."""
         n = self.size(block)
         t = timesteps(self.seed, self.split, block, draw, self.num_timesteps)[:n]
         return t, eps_from_key(eps_key(self.seed, self.split, block, draw), self.shape)[:n]
@@ -141,9 +141,9 @@ def write(
     alpha_bar: NDArray[np.float64],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
-    """Write the pairs and manifest into an empty directory.
+    """Write the pairs and their manifest into an empty directory.
 
-    alpha_bar: (T,). `advance` is told of images done.
+    alpha_bar: (T,). `advance` is called with the number of images done.
     """
     shape = (settings.channels, settings.height, settings.width)
     splits = dict[Split, Contents]()
@@ -172,7 +172,7 @@ def write(
 def _images_and_labels(
     source: LabelledImages, indices: NDArray[np.int64], shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A block's images (n, C, H, W) and labels (n,); each image is made small before the next is decoded."""
+    """A block's images (n, C, H, W) and labels (n,); images are resized one by one to save memory."""
     x_0, y = np.empty((len(indices), *shape), np.uint8), np.full(len(indices), -1, np.int64)
     for place, index in enumerate(indices):
         image, label = source[int(index)]
@@ -194,7 +194,7 @@ def _heldout_arrays(
     draws, n = settings.heldout_draws, len(x_0)
     t = np.empty((draws, n), np.int64)
     x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
-    clean = to_x_0(x_0, np.float64)  # float64, as all here up to the last assignment
+    clean = to_x_0(x_0, np.float64)  # float64, like everything up to the final assignment
     for draw in range(draws):
         t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
         eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
@@ -210,9 +210,9 @@ def _npy(value: NDArray[np.generic]) -> bytes:
 
 
 class Pairs(BlockedImages):
-    """One split of data/pairs, read at random through memory maps.
+    """One split of data/pairs, with random access through memory maps.
 
-    Raises UserError if the directory is missing, damaged or written by another version.
+    Raises UserError if the directory is missing, corrupt or from another version.
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
@@ -230,7 +230,7 @@ class Pairs(BlockedImages):
 
     @property
     def digest(self) -> str:
-        """Of the split's files: what was scored on it."""
+        """Digest of the split's files, which identifies what was evaluated."""
         return hashlib.sha256(self.manifest.splits[self.split].model_dump_json().encode()).hexdigest()
 
     def check_process(self, alpha_bar: NDArray[np.float64], shape: tuple[int, int, int] | None = None) -> None:
@@ -238,8 +238,8 @@ class Pairs(BlockedImages):
         made = self.manifest
         if not np.array_equal(made.alpha_bar, alpha_bar) or self.shape != (shape or self.shape):
             raise UserError(
-                f"the pairs are made for another noise schedule ({made.schedule}, {made.num_timesteps} timesteps) or "
-                f"other images {self.shape} than the model; make them and the model anew"
+                f"the pairs (schedule {made.schedule}, {made.num_timesteps} timesteps, images {self.shape}) do not "
+                "match the model's noise schedule or image shape; run `ddpm pairs` and `ddpm train` again"
             )
 
     def x_0(self, block: int) -> NDArray[np.uint8]:
@@ -249,7 +249,7 @@ class Pairs(BlockedImages):
         return self._view(block, "y", np.int64, self.size(block)).copy()
 
     def recipe(self, block: int, draw: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """From the table where it reaches, else computed alike."""
+        """Read from the stored table if it contains the draw, and otherwise computed the same way."""
         n, draws = self.size(block), self.manifest.draws
         if self.split != "train" or draw >= draws:
             return super().recipe(block, draw)
@@ -257,7 +257,7 @@ class Pairs(BlockedImages):
         return t, eps_from_key(self._view(block, "noise_key", np.uint64, draws, 6)[draw], self.shape)[:n]
 
     def heldout(self, block: int, draw: int) -> HeldOut:
-        """A stored draw, below manifest.heldout_draws, of a block of val or test."""
+        """Stored draw of a block of val or test; `draw` must be below manifest.heldout_draws."""
         n, draws = self.size(block), self.manifest.heldout_draws
         return HeldOut(
             self._view(block, "t", np.int64, draws, n)[draw].copy(),
@@ -266,7 +266,7 @@ class Pairs(BlockedImages):
         )
 
     def _view(self, block: int, name: str, dtype: type[Number], *shape: int) -> NDArray[Number]:
-        """A stored array without copying it. An .npy member ends with the array's bytes."""
+        """A stored array as a view. An .npy member ends with the array's bytes."""
         number, member = self._members[block, f"{name}.npy"]
         count = int(np.prod(shape))
         offset = member.offset + member.size - count * np.dtype(dtype).itemsize
@@ -275,10 +275,10 @@ class Pairs(BlockedImages):
 
 @dataclass(frozen=True)
 class Batches:
-    """The training stream in batches: called with k it gives batch k, a pure function of k and these fields.
+    """The stream of training batches: calling it with k returns batch k, a pure function of k and these fields.
 
-    The stream is, for epoch e = 0, 1, 2, ..., the blocks in an order that (seed, e) gives, each with draw e. Batch k
-    has items [k B, (k + 1) B) of it; process `rank` of `world` takes its share of these, B / world items.
+    The stream concatenates epochs e = 0, 1, 2, ..., each with all blocks in an order that depends on (seed, e), and
+    their draw e. Batch k consists of its items [k B, (k + 1) B), of which process `rank` of `world` gets B / world.
     """
 
     pairs: BlockedImages
@@ -286,9 +286,9 @@ class Batches:
     size: int
     """B"""
     flip: bool = False
-    """Whether x_0 is mirrored left to right, by random bits of (seed, e, block)."""
+    """Whether x_0 is flipped horizontally at random, as a function of (seed, e, block)."""
     class_dropout: float = 0.0
-    """Share of the labels that are dropped, by other such bits."""
+    """Fraction of labels dropped at random, as a function of (seed, e, block)."""
     rank: int = 0
     world: int = 1
 
@@ -313,23 +313,23 @@ class Batches:
             done += end - start
         return batch
 
-    def _items(self, epoch: int, block: int, taken: slice) -> Batch:
-        """Some of a block's items, as they are in an epoch."""
+    def _items(self, epoch: int, block: int, items: slice) -> Batch:
+        """Part of a block's items in an epoch."""
 
         def uniform(purpose: Purpose) -> NDArray[np.float64]:
-            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[taken]
+            return stream(self.seed, purpose, high=epoch, low=block).random(BLOCK)[items]
 
         t, eps = self.pairs.cached_recipe(block, epoch)
-        x_0, y = self.pairs.x_0(block)[taken], self.pairs.labels(block)[taken]
+        x_0, y = self.pairs.x_0(block)[items], self.pairs.labels(block)[items]
         if self.flip:
             x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
         y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
-        return Batch(to_x_0(x_0, np.float32), t[taken], eps[taken], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, uniform(Purpose.TIMESTEP_UNIFORMS))
 
 
 @lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The blocks in an epoch's order, (blocks,), and where in the epoch each begins, (blocks + 1,)."""
+    """Order of the blocks in an epoch, (blocks,), and the position at which each begins, (blocks + 1,)."""
     blocks = -(-images // BLOCK)
     order = stream(seed, Purpose.BLOCK_ORDER, high=epoch).permutation(blocks)
     sizes = np.minimum(BLOCK, images - order * BLOCK)

@@ -1,4 +1,4 @@
-"""The process from its options: choices by name, each in the module of its class."""
+"""Builds the diffusion process from its options; each choice is registered in the module that defines it."""
 
 import math
 from dataclasses import dataclass
@@ -19,76 +19,77 @@ from diffusion.sections import LIST, Choice, OneOf, Section
 SNR_IS_SIMPLE = BeforeValidator(lambda given: "simple" if given in ("snr", {"kind": "snr"}) else given)
 
 
-def _leaves_something_to_see(given: "Given") -> None:
+def _keeps_some_signal(given: "Given") -> None:
     if math.prod(1 - beta for beta in given.beta[:-1]) < 1e-12:
-        raise ValueError("beta leaves nothing of the image before the last timestep: give fewer or smaller values")
+        raise ValueError("beta destroys the image before the last timestep: use fewer or smaller values")
 
 
 class Given(Choice):
-    """A noise schedule given by its values."""
+    """A custom noise schedule, given by its values of beta."""
 
-    rules = (_leaves_something_to_see,)
+    rules = (_keeps_some_signal,)
 
     kind: Literal["given"] = "given"
     """The kind of schedule."""
     beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
-    """beta_t for each timestep."""
+    """beta_t for each timestep, a list of num_timesteps values."""
 
 
-def _has_timesteps_enough(process: "ProcessOptions") -> None:
+def _has_enough_timesteps(process: "ProcessOptions") -> None:
     schedule, T = process.schedule, process.num_timesteps
     if schedule.kind in SCHEDULES and SCHEDULES[schedule.kind](T).max() >= 1:
-        raise ValueError(f"the schedule {schedule.kind} needs more timesteps than {T}: some beta would be 1 or more")
+        raise ValueError(f"the schedule {schedule.kind} needs more than {T} timesteps: some beta would reach 1")
     if isinstance(schedule, Given) and len(schedule.beta) != T:
         raise ValueError(f"schedule.beta has {len(schedule.beta)} values, but num_timesteps is {T}")
 
 
-def _predicts_from_noise_alone(process: "ProcessOptions") -> None:
+def _can_predict_at_zero_snr(process: "ProcessOptions") -> None:
     if process.zero_terminal_snr and process.parameterization == "eps":
         raise ValueError(
-            "zero_terminal_snr needs another parameterization than eps (v, say): at the last timestep x_t is noise "
-            "alone, and eps says nothing of the image"
+            "zero_terminal_snr needs a parameterization other than eps, such as v: at the last timestep x_t is pure "
+            "noise, and predicting it says nothing about the image"
         )
 
 
-def _weighs_the_last_timestep(process: "ProcessOptions") -> None:
+def _weights_the_last_timestep(process: "ProcessOptions") -> None:
     zero, weighting = torch.zeros(1), process.weighting
     if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero):
         raise ValueError(
-            "zero_terminal_snr needs another weighting (snr-plus-one or truncated-snr, say): "
-            f"{weighting.kind} gives the last timestep, where sampling begins, no weight"
+            f"zero_terminal_snr needs a weighting other than {weighting.kind}, such as snr-plus-one or truncated-snr: "
+            "the last timestep, where sampling starts, must not have zero weight"
         )
 
 
 class ProcessOptions(Section):
-    """The diffusion process."""
+    """The diffusion process and its training objective."""
 
-    rules = (_has_timesteps_enough, _predicts_from_noise_alone, _weighs_the_last_timestep)
+    rules = (_has_enough_timesteps, _can_predict_at_zero_snr, _weights_the_last_timestep)
 
     schedule: Annotated[Any, OneOf([*SCHEDULES, "given"], {"given": Given})] = Choice(kind="cosine")
-    """Noise schedule: linear (Ho et al. 2020), scaled-linear (Rombach et al. 2022), cosine (Nichol & Dhariwal 2021),
-    sigmoid (Chen 2023), or given, by its values."""
+    """Noise schedule. linear: DDPM (Ho et al. 2020); scaled-linear: Stable Diffusion (Rombach et al. 2022); cosine:
+    Nichol & Dhariwal 2021; sigmoid: Chen 2023; given: your own values of beta."""
     num_timesteps: Annotated[int, Field(ge=3, le=100_000)] = 1000
-    """T, the number of timesteps."""
+    """T, the number of diffusion timesteps."""
     zero_terminal_snr: bool = False
-    """Whether the schedule is rescaled so that nothing of the image is left at the last timestep (Lin et al. 2024)."""
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2024). Requires a parameterization other
+    than eps."""
     parameterization: Annotated[str, OneOf(PARAMETERIZATIONS)] = "v"
-    """What the network predicts: eps, the noise; x_0, the clean image; v, the velocity (Salimans & Ho 2022); or mu, the
-    mean of the reverse step (unstable; for study)."""
+    """Prediction target of the network. eps: the noise (Ho et al. 2020); x_0: the clean image; v: the velocity
+    (Salimans & Ho 2022); mu: the posterior mean (unstable; for study)."""
     learned_variance: bool = False
-    """Whether the network learns the variance of the reverse step as well, between the two fixed ones (Nichol &
-    Dhariwal 2021); `sample.variance` is then free to be learned."""
+    """Also learn the variance of the reverse step, with the hybrid loss L_simple + 0.001 L_vlb (Nichol & Dhariwal
+    2021); allows sample.variance: learned."""
     weighting: Annotated[Any, OneOf(WEIGHTINGS, WEIGHTING_OPTIONS), SNR_IS_SIMPLE] = Choice(kind="simple")
-    """Loss weight by signal-to-noise ratio, the same whatever the network predicts: simple (all noise errors count the
-    same; snr is read as another name for it), vlb (the variational bound), snr-plus-one (all errors of v count the
-    same), truncated-snr (Salimans & Ho 2022), min-snr (Hang et al. 2023) or p2 (Choi et al. 2022)."""
+    """Loss weighting as a function of the SNR, independent of the parameterization. simple: uniform in the noise error
+    (Ho et al. 2020; alias: snr); vlb: the variational bound; snr-plus-one: uniform in the v error; truncated-snr:
+    max(SNR, 1) (both Salimans & Ho 2022); min-snr: Hang et al. 2023; p2: Choi et al. 2022."""
     loss: Annotated[str, OneOf(LOSSES)] = "mse"
-    """What is averaged of the weighted error: its square, its absolute value, or Huber's mixture of both."""
+    """Loss function of the weighted error; huber is quadratic up to 1 and linear beyond."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A diffusion process, as it is trained."""
+    """A noise schedule with the prediction target and the loss for training."""
 
     schedule: Schedule
     parameterization: Parameterization
@@ -99,14 +100,14 @@ class Process:
 
 
 def betas(options: ProcessOptions) -> Tensor:
-    """beta of the schedule that `options` names or gives, float64 (T,), before it is rescaled to end at zero SNR."""
+    """beta of the schedule in `options`, float64 (T,), before any rescaling to zero terminal SNR."""
     if isinstance(options.schedule, Given):
         return torch.tensor(options.schedule.beta, dtype=torch.float64)
     return SCHEDULES[options.schedule.kind](options.num_timesteps)
 
 
 def process(options: ProcessOptions) -> Process:
-    """The process that `options` describes."""
+    """Build the process described by `options`."""
     beta = betas(options)
     schedule = Schedule(zero_terminal(beta) if options.zero_terminal_snr else beta)
     parameterization = PARAMETERIZATIONS[options.parameterization](schedule)
@@ -115,5 +116,5 @@ def process(options: ProcessOptions) -> Process:
 
 
 def variance(name: str, process: Process, x_0_mse: Tensor | None) -> Variance:
-    """The reverse variance of a name; `x_0_mse` (T,) is what the model has for the analytic one."""
+    """Build the reverse variance called `name`; `x_0_mse` (T,) is the model's estimate for the analytic one, if any."""
     return VARIANCES[name](process.schedule, x_0_mse)

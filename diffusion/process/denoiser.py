@@ -1,4 +1,4 @@
-"""From a network to estimates of the clean image and the noise, kept in range, and guided by a class if wished."""
+"""Turns a network into a denoiser: estimates of x_0 and eps, with thresholding and classifier-free guidance."""
 
 import math
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from diffusion.process.parameterization import Parameterization, split
 from diffusion.process.schedule import Schedule, times
 
 Net = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (B, C, H, W), t int64 (B,)) to the network's whole output."""
+"""Maps (x_t (B, C, H, W), t int64 (B,)) to the network's raw output."""
 Threshold = Callable[[Tensor], Tensor]
-"""x_0_hat (B, C, H, W) to the same, kept in range."""
+"""Limits the range of x_0_hat (B, C, H, W)."""
 
 
 class Estimate(NamedTuple):
-    """What a network says of x_t, each (B, C, H, W)."""
+    """A network's estimates from x_t, each (B, C, H, W)."""
 
     x_0_hat: Tensor
     eps_hat: Tensor
-    """The noise that belongs to x_0_hat after thresholding."""
+    """The noise consistent with x_t and the thresholded x_0_hat."""
     variance_fraction: Tensor | None
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with its parameterization."""
+    """A network with its schedule, parameterization and thresholding."""
 
     net: Net
     schedule: Schedule
@@ -36,7 +36,7 @@ class Denoiser:
     threshold: Threshold
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """Estimates from x_t (B, C, H, W) at `t` int64 (B,)."""
+        """Estimate x_0 and eps from x_t (B, C, H, W) at `t` int64 (B,)."""
         out, fraction = split(self.net(x_t, t.to(x_t.device)), x_t.shape[1])
         x_0_hat = self.threshold(self.parameterization.to_x_0(out, x_t, t))
         alpha_bar = self.schedule(t)
@@ -46,10 +46,10 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Guided:
-    """A network of classes as one for the classes `y` int64 (B,), -1 for none, with classifier-free guidance.
+    """A class-conditional network with classifier-free guidance toward the classes `y` int64 (B,), -1 for none.
 
-    out = out(no class) + scale (out(y) - out(no class)); Ho & Salimans 2022, eq. 6, with scale = 1 + w. Of a learned
-    variance it is the one for `y`.
+    out = out(no class) + scale (out(y) - out(no class)); Ho & Salimans 2022, eq. 6, with scale = 1 + w. A learned
+    variance is taken from the conditional output.
     """
 
     net: nn.Module
@@ -68,23 +68,23 @@ class Guided:
 
 
 def clip(x_0_hat: Tensor) -> Tensor:
-    """x_0_hat clipped to [-1, 1]."""
+    """Clip x_0_hat to [-1, 1]."""
     return x_0_hat.clamp(-1, 1)
 
 
 def dynamic_threshold(x_0_hat: Tensor) -> Tensor:
-    """Clip to [-s, s] and divide by s: the value that 99.5 % of an image's are below, at least 1.
+    """Clip to [-s, s] and divide by s, where s is the image's 99.5th percentile of |x_0_hat|, at least 1.
 
-    Saharia et al. 2022 (Imagen), section 2.3: images do not saturate as they do under `clip` with strong guidance.
+    Avoids the saturation that `clip` causes with strong guidance; Saharia et al. 2022 (Imagen), section 2.3.
     """
     values = x_0_hat.abs().flatten(1)
-    # Sorted, since kthvalue has no deterministic kernel on a GPU.
+    # Full sort because kthvalue has no deterministic CUDA kernel.
     s = values.sort(dim=1).values[:, math.ceil(0.995 * values.shape[1]) - 1].clamp(min=1).view(-1, 1, 1, 1)
     return x_0_hat.clamp(-s, s) / s
 
 
 def unbounded(x_0_hat: Tensor) -> Tensor:
-    """x_0_hat as it is."""
+    """Return x_0_hat unchanged."""
     return x_0_hat
 
 

@@ -2,8 +2,8 @@
 
 -log p(x_0) <= L_T + sum_{t=1}^{T-1} KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_{t=0})
 
-Ho et al. 2020, eq. 5, with timesteps counted from 0: its L_{t-1} is `term` at t >= 1, its L_0 is `term` at t = 0.
-Images (B, C, H, W) are 8-bit ones, scaled to [-1, 1]; each value's bin is 2/255 wide.
+Ho et al. 2020, eq. 5, with timesteps counted from 0: their L_{t-1} is `term` at t >= 1, their L_0 is `term` at t = 0.
+Images (B, C, H, W) are 8-bit images scaled to [-1, 1], so that each value's bin is 2/255 wide.
 """
 
 import math
@@ -17,19 +17,19 @@ from diffusion.process.schedule import Schedule, double, like, times
 from diffusion.process.variance import Variance
 
 BITS = 1 / math.log(2)
-"""Bits in a nat."""
+"""Bits per nat."""
 
 
 def normal_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
-    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each value, in nats."""
+    """Elementwise KL(N(mean_1, variance_1) || N(mean_2, variance_2)), in nats."""
     ratio = variance_1 / variance_2
     return 0.5 * (ratio - 1 - ratio.log() + (mean_1 - mean_2) ** 2 / variance_2)
 
 
 def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """-log of the mass that N(mean, variance) has in the bin of each value of x_0, in nats; Ho et al. 2020, eq. 13.
+    """Negative log of the probability that N(mean, variance) assigns to the bin of each value of x_0, in nats.
 
-    The bins of -1 and 1 are open to the outside.
+    The bins of -1 and 1 extend to infinity; Ho et al. 2020, eq. 13.
     """
     scale = variance.rsqrt()
     above = torch.where(x_0 > 0.999, 1, torch.special.ndtr((x_0 + 1 / 255 - mean) * scale))
@@ -38,21 +38,21 @@ def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def prior(schedule: Schedule, x_0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, bits per dimension, (B,)."""
+    """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, in bits per dimension, (B,)."""
     alpha_bar = schedule(torch.tensor([schedule.num_timesteps - 1], device=x_0.device))
     zero, one = torch.zeros_like(x_0), torch.ones_like(x_0)
     return BITS * normal_kl(times(alpha_bar.sqrt(), x_0), times(1 - alpha_bar, one), zero, one).mean(dim=(1, 2, 3))
 
 
 def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tensor, variance: Tensor) -> Tensor:
-    """The bound's term at `t` (B,), of each image, bits per dimension, (B,), for the step that the model takes there.
+    """The bound's term at `t` (B,) for each image, in bits per dimension, (B,); L_0 where t = 0.
 
-    x_0_hat: the model's estimate of the clean image; variance: of its step from t to t - 1. L_0 where t = 0.
+    x_0_hat: the model's estimate of the clean image; variance: of the model's step from t to t - 1.
     """
     s = t - 1
     mean = schedule.posterior_mean(x_0_hat, x_t, t, s)
     true_mean = schedule.posterior_mean(x_0, x_t, t, s)
-    # At t = 0 the posterior has no variance; any other number does, since that divergence is not used.
+    # At t = 0 the posterior variance is zero; substitute any other value, since that divergence is discarded.
     true_variance = schedule.posterior_variance(t.clamp(min=1), s.clamp(min=0))
     true_variance, variance = like(true_variance, x_0), like(variance, x_0)
     divergence = normal_kl(true_mean, true_variance, mean, variance)
@@ -62,13 +62,13 @@ def term(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, x_0_hat: Tenso
 
 @dataclass(frozen=True)
 class Bound:
-    """The terms of the bound for a model: `prior` and the sum of these over all t, with x_t drawn once for each."""
+    """The model's terms of the bound; the bound is `prior` plus their sum over all t, with one draw of x_t for each."""
 
     denoiser: Denoiser
     variance: Variance
 
     def term(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The bound's term at `t` int64 (B,) with noise `eps` (B, C, H, W): bits per dimension, float64 (B,)."""
+        """The term at `t` int64 (B,) with noise `eps` (B, C, H, W), in bits per dimension, float64 (B,)."""
         schedule = self.denoiser.schedule
         x_t = schedule.diffuse(x_0, t, eps)
         estimate = self.denoiser(x_t, t)

@@ -1,7 +1,7 @@
-"""At which timesteps the network is trained.
+"""Distributions of the training timesteps.
 
-The pairs bring timesteps that are stratified over each block of images. A sampler turns them, or independent uniform
-numbers, into those it wants; so what is drawn stays a function of the position in the data.
+Pairs come with timesteps stratified over each block of images. A timestep sampler transforms these, or independent
+uniform numbers, so that every draw remains a function of the position in the data.
 """
 
 import math
@@ -15,32 +15,33 @@ from diffusion.process.schedule import Schedule, times
 
 
 class Timesteps(nn.Module, ABC):
-    """A module, so that what it learns of the losses is kept with the rest of a training's state. It stays on the CPU:
-    sums of floating numbers are always the same there.
+    """A timestep sampler; a module, so that its loss history is saved with the training state.
+
+    It stays on the CPU, where floating-point sums are reproducible.
     """
 
     @abstractmethod
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps int64 (B,), and the weight of the loss at each, (B,).
+        """Draw timesteps int64 (B,) with their loss weights (B,).
 
         t: the pairs' timesteps, int64 (B,), each uniform on [0, T). u: independent numbers uniform on [0, 1), (B,).
         """
 
     learns = False
-    """Whether `observe` has to be called."""
+    """Whether the sampler adapts to the loss, so that `observe` must be called."""
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        """Learn what the loss (B,) was at `t` int64 (B,), both of the whole batch, in its order.
+        """Record the losses (B,) at `t` int64 (B,), both for the whole global batch in order.
 
-        The training calls it one step late, so that it need not wait for the device. Losses that are not finite, of a
-        step that was skipped, are left out.
+        The training loop calls this one step late to avoid synchronizing with the device. Non-finite losses, from
+        skipped steps, are ignored.
         """
 
 
 class Stored(Timesteps):
     """The timesteps stored with the pairs: stratified over each block of images, each uniform on [0, T).
 
-    Kingma et al. 2021, appendix I.1. All other choices keep the pairs' noise, but draw timesteps of their own.
+    Kingma et al. 2021, appendix I.1. All other samplers keep the pairs' noise but draw their own timesteps.
     """
 
     def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ class Stored(Timesteps):
 
 
 class Uniform(Timesteps):
-    """Each independent, uniform on [0, T); Ho et al. 2020, algorithm 1."""
+    """Independent and uniform on [0, T); Ho et al. 2020, algorithm 1."""
 
     def __init__(self, num_timesteps: int) -> None:
         super().__init__()
@@ -59,27 +60,28 @@ class Uniform(Timesteps):
 
 
 class _ByProbability(Timesteps):
-    """Timesteps drawn with given probabilities, still stratified: (t + u) / T goes through their quantile function."""
+    """Stratified draws from a given distribution, by applying its quantile function to (t + u) / T."""
 
     def draw_by(self, probability: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Timesteps int64 (B,) with `probability` float64 (T,), which adds up to 1."""
+        """Draw timesteps int64 (B,) with `probability` float64 (T,), which sums to 1."""
         cumulative = probability.cumsum(dim=0)
         wanted = (t + u.double()) / len(probability) * cumulative[-1]
         return torch.searchsorted(cumulative, wanted, right=True).clamp(max=len(probability) - 1)
 
 
 class LogSnrNormal(_ByProbability):
-    """log SNR normally distributed, with mean 2.4 and standard deviation 2.4; Karras et al. 2022 (EDM), section 5.
+    """Normally distributed log SNR, with mean 2.4 and standard deviation 2.4; Karras et al. 2022 (EDM), section 5.
 
-    Those are EDM's -1.2 and 1.2 for log sigma = -log(SNR) / 2. As there, the loss is not weighted against it: the
-    middle counts more. Of the linear schedule's last fifth hardly any timestep is drawn; it is for the cosine one.
+    Corresponds to EDM's mean -1.2 and standard deviation 1.2 of log sigma = -log(SNR) / 2. As in EDM, the loss is not
+    reweighted, so that medium noise levels count more. Intended for the cosine schedule: the last fifth of the linear
+    schedule is hardly ever drawn.
     """
 
     MEAN, STD = 2.4, 2.4
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        # Of the normal distribution each timestep has the part that is nearer to its log SNR than to the next one's.
+        # Each timestep gets the probability mass closer to its log SNR than to its neighbours'.
         log_snr = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log()
         middle = (log_snr[1:] + log_snr[:-1]) / 2
         edges = torch.cat([torch.tensor([torch.inf]), middle, torch.tensor([-torch.inf])])
@@ -91,23 +93,23 @@ class LogSnrNormal(_ByProbability):
         return self.draw_by(self.probability, t, u), torch.ones_like(u)
 
 
-class ByLoss(_ByProbability):
-    """Timesteps in proportion to the root of the mean there of the loss to a power, by what it was of late.
+class LossAware(_ByProbability):
+    """Importance sampling: p(t) proportional to sqrt(mean(loss^power)) over the recent losses near t.
 
-    The loss is weighted by 1 / (T p(t)), so that its expectation is that of uniform timesteps; what differs is how much
-    the gradient varies. With the power 2 as in Nichol & Dhariwal 2021, section 3.3; with 1 it is the error's root mean
-    square: the gradient of a squared error is in proportion to the error, and so its variance is the least
+    The loss is weighted by 1 / (T p(t)), which leaves its expectation unchanged and reduces the variance of the
+    gradient. power = 2: the second moment of the loss; Nichol & Dhariwal 2021, section 3.3. power = 1: the RMS error,
+    which minimizes the gradient's variance if the gradient of a squared error is proportional to the error
     (Katharopoulos & Fleuret 2018, eq. 6).
 
-    [0, T) is divided into equal strata, of each of which the last losses are kept; until every one is full, timesteps
-    are drawn uniformly.
+    [0, T) is divided into equal strata, each with a history of its last losses; until all histories are full,
+    timesteps are drawn uniformly.
     """
 
     learns = True
     STRATA = 64
     HISTORY = 64
     UNIFORM = 0.001
-    """Share of the draws that is uniform whatever the losses were."""
+    """Fraction of uniform draws mixed in, regardless of the losses."""
 
     def __init__(self, num_timesteps: int, power: int) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class ByLoss(_ByProbability):
         return chosen, times(1 / (self.num_timesteps * probability[chosen]), torch.ones_like(u))
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        losses, seen = self.losses.numpy(), self.seen.numpy()  # their own memory, quicker to write one by one
+        losses, seen = self.losses.numpy(), self.seen.numpy()  # views: writing single elements is faster
         for stratum, value in zip(self._stratum(t).tolist(), loss.tolist(), strict=True):
             if math.isfinite(value):
                 losses[stratum, seen[stratum] % self.HISTORY] = value
@@ -145,7 +147,7 @@ class ByLoss(_ByProbability):
 TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
     "stored": lambda _: Stored(),
     "uniform": lambda schedule: Uniform(schedule.num_timesteps),
-    "rms-error": lambda schedule: ByLoss(schedule.num_timesteps, power=1),
-    "loss-second-moment": lambda schedule: ByLoss(schedule.num_timesteps, power=2),
+    "rms-error": lambda schedule: LossAware(schedule.num_timesteps, power=1),
+    "loss-second-moment": lambda schedule: LossAware(schedule.num_timesteps, power=2),
     "log-snr-normal": LogSnrNormal,
 }

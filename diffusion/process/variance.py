@@ -1,6 +1,6 @@
 """Variance of the reverse step p(x_s | x_t), for any earlier s (s = t - 1 in the papers).
 
-All give float64 (B, 1, 1, 1), or with a learned fraction (B, C, H, W), for `t`, `s` int64 (B,), -1 <= s < t.
+For `t`, `s` int64 (B,), -1 <= s < t, all return float64 (B, 1, 1, 1), or (B, C, H, W) if learned.
 """
 
 import math
@@ -17,15 +17,15 @@ from diffusion.process.schedule import Schedule, double
 
 class Variance(Protocol):
     def __call__(self, t: Tensor, s: Tensor, fraction: Tensor | None) -> Tensor:
-        """The variance of x_s given x_t; `fraction` is what the network says of it, (B, C, H, W), if it does."""
+        """Variance of x_s given x_t; `fraction` (B, C, H, W) is the network's variance output, if it has one."""
 
 
 @dataclass(frozen=True)
 class FixedSmall:
-    """The posterior's, right for a single x_0; Ho et al. 2020, sec. 3.2.
+    """The posterior variance, optimal if all data is one x_0; Ho et al. 2020, sec. 3.2.
 
-    In the last step, to s = -1, that is zero, and the decoder of the bound could not be evaluated: as in Ho's code it
-    is then the one of the step before, from t = 1 to t = 0.
+    It is zero for the last step, to s = -1, where the bound's decoder term needs a positive variance: as in Ho's code,
+    that step uses the variance of the step from t = 1 to t = 0.
     """
 
     schedule: Schedule
@@ -37,9 +37,10 @@ class FixedSmall:
 
 @dataclass(frozen=True)
 class FixedLarge:
-    """beta_t, or 1 - alpha_bar_t / alpha_bar_s for longer steps: right for x_0 ~ N(0, I); Ho et al. 2020, sec. 3.2.
+    """beta_t, or 1 - alpha_bar_t / alpha_bar_s for longer steps; optimal for x_0 ~ N(0, I); Ho et al. 2020, sec. 3.2.
 
-    In the last step, where no noise is added and the decoder wants little, it is that of FixedSmall, as in Ho's code.
+    The last step uses the variance of FixedSmall, as in Ho's code: no noise is added there, and the decoder term
+    benefits from a small variance.
     """
 
     schedule: Schedule
@@ -53,14 +54,14 @@ class FixedLarge:
 class Learned:
     """exp(f log large + (1 - f) log small), f = (fraction + 1) / 2; Nichol & Dhariwal 2021, eq. 15.
 
-    The network's output `fraction` is free; from -1 to 1 it goes from the posterior's variance to 1 - alpha_bar_t /
-    alpha_bar_s.
+    small is the posterior variance and large is 1 - alpha_bar_t / alpha_bar_s; the network output `fraction`, which is
+    not bounded, interpolates between them on [-1, 1].
     """
 
     schedule: Schedule
 
     def __call__(self, t: Tensor, s: Tensor, fraction: Tensor | None) -> Tensor:
-        assert fraction is not None, "the network was not made to learn the variance"
+        assert fraction is not None, "the network has no variance output"
         small = FixedSmall(self.schedule)(t, s).log()
         large = (1 - self.schedule(t) / self.schedule(s)).log()
         f = (double(fraction) + 1) / 2
@@ -69,14 +70,14 @@ class Learned:
 
 @dataclass(frozen=True)
 class Analytic:
-    """The best variance for the network's mean: the posterior's, and what the network does not know of x_0.
+    """The optimal variance for the network's mean: posterior variance plus the network's uncertainty about x_0.
 
         sigma^2 = posterior variance + a^2 E |x_0 - x_0_hat|^2 / d
 
-    with a the posterior mean's coefficient of x_0. For a perfect network it is that of Analytic-DPM (Bao et al. 2022a,
-    theorem 1), where (1 - alpha_bar_t) Gamma_t = E |eps_hat|^2 / d = 1 - E |eps - eps_hat|^2 / d; for any other one it
-    is still the best (Bao et al. 2022b, "Estimating the optimal covariance with imperfect mean"), where theirs can come
-    out below the posterior's. Images lie in [-1, 1], so the error is at most 1.
+    where a is the posterior mean's coefficient of x_0. For a perfect network this is Analytic-DPM's variance (Bao et
+    al. 2022a, theorem 1), with (1 - alpha_bar_t) Gamma_t = E |eps_hat|^2 / d = 1 - E |eps - eps_hat|^2 / d. It remains
+    optimal for an imperfect network (Bao et al. 2022b, "Estimating the optimal covariance with imperfect mean"), for
+    which Analytic-DPM's can fall below the posterior variance. Images lie in [-1, 1], so the error is at most 1.
     """
 
     schedule: Schedule
@@ -87,16 +88,17 @@ class Analytic:
         x_0_mse = self.x_0_mse.to(t.device)[t].view(-1, 1, 1, 1).clamp(max=1)
         of_x_0, _ = self.schedule.posterior_coefficients(t, s)
         variance = self.schedule.posterior_variance(t, s) + of_x_0**2 * x_0_mse
-        # In the last step the posterior's is zero, and a perfect network's whole variance: the decoder needs some.
-        least = FixedSmall(self.schedule)(t, s)
-        return torch.where((s < 0).view(-1, 1, 1, 1), torch.maximum(variance, least), variance)
+        # For the last step the posterior variance is zero, and with a perfect network so is the sum: the decoder term
+        # needs a positive variance.
+        minimum = FixedSmall(self.schedule)(t, s)
+        return torch.where((s < 0).view(-1, 1, 1, 1), torch.maximum(variance, minimum), variance)
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """`variance` for sampling, but a step to t = 0 adds a grey level of noise at most: E |sigma z| <= 2 / 255.
+class CappedLastNoise:
+    """`variance`, capped for the step to t = 0 so that it adds at most one grey level of noise: E |sigma z| <= 2 / 255.
 
-    The last step could not take away again what a long step before it adds; Bao et al. 2022a, appendix on clipping.
+    After a long step to t = 0, the last step could not remove the noise; Bao et al. 2022a, appendix on clipping.
     """
 
     variance: Variance
@@ -109,7 +111,10 @@ class Unseen:
 
 def _analytic(schedule: Schedule, x_0_mse: Tensor | None) -> Analytic:
     if x_0_mse is None:
-        raise UserError("sample.variance: the model holds no estimate for analytic; choose another, or train it here")
+        raise UserError(
+            "sample.variance: analytic needs an estimate that this model does not have; use fixed-small or "
+            "fixed-large, or train the model with this pipeline"
+        )
     return Analytic(schedule, x_0_mse)
 
 
@@ -119,4 +124,4 @@ VARIANCES: dict[str, Callable[[Schedule, Tensor | None], Variance]] = {
     "learned": lambda schedule, _: Learned(schedule),
     "analytic": _analytic,
 }
-"""Variances by name; the Tensor (T,) is what a model has for the analytic one, if it does."""
+"""Variances by name; the Tensor (T,) is the model's estimate for the analytic one, if it has one."""

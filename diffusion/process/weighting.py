@@ -1,7 +1,7 @@
-"""Loss weights by signal-to-noise ratio, each as the weight of the squared error of x_0_hat.
+"""Loss weights as functions of the signal-to-noise ratio, defined for the squared error of x_0_hat.
 
-So a weighting is the same loss whatever the network predicts: Loss takes the error of its output to that of x_0_hat.
-In terms of the noise the squared error is SNR times as large, in terms of v (1 + SNR) times.
+A weighting thus means the same loss for any parameterization: Loss converts the output's error to that of x_0_hat.
+The squared error of eps_hat is SNR times that of x_0_hat, the squared error of v_hat (1 + SNR) times.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from diffusion.sections import Choice
 
 class Weighting(Protocol):
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
-        """Weight at `snr` = alpha_bar_t / (1 - alpha_bar_t), same shape; `snr_before` is the one at t - 1."""
+        """Weight at `snr` = alpha_bar_t / (1 - alpha_bar_t), same shape; `snr_before` is the SNR at t - 1."""
 
 
 class Simple:
-    """SNR: 1 for the error of the noise at every timestep; L_simple of Ho et al. 2020, eq. 14."""
+    """SNR, which weights the noise error by 1 at every timestep; L_simple of Ho et al. 2020, eq. 14."""
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:  # noqa: ARG002
         return snr
@@ -29,8 +29,9 @@ class Simple:
 class Vlb:
     """(SNR_{t-1} - SNR_t) / 2: L_{t-1} of the variational bound, in nats; Kingma et al. 2021, eq. 13.
 
-    With the posterior's variance it is beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) for the noise: Ho et al.
-    2020, eq. 12. At t = 0, where the bound has the decoder instead, Loss takes SNR_{-1} from the ratio at t = 1.
+    With the posterior variance it weights the noise error by beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)); Ho et
+    al. 2020, eq. 12. At t = 0, where the bound has the decoder term instead, Loss extrapolates SNR_{-1} from the ratio
+    at t = 1.
     """
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Vlb:
 
 
 class SnrPlusOne:
-    """SNR + 1: 1 for the error of v; Salimans & Ho 2022, section 4."""
+    """SNR + 1, which weights the v error by 1; Salimans & Ho 2022, section 4."""
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:  # noqa: ARG002
         return snr + 1
@@ -62,19 +63,19 @@ class MinSnr:
 
 
 class P2:
-    """SNR / (k + SNR)^gamma, with k = gamma = 1: 1 / (1 + SNR) for the noise; Choi et al. 2022, eq. 8."""
+    """SNR / (k + SNR)^gamma with k = gamma = 1: 1 / (1 + SNR) for the noise error; Choi et al. 2022, eq. 8."""
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:  # noqa: ARG002
         return snr / (1 + snr)
 
 
 class MinSnrOptions(Choice):
-    """The weighting min-snr."""
+    """Min-SNR weighting, min(SNR, gamma) (Hang et al. 2023)."""
 
     kind: Literal["min-snr"] = "min-snr"
-    """The kind of weighting."""
+    """Name of the weighting."""
     gamma: Annotated[float, Field(gt=0)] = 5.0
-    """Its gamma; 5 in the paper."""
+    """Upper limit of the weight on the error of x_0; 5 in the paper."""
 
 
 WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
@@ -85,7 +86,7 @@ WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
     "min-snr": lambda options: MinSnr(options.gamma),
     "p2": lambda _: P2(),
 }
-"""Weightings by name, given the options of their kind."""
+"""Constructors by name; each takes the weighting's options."""
 WEIGHTING_OPTIONS: dict[str, type[Choice]] = {
     "min-snr": MinSnrOptions,
 }

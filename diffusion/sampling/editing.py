@@ -1,4 +1,4 @@
-"""Pictures from pictures: image to image, interpolation, inpainting. Images are (B, C, H, W) in [-1, 1]."""
+"""Image editing: image-to-image, interpolation and inpainting. Images are (B, C, H, W) in [-1, 1]."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from diffusion.process.schedule import Schedule, float64_device, like, times
-from diffusion.sampling.sampler import Before, Noise, Sampler, sample
+from diffusion.sampling.sampler import Noise, Previous, Sampler, sample
 
 
 def image_to_image(sampler: Sampler, schedule: Schedule, noise: Noise, timesteps: list[int], x_0: Tensor) -> Tensor:
-    """Images like x_0: noise is added up to timesteps[0], and taken away along the descending `timesteps`.
+    """Variations of x_0: add noise up to timesteps[0], then denoise along the descending `timesteps`.
 
-    Meng et al. 2022 (SDEdit), algorithm 1. The higher timesteps[0], the less of x_0 is left.
+    Meng et al. 2022 (SDEdit), algorithm 1. The larger timesteps[0], the less of x_0 remains.
     """
     t = torch.full((len(x_0),), timesteps[0], device=float64_device(x_0.device))
     return sample(sampler, noise, timesteps, schedule.diffuse(x_0, t, noise(0)))
 
 
 def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
-    """x_0 (fraction 0) mixed with x_0_other (fraction 1), for `image_to_image` to interpolate; fraction: (B,).
+    """Interpolate from x_0 (fraction 0) to x_0_other (fraction 1) in pixel space; pass the result to `image_to_image`.
 
-    Ho et al. 2020, section 4.4, with the same noise for both, so that the mixture keeps its variance.
+    Ho et al. 2020, section 4.4, with the same noise for both images, which preserves the variance. fraction: (B,).
     """
     return torch.lerp(x_0, x_0_other, like(fraction, x_0).view(-1, 1, 1, 1))
 
@@ -31,7 +31,7 @@ def mix(x_0: Tensor, x_0_other: Tensor, fraction: Tensor) -> Tensor:
 def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:
     """The timesteps that RePaint visits, -1 at the end: each run of `jump` steps is repeated `rounds` times.
 
-    In between it goes up again, step by step. With one round it is `timesteps` and -1.
+    Between the rounds it goes back up step by step. With one round it is `timesteps` followed by -1.
     """
     path = [timesteps[0]]
     for start in range(0, len(timesteps), jump):
@@ -44,20 +44,21 @@ def repaint_path(timesteps: list[int], jump: int, rounds: int) -> list[int]:
 def inpaint(
     sampler: Sampler, schedule: Schedule, noise: Noise, path: list[int], x_0: Tensor, keep: Tensor
 ) -> Iterator[Tensor]:
-    """x_0 with what `keep` leaves out made anew, to fit the rest; Lugmayr et al. 2022 (RePaint), algorithm 1.
+    """Inpaint the region of x_0 outside `keep`; Lugmayr et al. 2022 (RePaint), algorithm 1.
 
-    Gives x after each step; the last one is the result. path: of `repaint_path`. keep: (B or 1, 1, H, W), 1 where x_0
-    is kept and 0 elsewhere. At each timestep the kept part is x_0 with fresh noise; going up adds noise to all.
+    Yields x after each step; the last one is the result. path: from `repaint_path`. keep: (B or 1, 1, H, W), 1 where
+    x_0 is kept and 0 where it is inpainted. At each timestep the kept region is x_0 with fresh noise; steps up add
+    noise to the whole image.
     """
-    x, before = noise(0), None
+    x, previous = noise(0), None
     for index, (t, s) in enumerate(pairwise(path)):
         at, to = (torch.full((len(x),), step, device=float64_device(x.device)) for step in (t, s))
         places = (2 * index + 1, 2 * index + 2)
         if s < t:
-            unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), before)
+            unknown, x_0_hat = sampler.step(x, at, to, partial(noise, places[0]), previous)
             x = keep * schedule.diffuse(x_0, to, noise(places[1])) + (1 - keep) * unknown
-            before = Before(at, x_0_hat)
+            previous = Previous(at, x_0_hat)
         else:
             alpha = schedule(to) / schedule(at)
-            x, before = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
+            x, previous = times(alpha.sqrt(), x) + times((1 - alpha).sqrt(), noise(places[0])), None
         yield x

@@ -1,4 +1,4 @@
-"""Samplers: one step from x_t to an earlier x_s, and the one loop that takes the steps."""
+"""Samplers, which take one step from x_t to an earlier x_s, and the sampling loop."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,35 +15,35 @@ from diffusion.process.variance import Variance
 from diffusion.sections import Choice
 
 Noise = Callable[[int], Tensor]
-"""Standard normal noise (B, C, H, W) for each place where it is drawn: 0 for x_T, then 1, 2, ... for the steps."""
+"""Maps the index of a draw to standard normal noise (B, C, H, W): 0 for x_T, then 1, 2, ... for the steps."""
 Draw = Callable[[], Tensor]
-"""One step's noise; a deterministic step does not ask for it."""
+"""Draws the noise of one step; deterministic samplers do not call it."""
 
 
 class Point(NamedTuple):
     """One point of a sampling trajectory."""
 
     t: int
-    """The timestep of x_t: -1 at the end, where x_t is the picture."""
+    """The timestep of x_t; -1 at the end, where x_t is the image."""
     x_t: Tensor
     x_0_hat: Tensor
 
 
-class Before(NamedTuple):
-    """What the step before found, for multistep samplers."""
+class Previous(NamedTuple):
+    """The previous step, for multistep samplers."""
 
     t: Tensor
-    """Where it began, int64 (B,)."""
+    """The timestep at which it started, int64 (B,)."""
     x_0_hat: Tensor
     """(B, C, H, W)"""
 
 
 class Sampler(Protocol):
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
-        """x_s and x_0_hat, (B, C, H, W), from x_t; `t`, `s` int64 (B,), -1 <= s < t.
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:
+        """Compute x_s and x_0_hat, (B, C, H, W), from x_t; `t`, `s` int64 (B,), -1 <= s < t.
 
-        z: gives this step's standard normal noise (B, C, H, W).
-        before: the step that led to x_t, if there was one.
+        z: draws this step's standard normal noise (B, C, H, W).
+        previous: the step that produced x_t, None for the first.
         """
 
 
@@ -54,10 +54,10 @@ class Ancestral:
     denoiser: Denoiser
     variance: Variance
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         x_0_hat, _, fraction = self.denoiser(x_t, t)
         mean = self.denoiser.schedule.posterior_mean(x_0_hat, x_t, t, s)
-        # No noise in the last step: there the mean is x_0_hat itself.
+        # The last step adds no noise; its mean is x_0_hat.
         sigma = torch.where((s >= 0).view(-1, 1, 1, 1), self.variance(t, s, fraction), 0).sqrt()
         return mean + times(sigma, z()), x_0_hat
 
@@ -66,17 +66,17 @@ class Ancestral:
 class Ddim:
     """DDIM: x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s - sigma^2) eps_hat + sigma z.
 
-    Song et al. 2021, eq. 12, with sigma = eta times the posterior's standard deviation (eq. 16).
+    Song et al. 2021, eq. 12, with sigma = eta times the posterior standard deviation (eq. 16).
     """
 
     denoiser: Denoiser
     eta: float
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         schedule = self.denoiser.schedule
         x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
         alpha_bar, variance = schedule(s), self.eta**2 * schedule.posterior_variance(t, s)
-        # 1 - alpha_bar - variance is zero for s = -1, and rounding must not take it below.
+        # 1 - alpha_bar - variance is zero for s = -1, up to rounding.
         direction = (1 - alpha_bar - variance).clamp(min=0).sqrt()
         x_s = times(alpha_bar.sqrt(), x_0_hat) + times(direction, eps_hat)
         return x_s + times(variance.sqrt(), z()) if self.eta else x_s, x_0_hat
@@ -84,30 +84,30 @@ class Ddim:
 
 @dataclass(frozen=True)
 class DpmSolver:
-    """DPM-Solver++(2M), or with `stochastic` SDE-DPM-Solver++(2M); Lu et al. 2022b.
+    """DPM-Solver++(2M), or SDE-DPM-Solver++(2M) if `stochastic`; Lu et al. 2022b.
 
-    With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D the x_0_hat extrapolated from the step before,
+    With lambda = log(SNR) / 2, h = lambda_s - lambda_t, and D extrapolated from this and the previous step's x_0_hat,
 
         x_s = sigma_s / sigma_t x_t + sqrt(alpha_bar_s) (1 - e^-h) D,   sigma^2 = 1 - alpha_bar.
 
-    Where h is not finite (to the clean image, or from pure noise) D is x_0_hat itself: a first-order step.
+    Where h is infinite (to the clean image, or from pure noise), D is x_0_hat itself: a first-order step.
     """
 
     denoiser: Denoiser
     stochastic: bool
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:
         schedule = self.denoiser.schedule
         x_0_hat, _, _ = self.denoiser(x_t, t)
         alpha_bar_t, alpha_bar_s = schedule(t), schedule(s)
         snr_t, snr_s = schedule.snr(t), schedule.snr(s)
         decay = (snr_t / snr_s).sqrt()  # e^-h
         direction = x_0_hat
-        if before is not None:
-            # h over the last step's: r^-1 in the paper.
-            ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(before.t)).log()
+        if previous is not None:
+            # h divided by the previous step's h: 1 / r in the paper.
+            ratio = (snr_s / snr_t).log() / (snr_t / schedule.snr(previous.t)).log()
             ratio = torch.where(ratio.isfinite(), ratio, 0)
-            direction = x_0_hat + times(ratio / 2, x_0_hat - before.x_0_hat)
+            direction = x_0_hat + times(ratio / 2, x_0_hat - previous.x_0_hat)
         of_x_t = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt()
         if self.stochastic:
             of_x_t, gain = of_x_t * decay, 1 - decay**2
@@ -121,15 +121,15 @@ class DpmSolver:
 class Heun:
     """Heun's second-order method; Karras et al. 2022 (EDM), algorithm 1, in terms of x_t.
 
-    An Euler step of dx/dsigma = eps_hat, for x = x_t / sqrt(alpha_bar) and sigma = SNR^(-1/2), is DDIM's; the noise is
-    then looked at again where it leads, and the mean of both is taken. Steps to the clean image, and those from beyond
-    EDM's largest sigma of 80, where x_t is noise and steps in sigma are huge, are Euler's.
+    With x = x_t / sqrt(alpha_bar) and sigma = SNR^(-1/2), an Euler step of dx/dsigma = eps_hat is a DDIM step. Heun's
+    method evaluates eps_hat again at its end and uses the mean of both. Plain Euler steps are taken to the clean image,
+    and from above EDM's largest sigma of 80, where x_t is pure noise and steps in sigma are huge.
     """
 
     denoiser: Denoiser
     MAX_SIGMA = 80.0
 
-    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, before: Before | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         schedule = self.denoiser.schedule
         x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
         alpha_bar = schedule(s)
@@ -144,12 +144,12 @@ class Heun:
 
 
 class DdimOptions(Choice):
-    """The sampler ddim."""
+    """DDIM sampling (Song et al. 2021)."""
 
     kind: Literal["ddim"] = "ddim"
-    """The kind of sampler."""
+    """Name of the sampler."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Its stochasticity: 0 is deterministic, 1 is as random as ddpm."""
+    """Stochasticity: 0 is deterministic; 1 adds as much noise as ddpm with variance fixed-small."""
 
 
 SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], Any], Sampler]] = {
@@ -159,7 +159,7 @@ SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], Any], Sampler]] 
     "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
     "heun": lambda denoiser, _, __: Heun(denoiser),
 }
-"""Samplers by name, given the variance of Ancestral, made if asked for, and the options of their kind."""
+"""Constructors by name; each takes the denoiser, a function that builds the variance, and the sampler's options."""
 SAMPLER_OPTIONS: dict[str, type[Choice]] = {
     "ddim": DdimOptions,
 }
@@ -167,21 +167,21 @@ SAMPLER_OPTIONS: dict[str, type[Choice]] = {
 
 @torch.inference_mode()
 def trajectory(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor | None = None) -> Iterator[Point]:
-    """Sample along descending `timesteps`, giving every point on the way; the last one's x_t is the result.
+    """Sample along the descending `timesteps`, yielding every point; the last point's x_t is the result.
 
-    It begins with `x_t` at timesteps[0], or with noise.
+    Starts from `x_t` at timesteps[0], or from noise if it is None.
     """
     x_t = noise(0) if x_t is None else x_t
-    before = None
+    previous = None
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), start=1):
         at, to = (torch.full((len(x_t),), step, device=float64_device(x_t.device)) for step in (t, s))
-        x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), before)
-        before = Before(at, x_0_hat)
+        x_t, x_0_hat = sampler.step(x_t, at, to, partial(noise, index), previous)
+        previous = Previous(at, x_0_hat)
         yield Point(s, x_t, x_0_hat)
 
 
 def sample(sampler: Sampler, noise: Noise, timesteps: list[int], x_t: Tensor | None = None) -> Tensor:
-    """The pictures at the end of the trajectory, float (B, C, H, W) in about [-1, 1]."""
+    """The images at the end of the trajectory, float (B, C, H, W), approximately in [-1, 1]."""
     for point in trajectory(sampler, noise, timesteps, x_t):
         x_t = point.x_t
     assert x_t is not None

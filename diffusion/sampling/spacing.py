@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits: some of [0, T), descending from the last to the first."""
+"""Timestep spacings: the subset of [0, T) that a sampler visits, in descending order."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ import torch
 
 from diffusion.process.schedule import Schedule
 
-LEAST = -10.2
-"""log SNR where Ho's linear schedule ends, about; below it there is nothing to see of the image."""
+MIN_LOG_SNR = -10.2
+"""log SNR at the end of Ho's linear schedule, approximately; below it x_t is indistinguishable from noise."""
 Spacing = Callable[[Schedule, int], list[int]]
-"""(schedule, number of steps n) to n different timesteps, descending; a single one is T - 1."""
+"""Maps (schedule, number of steps n) to n distinct descending timesteps; for n = 1 it is T - 1."""
 
 
 def linspace(schedule: Schedule, steps: int) -> list[int]:
@@ -18,27 +18,27 @@ def linspace(schedule: Schedule, steps: int) -> list[int]:
 
 
 def quadratic(schedule: Schedule, steps: int) -> list[int]:
-    """Squares of evenly spaced numbers, closer together near 0; Song et al. 2021, appendix D.2."""
+    """Squares of evenly spaced numbers, denser near 0; Song et al. 2021, appendix D.2."""
     return _distinct(
         torch.linspace((schedule.num_timesteps - 1) ** 0.5, 0, steps, dtype=torch.float64).square().tolist()
     )
 
 
 def log_snr(schedule: Schedule, steps: int) -> list[int]:
-    """Evenly spaced in log SNR, as far as whole timesteps can be; Lu et al. 2022a (DPM-Solver), section 3.4.
+    """Evenly spaced in log SNR, up to rounding to integers; Lu et al. 2022a (DPM-Solver), section 3.4.
 
-    A schedule that goes on into pure noise would have most of its steps there: from T - 1 the second step then leads to
-    where log SNR is above LEAST.
+    A schedule that continues into pure noise would spend most of its steps there. So the first step from T - 1 skips to
+    the highest timestep whose log SNR exceeds MIN_LOG_SNR.
     """
     table, end = (schedule.alpha_bar / (1 - schedule.alpha_bar)).log(), schedule.num_timesteps - 1
-    begin = max(int((table > LEAST).sum()), 1) - 1
+    begin = max(int((table > MIN_LOG_SNR).sum()), 1) - 1
     wanted = torch.linspace(float(table[0]), float(table[begin]), steps - (begin < end), dtype=torch.float64)
     nearest = (table[: begin + 1, None] - wanted).abs().argmin(dim=0)
     return _distinct([end, *nearest.flip(0)[len(nearest) - steps + 1 :].tolist()])
 
 
 def _distinct(points: list[float]) -> list[int]:
-    """Descending points rounded to whole numbers, moved apart where they meet."""
+    """Round descending points to distinct integers, shifting those that coincide."""
     chosen = list[int]()
     for left, point in zip(range(len(points) - 1, -1, -1), points, strict=True):
         highest = chosen[-1] - 1 if chosen else round(point)

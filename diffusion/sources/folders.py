@@ -1,4 +1,4 @@
-"""Folders of image files: which sub-folders are splits, which are classes, and which are neither."""
+"""Folders of image files, and the interpretation of their subfolders as splits or classes."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from diffusion.errors import UserError
-from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, read_image, read_through
+from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, is_image, raise_read_errors, read_image
 from diffusion.sources.shards import Sample
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
@@ -19,40 +19,41 @@ SPLIT_NAMES: dict[str, Split] = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""Names of folders that hold a split, in any case."""
+"""Folder names of splits, case-insensitive."""
 LIKE_A_SPLIT = re.compile(
     rf"(.*([-_ .]|(?-i:(?<=[a-z])(?=[A-Z]))))?({'|'.join(SPLIT_NAMES)})"
     r"([-_ .]?(set|split|data|images?|imgs?|hr|lr|\d|(?-i:[AB])))*",
     re.IGNORECASE,
 )
-"""Names that are likely to mean a split (seg_test, trainA, CelebTrain, train2017), and are only asked about."""
+"""Names that probably mean a split (seg_test, trainA, CelebTrain, train2017), for which confirmation is required."""
 SYSTEM = frozenset(
     {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
     | {"Thumbs.db", "desktop.ini"}
 )
-"""What file managers and storage devices leave behind."""
-SHOWN = 5
-"""Names in a message."""
+"""Files and folders created by file managers and storage devices."""
+MAX_NAMES = 5
+"""Maximum number of names listed in a message."""
 
 
 class Folder:
-    """Image files in any format that Pillow reads.
+    """Image files in any format that Pillow can read.
 
-    A folder that holds nothing but one other is seen through. Folders named like splits are the source's own splits if
-    one of them is train and no other folder with images stands beside them. Other folders at the top, or at the top of
-    each split, are classes; folders inside a class belong to it. Folders without images are left out, and so are hidden
-    and system ones. Links are followed.
+    A folder that contains only one other folder is replaced by it. Folders named like splits are the source's own
+    splits if one of them is train and there are no other folders with images beside them. Other top-level folders, or
+    those at the top of each split, are classes, including their subfolders. Folders without images, hidden folders and
+    system folders are skipped. Symbolic links are followed.
     """
 
     @classmethod
     def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:
+        """The source at `path`; None if it is not a folder with images."""
         holds_images = path.is_dir() and any(is_image(file) for file in files_below(path))
         return cls(path, split_names_as_classes) if holds_images else None
 
     def __init__(self, folder: Path, split_names_as_classes: bool = False) -> None:
         """Raises UserError if a class, or a folder inside one, is named like a split.
 
-        `split_names_as_classes` confirms that these are none.
+        `split_names_as_classes` confirms that these are not splits.
         """
         self.folder = folder
         (root,), (top,) = _seen_through([folder])
@@ -84,16 +85,16 @@ class Folder:
             read_as, inside = "part of a class", next(self._like_splits_inside(), None)
             names = [_text(inside.relative_to(self.folder).as_posix())] if inside else []
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             raise UserError(
-                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:SHOWN])}{more}; if it is "
-                "no split, confirm that by shard.split_names_as_classes: true (ddpm import: "
-                "--split-names-as-classes); if it is one, let only train, val and test stand side by side above the "
-                "classes, with train among them and no images beside the folder around them"
+                f"{self.folder}: named like a split, but read as {read_as}: {', '.join(names[:MAX_NAMES])}{more}; "
+                "if it is not a split, set shard.split_names_as_classes: true (ddpm import: --split-names-as-classes); "
+                "if it is, arrange the folders as train, val and test at the top with the classes inside, with train "
+                "among them and no other images or folders beside them"
             )
 
     def _like_splits_inside(self) -> Iterator[Path]:
-        """Folders inside classes that are named like splits and have images, once for each image."""
+        """Folders with images inside classes that are named like splits, once for each image."""
         for _, root in self._roots:
             for path in files_below(root):
                 parents = path.relative_to(root).parts[:-1]
@@ -113,12 +114,12 @@ class Folder:
         for path, split, top in self._files():
             inside = path.relative_to(self.folder)
             outside = self.own_splits and not split
-            left_out = "outside of the folders of the splits" if outside else refusal(path)
+            left_out = "outside the folders of the splits" if outside else rejection_reason(path)
             name, decode = _text(inside.as_posix()), partial(read_image, path)
             yield Sample(_key(inside), name, labels.get(top), split, decode, left_out)
 
     def _files(self) -> Iterator[tuple[Path, Split | None, str]]:
-        """Each file with its split and the name of the folder at the top that it is in."""
+        """Each file with its split and the name of its top-level folder."""
         known = set(self._labels)
         for split, root in self._roots:
             for path in files_below(root):
@@ -130,21 +131,21 @@ class Folder:
                 yield path, None, ""
 
 
-def refusal(path: Path) -> str | None:
-    """Why a file need not be decoded to know that it cannot be used, or None; raises SystemFault as `is_image` does."""
+def rejection_reason(path: Path) -> str | None:
+    """Why a file can be rejected without decoding it, or None; raises SystemFault like `is_image`."""
     if RAW.fullmatch(path.suffix):
         return CAMERA_RAW
     if is_image(path):
         return None
     with reading(path), path.open("rb") as file:
-        read_through(file)
+        raise_read_errors(file)
     return NO_IMAGE
 
 
 def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
-    """Files below a folder, sorted, without hidden and system ones.
+    """Files below a folder, sorted, without hidden and system files.
 
-    Links are followed, except to a folder that they are in; one that leads nowhere counts as a file.
+    Symbolic links are followed, except to a folder that contains them; a broken link counts as a file.
     """
     try:
         status = folder.stat()
@@ -164,7 +165,7 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
 
 
 def linked_folders(folder: Path) -> list[Path]:
-    """Links to folders below a folder, sorted."""
+    """Symbolic links to folders below a folder, sorted."""
     found = []
     for place, names, _ in os.walk(folder):
         names[:] = [name for name in names if _visible(Path(name))]
@@ -173,7 +174,7 @@ def linked_folders(folder: Path) -> list[Path]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a path is a file or a link to nowhere, which must not go unnoticed; not a pipe or a device."""
+    """Whether a path is a file, or a broken link, which must be reported; not a pipe or a device."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
@@ -182,7 +183,7 @@ def _visible(path: Path) -> bool:
 
 
 def _folders_with_images(folder: Path) -> list[str]:
-    """Names of the folders with an image somewhere below."""
+    """Names of the folders that contain an image at any depth."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -191,7 +192,7 @@ def _folders_with_images(folder: Path) -> list[str]:
 
 
 def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
-    """The folders themselves, or where each holds nothing but the same one, those, and so on; and what is in them."""
+    """Descend while each folder only contains one folder of the same name; returns the folders and their subfolders."""
     inside = [_folders_with_images(folder) for folder in folders]
     name = inside[0][0] if inside[0] else ""
     if any(names != [name] for names in inside) or name.lower() in SPLIT_NAMES:
@@ -203,11 +204,11 @@ def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
 
 
 def _key(path: Path) -> str:
-    """A readable key from a file's own path alone; the digest tells apart what reads the same (a-b/c, a/b-c, a/b/c)."""
+    """A readable key that depends only on the file's path; the digest distinguishes a-b/c, a/b-c and a/b/c."""
     readable = re.sub(r"[^A-Za-z0-9_]+", "-", str(path.with_suffix(""))).strip("-")
     return f"{readable[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
 def _text(name: str) -> str:
-    """A file's name as text that any encoding can hold: bytes that are no UTF-8 are written as \\xNN."""
+    """A file's name as valid text: bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -1,6 +1,6 @@
-"""Image files to pixels, upright and in sRGB. All image files are read here.
+"""Decoding of image files to upright sRGB pixels. All image files are read here.
 
-A form that cannot be read correctly raises Unreadable with the reason; it is never guessed.
+A file that cannot be decoded correctly raises Unreadable with the reason; nothing is guessed.
 """
 
 import hashlib
@@ -24,25 +24,25 @@ RAW = re.compile(
     r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f)",
     re.IGNORECASE,
 )
-"""Suffixes of camera raw files: Pillow sees only the preview in them."""
+"""Suffixes of camera raw files, of which Pillow only reads the preview."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats that Pillow knows but does not decode itself. PostScript (EPS) is even a program, which it would run."""
+"""Formats that Pillow recognizes but does not decode itself. For EPS it would even run the PostScript program."""
 RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
 SRGB = ImageCms.createProfile("sRGB")
 CLOSE_TO_SRGB = 2
-"""Grey levels of 255. A profile that changes no colour by more is sRGB under another name: pixels are left alone."""
+"""Tolerance in grey levels (of 255): a profile that changes no colour by more is treated as sRGB, unconverted."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
-# For uncompressed files as well: Pillow's own decoder mixes up 16-bit planes and subsampled colour.
+# Also for uncompressed files: Pillow's own decoder gets 16-bit planes and subsampled colour wrong.
 TiffImagePlugin.READ_LIBTIFF = True
 
 
 class Unreadable(Exception):
-    """Why an image cannot be used, in one line that does not name the file."""
+    """An image cannot be used; the message is one line that does not name the file."""
 
 
 class Picture(NamedTuple):
@@ -51,22 +51,22 @@ class Picture(NamedTuple):
     image: Image.Image
     """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha."""
     mode: str
-    """Pillow's mode as stored in the file."""
+    """Pillow's mode of the file."""
     several: bool = False
-    """Whether the file has more pages or frames than this, its first."""
+    """Whether the file has more pages or frames than this first one."""
     warnings: tuple[str, ...] = ()
-    """What the decoder warned of, one line each."""
+    """Warnings of the decoder, one line each."""
 
 
 def read_image(path: Path) -> Picture:
     """Decode an image file, the first page or frame if it has several.
 
     Raises:
-        Unreadable: the file is no image, or cannot be decoded correctly.
-        SystemFault: the system cannot read the file.
+        Unreadable: the file is not an image, or cannot be decoded correctly.
+        SystemFault: the operating system cannot read the file.
     """
     if path.exists() and not path.is_file():
-        raise Unreadable("not a file")  # reading a pipe would wait for ever
+        raise Unreadable("not a file")  # reading a pipe would block
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
@@ -75,15 +75,15 @@ def read_image(path: Path) -> Picture:
             picture = _read(path)
     except (MemoryError, SystemFault):
         raise
-    except Exception as error:  # the decoders of forty formats raise what they like
+    except Exception as error:  # decoders raise arbitrary exceptions
         raise Unreadable(_reason(error)) from error
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file claims to be an image, by its suffix or content; it may still be damaged or unsupported.
+    """Whether a file claims to be an image by its suffix or content; it may still be corrupt or unsupported.
 
-    Raises SystemFault if the system cannot read what must be read of it.
+    Raises SystemFault if the operating system cannot read the file.
     """
     with reading(path):
         if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
@@ -98,14 +98,14 @@ def is_image(path: Path) -> bool:
             return isinstance(error, Image.DecompressionBombError)
 
 
-def read_through(file: IO[bytes]) -> None:
-    """Meet the system's errors in a file that is no image by Pillow, which takes some of them for damage."""
+def raise_read_errors(file: IO[bytes]) -> None:
+    """Read a file that Pillow rejects to the end, to raise read errors that Pillow mistakes for corruption."""
     while file.read(2**20):
         pass
 
 
 def digest(image: Image.Image) -> int:
-    """64 bits that are the same for images that look the same: same size, and same colour wherever it is visible."""
+    """64-bit digest, equal for images of the same size with the same colour in all visible pixels."""
     pixels = np.array(image.convert("RGBA"))
     pixels[pixels[..., 3] == 0] = 0
     content = hashlib.blake2b(np.array(pixels.shape, "<u8").tobytes() + pixels.tobytes(), digest_size=8)
@@ -113,7 +113,7 @@ def digest(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+    if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
         return NO_IMAGE
     return _line(str(error)) or type(error).__name__
 
@@ -140,11 +140,11 @@ def _read(path: Path) -> Picture:
         try:
             Image.open(file, formats=_formats())
         except Exception:
-            read_through(file)
+            raise_read_errors(file)
             raise
         file.seek(0)
-        content = file.read()  # only an image is held as a whole, no video
-    # Not by path: Pillow may map an uncompressed file to memory, and scrambles one that is stored on its side.
+        content = file.read()  # only images, never a video, are read into memory
+    # Not by path: Pillow may memory-map an uncompressed file, and then scrambles rotated ones.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
         several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
@@ -169,7 +169,7 @@ def _read(path: Path) -> Picture:
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
-    """Raise Unreadable for TIFF files that Pillow takes for something else."""
+    """Raise Unreadable for TIFF files that Pillow misinterprets."""
     tags = image.tag_v2
     if 50706 in tags or content[8:10] == b"CR":  # DNGVersion; CR2's own mark
         raise Unreadable(CAMERA_RAW)
@@ -182,7 +182,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
 
 
 def _has_larger_child(image: TiffImagePlugin.TiffImageFile, content: bytes) -> bool:
-    """Whether a sub-image has more pixels than the first page; a smaller one is the page's thumbnail, and harmless."""
+    """Whether a sub-image has more pixels than the first page; smaller ones are thumbnails and ignored."""
     offsets = image.tag_v2.get(330, ())
     for offset in offsets if isinstance(offsets, tuple) else (offsets,):
         child = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])
@@ -195,7 +195,7 @@ def _has_larger_child(image: TiffImagePlugin.TiffImageFile, content: bytes) -> b
 
 
 def _check_colour(image: Image.Image, content: bytes) -> None:
-    """Raise Unreadable for colours that are neither sRGB nor described by an ICC profile."""
+    """Raise Unreadable for colour spaces that are neither sRGB nor described by an ICC profile."""
     info = image.info
     if image.format == "PNG" and b"cICP" in (head := content[: content.find(b"IDAT")]):
         start = head.index(b"cICP") + 4
@@ -216,13 +216,13 @@ def _check_colour(image: Image.Image, content: bytes) -> None:
 
 
 def _check_code_points(primaries: int, transfer: int) -> None:
-    """Accept BT.709 or unspecified ones (ITU-T H.273)."""
+    """Raise Unreadable unless code points (ITU-T H.273) are BT.709's or unspecified."""
     if primaries not in (1, 2) or transfer not in (1, 2, 6, 13, 14, 15):
         raise Unreadable(f"colours of code points {primaries}/{transfer} (HDR?) without an ICC profile")
 
 
 def _profile(image: Image.Image, content: bytes) -> bytes | None:
-    if image.format == "JPEG2000" and (place := content.find(b"colr\x02")) >= 4:  # Pillow does not look there
+    if image.format == "JPEG2000" and (place := content.find(b"colr\x02")) >= 4:  # Pillow ignores it
         return content[place + 7 : place - 4 + int.from_bytes(content[place - 4 : place])]
     if image.info.get("icc_profile", b"") is None:
         raise Unreadable("a damaged ICC profile")
@@ -230,7 +230,7 @@ def _profile(image: Image.Image, content: bytes) -> bytes | None:
 
 
 def _mend_transparency(image: Image.Image, bits: int) -> None:
-    """Bring the transparent colour of a PNG file from the file's depth to that of Pillow's pixels."""
+    """Scale the transparent colour of a PNG file from the file's bit depth to that of Pillow's pixels."""
     transparent = image.info.get("transparency")
     if transparent is None:
         return
@@ -241,7 +241,7 @@ def _mend_transparency(image: Image.Image, bits: int) -> None:
 
 
 def _from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.Image, Image.Image | None]:
-    """Colour in mode I;16, from 0 to 65535, and alpha."""
+    """Split 16-bit pixels into colour, in mode I;16 from 0 to 65535, and alpha."""
     values = np.asarray(image).astype(np.int64)
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
@@ -250,7 +250,7 @@ def _from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image
 
 
 def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colour in mode L, RGB or CMYK, and alpha."""
+    """Split an image into colour, in mode L, RGB or CMYK, and alpha."""
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     grey = image.mode in ("1", "L", "LA")
@@ -269,7 +269,7 @@ def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Image:
-    """Colour in mode L or RGB, 8 bits a channel. `deep`: whether the file has more than 8 bits a channel."""
+    """Convert colour to sRGB in mode L or RGB, 8 bits per channel. `deep`: whether the file has more bits."""
     grey = colour.mode in ("L", "I;16")
     if profile:
         colour = _as_described(colour, profile)
@@ -283,7 +283,7 @@ def _to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Im
 
 
 def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
-    """Colour in the mode that an ICC profile describes; raises Unreadable if it describes other pixels."""
+    """Convert colour to the mode that an ICC profile describes; raises Unreadable if they do not match."""
     try:
         space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
     except OSError:
@@ -299,11 +299,11 @@ def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """From an ICC profile to sRGB for pixels of a mode; None for a profile that is sRGB under another name."""
+    """Conversion from an ICC profile to sRGB for pixels of a mode; None if the profile is practically sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         intent = ImageCms.Intent(source.profile.rendering_intent)
-        # Little CMS's optimizations are fast, and exact for matrices alone: 30 levels are lost in dark linear grey.
+        # Little CMS's optimizations are only exact for matrix profiles; they lose 30 levels in dark linear grey.
         exact = mode != "RGB" or not source.profile.is_matrix_shaper
         flags = ImageCms.Flags.NOOPTIMIZE if exact else ImageCms.Flags.NONE
         transform = ImageCms.ImageCmsTransform(
@@ -329,7 +329,7 @@ def _by_table(table: NDArray[np.uint8], image: Image.Image) -> Image.Image:
 
 
 def _steepest(convert: Callable[[Image.Image], Image.Image]) -> int:
-    """The largest step between two neighbouring greys of 8 bits."""
+    """The largest output step between neighbouring 8-bit greys."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     return int(np.diff(np.asarray(convert(Image.fromarray(ramp))).astype(int), axis=1).max())
 
@@ -345,5 +345,5 @@ def _join(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
         colour = colour.convert("RGB")
         colour.putalpha(alpha)
     image = colour.copy()
-    image.info = {}  # or PNG files would carry profiles, dates and comments
+    image.info = {}  # otherwise PNG files would contain profiles, dates and comments
     return image

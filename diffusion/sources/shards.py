@@ -1,7 +1,7 @@
-"""Images in webdataset shards: written from any source, read at random.
+"""Image shards in WebDataset format, written from any source, with random access.
 
-A sample is `KEY.json` (label, class, source, size, mode) and `KEY.png`, in `{train,val,test}-NNNNNN.tar`;
-`manifest.json` says the rest.
+A sample consists of `KEY.json` (label, class, source, size, mode) and `KEY.png` in `{train,val,test}-NNNNNN.tar`;
+`manifest.json` describes the data set.
 """
 
 import io
@@ -24,30 +24,30 @@ from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, mem
 
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
-"""On the terminal."""
+"""Maximum number of classes listed on the terminal."""
 
 
 class Sample(NamedTuple):
-    """One image of a source, not yet decoded."""
+    """An image of a source, not yet decoded."""
 
     key: str
-    """Unique and stable: a function of the image's own name or index. Letters, digits, `-` and `_`."""
+    """Unique and stable key, a function of the image's name or index. Letters, digits, `-` and `_`."""
     file: str
-    """Which file of the source it comes from."""
+    """Name of the image in the source."""
     label: int | None
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Raises Unreadable, and SystemFault if the system cannot read the file."""
+    """Decodes the image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
     left_out: str | None = None
-    """Why it is left out without being decoded."""
+    """Reason for rejecting the image without decoding it."""
 
 
 class Source(Protocol):
-    """Images in some form: `len()` of them, iterated in a fixed order with flat memory.
+    """A data set of images: `len()` samples, iterated in a fixed order with constant memory.
 
-    The source's own test split comes first and its own val split second: whether an image is a copy of one of theirs is
-    then known when it comes.
+    The source's own test split comes first and its own val split second, so that later copies of their images are
+    recognized.
     """
 
     @property
@@ -55,7 +55,7 @@ class Source(Protocol):
 
     @property
     def own_splits(self) -> Mapping[Split, str]:
-        """Splits that the source has of its own, each with the name of the file or folder that it is in."""
+        """The source's own splits, each with the name of its file or folder."""
         ...
 
     def __len__(self) -> int: ...
@@ -64,16 +64,16 @@ class Source(Protocol):
 
 
 class Contents(Facts):
-    """What a split holds."""
+    """Contents of a split."""
 
     samples: int
     per_class: tuple[int, ...]
-    """Samples of each class; the rest have no label."""
+    """Number of samples of each class; the rest have no label."""
     shards: tuple[Tar, ...]
 
 
 class Statistics(Facts):
-    """Of all images of one mode, channel by channel, for values in [0, 1]."""
+    """Statistics per channel over all images of one mode, for values in [0, 1]."""
 
     images: int
     mean: tuple[float, ...]
@@ -81,7 +81,7 @@ class Statistics(Facts):
 
 
 class Remark(Facts):
-    """A file of the source, and why it was left out or what its decoder warned of."""
+    """A file of the source, with the reason for rejecting it or a warning of its decoder."""
 
     file: str
     reason: str
@@ -97,29 +97,29 @@ class Manifest(Facts):
     statistics: dict[str, Statistics]
     """By image mode: L, RGB or RGBA."""
     smallest: tuple[int, int]
-    """Least width and least height seen."""
+    """Minimum width and minimum height."""
     largest: tuple[int, int]
     own_splits: dict[Split, str]
-    """Splits that the source has of its own, and where; the others are a hash of the pixels."""
+    """The source's own splits and their locations; other splits are chosen by a hash of the pixels."""
     rejected: tuple[Remark, ...]
-    """Files left out: unreadable ones, and copies of images in the source's own test split."""
+    """Rejected files: unreadable images, and copies of images in the source's own test split."""
     warnings: tuple[Remark, ...]
-    """Files that were used although their decoder warned of something."""
+    """Files that were used despite a warning of their decoder."""
     copies: int
-    """Images that look the same as an earlier one, pixel by pixel."""
+    """Number of images with the same visible pixels as an earlier one."""
     multipage: int
-    """Files with several pages or frames, of which the first was used."""
+    """Number of files with several pages or frames, of which the first was used."""
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as PNG: the same bytes for the same pixels. Fast rather than small: these images are small already."""
+    """Encode an image as PNG, deterministically; with fast compression, since the images are small."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 class _Tally:
-    """What the manifest says of the images. Statistics are from exact histograms, so in any order the same."""
+    """Collects the manifest's statistics, from exact histograms, so that they do not depend on the order."""
 
     def __init__(self, classes: int) -> None:
         self.images: dict[str, int] = {}
@@ -164,8 +164,8 @@ def write(
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
-    `advance` is called after each image. An image that cannot be read, or that is a copy of one in the source's own
-    test split, is listed in the manifest as rejected. Raises UserError if no image can be read, or a split stays empty.
+    `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
+    split, are listed as rejected in the manifest. Raises UserError if no image can be read or a split is empty.
     """
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
     with ExitStack() as stack:
@@ -212,7 +212,7 @@ def _contents(tars: Sequence[Tar], per_class: NDArray[np.int64]) -> Contents:
 
 
 def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[str, bytes]:
-    """What is stored of an image, by extension."""
+    """The stored files of an image, by extension."""
     record = {
         "label": sample.label,
         "class": None if sample.label is None else classes[sample.label],
@@ -230,13 +230,13 @@ def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Rem
         raise UserError(f"{name}: none of its {len(rejected)} images can be used{why}")
     if empty := [split for split, count in counts.items() if not count]:
         raise UserError(
-            f"{name}: no image of {total} fell into the split {empty[0]}; add images, or change shard.val_fraction or "
-            "shard.test_fraction"
+            f"{name}: none of the {total} images fell into the split {empty[0]}; add images, or increase "
+            "shard.val_fraction or shard.test_fraction"
         )
 
 
 def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
-    """Classes and the number of their images in one line, as `2 classes: cat 30, dog 20; 5 images without a class`."""
+    """Classes with numbers of images in one line, such as `2 classes: cat 30, dog 20; 5 images without a class`."""
     if not classes:
         return f"no classes, {images} images"
     shown = [f"{name} {count}" for name, count in zip(classes, per_class, strict=True)][:SHOWN_CLASSES]
@@ -247,7 +247,7 @@ def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: i
 
 
 def describe_splits(own: Mapping[Split, str]) -> str:
-    """Where the splits come from, in one line."""
+    """Describe the origin of the splits in one line."""
     given = [f"{split} is {own[split]} of the source" for split in SPLITS if split in own]
     hashed = [split for split in SPLITS if split not in own]
     if not given:
@@ -257,14 +257,14 @@ def describe_splits(own: Mapping[Split, str]) -> str:
 
 
 def manifest_sha256(directory: Path) -> str:
-    """The digest of the manifest, which lists the digests of all shards."""
+    """SHA-256 of the manifest, which contains the digests of all shards."""
     return sha256(directory / MANIFEST)
 
 
 class Images:
-    """The images of one split at random, in the order they were written; 48 bytes of memory for each.
+    """Random access to the images of a split, in the order written; needs 48 bytes of memory per image.
 
-    Raises UserError if a shard is missing or damaged.
+    Raises UserError if a shard is missing or corrupt.
     """
 
     def __init__(self, directory: Path, contents: Contents) -> None:
@@ -279,7 +279,7 @@ class Images:
         return len(self._png)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
-        """An image, and its label or None."""
+        """An image and its label, or None."""
         label: int | None = json.loads(self._content(self._json[index]))["label"]
         return Image.open(io.BytesIO(self._content(self._png[index])), formats=["PNG"]), label
 

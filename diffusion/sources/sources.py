@@ -1,4 +1,4 @@
-"""Formats in: .npz files and idx files (folders.py has folders of images), and which of them a path holds."""
+"""Input formats: .npz and idx files (see folders.py for folders of images), and detection of the format."""
 
 import gzip
 import re
@@ -23,25 +23,26 @@ from diffusion.storage.tar import Split
 
 IDX = re.compile(r"(?P<part>train|t10k)[-_.](?P<kind>images[-_.]idx3|labels[-_.]idx1)[-_.]ubyte(\.gz)?")
 IMAGES_IDX, LABELS_IDX = 0x0803, 0x0801
-"""The magic numbers: unsigned bytes in 3 dimensions (N, H, W), and in 1."""
+"""Magic numbers of unsigned bytes in three dimensions (N, H, W) and in one."""
 LARGEST_SIDE = 2**16
-"""Of an idx image: a larger number is a damaged header."""
+"""Maximum side of an idx image; a larger number means a corrupt header."""
 CHANNELS = [(), (1,), (3,), (4,)]
 """Trailing dimensions of an image array: grey, grey, RGB, RGBA."""
 NO_LABEL = -1
-"""In the labels of an .npz file."""
+"""Label of an .npz file that means none."""
 
 
 class Npz:
-    """`images`, uint8 (N, H, W) or (N, H, W, C), and perhaps `labels`, integers (N,), in a file of numpy's.
+    """An .npz file of NumPy with `images`, uint8 (N, H, W) or (N, H, W, C), and optionally `labels`, integers (N,).
 
-    A label of -1 is none.
+    A label of -1 means no label.
     """
 
     own_splits: Mapping[Split, str] = {}
 
     @classmethod
     def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+        """The source at `path`; None if it is not an .npz file."""
         return cls(path) if path.is_file() and path.suffix == ".npz" else None
 
     def __init__(self, path: Path) -> None:
@@ -51,15 +52,15 @@ class Npz:
                 names = list(arrays)
                 labels = arrays["labels"] if "labels" in names else None
             if "images" not in names:
-                raise UserError(f"{path}: has no array `images`; it has {', '.join(names) or 'none'}")
+                raise UserError(f"{path}: contains no array `images` (found: {', '.join(names) or 'none'})")
             with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
                 self.shape = self._header(file)
         except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: not a readable .npz file ({error})") from None
         if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(
-                f"{path}: labels must be integers of shape ({self.shape[0]},), one for each image; "
-                f"they are {labels.dtype} of shape {labels.shape}"
+                f"{path}: labels must be integers of shape ({self.shape[0]},), one for each image "
+                f"(got {labels.dtype} of shape {labels.shape})"
             )
         values, self.labels = _classes(labels)
         self.classes = tuple(map(str, values))
@@ -70,18 +71,18 @@ class Npz:
         shape, fortran_order, dtype = read(file)
         if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in CHANNELS or 0 in shape:
             raise UserError(
-                f"{self.path}: images must be uint8 of shape (N, H, W) or (N, H, W, C) with C 1, 3 or 4; "
-                f"they are {dtype} of shape {shape}"
+                f"{self.path}: images must be uint8 of shape (N, H, W) or (N, H, W, C) with C = 1, 3 or 4 "
+                f"(got {dtype} of shape {shape})"
             )
         if fortran_order:
-            raise UserError(f"{self.path}: images are in Fortran order; save np.ascontiguousarray(images)")
+            raise UserError(f"{self.path}: images are in Fortran order; save np.ascontiguousarray(images) instead")
         return tuple(shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Sample]:
-        # Not np.load, which would hold all images in memory.
+        # np.load would load all images into memory.
         with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
             self._header(file)
             for index, image in enumerate(_rows(file, self.path, self.shape)):
@@ -95,11 +96,11 @@ class Npz:
 
 
 class Idx:
-    """A folder of idx files as MNIST and Fashion-MNIST ship them, gzip-compressed or not."""
+    """A folder of idx files as distributed by MNIST and Fashion-MNIST, optionally gzip-compressed."""
 
     @classmethod
     def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
-        """Also those in a folder below `path`, if there is no image beside."""
+        """The source at `path`, or in a folder below it that is free of images; None if there are no idx files."""
         files = list(files_below(path)) if path.is_dir() else []
         folders = sorted({file.parent for file in files if IDX.fullmatch(file.name)})
         if path in folders:
@@ -107,7 +108,7 @@ class Idx:
         if not folders or any(is_image(file) for file in files):
             return None
         if len(folders) > 1:
-            raise UserError(f"{path}: idx files in several folders; give one of {', '.join(map(str, folders))}")
+            raise UserError(f"{path}: several folders contain idx files; choose one of {', '.join(map(str, folders))}")
         return cls(folders[0])
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +117,7 @@ class Idx:
             if (match := IDX.fullmatch(path.name)) and path.is_file():
                 self.files[match["part"], match["kind"][:6]] = path
         if ("train", "images") not in self.files:
-            raise UserError(f"{folder}: idx files, but no train-images-idx3-ubyte(.gz)")
+            raise UserError(f"{folder}: contains idx files, but no train-images-idx3-ubyte(.gz)")
         self.parts: dict[Split, str] = {"train": "train"}
         if ("t10k", "images") in self.files:
             self.parts["test"] = "t10k"
@@ -160,7 +161,7 @@ class Idx:
 
 
 def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
-    """The shape that an idx file states."""
+    """Read the shape from an idx file's header."""
     try:
         if struct.unpack(">I", file.read(4)) != (magic,):
             raise UserError(f"{path}: not an idx file of {magic & 0xFF}-dimensional unsigned bytes")
@@ -169,21 +170,21 @@ def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path}: not a readable idx file ({error})") from None
     if 0 in shape or max(shape[1:], default=0) > LARGEST_SIDE:
-        raise UserError(f"{path}: an idx file of shape {shape}, which holds no images")
+        raise UserError(f"{path}: idx file of shape {shape}, which contains no valid images")
     return shape
 
 
 def _rows(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-    """The rows of a uint8 array of `shape` that follows in a file up to its end, one at a time."""
+    """Iterate over the rows of a uint8 array of `shape`, which is the rest of a file."""
     row = shape[1:3] if shape[3:] == (1,) else shape[1:]
     size = int(np.prod(row))
     for index in range(shape[0]):
         content = _read(file, size, path, f"entry {index} of {shape[0]}")
         if len(content) < size:
-            raise UserError(f"{path}: truncated: it ends at entry {index} of {shape[0]}")
+            raise UserError(f"{path}: truncated at entry {index} of {shape[0]}")
         yield np.frombuffer(content, np.uint8).reshape(row)
     if _read(file, 1, path, "its end"):  # at the end, compressed files also check what they read
-        raise UserError(f"{path}: goes on after its {shape[0]} entries")
+        raise UserError(f"{path}: contains data after its {shape[0]} entries")
 
 
 def _read(file: IO[bytes], size: int, path: Path, place: str) -> bytes:
@@ -194,7 +195,7 @@ def _read(file: IO[bytes], size: int, path: Path, place: str) -> bytes:
 
 
 def _classes(labels: NDArray[np.integer] | None) -> tuple[list[int], NDArray[np.int64] | None]:
-    """The values that labels take, sorted, and each label as an index into them, NO_LABEL where it has none."""
+    """The distinct labels, sorted, and each label as an index into them, NO_LABEL where it has none."""
     if labels is None:
         return [], None
     values = np.unique(labels[labels != NO_LABEL])
@@ -215,13 +216,13 @@ SOURCES: dict[str, Callable[[Path, bool], Source | None]] = {
     "a folder with train-images-idx3-ubyte(.gz)": Idx.at,
     "a folder with image files": Folder.at,
 }
-"""What is looked for, in this order: each gives the source at a path, or None if there is none of its kind."""
+"""Supported formats by description, in order of detection; each returns the source at a path, or None."""
 
 
 def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
-    """The images at a path; raises UserError if they are in no known form, or a file is damaged.
+    """Open the images at a path; raises UserError if the format is not supported or a file is corrupt.
 
-    `split_names_as_classes` confirms classes, and folders inside classes, that are named like a split.
+    `split_names_as_classes` allows classes, and folders inside classes, that are named like a split.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -229,4 +230,4 @@ def open_source(path: Path, split_names_as_classes: bool = False) -> Source:
         if (source := find(path, split_names_as_classes)) is not None:
             return source
     *first, last = SOURCES
-    raise UserError(f"{path}: no images in a known form; looked for {', '.join(first)}, and {last}")
+    raise UserError(f"{path}: no images in a supported format; expected {', '.join(first)}, or {last}")

@@ -1,4 +1,4 @@
-"""Which split an image goes to: one for all its copies, that of the source where it has one, else a hash."""
+"""Assignment of images to splits: the source's own, or by a hash of the pixels, so that copies stay together."""
 
 from array import array
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from diffusion.storage.tar import Split
 
 
 class Fractions(NamedTuple):
-    """Of the images without a split of their own, which part goes to val and which to test."""
+    """Fractions of the images without a split that go to val and test."""
 
     val: float
     test: float
 
 
 class _Digests:
-    """Digests of images, 8 bytes of memory for each."""
+    """A set of image digests; needs 8 bytes of memory per image."""
 
     def __init__(self) -> None:
         self._values = array("Q")
@@ -34,15 +34,15 @@ class _Digests:
         return place < len(self._sorted) and int(self._sorted[place]) == value
 
     def copies(self) -> int:
-        """How many are the same as an earlier one."""
+        """Number of digests that are equal to an earlier one."""
         return len(self._values) - len(np.unique(np.array(self._values)))
 
 
 class Splitter:
-    """The split of each image, by the `digest` of its pixels; given the source's own test and val splits first.
+    """Assigns each image to a split by the `digest` of its pixels; own test and val splits must come first.
 
-    Those are kept. Of other images, a part becomes whichever of val and test the source lacks: a function of the
-    pixels alone, so that new images never move old ones, and copies stay together.
+    The source's own val and test are kept. If it lacks one, a part of the other images becomes that split, as a
+    function of the pixels only, so that new images never move old ones, and copies stay together.
     """
 
     def __init__(self, own: Mapping[Split, str], fractions: Fractions) -> None:
@@ -50,7 +50,7 @@ class Splitter:
         self.seen, self.digests = _Digests(), {"test": _Digests(), "val": _Digests()}
 
     def __call__(self, split: Split | None, pixels: int) -> Split:
-        """The split of an image that the source has in `split`; raises Unreadable for a copy of one in its test."""
+        """The split of an image from the source's `split`; raises Unreadable for a copy of one in its test split."""
         self.seen.add(pixels)
         if split in self.digests:
             self.digests[split].add(pixels)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the whole of them or nothing, and naming them by their content."""
+"""Atomic writing of files and directories, and their verification by digests."""
 
 import csv
 import hashlib
@@ -15,14 +15,14 @@ from typing import Any
 from diffusion.errors import Damaged, FileFault, SystemFault, WriteFault
 
 SUMS = "SHA256SUMS"
-"""Digests of the files beside it, in the format of sha256sum."""
+"""File with the digests of a directory's files, in the format of sha256sum."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise SystemFault, which names `path`, for an error of the operating system; those of decoders pass.
+    """Convert the operating system's errors to SystemFault naming `path`; decoders' errors pass unchanged.
 
-    Decoders raise OSError too, but without an error number.
+    Decoders also raise OSError, but without an error number.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise WriteFault, which names `path`, for any system error of the block, but one that names an unrelated file.
+    """Convert the operating system's errors to WriteFault naming `path`, unless the error names an unrelated file.
 
     Most of these errors come from libraries, and name no file or a temporary one.
     """
@@ -43,14 +43,14 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         whole = path.absolute()
         named = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else whole
-        copied = error.filename2 is not None  # then the first is what was read
+        copied = error.filename2 is not None  # a copy, whose first name is the source
         if copied or whole.is_relative_to(named) or named.is_relative_to(whole.parent):
             raise WriteFault(path, error) from None
         raise
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,9 +59,9 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: the old file or the whole new one is there at any moment.
+    """Write `content` to `path` atomically: readers see either the old or the complete new file.
 
-    Raises WriteFault if the system refuses.
+    Raises WriteFault on failure.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,20 +74,20 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.fsync(descriptor)
             Path(name).replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)  # a signal may come just after it was renamed
+            Path(name).unlink(missing_ok=True)  # missing if a signal arrives just after the rename
             raise
         sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON that is the same bytes for the same value (NaN is refused: JSON has none)."""
+    """Write `value` as JSON, deterministically; raises ValueError for NaN, which JSON lacks."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, float]], columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV, each number in the fewest digits that give it back exactly.
+    """Write rows as CSV, each number in the fewest digits that represent it exactly.
 
-    A row may lack some of the `columns`; without these, all rows have the same.
+    Rows may lack some of the `columns`. If `columns` is empty, all rows must have the same keys.
     """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=columns or list(rows[0]), lineterminator="\n")
@@ -97,17 +97,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, float]], columns: Sequence
 
 
 def parse_csv(content: bytes) -> list[dict[str, float]]:
-    """The rows of a file that `write_csv` wrote, all numbers as float."""
+    """Parse a file written by `write_csv`, with all numbers as float."""
     rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path`, replacing what was there, when the block ends without an error.
+    """A temporary directory that replaces `path` when the block ends without an error.
 
-    Raises WriteFault if the system refuses; one of the block that names a file in the temporary directory names that in
-    `path` instead.
+    Raises WriteFault on failure. A WriteFault in the block that names a file in the temporary directory is changed to
+    name the file in `path`.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             former = temporary.with_name(f"{temporary.name}.former")
             try:
                 if path.exists():
-                    path.replace(former)  # what was there is deleted only once the new one is in its place
+                    path.replace(former)  # deleted only once the new directory is in place
                 temporary.replace(path)
             except BaseException:
                 if former.exists() and not path.exists():
@@ -142,17 +142,17 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
+    """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
-    """Write SHA256SUMS: the digest of every file in a directory, for `read_checked` and `sha256sum --check`.
+    """Write SHA256SUMS, the digests of a directory's files, for `read_checked` and `sha256sum --check`.
 
     Args:
-        directory: a directory of files alone, otherwise complete.
-        known: digests by file name that need not be computed again.
+        directory: a directory without subdirectories, otherwise complete.
+        known: digests by file name that are already computed.
     """
     names = sorted(path.name for path in directory.iterdir() if path.name != SUMS)
     lines = [f"{(known or {}).get(name) or sha256(directory / name)}  {name}\n" for name in names]
@@ -160,10 +160,10 @@ def write_sums(directory: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def read_checked(path: Path) -> bytes:
-    """The bytes of a file, checked against the SHA256SUMS beside it.
+    """Read a file and verify it against SHA256SUMS in its directory.
 
     Raises:
-        FileFault: the file or its SHA256SUMS is missing, or the bytes are not those that were written.
+        FileFault: the file or SHA256SUMS is missing, or the digest does not match.
     """
     try:
         content = path.read_bytes()
@@ -174,15 +174,15 @@ def read_checked(path: Path) -> bytes:
         lines = sums.read_bytes().splitlines()
     except OSError as error:
         raise FileFault(
-            sums, f"{error.strerror}, so {path.name} cannot be checked: an earlier version wrote it"
+            sums, f"{error.strerror}, so {path.name} cannot be verified (written by an earlier version)"
         ) from None
     if f"{hashlib.sha256(content).hexdigest()}  {path.name}".encode() not in lines:
-        raise Damaged(path, f"not the bytes that {SUMS} lists")
+        raise Damaged(path, f"it does not match its digest in {SUMS}")
     return content
 
 
 def check_sums(directory: Path) -> None:
-    """Raise FileFault, as `read_checked` does, unless all files that a directory's SHA256SUMS lists are as written."""
+    """Verify all files listed in a directory's SHA256SUMS; raises FileFault like `read_checked`."""
     sums = directory / SUMS
     try:
         names = [os.fsdecode(line[66:]) for line in sums.read_bytes().splitlines()]

@@ -1,7 +1,7 @@
-"""Sets of tar files in webdataset form: written byte-reproducibly, read at random through memory maps.
+"""Tar shards in WebDataset format: written byte-reproducibly, with random access through memory maps.
 
-A set is `SPLIT-000000.tar`, `SPLIT-000001.tar`, ...; a sample is a few consecutive members `KEY.EXTENSION`, and
-KEY holds no dot. Nothing in a file depends on when, where or by whom it was written.
+A split consists of `SPLIT-000000.tar`, `SPLIT-000001.tar`, ...; a sample is a group of consecutive members
+`KEY.EXTENSION`, where KEY contains no dot. File contents do not depend on time, place or user.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from diffusion.storage.files import read_checked, sha256, writing
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FORMAT: Literal[1] = 1
-"""Of the manifests. Those without one are of this format too."""
+"""Format of the manifests; also of manifests that do not state one."""
 
 
 class Facts(BaseModel):
@@ -31,16 +31,16 @@ class Facts(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """A manifest; raises FileFault if it is missing, damaged or not of this version's format."""
+        """Read a manifest; raises FileFault if it is missing, corrupt or has another format."""
         content = read_checked(path)
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            raise FileFault(path, f"not of format {FORMAT}, which this version reads: {describe(error)}") from None
+            raise FileFault(path, f"not in format {FORMAT}, which this version reads: {describe(error)}") from None
 
 
 class Tar(Facts):
-    """One tar file, as a manifest lists it."""
+    """A tar file's entry in a manifest."""
 
     name: str
     samples: int
@@ -49,7 +49,7 @@ class Tar(Facts):
 
 
 class Member(NamedTuple):
-    """Where a member's content stands in its tar file."""
+    """Position of a member's content in its tar file."""
 
     key: str
     extension: str
@@ -58,7 +58,7 @@ class Member(NamedTuple):
 
 
 class Writer:
-    """Writes one set; a context manager, after which `tars` lists the files."""
+    """Writes the shards of a split; a context manager, after which `tars` lists the files."""
 
     def __init__(
         self, directory: Path, split: Split, *, max_samples: int = sys.maxsize, max_bytes: int = sys.maxsize
@@ -76,7 +76,7 @@ class Writer:
         self._finish()
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample: its members' contents by extension."""
+        """Append a sample, given as contents by extension."""
         size = sum(map(len, members.values()))
         if self._tar and (self._samples == self.max_samples or self._tar.offset + size > self.max_bytes):
             self._finish()
@@ -103,7 +103,7 @@ class Writer:
 
 
 def open_map(directory: Path, tar: Tar) -> mmap.mmap:
-    """A memory map of a tar file; raises FileFault if it is not what the manifest says."""
+    """Memory-map a tar file; raises FileFault if it does not match the manifest."""
     path = directory / tar.name
     try:
         with path.open("rb") as file:
@@ -111,14 +111,14 @@ def open_map(directory: Path, tar: Tar) -> mmap.mmap:
     except (OSError, ValueError) as error:
         raise FileFault(path, f"cannot be read ({error})") from None
     if hashlib.sha256(mapped).hexdigest() != tar.sha256:
-        raise Damaged(path, "not the bytes that manifest.json lists")
+        raise Damaged(path, "it does not match its digest in manifest.json")
     return mapped
 
 
 def members(mapped: mmap.mmap) -> Iterator[Member]:
-    """The members of a tar file in order; reads only their headers."""
+    """Iterate over the members of a tar file, reading only their headers."""
     position = 0
-    while position < len(mapped) and mapped[position]:  # a block of zeros ends the file
+    while position < len(mapped) and mapped[position]:  # a zero block marks the end
         header = mapped[position : position + tarfile.BLOCKSIZE]
         info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
         key, _, extension = info.name.partition(".")

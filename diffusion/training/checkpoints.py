@@ -1,4 +1,4 @@
-"""The rolling checkpoints of a training."""
+"""Rolling checkpoints of a training run."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ from diffusion.training.state import State
 
 
 class Checkpoints:
-    """The checkpoints of one training: a directory with the last two and the last good one.
+    """Checkpoints of one training run: a directory with the last two and the last good one.
 
-    A checkpoint is STEP.safetensors and then STEP.json, which holds the digest of both: without a JSON file, or with
-    another digest, it does not count. A good one was written at a step that the parameters name, after a
-    measurement that was finite: what goes back to it does not depend on when the others happened to be written.
+    A checkpoint consists of STEP.safetensors and STEP.json, which is written last and holds a digest of both; without
+    the JSON file, or if the digest differs, the checkpoint is ignored. A good checkpoint follows a finite held-out
+    measurement, at a step that the parameters determine. So a rollback does not depend on when the periodic checkpoints
+    were written.
     """
 
     KEEP = 2
@@ -27,17 +28,17 @@ class Checkpoints:
     def __init__(self, directory: Path, world: World = World(), seconds: float = 60.0) -> None:  # noqa: B008 (immutable)
         self.directory, self.world = directory, world
         self.seconds = seconds
-        """How often one is written, besides those after each held-out measurement. It does not shape the result."""
+        """Time between checkpoints, besides those after each held-out measurement. Does not affect the result."""
 
     def write(self, state: State, good: bool = False) -> None:
-        """Write the state. All processes call this together; the main one writes."""
-        sums = self.world.gather(state.sums[None]).cpu()  # each process has its own
-        tensors = state.tensors() if self.world.main or state.shared_out else {}
+        """Write the state; a collective call, in which the main process writes."""
+        sums = self.world.gather(state.sums[None]).cpu()  # they differ between processes
+        tensors = state.tensors() if self.world.main or state.sharded else {}
         if not self.world.main:
             return
         name = f"{state.step:010d}"
         weights = self.directory / f"{name}.safetensors"
-        # If another one of this step is there already, its JSON goes first: at no moment it speaks of other weights.
+        # Delete an existing JSON file of this step first, so that it never describes other weights.
         good = good or _is_good(weights.with_suffix(".json"))
         content, facts = save(tensors | {"sums": sums}), {"good": good} | state.facts()
         if not weights.exists() or weights.read_bytes() != content:
@@ -47,13 +48,13 @@ class Checkpoints:
         newest = _newest_first(self.directory)
         kept = {path.stem for path in [*newest[: self.KEEP], *islice(filter(_is_good, newest), 1)]}
         for path in [*self.directory.glob("*[0-9].json*"), *self.directory.glob("*.safetensors*")]:
-            if path.name.split(".")[0] not in kept:  # an older one, or what a killed process left unfinished
+            if path.name.split(".")[0] not in kept:  # older, or left unfinished by a killed process
                 path.unlink()
 
     def restore(self, state: State, good: bool = False) -> bool:
-        """Put the newest sound checkpoint (of the good ones) into `state`; false if there is none.
+        """Restore the newest intact (and if `good`, good) checkpoint into `state`; returns False if there is none.
 
-        All processes call this together; only the main one has to have the files.
+        A collective call; only the main process needs the files.
         """
         facts: dict[str, Any] = {}
         weights = b""
@@ -63,22 +64,22 @@ class Checkpoints:
             try:
                 written, weights = json.loads(path.read_bytes()), path.with_suffix(".safetensors").read_bytes()
                 if _digest(weights, written["facts"]) != written["sha256"]:
-                    raise ValueError("its digest does not match")
+                    raise ValueError("digest mismatch")
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                say(f"train: checkpoint {path.stem} is damaged ({error}); going back to the one before")
+                say(f"train: checkpoint {path.stem} is corrupt ({error}); using the previous one")
             else:
                 facts = written["facts"]
                 break
-        facts = self.world.from_main(facts)
+        facts = self.world.broadcast(facts)
         if facts:
             del facts["good"]
-            tensors = load(self.world.bytes_from_main(weights))
+            tensors = load(self.world.broadcast_bytes(weights))
             tensors["sums"] = tensors["sums"][self.world.rank]
             state.restore(tensors, facts)
         return bool(facts)
 
-    def drop_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps than `step`."""
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after `step`."""
         for path in _newest_first(self.directory) if self.world.main else []:
             if int(path.stem) > step:
                 path.unlink()
@@ -86,7 +87,7 @@ class Checkpoints:
 
 
 def newest_step(directory: Path) -> int | None:
-    """The step of the newest checkpoint in a directory; None if there is none."""
+    """Step of the newest checkpoint in a directory; None if there is none."""
     return next((int(path.stem) for path in _newest_first(directory)), None)
 
 

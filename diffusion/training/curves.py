@@ -1,4 +1,4 @@
-"""The curves of a training: the loss, also by band of t, and the held-out error."""
+"""Training curves: the loss, overall and by band of t, and the held-out error."""
 
 from itertools import pairwise
 
@@ -11,9 +11,9 @@ from diffusion.training.state import Row, State
 
 
 def accumulate(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tensor, num_timesteps: int) -> None:
-    """Add a step to the sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient's norm.
+    """Add a step to the running sums: loss and weight (B,) and t int64 (B,) of its images, and the gradient norm.
 
-    A step whose norm is not finite adds nothing, and is counted as skipped.
+    A step with a non-finite gradient norm is counted as skipped and not added.
     """
     loss, norm = loss.to(state.sums.device), norm.to(state.sums.device)
     finite = norm.isfinite()
@@ -30,9 +30,9 @@ def accumulate(state: State, loss: Tensor, norm: Tensor, t: Tensor, weight: Tens
 
 
 def add_point(state: State, world: World, learning_rate: float, num_timesteps: int) -> Row | None:
-    """Add to the loss curve the means since its last point; None if all steps since were skipped.
+    """Append the means since the last point to the loss curve; returns None if all steps since were skipped.
 
-    All processes call this together. A band of t has a value if there was a timestep in it.
+    A collective call. A band of t without timesteps has no value.
     """
     world.sum_(state.sums)
     steps, loss, norm, *bands = state.sums.tolist()
@@ -45,7 +45,7 @@ def add_point(state: State, world: World, learning_rate: float, num_timesteps: i
         "learning_rate": learning_rate,
         "grad_norm": norm / steps,
     }
-    names = bands_of(num_timesteps)
+    names = band_columns(num_timesteps)
     for name, total, weight in zip(names, bands[:BANDS], bands[BANDS:], strict=True):
         if weight:
             row[name] = total / weight
@@ -53,19 +53,19 @@ def add_point(state: State, world: World, learning_rate: float, num_timesteps: i
     return row
 
 
-def bands_of(num_timesteps: int) -> list[str]:
-    """The columns of the bands' losses, such as loss_t000_099."""
+def band_columns(num_timesteps: int) -> list[str]:
+    """Column names of the losses by band of t, such as loss_t000_099."""
     digits = len(str(num_timesteps - 1))
     return [f"loss_t{first:0{digits}d}_{after - 1:0{digits}d}" for first, after in pairwise(band_edges(num_timesteps))]
 
 
 def best(heldout_curve: list[Row]) -> Row:
-    """The held-out measurement with the least error."""
+    """The held-out measurement with the lowest error."""
     return min(heldout_curve, key=lambda row: row["mse"])
 
 
 def out_of_patience(heldout_curve: list[Row], patience: int) -> bool:
-    """Whether the last `patience` measurements (0: any number) were none better than one before them."""
+    """Whether the last `patience` measurements brought no improvement; never if `patience` is 0."""
     if not patience or not heldout_curve:
         return False
     return len(heldout_curve) - 1 - heldout_curve.index(best(heldout_curve)) >= patience

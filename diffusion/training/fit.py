@@ -1,4 +1,4 @@
-"""Training in a few lines, on images in memory."""
+"""Training on images in memory."""
 
 from dataclasses import replace
 
@@ -13,38 +13,38 @@ from diffusion.pairs.pairs import Batches
 from diffusion.progress import Progress
 from diffusion.training import loop, recovery
 from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, to_compile
+from diffusion.training.hardware import precision, prefetched, runnable, should_compile
 from diffusion.training.options import TrainOptions
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 
 
 def fit(model: Model, images: Images, options: TrainOptions | None = None, seed: int = 0) -> Model:
-    """Train a model, and give the one with the average of the weights; Ho et al. 2020, algorithm 1.
+    """Train a model and return one with the averaged (EMA) weights; Ho et al. 2020, algorithm 1.
 
-    `model.net` is trained further, on the device it is on. The stage `train` takes the same steps on stored pairs. It
-    also keeps checkpoints, measures held-out errors, goes back where the loss diverges, and trains in several
-    processes; the options for these are not looked at here.
+    Trains `model.net` in place, on its current device. The pipeline's stage `train` takes the same steps on stored
+    pairs, and adds checkpoints, held-out measurements, rollback on divergence, and distributed training; the options
+    for these are ignored here.
 
     Raises:
-        TypeError: the network is none of diffusion.nn.
-        ValueError: the images are not those that the network was made for.
-        UserError: loss or gradient was not finite in several steps in a row, or at the end.
+        TypeError: the network is not one of diffusion.nn.
+        ValueError: the images do not match the network.
+        UserError: the loss or gradient was not finite for several steps in a row, or at the end.
     """
     options = options or TrainOptions()
     if not isinstance(model.net, Network):
-        raise TypeError("fit trains networks of diffusion.nn; for one of your own, write a loop around `Model.loss`")
+        raise TypeError("fit only trains networks of diffusion.nn; for your own, write a training loop with Model.loss")
     if not len(images) or images.shape != model.shape or (model.num_classes and images.classes != model.config.classes):
         raise ValueError(
-            f"fit: {len(images)} images of shape {images.shape} in the classes {images.classes}, for a network of "
-            f"{model.shape} and {model.config.classes}"
+            f"fit: got {len(images)} images of shape {images.shape} with classes {images.classes}, but the model "
+            f"expects shape {model.shape} and classes {model.config.classes}"
         )
     device = next(model.net.parameters()).device
-    state = begin(model.net.train().requires_grad_(True), options, model.process.schedule)
+    state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
     fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
     total = options.steps * options.batch_size
     with prefetched(fetch, device) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
-        compiling = to_compile(options, device, lambda: count(state.net, images.shape).flops)
+        compiling = should_compile(options, device, lambda: count(state.net, images.shape).flops)
         net = runnable(state.net, options, World(), compiling)
         trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))
         while state.step < options.steps:
@@ -57,6 +57,6 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
             progress.advance(options.batch_size)
         finite = all(parameter.isfinite().all() for parameter in state.average.parameters())
         if state.skipped == options.steps or not finite:
-            raise UserError(f"loss or gradient was not finite at the end; {recovery.advice(options)}")
-    # An estimate for the analytic variance would be of other weights.
+            raise UserError(f"the loss or gradient was not finite at the end; {recovery.advice(options)}")
+    # Drop the estimate for the analytic variance, which belongs to other weights.
     return replace(model, net=state.average, config=model.config.model_copy(update={"x_0_mse": None}))

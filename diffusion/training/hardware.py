@@ -1,4 +1,4 @@
-"""How a network is run on the hardware at hand: precision, compilation, memory and prefetching."""
+"""Running a network on the available hardware: precision, compilation, memory and prefetching."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,41 +12,41 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.nn.layers import Network
 from diffusion.pairs.pairs import Batch
-from diffusion.training.distributed import World, synchronized
+from diffusion.training.distributed import World, data_parallel
 from diffusion.training.options import TrainOptions
 
 Item = TypeVar("Item")
 
 
 def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
-    """What matrix products and convolutions are computed in; weights, moments and the average are float32."""
+    """The autocast dtype; weights, optimizer state and EMA are always float32."""
     bf16 = options.precision == "bf16"
     if options.precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32
 
 
-COMPILE_FROM = 1e16
-"""FLOPs of a training, from which `compile: auto` compiles on a GPU. Compiling takes about a minute (44 s for the
-preset digits on an H200); a large network does these FLOPs in two to three minutes there, at 7 % of the card's peak."""
+COMPILE_MIN_FLOPS = 1e16
+"""Training FLOPs from which `compile: auto` compiles on a GPU. Compilation takes about a minute (44 s for the preset
+digits on an H200); a large network performs these FLOPs in two to three minutes there, at 7 % of peak."""
 
 
-def to_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
-    """Whether to compile a network; `flops` gives those of its forward pass for an image."""
+def should_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
+    """Whether to compile the network; `flops` returns the FLOPs of its forward pass for one image."""
     if options.compile != "auto":
         return options.compile
-    return device.type == "cuda" and 3 * flops() * options.batch_size * options.steps >= COMPILE_FROM
+    return device.type == "cuda" and 3 * flops() * options.batch_size * options.steps >= COMPILE_MIN_FLOPS
 
 
 def runnable(net: Network, options: TrainOptions, world: World, compiling: bool) -> nn.Module:
-    """The network as it is trained: recomputed and synchronized with other processes as `options` say, and compiled.
+    """Wrap the network for training: activation checkpointing, data parallelism and compilation.
 
-    Its weights are those of `net`. Every batch has the same shape, so that it is compiled once.
+    Shares its weights with `net`. All batches have the same shape, so it is compiled once.
     """
     if options.recompute:
-        for block in net.hidden():
+        for block in net.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    made = synchronized(net, options, world)
+    made = data_parallel(net, options, world)
     if compiling:
         made.compile(dynamic=False)
     return made
@@ -54,9 +54,9 @@ def runnable(net: Network, options: TrainOptions, world: World, compiling: bool)
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """A block whose float32 matrix products and convolutions are in TF32 on a GPU (10 bits of mantissa).
+    """Use TF32 (10 bits of mantissa) for float32 matrix products and convolutions on GPUs in this block.
 
-    What was set by torch's newer `fp32_precision` stays as it is: the two ways to say it do not mix.
+    Does nothing if PyTorch's newer `fp32_precision` is in use, since the two APIs must not be mixed.
     """
     convolutions = torch.backends.cudnn
     try:
@@ -74,7 +74,7 @@ def tf32() -> Iterator[None]:
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the generator of this device alone: for all of them it takes a quarter of a millisecond."""
+    """Seed only this device's generator; torch.manual_seed, which seeds all, takes a quarter of a millisecond."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     elif device.type == "cuda":
@@ -84,7 +84,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start to copy a tensor to the CPU; what is returned waits for the copy and gives it."""
+    """Start copying a tensor to the CPU; the returned function waits for the copy and returns it."""
     if tensor.device.type != "cuda":
         copied = tensor.to("cpu")
         return lambda: copied
@@ -99,19 +99,19 @@ def copy_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def prefetched(fetch: Callable[[int], Batch], device: torch.device) -> "Prefetch[Batch]":
-    """Prefetch batches; for a GPU by as many threads as torch has, into pinned memory: copies do not wait."""
+    """Prefetch batches; for a GPU with as many threads as PyTorch uses, into pinned memory for asynchronous copies."""
     if device.type != "cuda":
         return Prefetch(fetch)
 
     def pinned(step: int) -> Batch:
-        with torch.cuda.device(device):  # it is each thread's own
+        with torch.cuda.device(device):  # the current device is per thread
             return Batch(*(torch.from_numpy(array).pin_memory().numpy() for array in fetch(step)))
 
     return Prefetch(pinned, threads=torch.get_num_threads())
 
 
 class Prefetch(Generic[Item]):
-    """`fetch`, with the next items, one for each thread, made in advance; a context manager."""
+    """Wraps `fetch` and loads the next items, one per thread, in the background; a context manager."""
 
     def __init__(self, fetch: Callable[[int], Item], threads: int = 1) -> None:
         self._fetch, self._threads = fetch, threads
@@ -129,6 +129,6 @@ class Prefetch(Generic[Item]):
         item = ready[step].result() if step in ready else self._fetch(step)
         for later in range(step + 1, step + 1 + self._threads):
             self._ready[later] = ready.pop(later) if later in ready else self._pool.submit(self._fetch, later)
-        for unwanted in ready.values():  # the training went back
+        for unwanted in ready.values():  # training was rolled back
             unwanted.cancel()
         return item

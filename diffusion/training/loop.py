@@ -1,4 +1,4 @@
-"""The training loop: Ho et al. 2020, algorithm 1, whose lines are named in comments."""
+"""The training loop; comments refer to the lines of Ho et al. 2020, algorithm 1."""
 
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from diffusion.process.schedule import times
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.curves import accumulate, add_point, out_of_patience
-from diffusion.training.distributed import World, synchronizing, whole
+from diffusion.training.distributed import World, gather_full, gradient_sync
 from diffusion.training.hardware import copy_to_host, seed_dropout, tf32
 from diffusion.training.options import TrainOptions
-from diffusion.training.recovery import Diverged, advice, check, go_back, judge, rate
+from diffusion.training.recovery import Diverged, advice, check, judge, lr_factor, roll_back
 from diffusion.training.state import Row, State
 
 Hook = Callable[[State], None]
@@ -27,21 +27,21 @@ Hook = Callable[[State], None]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What one step needs besides the state."""
+    """Everything that a training step needs besides the state."""
 
     options: TrainOptions
     seed: int
     loss: Loss
     fetch: Callable[[int], Batch]
-    """The k-th batch; of several processes, this one's share of it."""
+    """Returns batch k, or this process's share of it."""
     net: nn.Module
-    """The state's network, as it is run: compiled, in several processes."""
+    """The state's network, wrapped for compilation and data parallelism."""
     world: World = field(default_factory=World)
     precision: torch.dtype = torch.float32
 
     def add_point(self, state: State) -> Row | None:
-        """Add to the loss curve the means since its last point; None if all steps since were skipped."""
-        learning_rate = self.options.learning_rate * rate(state, state.step - 1, self.options)
+        """Append the means since the last point to the loss curve; returns None if all steps since were skipped."""
+        learning_rate = self.options.learning_rate * lr_factor(state, state.step - 1, self.options)
         return add_point(state, self.world, learning_rate, self.loss.schedule.num_timesteps)
 
 
@@ -54,14 +54,14 @@ def train(
     preview: Hook,
     stop_signal: Callable[[], int],
 ) -> None:
-    """Train `state` from its step to its end; Ho et al. 2020, algorithm 1.
+    """Train `state` from its current step to the end; Ho et al. 2020, algorithm 1.
 
-    `report` is called after each step, `preview` every `preview_every` steps and at the end; it measures the held-out
-    error and adds it to the curve. `stop_signal` gives the number of a signal that has come, or 0: then a checkpoint is
-    written and Stopped is raised. Others are written at the start, after each measurement and every minute, so that an
-    interrupted training goes on where it was, to the bit.
+    `report` is called after each step. `preview` is called every `preview_every` steps and at the end; it measures the
+    held-out error and appends it to the curve. `stop_signal` returns the number of a received signal, or 0; on a
+    signal, a checkpoint is written and Stopped is raised. Checkpoints are also written at the start, after each
+    held-out measurement and every minute, so that an interrupted run resumes bit for bit.
 
-    Raises UserError when loss or gradients stay out of the finite numbers, with a lower learning rate as well.
+    Raises UserError if the loss or gradient stays non-finite even after a rollback with a lower learning rate.
     """
     saved = time.monotonic()
     if state.step == 0:
@@ -71,7 +71,7 @@ def train(
             done = state.step == trainer.options.steps
             previewed = bool(state.heldout_curve) and state.heldout_curve[-1]["step"] == state.step
             if done or state.step % trainer.options.log_every == 0 or state.step % trainer.options.preview_every == 0:
-                check(state)  # at these steps alone, so that an interrupted training goes back at the same one
+                check(state)  # only at these steps, so that an interrupted run rolls back at the same one
             if state.step and (done or state.step % trainer.options.preview_every == 0) and not previewed:
                 preview(state)
                 judge(state, trainer.options)
@@ -81,9 +81,9 @@ def train(
                 if state.last_point < state.step:
                     trainer.add_point(state)
                 if not state.loss_curve:
-                    raise UserError(f"loss or gradient was finite in no step; {advice(trainer.options)}")
+                    raise UserError(f"the loss or gradient was non-finite at every step; {advice(trainer.options)}")
                 return
-            signum, due = trainer.world.largest(stop_signal(), time.monotonic() - saved > checkpoints.seconds)
+            signum, due = trainer.world.maximum(stop_signal(), time.monotonic() - saved > checkpoints.seconds)
             if signum:
                 raise Stopped(int(signum))
             if due:
@@ -95,19 +95,18 @@ def train(
             checkpoints.write(state)
             raise
         except Diverged as diverged:
-            go_back(state, trainer.options, checkpoints, str(diverged))
+            roll_back(state, trainer.options, checkpoints, str(diverged))
 
 
 def step(state: State, trainer: Trainer) -> None:
-    """One step of the optimizers and of the average.
+    """Take one step of the optimizers and the EMA.
 
-    Where the loss or its gradient is not finite, the optimizers change nothing, and the average counts the weights as
-    they are once more.
+    If the loss or gradient is not finite, the optimizers skip the step, and the EMA averages in the unchanged weights.
 
-    With the weighting `simple` the loss is that of line 5, whatever the network predicts: |eps - eps_hat(x_t, t)|^2.
+    With the weighting `simple` the loss is that of line 5, |eps - eps_hat(x_t, t)|^2, for any parameterization.
     """
     options, world = trainer.options, trainer.world
-    # Dropout draws from the device's own generator: its seed, too, is a function of the position alone.
+    # Dropout uses the device's generator; its seed too depends only on the position in the data.
     dropout = stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank)
     seed_dropout(state.device, int(dropout.integers(2**63)))
     # Lines 2 to 4: images, timesteps and noise.
@@ -115,35 +114,35 @@ def step(state: State, trainer: Trainer) -> None:
     t, weight = state.timesteps.draw(pairs_t, u)
     places = (state.device, state.sums.device, state.device, state.device, state.sums.device)
     batch = [x.to(at, non_blocking=True) for x, at in zip((x_0, t, eps, y, weight), places, strict=True)]
-    # Line 5: a step along the gradient of the loss.
+    # Line 5: gradient step.
     loss = backward(trainer, *batch)
-    norm = whole(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
-    optim.step(state.optimizers, rate(state, state.step, options), norm)
+    norm = gather_full(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
+    optim.step(state.optimizers, lr_factor(state, state.step, options), norm)
     state.step += 1
     ema.update(state.average, state.net, state.step, options.ema_width)
     accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
     if state.timesteps.learns:
-        # Those of the step before: a GPU has this step to work on while they are waited for.
+        # Observe the losses of the previous step, while the GPU is busy with this one.
         state.observe()
         loss = torch.where(norm.isfinite(), world.gather(loss), torch.nan)
         state.unobserved = world.gather(t), copy_to_host(loss)
 
 
 def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Add the gradient of the mean weighted loss to the network's; gives the loss of each image, (B,).
+    """Accumulate the gradient of the mean weighted loss; returns the loss of each image, (B,).
 
-    x_0, eps: (B, C, H, W); t, y: int64 (B,); weight: (B,). The batch goes through in `accumulate` parts.
+    x_0, eps: (B, C, H, W); t, y: int64 (B,); weight: (B,). The batch is processed in `accumulate` micro-batches.
     """
     options, losses = trainer.options, []
     parts = zip(*(x.chunk(options.accumulate) for x in (x_0, t, eps, y, weight)), strict=True)
     for number, (x_0, t, eps, y, weight) in enumerate(parts, start=1):
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
         full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
-        with tf32() if full and on_gpu else nullcontext(), synchronizing(trainer.net, number == options.accumulate):
+        with tf32() if full and on_gpu else nullcontext(), gradient_sync(trainer.net, number == options.accumulate):
             with torch.autocast(x_0.device.type, None if full else trainer.precision, enabled=not full):
                 loss = trainer.loss(trainer.net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate
-            # The factor is 1, or NaN where the loss is not finite: then so are the gradients, in every process.
+            # The factor is 1, or NaN if the loss is not finite, which makes the gradients NaN in every process.
             (value * (value.detach() - value.detach() + 1)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)

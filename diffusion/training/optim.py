@@ -1,4 +1,4 @@
-"""The optimizers and their learning rate."""
+"""Optimizers and the learning rate schedule."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.training.distributed import is_shared_out, placed, whole
+from diffusion.training.distributed import gather_full, is_sharded, scatter_like
 from diffusion.training.options import MuonOptions, TrainOptions
 
 PEAK = "peak"
-"""Each group of parameters keeps its highest learning rate under this name."""
+"""Key of a parameter group's peak learning rate."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each matrix is made orthogonal; Jordan et al. 2024, "Muon".
+    """Momentum with orthogonalized updates; Jordan et al. 2024, "Muon".
 
-    A convolution's kernel (C_out, C_in, h, w) counts as a matrix (C_out, C_in h w). torch.optim.Muon takes matrices
-    alone, one at a time and in bfloat16, which is slow on most CPUs; here many go through together.
+    A convolution kernel (C_out, C_in, h, w) is treated as a matrix (C_out, C_in h w). torch.optim.Muon only takes
+    matrices, one at a time and in bfloat16, which is slow on most CPUs; this one batches them.
 
-    As with torch's fused optimizers, a step changes nothing where the attribute `found_inf`, a tensor (), is 1.
+    As with PyTorch's fused optimizers, a step is skipped if the attribute `found_inf`, a tensor (), is 1.
     """
 
     found_inf: Tensor | None = None
@@ -34,58 +34,57 @@ class Muon(torch.optim.Optimizer):
             parameters = group["params"]
             directions = self._directions(parameters, group["momentum"])
             shapes = [torch.Size((len(parameter), parameter[0].numel())) for parameter in parameters]
-            for members in banks(shapes, parameters[0].is_cuda):
-                updates = orthogonal([whole(directions[member]).flatten(1) for member in members])
+            for members in group_matrices(shapes, parameters[0].is_cuda):
+                updates = orthogonalize([gather_full(directions[member]).flatten(1) for member in members])
                 for member, update in zip(members, updates, strict=True):
                     parameter, (rows, columns) = parameters[member], update.shape
                     rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
                     update = update.reshape(parameter.shape)
-                    parameter.sub_(placed(update, parameter) if is_shared_out(parameter) else update, alpha=rate)
+                    parameter.sub_(scatter_like(update, parameter) if is_sharded(parameter) else update, alpha=rate)
 
     def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """The gradients with Nesterov's momentum."""
-        gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc] # all have one
+        """The gradients with Nesterov momentum."""
+        gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc] # all parameters have one
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         momenta: list[Tensor] = [self.state[parameter]["momentum"] for parameter in parameters]
-        if self.found_inf is not None:  # then each moment stays as it is
+        if self.found_inf is not None:  # keep the momentum of a skipped step unchanged
             skipped = self.found_inf == 1
             gradients = [torch.where(skipped, *pair) for pair in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        # DTensor has no such operation out of place.
+        # DTensor does not support the out-of-place _foreach_lerp.
         directions = [gradient.lerp(moment, momentum) for gradient, moment in zip(gradients, momenta, strict=True)]
         if self.found_inf is not None:
             torch._foreach_mul_(directions, 1 - self.found_inf)
         return directions
 
 
-LARGEST_BANK = 2**26
-"""Elements of a padded bank of matrices, up to which saving launches outweighs the work wasted on padding."""
+MAX_PADDED_ELEMENTS = 2**26
+"""Elements of a padded batch of matrices up to which fewer kernel launches outweigh the work wasted on padding."""
 
 
-def banks(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
-    """Which matrices of these shapes are made orthogonal together: indices, each in one list.
+def group_matrices(shapes: Sequence[torch.Size], launched: bool) -> list[list[int]]:
+    """Group matrices of these shapes into batches to orthogonalize together: lists of indices.
 
-    Those of one shape; but all of them where each operation is `launched` on a GPU, which for small matrices takes
-    longer than to compute it, and they are not too many to be padded to one shape.
+    A batch holds the matrices of one shape. With kernel launches (`launched`, i.e. on a GPU), which take longer than
+    the computation for small matrices, it holds all of them, padded to one shape, unless that is too large.
     """
     wide = [(min(shape), max(shape)) for shape in shapes]
     largest = math.prod(max(sides) for sides in zip(*wide, strict=True)) * len(shapes)
-    if launched and largest <= LARGEST_BANK:
+    if launched and largest <= MAX_PADDED_ELEMENTS:
         return [[*range(len(shapes))]]
-    alike: dict[torch.Size, list[int]] = {}
+    by_shape: dict[torch.Size, list[int]] = {}
     for index, shape in enumerate(shapes):
-        alike.setdefault(shape, []).append(index)
-    return [*alike.values()]
+        by_shape.setdefault(shape, []).append(index)
+    return [*by_shape.values()]
 
 
-def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """U V^T, nearly, of each matrix U S V^T: singular values between about 0.7 and 1.2.
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Approximate U V^T for each matrix U S V^T, with singular values between about 0.7 and 1.2.
 
-    Five steps of an odd polynomial of fifth degree, whose slope at zero is large (Jordan et al. 2024): Newton and
-    Schulz's way, of matrix products alone. Matrices of different shapes, (rows, columns), are padded with zeros, which
-    stay zeros.
+    Five Newton-Schulz iterations with an odd quintic polynomial of large slope at zero (Jordan et al. 2024), which only
+    need matrix products. Matrices of different shapes are zero-padded; the padding stays zero.
     """
     tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
     wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(matrices, tall, strict=True)]
@@ -96,7 +95,7 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
         x = wide[0].new_zeros(len(wide), *map(max, zip(*(matrix.shape for matrix in wide), strict=True)))
         for padded, matrix in zip(x, wide, strict=True):
             padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    # Where bfloat16 is what the hardware is made for, the iteration bears it.
+    # The iteration tolerates bfloat16, which is fast on GPUs.
     x = x.to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -107,16 +106,17 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [update.mT if is_tall else update for update, is_tall in zip(cut, tall, strict=True)]
 
 
-def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter 2019) for all of `net`, or, with options.optimizer muon, beside Muon for the matrices
-    and kernels of its `hidden` blocks: first and last layers, embeddings, biases and norms are AdamW's even then.
+def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
+    """Build the optimizers: AdamW (Loshchilov & Hutter 2019), or Muon and AdamW with options.optimizer muon.
 
-    With AdamW the weights of linear layers and convolutions decay; biases, norms, positions and tables do not.
+    Muon takes the matrices and kernels in the `blocks` of `net`; AdamW takes the rest: first and last layers,
+    embeddings, biases and norms. AdamW decays the weights of linear layers and convolutions, but not biases, norms and
+    embeddings.
     """
     layers: list[Any] = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     known = set(layers)
     muon = options.optimizer if isinstance(options.optimizer, MuonOptions) else None
-    inside = {parameter for block in hidden for parameter in block.parameters()} if muon else ()
+    inside = {parameter for block in blocks for parameter in block.parameters()} if muon else ()
     matrices = [weight for weight in layers if weight in inside]
     decaying = [weight for weight in layers if weight not in inside]
     others = [parameter for parameter in net.parameters() if parameter not in known]
@@ -134,25 +134,22 @@ def optimizers(net: nn.Module, hidden: Iterable[nn.Module], options: TrainOption
 
 
 def step(optimizers: Sequence[torch.optim.Optimizer], share: float, norm: Tensor) -> None:
-    """Step with every learning rate at a share of its peak, unless the gradient's `norm` () is not finite.
+    """Step with every learning rate at `share` times its peak; skip the step if the gradient `norm` () is not finite.
 
-    The device decides that, and nobody waits for it.
+    The check runs on the device, without synchronization.
     """
     found_inf = (~norm.isfinite()).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group[PEAK] * share
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined] # what fused optimizers of torch look for
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined] # read by PyTorch's fused optimizers
         optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
 
 
-def rate(step: int, options: TrainOptions) -> float:
-    """The learning rate of step `step`, counted from 0, as a share of its peak.
-
-    It rises linearly at first, then is constant or falls to zero.
-    """
+def lr_factor(step: int, options: TrainOptions) -> float:
+    """Learning rate at `step` (0-based), as a factor of its peak: linear warmup, then constant or decay to zero."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     fraction = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)

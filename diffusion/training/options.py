@@ -1,4 +1,4 @@
-"""Options of training."""
+"""Training options."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,67 +15,68 @@ def _divides(train: "TrainOptions") -> None:
 
 
 class MuonOptions(Choice):
-    """Muon for the matrices and kernels between the first layer and the last, AdamW for the rest."""
+    """Muon (Jordan et al. 2024) for the hidden layers' weight matrices and kernels, AdamW for all other parameters."""
 
     kind: Literal["muon"] = "muon"
-    """The kind of optimizer."""
+    """Name of the optimizer."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 0.01
-    """Muon's peak learning rate."""
+    """Peak learning rate of Muon; AdamW has train.learning_rate."""
 
 
 class TrainOptions(Section):
-    """Training."""
+    """Training: optimizer, EMA, batches and hardware."""
 
     rules = (_divides,)
 
     steps: Positive = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: Positive = 128
-    """Images per step, over all processes."""
+    """Global batch size, i.e. images per step over all processes."""
     optimizer: Annotated[Any, OneOf(["adamw", "muon"], {"muon": MuonOptions})] = MuonOptions()
-    """adamw (Loshchilov & Hutter 2019), or muon (Jordan et al. 2024) for the matrices and kernels between the
-    first layer and the last, with adamw for the rest."""
+    """adamw: Loshchilov & Hutter 2019; muon: Muon (Jordan et al. 2024) for the hidden layers' weight matrices and
+    kernels, AdamW for all other parameters."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegative = 100
-    """Steps over which the learning rates rise from zero."""
+    """Steps of linear learning rate warmup."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rates go on after warm-up: constant, or falling to zero at the last step."""
+    """Learning rate schedule after warmup; linear and cosine decay to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's weight decay, of matrices and kernels."""
+    """Weight decay of AdamW, for the weights of linear layers and convolutions."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of the gradient; above it the gradient is scaled down."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     ema_width: Annotated[float, Field(ge=0.001, lt=0.288)] = 0.05
-    """Width of the moving average of the weights that becomes the model, as a share of the training so far (EDM2's
-    power-function average; Karras et al. 2024)."""
+    """Relative width of the exponential moving average (EMA) of the weights, as a fraction of the steps so far
+    (power-function EMA of EDM2; Karras et al. 2024). The averaged weights become the model."""
     timesteps: Annotated[str, OneOf(TIMESTEPS)] = "rms-error"
-    """How timesteps are drawn, always with the stored noise: stored, as data/pairs has them, stratified over a block;
-    uniform, independently; in proportion to the root of the loss (rms-error) or of its mean square (loss-second-moment;
-    Nichol & Dhariwal 2021), weighted to stay unbiased; or log-snr-normal, most often at medium log SNR (Karras et al.
-    2022)."""
+    """Distribution of the training timesteps. stored: those of data/pairs, uniform and stratified (Kingma et al. 2021);
+    uniform: independent draws; rms-error, loss-second-moment: importance sampling by the recent RMS error or by the
+    second moment of the loss, reweighted to stay unbiased (Nichol & Dhariwal 2021); log-snr-normal: normal in log SNR
+    (Karras et al. 2022)."""
     flip: bool = False
-    """Whether images are mirrored left to right at random."""
+    """Random horizontal flips."""
     class_dropout: Fraction = 0.1
-    """How often the class is kept from the network, so that guidance can compare (Ho & Salimans 2022)."""
+    """Probability of dropping the class label, to train the unconditional model for classifier-free guidance (Ho &
+    Salimans 2022)."""
     log_every: Positive = 20
-    """Steps between two points of the loss curve."""
+    """Steps between points of the loss curve."""
     preview_every: Positive = 200
-    """Steps between two held-out measurements and sample grids."""
+    """Steps between evaluations, each with the held-out error and a grid of samples."""
     patience: NonNegative = 0
-    """Training ends early after this many held-out measurements without improvement; 0 for never."""
+    """Early stopping: number of held-out evaluations without improvement after which training stops; 0 to disable."""
     keep_best: bool = False
-    """Whether the model is the one of the best held-out measurement instead of the last."""
+    """Use the weights with the lowest held-out error instead of the last ones."""
     processes: Positive = 1
-    """Processes that train together on this machine, one for each GPU; under torchrun it is torchrun's number."""
+    """Number of processes on this machine, one per GPU. Ignored under torchrun, which sets the number itself."""
     sharding: Literal["none", "weights"] = "none"
-    """What several processes share out besides the batch: nothing (DDP), or weights, gradients and optimizer state as
-    well, where they do not fit into one GPU together (FSDP2)."""
+    """Parallelism across processes. none: data parallel (DDP); weights: fully sharded (FSDP2), for weights, gradients
+    and optimizer state that do not fit on one GPU."""
     accumulate: Positive = 1
-    """Parts in which each process goes through its share of a batch, for batches that do not fit into memory."""
+    """Gradient accumulation: number of micro-batches per step, for batches that do not fit in memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What matrix products and convolutions are computed in; auto is bf16 on a GPU that has it, fp32 elsewhere. On a
-    GPU those of fp32 are in TF32 while the network is trained. Weights, optimizer and average are always float32."""
+    """Precision of matrix products and convolutions (mixed precision). auto: bf16 on GPUs that support it, otherwise
+    fp32, which uses TF32 on GPUs during training. Weights, optimizer state and EMA are always float32."""
     compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")] = "auto"
-    """Whether the network is compiled (torch.compile); auto: on a GPU, if the training is long enough to benefit."""
+    """Compile the network with torch.compile. auto: on a GPU, if training is long enough to benefit."""
     recompute: bool = False
-    """Activation checkpointing: blocks are recomputed in the backward pass. Less memory, a third slower."""
+    """Activation checkpointing: recompute activations in the backward pass. Uses less memory; about a third slower."""

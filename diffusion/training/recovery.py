@@ -1,4 +1,4 @@
-"""Where the loss, a gradient or the held-out error is not finite: back to a good checkpoint, with a lower rate."""
+"""Recovery from divergence: roll back to a good checkpoint and lower the learning rate."""
 
 import math
 
@@ -10,26 +10,26 @@ from diffusion.training.curves import best
 from diffusion.training.options import MuonOptions, TrainOptions
 from diffusion.training.state import State
 
-SKIPS = 5
-"""Steps in a row whose loss or gradient is not finite, after which the training goes back."""
-LOWER_RATE = 0.5
-"""What the learning rate is multiplied by after going back."""
+MAX_CONSECUTIVE_SKIPS = 5
+"""Consecutive steps with a non-finite loss or gradient after which training is rolled back."""
+ROLLBACK_FACTOR = 0.5
+"""Factor applied to the learning rate after a rollback."""
 
 
 class Diverged(Exception):
-    """The training has to go back to an earlier step."""
+    """Training diverged and must be rolled back to an earlier step."""
 
 
 def check(state: State) -> None:
-    """Raise Diverged if loss or gradient was not finite at `SKIPS` steps in a row. This waits for the device."""
-    if state.longest_skip >= SKIPS:
+    """Raise Diverged after MAX_CONSECUTIVE_SKIPS non-finite steps in a row. Synchronizes with the device."""
+    if state.longest_skip >= MAX_CONSECUTIVE_SKIPS:
         raise Diverged(
-            f"before step {state.step}, loss or gradient was not finite at {state.longest_skip} steps in a row"
+            f"the loss or gradient was not finite for {state.longest_skip} steps in a row before step {state.step}"
         )
 
 
 def judge(state: State, options: TrainOptions) -> None:
-    """Raise Diverged if the last held-out error is not finite; with `keep_best`, keep the best weights."""
+    """Raise Diverged if the last held-out error is not finite; with `keep_best`, remember the best weights."""
     row = state.heldout_curve[-1]
     if not math.isfinite(row["mse"]):
         raise Diverged(f"the held-out error at step {state.step} was not finite")
@@ -37,33 +37,34 @@ def judge(state: State, options: TrainOptions) -> None:
         state.best = {name: tensor.clone() for name, tensor in state.average.state_dict().items()}
 
 
-def go_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
-    """Put the last good checkpoint into `state`, with a lower learning rate.
+def roll_back(state: State, options: TrainOptions, checkpoints: Checkpoints, seen: str) -> None:
+    """Restore the last good checkpoint into `state` and lower the learning rate.
 
-    Raises UserError if that was done before, or there is none.
+    Raises UserError if that has happened before, or if there is no good checkpoint.
     """
     if state.rollbacks:
-        raise UserError(f"{seen}, even after going back once with a lower learning rate; {advice(options)}")
+        raise UserError(f"{seen}, even after a rollback with a lower learning rate; {advice(options)}")
     skipped, kept = state.skipped, {"run_id": state.run_id, "rollbacks": 1}
     if not checkpoints.restore(state, good=True):
-        raise UserError(f"{seen}, and there is no good checkpoint to go back to; {advice(options)}")
-    # Killed before the last of these, it goes on from an earlier state and comes here again.
-    checkpoints.drop_after(state.step)
+        raise UserError(f"{seen}, and there is no good checkpoint to roll back to; {advice(options)}")
+    # If killed before the last of these lines, the run resumes from an earlier state and gets here again.
+    checkpoints.delete_after(state.step)
     for name, value in kept.items():
         setattr(state, name, value)
     state.skips[0] = skipped
     checkpoints.write(state)
     if checkpoints.world.main:
-        say(f"train: {seen}; going back to step {state.step} with {LOWER_RATE} times the learning rate")
+        say(f"train: {seen}; rolling back to step {state.step} with the learning rate times {ROLLBACK_FACTOR}")
 
 
 def advice(options: TrainOptions) -> str:
+    """What to change after a divergence, for error messages."""
     rates = f"learning_rate (now {options.learning_rate})"
     if isinstance(options.optimizer, MuonOptions):
         rates += f" and optimizer.learning_rate (now {options.optimizer.learning_rate})"
     return f"lower {rates}"
 
 
-def rate(state: State, step: int, options: TrainOptions) -> float:
-    """The learning rate of a step, as a share of its peak."""
-    return optim.rate(step, options) * LOWER_RATE**state.rollbacks
+def lr_factor(state: State, step: int, options: TrainOptions) -> float:
+    """Learning rate at `step` as a factor of its peak, including the reduction after a rollback."""
+    return optim.lr_factor(step, options) * ROLLBACK_FACTOR**state.rollbacks

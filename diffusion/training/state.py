@@ -14,7 +14,7 @@ from diffusion.process.bands import BANDS
 from diffusion.process.schedule import Schedule, float64_device
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
 from diffusion.training import ema, optim
-from diffusion.training.distributed import is_shared_out, placed, whole
+from diffusion.training.distributed import gather_full, is_sharded, scatter_like
 from diffusion.training.options import TrainOptions
 
 Row = dict[str, float]
@@ -22,39 +22,39 @@ Row = dict[str, float]
 
 @dataclass
 class Facts:
-    """What a checkpoint holds besides tensors. A training's position in the data is its step: batch k is a function of
-    k.
+    """The part of the state that is not tensors. The step also gives the position in the data, since batch k is a
+    function of k.
     """
 
     step: int = 0
-    """Steps gone through, skipped ones included."""
+    """Number of steps so far, including skipped ones."""
     rollbacks: int = 0
-    """How often the training went back to an earlier step (see recovery.go_back)."""
+    """Number of rollbacks to an earlier step (see recovery.roll_back)."""
     loss_curve: list[Row] = field(default_factory=list)
     heldout_curve: list[Row] = field(default_factory=list)
     run_id: str | None = None
-    """The run of an experiment tracker that follows this training."""
+    """Id of the experiment tracker's run that logs this training."""
 
 
 @dataclass
 class State(Facts):
-    """A training at one step."""
+    """State of a training run at one step."""
 
     net: Network = field(kw_only=True)
     average: Network = field(kw_only=True)
     optimizers: list[torch.optim.Optimizer] = field(kw_only=True)
     timesteps: Timesteps = field(kw_only=True)
     sums: Tensor = field(kw_only=True)
-    """Since the last point of the loss curve, float64 (3 + 2 BANDS,): steps, loss, gradient norm, and of each band of t
-    the loss and the weight."""
+    """Sums since the last point of the loss curve, float64 (3 + 2 BANDS,): steps, loss, gradient norm, and the loss and
+    weight of each band of t."""
     skips: Tensor = field(kw_only=True)
-    """Steps whose loss or gradient was not finite, and which therefore changed neither weights nor optimizers, int64
-    (3,): how many there were, how many of them just now in a row, and in the longest row so far."""
+    """Counts of skipped steps, int64 (3,): the total, the current run of consecutive ones, and the longest run. A step
+    is skipped, leaving weights and optimizers unchanged, if its loss or gradient is not finite."""
     unobserved: tuple[Tensor, Callable[[], Tensor]] | None = None
-    """Timesteps int64 (B,) of the last step's whole batch and, when called, the loss at each, (B,), both on the CPU.
-    `timesteps` has not observed them yet. If the step was skipped, the losses are NaN."""
+    """The last step's global batch, not yet observed by `timesteps`: timesteps int64 (B,), and a function returning the
+    losses (B,), both on the CPU. The losses of a skipped step are NaN."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """The average's weights where the held-out error was least, if they are to be kept."""
+    """The EMA weights with the lowest held-out error, if `keep_best`."""
 
     @property
     def device(self) -> torch.device:
@@ -62,46 +62,46 @@ class State(Facts):
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped; this and the next two wait for the device."""
+        """Number of skipped steps. This property and the next two synchronize with the device."""
         return int(self.skips[0])
 
     @property
     def skipped_in_row(self) -> int:
-        """How many of the last steps, up to this one, were skipped."""
+        """Number of consecutive skipped steps up to this one."""
         return int(self.skips[1])
 
     @property
     def longest_skip(self) -> int:
-        """The most steps in a row that were skipped."""
+        """The longest run of consecutive skipped steps."""
         return int(self.skips[2])
 
     @property
     def last_point(self) -> int:
-        """The step of the loss curve's last point."""
+        """Step of the last point of the loss curve."""
         return int(self.loss_curve[-1]["step"]) if self.loss_curve else 0
 
     @property
-    def shared_out(self) -> bool:
-        """Whether the processes share out the weights."""
-        return any(is_shared_out(parameter) for parameter in self.net.parameters())
+    def sharded(self) -> bool:
+        """Whether the weights are sharded over the processes."""
+        return any(is_sharded(parameter) for parameter in self.net.parameters())
 
     def observe(self) -> None:
-        """Let `timesteps` observe the losses of the last step, if it has not."""
+        """Pass the losses of the last step to `timesteps`, if that has not been done."""
         if self.unobserved:
             t, loss = self.unobserved
             self.timesteps.observe(t, loss())
             self.unobserved = None
 
     def facts(self) -> dict[str, Any]:
-        """The fields of `Facts`, and `skips`, as plain data."""
+        """The fields of `Facts`, and `skips`, as JSON-compatible data."""
         return {part.name: getattr(self, part.name) for part in fields(Facts)} | {"skips": self.skips.tolist()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything else, on the CPU. Where the processes share the weights out, all of them call this together."""
-        return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in self._named()}
+        """All tensors of the state, on the CPU. A collective call if the weights are sharded."""
+        return {name: gather_full(tensor.detach()).cpu().contiguous() for name, tensor in self._named()}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Become what `tensors` and `facts` say: the inverse of the two methods above."""
+        """Restore the state from `tensors` and `facts`: the inverse of the two methods above."""
         self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
         parameters = dict(self.net.named_parameters())
         for optimizer in self.optimizers:
@@ -110,17 +110,17 @@ class State(Facts):
                     optimizer.state.pop(parameter, None)
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind.isdigit():  # an optimizer's: its number, then what it is, then the parameter's name
+            if kind.isdigit():  # optimizer state: OPTIMIZER.KEY.PARAMETER
                 key, _, parameter_name = rest.partition(".")
                 target = parameters[parameter_name]
-                # Moments lie in memory as their weights do (channels_last); Adam's count of steps is a scalar.
-                moment = placed(value, target) if value.ndim else value.to(target.device, copy=True)
+                # Moments have the memory format of their weights (channels_last); Adam's step count is a scalar.
+                moment = scatter_like(value, target) if value.ndim else value.to(target.device, copy=True)
                 self.optimizers[int(kind)].state[target][key] = moment
         for prefix, module in self._modules():
             own = module.state_dict()
             with torch.no_grad():
                 for name, target in own.items():
-                    target.copy_(placed(tensors[f"{prefix}.{name}"], target))
+                    target.copy_(scatter_like(tensors[f"{prefix}.{name}"], target))
         loss = tensors.get("unobserved.loss")
         if loss is not None:
             self.unobserved = tensors["unobserved.t"], lambda: loss
@@ -131,16 +131,16 @@ class State(Facts):
         for name, value in vars(Facts(**{key: value for key, value in facts.items() if key != "skips"})).items():
             setattr(self, name, value)
 
-    def average_into(self, net: nn.Module) -> None:
-        """Copy the average's weights into `net`, a whole network. All processes call this together."""
+    def copy_average_into(self, net: nn.Module) -> None:
+        """Copy the EMA weights into `net`, which is not sharded. A collective call."""
         if net is not self.average:
-            net.load_state_dict({name: whole(tensor) for name, tensor in self.average.state_dict().items()})
+            net.load_state_dict({name: gather_full(tensor) for name, tensor in self.average.state_dict().items()})
 
-    def kept_into(self, net: nn.Module) -> None:
-        """Copy into `net`, likewise, the weights that become the model: the average's best, if kept, or its last."""
-        self.average_into(net)
+    def copy_final_into(self, net: nn.Module) -> None:
+        """Copy the weights of the final model into `net`, likewise: the best EMA weights, if kept, or the last ones."""
+        self.copy_average_into(net)
         if self.best:
-            net.load_state_dict({name: whole(tensor) for name, tensor in self.best.items()})
+            net.load_state_dict({name: gather_full(tensor) for name, tensor in self.best.items()})
 
     def _modules(self) -> Iterable[tuple[str, nn.Module]]:
         return (("net", self.net), ("average", self.average), ("timesteps", self.timesteps))
@@ -161,17 +161,20 @@ class State(Facts):
                     yield f"{number}.{key}.{name}", value
 
 
-def begin(
-    net: Network, options: TrainOptions, schedule: Schedule, share_out: Callable[[Network], Network] = lambda net: net
+def new_state(
+    net: Network,
+    options: TrainOptions,
+    schedule: Schedule,
+    shard_weights: Callable[[Network], Network] = lambda net: net,
 ) -> State:
-    """A training that has not taken a step; `share_out` lays a network out over the processes."""
+    """The state of a training run at step 0; `shard_weights` shards a network over the processes."""
     device = float64_device(next(net.parameters()).device)
-    average = share_out(ema.average_of(net))
-    net = share_out(net)
+    average = shard_weights(ema.average_of(net))
+    net = shard_weights(net)
     return State(
         net=net,
         average=average,
-        optimizers=optim.optimizers(net, net.hidden(), options),
+        optimizers=optim.optimizers(net, net.blocks(), options),
         timesteps=TIMESTEPS[options.timesteps](schedule),
         sums=torch.zeros(3 + 2 * BANDS, dtype=torch.float64, device=device),
         skips=torch.zeros(3, dtype=torch.int64, device=device),

@@ -1,4 +1,4 @@
-"""Ending a training on SIGTERM or SIGINT, at a point where its state can be kept."""
+"""Graceful shutdown on SIGTERM or SIGINT, at a point where the state can be saved."""
 
 import signal
 from types import FrameType
@@ -8,7 +8,7 @@ from diffusion.errors import Stopped
 
 
 class StopSignals:
-    """Within the block a SIGTERM or SIGINT is noted, and `check` raises Stopped once one has come."""
+    """Records SIGTERM and SIGINT within the block; `check` raises Stopped once one has been received."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -25,9 +25,10 @@ class StopSignals:
         self._received = signum
 
     def received(self) -> int:
-        """The number of the signal that has come, or 0."""
+        """Number of the received signal, or 0."""
         return self._received
 
     def check(self) -> None:
+        """Raise Stopped if a signal has been received."""
         if self._received:
             raise Stopped(self._received)

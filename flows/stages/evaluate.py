@@ -1,6 +1,6 @@
-"""evaluate: noise prediction on the validation and test pairs, likelihood of the test images, and samples.
+"""Stage evaluate: noise prediction on the validation and test pairs, likelihood of the test images, and samples.
 
-Models are chosen by their validation error; everything that is reported of the chosen one is measured on test.
+Models are selected by their validation error; everything reported about the selected model is measured on test.
 """
 
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Score the model on all held-out pairs, beside the baselines, bound its likelihood, and draw samples from it."""
+    """Score the model and the baselines on all held-out pairs, bound its likelihood, and generate samples."""
     device = networks.device(params.device)
     model = load_model(paths.model, device)
     pairs, val = Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
-    steps = len(sampling_timesteps(params.sample, model.process.schedule))  # refuses before the scoring, if at all
+    steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
     with working("evaluate: fitting the linear baseline"):
         baseline = wiener.fit(Pairs(paths.pairs, "train"))
     overall, tables = score(params, model, device, pairs, val, baseline)
@@ -59,7 +59,7 @@ def run(params: Params, paths: Paths) -> None:
             pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, tables["bands"], pictures, how=how, variance=params.sample.variance)
-    write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
+    write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
     with new_directory(paths.evaluation) as temporary:
         for name, rows in tables.items():
             write_csv(temporary / f"{name}.csv", rows)
@@ -85,7 +85,7 @@ def run(params: Params, paths: Paths) -> None:
 def score(
     params: Params, model: Model, device: torch.device, test: Pairs, val: Pairs, baseline: wiener.Wiener
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
-    """The report's figures, from the held-out pairs and the terms of the bound, and its tables by name."""
+    """Compute the metrics of the report from the held-out pairs and the terms of the bound, and its tables by name."""
     T, options = model.process.schedule.num_timesteps, params.evaluate
     variance = model.variance(params.sample.variance)
     cheap = Draws(min(options.likelihood_images, test.images), likelihood.strata(T), params.seed)
@@ -115,7 +115,7 @@ def score(
 
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
-    """How the samples were made, in a sentence."""
+    """Describe in one sentence how the samples were generated."""
     sampler = dict(options.sampler)
     if options.sampler.kind == "ddpm":
         sampler["variance"] = options.variance
@@ -128,4 +128,4 @@ def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
         "EMA weights",
         f"seed {seed}",
     ]
-    return f"{', '.join(parts)}; none was left out."
+    return f"{', '.join(parts)}; uncurated."

@@ -1,4 +1,4 @@
-"""export: the model as ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
+"""Stage export: the model as ONNX graphs, verified in ONNX Runtime against PyTorch before they are written."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Export, check and write; if a check fails, no file is left behind."""
+    """Export, verify and write the graphs; if a check fails, no file is left behind."""
     device, export = networks.device(params.device), params.export
     required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
     sample = params.sample.model_copy(update=settings)
-    sampling_timesteps(sample, model.process.schedule)  # what it refuses, it refuses at once
+    sampling_timesteps(sample, model.process.schedule)  # reject invalid options early
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
@@ -73,30 +73,30 @@ def run(params: Params, paths: Paths) -> None:
     with working("export: measuring the speed, recording the model in MLflow"):
         times = speed.measure(sessions)
         tracking.record(params, paths, speed=times)
-    tell(paths, report, sessions["fp32"].get_providers()[0], times)
+    log_summary(paths, report, sessions["fp32"].get_providers()[0], times)
 
 
-def tell(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
-    """Say what was written, how exact it is and, of the variants in `times`, how fast."""
+def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
+    """Log what was written, its accuracy, and the speed of the variants in `times`."""
     size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
     largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each), at most {largest:.1e} from torch "
-        f"on {pairs} held-out pairs, by {provider}"
+        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each); maximum difference from PyTorch "
+        f"{largest:.1e} on {pairs} held-out pairs ({provider})"
     )
     for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
             f"export: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
-            f"({size[name]:.1f} MB each), MSE {report[name]['loss']:+.2%}; a look is "
-            f"{alone:.1f} times as fast for an image alone, {joined:.1f} in batches of {speed.BATCHES[-1]}"
+            f"({size[name]:.1f} MB each); MSE {report[name]['loss']:+.2%}; a network evaluation is {alone:.1f} times "
+            f"as fast for a single image, {joined:.1f} times in batches of {speed.BATCHES[-1]}"
         )
 
 
 def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
-    """A graph with checks of its inputs, facts, golden test and digest; the same bytes for the same weights and CPU.
+    """Add input checks, metadata, a golden test and a digest; deterministic for the same weights and CPU.
 
-    The golden test is made on the CPU: kernels of a GPU may be chosen by how fast they happened to be.
+    The golden test is recorded on the CPU, since a GPU may select kernels by their measured speed.
     """
     whole = onnx.ModelProto()
     whole.CopyFrom(graph)
@@ -106,18 +106,18 @@ def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
         ranges.require_inputs(whole.graph, allowed)
         onnx.checker.check_model(whole, full_check=True)
         session = parity.session(whole.SerializeToString(), torch.device("cpu"))
-        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.made(session, facts)}
-        metadata.describe(whole, facts | told)
-    except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
+        checks = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.record(session, facts)}
+        metadata.describe(whole, facts | checks)
+    except Exception as error:  # onnx and ONNX Runtime have a dozen exceptions without a common base
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None
     return digest.seal(whole.SerializeToString(deterministic=True))
 
 
 def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, Any]:
-    """What evaluate measured of these weights on these pairs; nothing if it did not.
+    """What evaluate measured for these weights on these pairs; empty if it did not.
 
     Raises:
-        UserError: the report is not the one that was written with its digests.
+        UserError: the report does not match its digest.
     """
     scored = paths.evaluation / "scored.json"
     if not scored.exists() or not paths.evaluate_report.exists():

@@ -16,7 +16,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import pages
 from flows.tracking.names import HIDDEN
-from flows.tracking.results import Evaluation, Results
+from flows.tracking.results import Results
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 NOTE, WRITTEN = "mlflow.note.content", f"{HIDDEN}note_sha256"
 VERDICT = "**Verdict on"
-HEADS = (
+FIGURES = (
     ("mse", "held-out MSE"),
     ("r2", "R²"),
     ("bits_per_dim", "bits/dim"),
     ("val_mse", "val MSE"),
-    ("wiener_mse", "MSE of a linear denoiser"),
+    ("wiener_mse", "held-out MSE of a linear denoiser"),
 )
 GLOSSARY = """\
 - held-out MSE (`evaluate/mse`): mean squared error of the predicted noise on the test pairs; predicting zero scores 1.
@@ -57,7 +57,7 @@ def results(found: Results, trained_in: str, verdict: str) -> str:
         trained_in: a link to the run whose weights were reused, empty for a run that trained.
         verdict: that on its model version, empty if there is none.
     """
-    figures = _figures(found.evaluation) if found.evaluation else "Not evaluated yet."
+    figures = _figures(found.evaluation.report) if found.evaluation else "Not evaluated yet."
     return "\n\n".join(filter(None, [_trained(found, trained_in), figures, verdict, GLOSSARY]))
 
 
@@ -132,12 +132,13 @@ def _data(params: Params, paths: Paths) -> str:
     return f"**{name}**, {manifest['splits']['train']['images']:,} {colours} images of {size} pixels"
 
 
-def _figures(evaluation: Evaluation) -> str:
-    report = evaluation.report
-    rows = [f"| {title} | {report[key]:.4f} | {_interval(report, key)} |" for key, title in HEADS if key in report]
-    return "\n".join(["| | value | 95 % interval |", "|---|---|---|", *rows])
+def _figures(report: Mapping[str, float]) -> str:
+    """The key figures in one paragraph: MLflow's page shows only the first lines of a description."""
+    shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in FIGURES if key in report]
+    text = f"{'; '.join(shown)}. In brackets: 95 % intervals."
+    return text[0].upper() + text[1:]
 
 
 def _interval(report: Mapping[str, float], key: str) -> str:
     low, high = report.get(f"{key}_low"), report.get(f"{key}_high")
-    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+    return "" if low is None or high is None else f" ({low:.4f} to {high:.4f})"

@@ -1,4 +1,4 @@
-"""Following a training while it runs."""
+"""Logging a training while it runs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_BATCHES = 2.0
 FIXED = ("seed", "process", "network", "train")
-"""What the fingerprint of a training holds; the other parameters may change until an interrupted one has ended."""
+"""The parameters in a training's fingerprint; others may still change before an interrupted training is resumed."""
 
 
 class LiveRun:
-    """The MLflow run of a training under way; a context manager, to be left before `record` is called.
+    """The MLflow run of a training in progress; a context manager, to be exited before `record` is called.
 
-    Logging happens in a thread, in batches. After the first failure nothing more is tried: `record` fills the gap.
+    A thread logs in batches. After the first failure it stops trying: `record` fills the gap.
     """
 
     run_id: str | None
-    """To be kept with the checkpoint. If MLflow cannot be reached, it is what was kept before, or None."""
+    """To be saved with the checkpoint. If MLflow cannot be reached, the id that was saved before, or None."""
 
     def __init__(self, run: TrackedRun | None, run_id: str | None, uri: str) -> None:
         self.run_id = run_id
@@ -74,7 +74,7 @@ class LiveRun:
             if self._run is not None:
                 try:
                     action(self._run)
-                except Exception as error:  # whatever it is, a training does not end for it
+                except Exception as error:  # no failure of MLflow ends a training
                     self._run = None
                     store.say_unusable(self._uri, error)
 
@@ -82,7 +82,7 @@ class LiveRun:
 
 
 def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> LiveRun:
-    """Start the run of a training, or resume it: the run `run_id`, or else an unfinished one of this fingerprint.
+    """Start the run of a training, or resume it: the run `run_id`, or else an unfinished one with this fingerprint.
 
     A run whose training has ended is never resumed: it holds its results.
     """

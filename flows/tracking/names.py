@@ -61,4 +61,6 @@ _CONSTANT = ("parameters", "flops_per_image", "steps", "kept_step", "images", "p
 def _metric(stage: str, key: str) -> str:
     if stage == "train":
         return curve(key)
-    return f"{stage}/intervals/{key}" if key.endswith(("_low", "_high", "_se")) else f"{stage}/{key}"
+    if key.endswith(("_low", "_high", "_se")):
+        return f"{stage}/intervals/{key}"
+    return f"{stage}/likelihood/{key}" if key.startswith("bits_per_dim_") else f"{stage}/{key}"

@@ -16,16 +16,18 @@ VIEW = "key-figures"
 """Key of the view of the runs table that shows the key figures; MLflow alone shows no metric there."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Tag of an experiment, in which MLflow looks for the view that an address names."""
-COLUMNS = (
-    "metrics.`evaluate/mse`",
-    "metrics.`evaluate/r2`",
-    "metrics.`evaluate/bits_per_dim`",
-    "metrics.`evaluate/val_mse`",
-    "metrics.`curves/loss`",
-    "params.`shard.source`",
-    "params.`trained.steps`",
-    "attributes.`Models`",
-)
+COLUMNS = {
+    "metrics.`evaluate/mse`": 120,
+    "metrics.`evaluate/r2`": 100,
+    "metrics.`evaluate/bits_per_dim`": 180,
+    "metrics.`evaluate/val_mse`": 150,
+    "metrics.`curves/heldout_mse`": 170,
+    "params.`shard.source`": 180,
+    "params.`network.kind`": 120,
+    "params.`trained.steps`": 120,
+    "attributes.`Source`": 100,
+}
+"""The view's columns, with their widths in pixels."""
 
 
 def experiments(server: str) -> str:
@@ -62,7 +64,7 @@ def version(server: str, name: str, number: str) -> str:
 
 def view() -> str:
     """The value of VIEW_TAG, as MLflow writes it when a user saves a view of the table."""
-    state = {"selectedColumns": COLUMNS}
+    state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS}
     return json.dumps({"name": "Key figures", "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 
 

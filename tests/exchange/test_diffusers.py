@@ -213,7 +213,7 @@ def test_an_imported_scheduler_is_exported_as_it_was(
     published.save_pretrained(tree / "published")
     run("import-diffusers", tree / "published")
     back = export(tree, models.settings(sample={"variance": "learned"}, process={"learned_variance": True}))
-    assert "its scheduler is the one that it was imported with" in capsys.readouterr().out
+    assert "its scheduler is the one it was imported with" in capsys.readouterr().out
     assert type(back.scheduler) is type(scheduler)
     theirs, ours = (
         {name: value for name, value in each.config.items() if name[0] != "_"} for each in (scheduler, back.scheduler)
@@ -234,7 +234,7 @@ def test_the_export_names_what_a_scheduler_cannot_be_told(tree: Path, capsys: py
     told = capsys.readouterr().out
     assert told.endswith(
         "DDPMPipeline.from_pretrained loads; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
-        "dpm-solver++ (ddpm in its place), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
+        "dpm-solver++ (ddpm instead), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
     )
 
 
@@ -246,7 +246,7 @@ def test_a_folder_in_use_is_replaced_only_on_request(tree: Path, capsys: pytest.
     assert __main__.main(["export-diffusers", "exported"]) == 1
     assert __main__.main(["import-diffusers", "exported"]) == 1
     said = capsys.readouterr().err.splitlines()
-    ending = "already there; choose another folder, or replace a former one with --force"
+    ending = "already exists; choose another folder, or replace an earlier one with --force"
     assert said[-2:] == [
         f"ddpm export-diffusers: error: exported: {ending}",
         f"ddpm import-diffusers: error: models/ddpm: {ending}",

@@ -43,7 +43,10 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "up_block_types must be AttnUpBlock2D, UpBlock2D": {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
     "block_out_channels must be multiples of 128": {"block_out_channels": [128, 192]},
-    "down_block_types must be 3, as block_out_channels": {"block_out_channels": [128, 128, 128], "sample_size": 8},
+    "down_block_types must have 3 entries, as block_out_channels": {
+        "block_out_channels": [128, 128, 128],
+        "sample_size": 8,
+    },
     "sample_size: must be the height and width of the images": {"sample_size": None},
     "sample_size must be multiples of 2": {"sample_size": [8, 7]},
     "downsample_padding and norm_eps must be 0 and 1e-06, or 1 and 1e-05": {"norm_eps": 1e-6},
@@ -96,7 +99,7 @@ def test_models_without_a_counterpart_are_not_exported(
     chosen = models.settings(**changes)
     models.save(tree / "models" / "ddpm", chosen, classes=("a", "b"))
     (tree / "params.yaml").write_text(chosen.model_dump_json())
-    assert refusal(capsys, "export-diffusers", "out") == f"models/ddpm: diffusers has no counterpart: {reason}"
+    assert refusal(capsys, "export-diffusers", "out") == f"models/ddpm: not supported by diffusers: {reason}"
     assert sorted(path.name for path in tree.iterdir()) == ["models", "params.yaml"]
 
 
@@ -126,7 +129,7 @@ def test_settings_that_contradict_each_other_are_not_imported(
     (tree / "config.json").write_text((published / "config.json").read_text())
     (tree / "scheduler_config.json").write_text(json.dumps({"rescale_betas_zero_snr": True}))
     said = refusal(capsys, "import-diffusers", ".")
-    assert said.startswith(".: in our parameters, zero_terminal_snr needs another parameterization than eps")
+    assert said.startswith(".: converted to parameters of this pipeline: zero_terminal_snr needs a parameterization")
 
 
 def test_files_that_are_missing_or_wrong(tree: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,8 +140,8 @@ def test_files_that_are_missing_or_wrong(tree: Path, published: Path, capsys: py
     (tree / "config.json").write_text((published / "config.json").read_text())
     assert "No such file" in refusal(capsys, "import-diffusers", ".")
     (tree / "diffusion_pytorch_model.bin").touch()
-    pickle = "diffusion_pytorch_model.bin: pickles can run code, and are not read; have diffusers save it as"
-    assert refusal(capsys, "import-diffusers", ".") == f"{pickle} {WEIGHTS}"
+    pickle = "diffusion_pytorch_model.bin: pickles can execute code and are not loaded; save it as"
+    assert refusal(capsys, "import-diffusers", ".") == f"{pickle} {WEIGHTS} with diffusers"
     (tree / WEIGHTS).write_bytes(b"no weights")
     assert refusal(capsys, "import-diffusers", ".").startswith(f"{WEIGHTS}: ")
 
@@ -149,10 +152,10 @@ def test_weights_that_do_not_fit(tree: Path, published: Path, capsys: pytest.Cap
     for change, reason in (
         (
             {"conv_in.weight": torch.zeros(3)},
-            "the tensor conv_in.weight is (3,), but config.json makes it (128, 1, 3, 3)",
+            "the tensor conv_in.weight has shape (3,), but config.json implies (128, 1, 3, 3)",
         ),
-        ({"more": torch.zeros(3)}, "the tensor more is not one of such a network"),
-        ({"conv_out.bias": torch.tensor([torch.nan])}, "the tensor conv_out.bias holds NaN or infinite numbers"),
+        ({"more": torch.zeros(3)}, "the tensor more is unexpected: config.json implies no such layer"),
+        ({"conv_out.bias": torch.tensor([torch.nan])}, "the tensor conv_out.bias contains NaN or infinite values"),
     ):
         save_file(weights | change, tree / WEIGHTS)
         assert refusal(capsys, "import-diffusers", ".") == f"{WEIGHTS}: {reason}"

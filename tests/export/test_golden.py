@@ -23,7 +23,7 @@ def files(classes: bool) -> list[onnx.ModelProto]:
     step = onnx.ModelProto.FromString(step.SerializeToString())
     facts = metadata.of_model(model, "analytic", "weights", "data", {"mse": 0.5}) | metadata.of_sampler(settings, loop)
     for graph in (step, loop):
-        metadata.describe(graph, facts | {"ddpm.golden": golden.made(session(graph), facts)})
+        metadata.describe(graph, facts | {"ddpm.golden": golden.record(session(graph), facts)})
     return [step, loop]
 
 
@@ -44,7 +44,7 @@ def test_other_weights_fail() -> None:
     for graph, initializers in ((step, step.graph.initializer), (loop, body.initializer)):
         weight = max(initializers, key=lambda value: value.ByteSize())
         weight.CopyFrom(numpy_helper.from_array(1.5 * numpy_helper.to_array(weight), weight.name))
-        with pytest.raises(ValueError, match=r"golden test failed: (eps_hat|images) is off by up to"):
+        with pytest.raises(ValueError, match=r"golden test failed: (eps_hat|images) differs by up to"):
             checked(graph)
 
 
@@ -60,7 +60,7 @@ def test_another_schedule_fails() -> None:
 def test_a_file_without_one_is_told() -> None:
     _, step = parts(False)
     bare = onnx.ModelProto.FromString(step.SerializeToString())
-    with pytest.raises(ValueError, match="carries no golden test that can be run"):
+    with pytest.raises(ValueError, match="has no golden test that can be run"):
         checked(bare)
 
 

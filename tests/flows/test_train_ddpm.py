@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
         ("seed=-1", "seed: "),
         ("device=tpu", "device: "),
         ("shrad={}", "shrad: no such parameter"),
-        ('network={"attention_levels": [9]}', "network: attention_levels names level 9, but levels go from 0 to 1"),
+        ('network={"attention_levels": [9]}', "network: attention_levels contains 9, but the levels are 0 to 1"),
     ],
 )
 @pytest.mark.usefixtures("repository")

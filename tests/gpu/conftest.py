@@ -21,7 +21,7 @@ from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import prefetched, runnable
-from diffusion.training.state import State, begin
+from diffusion.training.state import State, new_state
 from flows import presets
 from flows.params import Params
 
@@ -79,7 +79,7 @@ def starting(device: torch.device, params: Params) -> Iterator[Start]:
         torch.manual_seed(0)
         network = params.network.model_copy(update={"dropout": dropout})
         net = randomized(new_network(SHAPE, 0, network, params.process)).to(where)
-        state = begin(net, options, process.schedule)
+        state = new_state(net, options, process.schedule)
         fetch = held.enter_context(prefetched(batch, where))
         forward = runnable(state.net, options, World(), compiled)
         return state, loop.Trainer(options, 0, process.loss, fetch, forward, precision=precision)

@@ -178,9 +178,9 @@ def test_a_step_that_is_not_finite_is_skipped(start: Start, device: torch.device
 def test_matrices_of_one_bank_are_as_orthogonal_as_alone(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator) for shape in [(16, 144), (144, 16), (32, 32), (16, 288)]]
-    exact = optim.orthogonal([matrix.double() for matrix in matrices])
-    alone = [optim.orthogonal([matrix.to(device)])[0] for matrix in matrices]
-    together = optim.orthogonal([matrix.to(device) for matrix in matrices])
+    exact = optim.orthogonalize([matrix.double() for matrix in matrices])
+    alone = [optim.orthogonalize([matrix.to(device)])[0] for matrix in matrices]
+    together = optim.orthogonalize([matrix.to(device) for matrix in matrices])
     for one, other, right in zip(together, alone, exact, strict=True):
         error, expected = ((found.double().cpu() - right).abs().max() for found in (one, other))
         assert error <= 4 * expected
@@ -201,7 +201,7 @@ def test_last_layers_are_in_float32_under_autocast(start: Start, device: torch.d
         exact = copy.deepcopy(net.head).double()(features[0].double())  # type: ignore[operator]
         made = Eps(trainer.loss.schedule)
         error = (made.to_x_0(out, x_t, t) - made.to_x_0(exact, x_t.double(), t)).abs().max()
-        a, b = (coefficient.abs().max() for coefficient in made.of_x_t_and_out(t))
+        a, b = (coefficient.abs().max() for coefficient in made.coefficients(t))
     assert out.dtype == torch.float32
     assert error <= 100 * EPS * (a * x_t.abs().max() + b * exact.abs().max())  # bfloat16 would round by 2^16 EPS
 

@@ -278,7 +278,7 @@ def test_damaged_pairs_are_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"val-000000\.tar: damaged \(not the bytes that manifest\.json lists\)"):
+    with pytest.raises(UserError, match=r"val-000000\.tar: damaged \(it does not match its digest in manifest\.json\)"):
         Pairs(tmp_path / "pairs", "val")
     assert Pairs(tmp_path / "pairs", "train").images == 150
 
@@ -287,9 +287,7 @@ def test_pairs_of_another_process_or_shape_are_refused(directory: Path) -> None:
     pairs = Pairs(directory, "train")
     pairs.check_process(ALPHA_BAR)
     pairs.check_process(ALPHA_BAR, (3, 4, 6))
-    made_for = (
-        r"^the pairs are made for another noise schedule \(linear, 200 timesteps\) or other images \(3, 4, 6\) than"
-    )
+    made_for = r"^the pairs \(schedule linear, 200 timesteps, images \(3, 4, 6\)\) do not match the model"
     for alpha_bar, shape in ((ALPHA_BAR[:-1], None), (0.9 * ALPHA_BAR, None), (ALPHA_BAR, (3, 6, 4))):
         with pytest.raises(UserError, match=made_for):
             pairs.check_process(alpha_bar, shape)

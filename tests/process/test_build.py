@@ -30,7 +30,7 @@ def given(*beta: float) -> dict[str, object]:
 def test_a_schedule_that_is_given_leaves_something_of_the_image_until_the_last_timestep() -> None:
     """0.05^9 is 2e-12, 0.05^10 is 1e-13; the last beta has no say."""
     assert process(**given(*[0.95] * 10)).schedule.num_timesteps == 10
-    message = "Value error, beta leaves nothing of the image before the last timestep: give fewer or smaller values "
+    message = "Value error, beta destroys the image before the last timestep: use fewer or smaller values "
     with pytest.raises(ValidationError, match=message):
         process(**given(*[0.95] * 10, 0.1))
 
@@ -38,7 +38,9 @@ def test_a_schedule_that_is_given_leaves_something_of_the_image_until_the_last_t
 def test_a_schedule_needs_timesteps_enough() -> None:
     """Those of Ho et al. 2020 go up to 0.02 for 1000 timesteps, which is 1 for 20."""
     assert process(num_timesteps=21).schedule.beta.max() < 1
-    with pytest.raises(ValidationError, match="the schedule linear needs more timesteps than 20: some beta would be 1"):
+    with pytest.raises(
+        ValidationError, match="the schedule linear needs more than 20 timesteps: some beta would reach 1"
+    ):
         process(num_timesteps=20)
     with pytest.raises(ValidationError, match=r"schedule\.beta has 3 values, but num_timesteps is 4"):
         process(**given(0.1, 0.2, 0.3) | {"num_timesteps": 4})

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion.pairs import noise
-from diffusion.process.timesteps import TIMESTEPS, ByLoss, LogSnrNormal, Stored, Uniform
+from diffusion.process.timesteps import TIMESTEPS, LogSnrNormal, LossAware, Stored, Uniform
 from tests.process.fakes import process
 
 T = 100
@@ -28,9 +28,9 @@ def grid(num_timesteps: int, parts: int) -> tuple[Tensor, Tensor]:
     return t, ((torch.arange(parts) + 0.5) / parts).repeat(num_timesteps)
 
 
-def taught(num_timesteps: int, power: int = 2, rounds: int = 64) -> tuple[ByLoss, Tensor]:
+def taught(num_timesteps: int, power: int = 2, rounds: int = 64) -> tuple[LossAware, Tensor]:
     """One that has seen losses of 1 + t + 0.1 round at every t, and the probabilities that should follow."""
-    sampler, t = ByLoss(num_timesteps, power), torch.arange(num_timesteps)
+    sampler, t = LossAware(num_timesteps, power), torch.arange(num_timesteps)
     seen: dict[int, list[float]] = defaultdict(list)
     strata = min(64, num_timesteps)
     for index in range(rounds):
@@ -104,7 +104,7 @@ def test_the_root_mean_square_error_is_the_best_choice_for_errors_of_that_size()
     """The weighted gradient of a squared error, error x weight, varies less than with any other choice."""
     size = torch.linspace(0.02, 1, T, dtype=torch.float64)  # of the error at t
     spreads = []
-    for sampler in (ByLoss(T, 1), ByLoss(T, 2), Uniform(T)):
+    for sampler in (LossAware(T, 1), LossAware(T, 2), Uniform(T)):
         for _ in range(64):
             sampler.observe(torch.arange(T), size.square())
         drawn, weight = sampler.draw(*grid(T, 400))
@@ -125,7 +125,7 @@ def test_the_weighted_loss_has_the_expectation_of_uniform_timesteps(name: str) -
 
 
 def test_several_losses_of_one_stratum_in_a_batch_are_all_remembered() -> None:
-    sampler = ByLoss(2, power=2)
+    sampler = LossAware(2, power=2)
     sampler.observe(torch.tensor([0] * 64 + [1] * 64), torch.tensor([1.0] * 64 + [3.0] * 32 + [4.0] * 32))
     root = torch.tensor([1, math.sqrt((9 + 16) / 2)], dtype=torch.float64)
     torch.testing.assert_close(sampler.probability(), 0.999 * root / root.sum() + 0.0005)
@@ -133,7 +133,7 @@ def test_several_losses_of_one_stratum_in_a_batch_are_all_remembered() -> None:
 
 def test_equal_losses_draw_the_pairs_own_timesteps() -> None:
     """Then every probability is 1 / T, here exactly, and the quantile function gives t back."""
-    sampler, t = ByLoss(64, power=1), torch.arange(64)
+    sampler, t = LossAware(64, power=1), torch.arange(64)
     for _ in range(2):
         for u in (0.0, 0.5):
             chosen, weight = sampler.draw(t, torch.full((64,), u))
@@ -148,7 +148,7 @@ def test_equal_losses_draw_the_pairs_own_timesteps() -> None:
 
 def test_by_loss_goes_on_where_it_was() -> None:
     sampler, _ = taught(T, rounds=70)
-    other = ByLoss(T, power=2)
+    other = LossAware(T, power=2)
     other.load_state_dict(sampler.state_dict())
     for one in (sampler, other):
         one.observe(torch.arange(T), torch.linspace(5, 1, T))

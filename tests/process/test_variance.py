@@ -129,5 +129,7 @@ def test_analytic_sampling_adds_a_grey_level_of_noise_at_most_in_the_step_to_t_0
 
 
 def test_analytic_variance_without_an_estimate_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^sample\.variance: the model holds no estimate for analytic; choose another"):
+    with pytest.raises(
+        UserError, match=r"^sample\.variance: analytic needs an estimate that this model does not have; use fixed-small"
+    ):
         build.variance("analytic", process(), None)

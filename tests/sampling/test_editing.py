@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion.process import build
 from diffusion.sampling import build as sampling
 from diffusion.sampling import editing
-from diffusion.sampling.sampler import SAMPLERS, Before, Sampler, sample
+from diffusion.sampling.sampler import SAMPLERS, Previous, Sampler, sample
 from tests.process.fakes import (
     Says,
     X0Hat,
@@ -150,14 +150,14 @@ def test_a_multistep_sampler_forgets_what_was_before_it_went_up() -> None:
     images = list(editing.inpaint(sampler, made.schedule, z, path, x_0, keep))
     t = {step: torch.full((len(x_0),), step) for step in path}
 
-    def step(index: int, before: Before | None) -> Tensor:
-        return sampler.step(images[index - 1], t[path[index]], t[path[index + 1]], lambda: z(0), before)[0]
+    def step(index: int, previous: Previous | None) -> Tensor:
+        return sampler.step(images[index - 1], t[path[index]], t[path[index + 1]], lambda: z(0), previous)[0]
 
-    def before(index: int) -> Before:
+    def before(index: int) -> Previous:
         at = t[path[index]]
-        return Before(at, some_x_0_hat(images[index - 1], at))
+        return Previous(at, some_x_0_hat(images[index - 1], at))
 
-    torch.testing.assert_close(images[1], step(1, Before(t[999], some_x_0_hat(z(0), t[999]))))
+    torch.testing.assert_close(images[1], step(1, Previous(t[999], some_x_0_hat(z(0), t[999]))))
     torch.testing.assert_close(images[3], step(3, None))  # from 600, where it went up to
     torch.testing.assert_close(images[4], step(4, before(3)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.process import build
 from diffusion.sampling import build as sampling
-from diffusion.sampling.sampler import Before, Point, Sampler, sample, trajectory
+from diffusion.sampling.sampler import Point, Previous, Sampler, sample, trajectory
 from diffusion.sampling.spacing import SPACINGS
 from tests.process.fakes import (
     SAMPLERS,
@@ -134,7 +134,7 @@ def test_dpm_solver_steps_agree_with_diffusers(
     for t, s in pairwise([*timesteps, -1]):  # both from the same x_t, since float32 errors grow from step to step
         when, to = torch.full((2,), t), torch.full((2,), s)
         x_s, x_0_hat = sampler.step(x_t, when, to, lambda: z(1), before)
-        before = Before(when, x_0_hat)
+        before = Previous(when, x_0_hat)
         x_t = scheduler.step(net(x_t, when), t, x_t, variance_noise=z(1)).prev_sample
         torch.testing.assert_close(x_s, x_t, **CLOSE)
 

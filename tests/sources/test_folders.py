@@ -119,7 +119,7 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
     source = folder(tmp_path, "train/a/1.png", "test/a/2.png", "sample.png", "README.txt")
     outside = [sample for sample in source if sample.split is None]
     assert [sample.file for sample in outside] == ["sample.png"]
-    assert outside[0].left_out == "outside of the folders of the splits"
+    assert outside[0].left_out == "outside the folders of the splits"
 
 
 def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_folder_named_like_a_split_inside_a_class_must_be_confirmed(
     with pytest.raises(UserError) as caught:
         folder(tmp_path, *names)
     assert str(caught.value).startswith(
-        f"{tmp_path}: named like a split, but read as part of a class: {named}; if it is no split, "
+        f"{tmp_path}: named like a split, but read as part of a class: {named}; if it is not a split, "
     )
     assert "--split-names-as-classes" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import SystemFault
-from diffusion.sources.folders import refusal
+from diffusion.sources.folders import rejection_reason
 from diffusion.sources.images import Unreadable, is_image, read_image
 from tests.sources.encoders import png, tiff
 from tests.sources.pixels import BYTES, DEEP, H, W, differ, save
@@ -103,14 +103,14 @@ class BadDisk(io.FileIO):
         return content
 
 
-@pytest.mark.parametrize(("name", "read"), [("1.tif", read_image), ("1", read_image), ("1", refusal)])
+@pytest.mark.parametrize(("name", "read"), [("1.tif", read_image), ("1", read_image), ("1", rejection_reason)])
 def test_an_error_of_the_disk_is_none_of_the_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], Any]
 ) -> None:
     """Pillow takes an error in the directory of a TIFF file for damage, and says that it is no image."""
     path = tmp_path / name
     path.write_bytes(tiff(100, 100, [bytes(30000)], [8] * 3, 2))
-    assert refusal(path) is None
+    assert rejection_reason(path) is None
     monkeypatch.setattr(Path, "open", lambda path, mode: BadDisk(path, mode))
     with pytest.raises(SystemFault, match=rf"{name}: cannot be read \(Input/output error\)"):
         read(path)

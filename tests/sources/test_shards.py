@@ -200,7 +200,7 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no image of 2 fell into the split .*shard\.val_fraction"):
+    with pytest.raises(UserError, match=r"none of the 2 images fell into the split .*shard\.val_fraction"):
         shard(npz(tmp_path / "a.npz", 2), tmp_path / "shards")
 
 
@@ -220,19 +220,21 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     manifest = shard(npz(tmp_path / "a.npz", 50), tmp_path / "shards")
     path = tmp_path / "shards" / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"train-000000\.tar: damaged \(not the bytes that manifest\.json lists\)"):
+    with pytest.raises(
+        UserError, match=r"train-000000\.tar: damaged \(it does not match its digest in manifest\.json\)"
+    ):
         Images(tmp_path / "shards", manifest.splits["train"])
     path.unlink()
     with pytest.raises(UserError, match=r"train-000000\.tar: cannot be read "):
         Images(tmp_path / "shards", manifest.splits["train"])
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"old": 1}))
-    with pytest.raises(UserError, match=r"manifest\.json: damaged \(not the bytes that SHA256SUMS lists\)"):
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(it does not match its digest in SHA256SUMS\)"):
         Manifest.read(tmp_path / "shards" / MANIFEST)
     write_sums(tmp_path / "shards")
-    with pytest.raises(UserError, match=r"manifest\.json: not of format 1, .*: source: missing; "):
+    with pytest.raises(UserError, match=r"manifest\.json: not in format 1, .*: source: missing; "):
         Manifest.read(tmp_path / "shards" / MANIFEST)
     (tmp_path / "shards" / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* an earlier version wrote it$"):
+    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* written by an earlier version\)$"):
         Manifest.read(tmp_path / "shards" / MANIFEST)
 
 
@@ -256,6 +258,6 @@ def test_a_manifest_states_its_format(tmp_path: Path) -> None:
     write_sums(directory)
     with pytest.raises(
         UserError,
-        match=r"manifest\.json: not of format 1, .*: format: input should be 1 \(got 2\)$",
+        match=r"manifest\.json: not in format 1, .*: format: input should be 1 \(got 2\)$",
     ):
         Manifest.read(directory / MANIFEST)

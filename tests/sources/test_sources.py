@@ -53,7 +53,7 @@ def test_idx_files(tmp_path: Path, suffix: str, separator: str) -> None:
 @pytest.mark.parametrize(
     ("suffix", "cut", "message"),
     [
-        ("", -5, r"train-images-idx3-ubyte: truncated: it ends at entry 2 of 3"),
+        ("", -5, r"train-images-idx3-ubyte: truncated at entry 2 of 3"),
         ("", 9, r"train-images-idx3-ubyte: not a readable idx file"),
         (".gz", -30, r"train-images-idx3-ubyte\.gz: damaged at entry \d of 3"),
         (".gz", -5, r"train-images-idx3-ubyte\.gz: damaged at its end"),
@@ -71,7 +71,7 @@ def test_an_idx_file_that_is_too_long_is_named(tmp_path: Path) -> None:
     folder = mnist(tmp_path / "m")
     with (folder / "train-labels-idx1-ubyte").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="train-labels-idx1-ubyte: goes on after its 3 entries"):
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte: contains data after its 3 entries"):
         open_source(folder)
 
 
@@ -115,9 +115,9 @@ def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: b
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": np.zeros((2, 3, 3), np.uint8)}, "has no array `images`; it has pictures"),
-        ({"images": np.zeros((2, 3, 3), np.float32)}, "they are float32 of shape"),
-        ({"images": np.zeros((2, 3, 3, 2), np.uint8)}, r"they are uint8 of shape \(2, 3, 3, 2\)"),
+        ({"pictures": np.zeros((2, 3, 3), np.uint8)}, "contains no array `images` \\(found: pictures\\)"),
+        ({"images": np.zeros((2, 3, 3), np.float32)}, r"\(got float32 of shape"),
+        ({"images": np.zeros((2, 3, 3, 2), np.uint8)}, r"\(got uint8 of shape \(2, 3, 3, 2\)"),
         ({"images": np.zeros((2, 3, 3), np.uint8), "labels": np.zeros(3, int)}, "one for each image"),
         ({"images": np.zeros((2, 3, 3), np.uint8), "labels": np.zeros(2, object)}, "not a readable .npz file"),
         ({"images": np.asfortranarray(np.zeros((2, 3, 3), np.uint8))}, "Fortran order"),
@@ -165,7 +165,7 @@ def test_idx_files_in_a_wrapping_folder(tmp_path: Path) -> None:
     mnist(tmp_path / "a" / "raw", suffix=".gz")
     assert isinstance(open_source(tmp_path), Idx)
     mnist(tmp_path / "b")
-    with pytest.raises(UserError, match=r"idx files in several folders; give one of .*a/raw, .*b$"):
+    with pytest.raises(UserError, match=r"several folders contain idx files; choose one of .*a/raw, .*b$"):
         open_source(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_unknown_forms_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text" / "a.txt").write_text("a")
     (tmp_path / "file.bin").write_bytes(b"a")
     for name in ["text", "file.bin"]:
-        with pytest.raises(UserError, match=f"{name}: no images in a known form; looked for an .npz file"):
+        with pytest.raises(UserError, match=f"{name}: no images in a supported format; expected an .npz file"):
             open_source(tmp_path / name)
     with pytest.raises(UserError, match="missing: no such file or folder"):
         open_source(tmp_path / "missing")
@@ -184,5 +184,5 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (4, 4)).save(buffer, "EPS")
     (tmp_path / "a.eps").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="no images in a known form"):
+    with pytest.raises(UserError, match="no images in a supported format"):
         open_source(tmp_path)

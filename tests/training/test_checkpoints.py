@@ -15,7 +15,7 @@ from diffusion.training.checkpoints import Checkpoints, newest_step
 from diffusion.training.state import State
 from flows import fingerprint
 from flows.params import Params
-from tests.training.test_loop import Killed, changed, new_state
+from tests.training.test_loop import Killed, changed, fresh_state
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def test_the_last_two_are_kept_and_the_last_good_one(params: Params, tmp_path: Path) -> None:
-    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    state, checkpoints = fresh_state(params), Checkpoints(tmp_path)
     for step in range(7):
         checkpoints.write(at(state, step), good=step in (0, 2))
     assert steps(tmp_path) == [2, 5, 6]
@@ -49,37 +49,37 @@ def test_the_last_two_are_kept_and_the_last_good_one(params: Params, tmp_path: P
 
 
 def test_a_good_one_is_found_again_behind_the_others(params: Params, tmp_path: Path) -> None:
-    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    state, checkpoints = fresh_state(params), Checkpoints(tmp_path)
     for step in range(4):
         checkpoints.write(at(state, step), good=step == 1)
-    found = new_state(params)
+    found = fresh_state(params)
     assert checkpoints.restore(found, good=True)
     assert found.step == 1
     assert (next(found.net.parameters()) == 1).all()
-    checkpoints.drop_after(1)
+    checkpoints.delete_after(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000001.json", "0000000001.safetensors"]
     checkpoints.write(at(state, 1))  # the same step again: good it stays
-    assert checkpoints.restore(new_state(params), good=True)
+    assert checkpoints.restore(fresh_state(params), good=True)
 
 
 def test_one_is_good_only_if_it_is_said_to_be(params: Params, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.write(new_state(params))
-    assert not checkpoints.restore(new_state(params), good=True)
-    assert checkpoints.restore(new_state(params))
+    checkpoints.write(fresh_state(params))
+    assert not checkpoints.restore(fresh_state(params), good=True)
+    assert checkpoints.restore(fresh_state(params))
 
 
 def test_killed_between_other_weights_of_a_step_and_their_json_it_is_no_damaged_one(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    state, checkpoints = fresh_state(params), Checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.write(at(state, step))
     state.sums += 1
     monkeypatch.setattr("diffusion.training.checkpoints.write_json", raise_killed)
     with pytest.raises(Killed):
         checkpoints.write(state)
-    found = new_state(params)
+    found = fresh_state(params)
     assert checkpoints.restore(found)
     assert found.step == 1
     assert capsys.readouterr().err == ""
@@ -93,7 +93,7 @@ def raise_killed(*_: object) -> None:
 def test_a_damaged_one_falls_back_to_the_one_before(
     params: Params, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    state, checkpoints = fresh_state(params), Checkpoints(tmp_path)
     for step in (1, 2, 3):
         checkpoints.write(at(state, step))
     newest = tmp_path / "0000000003.safetensors"
@@ -110,15 +110,15 @@ def test_a_damaged_one_falls_back_to_the_one_before(
             newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case _:
             newest.unlink()
-    found = new_state(params)
+    found = fresh_state(params)
     assert checkpoints.restore(found)
     assert found.step == 2
-    assert "checkpoint 0000000003 is damaged" in capsys.readouterr().err
+    assert "checkpoint 0000000003 is corrupt" in capsys.readouterr().err
 
 
 def test_without_any_the_state_stays_as_it_is(params: Params, tmp_path: Path) -> None:
     (tmp_path / "0000000003.json").write_text(json.dumps({"sha256": "?"})[:-4])
-    state = at(new_state(params), 9)
+    state = at(fresh_state(params), 9)
     assert not Checkpoints(tmp_path).restore(state)
     assert state.step == 9
 
@@ -146,7 +146,7 @@ def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call into the file system while the third and fourth are written is, in turn, the last one."""
-    countdown, state, moments, written = Countdown(monkeypatch), new_state(params), 0, 2
+    countdown, state, moments, written = Countdown(monkeypatch), fresh_state(params), 0, 2
     while written < 4:
         directory = tmp_path / str(moments)
         checkpoints = Checkpoints(directory)
@@ -158,7 +158,7 @@ def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
                 checkpoints.write(at(state, step))
                 written = step
         countdown.left = None
-        found = new_state(params)
+        found = fresh_state(params)
         assert Checkpoints(directory).restore(found)
         assert found.step in (written, written + 1)
         assert (next(found.net.parameters()) == found.step).all()
@@ -175,21 +175,21 @@ def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
     countdown, moments, done = Countdown(monkeypatch), 0, False
     while not done:
         directory = tmp_path / str(moments)
-        state, checkpoints = new_state(params), Checkpoints(directory)
+        state, checkpoints = fresh_state(params), Checkpoints(directory)
         for step in range(3):
             checkpoints.write(at(state, step), good=step == 1)
         state.skips[0] = 5
         countdown.left = moments
         try:
-            recovery.go_back(state, params.train, checkpoints, "seen")
+            recovery.roll_back(state, params.train, checkpoints, "seen")
             done = True
         except Killed:
             countdown.left = None
-            again = new_state(params)
+            again = fresh_state(params)
             assert checkpoints.restore(again)
             if not again.rollbacks:  # it trains on, and is where it was
                 again.skips[0] = 5
-                recovery.go_back(again, params.train, checkpoints, "seen")
+                recovery.roll_back(again, params.train, checkpoints, "seen")
             state = again
         countdown.left = None
         assert (state.step, state.rollbacks, state.skipped) == (1, 1, 5)

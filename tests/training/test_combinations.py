@@ -17,7 +17,7 @@ from diffusion.process.schedule import SCHEDULES
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.process.weighting import WEIGHTINGS
 from diffusion.training import loop
-from diffusion.training.state import begin
+from diffusion.training.state import new_state
 from flows.params import Params
 
 UNET: dict[str, Any] = {"kind": "unet", "base_channels": 8, "channel_multipliers": (1,), "attention_levels": ()}
@@ -101,7 +101,7 @@ def test_every_pair_of_choices_learns(params: Params, row: Row) -> None:
     t = timesteps(0, "train", 0, 0, params.process.num_timesteps)
     batch = Batch(x_0.astype(np.float32), t, eps.astype(np.float32), np.arange(64) % 3 - 1, rng.random(64))
     process = build.process(params.process)
-    state = begin(new_network((1, 8, 8), 2, params.network, params.process), params.train, process.schedule)
+    state = new_state(new_network((1, 8, 8), 2, params.network, params.process), params.train, process.schedule)
     trainer = loop.Trainer(params.train, 0, process.loss, lambda _: batch, state.net, precision=row["precision"])
     start = {name: parameter.detach().clone() for name, parameter in state.net.named_parameters()}
     losses = []

@@ -6,7 +6,7 @@ import torch
 from diffusion.training import curves
 from diffusion.training.distributed import World
 from flows.params import Params
-from tests.training.test_loop import changed, new_state
+from tests.training.test_loop import changed, fresh_state
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def params(params: Params) -> Params:
 
 
 def test_a_point_is_the_mean_over_the_steps_since_the_last_one(params: Params) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     steps = [
         ([1.0, 2.0], 3.0, [0, 99], [1.0, 0.5]),  # loss of each image, norm of the gradient, t, weight
         ([4.0, 6.0], 5.0, [5, 20], [2.0, 1.0]),
@@ -51,7 +51,7 @@ def test_patience_ends_after_so_many_measurements_that_are_no_better() -> None:
 
 
 def test_skipped_steps_are_counted_in_all_in_a_row_and_in_the_longest_row(params: Params) -> None:
-    state, seen = new_state(params), list[list[int]]()
+    state, seen = fresh_state(params), list[list[int]]()
     one = torch.ones(1)
     for norm in (1.0, torch.nan, torch.inf, 2.0, torch.nan, 3.0):
         curves.accumulate(state, one * norm, torch.tensor(norm), torch.zeros(1, dtype=torch.int64), one, 100)

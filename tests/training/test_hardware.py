@@ -91,7 +91,7 @@ def test_auto_compiles_long_trainings_on_a_gpu(params: Params) -> None:
 
     def chosen(value: bool | str, device: str, steps: int) -> bool:
         options = params.train.model_copy(update={"compile": value, "steps": steps, "batch_size": 128})
-        return hardware.to_compile(options, torch.device(device), lambda: 1e9)
+        return hardware.should_compile(options, torch.device(device), lambda: 1e9)
 
     assert [chosen("auto", "cuda", steps) for steps in (26_041, 26_042)] == [False, True]
     assert not chosen("auto", "cpu", 10**9)

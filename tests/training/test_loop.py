@@ -19,7 +19,7 @@ from diffusion.process import build as processes
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.training import ema, loop
 from diffusion.training.checkpoints import Checkpoints
-from diffusion.training.state import State, begin
+from diffusion.training.state import State, new_state
 from flows.params import Params
 
 Fetch = Callable[[int], Batch]
@@ -61,10 +61,10 @@ def changed(params: Params, **sections: dict[str, Any]) -> Params:
     return params.model_copy(update=made)
 
 
-def new_state(params: Params) -> State:
+def fresh_state(params: Params) -> State:
     torch.manual_seed(1)
     net = new_network((1, 8, 8), 0, params.network, params.process)
-    return begin(net, params.train, processes.process(params.process).schedule)
+    return new_state(net, params.train, processes.process(params.process).schedule)
 
 
 def run(
@@ -108,7 +108,7 @@ def assert_same(ours: State, theirs: State) -> None:
 
 
 def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     called = ["good checkpoint 0"] + [
         f"{what} {step}" for step in (4, 8, 12) for what in ("preview", "good checkpoint")
     ]
@@ -120,7 +120,7 @@ def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> N
 def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_path: Path) -> None:
     """With the weights of the draw the mean over all bands, each as wide as the others, is near the loss itself."""
     params = changed(params, train={"timesteps": "rms-error", "steps": 40, "log_every": 20, "preview_every": 40})
-    state = new_state(params)
+    state = fresh_state(params)
     run(params, state, Checkpoints(tmp_path))
     for row in state.loss_curve:
         bands = [value for name, value in row.items() if name.startswith("loss_t")]
@@ -136,18 +136,18 @@ def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bits(
     levels = {"channel_multipliers": [1, 2], "attention_levels": [1]} if timesteps == "stored" else {}
     train = {"timesteps": timesteps, "optimizer": optimizer, "keep_best": True}
     params = changed(params, network=levels, train=train)
-    whole = new_state(params)
+    whole = fresh_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
 
     checkpoints, reached = Checkpoints(tmp_path / "parts"), 0
     for stop_at in (3, 8, 11):
-        state = new_state(params)
+        state = fresh_state(params)
         assert checkpoints.restore(state) == bool(reached)
         assert state.step == reached
         with pytest.raises(Stopped):
             run(params, state, checkpoints, stop_at=stop_at)
         reached = stop_at
-    state = new_state(params)
+    state = fresh_state(params)
     assert checkpoints.restore(state)
     run(params, state, checkpoints)
     assert_same(state, whole)
@@ -160,7 +160,7 @@ class Killed(BaseException):
 def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_same_bits(
     params: Params, tmp_path: Path
 ) -> None:
-    whole = new_state(params)
+    whole = fresh_state(params)
     run(params, whole, Checkpoints(tmp_path / "whole"))
     checkpoints = Checkpoints(tmp_path / "parts", seconds=0)
 
@@ -170,8 +170,8 @@ def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_sa
         return fetch(step)
 
     with pytest.raises(Killed):
-        run(params, new_state(params), checkpoints, fetch=die)
-    second = new_state(params)
+        run(params, fresh_state(params), checkpoints, fetch=die)
+    second = fresh_state(params)
     checkpoints.restore(second)
     assert second.step == 7
     run(params, second, checkpoints)
@@ -180,7 +180,7 @@ def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_sa
 
 def test_a_few_bad_steps_are_skipped_and_counted(params: Params, tmp_path: Path) -> None:
     """A skipped step changes nothing but the position: what follows is as if its batch had not been."""
-    state = new_state(params)
+    state = fresh_state(params)
     run(params, state, Checkpoints(tmp_path), fetch=spoiled(2, 5, 6))
     assert (state.skipped, state.skipped_in_row, state.rollbacks) == (3, 0, 0)
     assert all(parameter.isfinite().all() for parameter in [*state.net.parameters(), *state.average.parameters()])
@@ -188,7 +188,7 @@ def test_a_few_bad_steps_are_skipped_and_counted(params: Params, tmp_path: Path)
 
 
 def test_a_skipped_step_leaves_weights_and_optimizer_alone(params: Params) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, spoiled(1), state.net)
     loop.step(state, trainer)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -199,7 +199,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_alone(params: Params) -> No
 
 
 def test_a_loss_that_overflows_is_skipped_though_its_gradient_is_finite(params: Params) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, spoiled(0, value=1e25), state.net)
     loop.step(state, trainer)
     assert state.skipped == 1
@@ -216,15 +216,15 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
             state.run_id = "followed"
         return spoiled(step)(step) if 5 <= step <= 9 and asked.count(step) == 1 else fetch(step)
 
-    state, checkpoints = new_state(params), Checkpoints(tmp_path)
+    state, checkpoints = fresh_state(params), Checkpoints(tmp_path)
     run(params, state, checkpoints, fetch=bad_once)
     assert asked == [*range(10), *range(4, 12)]
     assert (state.step, state.rollbacks, state.skipped, state.run_id) == (12, 1, 5, "followed")
     # Steps are counted from 0: 2 of warmup, then linearly to zero at step 12.
     assert state.loss_curve[0]["learning_rate"] == pytest.approx(0.5 * 0.002 * (1 - 2 / 10))
     assert (
-        "before step 10, loss or gradient was not finite at 5 steps in a row; going back to step 4 with 0.5 times"
-        in capsys.readouterr().err
+        "the loss or gradient was not finite for 5 steps in a row before step 10; rolling back to step 4 with the "
+        "learning rate times 0.5" in capsys.readouterr().err
     )
 
 
@@ -240,7 +240,7 @@ def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params
             return fetch(step) if went_back or step < 5 else spoiled(step)(step)
 
         for stop in [*stops, None]:
-            state = new_state(params)
+            state = fresh_state(params)
             Checkpoints(tmp_path / directory).restore(state)
             try:
                 run(params, state, Checkpoints(tmp_path / directory), stop_at=stop, fetch=bad_until_back)
@@ -252,14 +252,14 @@ def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params
 
 
 def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_path: Path) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     message = (
-        "before step 12, loss or gradient was not finite at 6 steps in a row, even after going back once .* "
+        "the loss or gradient was not finite for 6 steps in a row before step 12, even after a rollback .* "
         "lower learning_rate"
     )
     with pytest.raises(UserError, match=message):
         run(params, state, Checkpoints(tmp_path), fetch=spoiled(*range(6, 12)))
-    kept = new_state(params)
+    kept = fresh_state(params)
     Checkpoints(tmp_path).restore(kept)
     assert (kept.step, kept.rollbacks) == (8, 1)
     assert all(parameter.isfinite().all() for parameter in kept.net.parameters())
@@ -267,12 +267,12 @@ def test_a_training_that_diverges_again_ends_and_says_so(params: Params, tmp_pat
 
 def test_a_training_without_a_single_good_step_ends_and_says_so(params: Params, tmp_path: Path) -> None:
     params = changed(params, train={"steps": 3})
-    with pytest.raises(UserError, match="loss or gradient was finite in no step; lower learning_rate"):
-        run(params, new_state(params), Checkpoints(tmp_path), fetch=spoiled(0, 1, 2))
+    with pytest.raises(UserError, match="the loss or gradient was non-finite at every step; lower learning_rate"):
+        run(params, fresh_state(params), Checkpoints(tmp_path), fetch=spoiled(0, 1, 2))
 
 
 def test_a_held_out_error_that_is_not_finite_leads_back_too(params: Params, tmp_path: Path) -> None:
-    state, seen = new_state(params), list[int]()
+    state, seen = fresh_state(params), list[int]()
 
     def measured(step: int) -> float:
         seen.append(step)
@@ -287,23 +287,23 @@ def test_a_held_out_error_that_is_not_finite_leads_back_too(params: Params, tmp_
 def test_the_best_measurement_is_kept_and_patience_ends_the_training(params: Params, tmp_path: Path) -> None:
     params = changed(params, train={"steps": 100, "patience": 2, "keep_best": True})
     errors = {4: 3.0, 8: 1.0, 12: 2.0, 16: 1.0, 20: 0.5}
-    state, at_8 = new_state(params), new_state(params)
+    state, at_8 = fresh_state(params), fresh_state(params)
     run(params, state, Checkpoints(tmp_path / "a"), measured=errors.__getitem__)
     assert state.step == 16
     assert [row["step"] for row in state.loss_curve] == [5, 10, 15, 16]  # the rest as well
     with pytest.raises(Stopped):
         run(params, at_8, Checkpoints(tmp_path / "b"), stop_at=8, measured=errors.__getitem__)
-    kept, last = new_state(params), new_state(params)
-    state.average_into(last.net)
+    kept, last = fresh_state(params), fresh_state(params)
+    state.copy_average_into(last.net)
     assert all(torch.equal(tensor, last.net.state_dict()[name]) for name, tensor in state.average.state_dict().items())
-    state.kept_into(kept.net)
+    state.copy_final_into(kept.net)
     assert all(torch.equal(tensor, kept.net.state_dict()[name]) for name, tensor in at_8.average.state_dict().items())
 
 
 @pytest.mark.parametrize("grad_clip", [0.01, 1e6])
 def test_a_gradient_is_scaled_down_to_the_largest_norm(params: Params, grad_clip: float) -> None:
     params = changed(params, train={"grad_clip": grad_clip})
-    state, seen = new_state(params), list[float]()
+    state, seen = fresh_state(params), list[float]()
 
     def norm(*_: object) -> None:
         gradients = [parameter.grad.flatten() for parameter in state.net.parameters() if parameter.grad is not None]
@@ -320,7 +320,7 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm(params: Params, grad_clip
 
 def test_the_average_holds_the_weights_after_every_step(params: Params) -> None:
     """Karras et al. 2024, eq. 120: after step s it keeps (1 - 1 / s)^(gamma + 1) of what it was."""
-    state, expected = new_state(params), torch.tensor(math.nan)
+    state, expected = fresh_state(params), torch.tensor(math.nan)
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
 
     def flat(net: nn.Module) -> torch.Tensor:
@@ -338,7 +338,7 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(params: Params) -> None:
     params = changed(params, network={"dropout": 0.0})
     gradients = []
     for parts in (1, 4):
-        state = new_state(params)
+        state = fresh_state(params)
         state.net.double()
         options = params.train.model_copy(update={"accumulate": parts})
         trainer = loop.Trainer(options, 0, processes.process(params.process).loss, fetch, state.net)

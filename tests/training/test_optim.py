@@ -18,7 +18,7 @@ def options(params: Params) -> TrainOptions:
 
 
 def test_the_rate_rises_linearly_and_reaches_its_peak(options: TrainOptions) -> None:
-    rates = [optim.rate(step, options) for step in range(12)]
+    rates = [optim.lr_factor(step, options) for step in range(12)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
@@ -27,14 +27,14 @@ def test_the_rate_rises_linearly_and_reaches_its_peak(options: TrainOptions) -> 
 )
 def test_the_rate_falls_as_asked(options: TrainOptions, decay: str, halfway: float, late: float) -> None:
     options = options.model_copy(update={"decay": decay})
-    assert optim.rate(55, options) == pytest.approx(halfway)
-    assert optim.rate(91, options) == pytest.approx(late, rel=0.01)
+    assert optim.lr_factor(55, options) == pytest.approx(halfway)
+    assert optim.lr_factor(91, options) == pytest.approx(late, rel=0.01)
 
 
 def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> None:
     net = network((1, 8, 8), "unet", "film")
     options = options.model_copy(update={"optimizer": MuonOptions(learning_rate=0.02)})
-    made = optim.optimizers(net, net.hidden(), options)
+    made = optim.optimizers(net, net.blocks(), options)
     for share in (0.25, 0.5):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -47,7 +47,7 @@ def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> No
 def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, conditioning: str, optimizer: str) -> None:
     net = network((1, 8, 8), kind, conditioning, classes=True)
     options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
-    made = optim.optimizers(net, net.hidden(), options)
+    made = optim.optimizers(net, net.blocks(), options)
     names = {parameter: name for name, parameter in net.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for one in made for group in one.param_groups]
     assert sorted(name for group in groups for name in group) == sorted(names.values())
@@ -65,7 +65,7 @@ def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, condi
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (4, 30, 6)])
 def test_orthogonal_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact = torch.stack(optim.orthogonal([*matrices.double()]))
+    exact = torch.stack(optim.orthogonalize([*matrices.double()]))
     for matrix, close in zip(matrices.double().numpy(), exact.numpy(), strict=True):
         u, _, v = np.linalg.svd(matrix, full_matrices=False)
         singular = np.diag(u.T @ close @ v.T)  # same singular vectors, and values that the polynomial brings near 1
@@ -73,32 +73,32 @@ def test_orthogonal_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> N
         assert 0.3 < singular.min() <= singular.max() < 1.3
     # Each step of the polynomial multiplies the rounding of the one before by up to 3.4445, its slope at zero.
     rounding = torch.finfo(torch.float32).eps * 3.4445**5
-    assert 0 < (torch.stack(optim.orthogonal([*matrices])) - exact).abs().max() < rounding
+    assert 0 < (torch.stack(optim.orthogonalize([*matrices])) - exact).abs().max() < rounding
 
 
 def test_matrices_of_several_shapes_are_made_orthogonal_together() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 8), (8, 3), (5, 5), (1, 12), (8, 3), (9, 4)]
     matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    for together, matrix in zip(optim.orthogonal(matrices), matrices, strict=True):
-        (alone,) = optim.orthogonal([matrix])
+    for together, matrix in zip(optim.orthogonalize(matrices), matrices, strict=True):
+        (alone,) = optim.orthogonalize([matrix])
         assert together.shape == matrix.shape
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
 def test_all_matrices_are_padded_to_one_bank_where_launches_count() -> None:
     shapes = [torch.Size(shape) for shape in [(3, 8), (8, 3), (5, 5), (8, 3)]]
-    assert optim.banks(shapes, launched=False) == [[0], [1, 3], [2]]
-    assert optim.banks(shapes, launched=True) == [[0, 1, 2, 3]]
+    assert optim.group_matrices(shapes, launched=False) == [[0], [1, 3], [2]]
+    assert optim.group_matrices(shapes, launched=True) == [[0, 1, 2, 3]]
     large = [torch.Size([64, 2**19]), torch.Size([16, 65])]  # as wide matrices; 2 x 64 x 2^19 elements
-    assert optim.banks(large[:1] * 2, launched=True) == [[0, 1]]
-    assert optim.banks(large * 2, launched=True) == [[0, 2], [1, 3]]
+    assert optim.group_matrices(large[:1] * 2, launched=True) == [[0, 1]]
+    assert optim.group_matrices(large * 2, launched=True) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptions, bad: float) -> None:
     net = network((1, 8, 8), "unet", "film")
-    made = optim.optimizers(net, net.hidden(), options)
+    made = optim.optimizers(net, net.blocks(), options)
 
     def step(norm: float) -> list[torch.Tensor]:
         """Of the optimizers' state and the weights, copies."""

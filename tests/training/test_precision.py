@@ -71,7 +71,7 @@ def test_x_0_hat_near_pure_noise_is_that_of_float64(name: str) -> None:
     x_t = made.schedule.diffuse(X_0, T, EPS)
     out, _, float64 = narrow_and_exact(net, x_t, T)
     out_exact = float64(x_t.double(), T)
-    a, b = made.of_x_t_and_out(T)
+    a, b = made.coefficients(T)
     scale = a.abs() * x_t.abs() + b.abs() * out_exact.abs().amax()
     error = (made.to_x_0(out, x_t, T) - made.to_x_0(out_exact, x_t.double(), T)).abs()
     assert (error <= 1e-6 * scale).all()

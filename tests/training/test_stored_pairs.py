@@ -18,7 +18,7 @@ from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
-from diffusion.training.state import State, begin
+from diffusion.training.state import State, new_state
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import pairs as pairs_stage
@@ -64,7 +64,7 @@ def given_to_the_network(params: Params, directory: Path, checkpoints: Path) -> 
     options = params.train.model_copy(update={"steps": steps})
     process = build.process(params.process)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
-    state = begin(net, options, process.schedule)
+    state = new_state(net, options, process.schedule)
     seen: list[tuple[Tensor, ...]] = []
     state.net.register_forward_pre_hook(lambda _, given: seen.append(tuple(value.clone() for value in given)))
     fetch = Batches(pairs, params.seed, options.batch_size, options.flip, options.class_dropout)

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.process import build as processes
-from diffusion.process.timesteps import ByLoss, Stored
+from diffusion.process.timesteps import LossAware, Stored
 from diffusion.training import loop
 from flows.params import Params
-from tests.training.test_loop import changed, fetch, new_state, spoiled
+from tests.training.test_loop import changed, fetch, fresh_state, spoiled
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_step_waits_for_no_result(
         train={"timesteps": timesteps, "accumulate": accumulate, "batch_size": 64},
         process={"num_timesteps": 30},
     )
-    state, waits = new_state(params), list[str]()
+    state, waits = fresh_state(params), list[str]()
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
 
     class Watching(TorchDispatchMode):
@@ -40,8 +40,8 @@ def test_a_step_waits_for_no_result(
             return func(*args, **(kwargs or {}))
 
     # These read tensors of the CPU alone: the losses of the step before have been copied to it.
-    monkeypatch.setattr(ByLoss, "draw", Stored.draw)
-    monkeypatch.setattr(ByLoss, "observe", lambda *_: None)
+    monkeypatch.setattr(LossAware, "draw", Stored.draw)
+    monkeypatch.setattr(LossAware, "observe", lambda *_: None)
     for name in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: waits.append(name))
     loop.step(state, trainer)
@@ -55,7 +55,7 @@ def test_a_step_waits_for_no_result(
 def test_losses_are_observed_one_step_late(params: Params) -> None:
     process = {"num_timesteps": 30, "parameterization": "eps"}
     params = changed(params, process=process, train={"batch_size": 64})
-    state, seen = new_state(params), list[tuple[list[int], list[float]]]()
+    state, seen = fresh_state(params), list[tuple[list[int], list[float]]]()
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, spoiled(1), state.net)
 
     class Recording(Stored):
@@ -75,7 +75,7 @@ def test_losses_are_observed_one_step_late(params: Params) -> None:
 
 
 def test_losses_that_are_not_finite_teach_nothing() -> None:
-    one, other = ByLoss(30, power=1), ByLoss(30, power=1)
+    one, other = LossAware(30, power=1), LossAware(30, power=1)
     one.observe(torch.tensor([3, 4, 5]), torch.tensor([1.0, math.nan, 2.0]))
     other.observe(torch.tensor([3, 5]), torch.tensor([1.0, 2.0]))
     assert one.losses.equal(other.losses)

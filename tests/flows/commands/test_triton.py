@@ -79,7 +79,7 @@ def test_a_damaged_graph_is_refused(
     monkeypatch.chdir(tmp_path)
     assert main(["triton", "repository"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "models/onnx/sampler.onnx: its bytes do not have the SHA-256 in ddpm.sha256" in line
+    assert "models/onnx/sampler.onnx: does not match the SHA-256 in ddpm.sha256" in line
     assert not (tmp_path / "repository").exists()
 
 

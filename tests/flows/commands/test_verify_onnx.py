@@ -129,5 +129,5 @@ def test_the_digest_is_part_of_the_metadata_and_of_an_unchanged_file_alone(
     assert graph.SerializeToString() == content  # MLflow's copy of the file is the file
     weight = next(value for value in graph.graph.initializer if value.data_type == onnx.TensorProto.FLOAT)
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, weight.name))
-    with pytest.raises(ValueError, match="do not have the SHA-256"):
+    with pytest.raises(ValueError, match="does not match the SHA-256"):
         digest.check(graph.SerializeToString())

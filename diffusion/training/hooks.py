@@ -23,23 +23,23 @@ from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
 
 
-class Live(Protocol):
-    """Whoever else follows a training."""
+class TrainingLogger(Protocol):
+    """Receives metrics and previews during training, such as an experiment tracker."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """One point of each curve."""
+        """Log a value of each metric."""
 
     def image(self, path: Path, step: int) -> None:
-        """The sample grid of a step."""
+        """Log the sample grid of a step."""
 
 
-def picture(directory: Path, step: int) -> Path:
-    """The sample grid of a step."""
+def preview_path(directory: Path, step: int) -> Path:
+    """Path of the sample grid of a step."""
     return directory / f"step-{step:08d}.png"
 
 
 def preview_options(process: ProcessOptions) -> SampleOptions:
-    """How previews are drawn: not by the section `sample`, so that asking for other samples trains nothing anew."""
+    """Sampling options of previews; independent of the section `sample`, so that changing it does not retrain."""
     return SampleOptions(
         sampler="ddpm",
         steps=min(250, process.num_timesteps),
@@ -52,57 +52,59 @@ def preview_options(process: ProcessOptions) -> SampleOptions:
 
 
 @dataclass
-class Watch:
-    """The loop's hooks. All processes call them together; the main one measures, draws and tells."""
+class Hooks:
+    """Hooks of the training loop: collective calls, in which the main process evaluates, samples and reports."""
 
     trainer: Trainer
     model: Model
-    """The average of the weights, as a whole."""
+    """Receives the unsharded EMA weights."""
     heldout: Pairs
     device: torch.device
-    drawing: SampleOptions
+    sample_options: SampleOptions
     previews: Path
     stop: StopSignals
     progress: Progress | None
-    """None in all processes but the main one, as is `live`."""
-    live: Live | None
+    """None in all but the main process, like `logger`."""
+    logger: TrainingLogger | None
     timed_steps: int = field(default=0, init=False)
-    """Steps since `timed_from`: their rate does not count previews."""
+    """Steps since `timed_from`, for a throughput that excludes previews."""
     timed_from: float = field(default_factory=time.monotonic, init=False)
 
     def report(self, state: State) -> None:
-        """After a step: progress, and from time to time a point of the loss curve."""
+        """Update the progress after a step, and add a point to the loss curve every `log_every` steps."""
         options = self.trainer.options
         self.timed_steps += 1
         if self.progress:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
-            self.progress.advance(state.step * options.batch_size - self.progress.done, note)  # it may have gone back
+            self.progress.advance(
+                state.step * options.batch_size - self.progress.done, note
+            )  # negative after a rollback
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = self.trainer.add_point(state)
-            if self.live and row:
+            if self.logger and row:
                 point = {name: value for name, value in row.items() if name != "step"}
                 rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)
-                self.live.metrics(point | {"images_per_second": rate}, state.step)
+                self.logger.metrics(point | {"images_per_second": rate}, state.step)
                 self._restart_clock()
 
     def preview(self, state: State) -> None:
-        """Measure the held-out error, and draw samples."""
-        state.average_into(self.model.net)
+        """Measure the held-out error and draw samples."""
+        state.copy_average_into(self.model.net)
         mse, signum = math.nan, 0.0
         if self.trainer.world.main:
             try:
                 mse = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
-        mse, signum = self.trainer.world.from_main([mse, signum])
+        mse, signum = self.trainer.world.broadcast([mse, signum])
         if signum:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
-        if self.live:
+        if self.logger:
             say(f"train: step {state.step}: held-out MSE {mse:.4f}")
-            self.live.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
+            self.logger.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
             if math.isfinite(mse):
-                self.live.image(picture(self.previews, state.step), state.step)
+                self.logger.image(preview_path(self.previews, state.step), state.step)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -117,7 +119,7 @@ class Watch:
 
         mse = quick_mse(self.model, self.heldout, self.device, check_stop)
         if not math.isfinite(mse):
-            return mse  # such a network draws nothing
-        images = draw_samples(self.model, self.drawing, self.trainer.seed, self.device, check_stop)
-        write_atomic(picture(self.previews, state.step), grid_png(images))
+            return mse  # samples of a diverged network are meaningless
+        images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)
+        write_atomic(preview_path(self.previews, state.step), grid_png(images))
         return mse

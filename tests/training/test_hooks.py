@@ -18,11 +18,11 @@ from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
+from diffusion.training.hooks import Hooks, preview_options, preview_path
 from diffusion.training.state import State
 from diffusion.training.stop import StopSignals
-from diffusion.training.watching import Watch, picture, preview_options
 from flows.params import Params, load
-from tests.training.test_loop import changed, new_state
+from tests.training.test_loop import changed, fresh_state
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def watch(
     recorder: Recorder | None,
     previews: Path,
     stop: StopSignals | None = None,
-) -> Watch:
+) -> Hooks:
     directory = pairs_tree / "data" / "pairs"
     process = build.process(params.process)
     config = Config(shape=(1, 8, 8), classes=(), network=params.network, process=params.process, x_0_mse=None)
@@ -68,7 +68,7 @@ def watch(
     drawing = preview_options(params.process).model_copy(update={"steps": 2, "count": 4})
     model = Model(state.average, process, config)
     progress: object = recorder
-    return Watch(
+    return Hooks(
         trainer, model, Pairs(directory, "val"), CPU, drawing, previews, stop or StopSignals(), progress, recorder
     )  # type: ignore[arg-type]
 
@@ -76,7 +76,7 @@ def watch(
 def test_what_is_told_of_a_training(
     params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state, recorder = new_state(params), Recorder()
+    state, recorder = fresh_state(params), Recorder()
     hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     measured = list[float]()
 
@@ -97,9 +97,9 @@ def test_what_is_told_of_a_training(
     assert capsys.readouterr().err.splitlines() == [
         f"train: step {step}: held-out MSE {mse:.4f}" for step, mse in zip((8, 12), measured, strict=True)
     ]
-    drawn = grid_png(draw_samples(hooks.model, hooks.drawing, 3, CPU))
+    drawn = grid_png(draw_samples(hooks.model, hooks.sample_options, 3, CPU))
     assert [step for step, _ in recorder.pictures] == [8, 12]
-    assert recorder.pictures[1][1] == drawn == picture(tmp_path, 12).read_bytes()
+    assert recorder.pictures[1][1] == drawn == preview_path(tmp_path, 12).read_bytes()
     assert recorder.done == 12 * 32
     assert recorder.notes[:4] == [""] * 4
     assert recorder.notes[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
@@ -110,14 +110,14 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
 ) -> None:
     """By a clock that each step advances by 1/8 s, and each measurement by 100 s."""
     clock = [0.0]
-    monkeypatch.setattr("diffusion.training.watching.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("diffusion.training.hooks.time.monotonic", lambda: clock[0])
 
     def slow(*_: object) -> float:
         clock[0] += 100
         return 0.5
 
-    monkeypatch.setattr("diffusion.training.watching.quick_mse", slow)
-    state, recorder = new_state(params), Recorder()
+    monkeypatch.setattr("diffusion.training.hooks.quick_mse", slow)
+    state, recorder = fresh_state(params), Recorder()
     hooks = watch(params, state, pairs_tree, recorder, tmp_path)
     hooks._restart_clock()
     for step in range(1, 11):
@@ -130,14 +130,14 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
 
 
 def test_no_point_is_told_of_steps_that_were_all_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state, recorder = new_state(params), Recorder()
+    state, recorder = fresh_state(params), Recorder()
     state.step = 5
     watch(params, state, pairs_tree, recorder, tmp_path).report(state)
     assert recorder.points == state.loss_curve == []
 
 
 def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state, stop = new_state(params), StopSignals()
+    state, stop = fresh_state(params), StopSignals()
     hooks = watch(params, state, pairs_tree, Recorder(), tmp_path, stop)
     stop._note(signal.SIGTERM, None)
     with pytest.raises(Stopped) as stopped:
@@ -149,26 +149,26 @@ def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_p
 def test_a_stop_interrupts_sampling(
     params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, stop = new_state(params), StopSignals()
+    state, stop = fresh_state(params), StopSignals()
 
     def measured(*_: object) -> float:
         stop._note(signal.SIGTERM, None)
         return 0.5
 
-    monkeypatch.setattr("diffusion.training.watching.quick_mse", measured)
+    monkeypatch.setattr("diffusion.training.hooks.quick_mse", measured)
     with pytest.raises(Stopped):
         watch(params, state, pairs_tree, Recorder(), tmp_path, stop).preview(state)
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_without_anyone_to_tell_it_measures_all_the_same(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
-    state = new_state(params)
+    state = fresh_state(params)
     hooks = watch(params, state, pairs_tree, None, tmp_path)
     loop.step(state, hooks.trainer)
     hooks.report(state)
     hooks.preview(state)
     assert np.isfinite(state.heldout_curve[0]["mse"])
-    with Image.open(picture(tmp_path, 1)) as image:
+    with Image.open(preview_path(tmp_path, 1)) as image:
         assert image.size[0] > 256
 
 
