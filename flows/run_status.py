@@ -119,9 +119,11 @@ class RunStatus:
                     stage.enter(said, at)
         return changed
 
-    def log(self, task_run: str | None, level: int, message: str) -> str | None:
+    def log(self, task_run: str | None, level: int, message: str, at: datetime) -> str | None:
         """A line was logged; gives what the user must see of it, if it is a warning or an error."""
         stage = self.stages.get(self._tasks.get(task_run or "", "")) or self._named(message)
+        if stage and stage.state == "waiting":
+            stage.enter("running", at)  # its event was missed, or comes later
         for line in message.splitlines():
             if line.strip() and not _KNOWN.match(line):
                 self._take(stage, line)
@@ -155,7 +157,7 @@ class RunStatus:
         if stage is None:
             self.run.line = self.run.said = line
             return
-        stage.done = progress.parse(line) if stage.state in ("running", "waiting") else None
+        stage.done = progress.parse(line) if stage.state == "running" else None
         match = _STAGE.match(line)
         if match is None or match["stage"] == stage.name:
             stage.said = match["text"] if match else line

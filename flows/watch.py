@@ -13,7 +13,9 @@ from uuid import UUID
 
 from prefect.cli import flow_runs_watching
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, Log, TaskRun
+from prefect.client.schemas.sorting import LogSort
 from prefect.events import Event
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -67,7 +69,7 @@ class Display:
     def print(self, item: Any, **options: Any) -> None:
         """Take an event or a line of the log; anything else is printed."""
         if isinstance(item, Log):
-            if told := self.status.log(str(item.task_run_id or ""), item.level, item.message):
+            if told := self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp):
                 style = "red" if item.level >= 40 or ": error:" in told else "yellow"
                 self.console.print(Text(told, style))
         elif isinstance(item, Event):
@@ -142,12 +144,12 @@ def replacing(watch: Watch) -> Watch:
     """Prefect's `watch_flow_run`, which shows the runs of our deployment by stages, and any other as ever."""
 
     async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | None = None) -> FlowRun:
-        name = await name_of_ours(flow_run_id)
-        if name is None:
+        status = await status_of(flow_run_id)
+        if status is None:
             return await watch(flow_run_id, console, timeout)
         formatter = flow_runs_watching.FlowRunFormatter
         try:
-            with Display(console, RunStatus.of(name, list(STAGES))) as display:
+            with Display(console, status) as display:
                 reminding = asyncio.create_task(display.remind())
                 try:
                     vars(flow_runs_watching)["FlowRunFormatter"] = Unformatted
@@ -163,14 +165,33 @@ def replacing(watch: Watch) -> Watch:
     return watch_flow_run
 
 
-async def name_of_ours(flow_run_id: UUID) -> str | None:
-    """The name of a flow run of our deployment; None of any other."""
+async def status_of(flow_run_id: UUID) -> RunStatus | None:
+    """What the server knows of a flow run of our deployment, since its events tell only what comes; None of others."""
     with suppress(Exception):  # Prefect's own display will say what is wrong
         async with get_client() as client:
             run = await client.read_flow_run(flow_run_id)
-            if run.deployment_id and (await client.read_deployment(run.deployment_id)).name == deployment.NAME:
-                return run.name
+            if not run.deployment_id or (await client.read_deployment(run.deployment_id)).name != deployment.NAME:
+                return None
+            status = RunStatus.of(run.name, list(STAGES))
+            this = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            for task in await client.read_task_runs(flow_run_filter=this):
+                for state, at in _states(task):
+                    status.task(str(task.id), task.name, state, at)
+            for state, at in _states(run):
+                status.flow(state, at)
+            newest = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+            for line in reversed(await client.read_logs(newest, limit=200, sort=LogSort.TIMESTAMP_DESC)):
+                status.log(str(line.task_run_id or ""), line.level, line.message, line.timestamp)
+            return status
     return None
+
+
+def _states(run: FlowRun | TaskRun) -> Iterator[tuple[tuple[str, str], datetime]]:
+    """When a run began, and the state in which it is, as (type, name)."""
+    if run.start_time:
+        yield ("RUNNING", "Running"), run.start_time
+    if run.state:
+        yield (run.state.type.value, run.state.name or ""), run.state.timestamp
 
 
 def install() -> None:

@@ -139,7 +139,7 @@ def test_what_prefect_cannot_show_does_not_end_a_stage(
     dvc_stage.run("shard", repository, print)
     assert train_ddpm.run_stage("train", repository).is_completed()
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "Prefect does not show the progress (refused); the stage goes on"
+        "Prefect cannot show the progress (refused); the stage continues"
     ]
     stage.write_text("raise ValueError('wrong shape')")
     failed = train_ddpm.run_stage("shard", repository)

@@ -3,7 +3,9 @@
 import asyncio
 import io
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
@@ -156,12 +158,53 @@ def test_on_a_terminal_the_last_frame_stays() -> None:
     assert "not in MLflow (refused)" in written(to)
 
 
+def server(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A Prefect server with a deployment of this name, and a run of it that has come to its training."""
+
+    def ran(kind: str, state: str, start: float, at: float, **more: Any) -> SimpleNamespace:
+        moment = START + timedelta(seconds=at)
+        found = SimpleNamespace(type=SimpleNamespace(value=kind), name=state, timestamp=moment)
+        return SimpleNamespace(state=found, start_time=START + timedelta(seconds=start), **more)
+
+    train = uuid4()
+    client = AsyncMock()
+    client.__aenter__.return_value = client
+    client.read_flow_run.return_value = ran("RUNNING", "Running", 0, 0, name="iron-bonobo", deployment_id=uuid4())
+    client.read_deployment.return_value = SimpleNamespace(name=name)
+    client.read_task_runs.return_value = [
+        ran("COMPLETED", "Cached", 1, 3, id=uuid4(), name="shard-0c1"),
+        ran("RUNNING", "Running", 4, 4, id=train, name="train-7f3"),
+    ]
+    client.read_logs.return_value = [  # the newest first
+        log(train, "train: 640/1280 images, 812/s, 97 s left"),
+        log(train, "train: 20/1280 images, 9/s, 999 s left"),
+    ]
+    monkeypatch.setattr(watch, "get_client", lambda: client)
+
+
+def test_a_run_under_way_begins_with_what_the_server_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    server(monkeypatch, "train-ddpm")
+    status = asyncio.run(watch.status_of(uuid4()))
+    assert status is not None
+    assert status.rows(START + timedelta(seconds=10))[:4] == [
+        Row("iron-bonobo", "running", 10, ""),
+        Row("shard", "cached", 2, ""),
+        Row("pairs", "waiting", None, ""),
+        Row("train", "running", 6, " 50 %  812 images/s  1:37 left", 0.5),
+    ]
+
+
+def test_a_run_of_another_deployment_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    server(monkeypatch, "other")
+    assert asyncio.run(watch.status_of(uuid4())) is None
+
+
 @pytest.fixture
 def ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def name(_: UUID) -> str:
-        return "iron-bonobo"
+    async def status(_: UUID) -> RunStatus:
+        return RunStatus.of("iron-bonobo", ["shard"])
 
-    monkeypatch.setattr(watch, "name_of_ours", name)
+    monkeypatch.setattr(watch, "status_of", status)
 
 
 @pytest.mark.usefixtures("ours")
@@ -201,7 +244,7 @@ def test_other_runs_keep_prefect_s_display(monkeypatch: pytest.MonkeyPatch) -> N
     async def none(_: UUID) -> None:
         return None
 
-    monkeypatch.setattr(watch, "name_of_ours", none)
+    monkeypatch.setattr(watch, "status_of", none)
     to, given = console(width=80), []
 
     async def prefects(*arguments: Any) -> Any:
