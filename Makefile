@@ -1,4 +1,4 @@
-# `make` lists what there is. Everything is made inside the repository: the environment in .venv, state in .ddpm.
+# `make` lists the targets. Everything stays inside the repository: the environment in .venv, state in .ddpm.
 VENV ?= .venv
 PYTHON ?= python3
 # Arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist". PREFECT_PORT=4201 and MLFLOW_PORT=5001
@@ -15,7 +15,7 @@ endif
 # If it is set, as in many container images, every process compiles anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# It would override prefect.toml, in which `make up` writes where the server is.
+# It would override prefect.toml, to which `make up` writes the server's address.
 unexport PREFECT_API_URL
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)

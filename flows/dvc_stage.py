@@ -1,4 +1,4 @@
-"""One stage as a child process: its output line by line, its end, and how to end it early."""
+"""Running one stage as a child process: its output line by line, its outcome, and stopping it early."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _ADVICE = re.compile(
     r"> |(Generating|Updating) lock file|To track the changes|\s*git add |To enable auto staging|\s*dvc config core\."
     r"|Use `dvc push`"
 )
-"""What DVC says of its files, and what to do next; in a run's workspace, a copy, nobody does it."""
+"""DVC's remarks on its files and advice on git and remotes, which do not apply to a run's workspace, a copy."""
 _DVC = re.compile(rf"{_ADVICE.pattern}|Running stage '|ERROR: |Having any troubles\?")
 _TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _PASSING = re.compile(
@@ -33,21 +33,21 @@ _PASSING = re.compile(
 
 
 class StageError(Exception):
-    """A stage ended with an error; the message is the stage's own last error line."""
+    """A stage failed; the message is the last error line of its output."""
 
 
 class PassingStageError(StageError):
-    """The error may be gone at the next try: a busy lock, a lost connection."""
+    """A transient error, worth retrying: a busy lock, a lost connection."""
 
 
 def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
     """Bring one stage up to date in a workspace, as `dvc repro --single-item` does.
 
-    Every line of output but DVC's advice goes to `on_line` as it is written. Whatever ends the wait early (a signal's
-    exception, an error in `on_line`) ends the stage's processes too, and is raised again; should this process be
-    killed, they end by themselves (see flows/parent.py).
+    Every line of output but DVC's advice goes to `on_line` as it is written. An exception that
+    interrupts the wait (from a signal, from `on_line`) stops the stage's processes and is raised again; if this process
+    is killed, they stop by themselves (see flows/parent.py).
 
-    Raises: StageError, or PassingStageError where it is worth trying again.
+    Raises: StageError, or PassingStageError if retrying may help.
     """
     python = Path(sys.executable)
     environment = os.environ | {
@@ -61,7 +61,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         command,
         cwd=workspace,
         env=environment,
-        stdin=subprocess.PIPE,  # never written: its end tells the stage that this process is gone
+        stdin=subprocess.PIPE,  # never written to: its end tells the stage that this process is gone
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -88,7 +88,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
 
 
 def last_error(lines: list[str]) -> str:
-    """The line that says why a stage failed: its own `ddpm STAGE: error: ...`, its traceback's last, or DVC's words."""
+    """The line that says why a stage failed: `ddpm STAGE: error: ...`, the end of a traceback, or DVC's own error."""
     own = [line for line in lines if line.strip() and not _DVC.match(line)]
     for pattern in (re.compile(r"ddpm \w+: error: "), _TRACEBACK_END):
         if found := [line for line in own if pattern.match(line)]:
@@ -99,14 +99,14 @@ def last_error(lines: list[str]) -> str:
 
 
 def passes_by_itself(message: str) -> bool:
-    """Whether what failed may work when tried again: a busy DVC lock, a lost connection. Nothing else is retried."""
+    """Whether an error is transient: a busy DVC lock, a lost connection. Nothing else is retried."""
     return _PASSING.search(message) is not None
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> Iterator[str]:
     """Lines as they are written, until every process of the stage is gone (or until the deadline).
 
-    A carriage return ends a line too. The pipe's end, unlike a process id, is not fooled by children that outlive
+    A carriage return ends a line too. Unlike a process id, the end of the pipe also covers children that outlive
     their parent.
     """
     assert process.stdout
@@ -126,12 +126,12 @@ def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> I
 
 
 def _stop(process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
-    """End the stage's process group: SIGTERM, and after SECONDS_TO_STOP, SIGKILL."""
+    """Stop the stage's process group: SIGTERM, and SIGKILL after SECONDS_TO_STOP."""
     deadline = time.monotonic() + SECONDS_TO_STOP
     _signal(process, signal.SIGTERM)
     try:
         for line in _lines(process, deadline):
-            with suppress(Exception):  # what it does with the line matters less than the checkpoint
+            with suppress(Exception):  # the checkpoint matters more than the line
                 on_line(line)
     finally:
         _signal(process, signal.SIGKILL)
@@ -139,6 +139,6 @@ def _stop(process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> N
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    if process.returncode is None:  # not reaped, so that the group's id is still its own
+    if process.returncode is None:  # not reaped yet, so the group's id cannot belong to another one
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

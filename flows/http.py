@@ -1,4 +1,4 @@
-"""Requests to the services, for commands that must also work where nothing answers, or another program does."""
+"""Requests to the services, for commands that must also work if nothing answers, or another program does."""
 
 import time
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import httpx
 
 TRIES, PAUSE = 10, 1.0
-"""Prefect's server answers 503 while its SQLite database is locked by another request; it asks for another try, in
-seconds."""
+"""Prefect's server answers 503 while another request locks its SQLite database; attempts, and seconds between them."""
 
 
 def answers(url: str) -> bool:
@@ -16,10 +15,7 @@ def answers(url: str) -> bool:
 
 
 def json(url: str, body: Any = None) -> Any:
-    """The JSON at an address, None where there is none; a request with a body is a POST.
-
-    A server that is busy (503) is asked again, a few times.
-    """
+    """The JSON at an address, or None; a request with a body is a POST. If the server is busy (503), it is retried."""
     response = _response(url, body, TRIES)
     try:
         return response and response.json()

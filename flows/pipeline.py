@@ -1,4 +1,4 @@
-"""The five stages in order, in a workspace of their own; the same with Prefect watching and without."""
+"""The five stages in order, in a workspace of their own; the same with and without Prefect."""
 
 import json
 import subprocess
@@ -18,12 +18,12 @@ Log = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Run:
-    """Which run it is."""
+    """Identity of a run."""
 
     name: str
     """Its workspace has the same."""
     id: str
-    """No other run's."""
+    """Unique."""
     page: str = ""
     """Address of the run in Prefect's UI, empty without a server."""
 
@@ -36,7 +36,7 @@ def run(
     log: Log,
     warn: Log,
 ) -> summary.Summary:
-    """Run every stage that is not up to date, bring the results into MLflow, and write the run's summary.
+    """Run every stage that is not up to date, record the results in MLflow, and write the run's summary.
 
     Args:
         which: the run.
@@ -44,7 +44,7 @@ def run(
         stage: brings one stage up to date, given its name and the workspace.
         report: shows the summary, given the workspace too.
         log: takes lines of output.
-        warn: takes what went wrong without making the run fail.
+        warn: takes problems that do not make the run fail.
     """
     with workspace.use(which.name, which.id, parameters) as directory:
         log(f"workspace {directory}")
@@ -53,6 +53,7 @@ def run(
             started = time.monotonic()
             outcome = stage(each, directory)
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
+        log("recording the results in MLflow")
         result = summary.collect(directory, which.page, done, _track(directory, log, warn))
         summary.write(directory, result)
         report(directory, result)
@@ -60,7 +61,7 @@ def run(
 
 
 def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
-    """Bring the results into MLflow (`ddpm track`); without MLflow the run is none the worse."""
+    """Record the results in MLflow (`ddpm track`); the run succeeds without it."""
     command = [sys.executable, "-m", "flows", "track", "--json"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -69,14 +70,14 @@ def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
         try:
             out, errors = process.communicate()
         except BaseException:
-            process.terminate()  # it marks the MLflow run as stopped, which it could not if it were killed
+            process.terminate()  # it marks the MLflow run as stopped, which SIGKILL would prevent
             process.wait()
             raise
     for line in errors.splitlines():
         log(line)
     if process.returncode:
         reason = ([line for line in errors.splitlines() if line.strip()] or ["no message"])[-1]
-        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` brings it there later")
+        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` records it later")
         return None
     tracked: dict[str, Any] = json.loads(out.splitlines()[-1])
     return tracked

@@ -1,4 +1,4 @@
-"""Processes found by a variable in their environment, which their children inherit, and how to end them."""
+"""Finding processes by an environment variable, which their children inherit, and terminating them."""
 
 import os
 from contextlib import suppress
@@ -6,15 +6,15 @@ from contextlib import suppress
 import psutil
 
 SECONDS_TO_END = 30.0
-"""How long a process may take to end, a training with its checkpoint."""
+"""How long a process may take to exit; a training writes a checkpoint first."""
 
 
 def having(variable: str, value: str) -> list[psutil.Process]:
-    """Processes with this value of a variable in their environment, except this one and its ancestors."""
+    """Processes whose environment has this value of a variable, except this process and its ancestors."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # another user's, or just ended
+        with suppress(psutil.Error):  # another user's, or it has just exited
             if process.pid not in own and process.environ().get(variable) == value:
                 found.append(process)
     return found
@@ -31,7 +31,7 @@ def listening(processes: list[psutil.Process], port: int) -> bool:
 
 
 def end(processes: list[psutil.Process]) -> bool:
-    """SIGTERM, and SIGKILL for what does not end in time; whether there was any process."""
+    """Send SIGTERM, then SIGKILL to what has not exited in time; returns whether there was any process."""
     for send, seconds in ((psutil.Process.terminate, SECONDS_TO_END), (psutil.Process.kill, 10.0)):
         for process in processes:
             with suppress(psutil.NoSuchProcess):

@@ -1,7 +1,9 @@
 """The state of a flow run and of its stages, as Prefect's events and the lines of its log report it."""
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -22,6 +24,7 @@ STATES = {
 """What a stage's row says for each type of Prefect's states."""
 _KNOWN = re.compile(r"Finished in state |Running stage |Stage '")
 """Lines that say no more than the state does."""
+_FINISHED = re.compile(r"Finished in state \w+\((?P<message>.*)\)$", re.DOTALL)
 _STAGE = re.compile(r"(?P<stage>\w+): (?P<text>.+)")
 WARNING = 30
 """`logging.WARNING`, from which on a log line counts as a warning."""
@@ -116,14 +119,19 @@ class RunStatus:
                     stage.enter(said, at)
         return changed
 
-    def log(self, task_run: str | None, level: int, message: str) -> str | None:
+    def log(self, task_run: str | None, level: int, message: str, at: datetime) -> str | None:
         """A line was logged; gives what the user must see of it, if it is a warning or an error."""
         stage = self.stages.get(self._tasks.get(task_run or "", "")) or self._named(message)
+        if stage and stage.state == "waiting":
+            stage.enter("running", at)  # its event was missed, or comes later
         for line in message.splitlines():
             if line.strip() and not _KNOWN.match(line):
                 self._take(stage, line)
         if level < WARNING and ": error:" not in message:
             return None
+        if finished := _FINISHED.match(message):
+            with suppress(ValueError, SyntaxError):
+                message = str(ast.literal_eval(finished["message"]))
         if any(told in message for told in self._told):
             return None
         self._told.append(message)
@@ -149,7 +157,7 @@ class RunStatus:
         if stage is None:
             self.run.line = self.run.said = line
             return
-        stage.done = progress.parse(line) if stage.state in ("running", "waiting") else None
+        stage.done = progress.parse(line) if stage.state == "running" else None
         match = _STAGE.match(line)
         if match is None or match["stage"] == stage.name:
             stage.said = match["text"] if match else line

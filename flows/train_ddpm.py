@@ -1,6 +1,6 @@
 """The flow `train-ddpm`: typed parameters, a task per stage, artifacts.
 
-`python -m flows.train_ddpm` runs the same without Prefect's server.
+`python -m flows.train_ddpm` runs the same without a Prefect server.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from flows.remedies import with_remedy
 from flows.stages import STAGES
 
 GPU_LIMIT = "gpu"
-"""Global concurrency limit that training takes a slot of, where it exists."""
+"""Global concurrency limit in which training occupies a slot, if the limit exists."""
 
 
 def run_stage(stage: str, workspace: Path) -> State[Outcome]:
-    """The body of all five tasks: one stage, its lines in the task's log."""
+    """The body of all five tasks: runs one stage and logs its output."""
     log = get_run_logger()
     show_progress = ProgressArtifact()
     warned = False
@@ -53,10 +53,10 @@ def run_stage(stage: str, workspace: Path) -> State[Outcome]:
             log.info(line)
             if stage == "train" and (done := progress.parse(line)):
                 show_progress(100 * done.done / done.total)
-        except Exception as error:  # of Prefect's server, which may be back soon
+        except Exception as error:  # of Prefect's server, which may soon be back
             if not warned:
                 warned = True
-                log.warning("Prefect does not show the progress (%s); the stage goes on", error)
+                log.warning("Prefect cannot show the progress (%s); the stage continues", error)
 
     try:
         with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
@@ -71,7 +71,7 @@ def run_stage(stage: str, workspace: Path) -> State[Outcome]:
 
 
 class ProgressArtifact:
-    """An artifact that shows how far training is, made at the first call."""
+    """An artifact that shows the progress of training, created at the first call."""
 
     def __init__(self) -> None:
         self._id: UUID | None = None
@@ -86,7 +86,7 @@ class ProgressArtifact:
 
 
 def limit_exists(name: str) -> bool:
-    """Whether the server has a global concurrency limit of this name (asking for one that it has not is a warning)."""
+    """Whether the server has a global concurrency limit of this name (using one that it lacks logs a warning)."""
     with get_client(sync_client=True) as client:
         try:
             client.read_global_concurrency_limit_by_name(name)
@@ -96,7 +96,7 @@ def limit_exists(name: str) -> bool:
 
 
 def cancelling() -> bool:
-    """Whether the flow run is being cancelled, as opposed to its process being ended."""
+    """Whether the flow run is being cancelled, rather than just its process stopped."""
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(runtime.flow_run.id)).state
@@ -106,7 +106,7 @@ def cancelling() -> bool:
 
 
 def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
-    """Only for what passes by itself; a deterministic failure fails at once."""
+    """Only transient errors are retried; a deterministic failure fails at once."""
     return isinstance(state.result(raise_on_failure=False), dvc_stage.PassingStageError | httpx.TransportError)
 
 
@@ -124,7 +124,7 @@ TASKS = {
 }
 
 
-# Prefect would report one wrong parameter at a time, and take "10" for 10: `workspace.document` checks them all.
+# Prefect would report one wrong parameter at a time and accept "10" for 10; `workspace.document` checks them all.
 @flow(name="train-ddpm", validate_parameters=False)
 def train_ddpm(
     preset: Preset | None = None,
@@ -162,10 +162,10 @@ def train_ddpm(
     log = get_run_logger()
 
     def stage(name: str, directory: Path) -> Outcome:
-        # What a task returns as a State comes back as one.
+        # A task that returns a State gives that State.
         state = TASKS[name](name, directory)
         if state.is_cancelled():
-            raise TerminationSignal(signal.SIGTERM)  # what the task was interrupted by goes on to the flow
+            raise TerminationSignal(signal.SIGTERM)  # as the task was interrupted, so is the flow
         return state.result()
 
     run_id = str(runtime.flow_run.id)
@@ -182,12 +182,12 @@ def train_ddpm(
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record is not Prefect's traceback of a Failed state, whose message it has logged already."""
+    """False for Prefect's traceback of a Failed state, whose message it has logged already."""
     return not (record.exc_info and isinstance(record.exc_info[1], FailedRun))
 
 
 def show_report(directory: Path, result: summary.Summary) -> None:
-    """The report of a run as an artifact, beside the run that ended before it."""
+    """Publish the report of a run as an artifact, compared with the run before it."""
     before = workspace.newest("completed", other_than=directory)
     last = None
     if before:
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", default=f"local-{datetime.now(UTC):%Y%m%d-%H%M%S}", help="name of the run")
     arguments = parser.parse_args(argv)
-    # As Prefect does for its flows: what waits for a stage is interrupted, and ends it.
+    # As Prefect does for its flows: interrupts the wait for a stage, which stops the stage.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         changes = given(_parameters(arguments.param))
@@ -235,12 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parameters(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=JSON, as Prefect's command line takes it: what is no JSON is text."""
+    """NAME=JSON, as on Prefect's command line: anything that is not JSON is text."""
     values: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
         if name in values:
-            raise UserError(f"parameter {name!r}: given twice; give its parts at once")
+            raise UserError(f"parameter {name!r}: given twice; combine them into one")
         try:
             values[name] = json.loads(value)
         except (ValueError, RecursionError):

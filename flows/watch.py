@@ -5,7 +5,7 @@ what it would print of each event and line, is shown here instead.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,9 @@ from uuid import UUID
 
 from prefect.cli import flow_runs_watching
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, Log, TaskRun
+from prefect.client.schemas.sorting import LogSort
 from prefect.events import Event
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -25,6 +27,7 @@ from flows.stages import STAGES
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is no terminal."""
+SECONDS_BETWEEN_LOOKS = 1.0
 COLORS = {
     "running": "blue",
     "done": "green",
@@ -66,7 +69,7 @@ class Display:
     def print(self, item: Any, **options: Any) -> None:
         """Take an event or a line of the log; anything else is printed."""
         if isinstance(item, Log):
-            if told := self.status.log(str(item.task_run_id or ""), item.level, item.message):
+            if told := self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp):
                 style = "red" if item.level >= 40 or ": error:" in told else "yellow"
                 self.console.print(Text(told, style))
         elif isinstance(item, Event):
@@ -83,19 +86,28 @@ class Display:
             message = event.resource.get("prefect.state-message") or ""
             name = event.resource.get("prefect.resource.name") or ""
             if (stage := self.status.task(run, name, state, event.occurred, message)) and not self._live:
-                self._say(_changed(stage))
+                self._changed(stage)
         elif kind == "flow-run" and self.status.flow(state, event.occurred) and not self._live:
             self._say(f"{self.status.run.name}: {self.status.run.state}")
 
     async def remind(self) -> None:
         """Where the output is no terminal: print how far the running stage is, every SECONDS_BETWEEN_LINES."""
         while not self._live:
-            await asyncio.sleep(1)
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
             now, active = datetime.now(UTC), self.status.active()
             if (now - self._printed).total_seconds() >= SECONDS_BETWEEN_LINES:
                 shown = active or self.status.run
                 text, seconds = f"{shown.name}: {shown.said or shown.state}", shown.row(now).seconds
-                self._say(f"{text} ({clock(seconds or 0)})" if text == self._last else text, text)
+                self._say(f"{text} ({clock(seconds or 0)})" if text == self._last or not shown.said else text, text)
+
+    def _changed(self, stage: Step) -> None:
+        """Print a stage's new state, with its result unless that was printed just now."""
+        _, state, seconds, detail, _ = stage.row(datetime.now(UTC))
+        if state == "running":
+            return self._say(f"{stage.name}: running")
+        text = f"{stage.name}: {state}" + (f" after {clock(seconds)}" if seconds is not None else "")
+        shown = not detail or self._last == f"{stage.name}: {detail}"
+        return self._say(text if shown else f"{text}: {detail}")
 
     def _say(self, line: str, last: str = "") -> None:
         self._printed, self._last = datetime.now(UTC), last
@@ -105,26 +117,20 @@ class Display:
         yield from lines(self.status.rows(datetime.now(UTC)), options.max_width)
 
 
-def _changed(stage: Step) -> str:
-    """A stage's new state as a line."""
-    _, state, seconds, detail, _ = stage.row(datetime.now(UTC))
-    if state == "running":
-        return f"{stage.name}: running"
-    took = f" after {clock(seconds)}" if seconds is not None else ""
-    return f"{stage.name}: {state}{took}" + (f": {detail}" if detail else "")
-
-
-def lines(rows: list[Row], width: int) -> Iterator[Text]:
-    """The rows as they are shown on a terminal of this width; what does not fit is cut, never wrapped."""
-    names = max(len(row.name) for row in rows)
-    for name, state, seconds, detail, share in rows:
+def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
+    """The rows, the run's first, as a terminal of this width shows them; what does not fit is cut, never wrapped."""
+    run, *stages = rows
+    names = max(len(stage.name) for stage in stages)
+    for row, columns in ((run, 0), *((stage, names) for stage in stages)):
         line = Text(no_wrap=True, overflow="ellipsis")
-        line.append(f"{name:{names}}  ").append(f"{state:9}", COLORS.get(state, "dim"))
-        line.append(f" {clock(seconds) if seconds is not None else '':>7}  ")
-        if share is not None and width >= WIDE:
-            full = round(BAR * share)
+        line.append(f"{row.name:{columns}}  ", "" if columns else "bold")
+        line.append(f"{row.state:9}" if columns else row.state, COLORS.get(row.state, "dim"))
+        taken = clock(row.seconds) if row.seconds is not None else ""
+        line.append(f"  {taken:>{6 if columns else 0}}  ")
+        if row.share is not None and width >= WIDE:
+            full = round(BAR * row.share)
             line.append("━" * full, "blue").append("━" * (BAR - full) + "  ", "dim")
-        yield line.append(detail, "" if state == "running" else "dim")
+        yield line.append(row.detail, "" if row.state == "running" else "dim")
 
 
 class Unformatted:
@@ -138,12 +144,12 @@ def replacing(watch: Watch) -> Watch:
     """Prefect's `watch_flow_run`, which shows the runs of our deployment by stages, and any other as ever."""
 
     async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | None = None) -> FlowRun:
-        name = await name_of_ours(flow_run_id)
-        if name is None:
+        status = await status_of(flow_run_id)
+        if status is None:
             return await watch(flow_run_id, console, timeout)
         formatter = flow_runs_watching.FlowRunFormatter
         try:
-            with Display(console, RunStatus.of(name, list(STAGES))) as display:
+            with Display(console, status) as display:
                 reminding = asyncio.create_task(display.remind())
                 try:
                     vars(flow_runs_watching)["FlowRunFormatter"] = Unformatted
@@ -152,20 +158,40 @@ def replacing(watch: Watch) -> Watch:
                     vars(flow_runs_watching)["FlowRunFormatter"] = formatter
                     reminding.cancel()
         except asyncio.CancelledError:  # Ctrl-C
-            console.print(f"The run goes on: `prefect flow-run watch {flow_run_id}` shows it again.", soft_wrap=True)
+            again = f"The run continues; to watch it again: prefect flow-run watch {flow_run_id}"
+            console.print(again, soft_wrap=True)
             raise
 
     return watch_flow_run
 
 
-async def name_of_ours(flow_run_id: UUID) -> str | None:
-    """The name of a flow run of our deployment; None of any other."""
+async def status_of(flow_run_id: UUID) -> RunStatus | None:
+    """What the server knows of a flow run of our deployment, since its events tell only what comes; None of others."""
     with suppress(Exception):  # Prefect's own display will say what is wrong
         async with get_client() as client:
             run = await client.read_flow_run(flow_run_id)
-            if run.deployment_id and (await client.read_deployment(run.deployment_id)).name == deployment.NAME:
-                return run.name
+            if not run.deployment_id or (await client.read_deployment(run.deployment_id)).name != deployment.NAME:
+                return None
+            status = RunStatus.of(run.name, list(STAGES))
+            this = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+            for task in await client.read_task_runs(flow_run_filter=this):
+                for state, at in _states(task):
+                    status.task(str(task.id), task.name, state, at)
+            for state, at in _states(run):
+                status.flow(state, at)
+            newest = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+            for line in reversed(await client.read_logs(newest, limit=200, sort=LogSort.TIMESTAMP_DESC)):
+                status.log(str(line.task_run_id or ""), line.level, line.message, line.timestamp)
+            return status
     return None
+
+
+def _states(run: FlowRun | TaskRun) -> Iterator[tuple[tuple[str, str], datetime]]:
+    """When a run began, and the state in which it is, as (type, name)."""
+    if run.start_time:
+        yield ("RUNNING", "Running"), run.start_time
+    if run.state:
+        yield (run.state.type.value, run.state.name or ""), run.state.timestamp
 
 
 def install() -> None:

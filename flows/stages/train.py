@@ -154,7 +154,10 @@ class Training:
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
                 progress = Progress("train", total, "images", done=done)
                 state.run_id = live.run_id
-            forward = runnable(state.net, options, world, should_compile(options, self.device, lambda: counts.flops))
+            compiled = should_compile(options, self.device, lambda: counts.flops)
+            if compiled and world.main:
+                say("train: compiling the network during the first steps")
+            forward = runnable(state.net, options, world, compiled)
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)

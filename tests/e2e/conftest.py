@@ -55,7 +55,6 @@ def run(clone: Path) -> Command:
     environment |= ports | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(clone / ".ddpm" / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
         "COLUMNS": "300",
         "OMP_NUM_THREADS": "1",  # two trainings at once on two cores

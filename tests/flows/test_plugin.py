@@ -1,8 +1,10 @@
-"""The bare deployment name, completed for Prefect's command line and for nothing else."""
+"""What the plugin does to Prefect's command line, and to nothing else."""
 
+import json
 import logging
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from prefect.plugins import HookContext
@@ -13,42 +15,107 @@ RUN = ["deployment", "run", "train-ddpm"]
 
 
 def test_completes_the_bare_name_and_keeps_the_rest() -> None:
-    argv = ["/some/bin/prefect", *RUN, "--watch", "-p", "seed=1"]
-    expected = ["/some/bin/prefect", "deployment", "run", "train-ddpm/train-ddpm", "--watch", "-p", "seed=1"]
-    assert plugin.complete(argv, ["python", *argv]) == expected
-
-
-def test_completes_it_for_python_m_prefect() -> None:
-    argv = ["-m", *RUN]
-    assert plugin.complete(argv, ["python", "-m", "prefect", *RUN])[3] == "train-ddpm/train-ddpm"
+    expected = ["deployment", "run", "train-ddpm/train-ddpm", "--watch", "-p", "seed=1"]
+    assert plugin.complete([*RUN, "--watch", "-p", "seed=1"]) == expected
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "given",
     [
-        ["/bin/prefect", "deployment", "run", "train-ddpm/train-ddpm"],
-        ["/bin/prefect", "deployment", "run", "other"],
-        ["/bin/prefect", "deployment", "run"],
-        ["/bin/prefect", "deployment", "inspect", "train-ddpm"],
-        ["/bin/prefect", "deployment", "run", "--watch", "train-ddpm"],
-        ["/bin/pytest", *RUN],
-        ["/bin/prefect"],
+        ["deployment", "run", "train-ddpm/train-ddpm"],
+        ["deployment", "run", "other"],
+        ["deployment", "run"],
+        ["deployment", "inspect", "train-ddpm"],
+        ["deployment", "run", "--watch", "train-ddpm"],
         [],
     ],
 )
-def test_leaves_everything_else_as_it_is(argv: list[str]) -> None:
-    assert plugin.complete(argv, ["python", *argv]) == argv
+def test_leaves_everything_else_as_it_is(given: list[str]) -> None:
+    assert plugin.complete(given) == given
 
 
-def test_another_module_is_not_prefect() -> None:
-    assert plugin.complete(["-m", *RUN], ["python", "-m", "other", *RUN]) == ["-m", *RUN]
+def test_prefect_is_told_from_other_programs() -> None:
+    assert plugin.arguments(["/some/bin/prefect", *RUN], ["python", "/some/bin/prefect", *RUN]) == RUN
+    assert plugin.arguments(["-m", *RUN], ["python", "-m", "prefect", *RUN]) == RUN
+    assert plugin.arguments(["-m", *RUN], ["python", "-m", "other", *RUN]) is None
+    assert plugin.arguments(["/bin/pytest", *RUN], ["python", "/bin/pytest", *RUN]) is None
+    assert plugin.arguments(["/bin/prefect"], ["python", "/bin/prefect"]) == []
+    assert plugin.arguments([], ["python"]) is None
 
 
-def test_says_so_when_no_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "asks"),
+    [
+        ("deployment run train-ddpm", True),
+        ("deployment schedule create train-ddpm/train-ddpm --interval 60", True),
+        ("flow-run cancel 1", True),
+        ("flow-runs ls", True),
+        ("gcl create gpu --limit 1", True),
+        ("deploy", True),
+        ("deployment", False),
+        ("flow-run cancel --help", False),
+        ("config view", False),
+        ("server start", False),
+        ("version", False),
+        ("", False),
+    ],
+)
+def test_which_commands_ask_the_server(command: str, asks: bool) -> None:
+    assert plugin.asks(command.split()) is asks
+
+
+@pytest.mark.parametrize(
+    ("command", "watches"),
+    [
+        ("deployment run train-ddpm --watch", True),
+        ("flow-run watch 1", True),
+        ("deployment run train-ddpm", False),
+        ("flow-run ls", False),
+        ("", False),
+    ],
+)
+def test_which_commands_follow_a_run(command: str, watches: bool) -> None:
+    assert plugin.watches(command.split()) is watches
+
+
+def free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/api"
+        port: int = unused.getsockname()[1]
+        return port
+
+
+def set_up(url: str) -> None:
+    plugin.setup_environment(ctx=HookContext(prefect_version="3", api_url=url, logger_factory=logging.getLogger))
+
+
+@pytest.mark.parametrize("command", [RUN, ["flow-run", "ls"], ["gcl", "create", "gpu", "--limit", "1"]])
+def test_says_so_when_no_server_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prefect", *command])
+    with pytest.raises(SystemExit, match=f"No Prefect server answers at {url}: `make up` starts one"):
+        set_up(url)
+
+
+def test_says_where_this_repository_s_server_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prefect", "flow-run", "ls"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (tmp_path / ".ddpm/services").mkdir(parents=True)
+        (tmp_path / ".ddpm/services/addresses.json").write_text(json.dumps({"PREFECT_PORT": str(port)}))
+        with pytest.raises(SystemExit, match=f"{url}, but .* at http://127.0.0.1:{port}/api: set PREFECT_API_URL="):
+            set_up(url)
         monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
-        context = HookContext(prefect_version="3", api_url=url, logger_factory=logging.getLogger)
-        with pytest.raises(SystemExit, match=f"No Prefect server answers at {url}: `make up` starts one"):
-            plugin.setup_environment(ctx=context)
+        set_up(f"http://127.0.0.1:{port}/api")
+        assert sys.argv == ["prefect", "deployment", "run", "train-ddpm/train-ddpm"]
+
+
+def test_a_display_that_cannot_be_installed_is_prefect_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flows.watch", None)  # so that it cannot be imported
+    monkeypatch.setattr(sys, "argv", ["prefect", *RUN, "--watch"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        set_up(f"http://127.0.0.1:{server.getsockname()[1]}/api")
+    assert sys.argv[-1] == "--watch"

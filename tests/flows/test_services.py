@@ -1,6 +1,8 @@
 """The services' commands where nothing runs; tests/e2e runs them for good."""
 
 import importlib
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -120,6 +122,56 @@ def test_whatever_makes_the_form_makes_a_new_deployment(root: Path, monkeypatch:
     files = {Path(file).relative_to(root) for file in output.splitlines()}
     assert Path("diffusion/sections.py") in files
     assert files <= {*deployment.shaping()}
+
+
+def test_prefect_s_commands_find_the_server_on_its_port(root: Path, tmp_path: Path) -> None:
+    """By prefect.toml, before what pyproject.toml says."""
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    code = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path), "PREFECT_PLUGINS_ENABLED": "false"}
+    for port in (4201, 4202):
+        services._configure_prefect(Services(tmp_path, prefect_port=port))
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"http://127.0.0.1:{port}/api\n"
+
+
+def test_a_prefect_toml_of_the_users_own_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, here = tmp_path / "prefect.toml", Services(tmp_path, prefect_port=4201)
+    file.write_text("[logging]\nlevel = 'DEBUG'\n")
+    services._configure_prefect(here)
+    assert file.read_text() == "[logging]\nlevel = 'DEBUG'\n"
+    assert "export PREFECT_API_URL=http://127.0.0.1:4201/api" in capsys.readouterr().out
+    file.write_text(f'{file.read_text()}[api]\nurl = "{here.prefect}/api"\n')
+    services._configure_prefect(here)
+    assert capsys.readouterr().out == ""
+
+
+def test_ports_that_nobody_names_are_those_of_the_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    assert Services(tmp_path).as_named() == Services(tmp_path, prefect_port=4200, mlflow_port=5000)
+    started = Services(tmp_path, prefect_port=4201, mlflow_port=5001)
+    write_json(started.directory / "addresses.json", started.addresses())
+    assert Services(tmp_path).as_named() == started
+    monkeypatch.setenv("PREFECT_PORT", "4202")
+    assert Services(tmp_path).as_named() == Services(tmp_path, prefect_port=4202, mlflow_port=5001)
+
+
+def test_up_says_what_to_open_and_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deployment, "deploy", lambda _: None)
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    services._finish(Services(tmp_path, prefect_port=4201, mlflow_port=free_port()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Prefect  http://127.0.0.1:4201"
+    assert "/#/experiments?" in lines[1]  # the list: nothing answers, and there is no experiment
+    assert lines[2] == "train    prefect deployment run train-ddpm --watch"
+    monkeypatch.delenv("VIRTUAL_ENV")
+    services._finish(Services(tmp_path, prefect_port=4201, mlflow_port=free_port()))
+    assert "/bin/activate; prefect deployment" in capsys.readouterr().out
 
 
 def free_port() -> int:

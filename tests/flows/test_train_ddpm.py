@@ -72,7 +72,7 @@ def test_without_mlflow_the_run_is_none_the_worse(monkeypatch: pytest.MonkeyPatc
             assert pipeline._track(directory, print, warnings.append) is None
     assert len(warnings) == 1
     assert f"MLflow at {uri}: " in warnings[0]
-    assert warnings[0].endswith("`ddpm track one` brings it there later")
+    assert warnings[0].endswith("`ddpm track one` records it later")
 
 
 @pytest.mark.parametrize("cancelling", [True, False])
@@ -139,7 +139,7 @@ def test_what_prefect_cannot_show_does_not_end_a_stage(
     dvc_stage.run("shard", repository, print)
     assert train_ddpm.run_stage("train", repository).is_completed()
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "Prefect does not show the progress (refused); the stage goes on"
+        "Prefect cannot show the progress (refused); the stage continues"
     ]
     stage.write_text("raise ValueError('wrong shape')")
     failed = train_ddpm.run_stage("shard", repository)
