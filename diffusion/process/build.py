@@ -30,7 +30,7 @@ class Given(Choice):
     rules = (_keeps_some_signal,)
 
     kind: Literal["given"] = "given"
-    """The kind of schedule."""
+    """Name of the schedule."""
     beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
     """beta_t for each timestep, a list of num_timesteps values."""
 
