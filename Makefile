@@ -1,9 +1,8 @@
 # `make` lists what there is. Everything is made inside the repository: the environment in .venv, state in .ddpm.
 VENV ?= .venv
 PYTHON ?= python3
-# Ports of the services on 127.0.0.1, and arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist".
-PREFECT_PORT ?= 4200
-MLFLOW_PORT ?= 5000
+# Arguments for `prefect deployment run`, such as ARGS="-p preset=fashion-mnist". PREFECT_PORT=4201 and MLFLOW_PORT=5001
+# choose other ports on 127.0.0.1 than 4200 and 5000; later commands use those of the last `make up`.
 ARGS ?=
 
 # PORTABLE=1 limits torch's libraries to what every x86-64 processor with AVX2 computes alike.
@@ -16,14 +15,15 @@ endif
 # If it is set, as in many container images, every process compiles anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-export PREFECT_PORT MLFLOW_PORT
+# It would override prefect.toml, in which `make up` writes where the server is.
+unexport PREFECT_API_URL
+
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
-export PREFECT_API_URL := http://127.0.0.1:$(PREFECT_PORT)/api
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train test mutants up down status repro scrub lint lock
+.PHONY: help setup train test mutants up down status repro scrub lint docs lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -39,7 +39,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
 	@mkdir -p $(PREFECT_HOME)
 
-train: up ## Run the pipeline, services and all; ARGS="-p preset=fashion-mnist" and the like.
+train: up ## Start the services and run the pipeline; ARGS="-p preset=fashion-mnist" and the like.
 	prefect deployment run train-ddpm --watch $(ARGS)
 	@echo
 	@ddpm summary
@@ -54,10 +54,10 @@ mutants: setup ## Insert random faults and check that the tests notice them; ARG
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up
 
-down: setup ## Stop them; a training ends with a checkpoint.
+down: setup ## Stop them; a running training writes a checkpoint.
 	@python -m flows.services down
 
-status: setup ## Show how they are.
+status: setup ## Show their status.
 	@python -m flows.services status
 
 repro: setup ## Run the pipeline by DVC alone, in the working tree, and bring the results into MLflow.
@@ -72,6 +72,15 @@ lint: setup ## Check style, types and imports.
 	ruff format --check
 	mypy
 	lint-imports --no-cache --no-logo
+
+docs: setup ## Build the documentation in site/ and check its links.
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.lock \
+	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
+	@# mkdocs.yml says why it is built from a copy.
+	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
+	git ls-files -z -- . ':!tests' | tar --create --null --files-from - | tar --extract --directory .ddpm/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "The documentation is in site/index.html"
 
 lock: ## Write requirements.lock anew, from what pyproject.toml asks for.
 	$(PYTHON) -m venv --clear .ddpm/lock

@@ -1,9 +1,9 @@
-"""Every combination of parameterization, weighting and variance, trained briefly on the digits.
+"""Train every combination of parameterization, weighting and variance briefly on the digits.
 
     python benchmarks/combinations.py --out reports/combinations.csv
 
-prints a table and a JSON line. The two fixed variances and the analytic one belong to the same training, the
-learned one to a training of its own (with the hybrid loss).
+prints a table and a JSON line. The fixed and analytic variances share one training run; the learned variance has its
+own, with the hybrid loss.
 """
 
 import argparse
@@ -43,11 +43,11 @@ Row = dict[str, Any]
 
 
 def nothing() -> None:
-    """Nobody asks it to stop."""
+    """No stop signal is ever received."""
 
 
 def train(params: Params, paths: Paths) -> Model:
-    """The average of the weights after `params.train.steps` steps."""
+    """Train a model; returns it with the EMA weights after `params.train.steps` steps."""
     torch.manual_seed(params.seed)
     pairs, process = Pairs(paths.pairs, "train"), build.process(params.process)
     net = new_network(pairs.shape, len(pairs.manifest.classes), params.network, params.process)
@@ -63,7 +63,7 @@ def train(params: Params, paths: Paths) -> Model:
 
 
 def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
-    """Train one combination; a row for each variance that it can be given."""
+    """Train one combination; returns a row for each variance it supports."""
     torch.set_num_threads(1)
     paths = Paths(root)
     params = parameters.validate(lay_over(read_yaml(paths.params), {"process": changes}), str(paths.params))
@@ -91,7 +91,7 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: held-out noise MSE, and bits per dimension with each variance."""
+    """Markdown table of held-out noise MSE, and of bits per dimension with each variance."""
     variances = ["fixed-small", "fixed-large", "analytic", "learned"]
     lines = [
         "| network predicts | weighting | MSE | MSE, learned | " + " | ".join(variances) + " |",
@@ -111,10 +111,10 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps per training run")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--images", type=int, default=128, help="test images for bits/dim")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent training runs, with one thread each")
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     arguments = parser.parse_args()
 

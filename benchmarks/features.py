@@ -1,7 +1,7 @@
-"""A distance between sets of pictures: Fréchet's, over what a small classifier sees in them.
+"""Fréchet distance between sets of images, over the features of a small classifier.
 
-The classifier is trained on the same images as the diffusion model, so the distance knows what matters in them; it is
-no FID, and compares only with itself on the same data.
+The classifier is trained on the same images as the diffusion model, so its features suit the data. The distance is not
+the FID, and comparable only on the same data.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Images = NDArray[np.uint8]
 
 
 class Classifier(nn.Module):
-    """Three convolutions, their mean over the picture in 32 features, and the classes' scores."""
+    """Three convolutions, a linear layer to 32 features, and class scores."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -49,17 +49,17 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A trained classifier, and what it sees in the training images."""
+class FeatureReference:
+    """A trained classifier, with the mean and covariance of its features on the training images."""
 
     classifier: Classifier
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
     accuracy: float
-    """Share of the test images whose class it tells."""
+    """Accuracy on the test images."""
 
     def distance(self, images: Images) -> float:
-        """Fréchet distance of the pictures' features to the training images'; Heusel et al. 2017, eq. 6."""
+        """Fréchet distance between the features of `images` and of the training images; Heusel et al. 2017, eq. 6."""
         mean, covariance = moments(features(self.classifier, images))
         values, vectors = np.linalg.eigh(self.covariance)
         root = vectors * np.sqrt(values.clip(0)) @ vectors.T
@@ -68,19 +68,19 @@ class Judge:
 
 
 def split(paths: Paths, name: str) -> tuple[Images, NDArray[np.int64]]:
-    """The images and labels of a split of data/pairs."""
+    """Images and labels of a split of data/pairs."""
     pairs = Pairs(paths.pairs, name)  # type: ignore[arg-type]
     blocks = range(pairs.blocks)
     return np.concatenate([pairs.x_0(b) for b in blocks]), np.concatenate([pairs.labels(b) for b in blocks])
 
 
-def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> Judge:
-    """Train the classifier on the training split."""
+def fit_reference(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> FeatureReference:
+    """Train the classifier on the training split, and measure its features there."""
     torch.manual_seed(seed)
     images, labels = split(paths, "train")
     x, y = as_tensor(images), torch.from_numpy(labels)
     classifier = Classifier(images.shape[1], int(labels.max()) + 1)
-    classifier(x[:2])  # makes the lazy layer
+    classifier(x[:2])  # initializes the lazy layer
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
@@ -95,7 +95,7 @@ def train_judge(paths: Paths, steps: int = 1500, batch_size: int = 128, seed: in
     with torch.inference_mode():
         found = torch.cat([classifier(part)[1].argmax(dim=1) for part in as_tensor(test_images).split(500)])
     accuracy = float((found.numpy() == test_labels).mean())
-    return Judge(classifier, *moments(features(classifier, images)), accuracy)
+    return FeatureReference(classifier, *moments(features(classifier, images)), accuracy)
 
 
 def as_tensor(images: Images) -> Tensor:
@@ -104,11 +104,11 @@ def as_tensor(images: Images) -> Tensor:
 
 @torch.inference_mode()
 def features(classifier: Classifier, images: Images) -> NDArray[np.float64]:
-    """(N, 32)"""
+    """Features (N, 32) of images."""
     parts = [classifier(part)[0].double().numpy() for part in as_tensor(images).split(500)]
     return np.concatenate(parts)
 
 
-def moments(seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and covariance."""
-    return seen.mean(axis=0), np.cov(seen, rowvar=False)
+def moments(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and covariance of features (N, 32)."""
+    return values.mean(axis=0), np.cov(values, rowvar=False)

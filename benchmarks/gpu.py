@@ -1,14 +1,14 @@
-"""Training and sampling on a GPU: whether they are right, and how fast they are.
+"""Correctness and speed of training and sampling on a GPU.
 
     python benchmarks/gpu.py                       # writes benchmarks/results/gpu-CARD-COMMIT.jsonl
-    python benchmarks/gpu.py --rehearse            # all of it, tiny, on the CPU
-    python benchmarks/gpu.py --page                # benchmarks/results/gpu.md of these files
+    python benchmarks/gpu.py --rehearse            # everything in miniature, on the CPU
+    python benchmarks/gpu.py --page                # writes benchmarks/results/gpu.md from these files
 
-Each measurement gives JSON lines, printed and written as soon as they are known, the most important ones first; at the
-end comes a table. No measurement begins after --minutes, and the run may be cut off at any time. It needs torch (2.11
-or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm; with pytest it runs tests/gpu, with diffusers it
-compares, with onnx, onnxscript and ONNX Runtime it runs sampler.onnx, with matplotlib the stage `evaluate`. A line says
-what is skipped because a package is missing. Networks are trained on random pixels in memory, except in
+Measurements are printed and written as JSON lines as soon as they are available, the most important ones first; a table
+follows at the end. No measurement starts after --minutes, and the run may be interrupted at any time. Required: torch
+(2.11 or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm. Optional: pytest to run tests/gpu,
+diffusers for comparison, onnx, onnxscript and ONNX Runtime for sampler.onnx, matplotlib for the stage `evaluate`; a
+line says what is skipped because a package is missing. Networks are trained on random pixels in memory, except in
 `time_to_quality`, which runs the stages' commands.
 """
 
@@ -25,7 +25,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where the project is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # in case the project is not installed
 try:
     import torch
     from gpu_measurements import page
@@ -39,18 +39,18 @@ try:
     from diffusion.errors import UserError
     from diffusion.storage.files import write_atomic
 except ModuleNotFoundError as error:
-    sys.exit(f"benchmarks/gpu.py: no module named {error.name}; the top of this file says what it needs")
+    sys.exit(f"benchmarks/gpu.py: no module named {error.name}; the docstring of this file lists the requirements")
 
 MEASUREMENTS: list[Callable[[Bench], Iterator[Facts]]] = [
     gpu_tests, ceilings, throughput, profile, time_to_quality, sampling, memory, settings, pairs,
 ]  # fmt: skip
 """The most important ones first."""
 RESULTS = ROOT / "benchmarks" / "results"
-NO_GPU = "no GPU: rehearsing tiny on the CPU; these figures are of no GPU"
+NO_GPU = "no GPU found: rehearsing on the CPU; results are not GPU measurements"
 
 
 def machine(bench: Bench, commit: str | None) -> Facts:
-    """What was measured on, and with."""
+    """The hardware and software versions."""
     return {
         "device": bench.card if bench.cuda else page.REHEARSAL,
         "commit": commit,
@@ -67,7 +67,7 @@ def machine(bench: Bench, commit: str | None) -> Facts:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a program prints; None if it fails or is not there."""
+    """The first line of a program's output; None if it fails or is not installed."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
@@ -83,16 +83,16 @@ def _version(package: str) -> str | None:
 
 
 class Lines:
-    """The lines of a run, in a file and printed as soon as they are added.
+    """The lines of a run, printed and written to a file as soon as they are added.
 
-    Raises UserError if the file is there already, or cannot be written.
+    Raises UserError if the file exists or cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.all: list[Facts] = []
         self._path = path
         if path and path.exists():
-            raise UserError(f"{path}: is there already; move it away, or name another file with --out")
+            raise UserError(f"{path}: already exists; move it, or choose another file with --out")
 
     def add(self, line: Facts) -> None:
         self.all.append(line)
@@ -102,7 +102,7 @@ class Lines:
 
 
 def say(text: str) -> None:
-    """Print a text; where standard output is closed or full, nothing is printed any more."""
+    """Print a text; if standard output is closed or full, stop printing."""
     try:
         print(text, flush=True)
     except OSError:
@@ -110,7 +110,7 @@ def say(text: str) -> None:
 
 
 def measured(bench: Bench, names: Iterable[str]) -> Iterator[Facts]:
-    """The lines of the measurements of these names; one that fails, or for which no time is left, says so in a line."""
+    """Run the named measurements and yield their lines; failures and skipped ones give a line, too."""
     for measurement in MEASUREMENTS:
         named = {"measurement": measurement.__name__}
         if measurement.__name__ not in names:
@@ -124,23 +124,23 @@ def measured(bench: Bench, names: Iterable[str]) -> Iterator[Facts]:
                 yield named | facts
         except ModuleNotFoundError as error:
             yield named | {"skipped": f"no module named {error.name}"}
-        except Exception as error:  # whatever fails, the rest is still measured
-            with suppress(OSError):  # of standard error
+        except Exception as error:  # a failure must not prevent the other measurements
+            with suppress(OSError):  # standard error may be closed
                 traceback.print_exc()
             yield named | {"error": first_line(error)}
 
 
 def run(rehearse: bool, minutes: float, images: Path, out: Path | None, commit: str | None, names: list[str]) -> int:
-    """Measure; gives the exit status.
+    """Run the measurements; returns the exit status.
 
-    Raises UserError if the file of the lines is there already, or cannot be written.
+    Raises UserError if the output file exists or cannot be written.
     """
     status = 0
     with Bench(rehearse, minutes, images) as bench:
         short = re.sub(r"([0-9a-f]{7})[0-9a-f]{33}", r"\1", f"{bench.card.removeprefix('NVIDIA ')}-{commit}")
         name = re.sub(r"\W+", "-", short).strip("-")
         lines = Lines(out or (None if rehearse else RESULTS / f"gpu-{name}.jsonl"))
-        rehearsal = {"not_rehearsed": "torch.compile: what is to be compiled runs as it is"} if rehearse else {}
+        rehearsal = {"not_rehearsed": "torch.compile: networks to be compiled run uncompiled"} if rehearse else {}
         lines.add({"measurement": "machine"} | machine(bench, commit) | rehearsal)
         try:
             for line in measured(bench, names):
@@ -153,7 +153,7 @@ def run(rehearse: bool, minutes: float, images: Path, out: Path | None, commit: 
 
 def minutes(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= 24 * 60:  # NaN neither
+    if not 0 <= value <= 24 * 60:  # also rejects NaN
         raise argparse.ArgumentTypeError(f"{text} is not a number of minutes from 0 to 1440")
     return value
 
@@ -161,27 +161,27 @@ def minutes(text: str) -> float:
 def main() -> int:
     described = {each.__name__: (each.__doc__ or "").strip().partition("\n")[0] for each in MEASUREMENTS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=minutes, default=8.0, help="no measurement begins after these (default 8)")
-    parser.add_argument("--out", type=Path, help="the file of the lines; a rehearsal writes none without it")
-    parser.add_argument("--only", default=",".join(described), help=f"some of {', '.join(described)}")
-    parser.add_argument("--commit", help="of the code, where git does not know it (default: DDPM_COMMIT)")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="start no measurement after this time (default 8)")
+    parser.add_argument("--out", type=Path, help="file to write; without it, a rehearsal writes none")
+    parser.add_argument("--only", default=",".join(described), help=f"comma-separated subset of {', '.join(described)}")
+    parser.add_argument("--commit", help="commit of the code, if git cannot tell (default: DDPM_COMMIT)")
     parser.add_argument(
         "--fashion-mnist",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
-        help="folder of its four idx files (default %(default)s)",
+        help="folder with its four idx files (default %(default)s)",
     )
-    parser.add_argument("--rehearse", action="store_true", help="all of it, tiny, on the CPU")
-    parser.add_argument("--page", action="store_true", help="measure nothing; write the page of all results")
+    parser.add_argument("--rehearse", action="store_true", help="run everything in miniature on the CPU")
+    parser.add_argument("--page", action="store_true", help="only write the page of all results")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if unknown := sorted(set(names) - described.keys()):
-        parser.error(f"--only: no measurement {unknown[0]!r}; there are {', '.join(described)}")
+        parser.error(f"--only: unknown measurement {unknown[0]!r}; available: {', '.join(described)}")
     rehearse = arguments.rehearse or not torch.cuda.is_available()
     commit = arguments.commit or os.environ.get("DDPM_COMMIT")
     commit = commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     if not (commit or rehearse or arguments.page):
-        parser.error("--commit: git does not know the commit of this code; name it")
+        parser.error("--commit: required, since git cannot determine the commit of this code")
     try:
         if arguments.page:
             print(page.write(RESULTS, described))

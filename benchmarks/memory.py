@@ -1,9 +1,9 @@
-"""The memory that training takes for a small and for a large data set, as one JSON line.
+"""Memory that training needs for a small and a large dataset, as one JSON line.
 
     python benchmarks/memory.py
 
-makes two sets of random images, one many times the other, and runs the real stages on both. What counts is a process's
-own memory at its most; pages of the files that it maps are the system's to drop.
+creates two datasets of random images, one many times larger than the other, and runs the real stages on both. It
+reports the peak private memory of each process; pages of mapped files are excluded, since the system can drop them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 
 
 def own_memory(command: list[str], tree: Path) -> int:
-    """Bytes of its own that a command has at its most."""
+    """Peak private memory of a command, in bytes."""
     most = 0
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{tree}/mlflow.db"}
     with subprocess.Popen(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -60,8 +60,8 @@ def measure(images: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--small", type=int, default=10_000, help="images of the small set")
-    parser.add_argument("--times", type=int, default=10, help="how many times as many the large one has")
+    parser.add_argument("--small", type=int, default=10_000, help="images in the small dataset")
+    parser.add_argument("--times", type=int, default=10, help="size of the large dataset relative to the small one")
     parser.add_argument("--steps", type=int, default=30, help="training steps")
     arguments = parser.parse_args()
     sizes = (arguments.small, arguments.small * arguments.times)

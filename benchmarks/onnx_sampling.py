@@ -1,14 +1,14 @@
-"""How fast models/onnx/sampler.onnx and its variants make pictures, beside the same weights in torch and in diffusers.
+"""Sampling speed of models/onnx/sampler.onnx and its variants, and of the same weights in PyTorch and diffusers.
 
-Run it in a tree with a trained and exported model that diffusers has a counterpart for (`ddpm export-diffusers`):
+Run it in a working tree with a trained and exported model that diffusers supports (`ddpm export-diffusers`):
 
     python benchmarks/onnx_sampling.py
 
-All take turns, in batches of 1 and of 64, so that all see the machine fast and slow alike; the median of the turns
-counts. Before each turn the threads of whoever went before are left to go to sleep, and a call that does not count
-wakes one's own. The same weights in torch go through the project's own sampler, as they are and with the network
-through torch.compile; in diffusers through its DDIMPipeline, with the sampler's number of steps and with 50. Quality is
-the Fréchet distance of --count pictures, by a classifier trained on the same data.
+All take turns, in batches of 1 and 64, so that fluctuations of the machine affect them equally; the median over the
+turns is reported. Before each turn, a pause lets the threads of the previous one go to sleep, and an untimed call wakes
+up the next. In PyTorch, the weights are run by the project's own sampler, with and without torch.compile; in diffusers,
+by DDIMPipeline, with the same number of steps and with 50. Quality is the Fréchet distance of --count images, with a
+classifier trained on the same data.
 """
 
 import argparse
@@ -42,14 +42,14 @@ diffusers: Any = importlib.import_module("diffusers")  # it has no types
 MANY_STEPS = 50
 Images = NDArray[np.uint8]
 Make = Callable[[int, int], Images]
-"""(number of pictures, seed) to pictures (N, C, H, W)."""
+"""(number of images, seed) to images (N, C, H, W)."""
 
 
 def with_onnx(path: Path) -> Make:
     session = parity.session(path.read_bytes(), torch.device("cpu"))
     shape = session.get_inputs()[0].shape[1:]
     if [value.name for value in session.get_inputs()] != ["noise", "steps"]:
-        sys.exit("models/onnx/sampler.onnx: the benchmark is for deterministic samplers and networks without classes")
+        sys.exit("models/onnx/sampler.onnx: must have a deterministic sampler and a network without classes")
 
     def make(count: int, seed: int) -> Images:
         noise = np.random.default_rng(seed).standard_normal((count, *shape), np.float32)
@@ -86,7 +86,7 @@ def with_diffusers(directory: Path, steps: int) -> Make:
 
 
 def seconds(makers: dict[str, Make], batch: int, turns: int) -> dict[str, float]:
-    """Median seconds of a call; those of the first turn, which compile and allocate, do not count."""
+    """Median seconds per call, without the first turn, which includes compilation and allocation."""
     taken: dict[str, list[float]] = {name: [] for name in makers}
     for turn in range(turns + 1):
         for name, make in makers.items():
@@ -101,8 +101,8 @@ def seconds(makers: dict[str, Make], batch: int, turns: int) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with params.yaml, data and models")
-    parser.add_argument("--turns", type=int, default=9, help="calls of each, for each size of batch")
-    parser.add_argument("--count", type=int, default=512, help="pictures for the Fréchet distance")
+    parser.add_argument("--turns", type=int, default=9, help="calls of each, per batch size")
+    parser.add_argument("--count", type=int, default=512, help="images for the Fréchet distance")
     arguments = parser.parse_args()
 
     paths = Paths(arguments.tree)
@@ -125,12 +125,12 @@ def main() -> None:
         }
     taken = {batch: seconds(makers, batch, arguments.turns) for batch in speed.BATCHES}
 
-    judge = features.train_judge(paths)
+    reference = features.fit_reference(paths)
     distances = {}
     for name in (name for name in makers if not name.startswith("torch")):
         parts = [makers[name](64, seed) for seed in range(-(-arguments.count // 64))]
-        distances[name] = judge.distance(np.concatenate(parts)[: arguments.count])
-    print("| | ms, a picture alone | images/s, batch of 64 | Fréchet |\n|---|---|---|---|")
+        distances[name] = reference.distance(np.concatenate(parts)[: arguments.count])
+    print("| | ms, single image | images/s, batch of 64 | Fréchet |\n|---|---|---|---|")
     for name in makers:
         quality = f"{distances[name]:.2f}" if name in distances else ""
         print(f"| {name} | {1000 * taken[1][name]:.1f} | {64 / taken[64][name]:.0f} | {quality} |")

@@ -1,9 +1,9 @@
-"""What it costs to train to the same bytes on other processors, and whether it does: seconds and digest of the weights.
+"""Cost and success of bit-identical training across processors: training time, and digest of the weights.
 
     python benchmarks/portable.py --steps 300 --turns 3
 
-The digits are trained with each setting in turn, by the stage's own command. Whether processors agree shows where the
-digests of one setting are compared between machines: every line names its processor.
+The stage's own command trains on the digits with each setting in turn. To see whether processors agree, compare the
+digests of a setting between machines; every line names its processor.
 """
 
 import argparse
@@ -26,19 +26,19 @@ SETTINGS = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "AVX2, MKL compatible": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"},
 }
-"""Variables that torch's own kernels, oneDNN and MKL read when they are loaded. On processors that are not Intel's, MKL
-promises the same results on all of them for COMPATIBLE alone."""
+"""Variables that torch's own kernels, oneDNN and MKL read at load time. On processors not made by Intel, MKL
+guarantees the same results only with COMPATIBLE."""
 
 
 def processor() -> str:
-    """Its name and widest vector instructions."""
+    """Name and widest vector instructions of the processor."""
     text = Path("/proc/cpuinfo").read_text()
     name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
     return f"{name}, {next((isa for isa in ('avx512f', 'avx2') if isa in text.split()), 'no avx2')}"
 
 
 def stage(tree: Path, name: str, environment: dict[str, str]) -> float:
-    """Run a stage in `tree`; seconds that it took."""
+    """Run a stage in `tree`; returns its duration in seconds."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "flows", name]
     done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -49,9 +49,9 @@ def stage(tree: Path, name: str, environment: dict[str, str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of each training (default 300)")
-    parser.add_argument("--turns", type=int, default=3, help="trainings with each setting (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="the same number on every machine (default 2)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each training run (default 300)")
+    parser.add_argument("--turns", type=int, default=3, help="training runs with each setting (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads; the same on every machine (default 2)")
     arguments = parser.parse_args()
     common = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}

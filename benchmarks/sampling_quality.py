@@ -1,12 +1,12 @@
-"""How good the pictures of each sampler are for so many network evaluations: a table, a picture and a JSON line.
+"""Sample quality of each sampler by number of function evaluations (NFE): a table, a figure and a JSON line.
 
-Run it in a tree where `dvc repro` (or `ddpm shard`, `pairs` and `train`) has made data/pairs and models/ddpm:
+Run it in a working tree with data/pairs and models/ddpm, written by `dvc repro` (or `ddpm shard`, `pairs` and `train`):
 
     python benchmarks/sampling_quality.py --count 1000 --out reports/samplers
 
 Quality is the Fréchet distance to the training images over the features of a small classifier trained on them
-(benchmarks/features.py). It falls with the number of pictures, so beside it stands that of as many training images.
-Heun evaluates the network twice in each step, so it takes half as many steps.
+(benchmarks/features.py). It decreases with the number of images, so the distance of as many training images is shown
+for comparison. Heun needs two evaluations per step, so it takes half as many steps.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Setting:
     name: str
     spacing: str
     evaluations: int
-    """Evaluations of the network per picture."""
+    """Network evaluations per image."""
 
     def options(self, count: int) -> SampleOptions:
         return SampleOptions.model_validate(
@@ -76,7 +76,7 @@ def draw(model: Model, setting: Setting, count: int, device: torch.device) -> fe
 
 
 def settings(evaluations: list[int], samplers: list[str], num_timesteps: int) -> list[Setting]:
-    """All spacings, where they differ: in as many steps as there are timesteps all visit all of them."""
+    """All combinations; only one spacing if there are as many steps as timesteps, since all spacings then coincide."""
     return [
         Setting(name, spacing, n)
         for n in evaluations
@@ -88,7 +88,7 @@ def settings(evaluations: list[int], samplers: list[str], num_timesteps: int) ->
 def picture(
     best: dict[tuple[str, int], features.Images], samplers: list[str], evaluations: list[int], path: Path
 ) -> None:
-    """Nine pictures of each cell."""
+    """Plot nine images of each cell."""
     figure, axes = plt.subplots(
         len(samplers),
         len(evaluations),
@@ -112,7 +112,7 @@ def picture(
 
 
 def table(rows: list[dict[str, Any]], samplers: list[str], evaluations: list[int], real: float) -> str:
-    """Markdown: the best spacing of each sampler at each number of evaluations."""
+    """Markdown table of the best spacing for each sampler and number of evaluations."""
     lines = [
         f"| sampler | {' | '.join(f'{n} evaluations' for n in evaluations)} |",
         f"|---|{'---|' * len(evaluations)}",
@@ -132,25 +132,25 @@ def table(rows: list[dict[str, Any]], samplers: list[str], evaluations: list[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs and models/ddpm")
-    parser.add_argument("--count", type=int, default=1000, help="pictures of each setting")
+    parser.add_argument("--count", type=int, default=1000, help="images per setting")
     parser.add_argument(
-        "--evaluations", type=int, nargs="+", default=[10, 20, 50, 1000], help="evaluations of the network"
+        "--evaluations", type=int, nargs="+", default=[10, 20, 50, 1000], help="numbers of network evaluations"
     )
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="some of them alone")
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="samplers to compare")
     parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv and OUT.png")
     arguments = parser.parse_args()
 
     paths, device = Paths(arguments.tree), torch.device("cpu")
-    model, judge = load_model(paths.model, device), features.train_judge(paths)
+    model, reference = load_model(paths.model, device), features.fit_reference(paths)
     images, _ = features.split(paths, "train")
-    real = judge.distance(images[: arguments.count])
+    real = reference.distance(images[: arguments.count])
     rows: list[dict[str, Any]] = []
     best: dict[tuple[str, int], features.Images] = {}
     progress = tqdm(settings(arguments.evaluations, arguments.samplers, model.process.schedule.num_timesteps))
     for setting in progress:
         began = time.perf_counter()
         images = draw(model, setting, arguments.count, device)
-        seconds, distance = time.perf_counter() - began, judge.distance(images)
+        seconds, distance = time.perf_counter() - began, reference.distance(images)
         progress.write(
             f"{setting.evaluations:5} evaluations, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr
         )
@@ -177,8 +177,8 @@ def main() -> None:
         writer.writerows(rows)
     picture(best, arguments.samplers, arguments.evaluations, arguments.out.with_suffix(".png"))
     print(table(rows, arguments.samplers, arguments.evaluations, real))
-    print(f"\nclassifier: {judge.accuracy:.1%} of the test images right")
-    facts = {"count": arguments.count, "real": real, "classifier_accuracy": judge.accuracy, "rows": rows}
+    print(f"\nclassifier: {reference.accuracy:.1%} test accuracy")
+    facts = {"count": arguments.count, "real": real, "classifier_accuracy": reference.accuracy, "rows": rows}
     print(json.dumps({"benchmark": "sampling_quality", **facts}))
 
 

@@ -1,14 +1,13 @@
-"""Strong scaling on this machine's cores: images/s of the training step by 1, 2 and 4 processes, as one JSON line.
+"""Strong scaling on the cores of this machine: images/s of training with 1, 2 and 4 processes, as one JSON line.
 
-Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs, with params.yaml:
+Run it in a working tree where `ddpm shard` and `ddpm pairs` have written data/pairs, with params.yaml:
 
     python benchmarks/scaling.py
 
-Every number of processes divides the same global batch; each process has one thread. A step is that of the stage
-`train`, with its prefetching and its agreement on stopping, on a CPU with gloo. The processes of all sizes start once
-and take turns, so that all see the machine fast and slow alike: first with the exchange of gradients, then without. The
-difference of the two is the time that the exchange adds to a step. What counts is the median over the turns of the
-ratios within a turn.
+The processes divide the same global batch, and each has one thread. A step is that of the stage `train`, including
+prefetching and the agreement on stopping, on a CPU with gloo. All groups of processes start once and take turns, so
+that fluctuations of the machine affect them equally, each turn with and without gradient synchronization; the
+difference is its cost. The reported efficiency is the median over the turns of the ratio within a turn.
 """
 
 import argparse
@@ -42,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def work(rank: int, size: int, tree: Path, store: Path, pipe: Connection) -> None:
-    """One of `size` processes: for each (steps, exchange) that comes through the pipe, train and answer the seconds."""
+    """One of `size` processes: trains for each (steps, exchange) received from the pipe, and sends the seconds."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     paths = Paths(tree)
@@ -65,21 +64,21 @@ def work(rank: int, size: int, tree: Path, store: Path, pipe: Connection) -> Non
             world.maximum(0.0)
             began = time.perf_counter()
             for _ in range(steps):
-                world.maximum(0.0)  # whether to stop
+                world.maximum(0.0)  # the agreement on stopping
                 loop.step(state, together if exchange else apart)
             world.maximum(0.0)
             pipe.send(time.perf_counter() - began)
 
 
 class Group:
-    """Processes that train together."""
+    """A group of processes that train together."""
 
     def __init__(self, pipes: list[Connection]) -> None:
         self.pipes = pipes
-        self.parameters, self.batch_size = [pipe.recv() for pipe in pipes].pop()  # each sends it
+        self.parameters, self.batch_size = [pipe.recv() for pipe in pipes].pop()  # each process sends them
 
     def seconds(self, steps: int, exchange: bool) -> float:
-        """Seconds of a step, the mean of `steps` in a row."""
+        """Mean seconds per step over `steps` consecutive steps."""
         for pipe in self.pipes:
             pipe.send((steps, exchange))
         spent: list[float] = [pipe.recv() for pipe in self.pipes]
@@ -88,7 +87,7 @@ class Group:
 
 @contextmanager
 def started(size: int, tree: Path) -> Iterator[Group]:
-    """So many processes, which end with the block."""
+    """Start a group of `size` processes, which end with the block."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         pipes, running = [], []
@@ -96,7 +95,7 @@ def started(size: int, tree: Path) -> Iterator[Group]:
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(rank, size, tree, Path(directory) / "store", theirs))
             process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # so that the pipe closes when the process exits
             pipes.append(ours)
             running.append(process)
         try:
@@ -115,9 +114,9 @@ def started(size: int, tree: Path) -> Iterator[Group]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs and params.yaml")
-    parser.add_argument("--turns", type=int, default=9, help="turns of each")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="numbers of processes, besides 1")
+    parser.add_argument("--turns", type=int, default=9, help="number of turns")
+    parser.add_argument("--steps", type=int, default=20, help="steps per turn")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="numbers of processes to compare with 1")
     arguments = parser.parse_args()
 
     sizes = [1, *arguments.sizes]

@@ -1,13 +1,12 @@
-"""How many requests deploy/service answers, how soon, and whether any is lost as the champion changes and at its end.
+"""Throughput and latency of deploy/service, and requests lost while the champion changes and at shutdown.
 
-Run it in a tree with an exported model:
+Run it in a working tree with an exported model:
 
     python benchmarks/service_load.py
 
-The service is a process of its own, and so are the clients, which ask for `GET /images?n=...` one after the other on
-connections that they keep. Two services take turns, one that joins requests and one that does not (`--max-batch` of a
-single request). Then a champion in a new MLflow store changes under the same load, and at last the service is told to
-end.
+The service and the clients run in separate processes; the clients send `GET /images?n=...` requests over persistent
+connections. Two services take turns, with and without dynamic batching (`--max-batch` of a single request). Then the
+champion in a new MLflow store changes under the same load, and finally the service is shut down.
 """
 
 import argparse
@@ -30,12 +29,12 @@ import numpy as np
 from mlflow import MlflowClient
 
 REPOSITORY = Path(__file__).parents[1]
-CHANGE = 2.0
-"""Seconds from one champion to the next."""
+CHANGE_SECONDS = 2.0
+"""Seconds between changes of the champion."""
 
 
 class Running(NamedTuple):
-    """A service."""
+    """A running service."""
 
     process: subprocess.Popen[str]
     url: str
@@ -53,14 +52,14 @@ def service(model: str, *options: str, **environment: str) -> Iterator[Running]:
             if " on http://" in line:
                 yield Running(process, line.split()[-1])
                 return
-        sys.exit(f"the service did not start; try {' '.join(command)}")
+        sys.exit(f"the service did not start; to see why, run {' '.join(command)}")
     finally:
         process.kill()
         process.wait()
 
 
 async def ask(url: str, clients: int, images: int, seconds: float) -> dict[str, Any]:
-    """What became of the requests of so many clients; each ends when it is refused."""
+    """Send requests with `clients` clients, each until its connection is refused; returns their outcomes."""
     taken, outcomes, versions = list[float](), Counter[str](), Counter[str]()
     ends = time.perf_counter() + seconds
 
@@ -92,7 +91,7 @@ async def ask(url: str, clients: int, images: int, seconds: float) -> dict[str, 
 
 @contextmanager
 def clients(url: str, arguments: argparse.Namespace, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    """This program again, as the clients; it prints what `ask` gives."""
+    """Run this program as the clients; it prints the result of `ask`."""
     command = [sys.executable, __file__, "--clients", str(arguments.clients), "--images", str(arguments.images)]
     command += ["--seconds", str(seconds), "--ask", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -114,7 +113,7 @@ def side_by_side(path: Path, arguments: argparse.Namespace) -> dict[str, list[di
 
 
 def changing(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The champion changes every CHANGE seconds; near the end comes SIGTERM."""
+    """Change the champion every CHANGE_SECONDS seconds under load, then send SIGTERM."""
     with tempfile.TemporaryDirectory() as directory:
         uri = f"sqlite:///{directory}/mlflow.db"
         store = MlflowClient(uri)
@@ -129,9 +128,9 @@ def changing(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             service("models:/ddpm@champion", "--poll", "0.2", MLFLOW_TRACKING_URI=uri) as running,
             clients(running.url, arguments, arguments.seconds + 30) as asking,
         ):
-            changes = int(arguments.seconds / CHANGE)
+            changes = int(arguments.seconds / CHANGE_SECONDS)
             for change in range(changes):
-                time.sleep(CHANGE)
+                time.sleep(CHANGE_SECONDS)
                 store.set_registered_model_alias("ddpm", "champion", "21"[change % 2])
             running.process.send_signal(signal.SIGTERM)
             found = result(asking)
@@ -141,10 +140,10 @@ def changing(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with models/onnx")
-    parser.add_argument("--clients", type=int, default=16, help="that ask at the same time")
-    parser.add_argument("--images", type=int, default=4, help="of a request")
-    parser.add_argument("--seconds", type=float, default=10, help="of each turn")
-    parser.add_argument("--turns", type=int, default=3, help="of each service; the median counts")
+    parser.add_argument("--clients", type=int, default=16, help="number of concurrent clients")
+    parser.add_argument("--images", type=int, default=4, help="images per request")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds per turn")
+    parser.add_argument("--turns", type=int, default=3, help="turns per service; the median is reported")
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ask:

@@ -1,18 +1,17 @@
-"""How close the stage `train` comes to what the machine can do: images/s, pairs/s and FLOP/s, as one JSON line.
+"""How close the stage `train` comes to the peak of the machine: images/s, pairs/s and FLOP/s, as one JSON line.
 
-Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs, with params.yaml:
+Run it in a working tree where `ddpm shard` and `ddpm pairs` have written data/pairs, with params.yaml:
 
     python benchmarks/throughput.py
 
-In turn, a few seconds each, so that all see the machine fast and slow alike:
+It measures in turn, a few seconds each, so that fluctuations of the machine affect all equally:
 
-- the bare step loop on batches that are in memory;
-- the same as the stage does it: reading pairs, loss curves, progress, and MLflow (a store of its own, on disk);
-- products of matrices of 2048 x 2048, for the rate that the machine reaches.
+- the bare training loop on batches in memory;
+- the loop of the stage: reading pairs, loss curves, progress, and MLflow (a separate store on disk);
+- products of 2048 x 2048 matrices, for the FLOP/s that the machine can reach.
 
-What counts is the median over the turns of the ratios within a turn. Checkpoints, once a minute, and what
-`preview_every` says, measuring the held-out error and drawing samples, are left out. Reading alone is measured on one
-thread.
+The reported ratios are medians over the turns of the ratio within a turn. Checkpoints, once a minute, and the held-out
+measurements and samples of `preview_every` are excluded. Reading alone is measured on one thread.
 """
 
 import argparse
@@ -45,11 +44,11 @@ from flows.paths import Paths
 
 SIDE = 2048
 IN_MEMORY = 64
-"""Batches that the bare loop goes round."""
+"""Number of batches that the bare loop cycles through."""
 
 
 def rate(action: Callable[[], object], seconds: float) -> float:
-    """How often a second it can be done."""
+    """Calls of `action` per second."""
     done, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         action()
@@ -60,8 +59,8 @@ def rate(action: Callable[[], object], seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs and params.yaml")
-    parser.add_argument("--turns", type=int, default=12, help="turns of each")
-    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of a turn")
+    parser.add_argument("--turns", type=int, default=12, help="number of turns")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
     arguments = parser.parse_args()
 
     paths = Paths(arguments.tree)
@@ -107,7 +106,7 @@ def main() -> None:
                 loop.step(state, trainer)
                 watch.report(state)
 
-            loop.step(state, bare)  # the first one is slower
+            loop.step(state, bare)  # the first step is slower
             for turn in range(arguments.turns):
                 stop.check()
                 found["bare"].append(rate(lambda: loop.step(state, bare), arguments.seconds) * options.batch_size)

@@ -295,7 +295,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
-def pictures(models: dict[str, Model], judge: features.Judge, count: int, path: Path) -> dict[str, float]:
+def pictures(models: dict[str, Model], judge: features.FeatureReference, count: int, path: Path) -> dict[str, float]:
     """Each model's pictures by 20 steps of DDIM from the same noise, as one image; and their Fréchet distance."""
     figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.3), dpi=100)
     distances = {}
@@ -354,7 +354,7 @@ def main() -> None:
         writer.writerows(rows)
     plot({training.name: training.best() for training in trainings}, arguments.out)
     models = {"diffusers": peer.model(whole.config), tenth.name: tenth.model(), "ours": whole.model()}
-    distances = pictures(models, features.train_judge(paths), arguments.count, arguments.out)
+    distances = pictures(models, features.fit_reference(paths), arguments.count, arguments.out)
 
     reached = {training.name: training.best()[-1][1] for training in trainings}
     facts: Row = {"seconds": peer.seconds, "mse": reached, "frechet": distances}

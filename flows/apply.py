@@ -1,4 +1,4 @@
-"""A run's parameters, dvc.lock and outputs, brought into the working tree."""
+"""Bring a run's parameters, dvc.lock and outputs into the working tree."""
 
 import shutil
 import sys
@@ -19,26 +19,28 @@ FILES = ("params.yaml", "dvc.lock")
 
 
 def apply(run: str, force: bool) -> None:
-    """Do as `dvc exp apply` would; afterwards `dvc repro` has nothing to run, if the code is that of the run.
+    """Apply a run to the working tree, like `dvc exp apply`.
+
+    If the code is the same as in the run, `dvc repro` has nothing to do afterwards.
 
     Args:
         run: name of a flow run, or a unique prefix of it.
-        force: whether to overwrite what is not committed.
+        force: whether to overwrite uncommitted changes.
     Raises:
-        UserError: no such run, it is not completed, changes would be lost, or outputs are neither in the DVC cache nor
-            in the run's folder. The working tree is then as it was, except for outputs that --force let DVC overwrite
-            and its cache lacks.
+        UserError: the run does not exist or is not completed, changes would be lost, or outputs are in neither the DVC
+            cache nor the folder of the run. The working tree is then unchanged, except for outputs that `force` let
+            DVC overwrite and that are not in its cache.
     """
     source = workspace.find(run)
     state = workspace.state_of(source, workspace.Run.read(source))
     if state != "completed":
-        raise UserError(f"run {source.name!r}: {state}; only a completed run can be applied")
+        raise UserError(f"run {source.name!r}: {state}; only completed runs can be applied (see `ddpm runs`)")
     new = {"params.yaml": _parameters(source), "dvc.lock": (source / "dvc.lock").read_bytes()}
     old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
-    lost = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
-    if lost and not force:
+    modified = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
+    if modified and not force:
         raise UserError(
-            f"{' and '.join(lost)}: changes that are not committed would be lost; commit them, or repeat with --force"
+            f"{' and '.join(modified)}: uncommitted changes would be lost; commit them, or use --force to discard them"
         )
     stages = _stages(source / "dvc.lock", new["dvc.lock"])
     raw = [file for file in _raw_data(source) if not file.exists()]
@@ -60,26 +62,26 @@ def apply(run: str, force: bool) -> None:
         for path in absent:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         for path in kept:
-            with suppress(UserError):  # what is in no cache was not overwritten
+            with suppress(UserError):  # outputs that are not in the cache were not overwritten
                 workspace.dvc(Path(), "checkout", str(path))
         raise
-    print(f"params.yaml, dvc.lock and the outputs of {', '.join(stages)} are now those of the run {source.name}")
+    print(f"Applied run {source.name}: params.yaml, dvc.lock and the outputs of {', '.join(stages)}")
     if changed := _changed_inputs(source, stages):
         print(
-            f"warning: {', '.join(changed)} differ from the run's: `dvc repro` will run the stages that use them",
+            f"warning: differs from the run: {', '.join(changed)}; `dvc repro` will rerun the stages that use it",
             file=sys.stderr,
         )
 
 
 def _parameters(source: Path) -> bytes:
-    """A run's params.yaml, in the form of this version."""
+    """A run's params.yaml, converted to the current format."""
     path = source / "params.yaml"
     document = yaml_files.read_yaml(path)
     return yaml_files.content(document) if from_format_1(document) else path.read_bytes()
 
 
 def _save_to_cache(source: Path) -> None:
-    """Put a run's files back into the DVC cache where `dvc gc` has removed them, if they are as its dvc.lock says."""
+    """Restore cache entries that `dvc gc` has removed from the run's files, provided these still match its dvc.lock."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
 
@@ -93,7 +95,7 @@ def _save_to_cache(source: Path) -> None:
 
 
 def _committed(name: str) -> bytes | None:
-    """A file as the last commit has it."""
+    """Content of a file in the last commit; None if it is not there."""
     try:
         return workspace.git("show", f"HEAD:./{name}").encode()
     except UserError:
@@ -101,16 +103,16 @@ def _committed(name: str) -> bytes | None:
 
 
 def _raw_data(source: Path) -> list[Path]:
-    """The .dvc files of a run's raw data."""
+    """Paths of the .dvc files of a run's raw data."""
     return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
 
 
 def _stages(path: Path, lock: bytes | None) -> dict[str, Any]:
-    """The stages in a dvc.lock, given its content; raises UserError that names it if it is damaged."""
+    """Parse the stages of a dvc.lock; raises UserError naming `path` if it is damaged."""
     try:
         return dict(yaml.YAML(typ="safe").load(lock)["stages"]) if lock else {}
     except (YAMLError, ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: not a lock file of DVC; delete it or restore it") from None
+        raise UserError(f"{path}: not a valid DVC lock file; restore or delete it") from None
 
 
 def _outputs(stages: dict[str, Any]) -> list[Path]:
@@ -118,7 +120,7 @@ def _outputs(stages: dict[str, Any]) -> list[Path]:
 
 
 def _changed_inputs(source: Path, stages: dict[str, Any]) -> list[str]:
-    """Code and raw data of the run, outputs of stages aside, that are different in the working tree."""
+    """Code and raw data that differ between the run and the working tree; outputs of stages are ignored."""
     inputs = {Path(dep["path"]) for stage in stages.values() for dep in stage.get("deps", [])} - {*_outputs(stages)}
     files = {Path("dvc.yaml"), *_raw_data(source)}
     for name in inputs:

@@ -1,4 +1,4 @@
-"""Changes of parameters, as plain data: fields laid over a document, choices of another kind, earlier versions."""
+"""Apply changes to parameters as plain data: single fields, another kind of a choice, migration of old files."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from flows.yaml_files import fill, keep_alone, overlay
 
 
 def lay_over(document: Any, changes: Mapping[str, Any]) -> Any:
-    """Lay `changes` over the parameters `document`, in place.
+    """Apply `changes` to the parameters `document`, in place.
 
-    Where they name the kind of a choice, fields of the old kind are removed, and missing ones get their defaults.
+    If they select another kind of a choice, fields of the old kind are removed and missing ones get their defaults.
     """
     changes = copy.deepcopy(dict(changes))
     for place, choice in CHOICES.items():
@@ -36,11 +36,11 @@ def lay_over(document: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _fields(choice: OneOf, kind: str, before: Any) -> dict[str, Any]:
-    """The fields of a kind with the values that they had, or else their defaults."""
+    """The fields of a kind, with their previous values where these are valid, else with their defaults."""
     fields = choice.defaults(kind)
     if _kind(before) == kind and isinstance(before, dict):
         for name in fields.keys() & before.keys():
-            try:  # another tool may have changed the kind alone: a value is then perhaps not one of this kind
+            try:  # another tool may have changed only the kind, so values may not fit it
                 choice.kind(kind).model_validate(fields | {name: before[name]})
             except ValidationError:
                 if choice.fields & before.keys() - fields.keys():
@@ -60,9 +60,10 @@ def _at(document: Any, place: tuple[str, ...]) -> Any:
 
 
 def with_field(changes: Any, place: Sequence[str], value: Any) -> Any:
-    """Changes, and another field: `train.steps` is at ("train", "steps"); a choice that is given by name has fields.
+    """Add a field to changes, such as ("train", "steps"); a choice given by name gains fields.
 
-    Raises ValueError if there is a value already.
+    Raises:
+        ValueError: the field already has a value.
     """
     if not place:
         if changes is not None:
@@ -73,9 +74,9 @@ def with_field(changes: Any, place: Sequence[str], value: Any) -> Any:
 
 
 def update(document: Any) -> None:
-    """Bring parameters, also those of an earlier version, into the form of this one, in place.
+    """Convert parameters to the current format, in place, including files of earlier versions.
 
-    What is missing gets its default; fields of another kind than the one chosen are removed.
+    Missing fields get their defaults; fields that the chosen kind does not have are removed.
     """
     from_format_1(document)
     kinds: Any = {}

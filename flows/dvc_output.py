@@ -1,13 +1,13 @@
-"""What DVC's command line prints when it fails."""
+"""Error messages in the output of DVC's command line."""
 
 import re
 
 _FOOTER = re.compile(r"Having any troubles\?|<?https://\S*>?\s*$")
-"""Lines that say where to find help, not what happened."""
+"""Lines that point to help rather than state the problem."""
 
 
 def reason(output: str) -> str:
-    """The error that DVC reports, in one line; without one, the last line that is not about its support."""
+    """The error DVC reports, in one line; if there is none, the last line that does not point to help."""
     _, marker, error = f"\n{output}".rpartition("\nERROR: ")
     paragraph = error.split("\n\n")[0] if marker else ""
     for text in (paragraph, output):

@@ -19,10 +19,12 @@ from flows.parent import SECONDS_TO_STOP, STOP_WITH
 Outcome = Literal["cached", "run"]
 
 _CACHED = re.compile(r"Stage '\S+' (didn't change, skipping|is cached - skipping run)")
-_DVC = re.compile(
-    r"Running stage '|> |ERROR: |Updating lock file|Use `dvc push`|To track the changes|\s*git add "
-    r"|Having any troubles\?"
+_ADVICE = re.compile(
+    r"> |(Generating|Updating) lock file|To track the changes|\s*git add |To enable auto staging|\s*dvc config core\."
+    r"|Use `dvc push`"
 )
+"""What DVC says of its files, and what to do next; in a run's workspace, a copy, nobody does it."""
+_DVC = re.compile(rf"{_ADVICE.pattern}|Running stage '|ERROR: |Having any troubles\?")
 _TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _PASSING = re.compile(
     r"[Uu]nable to acquire (the |file )?lock|is busy, it is being blocked by|Temporary failure in name resolution"
@@ -41,9 +43,9 @@ class PassingStageError(StageError):
 def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
     """Bring one stage up to date in a workspace, as `dvc repro --single-item` does.
 
-    Every line of output goes to `on_line` as it is written. Whatever ends the wait early (a signal's exception, an
-    error in `on_line`) ends the stage's processes too, and is raised again; should this process be killed, they end by
-    themselves (see flows/parent.py).
+    Every line of output but DVC's advice goes to `on_line` as it is written. Whatever ends the wait early (a signal's
+    exception, an error in `on_line`) ends the stage's processes too, and is raised again; should this process be
+    killed, they end by themselves (see flows/parent.py).
 
     Raises: StageError, or PassingStageError where it is worth trying again.
     """
@@ -70,7 +72,8 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         for line in _lines(process):
             recent.append(line)
             cached = cached or _CACHED.match(line) is not None
-            on_line(line)
+            if line.strip() and not _ADVICE.match(line):
+                on_line(line)
         if process.wait() == 0:
             return "cached" if cached else "run"
     except BaseException:

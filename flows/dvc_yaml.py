@@ -1,4 +1,4 @@
-"""What dvc.yaml says of the stages: which parameters and which code shape their outputs."""
+"""The parameters and code that each stage depends on, according to dvc.yaml."""
 
 from functools import cache
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from flows.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
-"""Where dvc.yaml and both packages are."""
+"""The folder of dvc.yaml and both packages."""
 
 
 def parameters(stage: str) -> tuple[str, ...]:
@@ -16,13 +16,13 @@ def parameters(stage: str) -> tuple[str, ...]:
 
 
 def code(stage: str) -> list[Path]:
-    """The files of our own code that a stage depends on, below `ROOT`."""
+    """The source files of this project that a stage depends on, below `ROOT`."""
     listed = [ROOT / part for part in dependencies(stage)]
     return sorted(file for part in listed for file in [part, *part.rglob("*.py")] if file.is_file())
 
 
 def dependencies(stage: str) -> list[str]:
-    """The files and folders of our own code that are listed for a stage."""
+    """The source files and folders of this project listed as dependencies of a stage."""
     return [dep for dep in _stages()[stage]["deps"] if dep.startswith(("diffusion/", "flows/"))]
 
 

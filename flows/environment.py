@@ -1,4 +1,4 @@
-"""Settings in environment variables, checked as parameters are."""
+"""Settings from environment variables, validated like parameters."""
 
 import os
 from typing import Any
@@ -9,14 +9,14 @@ from diffusion.errors import UserError, describe
 
 
 def setting(variable: str, default: Any, kind: Any) -> Any:
-    """The value of an environment variable, or `default` where it is not set.
+    """The value of an environment variable, or `default` if it is not set.
 
     Args:
-        variable: its name.
-        default: the value without it.
-        kind: the type that its text is converted to, with its limits, as pydantic takes them.
+        variable: name of the variable.
+        default: value to use if it is not set.
+        kind: type to convert the text to, with limits, as pydantic accepts it.
     Raises:
-        UserError: the text is no such value; names the variable and the text.
+        UserError: the text is not a valid value; the message names the variable and the text.
     """
     if (text := os.environ.get(variable)) is None:
         return default

@@ -1,4 +1,4 @@
-"""The fingerprint of a training, which tells whose checkpoints are whose, and who may write them."""
+"""The fingerprint of a training run, which identifies its checkpoints and guards against concurrent writers."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from flows.params import Params
 from flows.paths import Paths
 
 KEPT_TRAININGS = 5
-"""Interrupted trainings whose checkpoints are kept."""
+"""Number of interrupted training runs whose checkpoints are kept."""
 FACTS = "fingerprint.json"
-"""What a fingerprint was made of, beside the checkpoints."""
+"""File next to the checkpoints with the facts behind the fingerprint."""
 SETUP = {
     "device": "device: {}",
     "processes": "train.processes: {}",
@@ -33,17 +33,17 @@ SETUP = {
     "torch": "torch=={}",
     "numpy": "numpy=={}",
 }
-"""The facts of a fingerprint that change only the rounding of a result, and how each is chosen."""
+"""Facts that affect only the rounding of a result, and how to set each of them."""
 
 
 def training_facts(params: Params, paths: Paths, device: torch.device, world: World) -> dict[str, Any]:
-    """Everything that shapes the result: parameters, data, code, and what computes it.
+    """Everything that determines the result: parameters, data, code, and the hardware setup.
 
-    The number of threads and the processor's vector instructions are part of it: sums are split among threads and
-    lanes, so the weights differ in their last bits after a few steps.
+    This includes the number of threads and the vector instructions: sums are split among threads and lanes, so the
+    weights differ in their last bits after a few steps.
     """
     shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
-    del shaping["train"]["processes"]  # world.size, which torchrun may set instead
+    del shaping["train"]["processes"]  # recorded below as world.size, which torchrun may set instead
     return {
         "params": shaping,
         "pairs": sha256(paths.pairs / "manifest.json"),
@@ -58,19 +58,19 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
 
 
 def instructions() -> str:
-    """The vector instructions that torch uses, with the limits that the environment sets to those of its libraries."""
+    """The vector instructions torch uses, and the environment variables that limit those of its libraries."""
     limits = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_CBWR") if name in os.environ]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 def training_fingerprint(facts: dict[str, Any]) -> str:
-    """The name of a training: the digest of its facts."""
+    """Digest of the facts, which names the training run."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
-    """A block in which this process alone writes the checkpoints of the training with these facts."""
+def exclusive(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold exclusive write access to the checkpoints of the training run with these facts; waits for others."""
     directory = checkpoints / training_fingerprint(facts)
     with writing(directory):
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -78,46 +78,46 @@ def taken(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            say("train: the same training is under way in another process; waiting for it to end")
+            say("train: another process is running the same training; waiting for it to finish")
             held = lock.acquire()
     with held:
         if not newest_step(directory):
-            for line in unusable(checkpoints, facts):
+            for line in unused_checkpoints(checkpoints, facts):
                 say(f"train: {line}")
         write_json(directory / FACTS, facts)
         drop_old_trainings(checkpoints)
         yield
 
 
-def unusable(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
-    """A line for each interrupted training that differs from this one in its setup alone."""
+def unused_checkpoints(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
+    """Describe the checkpoints of interrupted training runs that differ from this one only in their setup."""
     lines = []
     for path in sorted(checkpoints.glob(f"*/{FACTS}")):
         try:
             other = json.loads(path.read_bytes())
-        except (OSError, ValueError):  # deleted or written at this moment
+        except (OSError, ValueError):  # being deleted or written by another process
             continue
         step = newest_step(path.parent)
         if step and {**facts, **dict.fromkeys(SETUP)} == {**other, **dict.fromkeys(SETUP)}:
-            # On a GPU the number of threads and the instructions are null: they do not matter there.
+            # The number of threads and the instructions do not matter on a GPU, and are null there.
             differ = [name for name in SETUP if None not in (facts[name], other[name]) and facts[name] != other[name]]
             made = ", ".join(SETUP[name].format(other[name]) for name in differ)
             now = ", ".join(str(facts[name]) for name in differ)
             lines.append(
-                f"the checkpoint of step {step} of this training is not used: it was made with {made} (now {now}), and "
-                f"the result would not be the same to the bit; train with {made} to continue from it"
+                f"not resuming from the checkpoint at step {step}: it was made with {made} (now {now}), so the result "
+                f"would not be bit-identical; train with {made} to resume from it"
             )
     return lines
 
 
 def lock_of(directory: Path) -> filelock.FileLock:
-    """Held by the training that has its checkpoints in `directory`."""
+    """The lock held by the training run whose checkpoints are in `directory`."""
     return filelock.FileLock(directory.with_suffix(".lock"))
 
 
 def drop_old_trainings(checkpoints: Path) -> None:
-    """Delete the checkpoints of all but the last few interrupted trainings, never those of one that runs now."""
-    with suppress(FileNotFoundError):  # another training does the same at this moment
+    """Delete all but the newest KEPT_TRAININGS interrupted training runs; those in progress are never deleted."""
+    with suppress(FileNotFoundError):  # another process is doing the same
         trainings = sorted((path for path in checkpoints.iterdir() if path.is_dir()), key=os.path.getmtime)
         for directory in trainings[:-KEPT_TRAININGS]:
             with suppress(filelock.Timeout), lock_of(directory).acquire(timeout=0):

@@ -1,4 +1,4 @@
-"""Bringing images under data/raw and DVC."""
+"""Import images into data/raw and track them with DVC."""
 
 import re
 import shutil
@@ -21,42 +21,49 @@ from diffusion.storage.tar import Split
 from flows.dvc_output import reason
 from flows.paths import Paths
 
-SHOWN = 5
-"""Files named on the terminal."""
+MAX_LISTED = 5
+"""Maximum number of skipped files to list on the terminal."""
 
 
 def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False) -> None:
-    """Copy (or link) a source to data/raw/NAME (an .npz file to data/raw/NAME.npz) and put it under DVC.
+    """Copy or link images to data/raw/NAME (an .npz file to data/raw/NAME.npz) and add them to DVC.
 
-    `split_names_as_classes` confirms folders that are named like a split. Raises UserError if the source is in no known
-    form, NAME is taken or unfit, or DVC fails; then nothing is left.
+    Args:
+        path: the images, in any supported format.
+        name: name below data/raw.
+        paths: paths of the working tree.
+        link: whether to create symbolic links instead of copies.
+        split_names_as_classes: whether folders named like splits are classes.
+    Raises:
+        UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(f"--name {name!r}: must be letters, digits, - and _ only, since it names a folder of data/raw")
+        raise UserError(f"--name {name!r}: must start with a letter or digit and contain only letters, digits, - and _")
     source = open_source(path, split_names_as_classes)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
-    # One import at a time: what is undone after an error must not be another one's.
+    # One import at a time, so that undoing a failed one cannot affect another.
     with FileLock(paths.state / "import.lock"):
-        place, ignored = _bring_under_dvc(path, name, paths, link)
+        place, ignored = _copy_into_dvc(path, name, paths, link)
     confirmed = "  split_names_as_classes: true\n" if split_names_as_classes else ""
     print(_description(source))
-    print(f"\nTo use it, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}\nand keep its record in git:\n")
+    print(f"\nTo train on these images, set in params.yaml:\n\nshard:\n  source: {place}\n{confirmed}")
+    print("and add their DVC file to git:\n")
     print(f"git add {place}.dvc {ignored}")
 
 
-def _bring_under_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
-    """Bring a source under data/raw and DVC; gives its path, and that of the .gitignore beside it, from the root."""
+def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
+    """Copy or link a source and add it to DVC; returns its path and that of .gitignore, relative to the root."""
     target = paths.raw / (f"{name}.npz" if path.is_file() else name)
     tracked = target.with_name(f"{target.name}.dvc")
-    for taken in (target, tracked):
-        if taken.exists() or taken.is_symlink():
-            raise UserError(f"{taken}: exists already; choose another --name, or remove it first")
+    for existing in (target, tracked):
+        if existing.exists() or existing.is_symlink():
+            raise UserError(f"{existing}: already exists; choose another --name, or delete it first")
     paths.raw.mkdir(parents=True, exist_ok=True)
     ignored = paths.raw / ".gitignore"
     before = ignored.read_bytes() if ignored.exists() else None
     try:
-        _bring(path, target, link)
+        _copy_or_link(path, target, link)
         _dvc_add(target, paths.root, link)
     except BaseException:
         _remove(target)
@@ -70,7 +77,7 @@ def _bring_under_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[s
 
 
 def _description(source: Source) -> str:
-    """Files, classes and splits, before any image is decoded, and the files that are none."""
+    """Summarize files, classes, splits and skipped files; no image is decoded."""
     splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[str]()
     for sample in source:
         if sample.left_out:
@@ -81,17 +88,17 @@ def _description(source: Source) -> str:
     images = splits.total()
     per_class = [labels[number] for number in range(len(source.classes))]
     counts = ", ".join(f"{count} {split}" for split, count in splits.items() if split)
-    files = f"Imported {images} images{f' ({counts})' if counts else ''}; the stage shard decodes them."
+    files = f"Imported {images} images{f' ({counts})' if counts else ''}; the shard stage will decode them."
     classes = shards.describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Left out: {line}" for line in left_out[:SHOWN]]
-    if len(left_out) > SHOWN:
-        lines.append(f"Left out: {len(left_out) - SHOWN} more")
+    lines += [f"Skipped: {line}" for line in left_out[:MAX_LISTED]]
+    if len(left_out) > MAX_LISTED:
+        lines.append(f"Skipped: {len(left_out) - MAX_LISTED} more files")
     return "\n".join(lines)
 
 
-def _bring(path: Path, target: Path, link: bool) -> None:
-    """Copy or link the files of `path` to `target`, which appears whole or not at all."""
+def _copy_or_link(path: Path, target: Path, link: bool) -> None:
+    """Copy or link the files of `path` to `target`, all or none."""
     files = list(files_below(path)) if path.is_dir() else [path]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         content = Path(temporary) / target.name
@@ -114,7 +121,7 @@ def _bring(path: Path, target: Path, link: bool) -> None:
 def _dvc_add(target: Path, root: Path, link: bool) -> None:
     command = [sys.executable, "-m", "dvc", "add", target.relative_to(root).as_posix()]
     if link:
-        command.append("--no-relink")  # else DVC puts copies from its cache in the links' place
+        command.append("--no-relink")  # else DVC replaces the links with copies from its cache
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"dvc add {target}: {reason(done.stderr) or f'exit status {done.returncode}'}")

@@ -1,6 +1,6 @@
-"""Starting several processes on this machine that train together: `train.processes` in params.yaml.
+"""Distributed training on one machine: start `train.processes` processes.
 
-An outer `torchrun` starts them itself, on any number of machines; then nothing here is called.
+Under `torchrun`, which starts the processes itself, on any number of machines, none of this is used.
 """
 
 import logging
@@ -25,46 +25,46 @@ from flows.environment import setting
 from flows.parent import LAUNCHER, SECONDS_TO_STOP
 
 STORE = "DDPM_STORE"
-"""File through which the processes of one machine find each other, so that no port is opened for it."""
+"""File for the rendezvous of the processes, which needs no open port."""
 MAX_RESTARTS = "DDPM_MAX_RESTARTS"
-"""How often lost processes are replaced. It shapes no result, and so is no parameter."""
+"""How often training restarts after losing a process. Not a parameter, since it does not affect the result."""
 
 
-_SECONDS_TO_KILL = 30
-"""How long torch gives the others to end after a failure, before it kills them."""
+_KILL_TIMEOUT_SECONDS = 30
+"""How long torch waits for the other processes to exit after a failure before it kills them."""
 
 
-class Lost(Exception):
-    """One of the processes has ended without an error of its own: it was killed, or its GPU has failed."""
+class LostProcess(Exception):
+    """A process was killed, or its GPU failed; retrying may help."""
 
 
 def divide_threads(processes: int) -> None:
-    """Give each of so many processes, and this one, its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """Divide the cores evenly among `processes`, unless OMP_NUM_THREADS is set."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     torch.set_num_threads(int(threads))
 
 
 def launch(processes: int, checkpoints: Path) -> None:
-    """Run this command in so many processes on this machine, and wait for them.
+    """Run `python -m flows train` in several processes on this machine and wait for them.
 
-    If one is lost, all of them start again from the newest of the checkpoints, DDPM_MAX_RESTARTS times (default 3).
-    torch's own `max_restarts` would also repeat a training that ended with an error of its own, and its message.
+    If one is lost, all restart from the latest checkpoint, up to DDPM_MAX_RESTARTS times (default 3). torch's
+    `max_restarts` is not used because it would also retry deterministic errors and repeat their messages.
 
     Args:
-        processes: how many.
-        checkpoints: the directory of this training's checkpoints.
+        processes: number of processes.
+        checkpoints: directory of the checkpoints of this training run.
     Raises:
-        Stopped: a signal ended them.
-        UserError: one was lost before the first checkpoint, or once more than DDPM_MAX_RESTARTS allows.
-        SystemExit: one ended with an error that it has reported itself; has its exit status.
+        Stopped: a signal stopped them.
+        UserError: a process was lost before the first checkpoint, or more often than DDPM_MAX_RESTARTS allows.
+        SystemExit: a process exited with an error that it has already reported; carries its exit status.
     """
     restarts: int = setting(MAX_RESTARTS, 3, Annotated[int, Field(ge=0)])
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells of signals and ends at length
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # hide its verbose logs of signals and exits
     os.environ[LAUNCHER] = str(os.getpid())
-    # One machine: its processes meet in files, and speak over the loopback interface alone.
+    # On one machine, processes meet through files and communicate only over the loopback interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
@@ -72,11 +72,11 @@ def launch(processes: int, checkpoints: Path) -> None:
         for restart in range(1, restarts + 2):
             try:
                 _run(processes)
-            except Lost as lost:
+            except LostProcess as lost:
                 step = newest_step(checkpoints)
                 if step is None or restart > restarts:
-                    raise UserError(f"{lost}; `dvc repro` goes on from the last checkpoint") from None
-                say(f"train: {lost}; going on from the checkpoint of step {step}, restart {restart} of {restarts}")
+                    raise UserError(f"{lost}; `dvc repro` resumes from the last checkpoint") from None
+                say(f"train: {lost}; resuming from the checkpoint at step {step} (restart {restart} of {restarts})")
             else:
                 return
     except SignalException as stopped:
@@ -84,7 +84,7 @@ def launch(processes: int, checkpoints: Path) -> None:
 
 
 def _run(processes: int) -> None:
-    """Run the processes once; raises Lost, Stopped, SignalException or SystemExit."""
+    """Run the processes once; raises LostProcess, Stopped, SignalException or SystemExit."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ[STORE] = str(Path(directory) / "store")
         config = LaunchConfig(
@@ -106,14 +106,14 @@ def _run(processes: int) -> None:
 
 
 def _cause(failures: Mapping[int, ProcessFailure], processes: int) -> BaseException:
-    """What ended the processes, by their exit statuses: one that was lost, else what they said themselves."""
+    """The cause of a failure, from the exit statuses: a lost process, else the error that a process reported."""
     first = min(failure.timestamp for failure in failures.values())
     for rank, failure in sorted(failures.items()):
         if failure.exitcode == os.EX_TEMPFAIL:
-            return Lost(f"process {rank} of {processes} has lost its GPU")
-        told_to_end = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= _SECONDS_TO_KILL
-        if failure.exitcode < 0 and not told_to_end:
-            return Lost(f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}")
+            return LostProcess(f"process {rank} of {processes} lost its GPU")
+        terminated = failure.exitcode == -signal.SIGTERM or failure.timestamp - first >= _KILL_TIMEOUT_SECONDS
+        if failure.exitcode < 0 and not terminated:
+            return LostProcess(f"process {rank} of {processes} was killed by {signal.Signals(-failure.exitcode).name}")
     status = min(
         (failure.exitcode for failure in failures.values() if failure.exitcode > 0), default=128 + signal.SIGTERM
     )

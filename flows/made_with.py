@@ -1,7 +1,7 @@
-"""What a stage's outputs were made with: its parameters and the digests of its files, in reports/made_with/STAGE.json.
+"""Provenance of a stage's outputs: its parameters and file digests, in reports/made_with/STAGE.json.
 
-params.yaml can be edited, and a file replaced, after a stage has run. This record tells whether results still belong to
-the parameters beside them, whoever ran the stage.
+params.yaml can be edited, and a file replaced, after a stage has run. This record shows whether results still match the
+current parameters, no matter how the stage was run.
 """
 
 import json
@@ -19,10 +19,10 @@ from flows.paths import Paths
 def flat(params: Params, *names: str) -> dict[str, Any]:
     """Parameters by dotted name, such as `train.steps`, as plain data.
 
-    A choice within a section has its kind by its own name, as if it had no fields: `train.optimizer`, and then
+    The kind of a choice is listed under the name of the choice, next to its fields: `train.optimizer` and
     `train.optimizer.learning_rate`.
 
-    `names` are the sections (`train`) or fields (`seed`, `sample.guidance`) to include; without any, all of them.
+    `names` are the sections (`train`) or fields (`seed`, `sample.guidance`) to include; the default is all.
     """
     found = dict(leaves(params.model_dump(mode="json")))
     return {key: v for key, v in found.items() if not names or any(f"{key}.".startswith(f"{name}.") for name in names)}
@@ -38,7 +38,7 @@ def leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def write(paths: Paths, stage: str, params: Params) -> None:
-    """Write the record of a stage; to be called once all its other outputs are written."""
+    """Write the record of a stage; call this after all other outputs are written."""
     read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
     write_json(
         paths.made_with(stage), {"params": flat(params, *dvc_yaml.parameters(stage)), "read": read, "wrote": wrote}
@@ -46,10 +46,10 @@ def write(paths: Paths, stage: str, params: Params) -> None:
 
 
 def difference(paths: Paths, stage: str, params: Params) -> str | None:
-    """Why a stage's outputs do not match `params` and the files that it read, in words; None if they do.
+    """Describe why a stage's outputs do not match `params` and its inputs; None if they match.
 
     Raises:
-        UserError: an output is missing, or is not as the stage wrote it.
+        UserError: an output is missing or differs from what the stage wrote.
     """
     file = paths.made_with(stage)
     try:
@@ -60,7 +60,7 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
     now = flat(params)
     for name, value in ran_with.items():
         if name not in now:
-            return f"{stage} was run by an earlier version, with the parameter {name}"
+            return f"{stage} was run by an earlier version, which had the parameter {name}"
         if now[name] != value:
             return f"{stage} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
     inputs, _ = _files(paths, stage)
@@ -77,9 +77,9 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
 
 
 def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    """What tells a stage's inputs from others, and its outputs that no SHA256SUMS lists; by path below the root.
+    """The files that identify a stage's inputs, and its outputs not listed in a SHA256SUMS, by path below the root.
 
-    Those that are not there are left out: data may have been pulled without what they were made from.
+    Missing files are omitted: data may have been pulled without the files they were made from.
     """
     shards, pairs = paths.shards / "manifest.json", paths.pairs / "manifest.json"
     weights = paths.model / "model.safetensors"
@@ -90,7 +90,7 @@ def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
         "evaluate": ((pairs, weights), (paths.evaluate_report, paths.report)),
         "export": ((pairs, weights, paths.evaluate_report), (paths.export_report, *sorted(paths.onnx.glob("*.onnx")))),
     }[stage]
-    there, written = (
+    existing, written = (
         {file.relative_to(paths.root).as_posix(): file for file in files if file.exists()} for files in (read, wrote)
     )
-    return there, written
+    return existing, written

@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
+from diffusion.errors import UserError
 from diffusion.sections import Section
-from flows import params, presets
+from flows import fields, params, presets
 from flows.paths import Paths
+from flows.yaml_files import read_yaml
 
 Preset = StrEnum("Preset", {name: name for name in presets.names(Paths().presets)})  # type: ignore[misc]
 """Names of the presets in the working tree."""
@@ -28,18 +30,38 @@ NOTHING = Part()
 """The default of every section: unlike None, it lets the form show the section's fields at once."""
 
 
-def part_of(section: type[Section]) -> type[Part]:
-    """A model with the fields of `section`: the same types, limits and descriptions, but none of them required."""
+def part_of(section: type[Section], place: str, document: Any) -> type[Part]:
+    """A model with the fields of `section`: the same types and limits, but none of them required.
 
-    def optional(field: FieldInfo) -> Any:
+    Descriptions also tell what a field takes and its value in `document`, the parameters when the flow was deployed.
+    """
+    kinds = ("", section.model_fields["kind"].default if "kind" in section.model_fields else "")
+    of_section = {each.place: each for each in fields.parameters() if each.place[0] == place and each.kind in kinds}
+
+    def optional(name: str, field: FieldInfo) -> Any:
         field = copy.copy(field)
         field.default = None
         # Without `"default": null` in the JSON schema, forms and messages speak of the field's own type alone.
         field.json_schema_extra = _without_default
+        if name == "kind":
+            return field.annotation, field
+        parameter = of_section[(place, name)]
+        value = fields.present(document, parameter)
+        now = f" In params.yaml at the last `make up`: {fields.as_typed(value)}." if value is not None else ""
+        field.description = f"{parameter.description} Takes: {parameter.takes}.{now}"
         return field.annotation, field
 
-    fields = {name: optional(field) for name, field in section.model_fields.items()}
-    return create_model(section.__name__.removesuffix("Options"), __base__=Part, __doc__=section.__doc__, **fields)
+    optional_fields = {name: optional(name, field) for name, field in section.model_fields.items()}
+    title = section.__name__.removesuffix("Options")
+    return create_model(title, __base__=Part, __doc__=section.__doc__, **optional_fields)
+
+
+def _deployed() -> Any:
+    """params.yaml, for the descriptions; a file that cannot be read is reported when the flow runs."""
+    try:
+        return read_yaml(Paths().params)
+    except UserError:
+        return {}
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -54,7 +76,8 @@ class PartOf:
     def __init__(self, section: str) -> None:
         choice = params.CHOICES.get((section,))
         sections = choice.options.values() if choice else [params.SECTIONS[section]]
-        self.model: Any = reduce(or_, map(part_of, sections))
+        document = _deployed()
+        self.model: Any = reduce(or_, (part_of(each, section, document) for each in sections))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler.generate_schema(self.model)

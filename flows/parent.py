@@ -1,4 +1,4 @@
-"""A process ends with the one that started it, even when that one is killed outright."""
+"""Make a process exit when its parent does, even if the parent is killed."""
 
 import os
 import signal
@@ -7,20 +7,20 @@ import threading
 import time
 
 STOP_WITH = "DDPM_STOP_WITH"
-"""Set to "stdin" by whoever starts a stage and keeps its standard input open for as long as it should run."""
+"""Set to "stdin" by a parent that keeps the standard input of a stage open for as long as it should run."""
 LAUNCHER = "DDPM_LAUNCHER"
-"""The process id of a training that has started others, to train together."""
+"""Process id of the launcher of distributed training."""
 SECONDS_TO_STOP = 10
-"""How long a stage may take to write a checkpoint and end, once told to."""
+"""How long a stage may take to write a checkpoint and exit after SIGTERM."""
 
 
 def launched() -> bool:
-    """Whether this process is one of several that a training has started; that one speaks for all."""
+    """Whether a launcher started this process; then only the launcher reports errors."""
     return os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
 
 
 def stop_with_parent() -> None:
-    """Watch whoever started this process, where the environment says so: its end is taken for SIGTERM."""
+    """Send this process SIGTERM when its parent exits, if the environment asks for it."""
     if os.environ.get(STOP_WITH) == "stdin":
         threading.Thread(target=_wait_for_stdin, name="stop-with-parent", daemon=True).start()
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -28,17 +28,17 @@ def stop_with_parent() -> None:
 
 
 def _wait_for_stdin() -> None:
-    """Unlike the parent's process id, which may be given to another process, a pipe that closes cannot mislead."""
+    """Wait for the pipe to close: unlike a process id, it cannot be reused by another process."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait_for_launcher() -> None:
-    """A launcher's processes are in sessions of their own, and it starts them without a pipe."""
+    """Poll the parent id: a launcher starts its processes in separate sessions, without a pipe."""
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
     while os.getppid() == parent:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(SECONDS_TO_STOP)  # one that waits for a lost process writes no checkpoint, and hears no signal
+    time.sleep(SECONDS_TO_STOP)  # a process blocked in a collective operation handles no signal
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Every artefact's path, once."""
+"""The paths of all files, defined in one place."""
 
 from pathlib import Path
 
 
 class Paths:
-    """The files of one working tree (or of one run's workspace), below `root`."""
+    """The files of a working tree or of a run's workspace, below `root`."""
 
     def __init__(self, root: Path = Path()) -> None:
         self.root = root
@@ -31,7 +31,7 @@ class Paths:
         self.denoiser = self.denoiser_in("fp32")
         self.sampler = self.sampler_in("fp32")
         self.export_report = reports / "export.json"
-        # Working state, outside git and outside DVC's outputs. A run's workspace links it to the repository's.
+        # Working state, ignored by git and not a DVC output. A run's workspace links it to that of the repository.
         self.state = root / ".ddpm"
         self.checkpoints = self.state / "checkpoints"
         self.mlflow_database = self.state / "mlflow.db"
@@ -48,5 +48,5 @@ class Paths:
         return self.onnx / (f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx")
 
     def made_with(self, stage: str) -> Path:
-        """The record of what a stage's outputs were made with."""
+        """The provenance record of a stage's outputs."""
         return self.root / "reports" / "made_with" / f"{stage}.json"

@@ -1,45 +1,73 @@
-"""Prefect plugin: `prefect deployment run train-ddpm`, where Prefect alone asks for `train-ddpm/train-ddpm`.
+"""Prefect plugin: what Prefect's command line does otherwise in this repository.
 
-Prefect loads it on import, before its command line reads its arguments, wherever [tool.prefect.plugins] is enabled.
+`prefect deployment run train-ddpm` works without the flow's name, `--watch` shows a line for each stage, and where the
+server does not answer, one line says so. Prefect loads the plugin on import, before its command line reads its
+arguments, wherever [tool.prefect.plugins] is enabled.
 """
 
-import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from prefect.plugins import HookContext, register_hook
 
-DEPLOYMENT = "train-ddpm"
+from flows import addresses, deployment
+
+ASKING = {
+    *("api", "artifact", "automation", "block", "concurrency-limit", "deploy", "deployment", "event", "flow"),
+    *("flow-run", "gcl", "global-concurrency-limit", "task-run", "variable", "work-pool", "work-queue", "worker"),
+}
+"""Groups of Prefect's commands that ask its server; some have a plural too."""
 
 
-def complete(argv: list[str], original: list[str]) -> list[str]:
-    """The arguments of `prefect deployment run train-ddpm ...` with the name completed; any others as they are.
+def arguments(argv: list[str], original: list[str]) -> list[str] | None:
+    """The arguments of Prefect's command line; None if another program runs.
 
     `original` are the interpreter's own arguments, which tell `python -m prefect` from other modules.
     """
     match argv:
-        case [program, "deployment" | "deployments" as group, "run", name, *rest] if name == DEPLOYMENT:
-            if Path(program).name == "prefect" or (program == "-m" and "prefect" in original[:-3]):
-                return [program, group, "run", f"{DEPLOYMENT}/{DEPLOYMENT}", *rest]
-    return argv
+        case [program, *rest] if Path(program).name == "prefect":
+            return rest
+        case ["-m", *rest] if "prefect" in original[: len(original) - len(rest)]:
+            return rest
+    return None
 
 
-def answers(url: str) -> bool:
-    """Whether anything listens at the address."""
-    parts = urlsplit(url)
-    try:
-        with socket.create_connection(
-            (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), timeout=3
-        ):
-            return True
-    except OSError:
+def complete(given: list[str]) -> list[str]:
+    """The arguments of `prefect deployment run train-ddpm ...` with the name completed; any others as they are."""
+    match given:
+        case ["deployment" | "deployments" as group, "run", name, *rest] if name == deployment.NAME:
+            return [group, "run", f"{deployment.NAME}/{deployment.NAME}", *rest]
+    return given
+
+
+def asks(given: list[str]) -> bool:
+    """Whether a command asks the server; a group alone prints its help."""
+    if "--help" in given or (len(given) < 2 and given != ["deploy"]):
         return False
+    return given[0].removesuffix("s") in ASKING
+
+
+def watches(given: list[str]) -> bool:
+    """Whether a command follows a flow run."""
+    match given:
+        case ["deployment" | "deployments", "run", *rest]:
+            return "--watch" in rest
+        case ["flow-run" | "flow-runs", "watch", *_]:
+            return "--help" not in given
+    return False
 
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> None:
-    completed = complete(sys.argv, sys.orig_argv)
-    if completed != sys.argv and ctx.api_url and not answers(ctx.api_url):
-        sys.exit(f"No Prefect server answers at {ctx.api_url}: `make up` starts one.")
-    sys.argv[:] = completed
+    given = arguments(sys.argv, sys.orig_argv)
+    if given is None:
+        return
+    if asks(given) and ctx.api_url and not addresses.listens(ctx.api_url):
+        sys.exit(addresses.nobody_at(ctx.api_url))
+    sys.argv[1:] = complete(given)
+    if watches(given):
+        with suppress(Exception):  # another Prefect than the one known here keeps its own display
+            from flows import watch
+
+            watch.install()

@@ -1,23 +1,35 @@
-"""What to do about a file that cannot be used."""
+"""Advice for files that cannot be used."""
+
+from pathlib import Path
 
 from diffusion.errors import Damaged, FileFault
 from flows.paths import Paths
 
 
-def told(error: Exception) -> str:
-    """An error in one line; of a file that a stage writes here, with what to do about it."""
+def with_remedy(error: Exception) -> str:
+    """An error in one line, with advice if it concerns a file that a stage writes."""
     stage = stage_of(error) if isinstance(error, FileFault) else None
     if stage is None:
         return str(error)
     if isinstance(error, Damaged):
-        # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` brings the damage
-        # back, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy repairs it.
-        return f"{error}; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
-    return f"{error}; `dvc repro {stage}` writes it"
+        # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` restores the damaged
+        # file, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy helps.
+        return f"{error}; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
+    return f"{error}; `dvc repro {stage}` writes it{_or_apply()}"
+
+
+def _or_apply() -> str:
+    """How to take the file from the last flow run instead; empty in a run's workspace."""
+    if Path("run.json").exists():
+        return ""
+    from flows import workspace
+
+    last = workspace.newest("completed")
+    return f", or `ddpm apply {last.name}` takes the results of the last flow run" if last else ""
 
 
 def stage_of(error: FileFault) -> str | None:
-    """The stage that writes a file in the working tree."""
+    """The stage that writes a file of the working tree; None if no stage does."""
     paths = Paths()
     written = {
         "shard": (paths.shards,),

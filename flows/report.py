@@ -2,51 +2,83 @@
 
 import base64
 import csv
+import io
 import json
 from pathlib import Path
+
+from PIL import Image
 
 from flows.paths import Paths
 from flows.summary import Summary
 
 LARGEST_PICTURE = 300_000
 """Bytes; Prefect keeps artifacts in its database."""
+JPEG_QUALITIES = (90, 75)
+TITLES = {
+    "mse": "held-out MSE",
+    "rmse": "held-out RMSE",
+    "mae": "held-out MAE",
+    "r2": "R²",
+    "zero_mse": "MSE of predicting zero",
+    "wiener_mse": "MSE of a linear denoiser",
+    "val_mse": "validation MSE",
+    "bits_per_dim": "bits/dim (bound)",
+    "bits_per_dim_exact": "bits/dim (bound, all timesteps)",
+    "bits_per_dim_prior": "bits/dim: prior term",
+    "bits_per_dim_diffusion": "bits/dim: diffusion terms",
+    "bits_per_dim_decoder": "bits/dim: decoder term",
+    "images": "test images",
+    "pairs": "test pairs",
+    "val_mse_images": "validation images",
+    "bits_per_dim_images": "images for bits/dim",
+    "bits_per_dim_exact_images": "images for bits/dim at all timesteps",
+}
+"""Of the metrics in reports/evaluate.json, in the order in which they are shown; counts come last."""
 
 
 def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
     """The report of a finished run, its metrics beside those of the last one."""
     parts = [
         f"# {summary.run}",
-        _table(
-            ["stage", "seconds", ""],
-            [[stage.stage, f"{stage.seconds:.1f}", stage.outcome] for stage in summary.stages],
-        ),
+        f"[Open in MLflow]({summary.mlflow})"
+        if summary.mlflow
+        else f"Not recorded in MLflow; run `ddpm track {summary.run}` to record it.",
         "## Held-out evaluation",
         _metrics(summary, last),
-        "## By timestep",
-        _bands(Paths(directory).evaluation / "bands.csv"),
         "## Samples",
         _picture(Paths(directory).evaluation / "samples.png"),
-        "## ONNX",
+        "## Error by timestep",
+        _bands(Paths(directory).evaluation / "bands.csv"),
+        "## ONNX models",
         _precisions(Paths(directory).export_report),
+        "## Stages",
+        _table(
+            ["stage", "seconds", "outcome"],
+            [[stage.stage, f"{stage.seconds:.1f}", stage.outcome] for stage in summary.stages],
+        ),
         "## Files",
         f"- ONNX model: `{summary.onnx}`\n- workspace: `{directory}`",
-        f"- [MLflow run]({summary.mlflow})" if summary.mlflow else f"- MLflow: none; `ddpm track {summary.run}`",
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def _metrics(summary: Summary, last: Summary | None) -> str:
     before = last.metrics if last else {}
     rows = []
-    for name, value in summary.metrics.items():
+    known = [name for name in TITLES if name in summary.metrics]
+    for name in [*known, *(name for name in summary.metrics if name not in TITLES)]:
+        value = summary.metrics[name]
         if name.endswith(("_low", "_high", "_se")):
             continue
         low, high = summary.metrics.get(f"{name}_low"), summary.metrics.get(f"{name}_high")
         interval = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""
-        old = before.get(name)
-        compared = [_number(old), f"{value - old:+.4g}"] if old is not None else ["", ""]
-        rows.append([name, _number(value), interval, *compared])
-    return _table(["metric", "value", "95 %", f"last run ({last.run})" if last else "last run", "change"], rows)
+        row = [TITLES.get(name, name), _number(value), interval]
+        if last:
+            old = before.get(name)
+            row += [_number(old), f"{value - old:+.4g}"] if old is not None else ["", ""]
+        rows.append(row)
+    compared = [f"previous run ({last.run})", "change"] if last else []
+    return _table(["metric", "value", "95 % interval", *compared], rows)
 
 
 def _number(value: float) -> str:
@@ -65,18 +97,18 @@ def _bands(file: Path) -> str:
             ]
             for row in csv.DictReader(lines)
         ]
-    return _table(["t", "MSE", "95 %", "R²", "Wiener MSE"], rows)
+    return _table(["timesteps", "MSE", "95 % interval", "R²", "MSE of a linear denoiser"], rows)
 
 
 def _precisions(file: Path) -> str:
-    """The sampler and its variants; how fast they are depends on the machine, and is in MLflow."""
+    """The sampler and its variants; their speeds depend on the machine and are in MLflow."""
     report = json.loads(file.read_text(encoding="utf-8"))
     rows = [["sampler.onnx", _megabytes(report["bytes"]["sampler"]), f"{report['denoiser']['mse']:.4f}", ""]]
     for name, scores in report.items():
         if "loss" in scores:
             size = _megabytes(report["bytes"][f"sampler_{name}"])
             rows.append([f"sampler_{name}.onnx", size, f"{scores['mse']:.4f}", f"{scores['loss']:+.2%}"])
-    return _table(["file", "MB", "held-out MSE", "more than sampler.onnx"], rows)
+    return _table(["file", "MB", "held-out MSE", "change from sampler.onnx"], rows)
 
 
 def _megabytes(size: int) -> str:
@@ -84,10 +116,23 @@ def _megabytes(size: int) -> str:
 
 
 def _picture(file: Path) -> str:
-    content = file.read_bytes()
+    """The picture as a data URI: as it is if small enough, else as a JPEG, at half the size as often as needed."""
+    content, kind = file.read_bytes(), "png"
     if len(content) > LARGEST_PICTURE:
-        return f"`{file}`"
-    return f"![samples](data:image/png;base64,{base64.b64encode(content).decode()})"
+        content, kind = _shrunk(file), "jpeg"
+    return f"![samples](data:image/{kind};base64,{base64.b64encode(content).decode()})"
+
+
+def _shrunk(file: Path) -> bytes:
+    with Image.open(file) as png:
+        image = png.convert("RGB")
+    while True:
+        for quality in JPEG_QUALITIES:
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality)
+            if buffer.tell() <= LARGEST_PICTURE:
+                return buffer.getvalue()
+        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

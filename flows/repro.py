@@ -1,9 +1,8 @@
-"""`dvc repro`, except that lock entries whose outputs exist nowhere do not hide the run cache.
+"""`dvc repro`, except that lock entries with missing outputs do not bypass the run cache.
 
-DVC takes an unchanged stage with a lock entry from that entry's outputs alone. Where these are in neither the working
-tree nor the cache nor a remote, as after cloning a repository with someone else's dvc.lock, it runs the stage even
-though its run cache holds the results of an earlier run here. `python -m flows.repro` takes the arguments of
-`dvc repro`.
+DVC restores an unchanged stage only from the outputs in its lock entry. If these are in neither the working tree, the
+cache nor a remote, for instance after cloning a repository with someone else's dvc.lock, DVC runs the stage even though
+its run cache has the results of an earlier run. `python -m flows.repro` accepts the arguments of `dvc repro`.
 """
 
 import sys
@@ -23,10 +22,10 @@ class Repro(repro.CmdRepro):  # type: ignore[misc] # dvc has no types
 
 
 def reproduce(stage: Any, **options: Any) -> Any:
-    """Bring one stage up to date, its dependencies being so already.
+    """Bring one stage up to date, given that its dependencies are.
 
-    Outputs that only the working tree has are saved to the cache, and those that only a remote has are fetched. An
-    entry whose outputs are nowhere is forgotten, in memory: dvc.lock keeps it until the stage has succeeded.
+    Outputs that exist only in the working tree are saved to the cache, and those only in a remote are fetched. If the
+    outputs are nowhere, the lock entry is dropped in memory; dvc.lock keeps it until the stage succeeds.
     """
     if not (options["force"] or options["dry"]) and _not_in_cache(stage):
         if not any(out.workspace_status() for out in stage.outs):
@@ -34,7 +33,7 @@ def reproduce(stage: Any, **options: Any) -> Any:
         elif not _fetch(stage):
             print(
                 f"dvc.lock: the outputs of {stage.addressing} are in neither the cache nor a remote; "
-                "looking for results of an earlier run instead",
+                "looking for the results of an earlier run in the run cache",
                 flush=True,
             )
             for out in stage.outs:
@@ -43,7 +42,7 @@ def reproduce(stage: Any, **options: Any) -> Any:
 
 
 def _not_in_cache(stage: Any) -> bool:
-    """Whether DVC would take a stage's outputs from the cache, by its lock entry, but the cache lacks them."""
+    """Whether DVC would restore a stage's outputs according to its lock entry, but the cache lacks them."""
     return (
         bool(stage.cmd)
         and all(out.hash_info for out in stage.outs)
@@ -54,23 +53,23 @@ def _not_in_cache(stage: Any) -> bool:
 
 
 def _fetch(stage: Any) -> bool:
-    """Fetch a stage's outputs from the configured remotes, the default one first; whether they are all here now."""
+    """Fetch a stage's outputs from the remotes, the default one first; returns whether all are in the cache."""
     config = stage.repo.config
     default = config["core"].get("remote")
     for remote in sorted(config["remote"], key=lambda name: name != default):
-        reason = "not there, or the remote cannot be reached"  # DVC does not always tell these apart
+        reason = "not there, or the remote is unreachable"  # DVC does not always distinguish these
         try:
             stage.repo.fetch(stage.addressing, remote=remote)
-        except Exception as error:  # each kind of storage raises errors of its own
+        except Exception as error:  # each storage backend has its own exceptions
             reason = " ".join(str(error).split()) or type(error).__name__
         if stage.outs_cached():
             return True
-        print(f"remote {remote!r}: the outputs of {stage.addressing} cannot be fetched: {reason}", flush=True)
+        print(f"remote {remote!r}: cannot fetch the outputs of {stage.addressing}: {reason}", flush=True)
     return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    repro.CmdRepro = Repro  # what DVC's parser will look up
+    repro.CmdRepro = Repro  # the class that DVC's parser looks up
     arguments = sys.argv[1:] if argv is None else argv
     status: int = cli.main(["--wait-for-lock", "repro", *arguments])
     return status

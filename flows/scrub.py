@@ -1,4 +1,4 @@
-"""`make scrub`: delete damaged files from DVC's cache, which DVC itself trusts without hashing them."""
+"""`make scrub`: delete damaged files from the DVC cache, which DVC trusts without hashing them."""
 
 import hashlib
 import re
@@ -13,18 +13,21 @@ _NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
 
 def scrub(cache: Path) -> tuple[int, int]:
-    """Delete the files of a DVC cache whose content does not have the MD5 that is their name.
+    """Delete the files of a DVC cache whose MD5 does not match their name.
 
-    Files with other names, such as those that a running `dvc` has not finished, are left alone.
+    Files with other names, such as unfinished ones of a running `dvc`, are ignored.
 
-    Returns: how many files were checked, and how many were deleted.
-    Raises: OSError if a file cannot be read or deleted.
+    Returns:
+        The number of files checked and the number deleted.
+
+    Raises:
+        OSError: a file cannot be read or deleted.
     """
     files = [path for path in sorted((cache / "files" / "md5").glob("??/*")) if _NAME.fullmatch(path.name)]
     deleted = 0
     with Progress("scrub", len(files), "files") as progress:
         for path in files:
-            if not _sound(path):
+            if not _intact(path):
                 path.unlink()
                 deleted += 1
                 say(f"deleted {path}")
@@ -32,7 +35,7 @@ def scrub(cache: Path) -> tuple[int, int]:
     return len(files), deleted
 
 
-def _sound(path: Path) -> bool:
+def _intact(path: Path) -> bool:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return content == path.parent.name + path.name.removesuffix(".dir")

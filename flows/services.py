@@ -1,13 +1,10 @@
 """The services in the background: `python -m flows.services up | down | status`.
 
 supervisord (deploy/supervisord.conf) keeps a Prefect server, an MLflow server and a Prefect worker running, all on
-loopback, with their files in `.ddpm/`. Each is a single process, so that one that is killed leaves nothing behind that
-holds its port.
+loopback, with their files in `.ddpm/`. Each is a single process, so that killing it frees its port.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -16,6 +13,7 @@ import sys
 import time
 import xmlrpc.client
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -26,18 +24,20 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from diffusion.errors import SystemFault, UserError
 from diffusion.storage.files import write_atomic, write_json
-from flows import http, processes
+from flows import addresses, deployment, http, processes
 from flows.environment import setting
 from flows.paths import Paths
 
-POOL, DEPLOYMENT = "ddpm", "train-ddpm"
+POOL = "ddpm"
 Port = Annotated[int, Field(ge=1, le=65535)]
-PATIENCE = 180.0
-"""Seconds to wait for a service to be healthy; a cold start on a slow disk takes a minute."""
+START_TIMEOUT_SECONDS = 180.0
+"""How long a service may take to become healthy; a cold start on a slow disk takes a minute."""
 WORKER = "DDPM_WORKER"
-"""Set, to the directory of the services, for the worker and what it runs, as DDPM_SERVICES is for all services."""
-LONGEST_SOCKET = 103
-"""Bytes of a Unix socket's path: 107 on Linux, 103 on macOS."""
+"""Set to the services' directory for the worker and everything it runs, as DDPM_SERVICES is for all services."""
+MAX_SOCKET_BYTES = 103
+"""Longest path of a Unix socket: 107 bytes on Linux, 103 on macOS."""
+WRITTEN = "# Written by `make up`: where Prefect's commands find this repository's server.\n"
+"""First line of prefect.toml, which git ignores; Prefect reads it before pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Services:
     """The services of one repository."""
 
     root: Path = field(default_factory=Path.cwd)
-    prefect_port: int = field(default_factory=lambda: setting("PREFECT_PORT", 4200, Port))
-    mlflow_port: int = field(default_factory=lambda: setting("MLFLOW_PORT", 5000, Port))
+    prefect_port: int = field(default_factory=lambda: setting("PREFECT_PORT", addresses.PORTS["PREFECT_PORT"], Port))
+    mlflow_port: int = field(default_factory=lambda: setting("MLFLOW_PORT", addresses.PORTS["MLFLOW_PORT"], Port))
 
     @property
     def directory(self) -> Path:
@@ -61,7 +61,7 @@ class Services:
         return f"http://127.0.0.1:{self.mlflow_port}"
 
     def environment(self) -> dict[str, str]:
-        """What the services, and the commands that speak with them, find in their environment."""
+        """The environment of the services and of the commands that talk to them."""
         ours = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "DDPM_ROOT": str(self.root),
@@ -95,13 +95,17 @@ class Services:
 
     def recorded(self) -> dict[str, str]:
         """The addresses with which the services were last started."""
-        file = self.directory / "addresses.json"
-        return json.loads(file.read_text()) if file.exists() else self.addresses()
+        return addresses.recorded(Paths(self.root)) or self.addresses()
 
     def as_started(self) -> "Services":
         """The services on the ports with which they were last started."""
         recorded = self.recorded()
         return replace(self, prefect_port=int(recorded["PREFECT_PORT"]), mlflow_port=int(recorded["MLFLOW_PORT"]))
+
+    def as_named(self) -> "Services":
+        """The services on the ports that the environment names, or else those of the last start."""
+        named = {name.lower(): getattr(self, name.lower()) for name in addresses.PORTS if name in os.environ}
+        return replace(self.as_started(), **named)
 
     def supervisor(self) -> Any:
         """supervisord's interface (http://supervisord.org/api.html); its calls raise OSError when it is not running."""
@@ -126,7 +130,7 @@ class Services:
         }
 
     def _worker_online(self) -> bool:
-        """Whether the worker that runs now has been heard of by the server."""
+        """Whether the server has heard from the worker that runs now."""
         workers = http.json(f"{self.prefect}/api/work_pools/{POOL}/workers/filter", {}) or []
         try:
             started = self.supervisor().getProcessInfo("worker")["start"]
@@ -146,15 +150,15 @@ def up(services: Services) -> None:
             f"running with {', '.join(f'{name}={value}' for name, value in recorded.items())}; `make down` first"
         )
     if states and set(states.values()) == {"RUNNING"} and all(services.healthy().values()):
-        print(f"already up: Prefect {services.prefect}, MLflow {services.mlflow}")
-        _deploy(services)
+        print("already running")
+        _finish(services)
         return
     if not states and _stop(services):
-        print("ended services that had lost their supervisord", flush=True)
+        print("stopped services that had lost their supervisord", flush=True)
     for name, port in (("prefect", services.prefect_port), ("mlflow", services.mlflow_port)):
         if states.get(name) not in ("RUNNING", "STARTING") and _taken(port):
             raise UserError(
-                f"port {port} is taken by another program: end it, or choose another with {name.upper()}_PORT=..."
+                f"port {port} is taken by another program: end it, or choose another port with {name.upper()}_PORT=..."
             )
     if not states:
         _start_supervisord(services)
@@ -165,15 +169,38 @@ def up(services: Services) -> None:
     _start(services, "worker")
     _wait(services, "mlflow", lambda: http.answers(f"{services.mlflow}/health"))
     _wait(services, "worker", services._worker_online)
-    print(f"up: Prefect {services.prefect}, MLflow {services.mlflow}")
-    _deploy(services)
+    _finish(services)
+
+
+def _finish(services: Services) -> None:
+    """Deploy the flow, and say what to open and what to type next."""
+    from flows import params  # late: they import torch, for which no other command needs to wait
+    from flows.tracking import pages
+
+    deployment.deploy(services)
+    _configure_prefect(services)
+    page = pages.experiments(services.mlflow)
+    with suppress(UserError):  # a training will report what is wrong with the parameters
+        page = pages.runs_of(services.mlflow, params.load(Paths(services.root).params).tracking.experiment)
+    activated = os.environ.get("VIRTUAL_ENV") == sys.prefix
+    activate = "" if activated else f". {os.path.relpath(sys.prefix)}/bin/activate; "
+    print(f"Prefect  {services.prefect}\nMLflow   {page}\ntrain    {activate}prefect deployment run train-ddpm --watch")
+
+
+def _configure_prefect(services: Services) -> None:
+    """Write prefect.toml, so that `prefect` finds the server on whatever port, unless it is the user's own file."""
+    file, table = services.root / "prefect.toml", f'[api]\nurl = "{services.prefect}/api"\n'
+    if not file.exists() or file.read_text(errors="replace").startswith(WRITTEN):
+        write_atomic(file, (WRITTEN + table).encode())
+    elif table not in file.read_text(errors="replace"):
+        print(f"{file} is your own: without `export PREFECT_API_URL={services.prefect}/api`, `prefect` goes by it")
 
 
 def _start_supervisord(services: Services) -> None:
     # supervisord binds the path with its process id at the end, of up to seven digits, before it renames it.
-    if (length := len(os.fsencode(services.socket)) + 8) > LONGEST_SOCKET:
+    if (length := len(os.fsencode(services.socket)) + 8) > MAX_SOCKET_BYTES:
         raise UserError(
-            f"{services.socket}: {length - LONGEST_SOCKET} characters too long for a socket; "
+            f"{services.socket}: {length - MAX_SOCKET_BYTES} characters too long for a socket; "
             "move the repository to a shorter path"
         )
     services.directory.mkdir(parents=True, exist_ok=True)
@@ -183,40 +210,11 @@ def _start_supervisord(services: Services) -> None:
     done = subprocess.run(command, env=services.environment(), capture_output=True, text=True)
     if done.returncode or not _until(lambda: services.states() != {}, 10):
         reason = (done.stderr.strip() or f"see {services.directory}/supervisord.log").splitlines()[0]
-        raise UserError(f"supervisord does not start: {reason}")
-
-
-def _deploy(services: Services) -> None:
-    """Make the deployment, unless it stands there as the present files would make it."""
-    digest = hashlib.sha256()
-    for file in _shaping():
-        digest.update(file.read_bytes())
-    there = http.json(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
-    stamp = services.directory / "deployed"
-    now = f"{digest.hexdigest()} {there and there['id']}"
-    if there and stamp.exists() and stamp.read_text() == now:
-        return
-    paused = bool(there and there["paused"])
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    environment = services.environment() | {"PWD": str(services.root)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    there = http.json(f"{services.prefect}/api/deployments/name/{DEPLOYMENT}/{DEPLOYMENT}")
-    if done.returncode or not there:
-        raise UserError(f"prefect deploy failed:\n{done.stdout}{done.stderr}")
-    if paused:  # which `prefect deploy` has undone
-        http.json(f"{services.prefect}/api/deployments/{there['id']}/pause_deployment", {})
-    write_atomic(stamp, f"{digest.hexdigest()} {there['id']}".encode())
-    print(f"deployed {DEPLOYMENT}")
-
-
-def _shaping() -> list[Path]:
-    """The files that make the deployment what it is, the schema of its parameters included."""
-    code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py")]
-    return sorted([Path("prefect.yaml"), *code, *Paths().presets.glob("*.yaml")])
+        raise UserError(f"supervisord failed to start: {reason}")
 
 
 def worker(services: Services) -> None:
-    """Become the worker. supervisord keeps one alone, so what another one started has lost it, and ends."""
+    """Become the worker. supervisord runs only one, so whatever an earlier one left running is stopped."""
     processes.end(processes.having(WORKER, str(services.directory)))
     _close_lost_runs(services)
     os.environ.update({**services.environment(), WORKER: str(services.directory)})
@@ -224,7 +222,7 @@ def worker(services: Services) -> None:
 
 
 def down(services: Services) -> None:
-    """Stop all services, the worker first; what it runs ends with a checkpoint."""
+    """Stop all services, the worker first; a training it runs writes a checkpoint."""
     services = services.as_started()
     print("stopped" if _stop(services) else "not running")
     for name, answers in services.healthy().items():
@@ -233,7 +231,7 @@ def down(services: Services) -> None:
 
 
 def _stop(services: Services) -> bool:
-    """End supervisord, and what it, or one that was killed, has started; whether there was anything."""
+    """Stop supervisord and everything that it, or a killed one, has started; whether there was anything."""
     states = services.states()
     if states.get("worker") in ("RUNNING", "STARTING"):
         services.supervisor().stopProcess("worker")
@@ -242,28 +240,28 @@ def _stop(services: Services) -> bool:
     if states:
         services.supervisor().shutdown()
         if not _until(lambda: not services.socket.exists(), 60):
-            raise UserError(f"supervisord does not end; see {services.directory}/supervisord.log")
+            raise UserError(f"supervisord does not stop; see {services.directory}/supervisord.log")
     return processes.end(processes.having("DDPM_SERVICES", str(services.directory))) or runs or bool(states)
 
 
 def _close_lost_runs(services: Services) -> None:
-    """Tell the server that runs whose worker has ended, and their tasks, are not running; nobody else does.
+    """Tell the server that runs whose worker has ended, and their tasks, no longer run; nobody else does.
 
-    Nothing is told to the server of another clone of the repository, which may listen on our port.
+    A server of another clone of the repository, which may listen on our port, is left alone.
     """
     if not processes.listening(processes.having("DDPM_SERVICES", str(services.directory)), services.prefect_port):
         return
     api = f"{services.prefect}/api"
 
     def set_state(run: str, kind: str) -> None:
-        state = {"type": kind, "message": "The worker was stopped; run again to go on from the last checkpoint."}
+        state = {"type": kind, "message": "The worker was stopped; run again to continue from the last checkpoint."}
         http.json(f"{api}/{run}/set_state", {"state": state, "force": True})
 
     unfinished = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
     of_pool = {"work_pools": {"name": {"any_": [POOL]}}}
     for run in http.json(f"{api}/flow_runs/filter", of_pool | {"flow_runs": unfinished}) or []:
         set_state(f"flow_runs/{run['id']}", "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED")
-    of_deployment = {"deployments": {"name": {"any_": [DEPLOYMENT]}}}
+    of_deployment = {"deployments": {"name": {"any_": [deployment.NAME]}}}
     for task in http.json(f"{api}/task_runs/filter", of_deployment | {"task_runs": unfinished}) or []:
         run = http.json(f"{api}/flow_runs/{task['flow_run_id']}")
         if run and run["state_type"] in ("CANCELLED", "CRASHED"):
@@ -271,7 +269,7 @@ def _close_lost_runs(services: Services) -> None:
 
 
 def status(services: Services) -> None:
-    """Print each service's state and address: whether it answers, whatever supervisord believes."""
+    """Print each service's state and address; whether it answers is checked, not taken from supervisord."""
     services = services.as_started()
     states, healthy = services.states(), services.healthy()
     addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}
@@ -291,15 +289,15 @@ def _start(services: Services, name: str) -> None:
 
 
 def _wait(services: Services, name: str, healthy: Callable[[], bool]) -> None:
-    """Wait for a service; raises UserError with its last words when it has given up."""
+    """Wait for a service; raises UserError with the end of its log if it fails to start."""
 
     def settled() -> bool:
         return healthy() or services.states().get(name) in ("FATAL", "EXITED", None)
 
-    if not _until(settled, PATIENCE) or not healthy():
+    if not _until(settled, START_TIMEOUT_SECONDS) or not healthy():
         log = services.directory / f"{name}.log"
         last = log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []
-        raise UserError(f"{name} does not come up; see {log}: {' / '.join(last)}")
+        raise UserError(f"{name} failed to start; see {log}: {' / '.join(last)}")
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -326,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {command.__name__: command for command in (up, down, status, worker)}
     parser.add_argument("command", choices=commands)
     try:
-        commands[parser.parse_args(argv).command](Services())
+        commands[parser.parse_args(argv).command](Services().as_named())
     except (UserError, OSError) as error:
         print(f"error: {SystemFault.of(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1

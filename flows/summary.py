@@ -1,4 +1,4 @@
-"""What a run did and what came of it: `summary.json` in its workspace, and the table that is printed of it."""
+"""A run's stages and results: `summary.json` in its workspace, and the table that `ddpm summary` prints."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Summary:
     prefect: str
     """Address of the run in Prefect's UI, empty if it ran without a server."""
     mlflow: str
-    """Address of the run in MLflow's UI, empty if it could not be tracked."""
+    """Address of the run in MLflow's UI, empty if it could not be recorded."""
 
 
 def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
@@ -44,8 +44,8 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
     Args:
         directory: the workspace.
         page: address of the run in Prefect's UI, empty without a server.
-        stages: what became of each stage.
-        tracked: what `ddpm track --json` printed, None if it failed.
+        stages: the outcome of each stage.
+        tracked: the output of `ddpm track --json`, None if it failed.
     """
     paths = Paths(directory)
     return Summary(
@@ -76,7 +76,7 @@ def read(directory: Path) -> Summary:
 
 
 def show(run: str | None) -> None:
-    """Print the table of a run, or of the last finished one."""
+    """Print the table of a run, by default the last finished one."""
     directory = workspace.find(run) if run else workspace.newest("completed")
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
@@ -88,6 +88,6 @@ def show(run: str | None) -> None:
     lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}
-    lines |= {"MLflow": summary.mlflow or f"not tracked: `ddpm track {summary.run}`"}
+    lines |= {"MLflow": summary.mlflow or f"not recorded; run `ddpm track {summary.run}`"}
     for title, value in lines.items():
         print(f"  {title:<14}{value}")

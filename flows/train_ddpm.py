@@ -34,7 +34,7 @@ from diffusion.sections import NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
 from flows.parameters import NOTHING, Part, PartOf, Preset, given
-from flows.remedies import told
+from flows.remedies import with_remedy
 from flows.stages import STAGES
 
 GPU_LIMIT = "gpu"
@@ -174,7 +174,7 @@ def train_ddpm(
         parameters = workspace.document(preset, changes)
         result = pipeline.run(run, parameters, stage, show_report, log.info, log.warning)
     except (UserError, dvc_stage.StageError, OSError) as error:
-        message = told(SystemFault.of(error) if isinstance(error, OSError) else error)
+        message = with_remedy(SystemFault.of(error) if isinstance(error, OSError) else error)
         logging.getLogger("prefect.flow_runs").addFilter(is_news)
         return Failed(message=message)  # raised, it would be logged with a traceback
     ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = pipeline.run(pipeline.Run(arguments.name, str(uuid4())), parameters, stage, nothing, log, log)
     except (UserError, dvc_stage.StageError, OSError) as error:
-        message = told(SystemFault.of(error) if isinstance(error, OSError) else error)
+        message = with_remedy(SystemFault.of(error) if isinstance(error, OSError) else error)
         print(f"train-ddpm: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

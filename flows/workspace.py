@@ -1,7 +1,7 @@
-"""A flow run's own workspace: a copy of the repository's files, in which DVC works on the repository's cache.
+"""The workspace of a flow run: a copy of the repository's files that uses the repository's DVC cache.
 
-So several runs can go at once, and code edited meanwhile changes nothing. A workspace is `.ddpm/runs/NAME`; its own
-`.ddpm` links to the repository's, so that checkpoints and the MLflow database are shared.
+Several runs can thus go on at once, unaffected by edits to the code. A workspace is `.ddpm/runs/NAME`; its `.ddpm` is a
+link to that of the repository, so checkpoints and the MLflow database are shared.
 """
 
 import json
@@ -31,7 +31,7 @@ State = Literal["running", "completed", "failed", "cancelled", "crashed"]
 
 @dataclass(frozen=True)
 class Run:
-    """What `run.json` in a workspace says."""
+    """The content of `run.json` in a workspace."""
 
     name: str
     flow_run_id: str
@@ -39,10 +39,10 @@ class Run:
     """ISO 8601, UTC."""
     git_revision: str
     git_dirty: bool
-    """Whether files that git tracks, dvc.lock aside, were not as committed."""
+    """Whether tracked files other than dvc.lock had uncommitted changes."""
     state: State
     ended: str = ""
-    """ISO 8601, UTC; empty while it runs, or when it was killed."""
+    """ISO 8601, UTC; empty while the run is active, or if it was killed."""
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
@@ -50,18 +50,19 @@ class Run:
         try:
             return cls(**json.loads(file.read_text()))
         except (ValueError, TypeError):
-            raise UserError(f"{file}: damaged; delete {workspace}, which cannot be used any more") from None
+            raise UserError(f"{file}: damaged; delete {workspace}, which is no longer usable") from None
 
     def write(self, workspace: Path) -> None:
         write_json(workspace / "run.json", asdict(self))
 
 
 def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
-    """params.yaml of the working tree, a preset in its place (see presets.py), and `changes` laid over that.
+    """The parameters of a run: params.yaml, then the preset if any (see presets.py), then `changes`.
 
-    Raises: UserError naming the field, if the whole does not hold together.
+    Raises:
+        UserError: the result is invalid; names the field.
     """
-    from flows.changes import lay_over  # imports torch, which `ddpm runs` need not wait for
+    from flows.changes import lay_over  # imports torch, which `ddpm runs` does not need
     from flows.params import read, validate
 
     paths = Paths()
@@ -75,23 +76,23 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
-    """The workspace of a flow run, its own until the block ends; how it ends becomes the run's state.
+    """Create the workspace of a flow run and lock it for the block; how the block ends sets the run's state.
 
-    A flow run that is started again by the same id goes on in the workspace that it has.
+    A flow run that is started again with the same id continues in its existing workspace.
 
     Args:
-        name: the flow run's name.
-        flow_run_id: its id, which tells two runs of one name apart.
-        parameters: what `document` gave.
+        name: name of the flow run.
+        flow_run_id: its id, which distinguishes runs of the same name.
+        parameters: the result of `document`.
     Raises:
-        UserError: the repository is no git repository, the data cannot be had, or the same run goes on elsewhere.
+        UserError: this is not a git repository, the data are missing, or the run is active in another process.
     """
     runs = Paths().runs.absolute()
     with writing(runs):
         runs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
     with ExitStack() as held:
-        with FileLock(runs / ".lock"):  # one process at a time makes and removes workspaces
+        with FileLock(runs / ".lock"):  # only one process at a time creates and removes workspaces
             _clean(runs)
             if (runs / name).exists() and Run.read(runs / name).flow_run_id != flow_run_id:
                 name = f"{name}-{flow_run_id[:8]}"
@@ -99,14 +100,14 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
             try:
                 held.enter_context(_lock(workspace))
             except Timeout:
-                raise UserError(f"run {name!r} goes on in another process") from None
+                raise UserError(f"run {name!r} is running in another process; wait for it or cancel it") from None
             if not workspace.exists():
                 _create(workspace, flow_run_id, parameters)
         run = replace(Run.read(workspace), state="running", ended="")
         run.write(workspace)
         state: State = "completed"
         try:
-            _bring_raw_data(workspace)
+            _checkout_raw_data(workspace)
             yield workspace
         except BaseException as error:
             state = _state_after(error)
@@ -116,7 +117,7 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
 
 
 def _state_after(error: BaseException) -> State:
-    from prefect.exceptions import TerminationSignal  # late, since it takes a second that `ddpm runs` need not wait
+    from prefect.exceptions import TerminationSignal  # imported here, since it takes a second
 
     if isinstance(error, Exception):
         return "failed"
@@ -125,20 +126,20 @@ def _state_after(error: BaseException) -> State:
 
 
 def find(run: str) -> Path:
-    """The workspace of a run, by its name or a unique prefix; raises UserError listing the names."""
+    """The workspace of a run, by name or unique prefix; raises UserError listing the names."""
     names = [workspace.name for workspace, _ in _workspaces(Paths().runs)]
     matches = [run] if run in names else [name for name in names if name.startswith(run)]
     match matches:
         case [name]:
             return Paths().runs / name
         case []:
-            raise UserError(f"run {run!r}: no such run; there are {', '.join(names) or 'none yet'}")
+            raise UserError(f"run {run!r}: not found; available: {', '.join(names) or 'none yet'}")
         case _:
-            raise UserError(f"run {run!r}: could be {', '.join(matches)}")
+            raise UserError(f"run {run!r}: ambiguous; matches {', '.join(matches)}")
 
 
 def newest(state: State, other_than: Path | None = None) -> Path | None:
-    """The workspace of the run that ended last in a state."""
+    """The workspace of the run that ended most recently in a state; None if there is none."""
     found = [
         workspace
         for workspace, run in _workspaces(Paths().runs)
@@ -148,13 +149,13 @@ def newest(state: State, other_than: Path | None = None) -> Path | None:
 
 
 def state_of(workspace: Path, run: Run) -> State:
-    """The state of a run; one that counts as running without a process has crashed."""
+    """The state of a run; one recorded as running without a process has crashed."""
     return "crashed" if run.state == "running" and not _in_use(workspace) else run.state
 
 
 def list_runs() -> None:
-    """Print name, time, state and held-out MSE of each run, ordered by their end, and what is removed when."""
-    runs, days = kept()
+    """Print name, time, state and held-out MSE of each run, sorted by end, and when runs are deleted."""
+    runs, days = retention()
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
     for workspace, run in _workspaces(Paths().runs):
         created = run.created[:16].replace("T", " ")
@@ -163,7 +164,7 @@ def list_runs() -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        f"\nA new run removes all but the last {runs} runs (DDPM_KEEP_RUNS), and those that ended more than "
+        f"\nEach new run deletes all but the last {runs} runs (DDPM_KEEP_RUNS) and those that ended more than "
         f"{days:g} days ago (DDPM_KEEP_DAYS)."
     )
 
@@ -175,15 +176,15 @@ def _mse(report: Path) -> str:
         return "damaged"
 
 
-def kept() -> tuple[int, float]:
-    """How many of the runs that ended last are kept, and for how many days after their end."""
+def retention() -> tuple[int, float]:
+    """How many of the latest runs to keep, and for how many days after their end."""
     runs = setting("DDPM_KEEP_RUNS", 20, Annotated[int, Field(ge=0)])
     days = setting("DDPM_KEEP_DAYS", 14.0, Annotated[float, Field(ge=0, le=36_500)])
     return runs, days
 
 
 def dvc(root: Path, *arguments: str) -> str:
-    """Run DVC in `root` and return what it prints; raises UserError with its error message in one line."""
+    """Run DVC in `root` and return its output; raises UserError with its error in one line."""
     command = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -192,24 +193,24 @@ def dvc(root: Path, *arguments: str) -> str:
 
 
 def git(*arguments: str) -> str:
-    """Run git in the working tree and return what it prints; raises UserError with its last line."""
+    """Run git in the working tree and return its output; raises UserError with the last line of its error."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError("git: not found; install it, since a run records the code it used") from None
+        raise UserError("git: not found; install it, since runs record the revision of the code") from None
     if done.returncode:
         raise UserError(f"git {arguments[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stdout
 
 
 def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
-    """Make the workspace beside its place, and move it there when it is whole."""
+    """Create the workspace under a temporary name, and rename it once it is complete."""
     temporary = _unfinished(workspace)
     shutil.rmtree(temporary, ignore_errors=True)
     revision = git("rev-parse", "HEAD").strip()
     for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         source, target = Path(name), temporary / name
-        if source.is_symlink() or source.is_file():  # else deleted, or a submodule
+        if source.is_symlink() or source.is_file():  # otherwise deleted, or a submodule
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
@@ -222,11 +223,12 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
 
 
 def _configure_dvc(workspace: Path) -> None:
-    """Give a workspace the repository's cache and remotes, relative paths and local settings included.
+    """Configure a workspace to use the repository's cache and remotes, resolving relative paths and local settings.
 
-    Raises: UserError if DVC rejects the repository's configuration.
+    Raises:
+        UserError: DVC rejects the configuration of the repository.
     """
-    from configobj import ConfigObj  # DVC's own; late, since it takes a second that `ddpm runs` need not wait
+    from configobj import ConfigObj  # a dependency of DVC; imported here, since it takes a second
     from dvc.config import Config, ConfigError, merge
 
     try:
@@ -248,13 +250,13 @@ def _configure_dvc(workspace: Path) -> None:
     }
     file = workspace / ".dvc" / "config.local"
     file.touch()
-    file.chmod(0o600)  # may hold a remote's password
+    file.chmod(0o600)  # may contain a remote's password
     with file.open("wb") as opened:
-        ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes ASCII alone
+        ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes only ASCII
 
 
-def _bring_raw_data(workspace: Path) -> None:
-    """Check the raw data out of the DVC cache, where git does not hold them."""
+def _checkout_raw_data(workspace: Path) -> None:
+    """Check out the raw data from the DVC cache, unless they are in git."""
     from flows.params import load
 
     source = load(Paths(workspace).params).shard.source
@@ -267,26 +269,26 @@ def _bring_raw_data(workspace: Path) -> None:
                 dvc(workspace, "checkout", file)
             except UserError:
                 raise UserError(
-                    f"{file}: its data are not in the DVC cache: `dvc pull {file}` fetches them from a remote, "
-                    f"`dvc commit {file}` takes them from the working tree"
+                    f"{file}: its data are not in the DVC cache; `dvc pull {file}` fetches them from a remote, "
+                    f"`dvc commit {file}` adds them from the working tree"
                 ) from None
             return
     if Path(source).exists():
         raise UserError(
-            f"shard.source: {source} is neither in git nor under DVC, so no run can have it; "
-            "`ddpm import` brings it under DVC"
+            f"shard.source: {source} is tracked by neither git nor DVC, so runs cannot use it; "
+            "`ddpm import` adds it to DVC"
         )
-    raise UserError(f"shard.source: {source}: no such file or folder")
+    raise UserError(f"shard.source: {source}: no such file or folder; correct it in params.yaml, or use `ddpm import`")
 
 
 def _clean(runs: Path) -> None:
-    """Remove old workspaces, and what is left of half-made ones; never one in use."""
-    most, days = kept()
+    """Remove old workspaces and the remains of unfinished ones, but never one in use."""
+    most, days = retention()
     oldest = datetime.now(UTC) - timedelta(days=days)
     for index, (workspace, run) in enumerate(reversed(_workspaces(runs))):
         if index >= most or datetime.fromisoformat(run.ended or run.created) < oldest:
             with suppress(Timeout), _lock(workspace):
-                if Run.read(workspace) == run:  # else it has ended just now
+                if Run.read(workspace) == run:  # otherwise it has just ended
                     shutil.rmtree(_unfinished(workspace), ignore_errors=True)
                     workspace.replace(_unfinished(workspace))
                     shutil.rmtree(_unfinished(workspace))
@@ -301,12 +303,12 @@ def _clean(runs: Path) -> None:
 
 
 def _workspaces(runs: Path) -> list[tuple[Path, Run]]:
-    """All workspaces, the one whose run ended last at the end; damaged ones are named and left out."""
+    """All workspaces, sorted by the end of their runs; damaged ones are reported and skipped."""
     found = []
     for file in runs.glob("[!.]*/run.json"):
         try:
             found.append((file.parent, Run.read(file.parent)))
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # deleted in the meantime
             pass
         except UserError as error:
             say(str(error))
@@ -314,7 +316,7 @@ def _workspaces(runs: Path) -> list[tuple[Path, Run]]:
 
 
 def _lock(workspace: Path) -> FileLock:
-    """The lock of a workspace, beside it; raises Timeout at once if another process holds it."""
+    """The lock of a workspace, next to it; acquiring raises Timeout if another process holds it."""
     return FileLock(workspace.with_name(f".{workspace.name}.lock"), blocking=False)
 
 

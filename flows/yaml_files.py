@@ -1,4 +1,4 @@
-"""YAML files that keep their comments when they are changed."""
+"""Read and write YAML files, preserving comments."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -22,14 +22,14 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(
 
 
 class _Constructor(RoundTripConstructor):
-    """Takes only plain decimal numbers, true and false for what they are.
+    """Recognizes only plain decimal numbers, true and false.
 
-    Other spellings (1_0, 010, 0x10, 1:30, yes) mean different things in different versions of YAML, or in other
-    programs: they stay text, which no number's field accepts.
+    Other spellings (1_0, 010, 0x10, 1:30, yes) depend on the version of YAML or on the program: they remain text, which
+    numeric fields reject.
     """
 
     def construct_bool(self, node: ScalarNode) -> Any:
-        # The round-trip constructor gives an int where there is an anchor.
+        # The round-trip constructor returns an int for a value with an anchor.
         return SafeConstructor.construct_yaml_bool(self, node) if _BOOL.fullmatch(node.value) else node.value
 
     def construct_integer(self, node: ScalarNode) -> Any:
@@ -45,10 +45,10 @@ _Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_n
 
 
 def overlay(base: Any, changes: Any) -> Any:
-    """`changes` laid over `base`: mappings are merged key by key, in place; anything else is replaced."""
+    """Merge `changes` into `base`: mappings key by key, in place; other values are replaced."""
     if base is changes:
         return base
-    if isinstance(base, CommentedSeq) and isinstance(changes, list):  # [1, 2] stays on one line
+    if isinstance(base, CommentedSeq) and isinstance(changes, list):  # keeps [1, 2] on one line
         _refill(base, changes)
         return base
     if not isinstance(base, dict) or not isinstance(changes, dict):
@@ -59,10 +59,10 @@ def overlay(base: Any, changes: Any) -> Any:
 
 
 def _refill(items: CommentedSeq, values: list[Any]) -> None:
-    """Replace the items of a list. The comment or empty line behind its last item stays behind the list."""
+    """Replace the items of a list, keeping the comment or empty line after its last item."""
     comment = items.ca.items.get(len(items) - 1)
     behind = comment[0].value.partition("\n")[2] if comment and comment[0] else ""
-    if not items or not values:  # it is written as [], whose flow style ruamel does not keep
+    if not items or not values:  # ruamel does not keep the flow style of []
         items.fa.set_flow_style()
     items.clear()
     items.extend(values)
@@ -75,9 +75,9 @@ def _refill(items: CommentedSeq, values: list[Any]) -> None:
 
 
 def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) -> None:
-    """Remove from a mapping, in place, those of the `known` fields that are not in `fields`, and add those it lacks.
+    """Remove the `known` fields that are not in `fields` from a mapping, in place, and add the missing `fields`.
 
-    The comment or empty line behind its last field stays behind the last one.
+    The comment or empty line after the last field is kept at the end.
     """
     comments = mapping.ca.items if isinstance(mapping, CommentedMap) else {}
     last = list(mapping)[-1]
@@ -96,7 +96,7 @@ def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) 
 
 
 def scalar(text: str) -> Any:
-    """What a plain value in a YAML file would be: a number, a truth value, text or None."""
+    """Parse text like a plain value in a YAML file: a number, boolean, string or None."""
     try:
         return _yaml().load(text)
     except (YAMLError, ValueError, RecursionError):
@@ -104,7 +104,7 @@ def scalar(text: str) -> Any:
 
 
 def integer(text: str) -> int:
-    """A whole number on the command line, spelled as params.yaml takes it."""
+    """Parse an integer from the command line with the rules of params.yaml."""
     value = scalar(text)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError
@@ -112,13 +112,13 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A number on the command line, spelled as params.yaml takes it."""
+    """Parse a number from the command line with the rules of params.yaml."""
     value = scalar(text)
     return float(value) if isinstance(value, float) else float(integer(text))
 
 
 def fill(document: Any, defaults: Any) -> None:
-    """Put into `document`, in place, what it lacks of `defaults`, at any depth of mappings."""
+    """Add missing keys of `defaults` to `document`, recursively and in place."""
     for key, value in defaults.items():
         if key not in document:
             document[key] = value
@@ -127,9 +127,10 @@ def fill(document: Any, defaults: Any) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file as round-trip data: written again, it keeps its comments.
+    """Read a YAML file as round-trip data, so that its comments are preserved when it is written again.
 
-    Raises UserError if the file is missing, no YAML, or not a mapping.
+    Raises:
+        UserError: the file is missing, not valid YAML, or not a mapping.
     """
     try:
         document = _yaml().load(path.read_text(encoding="utf-8"))
@@ -138,7 +139,7 @@ def read_yaml(path: Path) -> Any:
     except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply; sections hold fields, and fields values or lists") from None
+        raise UserError(f"{path}: nested too deeply; expected sections with fields that are values or lists") from None
     if problem := _shared(document, set()):
         raise UserError(f"{path}: {problem}: write the values out")
     if not isinstance(document, dict):
@@ -147,7 +148,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _shared(value: Any, seen: set[int]) -> str:
-    """What of a document stands in several places: changing one of them would change the others."""
+    """Describe parts of a document shared by several places, where one change would affect all; empty if none."""
     if isinstance(value, CommentedMap) and value.merge:
         return "merge keys (<<) are not supported"
     if not isinstance(value, dict | list):
@@ -160,7 +161,7 @@ def _shared(value: Any, seen: set[int]) -> str:
 
 
 def write_yaml(path: Path, document: Any) -> None:
-    """Write what `read_yaml` gave, changed or not. A link stays one, and the file keeps its mode."""
+    """Write a document from `read_yaml`. Symbolic links and the mode of the file are preserved."""
     target = path.resolve()
     mode = target.stat().st_mode if target.exists() else None
     write_atomic(target, content(document))
@@ -169,7 +170,7 @@ def write_yaml(path: Path, document: Any) -> None:
 
 
 def content(document: Any) -> bytes:
-    """The bytes of what `read_yaml` gave, changed or not."""
+    """Serialize a document from `read_yaml`."""
     buffer = BytesIO()
     _yaml().dump(document, buffer)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""`ddpm` in this process, for tests in which no signal matters: another Python need not start."""
+"""Run `ddpm` in this process, for tests that need no signals; faster than starting Python."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from flows.__main__ import main
 
 
 def ddpm(tree: Path, *arguments: str, environment: Mapping[str, str], threads: int = 1) -> CompletedProcess[str]:
-    """Run `ddpm` in the directory `tree` with so many threads; its exit status and output."""
+    """Run `ddpm` in the directory `tree`; returns its exit status and output."""
     out, err = io.StringIO(), io.StringIO()
     before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,24 +24,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than there are cores to run on, since some tests wait for servers."""
+    """One worker more than there are cores, since some tests wait for servers."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return cores + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first: otherwise one of several workers would still be busy with one when the others have ended."""
+    """Run slow files first, so that no worker is left with one when the others have finished."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests must neither depend on the user's settings nor write to the user's repository or servers."""
+    """Isolate tests from the user's settings, repository and servers."""
     empty = str(tmp_path_factory.mktemp("empty"))
     with pytest.MonkeyPatch.context() as patch:
         for variable in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "DDPM_", "MLFLOW_"))]:
             patch.delenv(variable)
-        for variable, value in store.ENVIRONMENT.items():  # ours, set on import
+        for variable, value in store.ENVIRONMENT.items():  # set on import
             patch.setenv(variable, value)
         patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
         patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
@@ -49,9 +50,17 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    """The command line, run in the tests' own process, leaves SIGTERM ignored, which child processes would inherit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """Root of the repository."""
     return ROOT
 
 
@@ -63,7 +72,7 @@ def params() -> Params:
 
 @pytest.fixture
 def digits_tree(tmp_path: Path) -> Path:
-    """A working tree with nothing but params.yaml and the digits."""
+    """A working tree with only params.yaml and the digits."""
     (tmp_path / "data" / "raw").mkdir(parents=True)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     shutil.copy(ROOT / "data" / "raw" / "digits.npz", tmp_path / "data" / "raw")
@@ -71,7 +80,7 @@ def digits_tree(tmp_path: Path) -> Path:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A directory that the first worker creates; the others wait for it."""
+    """A directory that the first worker creates, while the others wait."""
     base = factory.getbasetemp()
     made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{made}.lock"):
@@ -84,7 +93,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 @pytest.fixture(scope="session")
 def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree after the stages shard and pairs, to be copied."""
+    """A tree after the stages shard and pairs; tests copy it."""
 
     def make(tree: Path) -> None:
         (tree / "data" / "raw").mkdir(parents=True)
@@ -98,7 +107,7 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same tree after all stages, to be copied."""
+    """The same tree after all stages; tests copy it."""
 
     def make(tree: Path) -> None:
         shutil.copytree(pairs_tree, tree)
@@ -108,7 +117,7 @@ def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def run_stages(tree: Path, *stages: str) -> None:
-    """Run stages, which have to succeed."""
+    """Run stages, which must succeed."""
     for stage in stages:
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
@@ -116,12 +125,12 @@ def run_stages(tree: Path, *stages: str) -> None:
 
 @pytest.fixture
 def webdataset_samples(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dict[str, Any]]]:
-    """Reads tar files with plain webdataset, which must need no pickle."""
+    """Reads tar files with plain webdataset, which must not need pickle."""
     monkeypatch.setenv("WDS_SECURE", "1")
 
     def read(paths: list[str]) -> list[dict[str, Any]]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+            warnings.simplefilter("ignore", ResourceWarning)  # webdataset does not close its files
             samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
             gc.collect()
         return samples

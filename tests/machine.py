@@ -1,4 +1,4 @@
-"""What tests need of the machine they run on."""
+"""Requirements of tests on the machine."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 
 def program(package: str, *names: str) -> str:
-    """The first of these programs that is there. Without any a test is skipped; in CI, where all are, it fails."""
+    """The first of these programs that is installed. If none is, the test is skipped, or fails in CI."""
     for name in names:
         if found := shutil.which(name):
             return found
@@ -19,7 +19,7 @@ def program(package: str, *names: str) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

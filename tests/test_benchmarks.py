@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: its rehearsal on the CPU, its command, and the page of its results."""
+"""The GPU benchmark: its rehearsal on the CPU, its command line, and the page of results."""
 
 import json
 import math
@@ -20,12 +20,12 @@ MEASUREMENTS = (
     "gpu_tests", "ceilings", "throughput", "profile", "time_to_quality", "sampling", "memory", "settings", "pairs",
 )  # fmt: skip
 RATES = ("images_per_s", "pairs_per_s", "bf16_tflops", "copy_tb_per_s", "ms_per_step", "seconds", "heldout_mse", "busy")
-"""Figures that are positive wherever they are given."""
+"""Fields that must be positive where present."""
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """The module that makes tables; its folder is found by scripts alone."""
+    """The module that formats tables; only scripts have its folder on their path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield import_module("gpu_measurements.page")
@@ -37,7 +37,7 @@ def command(page: Any) -> Any:  # noqa: ARG001
 
 
 @pytest.mark.slow  # and all of tests/gpu, on the CPU
-def test_the_rehearsal_gives_every_figure(tmp_path: Path) -> None:
+def test_the_rehearsal_runs_every_measurement(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     command = (*COMMAND, "--rehearse", "--out", str(out), "--commit", "abc")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -65,26 +65,26 @@ def test_the_rehearsal_gives_every_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # starts a process
-def test_without_a_gpu_it_says_so_and_rehearses(tmp_path: Path) -> None:
+def test_without_a_gpu_it_rehearses(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     command = (*COMMAND, "--only", "ceilings", "--out", str(out))
     environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["no GPU: rehearsing tiny on the CPU; these figures are of no GPU"]
+    assert done.stderr.splitlines() == ["no GPU found: rehearsing on the CPU; results are not GPU measurements"]
     assert [json.loads(line)["measurement"] for line in out.read_text().splitlines()] == ["machine", "ceilings"]
 
 
 @pytest.mark.slow  # starts a process
-def test_an_unknown_measurement_is_refused() -> None:
+def test_an_unknown_measurement() -> None:
     done = subprocess.run((*COMMAND, "--only", "speed"), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--only: no measurement 'speed'; there are gpu_tests, ceilings" in done.stderr.splitlines()[-1]
+    assert "--only: unknown measurement 'speed'; available: gpu_tests, ceilings" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow  # starts a process
-def test_the_page_is_that_of_the_committed_files() -> None:
-    """The command would change nothing."""
+def test_the_committed_page_is_up_to_date() -> None:
+    """Running the command again does not change it."""
     committed = ROOT / "benchmarks" / "results" / "gpu.md"
     before = committed.read_bytes()
     subprocess.run((*COMMAND, "--page"), cwd=ROOT, capture_output=True, check=True)
@@ -94,7 +94,7 @@ def test_the_page_is_that_of_the_committed_files() -> None:
         committed.write_bytes(before)
 
 
-def test_the_page_says_of_which_commit_figures_are(page: Any) -> None:
+def test_the_page_names_the_commit_of_results(page: Any) -> None:
     all_of_them = {"ceilings": "Products.", "memory": "The most.", "profile": "A step."}
     old = [{"measurement": "machine", "device": "Old"}, {"measurement": "ceilings", "bf16_tflops": 700.0}]
     new = [
@@ -103,12 +103,12 @@ def test_the_page_says_of_which_commit_figures_are(page: Any) -> None:
         {"measurement": "profile", "error": "RuntimeError: no"},
     ]
     first = page.page({"gpu-old.jsonl": old}, all_of_them)
-    assert "**No figure of the current code on a GPU exists.**" in first
-    assert "**Of earlier code**: the file does not state its commit." in first
+    assert "**There are no measurements of the current code on a GPU.**" in first
+    assert "**Older code**: the file does not name its commit." in first
     assert "- `ceilings`: Products.\n- `memory`: The most.\n- `profile`: A step." in first
     both = page.page({"gpu-old.jsonl": old, "gpu-new.jsonl": new}, all_of_them)
-    assert "No figure of the current code" not in both
-    assert "Of commit 1234." in both
+    assert "no measurements of the current code" not in both
+    assert "Commit 1234." in both
     assert "torch 3.0" in both
     assert "- `memory`: The most.\n- `profile`: A step." in both
     assert "- `ceilings`" not in both
@@ -124,16 +124,16 @@ def test_slices_of_one_contender_are_one_row(page: Any) -> None:
     found = page.tables([line(name, number, rates[name][number]) for number in range(3) for name in rates])
     assert "| cifar10 | 8 | 20 | 10 | 30 | 3 | 0.02 | 9 | 5 |" in found
     assert "| diffusers, best | 8 | 6 | 4 | 8 | 3 | 0.006 | 9 | 5 |" in found
-    assert "The fastest here trains 3.33 times as many images a second as the fastest of diffusers." in found
+    assert "The fastest training here has 3.33 times the images per second of the fastest of diffusers." in found
 
 
 def never(_: Any) -> Iterator[dict[str, Any]]:
-    """A measurement that is not to begin."""
-    pytest.fail("it began")
+    """A measurement that must not start."""
+    pytest.fail("it started")
 
 
 def measuring(command: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *measurements: Any) -> int:
-    """The exit status of a rehearsal that has these measurements alone."""
+    """Rehearse only these measurements; returns the exit status."""
     monkeypatch.setattr(command, "MEASUREMENTS", measurements)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--out", str(out), "--commit", "abc"])
     status: int = command.main()
@@ -161,18 +161,18 @@ def test_an_interrupted_run_ends_with_its_table(
     assert "| second |\n| --- |\n| 2 |" in capsys.readouterr().out
 
 
-def test_a_file_of_results_is_not_replaced(
+def test_a_result_file_is_not_overwritten(
     command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "lines.jsonl"
     out.write_text("kept")
     assert measuring(command, monkeypatch, out, never) == 1
     assert out.read_text() == "kept"
-    expected = f"benchmarks/gpu.py: {out}: is there already; move it away, or name another file with --out\n"
+    expected = f"benchmarks/gpu.py: {out}: already exists; move it, or choose another file with --out\n"
     assert capsys.readouterr().err == expected
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_measuring(
+def test_an_unwritable_file_is_rejected_before_measuring(
     command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(
     assert line.startswith(f"benchmarks/gpu.py: {tmp_path}/file")
 
 
-def test_a_file_of_a_gpu_is_named_by_card_and_commit(
+def test_result_files_are_named_after_card_and_commit(
     command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Card(command.Bench):  # type: ignore[misc]
@@ -202,10 +202,10 @@ def test_a_file_of_a_gpu_is_named_by_card_and_commit(
     ("given", "problem"),
     [
         (["--minutes", "nan"], "argument --minutes: nan is not a number of minutes from 0 to 1440"),
-        ([], "--commit: git does not know the commit of this code; name it"),
+        ([], "--commit: required, since git cannot determine the commit of this code"),
     ],
 )
-def test_a_run_on_a_gpu_that_could_not_be_told_from_others_does_not_begin(
+def test_invalid_arguments_are_rejected_before_measuring(
     command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], problem: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -220,7 +220,7 @@ def test_a_run_on_a_gpu_that_could_not_be_told_from_others_does_not_begin(
 
 
 @pytest.mark.slow  # starts a process
-def test_where_nothing_can_be_printed_the_file_is_whole(tmp_path: Path) -> None:
+def test_the_file_is_complete_if_standard_output_is_full(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
     with Path("/dev/full").open("w") as full:
         command = (*COMMAND, "--rehearse", "--only", "ceilings", "--out", str(out))
@@ -229,17 +229,17 @@ def test_where_nothing_can_be_printed_the_file_is_whole(tmp_path: Path) -> None:
     assert [json.loads(line)["measurement"] for line in out.read_text().splitlines()] == ["machine", "ceilings"]
 
 
-def test_the_page_leaves_out_rehearsals(page: Any, tmp_path: Path) -> None:
+def test_the_page_omits_rehearsals(page: Any, tmp_path: Path) -> None:
     (tmp_path / "gpu-tiny.jsonl").write_text('{"measurement": "machine", "device": "CPU, rehearsal", "commit": "1"}\n')
     (tmp_path / "gpu-card.jsonl").write_text('{"measurement": "machine", "device": "Card", "commit": "2"}\n')
     written = page.write(tmp_path, {}).read_text()
-    assert "Of commit 2." in written
+    assert "Commit 2." in written
     assert "gpu-tiny" not in written
 
 
 @pytest.mark.parametrize("damaged", ['{"measurement": "mach', '{"device": "Card"}', "3", "\xff"])
-def test_a_damaged_file_is_named_with_its_line(page: Any, tmp_path: Path, damaged: str) -> None:
+def test_a_damaged_line_is_named(page: Any, tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "gpu-card.jsonl"
     path.write_text('{"measurement": "machine"}\n' + damaged, encoding="latin-1")
-    with pytest.raises(UserError, match=f"^{path}, line 2: is not a JSON object with `measurement`; restore"):
+    with pytest.raises(UserError, match=f"^{path}, line 2: not a JSON object with `measurement`; restore"):
         page.write(tmp_path, {})

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion.errors import UserError, WriteFault
 from diffusion.storage import files
-from flows import __main__
+from flows import __main__, workspace
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,10 +45,10 @@ def test_a_command_reports_a_system_error_that_names_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(error: OSError) -> None:
-        def fail(_: object) -> None:
+        def fail() -> None:
             raise error
 
-        monkeypatch.setattr(__main__, "list_runs", fail)
+        monkeypatch.setattr(workspace, "list_runs", fail)
 
     failing(OSError(errno.EROFS, "read-only", "data/x"))
     assert __main__.main(["runs"]) == 1

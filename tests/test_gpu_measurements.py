@@ -1,4 +1,4 @@
-"""The measurements of the benchmark of a GPU: how they read a profile, and what they do without time or memory."""
+"""The measurements of the GPU benchmark: reading profiles, and running out of time or memory."""
 
 import itertools
 import shutil
@@ -22,7 +22,7 @@ Measurements = Callable[[str], Any]
 
 @pytest.fixture(scope="module")
 def measurements() -> Iterator[Measurements]:
-    """Gives a module of gpu_measurements, whose folder is found by scripts alone."""
+    """Imports a module of gpu_measurements, whose folder only scripts have on their path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         yield lambda name: import_module(f"gpu_measurements.{name}")
@@ -35,7 +35,7 @@ def profile(measurements: Measurements) -> Any:
 
 @pytest.fixture
 def bench(measurements: Measurements) -> Any:
-    """Rehearses, with no time left."""
+    """A rehearsal with no time left."""
     return measurements("bench").Bench(True, 0, Path("none"))
 
 
@@ -65,16 +65,16 @@ def bench(measurements: Measurements) -> Any:
         ("something_new", "other"),
     ],
 )
-def test_kernels_are_sorted_by_their_names(profile: Any, kernel: str, kind: str) -> None:
+def test_kernels_are_classified_by_name(profile: Any, kernel: str, kind: str) -> None:
     assert profile.kind_of(kernel) == kind
 
 
-def test_time_in_which_kernels_overlap_counts_once(profile: Any) -> None:
+def test_overlapping_time_counts_once(profile: Any) -> None:
     assert profile.union([(5.0, 9.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 7.0
     assert profile.union([]) == 0.0
 
 
-def test_annotations_are_no_kernels(profile: Any) -> None:
+def test_annotations_are_not_kernels(profile: Any) -> None:
     def event(name: str, start: float, end: float, annotation: bool = False) -> FunctionEvent:
         return FunctionEvent(0, name, 0, start, end, device_type=DeviceType.CUDA, is_user_annotation=annotation)
 
@@ -89,8 +89,8 @@ def test_annotations_are_no_kernels(profile: Any) -> None:
     assert found["ms_by_kind"] == {"matrix product": 0.3, "elementwise": 0.1}
 
 
-def test_waits_are_the_synchronizing_operations(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not torch's own notice that it does not detect all of them."""
+def test_only_synchronizing_operations_are_counted(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's notice that it does not detect all of them is not counted."""
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
 
     def step() -> None:
@@ -114,18 +114,18 @@ def test_waits_are_the_synchronizing_operations(profile: Any, monkeypatch: pytes
         ("NVIDIA GH200 480GB", None),
     ],
 )
-def test_a_card_has_the_peak_of_its_own_data_sheet(measurements: Measurements, card: str, mfu: float | None) -> None:
+def test_the_peak_is_that_of_the_exact_card(measurements: Measurements, card: str, mfu: float | None) -> None:
     utilization = measurements("turns").utilization
     counts = SimpleNamespace(flops=1e12)
     found = utilization(SimpleNamespace(card=card, products={}), counts, "bf16", images_per_s=1)
     assert found.get("mfu") == (mfu and pytest.approx(mfu, rel=0.01))
 
 
-def test_without_time_each_contender_says_so(measurements: Measurements, bench: Any) -> None:
+def test_without_time_every_contender_is_skipped(measurements: Measurements, bench: Any) -> None:
     turns = measurements("turns")
     contenders = [turns.Contender({"training": name}, 1, pytest.fail) for name in ("one", "other")]
     found = list(turns.slices(bench, contenders, rounds=3, seconds=1))
-    assert found == [{"training": name, "skipped": "no time was left"} for name in ("one", "other")]
+    assert found == [{"training": name, "skipped": "no time left"} for name in ("one", "other")]
 
 
 def test_a_stage_ends_when_no_time_is_left(
@@ -141,10 +141,10 @@ def test_a_stage_ends_when_no_time_is_left(
     raw = tmp_path / "data" / "raw" / "digits.npz"
     raw.parent.mkdir(parents=True)
     raw.touch()
-    assert list(checks.time_to_quality(bench)) == [{"stage": "shard", "skipped": "ended early: no time was left"}]
+    assert list(checks.time_to_quality(bench)) == [{"stage": "shard", "skipped": "ended early: no time left"}]
 
 
-def test_tests_that_hang_are_an_error_with_what_they_said(
+def test_hanging_tests_are_reported_with_their_output(
     measurements: Measurements, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = measurements("checks")
@@ -153,20 +153,20 @@ def test_tests_that_hang_are_an_error_with_what_they_said(
         raise subprocess.TimeoutExpired(command, timeout, output=b"tests/gpu/test_training.py ..")
 
     monkeypatch.setattr(checks.subprocess, "run", hang)
-    expected = {"passed": False, "error": ["not done after 180 s", "tests/gpu/test_training.py .."]}
+    expected = {"passed": False, "error": ["timed out after 180 s", "tests/gpu/test_training.py .."]}
     assert list(checks.gpu_tests(bench)) == [expected]
 
 
-def test_memory_holds_one_training_at_a_time(
+def test_the_memory_measurement_holds_one_training_run_at_a_time(
     measurements: Measurements, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a training that does not run is a line like the others."""
+    """A training run that fails gives a line as well."""
     training = measurements("training")
     made: list[weakref.ref[Any]] = []
 
     class Idle:
         def step(self) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     def new(*_: Any, **options: Any) -> Any:
         assert [each() for each in made if each() is not None] == []
@@ -192,8 +192,8 @@ def test_memory_holds_one_training_at_a_time(
     }
 
 
-def test_what_takes_turns_is_made_anew(measurements: Measurements, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first slice of the batch 128 has the time and memory of making it, though it was measured before."""
+def test_contenders_are_set_up_again(measurements: Measurements, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slice for batch size 128 includes its setup, although it was measured before."""
     training = measurements("training")
     made: list[tuple[int, str, bool]] = []
 

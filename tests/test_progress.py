@@ -1,5 +1,7 @@
 """Progress lines."""
 
+import time
+
 import pytest
 
 from diffusion import progress
@@ -14,9 +16,39 @@ def test_lines_can_be_read_back(capsys: pytest.CaptureFixture[str], monkeypatch:
         counter.advance(50)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith(", loss 0.0712")
-    assert [progress.parse(line) for line in lines] == [
-        Done("train", 50, 100),
+    read = [progress.parse(line) for line in lines]
+    assert [done and (done[:4], done.seconds_left == 0, done.note) for done in read] == [
+        (("train", 50, 100, "images"), True, "loss 0.0712"),  # in no time
         None,
-        Done("train", 100, 100),
-        Done("train", 100, 100),
+        (("train", 100, 100, "images"), True, ""),
+        (("train", 100, 100, "images"), True, ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "done"),
+    [
+        (
+            "train: 640/128000 images, 812/s, 157 s left, loss 0.0712",
+            Done("train", 640, 128000, "images", 812.0, 157, "loss 0.0712"),
+        ),
+        ("evaluate: 2/50 steps, 0.5/s, 96 s left", Done("evaluate", 2, 50, "steps", 0.5, 96)),
+        ("evaluate: 0/50 steps, drawing samples", Done("evaluate", 0, 50, "steps", note="drawing samples")),
+        ("train: step 30: held-out MSE 0.3597", None),
+        ("evaluate: 2/50 steps of many", None),
+    ],
+)
+def test_what_a_line_says(line: str, done: Done | None) -> None:
+    assert progress.parse(line) == done
+
+
+def test_work_without_units_reminds_of_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_REMINDERS", 0.05)
+    with progress.working("export: tracing"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["export: tracing", "export: tracing, 0 s"]
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""  # over

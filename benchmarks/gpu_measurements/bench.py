@@ -1,4 +1,4 @@
-"""What the measurements share: the device, the time that is left, trainings of random pixels, and timing."""
+"""Shared by the measurements: the device, the remaining time, training on random pixels, and timing."""
 
 import gc
 import statistics
@@ -28,12 +28,12 @@ ROOT = Path(__file__).parents[2]
 SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 Facts = dict[str, Any]
 Action = Callable[[], object]
-NO_TIME = "no time was left"
+NO_TIME = "no time left"
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that has not begun, and the size and cost of its network."""
+    """A new training run, and the size and cost of its network."""
 
     state: State
     trainer: loop.Trainer
@@ -44,9 +44,9 @@ class Training:
 
 
 class Bench:
-    """The device and the time that is left; a context manager.
+    """The device and the remaining time; a context manager.
 
-    images: the folder of Fashion-MNIST's idx files.
+    `images` is the folder with the idx files of Fashion-MNIST.
     """
 
     def __init__(self, rehearse: bool, minutes: float, images: Path) -> None:
@@ -56,14 +56,14 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.card = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.products: dict[str, float] = {}
-        """FLOP/s of matrix products as measured here, by precision."""
+        """Measured FLOP/s of matrix products, by precision."""
         self.best_batch = 4 if rehearse else 512
-        """The batch of cifar10 to be compiled."""
+        """Batch size for the compiled measurements of cifar10."""
         self._kept: dict[tuple[Any, ...], Training] = {}
         self._held = ExitStack()
 
     def __enter__(self) -> "Bench":
-        if self.rehearse:  # all but the compiler itself: on a CPU it would take minutes
+        if self.rehearse:  # everything but the compiler itself, which would take minutes on a CPU
             torch.compiler.set_stance("force_eager")
         return self
 
@@ -72,11 +72,11 @@ class Bench:
         self.release()
 
     def left(self) -> float:
-        """Seconds until no measurement begins any more."""
+        """Seconds left to start a measurement."""
         return self._deadline - time.monotonic()
 
     def params(self, preset: str, **train: Any) -> Params:
-        """A preset's parameters; in a rehearsal with a small network."""
+        """The parameters of a preset; with a small network in a rehearsal."""
         params = presets.load(ROOT / "presets" / f"{preset}.yaml")
         changes: Facts = {"train": params.train.model_copy(update={"decay": "constant"} | train)}
         if self.rehearse:
@@ -85,19 +85,19 @@ class Bench:
         return params.model_copy(update=changes)
 
     def training(self, preset: str, **train: Any) -> Training:
-        """A training of a preset, with other options; made once, so that it is compiled once."""
+        """A training run of a preset with changed options; cached, so that it is compiled only once."""
         key = (preset, *sorted(train.items()))
         if key not in self._kept:
             self._kept[key] = self.new_training(preset, SHAPES[preset], **train)
         return self._kept[key]
 
     def new_training(self, preset: str, shape: tuple[int, int, int], batches: int = 4, **train: Any) -> Training:
-        """A training of images (C, H, W) of random pixels, so many `batches` in turn."""
+        """A training run on images (C, H, W) of random pixels, cycling through `batches` batches."""
         params = self.params(preset, **train)
         process, options = build.process(params.process), params.train
         torch.manual_seed(0)
         net = new_network(shape, 0, params.network, params.process).to(self.device)
-        counts = count(net, shape)  # before it is compiled
+        counts = count(net, shape)  # before compilation
         state = new_state(net, options, process.schedule)
         rng = np.random.default_rng(0)
         made = [random_batch(rng, options.batch_size, shape) for _ in range(batches)]
@@ -107,14 +107,14 @@ class Bench:
         return Training(state, loop.Trainer(options, 0, process.loss, fetch, forward, precision=dtype), counts)
 
     def release(self) -> None:
-        """Free what was kept of earlier measurements."""
+        """Free the memory held by earlier measurements."""
         self._kept.clear()
         self._held.close()
         torch.compiler.reset()
         self.empty_cache()
 
     def empty_cache(self) -> None:
-        """Give device memory that torch holds and does not use back: other processes and libraries need it."""
+        """Return device memory that torch caches but does not use, for other processes and libraries."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -124,18 +124,18 @@ class Bench:
             torch.cuda.synchronize()
 
     def watch_memory(self) -> int:
-        """Bytes of device memory in use, above which `peak_gib` counts from now on."""
+        """Reset the peak statistics; returns the bytes of device memory in use, the base for `peak_gib`."""
         if not self.cuda:
             return 0
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def peak_gib(self, base: int) -> float | None:
-        """GiB of device memory that were in use at most, above `base` bytes; None on a CPU."""
+        """Peak device memory above `base` bytes, in GiB; None on a CPU."""
         return round((torch.cuda.max_memory_allocated() - base) / 2**30, 2) if self.cuda else None
 
     def seconds(self, action: Action, times: int, rounds: int = 5) -> float:
-        """Seconds of one `action`, the median of rounds of `times` in a row, after one more to warm up."""
+        """Seconds per `action` after a warm-up: the median over rounds of `times` consecutive calls."""
         action()
         times, rounds = (1, 1) if self.rehearse else (times, rounds)
         found = []

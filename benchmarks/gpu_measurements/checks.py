@@ -1,4 +1,4 @@
-"""Whether a GPU computes what it should, and how soon a training by the stages' own commands reaches its quality."""
+"""Correctness on a GPU, and the time that the stages' own commands need to reach a given quality."""
 
 import importlib
 import json
@@ -27,23 +27,25 @@ SMALL: Facts = {
     "evaluate": {"resamples": 100, "likelihood_images": 4, "exact_likelihood_images": 2},
     "export": {"steps": 2},
 }
-"""Changes of the digits' parameters for a rehearsal."""
-TESTS_TAKE = 180
-"""Seconds after which tests that are not done hang."""
+"""Changes to the parameters of the digits for a rehearsal."""
+TESTS_TIMEOUT_SECONDS = 180
+"""Timeout for the tests."""
 HELDOUT = re.compile(r"^train: step (\d+): held-out MSE ([\d.]+)")
 
 
 def gpu_tests(bench: Bench) -> Iterator[Facts]:
-    """The tests in tests/gpu: whether training and sampling on the GPU are right."""
+    """The tests in tests/gpu: correctness of training and sampling on the GPU."""
     importlib.import_module("pytest")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu"]
-    command += ["-W", "default", "tests/gpu"]  # without the plugins that pyproject.toml sets up
+    command += ["-W", "default", "tests/gpu"]  # pyproject.toml configures plugins that may be missing
     command += ["-k", "not True"] if bench.rehearse else []
     try:
-        done = subprocess.run(command, cwd=ROOT, env=_environment(bench), capture_output=True, timeout=TESTS_TAKE)
+        done = subprocess.run(
+            command, cwd=ROOT, env=_environment(bench), capture_output=True, timeout=TESTS_TIMEOUT_SECONDS
+        )
     except subprocess.TimeoutExpired as expired:
-        said = (expired.stdout or b"").decode(errors="replace").splitlines()
-        yield {"passed": False, "error": [f"not done after {TESTS_TAKE} s", *said[-20:]]}
+        output = (expired.stdout or b"").decode(errors="replace").splitlines()
+        yield {"passed": False, "error": [f"timed out after {TESTS_TIMEOUT_SECONDS} s", *output[-20:]]}
         return
     lines = done.stdout.decode(errors="replace").splitlines()
     facts: Facts = {"passed": done.returncode == 0, "summary": (lines or ["no output"])[-1]}
@@ -56,10 +58,10 @@ def gpu_tests(bench: Bench) -> Iterator[Facts]:
 
 
 def time_to_quality(bench: Bench) -> Iterator[Facts]:
-    """The preset fashion-mnist by the stages' own commands: held-out error by seconds of the stage `train`."""
+    """The preset fashion-mnist, run by the stages' commands: held-out error over training time."""
     preset, source = ("digits", ROOT / "data/raw/digits.npz") if bench.rehearse else ("fashion-mnist", bench.images)
     if not source.exists():
-        yield {"skipped": f"{source}: not there; --fashion-mnist names the folder of its four idx files"}
+        yield {"skipped": f"{source}: not found; set --fashion-mnist to the folder with its four idx files"}
         return
     params = presets.load(ROOT / "presets" / f"{preset}.yaml").model_dump(mode="json")
     with tempfile.TemporaryDirectory() as directory:
@@ -70,7 +72,7 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
         yaml_files.write_yaml(tree / "params.yaml", lay_over(params, SMALL) if bench.rehearse else params)
         for stage in ("shard", "pairs", "train", "evaluate"):
             if stage == "evaluate":
-                importlib.import_module("matplotlib")  # without it the stage cannot plot
+                importlib.import_module("matplotlib")  # needed by the stage for plots
             began = time.perf_counter()
             if not (yield from _stage(bench, tree, stage)):
                 yield {"stage": stage, "skipped": f"ended early: {NO_TIME}"}
@@ -80,12 +82,12 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
 
 
 def _stage(bench: Bench, tree: Path, stage: str) -> Generator[Facts, None, bool]:
-    """Run a stage; gives the held-out errors that it tells of, with the seconds since its start.
+    """Run a stage and yield the held-out errors that it logs, with the seconds since its start.
 
-    Returns whether it reached its end: when no time is left, it is terminated. Raises RuntimeError with its last line
-    if it fails.
+    Returns whether the stage finished; it is terminated when no time is left. Raises RuntimeError with the last line of
+    its log if it fails.
     """
-    began, said = time.perf_counter(), list[str]()
+    began, output = time.perf_counter(), list[str]()
     command = [sys.executable, "-m", "flows", stage]
     with subprocess.Popen(command, cwd=tree, env=_environment(bench), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
@@ -93,20 +95,20 @@ def _stage(bench: Bench, tree: Path, stage: str) -> Generator[Facts, None, bool]
         deadline.start()
         try:
             for line in process.stderr:
-                said.append(line)
+                output.append(line)
                 if found := HELDOUT.match(line):
                     seconds = round(time.perf_counter() - began, 2)
                     yield {"step": int(found[1]), "heldout_mse": float(found[2]), "seconds": seconds}
         finally:
             deadline.cancel()
     if process.returncode and bench.left() >= 0:
-        sys.stderr.writelines(said)
-        raise RuntimeError(f"{stage}: {(said or ['no output'])[-1].strip()}")
+        sys.stderr.writelines(output)
+        raise RuntimeError(f"{stage}: {(output or ['no output'])[-1].strip()}")
     return not process.returncode
 
 
 def _report(tree: Path, stage: str) -> Facts:
-    """What a stage's report says of the error."""
+    """The error metrics in the report of a stage."""
     path = tree / "reports" / f"{stage}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     return {
@@ -115,6 +117,6 @@ def _report(tree: Path, stage: str) -> Facts:
 
 
 def _environment(bench: Bench) -> dict[str, str]:
-    """Of commands of this repository; nothing listens where MLflow should be."""
+    """Environment for the commands of this repository, with an unreachable MLflow server."""
     ours = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     return os.environ | ours | {"REHEARSE_GPU_TESTS": str(int(bench.rehearse))}

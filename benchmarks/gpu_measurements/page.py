@@ -1,4 +1,4 @@
-"""The measurements as tables: at the end of a run, and of all files of results on one page."""
+"""Measurements as tables: at the end of a run, and on one page for all result files."""
 
 import json
 import statistics
@@ -10,21 +10,21 @@ from diffusion.errors import UserError
 from diffusion.storage.files import write_atomic
 from gpu_measurements.bench import Facts
 
-OF_A_SLICE = ("slice", "images_per_s", "mfu", "share_of_products", "first_s", "peak_gib")
-"""What differs between the slices of one contender."""
+SLICE_FIELDS = ("slice", "images_per_s", "mfu", "share_of_products", "first_s", "peak_gib")
+"""Fields that differ between the slices of a contender."""
 MACHINE = ("driver", "python", "torch", "cuda", "cudnn", "onnxruntime", "diffusers", "numpy", "cores")
 REHEARSAL = "CPU, rehearsal"
-"""The device that a rehearsal states."""
-WIDEST = 12
-"""Columns of a table; further ones stay in the file."""
-HEADING = """# Measured on GPUs
+"""The device recorded by a rehearsal."""
+MAX_COLUMNS = 12
+"""Maximum number of columns in a table; the rest are only in the file."""
+HEADING = """# GPU measurements
 
-`python benchmarks/gpu.py --page` makes this page of the files `gpu-*.jsonl` beside it.
+Generated from the files `gpu-*.jsonl` in this folder by `python benchmarks/gpu.py --page`.
 """
 
 
 def tables(lines: Iterable[Facts]) -> str:
-    """The measurements of a run, Markdown: a table for each, with the slices of each contender as one row."""
+    """Markdown tables of a run, one per measurement; the slices of a contender form one row."""
     by_name: dict[str, list[Facts]] = {}
     for line in lines:
         facts = {key: value for key, value in line.items() if key != "measurement"}
@@ -32,24 +32,24 @@ def tables(lines: Iterable[Facts]) -> str:
             by_name.setdefault(line["measurement"], []).append(facts)
     parts = []
     for name, rows in by_name.items():
-        parts.append(f"### {name}\n\n" + "\n\n".join(table(alike) for alike in _alike(merged(rows))))
+        parts.append(f"### {name}\n\n" + "\n\n".join(table(group) for group in _grouped(merged(rows))))
         if ratio := advantage(rows):
             parts.append(ratio)
     return "\n\n".join(parts) + "\n"
 
 
 def merged(rows: Iterable[Facts]) -> list[Facts]:
-    """The rows, with those that are slices of one contender as one: medians, and the least and the most."""
+    """Merge the slices of each contender into one row with median, minimum and maximum."""
     found: dict[str, list[Facts]] = {}
     for number, row in enumerate(rows):
-        own = {key: value for key, value in row.items() if key not in OF_A_SLICE}
+        own = {key: value for key, value in row.items() if key not in SLICE_FIELDS}
         found.setdefault(json.dumps(own) if "slice" in row else str(number), []).append(row)
     return [_of_slices(group) if "slice" in group[0] else group[0] for group in found.values()]
 
 
 def _of_slices(group: list[Facts]) -> Facts:
     rates = [row["images_per_s"] for row in group]
-    facts = {key: value for key, value in group[0].items() if key not in OF_A_SLICE}
+    facts = {key: value for key, value in group[0].items() if key not in SLICE_FIELDS}
     facts |= {"images_per_s": statistics.median(rates), "from": min(rates), "to": max(rates), "slices": len(rates)}
     for name in ("mfu", "share_of_products"):
         if name in group[0]:
@@ -58,7 +58,7 @@ def _of_slices(group: list[Facts]) -> Facts:
 
 
 def advantage(rows: Iterable[Facts]) -> str:
-    """How many times as fast the fastest of this project's trainings is as the fastest of diffusers'."""
+    """The speed of this project's fastest training relative to the fastest of diffusers, as a sentence."""
     best: dict[bool, Facts] = {}
     for row in merged(rows):
         if "training" in row and "slices" in row:
@@ -68,11 +68,11 @@ def advantage(rows: Iterable[Facts]) -> str:
     if len(best) < 2:
         return ""
     ratio = best[False]["images_per_s"] / best[True]["images_per_s"]
-    return f"The fastest here trains {ratio:.2f} times as many images a second as the fastest of diffusers."
+    return f"The fastest training here has {ratio:.2f} times the images per second of the fastest of diffusers."
 
 
-def _alike(rows: list[Facts]) -> Iterator[list[Facts]]:
-    """Rows in groups: each shares a column with the first of its group."""
+def _grouped(rows: list[Facts]) -> Iterator[list[Facts]]:
+    """Group rows that share a column with the first row of their group."""
     waiting = rows
     while waiting:
         first = {key for key, value in waiting[0].items() if not isinstance(value, Mapping)}
@@ -81,14 +81,14 @@ def _alike(rows: list[Facts]) -> Iterator[list[Facts]]:
 
 
 def table(rows: list[Facts]) -> str:
-    """Rows as a Markdown table of all their columns, up to WIDEST."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))[:WIDEST]
+    """A Markdown table with the first MAX_COLUMNS columns of the rows."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))[:MAX_COLUMNS]
     lines = [columns, ["---"] * len(columns), *([cell(row.get(key)) for key in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: Any) -> str:
-    """A value as the text of a cell; nothing for None."""
+    """Text of a table cell; empty for None."""
     if value is None:
         return ""
     if isinstance(value, Mapping):
@@ -102,24 +102,22 @@ def cell(value: Any) -> str:
 
 
 def page(files: Mapping[str, list[Facts]], measurements: Mapping[str, str]) -> str:
-    """The page of files of results by name; `measurements` are all there are, with what each is."""
+    """The page for result files by name; `measurements` describes all measurements by name."""
     parts, done = [], set[str]()
     for name, lines in files.items():
         machine = _machine(lines)
         commit = machine.get("commit")
-        about = "; ".join(f"{key} {machine.get(key) or 'not stated'}" for key in MACHINE)
-        of = f"Of commit {commit}." if commit else "**Of earlier code**: the file does not state its commit."
-        parts.append(f"## {machine.get('device', 'a GPU that is not stated')} ([{name}]({name}))\n\n{of} {about}.")
+        about = "; ".join(f"{key} {machine.get(key) or 'unknown'}" for key in MACHINE)
+        of = f"Commit {commit}." if commit else "**Older code**: the file does not name its commit."
+        parts.append(f"## {machine.get('device', 'Unknown GPU')} ([{name}]({name}))\n\n{of} {about}.")
         parts.append(tables(lines).rstrip())
         if commit:
             done |= {line["measurement"] for line in lines if not {"skipped", "error"} & line.keys()} - {"machine"}
     missing = [f"- `{name}`: {what}" for name, what in measurements.items() if name not in done]
     if not done:
-        parts.insert(0, "**No figure of the current code on a GPU exists.**")
+        parts.insert(0, "**There are no measurements of the current code on a GPU.**")
     if missing:
-        parts.append(
-            "## Not measured\n\nNo file that states its commit has a figure of these:\n\n" + "\n".join(missing)
-        )
+        parts.append("## Not measured\n\nNo file that names its commit has results for:\n\n" + "\n".join(missing))
     return "\n\n".join([HEADING.rstrip(), *parts]) + "\n"
 
 
@@ -128,20 +126,20 @@ def _machine(lines: Iterable[Facts]) -> Facts:
 
 
 def read(path: Path) -> list[Facts]:
-    """The lines of a file of results. Raises UserError, which names the line, unless each is a measurement."""
+    """Read a result file; raises UserError naming the line if one is not a measurement."""
     found: list[Facts] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found.append(json.loads(line))
             found[-1]["measurement"]
         except (ValueError, TypeError, KeyError):
-            problem = "is not a JSON object with `measurement`; restore or remove the file"
+            problem = "not a JSON object with `measurement`; restore or delete the file"
             raise UserError(f"{path}, line {number}: {problem}") from None
     return found
 
 
 def write(folder: Path, measurements: Mapping[str, str]) -> Path:
-    """Write gpu.md of the gpu-*.jsonl files in `folder`, without those of rehearsals; gives its path.
+    """Write gpu.md from the gpu-*.jsonl files in `folder`, without rehearsals; returns its path.
 
     Raises UserError if a file is damaged.
     """

@@ -1,4 +1,4 @@
-"""diffusers' network of the same size as cifar10's, as its users would train it and draw from it."""
+"""A diffusers network of the same size as that of cifar10, trained and sampled as its users would do it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ from gpu_measurements.turns import Contender, Ready
 
 @contextmanager
 def settings(device: torch.device, fast: bool) -> Iterator[None]:
-    """A block with torch's own settings, which diffusers leaves alone; `fast`: cuDNN chooses its kernels by trying."""
+    """Use torch's default settings, as diffusers does; `fast` enables cuDNN benchmarking."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, fast
     try:
@@ -27,7 +27,7 @@ def settings(device: torch.device, fast: bool) -> Iterator[None]:
 
 
 def unet(bench: Bench) -> Any:
-    """The network that diffusers' developers published for CIFAR-10, with the preset's dropout."""
+    """The network that the developers of diffusers published for CIFAR-10, with the dropout of the preset."""
     from diffusers import UNet2DModel
 
     UNet: Any = UNet2DModel  # diffusers has no types
@@ -47,10 +47,10 @@ def unet(bench: Bench) -> Any:
 
 
 def training(bench: Bench, size: int, best: bool) -> Contender:
-    """The loop of diffusers' example of unconditional training, on batches of `size` images.
+    """The training loop of diffusers' unconditional example, on batches of `size` images.
 
-    As it is, it computes in float32, with convolutions in TF32. At its `best` it is compiled, in bfloat16 and
-    channels_last, with fused AdamW and a fused average.
+    By default it computes in float32, with convolutions in TF32. `best` adds compilation, bfloat16, channels_last,
+    fused AdamW and a fused EMA.
     """
     facts = {
         "training": "diffusers, best" if best else "diffusers, example",
@@ -90,8 +90,8 @@ def _ready(bench: Bench, size: int, best: bool) -> Ready:
             noise = torch.randn_like(clean)
             t = torch.randint(0, 1000, (size,), device=bench.device)
             with torch.autocast(bench.device.type, torch.bfloat16, enabled=best):
-                said = net(schedule.add_noise(clean, noise, t), t).sample
-            F.mse_loss(said.float(), noise.float()).backward()
+                predicted = net(schedule.add_noise(clean, noise, t), t).sample
+            F.mse_loss(predicted.float(), noise.float()).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             rate.step()
@@ -102,7 +102,7 @@ def _ready(bench: Bench, size: int, best: bool) -> Ready:
 
 
 def pipeline(bench: Bench, size: int, steps: int) -> Callable[[], object]:
-    """Draws `size` pictures by diffusers' DDIMPipeline in so many steps, with products in TF32 on a GPU."""
+    """Sample `size` images with diffusers' DDIMPipeline, with matrix products in TF32 on a GPU."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     Pipeline: Any = DDIMPipeline

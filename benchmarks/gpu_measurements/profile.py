@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""A profile of the training step."""
 
 import re
 import time
@@ -31,22 +31,22 @@ KINDS = [
         ("matrix product", r"gemm|gemv|nvjet|cutlass|aten::(add|b|badd)?mm"),
     )
 ]
-"""Kinds of kernels, and what their names contain; the first that matches counts.
+"""Kinds of kernels, and patterns of their names; the first match counts.
 
-Inductor names a kernel after all that it fuses, so its prefix decides: pointwise (poi), reduction (red, per), template
-of matrix products (tem).
+Inductor names a kernel after all fused operations, so its prefix decides: pointwise (poi), reduction (red, per), or
+matrix product template (tem).
 """
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name; "other" if no pattern matches."""
+    """The kind of a kernel, from its name; "other" if no pattern matches."""
     return next((kind for kind, pattern in KINDS if pattern.search(kernel)), "other")
 
 
 def profile(bench: Bench) -> Iterator[Facts]:
-    """A step of cifar10's network: time by kind of kernel, share of the time that the GPU works, launches, waits.
+    """A training step of cifar10: time by kind of kernel, GPU utilization, launches and synchronizations.
 
-    `ms_per_step` is of steps without the profiler, `ms_profiled` and the rest with it.
+    `ms_per_step` is measured without the profiler, `ms_profiled` and the rest with it.
     """
     for compiled in (True, False):
         if bench.left() < 0:
@@ -74,7 +74,7 @@ def profile(bench: Bench) -> Iterator[Facts]:
 
 
 def waits(step: Action) -> int:
-    """How often a step waits for the GPU."""
+    """Number of GPU synchronizations in a step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -86,7 +86,7 @@ def waits(step: Action) -> int:
 
 
 def summary(events: Iterable[FunctionEvent], spent: float, steps: int, on_gpu: bool) -> Facts:
-    """What `steps` steps did in `spent` seconds; without a GPU, of torch's operations instead of kernels."""
+    """Summarize the events of `steps` steps that took `spent` seconds; without a GPU, operations instead of kernels."""
     events = list(events)
     if on_gpu:  # an annotation, such as that of a compiled graph, spans kernels and the gaps between them
         of_gpu = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
@@ -111,7 +111,7 @@ def summary(events: Iterable[FunctionEvent], spent: float, steps: int, on_gpu: b
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length that intervals (start, end) cover together."""
+    """Total length covered by intervals (start, end)."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         covered += max(0.0, end - max(start, reached))

@@ -1,4 +1,4 @@
-"""How fast pictures are drawn."""
+"""Sampling speed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ OPSET = 20
 
 
 class Drawing:
-    """The network of cifar10 with weights that are not trained, and ways to draw `size` pictures with it."""
+    """The network of cifar10 with random weights, and backends to sample `size` images with it."""
 
     def __init__(self, bench: Bench, size: int) -> None:
         self.bench, self.size, self.params = bench, size, bench.params("cifar10")
@@ -49,28 +49,28 @@ class Drawing:
         changes = {"sampler": "dpm-solver++", "steps": steps, "spacing": "quadratic"}
         return SampleOptions.model_validate(self.params.sample.model_dump() | changes)
 
-    def by_torch(self, steps: int, narrow: bool, compiled: bool) -> Ready:
-        """Products in TF32 if `narrow`; from noise to pictures uint8, in host memory both."""
+    def by_torch(self, steps: int, use_tf32: bool, compiled: bool) -> Ready:
+        """Sample with PyTorch, from noise to uint8 images, both in host memory."""
         model, options = self.model(self.compiled if compiled else self.net), self.options(steps)
         visited = sampling_timesteps(options, model.process.schedule)
 
         def draw() -> object:
             x_t = self.noise.to(self.bench.device).to(memory_format=torch.channels_last)
-            with tf32() if narrow and self.bench.cuda else nullcontext():
+            with tf32() if use_tf32 and self.bench.cuda else nullcontext():
                 return to_uint8(sample(model.sampler(options), lambda _: x_t, visited).cpu().numpy())
 
         return Ready(draw)
 
     def by_onnx(self, steps: int) -> Ready:
-        """By sampler.onnx on the same device."""
+        """Sample with sampler.onnx on the same device."""
         import onnxruntime as ort
 
         from diffusion.export import denoiser, parity, runtime, sampler_graph
 
         if self.bench.cuda and runtime.CUDA not in ort.get_available_providers():
-            raise UserError(f"ONNX Runtime has no {runtime.CUDA}: install onnxruntime-gpu")
+            raise UserError(f"ONNX Runtime has no {runtime.CUDA}; install onnxruntime-gpu")
         model = self.model(self.net)
-        if self._session is None:  # it takes any number of steps
+        if self._session is None:  # it supports any number of steps
             graph = sampler_graph.to_onnx(denoiser.to_onnx(model, OPSET), model, self.options(steps))
             self._session = parity.session(graph.SerializeToString(), self.bench.device)
         feed = {"noise": self.noise.numpy(), "steps": np.array([steps])}
@@ -81,19 +81,19 @@ class Drawing:
 
 
 def sampling(bench: Bench) -> Iterator[Facts]:
-    """Pictures of cifar10's network by dpm-solver++, in turns with diffusers' DDIMPipeline in as many steps."""
+    """Sampling with the network of cifar10 and dpm-solver++, and with diffusers' DDIMPipeline and as many steps."""
     size = 2 if bench.rehearse else 256
     drawing = Drawing(bench, size)
-    ways: list[tuple[str, str, Callable[[int], Ready]]] = [
-        ("torch, compiled", "tf32", partial(drawing.by_torch, narrow=True, compiled=True)),
-        ("torch", "tf32", partial(drawing.by_torch, narrow=True, compiled=False)),
+    backends: list[tuple[str, str, Callable[[int], Ready]]] = [
+        ("torch, compiled", "tf32", partial(drawing.by_torch, use_tf32=True, compiled=True)),
+        ("torch", "tf32", partial(drawing.by_torch, use_tf32=True, compiled=False)),
         ("diffusers", "tf32", drawing.by_diffusers),
-        ("torch", "fp32", partial(drawing.by_torch, narrow=False, compiled=False)),
+        ("torch", "fp32", partial(drawing.by_torch, use_tf32=False, compiled=False)),
         ("ONNX Runtime", "fp32", drawing.by_onnx),
     ]
     contenders = [
         Contender({"by": by, "precision": precision, "steps": steps, "batch_size": size}, size, partial(make, steps))
         for steps in ((2, 3) if bench.rehearse else (10, 50))
-        for by, precision, make in ways
+        for by, precision, make in backends
     ]
     yield from slices(bench, contenders, rounds=3, seconds=0.5)

@@ -1,4 +1,4 @@
-"""How fast training is, beside diffusers', and how much memory it takes."""
+"""Speed of training compared with diffusers, and its memory."""
 
 import os
 import time
@@ -17,11 +17,11 @@ from gpu_measurements.bench import NO_TIME, Bench, Facts
 from gpu_measurements.turns import Contender, Ready, first_line, slices
 
 COMPUTED_IN = {"bf16": "bf16", "fp32": "tf32"}
-"""The precision of a training's matrix products on a GPU, by `train.precision`."""
+"""Precision of matrix products on a GPU, by `train.precision`."""
 
 
 def ceilings(bench: Bench) -> Iterator[Facts]:
-    """Products of 8192 x 8192 matrices, and copies, as fast as they go."""
+    """Peak speed of 8192 x 8192 matrix products and of copies."""
     side = 256 if bench.rehearse else 8192
     facts: Facts = {}
     for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True)):
@@ -37,7 +37,7 @@ def ceilings(bench: Bench) -> Iterator[Facts]:
 
 
 def ours(bench: Bench, preset: str, size: int, precision: str, compiled: bool) -> Contender:
-    """A preset's training step on batches of `size` images."""
+    """The training step of a preset on batches of `size` images."""
 
     def make() -> Ready:
         training = bench.training(preset, batch_size=size, precision=precision, compile=compiled)
@@ -48,9 +48,9 @@ def ours(bench: Bench, preset: str, size: int, precision: str, compiled: bool) -
 
 
 def throughput(bench: Bench) -> Iterator[Facts]:
-    """Training of the DDPM paper's network for CIFAR-10 (35.7M parameters), in turns with diffusers'.
+    """Training the network of the DDPM paper for CIFAR-10 (35.7M parameters), compared with diffusers.
 
-    At first uncompiled with several batches; the fastest is the one to be compiled, and that of diffusers at its best.
+    Several batch sizes are tried uncompiled; the fastest one is then compiled, and used for diffusers at its best.
     """
     fastest = 0.0
     for size in (4,) if bench.rehearse else (128, 256, 512, 1024):
@@ -58,7 +58,7 @@ def throughput(bench: Bench) -> Iterator[Facts]:
             if facts.get("images_per_s", 0.0) > fastest:
                 fastest, bench.best_batch = facts["images_per_s"], size
             yield facts
-    bench.release()  # so that each is made anew, and its first line has all the time and memory that this takes
+    bench.release()  # so that the first line of each includes the time and memory of setting it up
     own = 2 if bench.rehearse else 128
     contenders = [
         ours(bench, "cifar10", bench.best_batch, "bf16", compiled=True),
@@ -71,7 +71,7 @@ def throughput(bench: Bench) -> Iterator[Facts]:
 
 
 def settings(bench: Bench) -> Iterator[Facts]:
-    """Training with other batches and presets."""
+    """Training with other batch sizes and presets."""
     cases = [
         ("digits", 128, "bf16", False),
         ("fashion-mnist", 32, "bf16", False),
@@ -81,14 +81,14 @@ def settings(bench: Bench) -> Iterator[Facts]:
         ("cifar10", 256, "bf16", True),
         ("cifar10", 1024, "bf16", True),
     ]
-    bench.release()  # so that each is made anew
+    bench.release()  # so that each one is set up again
     for preset, size, precision, compiled in cases[: 1 if bench.rehearse else None]:
         size = 4 if bench.rehearse else size
         yield from slices(bench, [ours(bench, preset, size, precision, compiled)], rounds=3, seconds=1.5)
 
 
 def memory(bench: Bench) -> Iterator[Facts]:
-    """The most device memory that a step of cifar10's network takes, by resolution, batch and recomputation."""
+    """Peak device memory of a training step of cifar10, by resolution, batch size and activation checkpointing."""
     cases = [(side, size) for side in (32, 64, 128, 256) for size in (32, 128, 512) if side * size < 256 * 512]
     for side, size in [(8, 2)] if bench.rehearse else cases:
         for recompute in (False, True):
@@ -100,20 +100,20 @@ def memory(bench: Bench) -> Iterator[Facts]:
 
 
 def _memory(bench: Bench, side: int, size: int, recompute: bool) -> Facts:
-    """Of a training that ends with this function, so that it takes no memory from the next one."""
+    """Measure one training run, which is freed on return."""
     base = bench.watch_memory()
     options = {"batch_size": size, "precision": "bf16", "compile": False, "recompute": recompute}
     try:
         training = bench.new_training("cifar10", (3, side, side), batches=1, **options)
         seconds = bench.seconds(training.step, times=2, rounds=1)
-    except RuntimeError as error:  # torch, cuDNN or cuBLAS has no memory, or an index is too large for 32 bits
+    except RuntimeError as error:  # out of memory in torch, cuDNN or cuBLAS, or an index exceeds 32 bits
         return {"does_not_run": first_line(error)}
     return {"peak_gib": bench.peak_gib(base), "ms_per_step": round(1000 * seconds, 1)}
 
 
 def pairs(bench: Bench) -> Iterator[Facts]:  # noqa: ARG001 # the same in a rehearsal: it needs no GPU
-    """Training pairs made per second from images in memory, with flips, by the number of threads that prefetch them."""
-    cores, count = len(os.sched_getaffinity(0)), 16 * BLOCK  # as many blocks as may be drawn at once
+    """Training pairs per second from images in memory, with flips, by the number of prefetching threads."""
+    cores, count = len(os.sched_getaffinity(0)), 16 * BLOCK  # the maximum number of blocks drawn at once
     for shape in ((1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 256, 256)):
         size = 2 * BLOCK if shape[-1] < 256 else BLOCK
         images = Images(np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8), np.full(count, -1))

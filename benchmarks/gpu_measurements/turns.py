@@ -1,4 +1,4 @@
-"""Rates of several that take turns, so that all see the machine fast and slow alike."""
+"""Compare contenders that take turns, so that fluctuations of the machine affect them equally."""
 
 import re
 import time
@@ -15,37 +15,37 @@ PEAKS = {
     r"NVIDIA H200": {"bf16": 989e12, "tf32": 494e12},
     r"NVIDIA A100[- ](SXM4-\d+GB|PCIE-40GB|80GB PCIe)": {"bf16": 312e12, "tf32": 156e12},
 }
-"""FLOP/s of dense matrix products by the data sheet, by the card's whole name, and by precision.
+"""Peak FLOP/s of dense matrix products from the data sheets, by the full name of the card and by precision.
 
-Other cards of the family, and parts of a card (MIG), are slower.
+Other cards of the family, and MIG slices, are slower.
 """
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What is timed, after it was made ready."""
+    """An action that is set up and can be timed."""
 
     action: Action
     counts: Counts | None = None
-    """Of the network that the action trains; None if it trains none."""
+    """Counts of the network that the action trains; None if it trains none."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One that takes turns with others."""
+    """A candidate in a comparison."""
 
     facts: Facts
-    """What tells it from the others."""
+    """Fields that identify it."""
     images: int
-    """Images of one action."""
+    """Images per action."""
     make: Callable[[], Ready]
 
 
 def slices(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: float) -> Iterator[Facts]:
-    """Images a second of each contender in turn: one line for each slice of some seconds, as soon as it has ended.
+    """Measure images per second of each contender in turn; yields a line after each slice of about `seconds`.
 
-    Each is made ready at its first turn, whose line has the seconds that this and the first action took, and the
-    device memory. One that fails, or for which no time is left, has a line that says so, and no further turns.
+    A contender is set up at its first turn, whose line includes the time for this and the first action, and the peak
+    device memory. One that fails or runs out of time gets a line that says so, and no further turns.
     """
     ready: dict[int, Ready] = {}
     waiting = dict(enumerate(contenders))
@@ -70,14 +70,14 @@ def slices(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: 
             except ModuleNotFoundError as error:
                 yield found | {"skipped": f"no module named {error.name}"}
                 del waiting[number]
-            except (RuntimeError, UserError) as error:  # memory is too small, or the compiler fails
+            except (RuntimeError, UserError) as error:  # out of memory, or the compiler fails
                 yield found | {"error": first_line(error)}
                 ready.pop(number, None)
                 del waiting[number]
 
 
 def _seconds(bench: Bench, action: Action, at_least: float) -> float:
-    """Seconds of an action, the mean of as many as take `at_least` so long, after one that does not count."""
+    """Mean seconds per action over at least `at_least` seconds, after an untimed one."""
     bench.empty_cache()
     action()
     bench.finish()
@@ -90,9 +90,9 @@ def _seconds(bench: Bench, action: Action, at_least: float) -> float:
 
 
 def utilization(bench: Bench, counts: Counts | None, precision: str, images_per_s: float) -> Facts:
-    """FLOP/s of training as a share of the card's peak (`mfu`), and of what matrix products reach on it.
+    """FLOP/s of training relative to the card's peak (`mfu`) and to the measured matrix products.
 
-    A step takes three times the FLOPs of a forward pass. What is not known of the card or network is left out.
+    A training step takes three times the FLOPs of a forward pass. Unknown values are omitted.
     """
     peak = next((peaks.get(precision) for name, peaks in PEAKS.items() if re.fullmatch(name, bench.card)), None)
     most = {"mfu": peak, "share_of_products": bench.products.get(precision)}
@@ -101,5 +101,5 @@ def utilization(bench: Bench, counts: Counts | None, precision: str, images_per_
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """Type and first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

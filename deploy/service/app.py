@@ -1,4 +1,4 @@
-"""The routes, and what becomes of errors."""
+"""The routes and the error responses."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.service import pictures, protocol
-from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.batching import Batcher, QueueFull, RunFailed
 from deploy.service.metrics import Metrics
 from deploy.service.models import Model, Served
 
@@ -27,7 +27,7 @@ log = logging.getLogger("ddpm.service")
 
 @dataclass
 class Service:
-    """What the routes share."""
+    """State shared by the routes."""
 
     name: str
     served: Served
@@ -36,22 +36,22 @@ class Service:
     max_images: int = 64
     max_body: int = 64 * 2**20
     draining: bool = False
-    """A signal has come: not ready any more, and each answer ends its connection."""
+    """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
 
 
 def create(service: Service) -> FastAPI:
-    """The application."""
+    """Create the application."""
     app = FastAPI(title="ddpm", version=VERSION, docs_url=None, redoc_url=None)
-    app.add_middleware(Watch, service=service)
+    app.add_middleware(Instrumentation, service=service)
     _answer_errors(app)
 
     def current(request: Request) -> Model:
-        """The model of a path, which the request stays with, whatever is served later."""
+        """The model named in the path; the request keeps it even if another one is loaded meanwhile."""
         model, asked = service.served.current, request.path_params
         if asked["name"] != service.name:
-            raise HTTPException(404, f"model {asked['name']}: unknown; here is {service.name}")
+            raise HTTPException(404, f"model {asked['name']}: unknown; this service has {service.name}")
         if asked.get("version", model.version) != model.version:
-            raise HTTPException(404, f"version {asked['version']}: not served; version {model.version} is")
+            raise HTTPException(404, f"version {asked['version']}: not served; the current version is {model.version}")
         return model
 
     Current = Annotated[Model, Depends(current)]
@@ -67,7 +67,7 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/v2/health/ready")
     async def ready() -> Response:
-        # The specification's field is "live", here too; "ready" is what one looks for.
+        # The specification calls the field "live" here too; "ready" is what clients expect.
         return JSONResponse({"live": True, "ready": not service.draining}, 503 if service.draining else 200)
 
     @app.get(f"{newest}/ready")
@@ -91,19 +91,19 @@ def create(service: Service) -> FastAPI:
         return Response(answer, media_type="application/json")
 
     @app.get("/images")
-    async def images(request: Request, wish: Annotated[pictures.Wish, Query()]) -> Response:
-        model, seed = service.served.current, wish.seed
+    async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        model, seed = service.served.current, query.seed
         headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
         if seed is None:
             seed = secrets.randbelow(2**32)
-        else:  # the same until the model is another one, which the ETag tells at the price of a question
-            headers |= {"Cache-Control": "no-cache", "ETag": pictures.tag(wish, model)}
+        else:  # unchanged until the model changes, which the ETag tells in one round trip
+            headers |= {"Cache-Control": "no-cache", "ETag": pictures.etag(query, model)}
         headers["X-Seed"] = str(seed)
-        feeds = await asyncio.to_thread(pictures.feeds, wish, seed, model, service.max_images)
+        feeds = await asyncio.to_thread(pictures.feeds, query, seed, model, service.max_images)
         if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
         results = await service.batcher.submit(model.run, feeds)
-        png = await asyncio.to_thread(pictures.png, results["images"], wish.scale)
+        png = await asyncio.to_thread(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
     @app.get("/metrics")
@@ -114,22 +114,22 @@ def create(service: Service) -> FastAPI:
     return app
 
 
-async def read(request: Request, most: int) -> bytes:
-    """The body, counted while it comes; raises HTTPException 413 once it is longer than `most` bytes."""
-    body, told = bytearray(), request.headers.get("Content-Length", "0")
-    if int(told) <= most:
+async def read(request: Request, limit: int) -> bytes:
+    """Read the body; raises HTTPException 413 as soon as it exceeds `limit` bytes."""
+    body, declared = bytearray(), request.headers.get("Content-Length", "0")
+    if int(declared) <= limit:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > most:
+            if len(body) > limit:
                 break
         else:
             return bytes(body)
-    # uvicorn reads the rest and forgets it; a connection closed on what is on its way would lose the answer.
-    raise HTTPException(413, f"the body is longer than {most} bytes; send fewer images at a time")
+    # uvicorn discards the rest; closing the connection while data arrives would lose the response.
+    raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """All errors are {"error": one line}, as the protocol has it."""
+    """Return every error as {"error": "one line"}, as the protocol defines."""
 
     async def answer(_: Request, error: Exception) -> Response:
         headers: Mapping[str, str] | None = None
@@ -141,23 +141,30 @@ def _answer_errors(app: FastAPI) -> None:
             case RequestValidationError():
                 status, line = 400, protocol.describe(error.errors())
             case ClientDisconnect():
-                status, line = 400, "the connection ended before the body did"
-            case Full():
+                status, line = 400, "the connection closed before the whole body arrived"
+            case QueueFull():
                 status, line, headers = 503, str(error), {"Retry-After": "1"}
-            case Failed():
-                status, line = 500, f"the model could not be run: {error}"
-                log.error("a request failed: %s", error)
+            case RunFailed():
+                status, line = 500, f"the model failed: {error}"
+                log.error("request failed: %s", error)
             case _:  # Starlette raises it again, so that its traceback is logged
-                status, line = 500, "an error of the service's own; its log has more"
+                status, line = 500, "internal error; see the log of the service"
         return JSONResponse({"error": line}, status, headers)
 
-    answered = (StarletteHTTPException, protocol.Invalid, RequestValidationError, ClientDisconnect, Full, Failed)
+    answered = (
+        StarletteHTTPException,
+        protocol.Invalid,
+        RequestValidationError,
+        ClientDisconnect,
+        QueueFull,
+        RunFailed,
+    )
     for kind in (*answered, Exception):
         app.add_exception_handler(kind, answer)
 
 
-class Watch:
-    """Middleware: counts and times answers, and has each end its connection when the service is to end."""
+class Instrumentation:
+    """Middleware: counts and times responses, and closes connections while the service drains."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service

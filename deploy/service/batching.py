@@ -1,4 +1,4 @@
-"""Dynamic batching: requests that come while a batch runs are joined, and run as one."""
+"""Dynamic batching: requests that arrive while a batch runs are joined into the next one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffusion.export import golden
 
 Run = Callable[[Feeds], Feeds]
 AXES = {"noise": 0, "y": 0, "steps_noise": 1}
-"""The axis along which an input is joined. Others (`steps`, `guidance`) are of a whole batch, and have to be equal."""
+"""The axis along which an input is concatenated. Other inputs (`steps`, `guidance`) must be equal within a batch."""
 
 
-class Full(Exception):
-    """More images are waiting than may."""
+class QueueFull(Exception):
+    """The queue has no room for the request."""
 
 
-class Failed(Exception):
+class RunFailed(Exception):
     """Running the model failed; the message is one line."""
 
 
@@ -36,7 +36,7 @@ class Job:
         self.outputs: asyncio.Future[Feeds] = loop.create_future()
 
     def key(self) -> Hashable:
-        """Equal for jobs that can be joined: the same model, values that hold for all, and sizes along other axes."""
+        """Equal for jobs that can be joined: same model, same batch-wide values, same sizes along the other axes."""
 
         def part(name: str, value: NDArray[Any]) -> Hashable:
             axis = AXES.get(name)
@@ -46,14 +46,18 @@ class Job:
 
 
 class Batcher:
-    """Runs jobs one batch at a time, the oldest first, in a thread of its own."""
+    """Runs jobs in a separate thread, one batch at a time, oldest first."""
 
     def __init__(
         self, max_batch: int, max_waiting: int, delay: float = 0.0, observe: Callable[[int], None] = lambda _: None
     ) -> None:
-        """At most max_batch images in a batch (a larger request runs alone) and max_waiting in the queue.
+        """Create a batcher.
 
-        delay: seconds that a request may wait for others when nothing runs. observe: gets the size of each batch.
+        Args:
+            max_batch: maximum number of images per batch; a larger request runs alone.
+            max_waiting: maximum number of images in the queue.
+            delay: seconds a request may wait for others while nothing runs.
+            observe: called with the size of each batch.
         """
         self._max_batch, self._max_waiting, self._delay, self._observe = max_batch, max_waiting, delay, observe
         self._queue: list[Job] = []
@@ -67,13 +71,18 @@ class Batcher:
         return sum(job.count for job in self._queue)
 
     async def submit(self, run: Run, feeds: Feeds) -> Feeds:
-        """The outputs of `run`, whose inputs may have been joined with others'.
+        """Return the outputs of `run` for `feeds`, possibly computed in a batch with other requests.
 
-        Raises: Full: nothing was done, and later it may be. Failed: `run` raised an error for this request.
+        Raises:
+            QueueFull: too many images are waiting; try again later.
+            RunFailed: `run` raised an error for this request.
         """
         job = Job(run, feeds)
         if self.waiting + job.count > self._max_waiting:
-            raise Full(f"{self.waiting} images are waiting, and at most {self._max_waiting} may; try again later")
+            raise QueueFull(
+                f"no room in the queue: {self.waiting} images are waiting, and the limit is {self._max_waiting}; "
+                "try again later"
+            )
         self._queue.append(job)
         if self.waiting >= self._max_batch:
             self._enough.set()
@@ -91,7 +100,7 @@ class Batcher:
             await self._finish(self._next())
 
     def _next(self) -> list[Job]:
-        """The oldest job, and all that can go with it; whoever is left is nearer to being the oldest."""
+        """Take the oldest job and all jobs that can join it; no job starves, since the others move up."""
         first, size = self._queue[0], 0
         key, taken, left = first.key(), list[Job](), list[Job]()
         for job in self._queue:
@@ -106,21 +115,21 @@ class Batcher:
     async def _finish(self, jobs: list[Job]) -> None:
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, jobs)
-        except Exception as error:  # ONNX Runtime's have nothing in common
-            if len(jobs) > 1:  # one alone may be to blame
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if len(jobs) > 1:  # a single request may be the cause
                 for job in jobs:
                     await self._finish([job])
             elif not jobs[0].outputs.done():
-                jobs[0].outputs.set_exception(Failed(golden.brief(error)))
+                jobs[0].outputs.set_exception(RunFailed(golden.brief(error)))
             return
         self._observe(sum(job.count for job in jobs))
         for job, outputs in zip(jobs, results, strict=True):
-            if not job.outputs.done():  # cancelled, that is
+            if not job.outputs.done():  # otherwise it was cancelled
                 job.outputs.set_result(outputs)
 
 
 def _run(jobs: list[Job]) -> list[Feeds]:
-    """The outputs of each job, from one run of the model."""
+    """Run the model once; returns the outputs of each job."""
     first = jobs[0]
     if len(jobs) == 1:
         return [first.run(first.feeds)]

@@ -1,4 +1,4 @@
-"""The model that is served: from a file or from MLflow, verified before it answers, and an alias followed."""
+"""The served model: loaded from a file or MLflow, verified before use, and updated when its alias moves."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from diffusion.export import digest, golden, runtime
 log = logging.getLogger("ddpm.service")
 T = TypeVar("T")
 Feeds = dict[str, NDArray[Any]]
-"""Inputs, or outputs, of the graph by name."""
+"""Inputs or outputs of the graph, by name."""
 METADATA_VERSION = "2"
 DATATYPES = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(uint8)": "UINT8"}
 
 
 class ModelError(Exception):
-    """A model that cannot be had now; the message is one line."""
+    """The model is not available now; the message is one line."""
 
 
-class Refused(ModelError):
-    """A model that will not do, however often it is tried."""
+class RejectedModel(ModelError):
+    """The model is unusable, and retrying does not help."""
 
 
 class Tensor(NamedTuple):
-    """What a graph says of an input or output; -1 in the shape is any size."""
+    """Type and shape of a graph's input or output; -1 stands for any size."""
 
     datatype: str
     shape: tuple[int, ...]
@@ -44,47 +44,56 @@ class Model:
     """A verified sampler in ONNX Runtime."""
 
     def __init__(self, content: bytes, version: str | None, device: str = "cpu", threads: int = 0) -> None:
-        """Check the digest of a sampler.onnx, load it and run its golden test, which warms it up as well.
+        """Check the digest of a sampler.onnx, load it and run its golden test, which also warms it up.
 
-        version: None for the beginning of the weights' digest. threads: 0 for as many as there are cores.
+        Args:
+            content: the bytes of the file.
+            version: its version; None for the first 12 digits of the weights' digest.
+            device: `auto`, `cpu` or `cuda`.
+            threads: number of ONNX Runtime threads; 0 for one per core.
 
-        Raises: Refused: a damaged file, no sampler, the golden test fails, or the device cannot be used.
+        Raises:
+            RejectedModel: the file is damaged or not a sampler, its golden test fails, or the device is unavailable.
         """
         try:
             digest.check(content)
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise RejectedModel(str(error)) from None
         try:
             ort.set_default_logger_severity(4)  # errors are raised as well
             self.session = runtime.session(content, None if device == "cpu" else 0, threads)
             facts = self.session.get_modelmeta().custom_metadata_map
-        except Exception as error:  # ONNX Runtime's have nothing in common
-            raise Refused(f"no ONNX model that can be run ({golden.brief(error)})") from None
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise RejectedModel(f"not an ONNX model that ONNX Runtime can run ({golden.brief(error)})") from None
         if device == "cuda" and self.session.get_providers()[0] != runtime.CUDA:
-            raise Refused("ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries")
+            raise RejectedModel(
+                "ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries"
+            )
         self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
-            raise Refused("no sampler.onnx: it does not lead from `noise` to `images`")
+            raise RejectedModel("not a sampler.onnx: it has no input `noise` or no output `images`")
         if facts.get("ddpm.version") != METADATA_VERSION:
-            raise Refused(f"ddpm.version is {facts.get('ddpm.version')}; this service knows {METADATA_VERSION}")
+            raise RejectedModel(
+                f"its ddpm.version is {facts.get('ddpm.version')}, but this service supports {METADATA_VERSION}"
+            )
         try:
             golden.check(self.session, facts)
             self.weights = facts["ddpm.weights_sha256"]
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
-            # Files of earlier versions do not say it.
+            # Earlier versions did not write this key.
             free = facts.get("ddpm.max_free_steps", runtime.MAX_FREE_STEPS)
-            self._most_steps = min(int(free), int(facts["ddpm.num_timesteps"]))
+            self._max_steps = min(int(free), int(facts["ddpm.num_timesteps"]))
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
-        except Exception as error:  # whatever a file that was changed may hold
-            raise Refused(golden.brief(error)) from None
+        except Exception as error:  # an edited file may contain anything
+            raise RejectedModel(golden.brief(error)) from None
         self.version = version or self.weights[:12]
-        self.digest = hashlib.sha256(content).hexdigest()  # weights can be exported in several ways
+        self.digest = hashlib.sha256(content).hexdigest()  # the same weights can be exported with different settings
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
 
     def problem(self, name: str, value: NDArray[Any]) -> str:
-        """What is wrong with an input's values, and what they must be; empty if nothing is."""
+        """Describe the first invalid value of an input and the allowed range; empty if all are valid."""
         if name == "steps":
             steps = int(value[0])
             return "" if steps == 0 or self.allows(steps) else f"{self.allowed(name)} (got {steps})"
@@ -93,23 +102,23 @@ class Model:
         return f"{self.allowed(name)} (got {wrong[0]:.9g})" if wrong.size else ""
 
     def allowed(self, name: str) -> str:
-        """Which values an input may have."""
+        """Describe the allowed values of an input."""
         if name == "steps":
             return f"must be {self.steps_allowed}, or 0 for {self.steps}"
         low, high = self._ranges[name]
         return f"must be from {low} to {high}" + (", -1 for no class" if name == "y" else "")
 
     def allows(self, steps: int) -> bool:
-        """Whether the sampler can take this number of steps."""
-        return 1 <= steps <= self._most_steps or steps == self.steps
+        """Whether the sampler supports this number of steps."""
+        return 1 <= steps <= self._max_steps or steps == self.steps
 
     @property
     def steps_allowed(self) -> str:
-        more = f", or {self.steps}" if self.steps > self._most_steps else ""
-        return f"1 to {self._most_steps}{more}"
+        more = f", or {self.steps}" if self.steps > self._max_steps else ""
+        return f"1 to {self._max_steps}{more}"
 
     def run(self, feeds: Feeds) -> Feeds:
-        """All outputs, from all inputs."""
+        """Run the graph on all inputs; returns all outputs."""
         return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
 
 
@@ -123,14 +132,14 @@ def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:
 
 
 class Source(Protocol):
-    """Where models come from."""
+    """Where models are loaded from."""
 
     def version(self) -> str | None:
-        """The version that is to be served now; raises ModelError if that cannot be said."""
+        """Return the version to serve now; raises ModelError if it cannot be determined."""
         ...
 
     def read(self, version: str | None) -> bytes:
-        """Its sampler.onnx; raises ModelError."""
+        """Return the bytes of its sampler.onnx; raises ModelError."""
         ...
 
 
@@ -143,22 +152,22 @@ class File:
     def version(self) -> None:
         return None
 
-    def read(self, version: str | None) -> bytes:  # noqa: ARG002 there is but one
+    def read(self, version: str | None) -> bytes:  # noqa: ARG002 a file has only one version
         try:
             return self.path.read_bytes()
         except OSError as error:
             raise ModelError(
-                f"cannot be read ({error.strerror}); `ddpm export` makes models/onnx/sampler.onnx"
+                f"cannot read it ({error.strerror}); `ddpm export` writes models/onnx/sampler.onnx"
             ) from None
 
 
 class Registered:
-    """A model in MLflow's registry: models:/NAME/VERSION, or models:/NAME@ALIAS, which may come to name another one."""
+    """A model in the MLflow registry: models:/NAME/VERSION, or models:/NAME@ALIAS, whose version may change."""
 
     def __init__(self, uri: str) -> None:
         found = re.fullmatch(r"models:/([^/@]+)(?:/([0-9]+)|@([^/@]+))", uri)
         if not found:
-            raise ModelError("is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+            raise ModelError("must have the form models:/NAME@ALIAS or models:/NAME/VERSION")
         self.name, self._number, self.alias = found.groups()
 
     def version(self) -> str:
@@ -176,55 +185,56 @@ class Registered:
 
 
 def _mlflow(call: Callable[[Any, Any], T]) -> T:
-    """What a call with MLflow's client and its function for downloads gives."""
-    try:  # a service that reads a file needs no MLflow
+    """Call a function with an MLflow client and the download function; raises ModelError if MLflow fails."""
+    try:  # imported here, since serving a file does not need MLflow
         from mlflow import MlflowClient
         from mlflow.artifacts import download_artifacts
 
         return call(MlflowClient(), download_artifacts)
-    except Exception as error:  # of MLflow, its database, HTTP and its storage
-        line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error))  # the same cause, the same line
-        raise ModelError(f"not to be had from MLflow ({line})") from None
+    except Exception as error:  # from MLflow, its database, HTTP or storage
+        # Addresses differ between calls, and the same cause must give the same line.
+        line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error))
+        raise ModelError(f"not available from MLflow ({line})") from None
 
 
 class Served:
-    """`current` is the model that answers; `update` puts what the source names by now in its place."""
+    """`current` is the model in use; `update` replaces it if the source has a new version."""
 
     def __init__(self, source: Source, load: Callable[[bytes, str | None], Model]) -> None:
-        """Raises: ModelError: there is none to begin with."""
+        """Load the first model; raises ModelError if that fails."""
         self._source, self._load = source, load
         version = source.version()
         self.current = load(source.read(version), version)
         self.failures = 0
-        """Updates that failed."""
-        self._told = ""
-        self._refused: dict[str | None, str] = {}
-        """Why, of each version; the errors themselves would keep the models that they were raised in."""
+        """Number of failed updates."""
+        self._last_error = ""
+        self._rejected: dict[str | None, str] = {}
+        """Reason by version, as text: an exception would keep the model alive through its traceback."""
 
     def update(self) -> None:
-        """Ask the source once. What goes wrong is logged when it is new, and counted; the present model stays."""
+        """Check the source once. A failure is counted, logged if it is new, and leaves the current model in place."""
         version = None
         try:
             version = self._source.version()
             if version != self.current.version:
-                if version in self._refused:  # no need to download it again
-                    raise Refused(self._refused[version])
+                if version in self._rejected:  # do not download it again
+                    raise RejectedModel(self._rejected[version])
                 self.current = self._load(self._source.read(version), version)
                 log.info("now serving version %s (weights %s)", version, self.current.weights[:12])
-            self._told = ""
+            self._last_error = ""
         except ModelError as error:
             self.failures += 1
-            if isinstance(error, Refused):
-                self._refused[version] = str(error)
+            if isinstance(error, RejectedModel):
+                self._rejected[version] = str(error)
             line = f"version {version}: {error}" if version else str(error)
-            if line != self._told:
+            if line != self._last_error:
                 log.error("still serving version %s: %s", self.current.version, line)
-            self._told = line
-        except Exception as error:  # whatever else a strange file may bring: the next one is to be taken all the same
+            self._last_error = line
+        except Exception as error:  # a malformed file must not end the polling
             self.failures += 1
             log.error("still serving version %s: %s", self.current.version, golden.brief(error))
 
     def follow(self, seconds: float, stop: threading.Event) -> None:
-        """Update every so many seconds, until told to stop."""
+        """Call `update` every `seconds` until `stop` is set."""
         while not stop.wait(seconds):
             self.update()

@@ -1,4 +1,4 @@
-"""Pictures to look at: noise from a seed, and a grid as PNG."""
+"""GET /images: noise from a seed, and a grid of images as PNG."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deploy.service.protocol import Invalid
 from diffusion.export import golden
 
 MAX_SIDE = 4096
-"""Pixels of a grid's longer side."""
+"""Maximum pixels along the longer side of a grid."""
 STEPS_NOISE = 2**63
-"""Added to a picture's number for the key of its steps' noise, so that it is no picture's first noise."""
+"""Offset of the key for the noise of the steps, so that it never equals any image's initial noise."""
 
 
-class Wish(BaseModel):
+class ImageQuery(BaseModel):
     """The query of GET /images."""
 
     model_config = ConfigDict(extra="forbid")
@@ -35,53 +35,54 @@ class Wish(BaseModel):
     scale: int = Field(4, ge=1, le=16)
 
 
-def tag(wish: Wish, model: Model) -> str:
-    """An ETag of all that decides on the picture. A weak one: other company in a batch may change a rounding."""
-    digest = hashlib.sha256(f"{model.version} {model.digest} {wish!r}".encode()).hexdigest()
+def etag(query: ImageQuery, model: Model) -> str:
+    """An ETag of everything that determines the image. Weak, since rounding may depend on the rest of the batch."""
+    digest = hashlib.sha256(f"{model.version} {model.digest} {query!r}".encode()).hexdigest()
     return f'W/"{digest[:32]}"'
 
 
-def feeds(wish: Wish, seed: int, model: Model, max_images: int) -> Feeds:
-    """The model's inputs for a wish.
+def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
+    """Build the model's inputs for a query.
 
-    Picture i has noise of the key (seed, i), and for its steps of (seed, 2^63 + i); so it is the same among any number.
+    Image i uses the noise with key (seed, i), and (seed, 2^63 + i) for the steps, so it does not depend on `n`.
 
-    Raises: Invalid: more than the model or the limits allow.
+    Raises:
+        Invalid: the query exceeds the limits of the service or the model.
     """
-    if wish.n > max_images:
-        raise Invalid(f"n: must be at most {max_images} (got {wish.n})")
-    columns, rows = layout(wish.n)
+    if query.n > max_images:
+        raise Invalid(f"n: must be at most {max_images} (got {query.n})")
+    columns, rows = layout(query.n)
     _, height, width = model.shape
-    side = 1 + max(columns * (width * wish.scale + 1), rows * (height * wish.scale + 1))
+    side = 1 + max(columns * (width * query.scale + 1), rows * (height * query.scale + 1))
     if side > MAX_SIDE:
-        raise Invalid(f"the picture would have {side} pixels, and at most {MAX_SIDE} it may; lower n or scale")
-    steps = wish.steps or model.steps
+        raise Invalid(f"n, scale: the grid would be {side} pixels wide or high, more than {MAX_SIDE}; lower n or scale")
+    steps = query.steps or model.steps
     if not model.allows(steps):
         raise Invalid(f"steps: {model.allowed('steps')} (got {steps})")
-    if wish.guidance is not None and not model.classes:
-        raise Invalid("guidance: the model knows no classes; leave it out")
-    guidance = model.guidance if wish.guidance is None else wish.guidance
+    if query.guidance is not None and not model.classes:
+        raise Invalid("guidance: the model has no classes; omit it")
+    guidance = model.guidance if query.guidance is None else query.guidance
     if model.classes and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
     given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
-    given["y"] = np.full(wish.n, -1 if wish.cls is None else number(wish.cls, model.classes))
-    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(wish.n)])
+    given["y"] = np.full(query.n, -1 if query.cls is None else class_index(query.cls, model.classes))
+    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(query.n)])
     if model.stochastic:
         shape = (steps, *model.shape)
-        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(wish.n)], axis=1)
+        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(query.n)], axis=1)
     return {name: given[name] for name in model.inputs}
 
 
-def number(name: str, classes: list[str]) -> int:
-    """A class's number, by its name or the number itself; raises Invalid."""
+def class_index(name: str, classes: list[str]) -> int:
+    """Index of a class, given its name or the index itself; raises Invalid."""
     if not classes:
-        raise Invalid("class: the model knows no classes; leave it out")
+        raise Invalid("class: the model has no classes; omit it")
     if name in classes:
         return classes.index(name)
     if name in (numbers := [str(index) for index in range(len(classes))]):
         return numbers.index(name)
     known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    raise Invalid(f"class: must be a name ({known}), or a number below {len(classes)} (got {name[:50]})")
+    raise Invalid(f"class: must be a name ({known}) or a number below {len(classes)} (got {name[:50]})")
 
 
 def layout(count: int) -> tuple[int, int]:
@@ -91,7 +92,7 @@ def layout(count: int) -> tuple[int, int]:
 
 
 def png(images: NDArray[Any], scale: int) -> bytes:
-    """A grid of uint8 images (B, H, W, C), row by row, with a line between; each pixel is a square of `scale`."""
+    """Arrange uint8 images (B, H, W, C) in a grid with separating lines, enlarged by `scale`; returns a PNG."""
     count, height, width, channels = images.shape
     columns, rows = layout(count)
     height, width = height * scale + 1, width * scale + 1

@@ -1,4 +1,4 @@
-"""uvicorn's server, ended without losing a request."""
+"""A uvicorn server that shuts down without losing a request."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fastapi import FastAPI
 from deploy.service.app import Service
 
 log = logging.getLogger("ddpm.service")
-LINGER = 1.0
-"""Seconds in which a connection that was accepted may send its request, after no new ones are."""
-PATIENCE = 60
-"""Seconds for what was accepted to be answered; then a client that never ends its request is no longer waited for."""
+LINGER_SECONDS = 1.0
+"""How long an open connection may still send its request once no new connections are accepted."""
+SHUTDOWN_TIMEOUT_SECONDS = 60
+"""How long to wait for accepted requests, so that a client that never completes its request cannot block shutdown."""
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM or SIGINT it drains, answers what it accepted and ends with status 0; on a second one it ends at once.
+    """Shuts down gracefully on SIGTERM or SIGINT, with exit status 0, and immediately on a second signal.
 
-    While it drains it accepts and answers as before, but is not ready, and each answer ends its connection.
+    While draining it still accepts and answers requests, but reports not ready and closes each connection after its
+    response. Then it stops accepting, answers what it has accepted, and ends.
     """
 
     def __init__(self, app: FastAPI, service: Service, drain: float) -> None:
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=PATIENCE,
+                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
             )
         )
         self._service, self._drain, self._ending = service, drain, 0.0
@@ -46,10 +47,10 @@ class Server(uvicorn.Server):
         if self._service.draining:
             os._exit(128 + sig)
         self._service.draining, self._ending = True, time.monotonic() + self._drain
-        log.info("%s: ending; a second signal ends at once", signal.Signals(sig).name)
+        log.info("%s: shutting down; a second signal stops immediately", signal.Signals(sig).name)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; the line that tells of it comes when signals are heeded."""
+        """Start as uvicorn does, and log the address once signal handlers are installed."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         place, model = (
@@ -65,10 +66,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or ends
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, which alone would drop connections that wait to be accepted, or whose request is on its way."""
+        """Serve pending connections first: uvicorn drops those not yet accepted or whose request is in transit."""
         accepted = list[socket.socket]()
         for listener in sockets or []:
-            with contextlib.suppress(OSError):  # none is left, or no descriptor for it
+            with contextlib.suppress(OSError):  # no more pending, or out of file descriptors
                 while True:
                     accepted.append(listener.accept()[0])
         for server in self.servers:
@@ -79,8 +80,8 @@ class Server(uvicorn.Server):
                 lambda: protocol(self.config, self.server_state, self.lifespan.state),  # type: ignore[call-arg]
                 connection,
             )
-        until = time.monotonic() + LINGER
-        await asyncio.sleep(0.1)  # those that asyncio has just accepted are not among the connections yet
+        until = time.monotonic() + LINGER_SECONDS
+        await asyncio.sleep(0.1)  # asyncio registers newly accepted connections only after a moment
         while self.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(0.05)
         await super().shutdown(sockets)

@@ -1,30 +1,30 @@
-// The page: a form from what the model says of itself, and a tile for each picture, its noise first.
+// The page: a form built from the model's metadata, and a tile per image that starts as noise.
 import { Sampler } from "./sampler.js";
 
-const at = (id) => document.getElementById(id);
-const [form, pictures, way] = ["form", "pictures", "way"].map(at);
+const byId = (id) => document.getElementById(id);
+const [form, gallery, stepsDialog] = ["form", "gallery", "steps-dialog"].map(byId);
 const fields = form.elements;
 const query = new URLSearchParams(location.search);
 
 let sampler = null;
-let turn = 0; // what began in an earlier turn stops
+let currentTask = 0; // work that belongs to an earlier task stops
 
 // Model
 
 async function open(name, read) {
-  const mine = stop();
+  const task = stop();
   sampler?.close();
   sampler = null;
-  form.hidden = at("hint").hidden = true;
-  pictures.replaceChildren();
-  at("facts").textContent = "";
+  form.hidden = byId("hint").hidden = true;
+  gallery.replaceChildren();
+  byId("facts").textContent = "";
   say(`Loading ${name} ...`);
   try {
     const opened = await Sampler.open(await read());
-    if (mine !== turn) return opened.close();
+    if (task !== currentTask) return opened.close();
     sampler = opened;
   } catch (error) {
-    if (mine === turn) say(`${name} ${error.message}`);
+    if (task === currentTask) say(`${name}: ${error.message}`);
     return;
   }
   describe();
@@ -33,9 +33,9 @@ async function open(name, read) {
 }
 
 async function download(url) {
-  const response = await fetch(url, { cache: "no-cache" }).catch(() => null); // no-cache: ask whether there is a new one
-  if (!response) throw new Error("cannot be fetched");
-  if (!response.ok) throw new Error(`is not there (${response.status}): put it beside this page, or choose a file`);
+  const response = await fetch(url, { cache: "no-cache" }).catch(() => null); // no-cache: revalidate with the server
+  if (!response) throw new Error("cannot be downloaded; check the connection and the address");
+  if (!response.ok) throw new Error(`not found (${response.status}); copy it next to this page, or choose a file`);
   return new Uint8Array(await response.arrayBuffer());
 }
 
@@ -43,11 +43,11 @@ function describe() {
   const { channels, height, width, classes, facts } = sampler;
   const heldout = JSON.parse(facts.heldout);
   const score = (key, text) => (typeof heldout[key] === "number" ? `${heldout[key].toPrecision(3)} ${text}` : "");
-  at("facts").textContent = [
+  byId("facts").textContent = [
     `${height} × ${width}, ${channels === 1 ? "grey" : "RGB"}`,
     classes.length ? `${classes.length} classes` : "",
     `${facts.sampler}, ${facts.steps} steps`,
-    score("mse", "MSE of the noise on test pairs"),
+    score("mse", "noise MSE on test pairs"),
     score("bits_per_dim", "bits/dim"),
     `weights ${facts.weights_sha256.slice(0, 12)}`,
   ]
@@ -62,21 +62,21 @@ function fill() {
   fields.steps.value = steps;
   fields.guidance.value = guidance;
   const names = classes.map((name, number) => new Option(name, number));
-  fields.class.replaceChildren(new Option("all in turn", "turn"), new Option("any", -1), ...names);
+  fields.class.replaceChildren(new Option("all in turn", "turn"), new Option("none (unconditional)", -1), ...names);
   for (const field of [fields.class, fields.guidance]) field.disabled = field.parentElement.hidden = !classes.length;
   for (const field of fields) if (query.has(field.name)) field.value = query.get(field.name);
   checkSteps();
   form.hidden = false;
-  at("hint").hidden = sampler.stochastic;
+  byId("hint").hidden = sampler.stochastic;
 }
 
 function checkSteps() {
-  const { steps, mostFree } = sampler;
+  const { steps, maxFreeSteps } = sampler;
   const asked = Number(fields.steps.value);
-  fields.steps.setCustomValidity(asked <= mostFree || asked === steps ? "" : `1 to ${mostFree}, or ${steps}`);
+  fields.steps.setCustomValidity(asked <= maxFreeSteps || asked === steps ? "" : `Must be 1 to ${maxFreeSteps}, or ${steps}`);
 }
 
-// The choices, also put into the page's address, so that it shows the same pictures to others.
+// Reads the form, and stores it in the page's address so that a link shows the same images.
 function chosen() {
   for (const [name, value] of new FormData(form)) query.set(name, value);
   history.replaceState(null, "", `?${query}`);
@@ -89,41 +89,41 @@ function chosen() {
   };
 }
 
-// Pictures
+// Images
 
 async function make() {
-  const mine = stop();
+  const task = stop();
   const { seed, count, steps, y, guidance } = chosen();
   const { classes } = sampler;
   const tiles = Array.from({ length: count }, (_, number) => {
     const options = { steps, y: y(number), guidance };
-    const name = `Picture ${number + 1}${classes[options.y] ? `, ${classes[options.y]}` : ""}`;
+    const name = `Image ${number + 1}${classes[options.y] ? `, ${classes[options.y]}` : ""}`;
     const tile = document.createElement(sampler.stochastic ? "div" : "button");
-    if (!sampler.stochastic) tile.onclick = () => showWay(seed, number, options);
+    if (!sampler.stochastic) tile.onclick = () => showFewerSteps(seed, number, options);
     return { tile, options, canvas: noisy(tile, name, seed, number) };
   });
-  pictures.replaceChildren(...tiles.map(({ tile }) => tile));
-  at("stop").disabled = false;
+  gallery.replaceChildren(...tiles.map(({ tile }) => tile));
+  byId("stop").disabled = false;
   say(`0 of ${count}`);
   const start = performance.now();
   for (const [number, { canvas, options }] of tiles.entries()) {
-    const image = await attempt(sampler.picture(seed, number, options));
-    if (mine !== turn || !image) return;
+    const image = await attempt(sampler.generate(seed, number, options));
+    if (task !== currentTask || !image) return;
     show(canvas, image);
     const each = (performance.now() - start) / 1000 / (number + 1);
-    say(`${number + 1} of ${count}, ${Number(each.toPrecision(2))} s each`);
+    say(`${number + 1} of ${count}, ${Number(each.toPrecision(2))} s per image`);
   }
   stop();
 }
 
 function stop() {
-  at("stop").disabled = true;
-  return ++turn;
+  byId("stop").disabled = true;
+  return ++currentTask;
 }
 
-// What fewer steps make of the same noise; only a sampler that adds none can be asked that.
-async function showWay(seed, number, options) {
-  const counts = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps && steps <= sampler.mostFree);
+// Shows the same noise with fewer steps; only for deterministic samplers.
+async function showFewerSteps(seed, number, options) {
+  const counts = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps && steps <= sampler.maxFreeSteps);
   const figures = [...counts, options.steps].map((steps) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
@@ -132,22 +132,22 @@ async function showWay(seed, number, options) {
     figure.append(caption);
     return { figure, canvas, steps };
   });
-  way.querySelector(".tiles").replaceChildren(...figures.map(({ figure }) => figure));
-  way.showModal();
+  stepsDialog.querySelector(".tiles").replaceChildren(...figures.map(({ figure }) => figure));
+  stepsDialog.showModal();
   for (const { canvas, steps } of figures) {
-    const image = await attempt(sampler.picture(seed, number, { ...options, steps }));
-    if (!way.open || !canvas.isConnected || !image) return;
+    const image = await attempt(sampler.generate(seed, number, { ...options, steps }));
+    if (!stepsDialog.open || !canvas.isConnected || !image) return;
     show(canvas, image);
   }
 }
 
-// A canvas in `parent` that shows the noise of a picture.
+// Adds a canvas to `parent` that shows the noise of an image.
 function noisy(parent, name, seed, number) {
   const { height, width, size, channels } = sampler;
   const canvas = Object.assign(document.createElement("canvas"), { height, width, role: "img", title: name });
   const noise = sampler.noise(seed, number);
   draw(canvas, (pixel, channel) => (noise[((channel % channels) * size) / channels + pixel] + 1) * 127.5);
-  canvas.style.width = `${width * Math.max(1, Math.round(80 / width))}px`; // whole screen pixels for each of its own
+  canvas.style.width = `${width * Math.max(1, Math.round(80 / width))}px`; // an integer scale keeps pixels square
   canvas.dataset.made = false;
   parent.append(canvas);
   return canvas;
@@ -158,14 +158,14 @@ function show(canvas, image) {
   canvas.dataset.made = true;
 }
 
-// value: of a pixel and one of the channels R, G and B.
+// value(pixel, channel): channel is 0, 1 or 2 for R, G, B.
 function draw(canvas, value) {
   const image = new ImageData(canvas.width, canvas.height);
   image.data.forEach((_, place, rgba) => (rgba[place] = place % 4 === 3 ? 255 : value(place >> 2, place % 4)));
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// The result, or nothing and a line of what failed.
+// The result of `work`; on failure nothing, with the error shown in the status line.
 async function attempt(work) {
   try {
     return await work;
@@ -176,7 +176,7 @@ async function attempt(work) {
 }
 
 function say(line) {
-  at("status").textContent = line;
+  byId("status").textContent = line;
 }
 
 fields.steps.oninput = checkSteps;
@@ -184,15 +184,15 @@ form.onsubmit = (event) => {
   event.preventDefault();
   make();
 };
-at("stop").onclick = () => {
+byId("stop").onclick = () => {
   stop();
-  say(`${at("status").textContent} - stopped`);
-  at("make").focus();
+  say(`${byId("status").textContent} (stopped)`);
+  byId("make").focus();
 };
-at("file").onchange = ({ target }) => {
+byId("file").onchange = ({ target }) => {
   const [file] = target.files;
   if (!file) return;
-  for (const name of ["model", "steps", "class", "guidance"]) query.delete(name); // they were of the model before
+  for (const name of ["model", "steps", "class", "guidance"]) query.delete(name); // they belong to the previous model
   open(file.name, async () => new Uint8Array(await file.arrayBuffer()));
 };
 const url = query.get("model") ?? "sampler.onnx";

@@ -1,6 +1,6 @@
-// Noise as a function of where it goes, not of what was drawn before: README.md defines it for other languages.
+// Noise as a pure function of its position; README.md defines it for other languages.
 
-// MurmurHash3_x86_32 (Austin Appleby) of 32-bit words.
+// MurmurHash3_x86_32 (Austin Appleby) over 32-bit words.
 export function murmur3(seed, ...words) {
   let hash = seed;
   for (const word of words) {
@@ -15,10 +15,10 @@ export function murmur3(seed, ...words) {
 
 const rotated = (word, by) => (word << by) | (word >>> (32 - by));
 
-// Standard normal float32 values by Box and Muller. step 0: what a picture is made of; 1, 2, ...: the noise of that step.
-export function normal(seed, picture, step, size) {
+// Standard normal float32 values (Box-Muller). step 0: the initial noise; 1, 2, ...: the noise added in that step.
+export function normal(seed, image, step, size) {
   return Float32Array.from({ length: size }, (_, place) => {
-    const [u, v] = [2 * place, 2 * place + 1].map((word) => murmur3(seed, picture, step, word) / 2 ** 32);
-    return Math.sqrt(-2 * Math.log(u + 2 ** -32)) * Math.cos(2 * Math.PI * v); // the logarithm of 0 never comes up
+    const [u, v] = [2 * place, 2 * place + 1].map((word) => murmur3(seed, image, step, word) / 2 ** 32);
+    return Math.sqrt(-2 * Math.log(u + 2 ** -32)) * Math.cos(2 * Math.PI * v); // avoids log(0)
   });
 }

@@ -1,24 +1,24 @@
-// sampler.onnx: what the file says of itself, and pictures by it. ../ONNX.md explains inputs and metadata.
+// sampler.onnx: reads its metadata and generates images. ../ONNX.md explains inputs and metadata.
 import * as ort from "onnxruntime-web";
 import { PbfReader } from "pbf";
 import { normal } from "./noise.js";
 
-// ONNX Runtime works in a worker that it starts by itself: the page stays responsive, and no worker need be written.
+// ONNX Runtime starts its own worker, which keeps the page responsive.
 ort.env.wasm.proxy = true;
 
-const VERSION = "2"; // of the metadata's keys
-const MAX_FREE_STEPS = 50; // of files that do not say up to which number any can be asked for
+const VERSION = "2"; // version of the metadata keys
+const MAX_FREE_STEPS = 50; // default for files without ddpm.max_free_steps
 
 export class Sampler {
   #session;
   #last = Promise.resolve();
 
-  // bytes: the file, as a Uint8Array. An Error's message says in one line what is wrong with it.
+  // bytes: the file as a Uint8Array. Throws an Error whose message says in one line what is wrong.
   static async open(bytes) {
     const facts = metadata(bytes);
-    if (!("ddpm.version" in facts)) throw new Error("is not one that ddpm export wrote");
-    if (facts["ddpm.version"] !== VERSION) throw new Error(`is of another version than this page (${VERSION})`);
-    if (!("ddpm.sampler" in facts)) throw new Error("is the denoiser; what makes pictures is sampler.onnx");
+    if (!("ddpm.version" in facts)) throw new Error("not written by ddpm export: it has no ddpm metadata");
+    if (facts["ddpm.version"] !== VERSION) throw new Error(`metadata version ${facts["ddpm.version"]}, but this page supports ${VERSION}; export it again`);
+    if (!("ddpm.sampler" in facts)) throw new Error("this is the denoiser; choose sampler.onnx, which generates images");
     try {
       return new Sampler(facts, await ort.InferenceSession.create(bytes));
     } catch (error) {
@@ -35,16 +35,16 @@ export class Sampler {
     this.stochastic = this.facts.stochastic === "true";
     this.steps = Number(this.facts.steps);
     this.guidance = Number(this.facts.guidance);
-    this.mostFree = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // besides, this.steps can always be asked for
+    this.maxFreeSteps = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // this.steps is always allowed as well
   }
 
-  // What picture `number` of a seed is made of: float32 (C, H, W).
+  // The initial noise of image `number` of a seed: float32 (C, H, W).
   noise(seed, number) {
     return normal(seed, number, 0, this.size);
   }
 
-  // Picture `number` of a seed: uint8 (H, W, C). y: its class by number, -1 for none.
-  async picture(seed, number, { steps, y, guidance }) {
+  // Image `number` of a seed: uint8 (H, W, C). y: class index, or -1 for none.
+  async generate(seed, number, { steps, y, guidance }) {
     const shape = [1, this.channels, this.height, this.width];
     const inputs = { noise: new ort.Tensor("float32", this.noise(seed, number), shape) };
     if (this.stochastic) {
@@ -58,23 +58,23 @@ export class Sampler {
       inputs.y = new ort.Tensor("int64", [BigInt(y)], [1]);
       inputs.guidance = new ort.Tensor("float32", [guidance], [1]);
     }
-    const { images } = await this.#inTurn(() => this.#session.run(inputs, ["images"]));
+    const { images } = await this.#enqueue(() => this.#session.run(inputs, ["images"]));
     return images.data;
   }
 
   close() {
-    return this.#inTurn(() => this.#session.release());
+    return this.#enqueue(() => this.#session.release());
   }
 
-  // A session is for one run at a time.
-  #inTurn(work) {
+  // A session supports only one run at a time.
+  #enqueue(work) {
     const done = this.#last.then(work);
     this.#last = done.catch(() => {});
     return done;
   }
 }
 
-// metadata_props of an ONNX file, which onnxruntime-web does not tell; the numbers are those of onnx.proto.
+// metadata_props of an ONNX file, which onnxruntime-web does not expose; field numbers from onnx.proto.
 function metadata(bytes) {
   const [GRAPH, METADATA_PROPS, KEY, VALUE] = [7, 14, 1, 2];
   const facts = {};
@@ -93,6 +93,6 @@ function metadata(bytes) {
   } catch {
     graph = false;
   }
-  if (!graph || reader.pos !== bytes.length) throw new Error("is not an ONNX file, or not a whole one");
+  if (!graph || reader.pos !== bytes.length) throw new Error("not an ONNX file, or incomplete");
   return facts;
 }

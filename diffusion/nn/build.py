@@ -16,16 +16,17 @@ from diffusion.nn.layers import Network, NetworkOptions
 from diffusion.sections import OneOf
 
 DEVICES = r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"
+DEVICE_NAMES = ["auto", "cpu", "cuda", "cuda:N", "mps", "xpu", "xpu:N"]
 
 
 def _check_device(name: Any) -> Any:
     if isinstance(name, str) and not re.search(DEVICES, name):
-        expected = "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"
+        expected = f"{', '.join(DEVICE_NAMES[:-1])} or {DEVICE_NAMES[-1]}"
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
     return name
 
 
-Device = Annotated[str, Field(pattern=DEVICES), BeforeValidator(_check_device)]
+Device = Annotated[str, Field(pattern=DEVICES, examples=DEVICE_NAMES), BeforeValidator(_check_device)]
 
 
 def _networks() -> dict[str, Any]:

@@ -111,9 +111,15 @@ class Hooks:
         self.timed_steps, self.timed_from = 0, time.monotonic()
 
     def _measure(self, state: State) -> float:
-        mse = quick_mse(self.model, self.heldout, self.device, self.stop.check)
+
+        def check_stop() -> None:
+            self.stop.check()
+            if self.progress:
+                self.progress.advance(0, "measuring the held-out error and drawing a preview")
+
+        mse = quick_mse(self.model, self.heldout, self.device, check_stop)
         if not math.isfinite(mse):
             return mse  # samples of a diverged network are meaningless
-        images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, self.stop.check)
+        images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)
         write_atomic(preview_path(self.previews, state.step), grid_png(images))
         return mse

@@ -1,38 +1,57 @@
-"""`ddpm params`, `ddpm set` and `ddpm preset`: what the parameters mean, and changes of params.yaml."""
+"""`ddpm params`, `ddpm set` and `ddpm preset`: show the parameters and change params.yaml."""
 
-import argparse
 import copy
 import json
-from collections.abc import Collection, Iterator
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.text import Text
 
 from diffusion.errors import UserError
-from diffusion.sections import OneOf
-from flows import changes, presets, yaml_files
+from flows import changes, fields, presets, yaml_files
+from flows.fields import Parameter
 from flows.made_with import leaves
-from flows.params import CHOICES, SECTIONS, Params, read, validate
+from flows.params import SECTIONS, Params, read, validate
 from flows.paths import Paths
 
 
-def show(arguments: argparse.Namespace, paths: Paths) -> None:
-    """Say what every parameter means, or bring params.yaml up to date."""
-    if not arguments.update:
-        print("\n".join(described()))
+def show(section: str | None = None, /, *, update: bool = False) -> None:
+    """Show every parameter: its value, choices, limits, default and meaning.
+
+    Args:
+        section: Show this section or parameter only: train, or train.decay.
+        update: Add parameters that params.yaml lacks, with their defaults, and migrate a file of an earlier version.
+    """
+    paths = Paths()
+    if update:
+        if section is not None:
+            raise UserError("--update: changes the whole of params.yaml; leave the section out")
+        document = yaml_files.read_yaml(paths.params)
+        before = copy.deepcopy(document)
+        changes.update(document)
+        validate(document, str(paths.params))
+        _write(paths.params, before, document)
         return
-    document = yaml_files.read_yaml(paths.params)
-    before = copy.deepcopy(document)
-    changes.update(document)
-    validate(document, str(paths.params))
-    _write(paths.params, before, document)
+    document = read(paths.params) if paths.params.exists() else {}
+    console = Console(highlight=False, soft_wrap=True)
+    for line in list(_shown(document, section, console.width)):
+        console.print(line)
 
 
-def assign(arguments: argparse.Namespace, paths: Paths) -> None:
-    """Change fields of params.yaml: all that are given, or none."""
+def assign(*assignments: str) -> None:
+    """Change parameters in params.yaml: all that are given, or none.
+
+    Args:
+        assignments: Assignments such as train.steps=500. Another kind (network.kind=uvit) brings its fields' defaults.
+    """
+    if not assignments:
+        raise UserError("give at least one NAME=VALUE, such as train.steps=500")
+    path = Paths().params
     given: Any = {}
-    for text in arguments.changes:
+    for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text!r}: must be NAME=VALUE, such as train.steps=500")
@@ -41,14 +60,27 @@ def assign(arguments: argparse.Namespace, paths: Paths) -> None:
             given = changes.with_field(given, name.split("."), parsed)
         except ValueError:
             raise UserError(f"{name}: given twice; give it once, a choice before its fields") from None
-    before = read(paths.params)
+    before = read(path)
     document = changes.lay_over(copy.deepcopy(before), given)
-    validate(document, f"{paths.params} with {' '.join(arguments.changes)}")
-    _write(paths.params, before, document)
+    validate(document, f"{path} with {' '.join(assignments)}")
+    _write(path, before, document)
+
+
+def apply_preset(name: str) -> None:
+    """Write a preset into params.yaml; seed, device and tracking stay as they are.
+
+    Args:
+        name: A file in presets/, without its extension.
+    """
+    paths = Paths()
+    document = presets.laid_over(read(paths.params), paths.presets, name)
+    validate(document, f"{paths.params} with the preset {name}")
+    yaml_files.write_yaml(paths.params, document)
+    print(f"{paths.params} now holds the preset {name}")
 
 
 def _write(path: Path, before: Any, document: Any) -> None:
-    """Write parameters, and say what has changed."""
+    """Write parameters, and print what has changed."""
     if document == before:
         print(f"{path}: nothing to change")
         return
@@ -63,44 +95,34 @@ def _write(path: Path, before: Any, document: Any) -> None:
         print(f"{path}: the same parameters, rewritten in the form of this version")
 
 
-def apply_preset(arguments: argparse.Namespace, paths: Paths) -> None:
-    """Write a preset into params.yaml."""
-    document = presets.laid_over(read(paths.params), paths.presets, arguments.name)
-    validate(document, f"{paths.params} with the preset {arguments.name}")
-    yaml_files.write_yaml(paths.params, document)
-    print(f"{paths.params} now holds the preset {arguments.name}")
+def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:
+    """The parameters in `section`, or all of them, with their values in `document`, in lines of `width` characters."""
+    wanted = [p for p in fields.parameters() if section in (None, p.name) or p.name.startswith(f"{section}.")]
+    if not wanted:
+        raise UserError(f"{section}: no such section or parameter; the sections are {', '.join(Params.model_fields)}")
+    heading, kind = "", ""
+    for parameter in wanted:
+        top, choice = parameter.place[0], ".".join(parameter.place[:-1])
+        if top != heading and top in SECTIONS:
+            heading = top
+            yield Text.assemble("\n", (top, "bold underline"), f"  {fields.plain(SECTIONS[top].__doc__ or '')}")
+        of_kind = f"{choice}{'.kind' if choice in SECTIONS else ''}={parameter.kind}" if parameter.kind else ""
+        if of_kind and of_kind != kind:
+            yield Text(f"  with {of_kind}:", "dim")
+        kind = of_kind
+        indent = "    " if kind else ""
+        yield Text(indent).append_text(_first_line(parameter, fields.present(document, parameter)))
+        meaning = textwrap.wrap(parameter.description, width - len(indent) - 4, break_on_hyphens=False)
+        yield Text("\n".join(f"{indent}    {line}" for line in meaning))
 
 
-def described() -> Iterator[str]:
-    """What each parameter means, a line each."""
-    for name, field in Params.model_fields.items():
-        section = SECTIONS.get(name)
-        if section is None:
-            yield _line(name, field)
-            continue
-        yield f"{name}: {section.__doc__}"
-        choice = CHOICES.get((name,))
-        if choice:
-            yield f"  kind: {', '.join(choice.names)}"
-        yield from _fields(section.model_fields, "  ")
-        if choice:
-            yield from _kinds(choice, "  ", section.model_fields)
-            continue
-        for key in section.model_fields:
-            if choice := CHOICES.get((name, key)):
-                yield from _kinds(choice, f"  {key}.", ())
-
-
-def _kinds(choice: OneOf, prefix: str, shared: Collection[str]) -> Iterator[str]:
-    """The fields of each kind but for those that all have."""
-    for kind, options in choice.options.items():
-        yield f"{prefix}{kind}: {options.__doc__}"
-        yield from _fields({key: field for key, field in options.model_fields.items() if key not in shared}, "    ")
-
-
-def _fields(fields: dict[str, FieldInfo], indent: str) -> Iterator[str]:
-    return (_line(indent + name, field) for name, field in fields.items() if name != "kind")
-
-
-def _line(name: str, field: FieldInfo) -> str:
-    return f"{name}: {' '.join((field.description or '').split())}"
+def _first_line(parameter: Parameter, value: Any) -> Text:
+    """Name, value, default and what the parameter takes."""
+    default, line = fields.as_typed(parameter.default), Text(parameter.name, "bold")
+    if value is None:
+        line.append(f" (default {default})", "not bold dim")
+    elif value == parameter.default:
+        line.append(f" = {default} (default)", "not bold green")
+    else:
+        line.append(f" = {fields.as_typed(value)} (default {default})", "not bold yellow")
+    return line.append(f"   {parameter.takes}", "not bold cyan")

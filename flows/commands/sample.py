@@ -1,14 +1,14 @@
-"""`ddpm sample`: pictures from a model: from noise alone, like a given one, between two, or one with a part anew."""
+"""`ddpm sample`: images from noise, variations of an image, interpolations between two, or inpainting."""
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from cyclopts import Group, Parameter
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
@@ -30,25 +30,26 @@ from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
+from flows.commands.types import Integer, Number
+from flows.fields import plain
 from flows.params import advice, read
 from flows.paths import Paths
-from flows.yaml_files import integer, number, scalar
 
 BATCH = 64
-"""Pictures that are made at once: memory does not grow with their number."""
-OF_SAMPLERS = {
+"""Images generated at once: memory does not grow with their number."""
+SAMPLER_FIELDS = {
     name: field
     for kind in SAMPLER_OPTIONS.values()
     for name, field in kind.model_fields.items()
-    if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these are set in params.yaml alone
+    if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these can be set in params.yaml only
 }
-"""The fields that single samplers have."""
+"""The fields of single samplers."""
 REPAINT = 10
-"""Jump and rounds of RePaint unless given; Lugmayr et al. 2022, section 5."""
+"""Default of jump and rounds; Lugmayr et al. 2022, section 5."""
 
 
 class Settings(Section):
-    """What of params.yaml matters here."""
+    """The parameters that sampling uses."""
 
     seed: NonNegative = 0
     device: Device = "auto"
@@ -56,20 +57,20 @@ class Settings(Section):
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to pictures."""
+class Task:
+    """What to generate: images from noise, variations, an interpolation, or inpainted images."""
 
     steps: int
-    """How often it asks the sampler for a step."""
-    make: Callable[[Sampler, Noise, Tensor], Tensor]
-    """(sampler, noise, numbers of the pictures int64 (B,)) to pictures (B, C, H, W) in [-1, 1]."""
+    """Number of sampler steps."""
+    generate: Callable[[Sampler, Noise, Tensor], Tensor]
+    """(sampler, noise, indices of the images int64 (B,)) to images (B, C, H, W) in [-1, 1]."""
     one_noise: bool = False
-    """Whether all pictures are made with the noise of the first."""
+    """Whether all images share the noise of the first."""
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A sampler whose steps are counted."""
+class ReportsProgress:
+    """A sampler that reports its steps."""
 
     sampler: Sampler
     progress: Progress
@@ -80,92 +81,108 @@ class Counted:
         return made
 
 
-def run(arguments: argparse.Namespace, paths: Paths) -> None:
-    """Make and write the pictures that the command line asks for; raises UserError for what it has wrong."""
-    settings = read_settings(arguments, paths)
-    options, write = settings.sample, writer(arguments.out)
-    if arguments.filmstrip is not None and (arguments.images or arguments.classes):
-        raise UserError("--filmstrip: shows pictures from noise, of the classes in turn; without --from and --class")
-    if arguments.filmstrip is not None and arguments.filmstrip.suffix.lower() != ".png":
-        raise UserError(f"--filmstrip: {arguments.filmstrip} is no .png file")
+def _settings() -> type:
+    """A dataclass of the options that override params.yaml: fields of the section `sample` and of single samplers."""
+
+    def option(name: str, kind: Any, text: str, default: str) -> tuple[str, Any, Any]:
+        annotated = Annotated[kind | None, Parameter(help=text, group=SETTINGS, show_default=lambda _: default)]
+        return name, annotated, field(default=None)
+
+    def kind_of(info: Any) -> Any:
+        marks = [mark.names for mark in info.metadata if isinstance(mark, OneOf)]
+        return Literal[marks[0]] if marks else Integer if info.annotation is int else Number
+
+    options = [
+        option("seed", Integer, "Seed of the noise: image i is the same for any count.", "seed in params.yaml"),
+        option("device", str, " | ".join(networks.DEVICE_NAMES), "device in params.yaml"),
+    ]
+    for name, info in SampleOptions.model_fields.items():
+        options.append(option(name, kind_of(info), plain(info.description or ""), f"sample.{name} in params.yaml"))
+    for name, info in SAMPLER_FIELDS.items():
+        options.append(option(name, kind_of(info), plain(info.description or ""), "as in params.yaml"))
+    return make_dataclass("Overrides", options, frozen=True, namespace={"__module__": __name__})
+
+
+SETTINGS = Group.create_ordered("Settings, overriding params.yaml")
+EDITING = Group.create_ordered("Editing images")
+Overrides: Any = _settings()
+
+
+@dataclass(frozen=True)
+class Editing:
+    """Options for images that are given."""
+
+    images: Annotated[
+        tuple[Path, ...], Parameter(name="--from", consume_multiple=True, group=EDITING, show_default=False)
+    ] = ()
+    """Generate variations of this image, or an interpolation between two."""
+    at: Annotated[Integer | None, Parameter(group=EDITING)] = None
+    """Timestep up to which noise is added: the higher, the less of the image remains. Default: the last timestep at
+    which alpha_bar is at least 0.5."""
+    mask: Annotated[Path | None, Parameter(group=EDITING)] = None
+    """Inpaint the image where this mask is white (RePaint; Lugmayr et al. 2022)."""
+    jump: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
+    """With --mask: steps down before going back up."""
+    rounds: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
+    """With --mask: how often each run of `jump` steps is repeated; the time grows in proportion."""
+
+
+def run(
+    *,
+    out: str = "samples.png",
+    model: Path | None = None,
+    classes: Annotated[tuple[str, ...], Parameter(name="--class", show_default=False)] = (),
+    filmstrip: Path | None = None,
+    editing: Annotated[Editing, Parameter(name="*")] = Editing(),
+    overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008 (frozen)
+) -> None:
+    """Generate images with the trained model, as the section `sample` of params.yaml describes or as options say.
+
+    Args:
+        out: A .png file (a grid of all images), an .npz file or a folder (out/).
+        model: A trained model; by default models/ddpm.
+        classes: Class by name or number, or several (3,5), which the images take in turn; by default all classes.
+        filmstrip: Also write a .png file that shows how the first images emerge from noise.
+        editing: Options of image to image, interpolation and inpainting.
+        overrides: Options in place of those in params.yaml.
+    """
+    paths = Paths()
+    given = {name: value for name, value in asdict(overrides).items() if value is not None}
+    settings = read_settings(given, paths)
+    options, write = settings.sample, writer(out)
+    if filmstrip is not None and (editing.images or classes):
+        raise UserError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
+    if filmstrip is not None and filmstrip.suffix.lower() != ".png":
+        raise UserError(f"--filmstrip: {filmstrip} is not a .png file")
     device = networks.device(settings.device)
-    model = load_model(arguments.model or paths.model, device)
-    if arguments.guidance not in (None, 1) and not model.num_classes:
-        raise UserError("--guidance: the model knows no classes (it was trained with network.classes: false)")
-    # A given picture has a class of its own, which nobody told.
-    y = None if arguments.images else classes_in_turn(model, options.count, device)
-    if arguments.classes:
-        numbers = torch.tensor(class_numbers(arguments.classes, model), device=device)
+    loaded = load_model(model or paths.model, device)
+    if given.get("guidance") not in (None, 1) and not loaded.num_classes:
+        raise UserError("--guidance: the model has no classes (it was trained with network.classes: false)")
+    # The class of a given image is unknown.
+    y = None if editing.images else classes_in_turn(loaded, options.count, device)
+    if classes:
+        numbers = torch.tensor(class_numbers(classes, loaded), device=device)
         y = numbers[torch.arange(options.count, device=device) % len(numbers)]
-    pictures = draw(model, options, settings.seed, way(arguments, options, model, device), device, y)
-    write(pictures, None if y is None else y.cpu().numpy())
-    say(f"sample: wrote {arguments.out}")
-    if arguments.filmstrip is not None:
+    images = draw(loaded, options, settings.seed, task(editing, options, loaded, device), device, y)
+    write(images, None if y is None else y.cpu().numpy())
+    say(f"sample: wrote {out}")
+    if filmstrip is not None:
         from diffusion.evaluation import plots  # slow to import
 
-        few = frames(model, options, settings.seed, device, images=min(options.count, 4))
-        write_atomic(arguments.filmstrip, plots.filmstrip(few))
-        say(f"sample: wrote {arguments.filmstrip}")
+        few = frames(loaded, options, settings.seed, device, images=min(options.count, 4))
+        write_atomic(filmstrip, plots.filmstrip(few))
+        say(f"sample: wrote {filmstrip}")
 
 
-def add_options(samples: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    samples.add_argument("--out", default="samples.png", help="a .png file (a grid), an .npz file or a folder (out/)")
-    samples.add_argument("--model", type=Path, metavar="DIR", help="a trained model; without it, models/ddpm")
-    samples.add_argument(
-        "--class",
-        dest="classes",
-        action="extend",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        metavar="CLASS",
-        help="class by name or number, or several (3,5): their pictures in turn; without it, all classes in turn",
-    )
-    samples.add_argument(
-        "--filmstrip", type=Path, metavar="FILE.png", help="also show how the first pictures emerge from noise"
-    )
-    given = samples.add_argument_group("from given pictures, in place of noise alone (of no class without --class)")
-    given.add_argument(
-        "--from",
-        dest="images",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="pictures like this image, or from one image to another",
-    )
-    given.add_argument(
-        "--at",
-        type=integer,
-        metavar="T",
-        help="timestep up to which noise is added (default: where half of the image is left)",
-    )
-    given.add_argument("--mask", type=Path, metavar="IMAGE", help="make the image anew where this one is white")
-    given.add_argument("--jump", type=integer, help="with --mask: steps down before going up again (default 10)")
-    given.add_argument("--rounds", type=integer, help="with --mask: how often; takes so many times longer (default 10)")
-    settings = samples.add_argument_group("settings, in place of those in params.yaml")
-    settings.add_argument(
-        "--seed", type=integer, help="seed of the noise: picture i of a seed is the same in any number"
-    )
-    settings.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
-    for name, field in (SampleOptions.model_fields | OF_SAMPLERS).items():
-        # A choice has names; any other field its own type.
-        choices = next((mark.names for mark in field.metadata if isinstance(mark, OneOf)), None)
-        kind = (
-            str if choices else integer if field.annotation is int else number if field.annotation is float else scalar
-        )
-        settings.add_argument(f"--{name}", type=kind, choices=choices, help=field.description)
-
-
-def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
-    """params.yaml, if there is one, with the options laid over it."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
+def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
+    """params.yaml, if there is one, overridden by the options given."""
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     document: dict[str, Any] = {"device": "auto"}
     if paths.params.exists():
         document |= {name: value for name, value in read(paths.params).items() if name in Settings.model_fields}
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
-    if of_sampler := {name: given[name] for name in OF_SAMPLERS if name in given}:
+    if of_sampler := {name: given[name] for name in SAMPLER_FIELDS if name in given}:
         sample["sampler"] = ({"kind": sample["sampler"]} if "sampler" in sample else {}) | of_sampler
     changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
     try:
@@ -175,89 +192,90 @@ def read_settings(arguments: argparse.Namespace, paths: Paths) -> Settings:
 
 
 def class_numbers(names: Sequence[str], model: Model) -> list[int]:
-    """Numbers of the classes that are given by name or number."""
+    """Indices of classes given by name or number; a text may hold several, separated by commas."""
+    names = [name.strip() for text in names for name in text.split(",")]
     known = model.config.classes
     if not model.num_classes:
-        raise UserError("--class: the model knows no classes (it was trained with network.classes: false)")
+        raise UserError("--class: the model has no classes (it was trained with network.classes: false)")
     numbers = [known.index(name) if name in known else int(name) if name.isdecimal() else -1 for name in names]
     for name, found in zip(names, numbers, strict=True):
         if not 0 <= found < len(known):
             raise UserError(
-                f"--class: {name!r} is no class of the model; there are {', '.join(known)}, "
-                f"and their numbers from 0 to {len(known) - 1}"
+                f"--class: {name!r} is not a class of the model; available: {', '.join(known)}, "
+                f"or their numbers from 0 to {len(known) - 1}"
             )
     return numbers
 
 
-def way(arguments: argparse.Namespace, options: SampleOptions, model: Model, device: torch.device) -> Way:
-    """The way to pictures that the command line asks for."""
+def task(editing: Editing, options: SampleOptions, model: Model, device: torch.device) -> Task:
+    """The task that the options describe."""
     schedule = model.process.schedule
     timesteps = sampling.sampling_timesteps(options, schedule)
-    if len(arguments.images) > 2:
-        raise UserError(f"--from: one image, or two to go from one to the other (got {len(arguments.images)})")
-    if arguments.mask is not None and len(arguments.images) != 1:
-        raise UserError("--mask: needs the image whose part is to be made anew; give one by --from")
-    if arguments.at is not None and (not arguments.images or arguments.mask is not None):
-        raise UserError("--at: is for images given by --from, without --mask")
+    if len(editing.images) > 2:
+        raise UserError(f"--from: takes one image, or two to interpolate between (got {len(editing.images)})")
+    if editing.mask is not None and len(editing.images) != 1:
+        raise UserError("--mask: needs the image to inpaint; pass it with --from")
+    if editing.at is not None and (not editing.images or editing.mask is not None):
+        raise UserError("--at: needs --from, and cannot be combined with --mask")
     for name in ("jump", "rounds"):
-        given = getattr(arguments, name)
-        if given is not None and arguments.mask is None:
-            raise UserError(f"--{name}: is for --mask")
+        given = getattr(editing, name)
+        if given is not None and editing.mask is None:
+            raise UserError(f"--{name}: needs --mask")
         if given is not None and given < 1:
             raise UserError(f"--{name}: must be at least 1 (got {given})")
-    pictures = [read_image(path) for path in arguments.images]
+    pictures = [read_image(path) for path in editing.images]
     x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
-    if arguments.mask is not None:
-        keep = read_mask(arguments.mask, pictures[0], model.shape).to(device)
-        jump, rounds = (REPAINT if given is None else given for given in (arguments.jump, arguments.rounds))
-        return made_anew(schedule, repaint_path(timesteps, jump, rounds), x_0[0], keep)
+    if editing.mask is not None:
+        keep = read_mask(editing.mask, pictures[0], model.shape).to(device)
+        jump, rounds = (REPAINT if given is None else given for given in (editing.jump, editing.rounds))
+        return inpainting(schedule, repaint_path(timesteps, jump, rounds), x_0[0], keep)
     if not pictures:
-        return Way(len(timesteps), lambda sampler, noise, _: sample(sampler, noise, timesteps))
+        return Task(len(timesteps), lambda sampler, noise, _: sample(sampler, noise, timesteps))
     half = max(int((schedule.alpha_bar >= 0.5).sum()) - 1, 0)
-    at = half if arguments.at is None else arguments.at
+    at = half if editing.at is None else editing.at
     if not 0 <= at < schedule.num_timesteps:
-        raise UserError(f"--at: the model's timesteps go from 0 to {schedule.num_timesteps - 1} (got {at})")
+        raise UserError(f"--at: must be a timestep from 0 to {schedule.num_timesteps - 1} (got {at})")
     rest = [at, *(t for t in timesteps if t < at)]
 
-    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
-        """Pictures like the one given; or evenly from one to the other, of one noise: only the mixture changes."""
+    def generate(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
+        """Variations of one image, or evenly spaced mixtures of two, which then share their noise."""
         mixed = mix(x_0[0], x_0[-1], double(numbers) / max(options.count - 1, 1))
         return image_to_image(sampler, schedule, noise, rest, mixed)
 
-    return Way(len(rest), make, one_noise=len(x_0) == 2)
+    return Task(len(rest), generate, one_noise=len(x_0) == 2)
 
 
-def made_anew(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) -> Way:
-    """x_0 (1, C, H, W) with all that `keep` (1, 1, H, W) leaves out made anew."""
+def inpainting(schedule: Schedule, path: list[int], x_0: Tensor, keep: Tensor) -> Task:
+    """Inpaint x_0 (1, C, H, W) where `keep` (1, 1, H, W) is 0."""
 
-    def make(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
+    def generate(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:
         for x in inpaint(sampler, schedule, noise, path, x_0.expand(len(numbers), -1, -1, -1), keep):
             last = x
         return last
 
-    return Way(sum(s < t for t, s in pairwise(path)), make)
+    return Task(sum(s < t for t, s in pairwise(path)), generate)
 
 
 def draw(
-    model: Model, options: SampleOptions, seed: int, way: Way, device: torch.device, y: Tensor | None = None
+    model: Model, options: SampleOptions, seed: int, task: Task, device: torch.device, y: Tensor | None = None
 ) -> NDArray[np.uint8]:
-    """Pictures uint8 (count, C, H, W), of the classes `y` int64 (count,), or of any.
+    """Images uint8 (count, C, H, W), of the classes `y` int64 (count,), or unconditional.
 
-    The noise of picture i is a function of (seed, i): it is the same picture among any number of them.
+    The noise of image i is a function of (seed, i): the image is the same for any count.
     """
-    pictures = []
+    images = []
     batches = torch.arange(options.count, device=device).split(BATCH)
-    with Progress("sample", way.steps * len(batches), "steps") as progress:
+    with Progress("sample", task.steps * len(batches), "steps") as progress:
         for numbers in batches:
             sampler = model.sampler(options, None if y is None else y[numbers])
             noise = noise_for(seed, len(numbers), model.shape, device, int(numbers[0]))
-            if way.one_noise:
+            if task.one_noise:
                 noise = repeated(noise_for(seed, 1, model.shape, device), len(numbers))
-            x_0 = way.make(Counted(sampler, progress), noise, numbers)
-            pictures.append(to_uint8(x_0.cpu().numpy()))
-    return np.concatenate(pictures)
+            x_0 = task.generate(ReportsProgress(sampler, progress), noise, numbers)
+            images.append(to_uint8(x_0.cpu().numpy()))
+    return np.concatenate(images)
 
 
 def repeated(noise: Noise, count: int) -> Noise:
-    """The noise of one picture for `count` of them."""
+    """The noise of one image for `count` of them."""
     return lambda place: noise(place).expand(count, -1, -1, -1)

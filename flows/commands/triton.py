@@ -14,6 +14,7 @@ from diffusion.errors import UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
 from diffusion.storage.files import new_directory, write_atomic
+from flows.commands.types import Integer
 from flows.paths import Paths
 
 DELAY = 2000
@@ -38,8 +39,17 @@ TYPES: dict[int, str] = {
 }
 
 
-def run(directory: Path, paths: Paths, max_batch: int, force: bool) -> None:
-    """Write the repository, whole or not at all; raises UserError if `directory` is in use or a graph is missing."""
+def run(directory: Path, /, *, max_batch: Integer = 64, force: bool = False) -> None:
+    """Write both ONNX graphs as a model repository of Triton Inference Server, completely or not at all.
+
+    Args:
+        directory: The model repository.
+        max_batch: Largest number of images computed at once.
+        force: Replace an existing repository.
+    Raises:
+        UserError: `directory` is in use, or a graph is missing.
+    """
+    paths = Paths()
     files = (paths.denoiser, paths.sampler)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; choose a folder")
@@ -53,6 +63,7 @@ def run(directory: Path, paths: Paths, max_batch: int, force: bool) -> None:
         for name, graph in graphs.items():
             write_atomic(temporary / name / "1" / "model.onnx", graph.SerializeToString(deterministic=True))
             write_atomic(temporary / name / "config.pbtxt", config(name, graph, max_batch).encode())
+    print(f"wrote {directory}, for `tritonserver --model-repository {directory}`")
 
 
 def batched(model: ModelProto) -> ModelProto:

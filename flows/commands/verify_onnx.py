@@ -12,8 +12,13 @@ from diffusion.nn import build as networks
 from diffusion.nn.build import Device
 
 
-def run(path: Path, device: str) -> None:
-    """Check the file's digest and graph and run its golden test; raises UserError for what does not hold."""
+def run(path: Path, /, *, device: str = "auto") -> None:
+    """Check an ONNX file's digest and graph and run its golden test; raises UserError for what does not hold.
+
+    Args:
+        path: An exported file, such as models/onnx/sampler.onnx.
+        device: auto, cpu, cuda or cuda:N; on other devices the check runs on the CPU.
+    """
     try:
         TypeAdapter(Device).validate_python(device)
     except ValidationError as error:

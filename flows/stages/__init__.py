@@ -1,10 +1,10 @@
 """The five stages, each a function `run(params, paths)` in a module of its name."""
 
 STAGES = {
-    "shard": "raw images into webdataset shards",
-    "pairs": "shards into shuffled blocks with their noise pairs",
-    "train": "train the network on the training pairs",
-    "evaluate": "score the network on held-out pairs, and draw samples",
-    "export": "write the model as two ONNX graphs, of a step and of all sampling, checked against torch",
+    "shard": "Convert raw images to webdataset shards.",
+    "pairs": "Generate forward-noise pairs in shuffled blocks.",
+    "train": "Train the network on the training pairs.",
+    "evaluate": "Score the model on held-out pairs and generate samples.",
+    "export": "Export the denoiser and the whole sampler to ONNX and check them against torch.",
 }
-"""In their order, and what each does."""
+"""The stages in order, and what each does."""

@@ -1,6 +1,6 @@
-"""evaluate: noise prediction on the validation and test pairs, likelihood of the test images, and samples.
+"""Stage evaluate: noise prediction on the validation and test pairs, likelihood of the test images, and samples.
 
-Models are chosen by their validation error; everything that is reported of the chosen one is measured on test.
+Models are selected by their validation error; everything reported about the selected model is measured on test.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from diffusion.evaluation.likelihood import Draws
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import Pairs
-from diffusion.progress import Progress, say
+from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.storage.files import (
@@ -33,26 +33,33 @@ from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Score the model on all held-out pairs, beside the baselines, bound its likelihood, and draw samples from it."""
+    """Score the model and the baselines on all held-out pairs, bound its likelihood, and generate samples."""
     device = networks.device(params.device)
     model = load_model(paths.model, device)
     pairs, val = Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
-    sampling_timesteps(params.sample, model.process.schedule)  # what it refuses, it refuses before the scoring
-    overall, tables = score(params, model, device, pairs, val, wiener.fit(Pairs(paths.pairs, "train")))
-    pictures = {
-        "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
-        "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
-        "samples": grid_png(draw_samples(model, params.sample, params.seed, device)),
-        "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
-    }
-    if curves:
-        pictures["training"] = plots.training(*curves)
+    steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
+    with working("evaluate: fitting the linear baseline"):
+        baseline = wiener.fit(Pairs(paths.pairs, "train"))
+    overall, tables = score(params, model, device, pairs, val, baseline)
+    with Progress("evaluate", steps, "steps") as progress:
+        samples = draw_samples(
+            model, params.sample, params.seed, device, lambda: progress.advance(1, "drawing samples")
+        )
+    with working("evaluate: drawing the filmstrip and the plots"):
+        pictures = {
+            "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
+            "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
+            "samples": grid_png(samples),
+            "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
+        }
+        if curves:
+            pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
     page = report.page(overall, tables["bands"], pictures, how=how, variance=params.sample.variance)
-    write_json(paths.evaluate_report, overall)  # before scored.json, which says what of
+    write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
     with new_directory(paths.evaluation) as temporary:
         for name, rows in tables.items():
             write_csv(temporary / f"{name}.csv", rows)
@@ -64,6 +71,8 @@ def run(params: Params, paths: Paths) -> None:
         write_sums(temporary)
     write_atomic(paths.report, page.encode())
     made_with.write(paths, "evaluate", params)
+    with working("evaluate: recording the results in MLflow"):
+        tracking.record(params, paths)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
         f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs "
@@ -71,13 +80,12 @@ def run(params: Params, paths: Paths) -> None:
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
         f"on {overall['bits_per_dim_images']} images"
     )
-    tracking.record(params, paths)
 
 
 def score(
     params: Params, model: Model, device: torch.device, test: Pairs, val: Pairs, baseline: wiener.Wiener
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
-    """The report's figures, from the held-out pairs and the terms of the bound, and its tables by name."""
+    """Compute the metrics of the report from the held-out pairs and the terms of the bound, and its tables by name."""
     T, options = model.process.schedule.num_timesteps, params.evaluate
     variance = model.variance(params.sample.variance)
     cheap = Draws(min(options.likelihood_images, test.images), likelihood.strata(T), params.seed)
@@ -95,7 +103,8 @@ def score(
         estimate, exact = (
             likelihood.measure(model, variance, test, draws, device, progress.advance) for draws in (cheap, whole)
         )
-    overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
+    with working("evaluate: bootstrapping the confidence intervals"):
+        overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
     overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
     return overall, {
         "bands": bands,
@@ -106,7 +115,7 @@ def score(
 
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
-    """How the samples were made, in a sentence."""
+    """Describe in one sentence how the samples were generated."""
     sampler = dict(options.sampler)
     if options.sampler.kind == "ddpm":
         sampler["variance"] = options.variance
@@ -119,4 +128,4 @@ def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
         "EMA weights",
         f"seed {seed}",
     ]
-    return f"{', '.join(parts)}; none was left out."
+    return f"{', '.join(parts)}; uncurated."

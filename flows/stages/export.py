@@ -1,4 +1,4 @@
-"""export: the model as ONNX graphs, checked in ONNX Runtime against torch before they count as written."""
+"""Stage export: the model as ONNX graphs, verified in ONNX Runtime against PyTorch before they are written."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from diffusion.export import denoiser, digest, golden, metadata, parity, ranges,
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import MANIFEST, Pairs
-from diffusion.progress import say
+from diffusion.progress import say, working
 from diffusion.sampling.build import sampling_timesteps
 from diffusion.storage.files import new_directory, read_checked, sha256, write_atomic, write_json
 from flows import made_with, tracking
@@ -24,36 +24,42 @@ from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Export, check and write; if a check fails, no file is left behind."""
+    """Export, verify and write the graphs; if a check fails, no file is left behind."""
     device, export = networks.device(params.device), params.export
     required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
     sample = params.sample.model_copy(update=settings)
-    sampling_timesteps(sample, model.process.schedule)  # what it refuses, it refuses at once
+    sampling_timesteps(sample, model.process.schedule)  # reject invalid options early
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
-    step = denoiser.to_onnx(model, export.opset)
-    val = Pairs(paths.pairs, "val")
-    graphs = {"fp32": step} | {name: variants.build(name, model, step, export.opset, val) for name in export.variants}
+    with working("export: tracing the network"):
+        step = denoiser.to_onnx(model, export.opset)
+    val, graphs = Pairs(paths.pairs, "val"), {"fp32": step}
+    for variant in export.variants:
+        with working(f"export: building the variant {variant}"):
+            graphs[variant] = variants.build(variant, model, step, export.opset, val)
     contents, report, sessions = dict[Path, bytes](), dict[str, Any](), dict[str, InferenceSession]()
     try:
         for name, graph in graphs.items():
             facts["ddpm.precision"] = name
-            loop = sampler_graph.to_onnx(graph, model, sample)
             one, whole = paths.denoiser_in(name), paths.sampler_in(name)
-            contents[one] = finished(one.name, graph, facts)
-            contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
-            sessions[name] = parity.session(contents[one], device, required)
+            with working(f"export: building {one.name} and {whole.name}"):
+                loop = sampler_graph.to_onnx(graph, model, sample)
+                contents[one] = finished(one.name, graph, facts)
+                contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
+                sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                sampler = parity.session(contents[whole], device, required)
-                report["sampler"] = parity.check_sampler(sampler, model, sample)
+                with working(f"export: comparing the pictures of {whole.name} with torch's"):
+                    sampler = parity.session(contents[whole], device, required)
+                    report["sampler"] = parity.check_sampler(sampler, model, sample)
             else:
                 mse = report["denoiser"]["mse"]
-                report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
+                with working(f"export: scoring {one.name} on the held-out pairs"):
+                    report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
     except UserError:
         shutil.rmtree(paths.onnx, ignore_errors=True)
         paths.export_report.unlink(missing_ok=True)
@@ -64,32 +70,33 @@ def run(params: Params, paths: Paths) -> None:
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
-    times = speed.measure(sessions)
-    tell(paths, report, sessions["fp32"].get_providers()[0], times)
-    tracking.record(params, paths, speed=times)
+    with working("export: measuring the speed, recording the model in MLflow"):
+        times = speed.measure(sessions)
+        tracking.record(params, paths, speed=times)
+    log_summary(paths, report, sessions["fp32"].get_providers()[0], times)
 
 
-def tell(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
-    """Say what was written, how exact it is and, of the variants in `times`, how fast."""
+def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
+    """Log what was written, its accuracy, and the speed of the variants in `times`."""
     size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
     largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each), at most {largest:.1e} from torch "
-        f"on {pairs} held-out pairs, by {provider}"
+        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each); maximum difference from PyTorch "
+        f"{largest:.1e} on {pairs} held-out pairs ({provider})"
     )
     for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
             f"export: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
-            f"({size[name]:.1f} MB each), MSE {report[name]['loss']:+.2%}; a look is "
-            f"{alone:.1f} times as fast for an image alone, {joined:.1f} in batches of {speed.BATCHES[-1]}"
+            f"({size[name]:.1f} MB each); MSE {report[name]['loss']:+.2%}; a network evaluation is {alone:.1f} times "
+            f"as fast for a single image, {joined:.1f} times in batches of {speed.BATCHES[-1]}"
         )
 
 
 def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
-    """A graph with checks of its inputs, facts, golden test and digest; the same bytes for the same weights and CPU.
+    """Add input checks, metadata, a golden test and a digest; deterministic for the same weights and CPU.
 
-    The golden test is made on the CPU: kernels of a GPU may be chosen by how fast they happened to be.
+    The golden test is recorded on the CPU, since a GPU may select kernels by their measured speed.
     """
     whole = onnx.ModelProto()
     whole.CopyFrom(graph)
@@ -99,18 +106,18 @@ def finished(name: str, graph: onnx.ModelProto, facts: dict[str, str]) -> bytes:
         ranges.require_inputs(whole.graph, allowed)
         onnx.checker.check_model(whole, full_check=True)
         session = parity.session(whole.SerializeToString(), torch.device("cpu"))
-        told = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.record(session, facts)}
-        metadata.describe(whole, facts | told)
-    except Exception as error:  # onnx and ONNX Runtime have a dozen kinds, with nothing in common
+        checks = {"ddpm.ranges": json.dumps(allowed), "ddpm.golden": golden.record(session, facts)}
+        metadata.describe(whole, facts | checks)
+    except Exception as error:  # onnx and ONNX Runtime have a dozen exceptions without a common base
         raise UserError(f"{name}: the graph cannot be run ({golden.brief(error)}); no model was written") from None
     return digest.seal(whole.SerializeToString(deterministic=True))
 
 
 def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, Any]:
-    """What evaluate measured of these weights on these pairs; nothing if it did not.
+    """What evaluate measured for these weights on these pairs; empty if it did not.
 
     Raises:
-        UserError: the report is not the one that was written with its digests.
+        UserError: the report does not match its digest.
     """
     scored = paths.evaluation / "scored.json"
     if not scored.exists() or not paths.evaluate_report.exists():

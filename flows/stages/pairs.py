@@ -1,4 +1,4 @@
-"""Stage pairs: shards into shuffled blocks with their noise pairs."""
+"""Stage pairs: turn the shards into shuffled blocks of training and held-out pairs."""
 
 from diffusion.pairs import pairs
 from diffusion.pairs.noise import BLOCK

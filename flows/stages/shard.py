@@ -1,4 +1,4 @@
-"""Stage shard: raw images into webdataset shards."""
+"""Stage shard: convert raw images to webdataset shards."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,17 @@ from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
 
-SHOWN = 5
-"""Files named on the terminal; the manifest has all."""
+MAX_LISTED = 5
+"""Maximum number of files to list on the terminal; the manifest lists all."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write data/shards; raises UserError if the source is in no known form, too small, or partly outside by links."""
+    """Write data/shards; raises UserError if the source has an unknown format, is too small, or has linked folders."""
     path = paths.root / params.shard.source
     if linked := linked_folders(path):
         raise UserError(
-            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; bring the images in by "
-            "`ddpm import`, which copies what links lead to"
+            f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "
+            "the linked files"
         )
     source = open_source(path, params.shard.split_names_as_classes)
     with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
@@ -38,23 +38,23 @@ def run(params: Params, paths: Paths) -> None:
             progress.advance,
         )
     made_with.write(paths, "shard", params)
-    _say_files("left out", manifest.rejected)
+    _say_files("skipped", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:
-        say(f"shard: files with several pages or frames, of which the first is used: {manifest.multipage}")
+        say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
     if manifest.copies:
-        say(f"shard: copies of other images, pixel by pixel: {manifest.copies}; all copies of an image share a split")
+        say(f"shard: exact copies of other images: {manifest.copies}; all copies of an image are in the same split")
     per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
     samples = sum(contents.samples for contents in manifest.splits.values())
     say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), samples)}")
     say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} rejected")
+    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files skipped")
 
 
 def _say_files(what: str, remarks: Sequence[shards.Remark]) -> None:
-    for remark in remarks[:SHOWN]:
+    for remark in remarks[:MAX_LISTED]:
         say(f"shard: {what}: {remark.file}: {remark.reason}")
-    if len(remarks) > SHOWN:
-        say(f"shard: {what}: {len(remarks) - SHOWN} more, listed in data/shards/{shards.MANIFEST}")
+    if len(remarks) > MAX_LISTED:
+        say(f"shard: {what}: {len(remarks) - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")

@@ -1,11 +1,12 @@
-"""train: training pairs to a model, with its curves and previews."""
+"""Stage train: train a model on the training pairs, with curves and previews."""
 
 import copy
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusion.pairs.noise import Purpose, stream
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build as processes
 from diffusion.process.build import Process
-from diffusion.progress import Progress, say
+from diffusion.progress import Progress, say, working
 from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
 from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
@@ -36,19 +37,19 @@ from diffusion.training.state import State, new_state
 from diffusion.training.stop import StopSignals
 from flows import launching, made_with, tracking
 from flows.environment import setting
-from flows.fingerprint import taken, training_facts, training_fingerprint
+from flows.fingerprint import exclusive, training_facts, training_fingerprint
 from flows.params import Params
 from flows.parent import launched
 from flows.paths import Paths
 
-SECONDS = "DDPM_CHECKPOINT_SECONDS"
-"""It shapes no result, and so is no parameter."""
+CHECKPOINT_SECONDS = "DDPM_CHECKPOINT_SECONDS"
+"""Seconds between checkpoints. Not a parameter, since it does not affect the result."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train as `params` say; an interrupted training with the same parameters, data and code goes on where it was.
+    """Train a model; an interrupted training run with the same parameters, data and code is resumed.
 
-    With several processes this one only starts them, and each runs this again.
+    With several processes, this one only launches them, and each of them calls this function again.
     """
     device = networks.device(params.device, torch.distributed.get_node_local_rank(0))
     pairs = Pairs(paths.pairs, "train")
@@ -57,34 +58,41 @@ def run(params: Params, paths: Paths) -> None:
     if params.network.classes and not pairs.manifest.classes:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
     if device.type not in ("cpu", "cuda") and (params.train.processes > 1 or distributed.is_worker()):
-        raise UserError(f"device: several processes cannot train on {device}; set device to cpu, or start one process")
+        raise UserError(f"device: {device} supports only one process; set device to cpu, or start one process")
     if params.train.processes > 1 and not distributed.is_worker():
         check_devices(params, device)
         launching.divide_threads(params.train.processes)
         several = World(size=params.train.processes)
         facts = training_facts(params, paths, device, several)
-        with taken(paths.checkpoints, facts):
+        with exclusive(paths.checkpoints, facts):
             launching.launch(several.size, paths.checkpoints / training_fingerprint(facts))
         return
     store = os.environ.get(launching.STORE)
-    lost = AlreadyReported if launched() else UserError  # of several that were launched, one speaks for all
+    lost = AlreadyReported if launched() else UserError  # only the launcher reports errors
     file = Path(store) if store else None
-    with enough_memory(params.train), distributed.process_group(device, file, lost) as world, ExitStack() as held:
-        check_shares(params.train, world)
+    with (
+        explain_out_of_memory(params.train),
+        distributed.process_group(device, file, lost) as world,
+        ExitStack() as held,
+    ):
+        check_batch_size(params.train, world)
         facts = training_facts(params, paths, device, world)
         if world.main and not launched():
-            held.enter_context(taken(paths.checkpoints, facts))
+            held.enter_context(exclusive(paths.checkpoints, facts))
         training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
         model, state = training.run()
         if world.main:
-            training.write(model, state)
-            tracking.record(params, paths, state.run_id)
+            with working("train: writing the model and its curves, recording them in MLflow"):
+                training.write(model, state)
+                tracking.record(params, paths, state.run_id)
+            last = state.heldout_curve[-1]["mse"]
+            say(f"train: {state.step} steps, loss {state.loss_curve[-1]['loss']:.4f}, held-out MSE {last:.4f}")
             shutil.rmtree(training.checkpoints)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is assembled, run and written, in one of the processes that share it."""
+    """One process's part of a training run: set up, train, write the results."""
 
     params: Params
     paths: Paths
@@ -104,7 +112,7 @@ class Training:
 
     @cached_property
     def net(self) -> Network:
-        """The network at its beginning."""
+        """The network with its initial weights."""
         torch.manual_seed(int(stream(self.params.seed, Purpose.INIT).integers(2**63)))
         classes = len(self.pairs.manifest.classes)
         return new_network(self.pairs.shape, classes, self.params.network, self.params.process).to(self.device)
@@ -121,7 +129,7 @@ class Training:
         return count(self.net, self.pairs.shape)
 
     def run(self) -> tuple[Model, State]:
-        """Train to the end; gives the model, and the state in which the training ended."""
+        """Train to the end; returns the model and the final state."""
         params, options, world, seed = self.params, self.params.train, self.world, self.params.seed
         counts = self.counts
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
@@ -140,28 +148,40 @@ class Training:
                     f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
                     + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
                     + f", {self.pairs.images} images"
-                    + (f", going on from step {state.step}" if state.step else "")
+                    + (f", resuming from step {state.step}" if state.step else "")
                 )
                 live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))
                 total, done = options.steps * options.batch_size, state.step * options.batch_size
-                progress = watched.enter_context(Progress("train", total, "images", done=done))
+                progress = Progress("train", total, "images", done=done)
                 state.run_id = live.run_id
             forward = runnable(state.net, options, world, should_compile(options, self.device, lambda: counts.flops))
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
-            watch = Hooks(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
-            loop.train(
-                state, trainer, checkpoints, report=watch.report, preview=watch.preview, stop_signal=stop.received
-            )
+            hooks = Hooks(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
+            with progress or nullcontext():
+                loop.train(
+                    state, trainer, checkpoints, report=hooks.report, preview=hooks.preview, stop_signal=stop.received
+                )
             state.copy_final_into(model.net)
             if world.main:
-                errors = x_0_mse(model, heldout, self.device, seed, stop.check)
+                errors = self.errors(model, heldout, stop)
                 model = replace(model, config=self.config.model_copy(update={"x_0_mse": errors}))
         return model, state
 
+    def errors(self, model: Model, heldout: Pairs, stop: StopSignals) -> tuple[float, ...]:
+        """E |x_0 - x_0_hat|^2 / d at each timestep, of the trained model."""
+        batches = math.ceil(self.process.schedule.num_timesteps / 4)
+        with Progress("train", batches, "batches") as progress:
+
+            def check_stop() -> None:
+                stop.check()
+                progress.advance(1, "measuring the error at each timestep")
+
+            return x_0_mse(model, heldout, self.device, self.params.seed, check_stop)
+
     def write(self, model: Model, state: State) -> None:
-        """Write the model, its curves and previews, and all that is told of the training."""
+        """Write the model, its curves and previews, and the report."""
         paths = self.paths
         with new_directory(paths.previews) as temporary:
             for row in state.heldout_curve:
@@ -170,7 +190,7 @@ class Training:
             write_sums(temporary)
         with new_directory(paths.train_curves) as temporary:
             names = dict.fromkeys(name for row in state.loss_curve for name in row)
-            columns = sorted(names, key=lambda name: name if name.startswith("loss_t") else "")  # bands last
+            columns = sorted(names, key=lambda name: name if name.startswith("loss_t") else "")  # bands of t last
             write_csv(temporary / "loss.csv", state.loss_curve, columns)
             write_csv(temporary / "heldout.csv", state.heldout_curve)
             write_sums(temporary)
@@ -191,19 +211,19 @@ class Training:
         made_with.write(paths, "train", self.params)
 
 
-def check_shares(options: TrainOptions, world: World) -> None:
-    """Raise UserError unless a batch can be shared out."""
+def check_batch_size(options: TrainOptions, world: World) -> None:
+    """Raise UserError unless a batch can be divided evenly."""
     parts = world.size * options.accumulate
     if options.batch_size % parts:
         raise UserError(
-            f"train.batch_size: {options.batch_size} is not a multiple of {parts}, the processes times "
+            f"train.batch_size: {options.batch_size} is not a multiple of {parts}, the number of processes times "
             "train.accumulate; change it in params.yaml"
         )
 
 
 @contextmanager
-def enough_memory(options: TrainOptions) -> Iterator[None]:
-    """A block that raises UserError, with what to change, where memory is too small. Each process does so by itself."""
+def explain_out_of_memory(options: TrainOptions) -> Iterator[None]:
+    """Turn out-of-memory errors into a UserError with advice. Applies to each process separately."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -215,23 +235,21 @@ def enough_memory(options: TrainOptions) -> Iterator[None]:
         advice.append("set train.precision to bf16" if options.precision == "fp32" else "")
         raise UserError(
             f"out of memory ({said}); lower train.batch_size (now {options.batch_size}) or raise train.accumulate (now "
-            f"{options.accumulate}), the parts of a batch that go through in turn"
+            f"{options.accumulate}), which splits each batch into smaller parts"
             + "".join(f", or {each}" for each in advice if each)
         ) from None
 
 
 def checkpoint_seconds() -> float:
-    """How often a checkpoint is written; raises UserError if the environment says it wrongly."""
-    seconds: float = setting(SECONDS, 60.0, Annotated[float, Field(ge=0)])
+    """Seconds between checkpoints; raises UserError if DDPM_CHECKPOINT_SECONDS is invalid."""
+    seconds: float = setting(CHECKPOINT_SECONDS, 60.0, Annotated[float, Field(ge=0)])
     return seconds
 
 
 def check_devices(params: Params, device: torch.device) -> None:
-    """Raise UserError unless every process can have a GPU of its own, or none."""
+    """Raise UserError unless all processes run on the CPU or each has its own GPU."""
     processes, gpus = params.train.processes, torch.cuda.device_count()
     if device.type == "cuda" and params.device not in ("auto", "cuda"):
         raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
     if device.type == "cuda" and processes > gpus:
-        raise UserError(
-            f"train.processes: {processes} processes need a GPU each, but there are {gpus}; set it to {gpus}"
-        )
+        raise UserError(f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}")

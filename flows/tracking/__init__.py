@@ -1,18 +1,21 @@
 """MLflow: one run for each set of results, and a version of the registered model for each exported model.
 
-MLflow only remembers: no stage's output depends on it, and a stage whose server is away goes on after one line that
-says so. Everything logged but speeds is read from files that the stages wrote, so that `ddpm track` can bring it
+MLflow only records: no stage's output depends on it, and a stage whose server is unreachable continues after a one-line
+message. Everything logged except speeds is read from files that the stages wrote, so that `ddpm track` can record it
 later.
 
-A set of results is parameters, data and weights, and the files that evaluate and export made of them. Each has a run
-of its own, which is only ever added to, and is found again by digests of these (see `recording._run_of`): the same
-results make no second run and change nothing in the first. What the code was makes no difference, as long as it wrote
-the same files. A training is followed in its run before there are weights; that one is found by its id, which the
-checkpoint holds, or by the training's fingerprint. A run whose weights were trained in another one names their logged
-model as its input, repeats the training's final figures, and has the tag `ddpm.trained_in_run`.
+A set of results is parameters, data and weights, and the files that evaluate and export made from them. Each set has a
+run of its own, which is only ever added to and is found by digests of these (see `recording._run_of`): recording the
+same results again makes no second run and changes nothing in the first. Different code makes no difference as long as
+it writes the same files. A training is followed in its run before there are weights; that run is found by its id, which
+the checkpoint holds, or by the training's fingerprint. A run that reuses the weights of another one has their logged
+model as its input, repeats the training's final figures, and names the other run in its description.
 
-The store is MLFLOW_TRACKING_URI, or else the sqlite file .ddpm/mlflow.db with its artifacts beside it. A server may
-share that store, so that its pages show what was logged with and without it, when started with the same two places:
+Digests are kept in tags that MLflow's pages hide; `names` says what else is called how, and `description` writes what a
+user reads first.
+
+The store is MLFLOW_TRACKING_URI, or else the sqlite file .ddpm/mlflow.db with its artifacts beside it. A server can
+use the same store, and then shows what was logged with and without it; start it with the same two locations:
 
     mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:////ABSOLUTE/.ddpm/mlflow.db
         --default-artifact-root /ABSOLUTE/.ddpm/mlflow-artifacts

@@ -1,15 +1,15 @@
 """Which registered version is `champion`, and why; `challenger` is the newest.
 
-A version takes over from the champion by its error on the validation pairs. With d_i the difference between the two
+A version replaces the champion if its error on the validation pairs is lower. Let d_i be the difference between the two
 versions' MSE of the predicted noise on the pairs of validation image i (x_t and eps are stored: both versions saw the
-same ones), dbar its mean over the n images and
+same ones), dbar its mean over the n images, and
 
     se = sqrt(sum_i (d_i - dbar)^2 / (n (n - 1))),
 
-it takes over if dbar + 1.96 se < 0: if the 95 % interval of the difference lies below zero. That is the noise of a
-measurement on n images; how much two trainings from different seeds differ is not in it. The first champion, and any
-other, must also have an MSE of at most `tracking.max_mse`. Versions that were scored on different pairs cannot be
-compared: then the champion stays until `ddpm promote`.
+The version becomes champion if dbar + 1.96 se < 0, that is, if the 95 % interval of the difference lies below zero. The
+interval covers the noise of measuring on n images, not the variation between trainings with different seeds. Every
+champion, the first included, must have an MSE of at most `tracking.max_mse`. Versions that were scored on different
+pairs cannot be compared: the champion then stays until `ddpm promote`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffusion.progress import say
 from diffusion.storage.files import SUMS, read_checked
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import store
+from flows.tracking import description, names, store
 from flows.tracking.results import ERRORS, Results, errors_of
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 Errors = NDArray[np.float64]
 """MSE on each validation image, (n,)."""
 CHAMPION, CHALLENGER = "champion", "challenger"
-VAL_PAIRS = "ddpm.val_pairs_sha256"
-JUDGED = "ddpm.judged"
-"""Tag: the gate at which a version was last judged."""
+VAL_PAIRS = f"{names.HIDDEN}val_pairs_sha256"
+JUDGED = f"{names.HIDDEN}judged"
+"""Tag: the value of `tracking.max_mse` at which a version was last judged."""
 SCORES = ("val_mse", "val_mse_se", "mse", "r2")
 """Tags of a version: its figures on val, and those on test."""
 
@@ -51,9 +51,9 @@ class Verdict(NamedTuple):
 
 
 def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[str]:
-    """Tag a version with its scores, give it the aliases that it deserves, and return those that it has.
+    """Tag a version with its scores, give it the aliases that it has earned, and return all its aliases.
 
-    A version is judged once for each value of `tracking.max_mse`, against the champion of that time.
+    A version is judged once for each value of `tracking.max_mse`, against the champion at that time.
     """
     name, number = found.params.tracking.model_name, str(version.version)
     newest = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
@@ -63,8 +63,8 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
     if found.evaluation is None:
         if not version.description:
             _describe(client, version, "Not promoted: it was not evaluated.")
-    elif version.tags.get(JUDGED) != gate:
-        if VAL_PAIRS not in version.tags:
+    elif (tags := names.current(version.tags)).get(JUDGED) != gate:
+        if VAL_PAIRS not in tags:
             report = found.evaluation.report
             scores = {VAL_PAIRS: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
             for key, value in scores.items():
@@ -88,7 +88,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     if champion is None:
         return Verdict(True, f"the first version whose val MSE, {mse:.4f}, is at most tracking.max_mse, {gate:g}")
     rival = client.get_model_version(name, champion)
-    scored = rival.tags.get(VAL_PAIRS)
+    scored = names.current(rival.tags).get(VAL_PAIRS)
     by_hand = f"`ddpm promote {number} --reason TEXT` makes version {number} the champion"
     if scored != pairs:
         on = f"val pairs {scored[:12]}" if scored else "no val pairs"
@@ -97,7 +97,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
         return Verdict(False, line)
     errors = _errors_of(client, rival)
     if isinstance(errors, str):
-        line = f"the errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
+        line = f"the per-image errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
         say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     mean, margin = compare(new, errors)
@@ -107,7 +107,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     )
     if mean + margin < 0:
         return Verdict(True, f"{told}, is below zero")
-    return Verdict(False, f"{told}, is not below zero by more than the noise of the measurement")
+    return Verdict(False, f"{told}, is not below zero by more than the measurement noise")
 
 
 def compare(new: Errors, old: Errors) -> tuple[float, float]:
@@ -120,7 +120,7 @@ def compare(new: Errors, old: Errors) -> tuple[float, float]:
 def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
     """Make a version the champion by hand; raises UserError if there is no such version, no reason or no MLflow."""
     if not reason.strip():
-        raise UserError("--reason: empty; say why this version becomes champion, its description will show it")
+        raise UserError("--reason: empty; say why this version becomes champion: its description will show the reason")
     uri, name = store.tracking_uri(paths), params.tracking.model_name
     with store.user_errors(uri), store.lock(paths):
         client = store.client_at(uri)
@@ -132,6 +132,7 @@ def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
         instead = f" in place of version {before}" if before not in (None, number) else ""
         _describe(client, versions[number], f"Champion, promoted by hand{instead}: {reason.strip()}")
         client.set_registered_model_alias(name, CHAMPION, number)
+        description.rewrite_verdict(client, client.get_model_version(name, number))
     print(f"{name} version {number} is now champion" + (f"; before, it was version {before}" if before else ""))
 
 
@@ -147,7 +148,7 @@ def _describe(client: MlflowClient, version: ModelVersion, sentence: str) -> Non
 
 
 def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | str:
-    """The MSE on each validation image (n,) of a version, from the run that exported it; or what is wrong with it."""
+    """The MSE on each validation image (n,) of a version, from the run that exported it, or why it cannot be used."""
     from mlflow.exceptions import MlflowException
 
     try:

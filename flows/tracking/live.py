@@ -1,4 +1,4 @@
-"""Following a training while it runs."""
+"""Logging a training while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusion.storage.files import sha256
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import store
+from flows.tracking import description, names, store
 from flows.tracking.starting import resume, start
 from flows.tracking.store import TrackedRun
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_BATCHES = 2.0
 FIXED = ("seed", "process", "network", "train")
-"""What the fingerprint of a training holds; the other parameters may change until an interrupted one has ended."""
+"""The parameters in a training's fingerprint; others may still change before an interrupted training is resumed."""
 
 
 class LiveRun:
-    """The MLflow run of a training under way; a context manager, to be left before `record` is called.
+    """The MLflow run of a training in progress; a context manager, to be exited before `record` is called.
 
-    Logging happens in a thread, in batches. After the first failure nothing more is tried: `record` fills the gap.
+    A thread logs in batches. After the first failure it stops trying: `record` fills the gap.
     """
 
     run_id: str | None
-    """To be kept with the checkpoint. If MLflow cannot be reached, it is what was kept before, or None."""
+    """To be saved with the checkpoint. If MLflow cannot be reached, the id that was saved before, or None."""
 
     def __init__(self, run: TrackedRun | None, run_id: str | None, uri: str) -> None:
         self.run_id = run_id
@@ -53,7 +53,7 @@ class LiveRun:
         """One point of each curve, named like the columns of reports/train_curves (heldout.csv's mse: heldout_mse)."""
         if self._run is None:
             return
-        self._batch += store.points({f"train/{name}": value for name, value in values.items()}, step)
+        self._batch += store.points({names.curve(name): value for name, value in values.items()}, step)
         if time.monotonic() - self._sent > SECONDS_BETWEEN_BATCHES:
             self._send()
 
@@ -74,7 +74,7 @@ class LiveRun:
             if self._run is not None:
                 try:
                     action(self._run)
-                except Exception as error:  # whatever it is, a training does not end for it
+                except Exception as error:  # no failure of MLflow ends a training
                     self._run = None
                     store.say_unusable(self._uri, error)
 
@@ -82,7 +82,7 @@ class LiveRun:
 
 
 def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> LiveRun:
-    """Start the run of a training, or resume it: the run `run_id`, or else an unfinished one of this fingerprint.
+    """Start the run of a training, or resume it: the run `run_id`, or else an unfinished one with this fingerprint.
 
     A run whose training has ended is never resumed: it holds its results.
     """
@@ -91,7 +91,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
         with store.lock(paths):
             mlflow_store = store.connect(uri, params, paths)
             found = [mlflow_store.run_by_id(run_id), *mlflow_store.runs_by_tag(store.FINGERPRINT, fingerprint)]
-            open_runs = [run for run in found if run and store.WEIGHTS not in run.data.tags]
+            open_runs = [run for run in found if run and store.WEIGHTS not in names.current(run.data.tags)]
             if open_runs:
                 run = TrackedRun(mlflow_store.client, open_runs[0])
                 resume(run, params, paths, fingerprint)
@@ -101,6 +101,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
                 run.dataset(
                     Path(params.shard.source).stem, sha256(paths.pairs / "manifest.json"), paths.pairs, "training"
                 )
+            description.write(mlflow_store.client, run.id, description.training(params, paths))
     except Exception as error:
         store.say_unusable(uri, error)
         return LiveRun(None, run.id if run else run_id, uri)

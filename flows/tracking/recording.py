@@ -1,10 +1,9 @@
-"""Bringing the stages' files into MLflow."""
+"""Recording the stages' files in MLflow."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -14,20 +13,21 @@ from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
 from diffusion.progress import say
-from flows import made_with
+from flows import addresses, made_with
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import champion, registry, results, store
+from flows.tracking import champion, description, names, pages, registry, results, store
 from flows.tracking.results import Evaluation, Results
 from flows.tracking.starting import start
 from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
-SET = "ddpm.set_sha256"
+SET = f"{names.HIDDEN}set_sha256"
 """Tag: digest of a run's parameters, data and weights."""
-TRAINED_IN = "ddpm.trained_in_run"
+TRAINED_IN = f"{names.HIDDEN}trained_in_run"
 """Tag of a run that reused weights: the id of the run that trained them."""
 
 
@@ -48,12 +48,12 @@ class Recorded(NamedTuple):
 def record(
     params: Params, paths: Paths, run_id: str | None = None, speed: dict[str, dict[str, float]] | None = None
 ) -> Recorded | None:
-    """Bring the present results into MLflow, as far as they are not there yet; None if that is not possible.
+    """Record in MLflow whatever part of the present results is missing there; None if that is not possible.
 
-    `run_id` is the run that followed the training, if there was one; `speed` what an export measured.
+    `run_id` is the run that logged the training while it ran, if any; `speed` holds the timings that export measured.
     """
     if not paths.train_report.exists():
-        return None  # an imported model, of no training here
+        return None  # an imported model, which was not trained here
     uri = store.tracking_uri(paths)
     try:
         return _record(uri, results.read(params, paths), run_id, speed or {})
@@ -65,7 +65,7 @@ def record(
 
 
 def track(params: Params, paths: Paths, as_json: bool) -> None:
-    """`record`, and print where it is; raises UserError if there is nothing to record or MLflow cannot be reached."""
+    """`record`, and print where; raises UserError if there is nothing to record or MLflow cannot be reached."""
     found, uri = results.read(params, paths), store.tracking_uri(paths)
     for reason in found.stale:
         say(f"MLflow: left out: {reason}; `dvc repro` brings it up to date")
@@ -91,13 +91,26 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
             trained_in = _log(mlflow_store, run, found)
             version = registry.register(mlflow_store, run, found, speed) if found.export is not None else None
             aliases = champion.judge(run.client, found, version) if version else []
+            _describe(mlflow_store, run, found, trained_in, version)
             if run.status != "FINISHED":
                 run.end("FINISHED")
-        except BaseException as error:  # recorded in part: the next call completes it
+        except BaseException as error:  # partly recorded: the next call completes it
             with suppress(Exception):
                 _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-    return Recorded(run.id, _page(uri, run), trained_in, str(version.version) if version else None, aliases)
+    return Recorded(
+        run.id, _page(uri, run, found.paths), trained_in, str(version.version) if version else None, aliases
+    )
+
+
+def _describe(
+    mlflow_store: Store, run: TrackedRun, found: Results, trained_in: str, version: ModelVersion | None
+) -> None:
+    source = mlflow_store.run_by_id(trained_in) if trained_in != run.id else None
+    link = description.run_link(run.experiment_id, trained_in, f"run {source.info.run_name}") if source else ""
+    judged = run.client.get_model_version(version.name, str(version.version)) if version else None
+    text = description.results(found, link, description.verdict(judged) if judged else "")
+    description.write(run.client, run.id, text)
 
 
 def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None, status: str) -> None:
@@ -107,33 +120,32 @@ def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None
         mlflow_store.client.set_terminated(run_id, status=status)
 
 
-def _page(uri: str, run: TrackedRun) -> str:
-    """The address of a run's page; of a store without a server, the page where `make up` shows it."""
-    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
-    # Told so, MLflow opens its pages for training rather than those for language models.
-    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
+def _page(uri: str, run: TrackedRun, paths: Paths) -> str:
+    """The address of a run's page; for a store without a server, the page that `make up` serves."""
+    server = uri.rstrip("/") if uri.startswith("http") else addresses.mlflow(paths)
+    return pages.run(server, run.experiment_id, run.id)
 
 
 def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedRun:
-    """The run of these results: one that holds them in part or whole, the one that followed the training, or a new one.
+    """The run of these results: one that holds some or all of them, the one that logged the training, or a new one.
 
     A run is claimed by tags before anything is logged: for parameters, data and weights (SET), and for the files of
-    the evaluation and of the export. Results go into a run whose claims all agree with them, so that two sets never
-    meet in one run, and the same set never makes a second one, however often and in how many parts it is brought.
+    the evaluation and of the export. Results go into a run whose claims all agree with them, so that no run holds parts
+    of two sets, and no set has two runs, however often and in however many parts it is recorded.
     """
     client, digests = mlflow_store.client, {_claim(part): digest for part, digest in found.digests().items()}
     claims = {SET: found.identity, WEIGHTS: found.weights} | digests
     followed = mlflow_store.run_by_id(run_id)
-    if followed and WEIGHTS in followed.data.tags:
+    if followed and WEIGHTS in names.current(followed.data.tags):
         followed = None  # it holds results already
     fitting = [
         run
         for run in mlflow_store.runs_by_tag(SET, found.identity)
-        if all(run.data.tags.get(claim, digest) == digest for claim, digest in digests.items())
+        if all(names.current(run.data.tags).get(claim, digest) == digest for claim, digest in digests.items())
     ]
     if fitting:
         run = TrackedRun(client, fitting[0])
-        if followed:  # the same training once more, by code that changed without effect, say
+        if followed:  # the same training again, after a change to the code that had no effect, for example
             client.delete_run(followed.info.run_id)
     elif followed:
         run = TrackedRun(client, followed)
@@ -144,7 +156,7 @@ def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedR
 
 
 def _claim(part: str) -> str:
-    return f"ddpm.{part}_sha256"
+    return f"{names.HIDDEN}{part}_sha256"
 
 
 def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
@@ -177,14 +189,14 @@ def _log_parameters(run: TrackedRun, found: Results) -> None:
 
 
 def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
-    """The training's curves and pictures, or just its final figures; of both, the report and the model's config."""
-    for curve, names in (("loss", {}), ("heldout", {"mse": "heldout_mse"})):
+    """The training's curves and pictures, or only its final figures; always its report and the model's config."""
+    for curve, columns in (("heldout", {"mse": "heldout_mse"}), ("loss", {})):
         rows = found.curves[curve]
         last = {key: row["step"] for row in rows for key in row}
         for row in rows:
             step = row["step"]
             kept = {key: value for key, value in row.items() if key != "step" and (curves or step == last[key])}
-            run.metrics(store.points({f"train/{names.get(key, key)}": v for key, v in kept.items()}, int(step)))
+            run.metrics(store.points({names.curve(columns.get(key, key)): v for key, v in kept.items()}, int(step)))
     run.scalars("train", found.training)
     if curves:
         for path in sorted(found.paths.previews.glob("step-*.png")):
@@ -193,7 +205,7 @@ def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
 
 
 def _log_weights(run: TrackedRun, found: Results, own: list[LoggedModel]) -> None:
-    """The weights as a logged model, which runs that reuse them name as their input."""
+    """The weights as a logged model, which is an input of the runs that reuse them."""
     from mlflow.entities import LoggedModelOutput
 
     client = run.client
@@ -227,7 +239,7 @@ def _data(found: Results) -> str:
 
 
 def _describes(lock: Path, paths: Paths) -> bool:
-    """Whether dvc.lock is that of all these results: while stages run, DVC has not written it yet."""
+    """Whether dvc.lock describes all these results: while stages run, DVC has not written it yet."""
     reports = (paths.train_report, paths.evaluate_report, paths.export_report)
     if not all(file.exists() for file in (lock, *reports)):
         return False

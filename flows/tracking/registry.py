@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import warnings
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.storage.files import sha256
+from flows.tracking.names import HIDDEN, former
 from flows.tracking.results import Results
 from flows.tracking.store import WEIGHTS, Store, TrackedRun
 
@@ -17,23 +19,23 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-ONNX = "ddpm.onnx_sha256"
+ONNX = f"{HIDDEN}onnx_sha256"
 
 
 def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> ModelVersion:
     """The registered version of the exported model, made if there is none.
 
-    There is one version for each sampler.onnx. It points to the run that exported it; a run whose results hold the
-    same file (after a change to `sample.steps` alone, say) names its logged model as an input instead.
+    There is one version for each sampler.onnx. It points to the run that exported it; another run with the same file
+    (after a change to `sample.steps` alone, for example) has the logged model as an input instead.
 
-    `speed` is what the export measured, for each of its precisions; it is in no file.
+    `speed` holds the timings that export measured for each precision; they are in no file.
     """
     from mlflow.exceptions import MlflowException
 
     name, digest = found.params.tracking.model_name, sha256(found.paths.sampler)
     run.once("export", lambda: _log_export(run, found, speed))
-    same = f"name = '{name}' and tags.`{ONNX}` = '{digest}'"
-    for version in run.client.search_model_versions(same, max_results=1, order_by=["version_number ASC"]):
+    conditions = [f"name = '{name}' and tags.`{tag}` = '{digest}'" for tag in (ONNX, former(ONNX))]
+    for version in chain.from_iterable(run.client.search_model_versions(same, max_results=1) for same in conditions):
         if version.run_id != run.id:
             for model in mlflow_store.models_by_tag(ONNX, digest)[:1]:
                 run.once("model", partial(run.uses, model.model_id))
@@ -44,7 +46,7 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     own = [model for model in mlflow_store.models_by_tag(ONNX, digest) if model.source_run_id == run.id]
-    model = own[0] if own else _log_model(run, found.paths.sampler, digest)  # own: of a call that was interrupted
+    model = own[0] if own else _log_model(run, found.paths.sampler, digest)  # own: left by a call that was interrupted
     tags = {ONNX: digest, WEIGHTS: found.weights}
     return run.client.create_model_version(name, model.model_uri, run_id=run.id, model_id=model.model_id, tags=tags)
 
@@ -55,7 +57,7 @@ def _log_export(run: TrackedRun, found: Results, speed: dict[str, dict[str, floa
     for precision, times in speed.items():
         run.scalars(f"export/speed/{precision}", times)
     for file in sorted(found.paths.onnx.iterdir()):
-        if file != found.paths.sampler:  # which is the registered model
+        if file != found.paths.sampler:  # that one is the registered model
             run.client.log_artifact(run.id, str(file), "onnx")
 
 
@@ -80,9 +82,9 @@ def _log_model(run: TrackedRun, sampler: Path, digest: str) -> LoggedModel:
     facts = {prop.key: prop.value for prop in model.metadata_props}
     client = run.client
     logged = client.create_logged_model(run.experiment_id, name="sampler", source_run_id=run.id, tags={ONNX: digest})
-    # What mlflow.onnx.log_model would do, but for running the model: ONNX Runtime prints errors where CUDA is missing.
+    # As mlflow.onnx.log_model does, without running the model: ONNX Runtime prints errors where CUDA is missing.
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="mlflow")  # importing mlflow.pyfunc warns of its own type hints
+        warnings.filterwarnings("ignore", module="mlflow")  # importing mlflow.pyfunc warns about its own type hints
         mlflow.onnx.save_model(
             model,
             f"{temporary}/model",

@@ -20,7 +20,7 @@ ERRORS = "val_errors.csv"
 
 
 class Evaluation(NamedTuple):
-    """What evaluate measured."""
+    """The results of evaluate."""
 
     report: dict[str, Any]
     """reports/evaluate.json, with the digests of the pairs that were scored."""
@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Parameters and what was made with them, nothing older: evaluation and export are None until they have run."""
+    """Parameters and the results made with exactly these; evaluation and export are None until they have run."""
 
     params: Params
     paths: Paths
@@ -47,7 +47,7 @@ class Results(NamedTuple):
     export: dict[str, Any] | None
     """reports/export.json."""
     stale: tuple[str, ...]
-    """Why files that are there were left out."""
+    """Which existing files were left out, and why."""
 
     @property
     def identity(self) -> str:
@@ -56,12 +56,12 @@ class Results(NamedTuple):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def digests(self) -> dict[str, str]:
-        """Digests of the files of each part that there is: evaluate, export."""
+        """Digest of the files of each part that exists: evaluate, export."""
         found = {}
         if self.evaluation is not None:
             found["evaluate"] = _digest([self.paths.evaluate_report, self.paths.report])
         if self.export is not None:
-            # The report does not show every change to the sampler, nor the sampler those to its variants.
+            # Some changes to the sampler do not show in the report, nor those to its variants in the sampler.
             found["export"] = _digest([self.paths.export_report, *sorted(self.paths.onnx.iterdir())])
         return found
 
@@ -75,9 +75,9 @@ def read(params: Params, paths: Paths) -> Results:
     weights, manifest = paths.model / "model.safetensors", paths.pairs / "manifest.json"
     for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
-            raise UserError(f"{needed}: missing, and needed to track a training; run `dvc repro` or `dvc pull`")
+            raise UserError(f"{needed}: missing; run `dvc repro` or `dvc pull` before recording a training")
     read_checked(manifest)
-    stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # not where data was pulled
+    stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # absent where data was pulled
     for stage in [*stages, "train"]:
         if reason := made_with.difference(paths, stage, params):
             raise UserError(f"{reason}; `dvc repro` brings the results up to date")

@@ -1,7 +1,7 @@
 """`mlflow server` in a single process: `python -m flows.tracking.server` takes its arguments.
 
-MLflow starts uvicorn as a child, which goes on holding the port when its parent is killed. Here uvicorn takes the
-parent's place.
+MLflow starts uvicorn as a child process, which keeps the port when its parent is killed. Here uvicorn replaces the
+parent.
 """
 
 import os

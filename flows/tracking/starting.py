@@ -1,4 +1,4 @@
-"""Starting or resuming an MLflow run, and the code that it comes from."""
+"""Starting or resuming an MLflow run, and tagging it with the code that made it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from pathlib import Path
 
 from flows.params import Params
 from flows.paths import Paths
+from flows.tracking.names import GIT_DIRTY, HIDDEN
 from flows.tracking.store import Store, TrackedRun
 
-FLOW_RUN, COMMIT, DIRTY = "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty"
+FLOW_RUN, COMMIT, DIRTY = f"{HIDDEN}flow_run_id", "mlflow.source.git.commit", GIT_DIRTY
 
 
 def start(store: Store, params: Params, paths: Paths, digest: str, tags: dict[str, str]) -> TrackedRun:
-    """A new run, named like the flow run whose workspace this is, or else after the data and a digest."""
+    """A new run, named after the flow run whose workspace this is, or else after the data and a digest."""
     name, origin = _origin(params, paths, digest)
     return TrackedRun(store.client, store.client.create_run(store.experiment, run_name=name, tags=origin | tags))
 
 
 def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
-    """Mark a run as running again, with the name and the origin that a new one would have here."""
+    """Mark a run as running again, with the name and the origin that a new run would have here."""
     name, origin = _origin(params, paths, digest)
     run.client.update_run(run.id, status="RUNNING", name=name)
-    for former in {FLOW_RUN, COMMIT, DIRTY} & run.tags.keys() - origin.keys():
-        run.client.delete_tag(run.id, former)
-        del run.tags[former]
+    run.untag({FLOW_RUN, COMMIT, DIRTY} - origin.keys())
     run.tag(origin)
 
 
 def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, str]]:
-    """The name of a run, and tags that say which flow run and code it comes from."""
+    """The name of a run, and tags for the flow run and the code that it comes from."""
     name = f"{Path(params.shard.source).stem}-{digest[:8]}"
     description = paths.root / "run.json"
     if description.exists():
@@ -48,7 +47,7 @@ def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, s
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """What git prints; nothing where there is no git or no repository."""
+    """The output of git; empty where there is no git or no repository."""
     try:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:

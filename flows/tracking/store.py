@@ -20,20 +20,21 @@ from diffusion.errors import UserError
 from diffusion.progress import say
 from flows.params import Params
 from flows.paths import Paths
+from flows.tracking import names, pages
 
 if TYPE_CHECKING:  # importing mlflow takes a second or more: only where something is logged
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric, Run
 
-FINGERPRINT, WEIGHTS = "ddpm.fingerprint", "ddpm.weights_sha256"
+FINGERPRINT, WEIGHTS = f"{names.HIDDEN}fingerprint", f"{names.HIDDEN}weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and said here in one line
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors are raised, and reported in one line
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # what is too long is an error, never cut silently
+    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value that is too long is an error, never cut silently
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds; twice this is the longest that a dead server holds up a stage
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",  # seconds; an unreachable server delays a stage by at most twice this
 }
 
 for _name, _value in ENVIRONMENT.items():
@@ -41,19 +42,19 @@ for _name, _value in ENVIRONMENT.items():
 
 
 class TrackedRun:
-    """An MLflow run that is only ever added to: what it holds already is never logged again or replaced."""
+    """An MLflow run that is only ever added to: nothing that it holds is logged again or replaced."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client, self.id, self.experiment_id = client, run.info.run_id, run.info.experiment_id
         self.status: str = run.info.status
-        self.tags, self.params = dict(run.data.tags), dict(run.data.params)
+        self.tags, self.params = names.current(run.data.tags), dict(run.data.params)
         self._logged = set(run.data.metrics)
         self._curves: dict[str, dict[int, float]] = {}
         self._images: dict[int, str | None] | None = None
 
     def once(self, part: str, log: Callable[[], None]) -> None:
-        """Log a part, unless the whole of it was logged before."""
-        tag = f"ddpm.logged.{part}"
+        """Log a part, unless all of it was logged before."""
+        tag = f"{names.HIDDEN}logged.{part}"
         if tag not in self.tags:
             log()
             self.tag({tag: "true"})
@@ -66,18 +67,26 @@ class TrackedRun:
             self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
             self.tags |= tags
 
+    def untag(self, tags: Iterable[str]) -> None:
+        """Remove tags, whatever an earlier version called them."""
+        present = self.client.get_run(self.id).data.tags.keys()
+        for tag in tags:
+            for name in {tag, names.former(tag)} & present:
+                self.client.delete_tag(self.id, name)
+            self.tags.pop(tag, None)
+
     def curve(self, key: str) -> dict[int, float]:
-        """The values of a metric by step; of several at the same step, the one that was logged last."""
+        """The values of a metric by step; where a step has several, the one logged last."""
         if key not in self._curves:
             history = self.client.get_metric_history(self.id, key) if key in self._logged else []
             self._curves[key] = {point.step: point.value for point in sorted(history, key=lambda p: p.timestamp)}
         return self._curves[key]
 
     def metrics(self, points: Iterable[Metric]) -> None:
-        """Points of curves, but those that are there already.
+        """Log points of curves, except those that the run has.
 
-        A training that went back to an earlier step has other values at the same steps: MLflow then keeps both, and
-        takes the later one for the metric's value.
+        A training that returned to an earlier step has other values at the same steps: MLflow keeps both, and shows
+        the later one as the metric's value.
         """
         from mlflow.utils.validation import MAX_METRICS_PER_BATCH as MOST
 
@@ -88,13 +97,14 @@ class TrackedRun:
             self._curves[point.key][point.step] = point.value
             self._logged.add(point.key)
 
-    def scalars(self, prefix: str, report: Mapping[str, Any]) -> None:
-        """The numbers of a report, as metrics without steps; one that has a curve is left out."""
-        numbers = {f"{prefix}/{key}": value for key, value in report.items() if isinstance(value, int | float)}
-        self.metrics(points({key: value for key, value in numbers.items() if key not in self._logged}, 0))
+    def scalars(self, stage: str, report: Mapping[str, Any]) -> None:
+        """The numbers of a report: metrics without steps (one that has a curve is left out), and parameters."""
+        metrics, constants = names.figures(stage, report)
+        self.metrics(points({key: value for key, value in metrics.items() if key not in self._logged}, 0))
+        self.parameters(constants)
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        """Parameters; of one that is longer than MLflow takes, a text that says so and gives its digest."""
+        """Log parameters; one that is longer than MLflow accepts is replaced by its length and digest."""
         from mlflow.entities import Param
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
         from mlflow.utils.validation import MAX_PARAMS_TAGS_PER_BATCH as MOST
@@ -115,13 +125,13 @@ class TrackedRun:
         self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def uses(self, model_id: str) -> None:
-        """Name a logged model as an input."""
+        """Make a logged model an input of the run."""
         from mlflow.entities import LoggedModelInput
 
         self.client.log_inputs(self.id, models=[LoggedModelInput(model_id)])
 
     def image(self, image: Image.Image, step: int) -> None:
-        """The picture of a step, unless there is one, or this object has logged another (as `metrics`)."""
+        """Log the picture of a step, unless the run has it; one of a repeated step is added, as in `metrics`."""
         if self._images is None:
             names = [file.path for file in self.client.list_artifacts(self.id, "images")]
             self._images = {int(found[1]): None for name in names if (found := re.search(r"\+step\+(\d+)\+", name))}
@@ -131,7 +141,7 @@ class TrackedRun:
             self._images[step] = digest
 
     def table(self, rows: list[dict[str, Any]], file: str) -> None:
-        """A table, unless there is one of this name (`log_table` would append to it)."""
+        """Log a table, unless there is one with this name (`log_table` would append to it)."""
         if file not in self.tags.get("mlflow.loggedArtifacts", ""):
             self.client.log_table(self.id, {key: [row[key] for row in rows] for key in rows[0]}, file)
 
@@ -159,16 +169,22 @@ class Store(NamedTuple):
         return found[0] if found else None
 
     def runs_by_tag(self, tag: str, value: str) -> list[Run]:
-        """The runs with this tag, oldest first."""
-        return self._runs(f"tags.`{tag}` = '{value}'")
+        """The runs with this tag, oldest first; those of earlier versions last."""
+        return [run for name in (tag, names.former(tag)) for run in self._runs(f"tags.`{name}` = '{value}'")]
 
     def models_by_tag(self, tag: str, value: str, own: str = "") -> list[LoggedModel]:
-        """The logged models with this tag whose run has not been deleted, oldest first.
+        """The logged models with this tag whose run has not been deleted, oldest first; those of earlier versions last.
 
-        One whose files were not all logged is left out, unless it is of the run with the id `own`.
+        A model whose files were not all logged is left out, unless it belongs to the run with the id `own`.
         """
         order = [{"field_name": "creation_timestamp", "ascending": True}]
-        found = self.client.search_logged_models([self.experiment], f"tags.`{tag}` = '{value}'", order_by=order)
+        found = [
+            model
+            for name in (tag, names.former(tag))
+            for model in self.client.search_logged_models(
+                [self.experiment], f"tags.`{name}` = '{value}'", order_by=order
+            )
+        ]
         usable = [model for model in found if model.status == "READY" or model.source_run_id == own]
         return [model for model in usable if self.run_by_id(model.source_run_id)]
 
@@ -181,34 +197,36 @@ def client_at(uri: str) -> MlflowClient:
     import mlflow
 
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)  # the client alone is not enough: it looks models:/ addresses up in this global one
+    mlflow.set_tracking_uri(uri)  # the client alone is not enough: models:/ addresses are looked up in the global store
     if given is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by that, and not to be taken for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # set by that call: not the user's setting
     return mlflow.MlflowClient()
 
 
 def connect(uri: str, params: Params, paths: Paths) -> Store:
-    """The store at `uri`, with the experiment of `params`, made if there is none."""
+    """The store at `uri`, with the experiment of `params`, created if missing."""
     client = client_at(uri)
     experiment = client.get_experiment_by_name(params.tracking.experiment)
     if experiment is not None:
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
+        if experiment.tags.get(pages.VIEW_TAG) != pages.view():
+            client.set_experiment_tag(experiment.experiment_id, pages.VIEW_TAG, pages.view())
         return Store(client, experiment.experiment_id)
-    served = uri.startswith(("http", "databricks"))  # then the server knows where artifacts belong
+    served = uri.startswith(("http", "databricks"))  # then the server chooses where artifacts go
     location = None if served else paths.mlflow_artifacts.resolve().as_uri()
-    tags = {"mlflow.experimentKind": "custom_model_development"}  # shows the pages for training
+    tags = {"mlflow.experimentKind": "custom_model_development", pages.VIEW_TAG: pages.view()}  # pages for training
     return Store(client, client.create_experiment(params.tracking.experiment, artifact_location=location, tags=tags))
 
 
 def lock(paths: Paths) -> FileLock:
-    """Held while runs and versions are looked for and made, so that no two processes here make the same one."""
+    """A lock to hold while searching for and creating runs and versions, so that no two processes create the same."""
     paths.state.mkdir(exist_ok=True)
     return FileLock(paths.state.resolve() / "mlflow.lock")
 
 
 def points(values: Mapping[str, float], step: int) -> list[Metric]:
-    """One point at `step` for each curve named in `values`."""
+    """One point at `step` for each metric in `values`."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -225,7 +243,7 @@ def shortened(value: Any, limit: int) -> str:
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture, read to the end."""
+    """A picture, read into memory."""
     with Image.open(path) as image:
         image.load()
         return image
@@ -238,23 +256,23 @@ def say_unusable(uri: str, error: Exception) -> None:
     """Report once in this process that work continues without MLflow."""
     if uri not in _said:
         _said.add(uri)
-        later = "going on without it, `ddpm track` brings the results there later"
+        later = "continuing without it; `ddpm track` records the results later"
         say(f"MLflow: {uri} cannot be used ({brief(error)}); {later}")
 
 
 @contextmanager
 def user_errors(uri: str) -> Iterator[None]:
-    """A block in which an error of MLflow's becomes a UserError of one line."""
+    """Turn any error from MLflow into a one-line UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of a database, of a server, of a driver that is not installed
+    except Exception as error:  # from a database, a server, or a missing driver
         raise UserError(f"MLflow at {uri}: {brief(error)}") from None
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line; of a chain that began with a connection or a file, that beginning."""
+    """An error in one line; if a connection or file error caused it, that one."""
     chain = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(inner)

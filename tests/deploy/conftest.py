@@ -1,4 +1,4 @@
-"""Services of small models, and what npm and Debian bring."""
+"""Services with small models, and npm packages."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from tests.machine import program
 
 @pytest.fixture(scope="session")
 def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Copies a folder of deploy/ with the packages of its package-lock.json; they run no scripts."""
+    """Copies a folder of deploy/ and installs the packages in its package-lock.json, without their scripts."""
     copies = list[Path]()
 
     def install(name: str) -> Path:
@@ -29,12 +29,12 @@ def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     yield install
     for copy in copies:
-        shutil.rmtree(copy)  # hundreds of megabytes, which pytest would keep
+        shutil.rmtree(copy)  # pytest would keep hundreds of megabytes
 
 
 @pytest.fixture(scope="session")
 def classes() -> Service:
-    """Of a deterministic sampler, of a network with three classes."""
+    """A service with a deterministic sampler and a network with three classes."""
     return shared("dpm-solver++", True)
 
 

@@ -1,4 +1,4 @@
-"""Small models in files."""
+"""Small model files."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.process import fakes
 
 
 def write_model(path: Path, sampler: str, classes: bool, steps: int = 4) -> Path:
-    """A whole sampler.onnx with random weights."""
+    """Write a complete sampler.onnx with random weights."""
     model, step = parts(classes)
     settings = fakes.options(sampler=sampler, threshold="clip", steps=steps, guidance=2.5)
     loop = sampler_graph.to_onnx(step, model, settings)

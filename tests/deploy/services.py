@@ -1,4 +1,4 @@
-"""The service of deploy/service for the tests: in this process, or in one of its own."""
+"""deploy/service for tests: in this process or in a separate one."""
 
 import asyncio
 import os
@@ -35,13 +35,13 @@ def service(path: Path, max_batch: int = 8, max_waiting: int = 64, **limits: int
 
 @cache
 def shared(sampler: str, classes: bool) -> Service:
-    """A service for several tests."""
+    """A service shared by several tests."""
     with TemporaryDirectory() as directory:
         return service(write_model(Path(directory) / "sampler.onnx", sampler, classes))
 
 
 def ask(service: Service, *requests: httpx.Request) -> list[httpx.Response]:
-    """The answers to requests that are sent at the same time."""
+    """Send requests concurrently; returns the responses."""
 
     async def gather() -> list[httpx.Response]:
         transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
@@ -65,7 +65,7 @@ def tensor(name: str, value: NDArray[Any], datatype: str = "") -> dict[str, Any]
 
 
 def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
-    """The outputs of an inference."""
+    """The outputs in an inference response."""
     assert answer.status_code == 200, answer.text
     dtypes = {"FP32": np.float32, "UINT8": np.uint8}
     return {
@@ -75,19 +75,19 @@ def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
 
 
 def direct(service: Service, **feeds: Any) -> Feeds:
-    """The outputs of ONNX Runtime alone."""
+    """The outputs of a direct ONNX Runtime call."""
     return service.served.current.run({name: np.asarray(value) for name, value in feeds.items()})
 
 
 def same(found: NDArray[Any], expected: NDArray[Any]) -> None:
-    """The same pictures, but for what another size of batch rounds otherwise."""
+    """Assert that images agree up to rounding, which depends on the batch size."""
     off = np.abs(found.astype(int) - expected.astype(int))
     assert off.max() <= 1
     assert (off > 0).mean() <= 0.001
 
 
 class Running(NamedTuple):
-    """A service in a process of its own."""
+    """A service in a separate process."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -97,7 +97,7 @@ class Running(NamedTuple):
         return [line for line in self.log.read_text().splitlines() if text in line]
 
     def wait_for(self, text: str) -> None:
-        """Wait until its log has a line with a text; as long as the test may take."""
+        """Wait until the log has a line with `text`; the timeout of the test is the limit."""
         while not self.lines(text):
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)

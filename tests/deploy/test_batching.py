@@ -1,4 +1,4 @@
-"""Which requests are joined, in which order they run, and what becomes of errors."""
+"""Which requests are joined, in which order they run, and how errors are handled."""
 
 import asyncio
 import threading
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from deploy.service.batching import Batcher, Failed, Full
+from deploy.service.batching import Batcher, QueueFull, RunFailed
 from deploy.service.models import Feeds
 
 
 class Model:
-    """Its outputs say what it was given. It waits for `go`."""
+    """A model whose outputs encode its inputs; it waits for `go`."""
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
@@ -35,7 +35,7 @@ def feeds(*noise: float, **others: Any) -> Feeds:
 
 
 async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
-    """Submit one that runs alone, then the others while it does; their outputs or errors."""
+    """Submit one job, then `jobs` while it runs; returns the outputs or errors of `jobs`."""
     tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
     assert await asyncio.to_thread(model.running.wait, 60)
     tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in jobs]
@@ -48,7 +48,7 @@ async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
 
 
 def batches(*jobs: Feeds, max_batch: int = 8) -> list[list[float]]:
-    """The noise of each batch that is run of jobs that wait together."""
+    """Run jobs that wait together; returns the noise of each batch."""
     model, sizes = Model(), list[int]()
     batcher = Batcher(max_batch, 100, observe=sizes.append)
     results = asyncio.run(together(batcher, model, *jobs))
@@ -57,11 +57,11 @@ def batches(*jobs: Feeds, max_batch: int = 8) -> list[list[float]]:
     return model.batches[1:]
 
 
-def test_what_waits_is_joined() -> None:
+def test_waiting_requests_are_joined() -> None:
     assert batches(feeds(1), feeds(2, 3), feeds(4)) == [[1, 2, 3, 4]]
 
 
-def test_a_batch_has_so_many_images_and_starts_with_the_oldest() -> None:
+def test_batches_are_limited_and_start_with_the_oldest_request() -> None:
     assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[1, 2, 5], [3, 4], [6, 7]]
 
 
@@ -69,14 +69,14 @@ def test_a_larger_request_runs_alone() -> None:
     assert batches(feeds(1), feeds(*range(2, 7)), feeds(8), max_batch=3) == [[1, 8], [2, 3, 4, 5, 6]]
 
 
-def test_what_holds_for_the_whole_batch_has_to_be_equal() -> None:
+def test_batch_wide_inputs_must_be_equal() -> None:
     ten, five = {"steps": [10], "guidance": [1.0]}, {"steps": [5], "guidance": [1.0]}
     other = {"steps": [10], "guidance": [2.0]}
     jobs = [feeds(1, **ten), feeds(2, **five), feeds(3, **other), feeds(4, **ten), feeds(5, **five)]
     assert batches(*jobs) == [[1, 4], [2, 5], [3]]
 
 
-def test_noise_of_the_steps_is_joined_along_its_second_axis() -> None:
+def test_step_noise_is_joined_along_its_second_axis() -> None:
     def job(first: float, steps: int) -> Feeds:
         return feeds(first, steps_noise=np.full((steps, 1, 1), first))
 
@@ -91,7 +91,7 @@ def test_noise_of_the_steps_is_joined_along_its_second_axis() -> None:
     assert model.batches == [[1, 3], [2]]
 
 
-def test_models_do_not_mix() -> None:
+def test_requests_of_different_models_are_not_joined() -> None:
     one, two = Model(), Model()
     one.go.set()
     two.go.set()
@@ -104,11 +104,11 @@ def test_models_do_not_mix() -> None:
     assert (one.batches, two.batches) == ([[0, 2]], [[1, 3]])
 
 
-def test_a_request_that_fails_spoils_no_other() -> None:
+def test_a_failing_request_does_not_affect_others() -> None:
     model = Model()
     good, bad, also = asyncio.run(together(Batcher(8, 8), model, feeds(1), feeds(-2), feeds(3)))
     assert (good, also) == ([10], [30])
-    assert isinstance(bad, Failed)
+    assert isinstance(bad, RunFailed)
     assert str(bad) == "negative"
     assert model.batches[1:] == [[1, -2, 3], [1], [-2], [3]]
 
@@ -117,7 +117,7 @@ def test_the_queue_is_bounded() -> None:
     model = Model()
     first, second, third = asyncio.run(_crowd(Batcher(8, 3), model))
     assert (first, third) == ([10, 20], [50])
-    assert isinstance(second, Full)
+    assert isinstance(second, QueueFull)
 
 
 async def _crowd(batcher: Batcher, model: Model) -> list[Any]:
@@ -130,7 +130,7 @@ async def _crowd(batcher: Batcher, model: Model) -> list[Any]:
     return [result["images"][:, 0].tolist() if isinstance(result, dict) else result for result in results[1:]]
 
 
-def test_with_a_delay_the_first_waits_for_company() -> None:
+def test_with_a_delay_the_first_request_waits_for_others() -> None:
     model = Model()
     model.go.set()
 
@@ -152,7 +152,7 @@ def _soon(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
-def test_a_cancelled_request_does_not_hold_up_the_next() -> None:
+def test_a_cancelled_request_does_not_block_the_next() -> None:
     model = Model()
 
     async def run() -> None:

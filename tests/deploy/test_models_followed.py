@@ -1,4 +1,4 @@
-"""Which models are taken, and how an alias in MLflow is followed."""
+"""Which models are accepted, and how an alias in MLflow is followed."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import onnx
 import pytest
 from mlflow import MlflowClient
 
-from deploy.service.models import File, Model, ModelError, Refused, Registered, Served
+from deploy.service.models import File, Model, ModelError, Registered, RejectedModel, Served
 from diffusion.export import digest, metadata
 from tests.deploy.models import write_model
 
@@ -27,7 +27,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def changed(content: bytes, **values: str) -> bytes:
-    """A file with other metadata."""
+    """The file with changed metadata."""
     graph = onnx.load_from_string(digest.check(content))
     facts = {prop.key: prop.value for prop in graph.metadata_props}
     metadata.describe(graph, facts | {f"ddpm.{key}": value for key, value in values.items()})
@@ -41,8 +41,8 @@ def broken(content: bytes) -> bytes:
     return changed(content, golden=json.dumps(test | {"values": [255 - value for value in test["values"]]}))
 
 
-def strange(content: bytes) -> bytes:
-    """A file whose golden test holds words for numbers."""
+def malformed(content: bytes) -> bytes:
+    """A file whose golden test has words instead of numbers."""
     return changed(content, golden=json.dumps({**GOLDEN, "values": ["many"]}))
 
 
@@ -55,7 +55,7 @@ class Store:
         self._client.create_registered_model("ddpm")
 
     def add(self, content: bytes) -> str:
-        """A new version, which becomes the champion."""
+        """Register a new version and make it the champion."""
         number = len(self._client.search_model_versions("name = 'ddpm'")) + 1
         folder = self._directory / str(number)
         folder.mkdir()
@@ -84,41 +84,41 @@ def store(tmp_path: Path) -> Iterator[Store]:
     [
         (lambda _: b"", "does not end with ddpm.sha256"),
         (lambda content: content[:5000], "does not end with ddpm.sha256"),
-        (lambda content: digest.seal(digest.check(content)[:5000]), "no ONNX model that can be run"),
+        (lambda content: digest.seal(digest.check(content)[:5000]), "not an ONNX model that ONNX Runtime can run"),
         (lambda content: content[:5000] + b"x" + content[5001:], "does not match the SHA-256 in ddpm.sha256"),
         (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "does not match the SHA-256 in ddpm.sha256"),
-        (lambda content: changed(content, version="1"), "ddpm.version is 1; this service knows 2"),
+        (lambda content: changed(content, version="1"), "ddpm.version is 1, but this service supports 2"),
         (lambda content: changed(content, golden="{}"), "has no golden test that can be run"),
         (lambda content: changed(content, alpha_bar="[0.5]"), "the file was modified"),
         (lambda content: changed(content, steps="many"), "has no golden test that can be run"),
         (lambda content: changed(content, classes="none"), "Expecting value"),
         (broken, "golden test failed"),
-        (strange, "ufunc"),
+        (malformed, "ufunc"),
     ],
 )
-def test_what_is_refused(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:
-    with pytest.raises(Refused) as error:
+def test_unusable_models_are_rejected(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:
+    with pytest.raises(RejectedModel) as error:
         Model(spoil(good), None)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_gpu_that_is_not_there(good: bytes) -> None:
+def test_a_missing_gpu(good: bytes) -> None:
     model = Model(good, None, device="auto")
     if "CUDAExecutionProvider" in model.session.get_providers():
-        pytest.skip("there is a GPU")
-    with pytest.raises(Refused, match="ONNX Runtime finds no CUDA"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RejectedModel, match="ONNX Runtime finds no CUDA"):
         Model(good, None, device="cuda")
 
 
 @pytest.mark.parametrize("uri", ["models:/ddpm", "models:/ddpm/latest", "models:/ddpm@a/1", "models:ddpm/1"])
-def test_other_addresses(uri: str) -> None:
-    with pytest.raises(ModelError, match="is not of the form"):
+def test_invalid_model_uris(uri: str) -> None:
+    with pytest.raises(ModelError, match="must have the form"):
         Registered(uri)
 
 
 @pytest.mark.usefixtures("store")
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model(tmp_path: Path) -> None:
     for source in (Registered(CHAMPION), Registered("models:/ddpm/7"), File(tmp_path / "no.onnx")):
         with pytest.raises(ModelError) as error:
             Served(source, Model)
@@ -142,7 +142,7 @@ def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptu
     assert (served.current.version, fixed.current.version, served.failures) == (first, first, 0)
 
 
-def test_a_bad_new_one_is_told_of_once(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_new_version_is_logged_once(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store.add(good)
     loaded = list[str | None]()
 
@@ -164,7 +164,7 @@ def test_a_bad_new_one_is_told_of_once(store: Store, good: bytes, caplog: pytest
     assert (served.current.version, served.failures) == ("3", 3)
 
 
-def test_while_mlflow_is_away(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_while_mlflow_is_unreachable(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store.add(good)
     served = Served(Registered(CHAMPION), Model)
     second = store.add(good)
@@ -177,12 +177,12 @@ def test_while_mlflow_is_away(store: Store, good: bytes, caplog: pytest.LogCaptu
         for _ in range(2):
             served.update()
     assert (served.current.version, served.failures) == ("1", 4)
-    away, refused = caplog.messages
-    assert "version 2: not to be had from MLflow" in away
-    assert "not to be had from MLflow" in refused
+    missing, refused = caplog.messages
+    assert "version 2: not available from MLflow" in missing
+    assert "not available from MLflow" in refused
 
 
-def test_without_room_for_a_download(
+def test_a_failed_download_is_retried(
     store: Store, good: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store.add(good)
@@ -192,6 +192,6 @@ def test_without_room_for_a_download(
         patch.setattr("tempfile.tempdir", str(tmp_path / "full"))
         served.update()
     assert (served.current.version, served.failures) == ("1", 1)
-    assert "version 2: not to be had from MLflow ([Errno 2]" in caplog.messages[0]
+    assert "version 2: not available from MLflow ([Errno 2]" in caplog.messages[0]
     served.update()
     assert served.current.version == second

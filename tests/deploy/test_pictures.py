@@ -1,4 +1,4 @@
-"""GET /images, in this process."""
+"""GET /images, tested in this process."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def cells(answer: httpx.Response, scale: int, columns: int, count: int) -> NDArray[np.uint8]:
-    """The pictures (B, H, W, C) of a grid."""
+    """Cut a grid into its images (B, H, W, C)."""
     assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png"), answer.text
     grid = np.array(Image.open(io.BytesIO(answer.content)))
     height, width = (side * scale + 1 for side in SHAPE[1:])
@@ -28,7 +28,7 @@ def cells(answer: httpx.Response, scale: int, columns: int, count: int) -> NDArr
     return np.stack([grid[top : top + height - 1 : scale, left : left + width - 1 : scale] for top, left in places])
 
 
-def test_pictures(classes: Service) -> None:
+def test_images(classes: Service) -> None:
     normal = np.stack([golden.normal(7, index, SHAPE) for index in range(5)])
     five, three = ask(
         classes,
@@ -41,7 +41,7 @@ def test_pictures(classes: Service) -> None:
     assert (five.headers["X-Seed"], five.headers["X-Model-Version"]) == ("7", "a" * 12)
 
 
-def test_pictures_of_a_stochastic_sampler(stochastic: Service) -> None:
+def test_images_of_a_stochastic_sampler(stochastic: Service) -> None:
     normal = np.stack([golden.normal(7, index, SHAPE) for index in range(3)])
     steps = np.stack([golden.normal(7, STEPS_NOISE + index, (4, *SHAPE)) for index in range(3)], axis=1)
     one, three = ask(stochastic, get("/images?n=1&seed=7"), get("/images?n=3&seed=7"))
@@ -49,7 +49,7 @@ def test_pictures_of_a_stochastic_sampler(stochastic: Service) -> None:
     same(cells(one, 4, 1, 1), cells(three, 4, 2, 3)[:1])
 
 
-def test_what_may_be_cached(classes: Service) -> None:
+def test_caching(classes: Service) -> None:
     first, other, random = ask(classes, get("/images?seed=1"), get("/images?seed=2"), get("/images"))
     assert first.headers["Cache-Control"] == "no-cache"
     assert first.headers["ETag"] != other.headers["ETag"]
@@ -61,7 +61,7 @@ def test_what_may_be_cached(classes: Service) -> None:
     assert (unchanged.status_code, unchanged.content) == (304, b"")
 
 
-def test_the_same_weights_exported_otherwise_are_another_picture(tmp_path: Path) -> None:
+def test_the_etag_depends_on_the_export_settings(tmp_path: Path) -> None:
     made = [service(write_model(tmp_path / f"{steps}.onnx", "dpm-solver++", False, steps)) for steps in (2, 3)]
     (two,), (three,) = (ask(each, get("/images?seed=1")) for each in made)
     assert two.headers["X-Model-Version"] == three.headers["X-Model-Version"]
@@ -76,7 +76,7 @@ def test_the_same_weights_exported_otherwise_are_another_picture(tmp_path: Path)
         ("n=many", "n: input should be a valid integer"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         (f"seed={2**64}", "seed: input should be less than"),
-        ("class=3", "class: must be a name (0, 1, 2), or a number below 3 (got 3)"),
+        ("class=3", "class: must be a name (0, 1, 2) or a number below 3 (got 3)"),
         ("class=cat", "class: must be a name"),
         (f"class={'9' * 5000}", "class: must be a name"),
         ("steps=51", "steps: must be 1 to 50, or 0 for 4 (got 51)"),
@@ -84,22 +84,22 @@ def test_the_same_weights_exported_otherwise_are_another_picture(tmp_path: Path)
         ("guidance=-inf", "guidance: must be from -1000 to 1000 (got -inf)"),
         ("guidance=1e300", "guidance: must be from -1000 to 1000 (got 1e+300)"),
         ("scale=17", "scale: input should be less than or equal to 16"),
-        ("step=3", "step: there is no such thing here"),
+        ("step=3", "step: unknown field; remove it"),
     ],
 )
-def test_wrong_wishes(classes: Service, query: str, line: str) -> None:
+def test_invalid_queries(classes: Service, query: str, line: str) -> None:
     (answer,) = ask(classes, get(f"/images?{query}"))
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(line)
 
 
-def test_what_only_networks_of_classes_take(stochastic: Service) -> None:
+def test_class_options_need_a_model_with_classes(stochastic: Service) -> None:
     for query in ("class=1", "guidance=2"):
         (answer,) = ask(stochastic, get(f"/images?{query}"))
-        assert (answer.status_code, "the model knows no classes" in answer.text) == (400, True)
+        assert (answer.status_code, "the model has no classes" in answer.text) == (400, True)
 
 
-def test_pictures_have_a_limit(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_grid_is_limited(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.service.pictures.MAX_SIDE", 100)
     (answer,) = ask(classes, get("/images?n=16&scale=8"))
     assert (answer.status_code, "lower n or scale" in answer.text) == (400, True)

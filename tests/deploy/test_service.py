@@ -1,4 +1,4 @@
-"""The protocol and its errors, in this process."""
+"""The protocol and its errors, tested in this process."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +31,7 @@ def body(*others: Body, count: int = 2, seed: int = 0, **more: Any) -> Body:
     return {"inputs": [tensor("noise", noise(count, seed)), *others], **more}
 
 
-def test_what_the_service_tells(classes: Service) -> None:
+def test_health_and_metadata(classes: Service) -> None:
     paths = ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/ddpm/ready", "/v2/models/ddpm"]
     numbered = f"/v2/models/ddpm/versions/{'a' * 12}"
     answers = ask(classes, *map(get, [*paths, f"{numbered}/ready", numbered]))
@@ -77,7 +77,7 @@ def test_inference(classes: Service) -> None:
     np.testing.assert_allclose(found["x_0"], expected["x_0"], rtol=0, atol=2 / 255)  # a grey level
 
 
-def test_what_may_be_left_out(classes: Service) -> None:
+def test_optional_inputs(classes: Service) -> None:
     numbered = INFER.replace("/infer", f"/versions/{'a' * 12}/infer")
     (answer,) = ask(classes, post(body(outputs=[{"name": "images"}]), numbered))
     found = received(answer)
@@ -94,7 +94,7 @@ def test_data_may_be_nested(classes: Service) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "stochastic"])
-def test_an_answer_does_not_depend_on_its_company(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_response_does_not_depend_on_other_requests_in_the_batch(kind: str, request: pytest.FixtureRequest) -> None:
     served: Service = request.getfixturevalue(kind)
     random = np.random.default_rng(0)
     bodies, before = [], served.metrics.text()
@@ -128,19 +128,19 @@ def add(*inputs: Body) -> Callable[[Body], None]:
 
 size = int(np.prod(SHAPE))
 ERRORS: list[tuple[Callable[[Body], None], str]] = [
-    (without("noise"), "input noise: missing; give FP32 of shape [-1, 3, 7, 10]"),
-    (add(tensor("eps", np.array([1]))), "input eps: the model has none of this name; it has noise, steps"),
+    (without("noise"), "input noise: missing; send standard normal noise, FP32 of shape [-1, 3, 7, 10]"),
+    (add(tensor("eps", np.array([1]))), "input eps: no such input; the model has noise, steps"),
     (add(tensor("noise", noise(1))), "input noise: given twice"),
     (change(0, datatype="FP64"), "input noise: datatype must be FP32 (got FP64)"),
     (change(0, shape=[2, 3, 10, 7]), "input noise: shape must be [-1, 3, 7, 10]"),
     (change(0, shape=[0, *SHAPE], data=[]), "input noise: shape must be [-1, 3, 7, 10]"),
     (change(0, shape=[2 * size]), "input noise: shape must be"),
-    (change(0, shape=[3, *SHAPE]), f"input noise: shape [3, 3, 7, 10] takes {3 * size} values (got {2 * size})"),
-    (change(0, shape=[17, *SHAPE]), "input noise: 17 images, and at most 16 may be in a request"),
-    (change(0, data=[[1.0, 2.0]]), "input noise: data is not nested as shape"),
-    (change(0, data=["1"] * 2 * size), "input noise: data must be numbers alone"),
-    (change(0, data=[True] * 2 * size), "input noise: data must be numbers alone"),
-    (change(0, data=[None] * 2 * size), "input noise: data must be numbers alone"),
+    (change(0, shape=[3, *SHAPE]), f"input noise: shape [3, 3, 7, 10] needs {3 * size} values (got {2 * size})"),
+    (change(0, shape=[17, *SHAPE]), "input noise: at most 16 images per request (got 17)"),
+    (change(0, data=[[1.0, 2.0]]), "input noise: data is not nested according to shape"),
+    (change(0, data=["1"] * 2 * size), "input noise: data must contain only numbers"),
+    (change(0, data=[True] * 2 * size), "input noise: data must contain only numbers"),
+    (change(0, data=[None] * 2 * size), "input noise: data must contain only numbers"),
     (change(0, data=[1e39] * 2 * size), "input noise: must be from -1000 to 1000 (got inf)"),
     (change(0, data=[0.5, 1000.5] * size), "input noise: must be from -1000 to 1000 (got 1000.5)"),
     (
@@ -149,7 +149,7 @@ ERRORS: list[tuple[Callable[[Body], None], str]] = [
     ),
     (change(0, data="noise"), "inputs.0.data: input should be a valid array"),
     (change(0, shape=[2.5]), "inputs.0.shape.0: input should be a valid integer (got 2.5)"),
-    (change(0, value=[1]), "inputs.0.value: there is no such thing here"),
+    (change(0, value=[1]), "inputs.0.value: unknown field; remove it"),
     (add(tensor("y", np.array([0, 3]))), "input y: must be from -1 to 2, -1 for no class (got 3)"),
     (add(tensor("y", np.array([10, -2]))), "input y: must be from -1 to 2, -1 for no class (got 10)"),
     (add(tensor("y", np.array([0, -2]))), "input y: must be from -1 to 2, -1 for no class (got -2)"),
@@ -157,8 +157,8 @@ ERRORS: list[tuple[Callable[[Body], None], str]] = [
         add(tensor("guidance", np.array([1e4], np.float32))),
         "input guidance: must be from -1000 to 1000 (got 10000)",
     ),
-    (add(tensor("y", np.array([0]))), "input y: for 1 images, but noise is for 2"),
-    (add(tensor("y", np.array([0.5, 1], np.float32), "INT64")), "input y: data must be whole numbers alone"),
+    (add(tensor("y", np.array([0]))), "input y: must have as many images as noise, 2 (got 1)"),
+    (add(tensor("y", np.array([0.5, 1], np.float32), "INT64")), "input y: data must contain only integers"),
     (
         add({"name": "y", "shape": [2], "datatype": "INT64", "data": [2**63, 0]}),
         "input y: must be from -1 to 2, -1 for no class (got more than INT64 can hold)",
@@ -166,15 +166,15 @@ ERRORS: list[tuple[Callable[[Body], None], str]] = [
     (add(tensor("steps", np.array([51]))), "input steps: must be 1 to 50, or 0 for 4 (got 51)"),
     (add(tensor("steps", np.array([-1]))), "input steps: must be 1 to 50, or 0 for 4 (got -1)"),
     (add(tensor("steps", np.array([1, 2]))), "input steps: shape must be [1]"),
-    (lambda body: body.update(outputs=[{"name": "eps"}]), "output eps: the model has none of this name; it has images"),
-    (lambda body: body.update(outputs=[{"name": "x_0"}] * 2), "outputs: one is asked for twice"),
+    (lambda body: body.update(outputs=[{"name": "eps"}]), "output eps: no such output; the model has images"),
+    (lambda body: body.update(outputs=[{"name": "x_0"}] * 2), "outputs: an output is listed twice"),
     (lambda body: body.pop("inputs"), "inputs: field required"),
     (lambda body: body.update(id=7), "id: input should be a valid string (got 7)"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "line"), ERRORS, ids=[line[:40] for _, line in ERRORS])
-def test_a_wrong_request_gets_a_line(classes: Service, spoil: Callable[[Body], None], line: str) -> None:
+def test_an_invalid_request_gets_a_one_line_error(classes: Service, spoil: Callable[[Body], None], line: str) -> None:
     asked = body()
     spoil(asked)
     (answer,) = ask(classes, post(asked))
@@ -185,26 +185,26 @@ def test_a_wrong_request_gets_a_line(classes: Service, spoil: Callable[[Body], N
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"inputs": [', "\xff", "[" * 100_000])
-def test_what_is_not_json(classes: Service, text: str) -> None:
+def test_invalid_json(classes: Service, text: str) -> None:
     (answer,) = ask(classes, httpx.Request("POST", f"http://test{INFER}", content=text.encode("latin-1")))
     assert answer.status_code == 400
     assert answer.json()["error"]
 
 
-def test_many_faults_cost_no_more_than_one() -> None:
+def test_validation_stops_at_the_first_of_many_errors() -> None:
     for fields in ({"inputs": [1] * 100_000}, {"inputs": [], "outputs": [1] * 100_000}):
         with pytest.raises(ValidationError) as error:
             InferenceRequest.model_validate_json(json.dumps(fields))
         assert error.value.error_count() == 1
 
 
-def test_values_that_json_has_not(classes: Service) -> None:
+def test_values_that_json_does_not_define(classes: Service) -> None:
     for name in ("noise", "guidance"):
-        for value, told in (("NaN", "nan"), ("-Infinity", "-inf")):
+        for value, shown in (("NaN", "nan"), ("-Infinity", "-inf")):
             ones = np.ones((1, *SHAPE) if name == "noise" else 1, np.float32)
             text = json.dumps({"inputs": [tensor(name, ones)]}).replace("1.0", value)
             (answer,) = ask(classes, httpx.Request("POST", f"http://test{INFER}", content=text))
-            line = f"input {name}: must be from -1000 to 1000 (got {told})"
+            line = f"input {name}: must be from -1000 to 1000 (got {shown})"
             assert (answer.status_code, answer.json()) == (400, {"error": line})
 
 
@@ -220,19 +220,19 @@ def test_noise_of_the_steps(stochastic: Service) -> None:
     )
     same(received(good)["images"], direct(stochastic, noise=noise(2), steps_noise=steps)["images"])
     assert "input steps_noise: missing" in missing.json()["error"]
-    assert "input steps_noise: for 1 images, but noise is for 2" in other.json()["error"]
-    assert "input y: the model has none of this name" in none.json()["error"]
-    assert "input steps_noise: must be for 1 to 50 steps (got 51)" in many.json()["error"]
+    assert "input steps_noise: must have as many images as noise, 2 (got 1)" in other.json()["error"]
+    assert "input y: no such input" in none.json()["error"]
+    assert "input steps_noise: must have 1 to 50 steps (got 51)" in many.json()["error"]
 
 
 @pytest.mark.parametrize("path", ["/v2/models/other", "/v2/models/ddpm/versions/7", "/v2/models/ddpm/versions/7/ready"])
 def test_unknown_models(classes: Service, path: str) -> None:
     read, inferred = ask(classes, get(path), post(body(), f"{path.removesuffix('/ready')}/infer"))
     assert (read.status_code, inferred.status_code) == (404, 404)
-    assert "unknown; here is ddpm" in read.json()["error"] or "version 7: not served" in read.json()["error"]
+    assert "unknown; this service has ddpm" in read.json()["error"] or "version 7: not served" in read.json()["error"]
 
 
-def test_long_bodies(tmp_path: Path) -> None:
+def test_oversized_bodies(tmp_path: Path) -> None:
     small = service(write_model(tmp_path / "sampler.onnx", "dpm-solver++", False), max_body=10_000)
     sent = 0
 
@@ -246,7 +246,7 @@ def test_long_bodies(tmp_path: Path) -> None:
         small, post(body(count=16)), httpx.Request("POST", f"http://test{INFER}", content=chunks())
     )
     assert [answer.status_code for answer in (with_length, chunked)] == [413, 413]
-    assert "longer than 10000 bytes" in chunked.json()["error"]
+    assert "exceeds 10000 bytes" in chunked.json()["error"]
     assert sent <= 12_000
 
 
@@ -266,7 +266,7 @@ def test_a_full_queue_and_a_failing_model(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(full.served.current, "run", fail)
         (failed,) = ask(full, get("/images"))
-    assert (failed.status_code, failed.json()) == (500, {"error": "the model could not be run: out of memory"})
+    assert (failed.status_code, failed.json()) == (500, {"error": "the model failed: out of memory"})
     assert ask(full, get("/images"))[0].status_code == 200
     text = full.metrics.text().decode()
     assert 'ddpm_requests_total{path="/images",status="500"} 1.0' in text
@@ -275,7 +275,7 @@ def test_a_full_queue_and_a_failing_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert f'ddpm_model_info{{version="{"a" * 12}",weights="{"a" * 64}"}} 1.0' in text
 
 
-def test_while_it_drains(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draining(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classes, "draining", True)
     live, ready, model, images = ask(
         classes, get("/v2/health/live"), get("/v2/health/ready"), get("/v2/models/ddpm/ready"), get("/images")

@@ -1,4 +1,4 @@
-"""The service as it is run: its start, a champion that changes under load, and its end."""
+"""The service as a process: startup, a champion that changes under load, and shutdown."""
 
 import http.client
 import signal
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Clients:
-    """Clients that ask one after the other, on connections that they keep, until they are refused or told to stop."""
+    """Clients that send requests over persistent connections until refused or stopped."""
 
     def __init__(self, url: str) -> None:
         self.answers: list[httpx.Response] = []
@@ -53,7 +53,7 @@ class Clients:
         return [answer.headers["X-Model-Version"] for answer in list(self.answers)]
 
     def wait_for(self, count: int) -> None:
-        """Until there are so many more answers."""
+        """Wait for `count` more responses."""
         enough = len(self.answers) + count
         while len(self.answers) < enough and not self.lost:
             time.sleep(0.01)
@@ -72,20 +72,20 @@ def load(url: str) -> Iterator[Clients]:
             thread.join()
 
 
-def test_a_file_is_served_until_a_signal_and_nothing_sent_is_lost(model: Path, tmp_path: Path) -> None:
+def test_no_request_is_lost_at_shutdown(model: Path, tmp_path: Path) -> None:
     with running(tmp_path, str(model), "--drain", "0.5") as service, load(service.url) as clients:
         clients.wait_for(3 * CLIENTS)
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 0
         for thread in clients.threads:
-            thread.join(60)  # each ends when it is refused
+            thread.join(60)  # each stops when its connection is refused
         assert clients.lost == []
         assert {answer.status_code for answer in clients.answers} == {200}
         assert clients.answers[-1].headers["Connection"] == "close"
         assert len(service.log.read_text().splitlines()) == 3, service.log.read_text()
 
 
-def test_what_was_connected_before_the_end_is_answered(model: Path, tmp_path: Path) -> None:
+def test_connections_opened_before_shutdown_are_answered(model: Path, tmp_path: Path) -> None:
     with running(tmp_path, str(model), "--drain", "0") as service:
         address = httpx.URL(service.url)
         early = http.client.HTTPConnection(address.host, address.port or 0, timeout=60)
@@ -102,16 +102,16 @@ def test_what_was_connected_before_the_end_is_answered(model: Path, tmp_path: Pa
         assert service.process.wait(60) == 0
 
 
-def test_a_second_signal_ends_it_at_once(model: Path, tmp_path: Path) -> None:
+def test_a_second_signal_stops_immediately(model: Path, tmp_path: Path) -> None:
     with running(tmp_path, str(model), "--drain", "600") as service:
         service.process.send_signal(signal.SIGTERM)
-        service.wait_for("a second signal ends at once")
+        service.wait_for("a second signal stops immediately")
         assert httpx.get(f"{service.url}/v2/health/ready").status_code == 503
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 128 + signal.SIGTERM
 
 
-def test_a_long_body_gets_its_answer_however_it_is_sent(model: Path, tmp_path: Path) -> None:
+def test_oversized_bodies_get_a_response(model: Path, tmp_path: Path) -> None:
     with running(tmp_path, str(model), "--max-body", "1000") as service, httpx.Client(base_url=service.url) as client:
         for content in (b" " * 3_000_000, (b" " * 1000 for _ in range(3000))):
             assert client.post(INFER, content=content).status_code == 413
@@ -161,18 +161,18 @@ def test_without_a_model_it_does_not_start(kind: str, tmp_path: Path, monkeypatc
     assert line.startswith(f"error: --model {name}: ")
 
 
-def test_a_port_that_is_taken(model: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+def test_a_port_in_use(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
         command = [sys.executable, "-m", "deploy.service", "--model", str(model)]
-        command += ["--port", str(taken.getsockname()[1])]
+        command += ["--port", str(occupied.getsockname()[1])]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "cannot be listened on" in done.stderr
+    assert "cannot listen (" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_torch_is_not_imported(model: Path, tmp_path: Path) -> None:
-    """Neither by the service nor by what it takes of MLflow."""
+    """Neither by the service nor by the parts of MLflow it uses."""
     store = Store(tmp_path)
     store.add(model.read_bytes())
     program = """

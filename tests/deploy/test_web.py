@@ -1,4 +1,4 @@
-"""The page in a real browser, against the same model in Python."""
+"""The page in a real browser, compared with the same model in Python."""
 
 import struct
 import threading
@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from sklearn.utils import murmurhash3_32  # an implementation by others; comes with mlflow
+from sklearn.utils import murmurhash3_32  # an independent implementation; installed with mlflow
 
 from diffusion.export import metadata
 from tests.deploy.models import write_model
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 4
 OFF_BY_ONE = 0.001
-"""So many values may be off by one: WebAssembly sums in another order, and some values lie between two grey levels."""
+"""Fraction of values allowed to differ by one: WebAssembly sums in another order, which can change the rounding."""
 CHROMIUM = ("chromium", "chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=60_000)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -37,15 +37,15 @@ READ = """canvases => canvases.map(canvas => {
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Files without a log."""
+    """A file server without a log."""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def site(installed: Callable[[str], Path]) -> Path:
-    """The page's folder with its packages; models are put there."""
+    """The folder of the page with its packages installed; tests add models to it."""
     program(*CHROMIUM)
     return installed("web")
 
@@ -69,27 +69,27 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
-    """An empty page. At the end it must have asked no other host for anything, and have no error in its console."""
+    """An empty page. Afterwards, asserts that it contacted no other host and logged no error."""
     hosts, errors = set[str](), list[str]()
     with browser.new_context(base_url=address) as context, context.new_page() as opened:
         context.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         opened.on("pageerror", lambda error: errors.append(str(error)))
         yield opened
-    assert hosts - {""} == {urlsplit(address).netloc}  # data: has no host
+    assert hosts - {""} == {urlsplit(address).netloc}  # data: URLs have no host
     assert [error for error in errors if "status of 404" not in error] == []
 
 
 def model(site: Path, sampler: str, classes: bool) -> Path:
-    path = site / f"{sampler.replace('+', '')}-{'classes' if classes else 'plain'}.onnx"  # a + in an address is a space
+    path = site / f"{sampler.replace('+', '')}-{'classes' if classes else 'plain'}.onnx"  # a + in a URL means a space
     return path if path.exists() else write_model(path, sampler, classes, STEPS)
 
 
 def made(page: Page, count: int) -> NDArray[np.uint8]:
-    """The page's pictures, uint8 (B, H, W, 3), when as many as these are ready."""
+    """Wait until `count` images are ready; returns them, uint8 (B, H, W, 3)."""
     expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ")
-    expect(page.locator("#pictures [data-made=true]")).to_have_count(count)
-    return read(page, "#pictures canvas")
+    expect(page.locator("#gallery [data-made=true]")).to_have_count(count)
+    return read(page, "#gallery canvas")
 
 
 def read(page: Page, canvases: str) -> NDArray[np.uint8]:
@@ -100,7 +100,7 @@ def read(page: Page, canvases: str) -> NDArray[np.uint8]:
 
 
 def normal(seed: int, number: int, step: int) -> NDArray[np.float32]:
-    """Noise (C, H, W) as deploy/web/README.md has it."""
+    """Noise (C, H, W) as deploy/web/README.md defines it."""
     keys = [struct.pack("<III", number, step, k) for k in range(2 * int(np.prod(SHAPE)))]
     words = np.array([murmurhash3_32(key, seed=seed, positive=True) for key in keys], np.float64)
     u, v = (words[0::2] + 1) / 2**32, words[1::2] / 2**32
@@ -110,7 +110,7 @@ def normal(seed: int, number: int, step: int) -> NDArray[np.float32]:
 def expected(
     path: Path, seed: int, y: list[int], steps: int = STEPS, guidance: float = 2.5, first: int = 0
 ) -> NDArray[np.uint8]:
-    """The pictures from number `first` on, by ONNX Runtime in Python."""
+    """The images from number `first` on, computed by ONNX Runtime in Python."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     numbers = range(first, first + len(y))
     given = {
@@ -131,7 +131,7 @@ def same(found: NDArray[np.uint8], images: NDArray[np.uint8]) -> None:
     off = np.abs(found.astype(int) - images)
     assert off.max() <= 1
     assert (off > 0).sum() <= 1 + OFF_BY_ONE * off.size
-    assert (off.reshape(len(off), -1).max(1) == 0).mean() > 0.5  # whole pictures
+    assert (off.reshape(len(off), -1).max(1) == 0).mean() > 0.5  # most images are identical
 
 
 @pytest.mark.parametrize(
@@ -144,26 +144,24 @@ def same(found: NDArray[np.uint8], images: NDArray[np.uint8]) -> None:
         ("ddpm", "-1", [-1] * 6),
     ],
 )
-def test_the_pictures_are_those_of_python(
-    site: Path, page: Page, sampler: str, choice: str | None, y: list[int]
-) -> None:
+def test_the_page_matches_python(site: Path, page: Page, sampler: str, choice: str | None, y: list[int]) -> None:
     path = model(site, sampler, choice is not None)
     page.goto(f"?model={path.name}&count=1")
     made(page, 1)
     page.get_by_label("Seed").fill("4000000000")
-    page.get_by_label("Pictures").fill("6")
+    page.get_by_label("Images").fill("6")
     for label in ("Class", "Guidance"):
         expect(page.get_by_label(label)).to_be_visible(visible=choice is not None)
     if choice is not None:
         page.get_by_label("Class").select_option(choice)
         page.get_by_label("Guidance").fill("1.5")
-    page.get_by_role("button", name="Make").click()
+    page.get_by_role("button", name="Generate").click()
     found = made(page, 6)
     assert len(found) == 6
     same(found, expected(path, 4_000_000_000, y, guidance=1.5))
 
 
-def test_a_link_shows_the_same_pictures(site: Path, page: Page) -> None:
+def test_a_link_shows_the_same_images(site: Path, page: Page) -> None:
     path = model(site, "heun", True)
     page.goto(f"?model={path.name}&seed=3&count=4&steps=2&class=1")
     found = made(page, 4)
@@ -175,11 +173,11 @@ def test_a_link_shows_the_same_pictures(site: Path, page: Page) -> None:
     page.reload()
     assert np.array_equal(made(page, 4), found)
     expect(page.locator("#facts")).to_have_text(
-        "7 × 10, RGB · 3 classes · heun, 4 steps · 0.500 MSE of the noise on test pairs · weights aaaaaaaaaaaa"
+        "7 × 10, RGB · 3 classes · heun, 4 steps · 0.500 noise MSE on test pairs · weights aaaaaaaaaaaa"
     )
 
 
-def test_a_link_with_a_choice_that_there_is_not_makes_nothing(site: Path, page: Page) -> None:
+def test_a_link_with_an_invalid_value_generates_nothing(site: Path, page: Page) -> None:
     path = model(site, "heun", True)
     for choice in ("count=65", "seed=-1", "steps=51", "class=3", "guidance=x"):
         page.goto(f"?model={path.name}&{choice}")
@@ -188,7 +186,7 @@ def test_a_link_with_a_choice_that_there_is_not_makes_nothing(site: Path, page: 
         expect(page.locator("canvas")).to_have_count(0)
 
 
-def test_more_steps_than_others_can_be_asked_for_if_they_were_exported(site: Path, page: Page) -> None:
+def test_the_exported_number_of_steps_may_exceed_the_limit(site: Path, page: Page) -> None:
     path = write_model(site / "long.onnx", "dpm-solver++", False, steps=60)
     page.goto(f"?model={path.name}&count=2&seed=1")
     same(made(page, 2), expected(path, 1, [0, 0], steps=60))
@@ -198,40 +196,40 @@ def test_more_steps_than_others_can_be_asked_for_if_they_were_exported(site: Pat
         assert steps.evaluate("field => field.validity.valid") is fits
 
 
-def test_a_click_shows_a_picture_in_fewer_steps(site: Path, page: Page) -> None:
+def test_a_click_shows_an_image_with_fewer_steps(site: Path, page: Page) -> None:
     path = model(site, "dpm-solver++", False)
     page.goto(f"?model={path.name}&seed=5&count=3")
-    pictures = made(page, 3)
-    page.locator("#pictures button").nth(1).press("Enter")
-    expect(page.locator("#way figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
-    expect(page.locator("#way [data-made=true]")).to_have_count(4)
-    way = read(page, "#way canvas")
-    assert np.array_equal(way[-1], pictures[1])
-    same(way, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 4)]))
+    images = made(page, 3)
+    page.locator("#gallery button").nth(1).press("Enter")
+    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
+    expect(page.locator("#steps-dialog [data-made=true]")).to_have_count(4)
+    fewer = read(page, "#steps-dialog canvas")
+    assert np.array_equal(fewer[-1], images[1])
+    same(fewer, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 4)]))
     page.keyboard.press("Escape")
-    expect(page.locator("#way")).to_be_hidden()
+    expect(page.locator("#steps-dialog")).to_be_hidden()
     page.goto(f"?model={model(site, 'ddpm', False).name}&count=1")
     made(page, 1)
-    expect(page.locator("#pictures button")).to_have_count(0)
+    expect(page.locator("#gallery button")).to_have_count(0)
 
 
-def test_it_stops(site: Path, page: Page) -> None:
+def test_stop(site: Path, page: Page) -> None:
     page.goto(f"?model={model(site, 'heun', True).name}&count=64&steps=50")
-    expect(page.locator("#pictures [data-made=true]").first).to_be_visible()
+    expect(page.locator("#gallery [data-made=true]").first).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#status")).to_contain_text("stopped")
     page.get_by_role("spinbutton", name="Steps").fill("1")
-    finished = page.locator("#pictures [data-made=true]").count()
+    finished = page.locator("#gallery [data-made=true]").count()
     assert 0 < finished < 64
-    expect(page.locator("#pictures canvas")).to_have_count(64)  # the others show their noise
+    expect(page.locator("#gallery canvas")).to_have_count(64)  # the others still show their noise
     noise = normal(7, 63, 0).astype(np.float64).transpose(1, 2, 0)
-    assert np.array_equal(read(page, "#pictures canvas")[-1], np.rint(np.clip((noise + 1) * 127.5, 0, 255)))
-    page.get_by_label("Pictures").fill("2")
-    page.get_by_role("button", name="Make").click()
+    assert np.array_equal(read(page, "#gallery canvas")[-1], np.rint(np.clip((noise + 1) * 127.5, 0, 255)))
+    page.get_by_label("Images").fill("2")
+    page.get_by_role("button", name="Generate").click()
     made(page, 2)
 
 
-def test_what_is_no_model_is_told_in_a_line(site: Path, page: Page, tmp_path: Path) -> None:
+def test_an_unusable_file_gives_a_one_line_message(site: Path, page: Page, tmp_path: Path) -> None:
     whole = model(site, "dpm-solver++", False).read_bytes()
     bare = onnx.ModelProto.FromString(whole)
     del bare.metadata_props[:]
@@ -243,22 +241,22 @@ def test_what_is_no_model_is_told_in_a_line(site: Path, page: Page, tmp_path: Pa
     broken.graph.node[0].op_type = "Nonsense"
     page.goto("")
     line = page.locator("#status")
-    expect(line).to_have_text("sampler.onnx is not there (404): put it beside this page, or choose a file")
+    expect(line).to_have_text("sampler.onnx: not found (404); copy it next to this page, or choose a file")
     for name, content, says in (
-        ("text", b"Dear model,", "is not an ONNX file, or not a whole one"),
-        ("empty", b"", "is not an ONNX file, or not a whole one"),
-        ("half", whole[: len(whole) // 2], "is not an ONNX file, or not a whole one"),
-        ("bare", bare.SerializeToString(), "is not one that ddpm export wrote"),
-        ("later", later.SerializeToString(), "is of another version than this page (2)"),
-        ("denoiser", denoiser.SerializeToString(), "is the denoiser; what makes pictures is sampler.onnx"),
+        ("text", b"Dear model,", "not an ONNX file, or incomplete"),
+        ("empty", b"", "not an ONNX file, or incomplete"),
+        ("half", whole[: len(whole) // 2], "not an ONNX file, or incomplete"),
+        ("bare", bare.SerializeToString(), "not written by ddpm export: it has no ddpm metadata"),
+        ("later", later.SerializeToString(), "metadata version 99, but this page supports 2; export it again"),
+        ("denoiser", denoiser.SerializeToString(), "this is the denoiser; choose sampler.onnx, which generates images"),
     ):
         (tmp_path / f"{name}.onnx").write_bytes(content)
         page.locator("#file").set_input_files(tmp_path / f"{name}.onnx")
-        expect(line).to_have_text(f"{name}.onnx {says}")
+        expect(line).to_have_text(f"{name}.onnx: {says}")
         expect(page.locator("#form")).to_be_hidden()
     (tmp_path / "broken.onnx").write_bytes(broken.SerializeToString())
     page.locator("#file").set_input_files(tmp_path / "broken.onnx")
-    expect(line).to_contain_text("broken.onnx cannot be loaded: ")
+    expect(line).to_contain_text("broken.onnx: cannot be loaded: ")
 
 
 def test_another_model_can_be_chosen(site: Path, page: Page) -> None:

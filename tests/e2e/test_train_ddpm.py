@@ -49,7 +49,7 @@ def resumed(clone: Path, pool: ThreadPoolExecutor, run: Command, name: str) -> F
     log = clone / ".ddpm" / "services" / "worker.log"
     seen = len(log.read_text())
     watched = pool.submit(run, *RUN, "--flow-run-name", name, *LONG)
-    wait_for(lambda: ": held-out MSE" in log.read_text()[seen:].partition("going on from step")[2], 180)
+    wait_for(lambda: ": held-out MSE" in log.read_text()[seen:].partition("resuming from step")[2], 180)
     return watched
 
 
@@ -108,7 +108,14 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
     for line in ("Running stage 'train':", "Running stage 'export':", "Flow run finished successfully"):
         assert line in two_runs.first.stdout
     report = artifact(up, "train-ddpm-report")  # of the run that ended last
-    for part in ("# ", "| mse |", "| 0 to ", "data:image/png;base64,", "sampler.onnx", "[MLflow run](http://"):
+    for part in (
+        "# ",
+        "| held-out MSE |",
+        "| 0 to ",
+        "data:image/png;base64,",
+        "sampler.onnx",
+        "[Open in MLflow](http://",
+    ):
         assert part in report
     table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
@@ -133,7 +140,7 @@ def test_a_second_time_all_is_cached_while_another_run_evaluates_and_exports(up:
     assert [stage for stage, outcome in summary(clone, "other").items() if outcome == "run"] == ["evaluate", "export"]
     report = artifact(up, "train-ddpm-report")  # of the run that ended last
     assert "# other" in report
-    assert "last run (" in report
+    assert "previous run (" in report
     first, second, other = (
         trees.digests(clone / f".ddpm/runs/{name}", "models", "reports/evaluation")
         for name in ("first", "second", "other")

@@ -14,8 +14,7 @@ PICTURES = ("mse_by_t", "vlb_by_t", "samples", "filmstrip", "training")
 def test_how_ancestral_samples_were_made() -> None:
     options = SampleOptions(sampler="ddpm", variance="analytic", steps=20, spacing="log-snr", threshold="dynamic")
     assert evaluate.describe(options, 7, num_classes=0) == (
-        "Sampler ddpm, variance analytic, 20 steps, spacing log-snr, threshold dynamic, EMA weights, seed 7; none "
-        "was left out."
+        "Sampler ddpm, variance analytic, 20 steps, spacing log-snr, threshold dynamic, EMA weights, seed 7; uncurated."
     )
 
 

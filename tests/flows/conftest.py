@@ -1,4 +1,4 @@
-"""A small repository, under git and DVC, whose two stages take no time."""
+"""A small git and DVC repository with two instant stages."""
 
 import shutil
 import subprocess
@@ -37,7 +37,7 @@ def git(*arguments: str) -> None:
 
 
 def new_repository(directory: Path, root: Path) -> None:
-    """A repository with one commit."""
+    """Create a repository with one commit."""
     for name in ("params.yaml", "data/raw/digits.npz", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, directory / name)
@@ -53,8 +53,8 @@ def new_repository(directory: Path, root: Path) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, changed to a new repository with one commit."""
-    directory = tmp_path / "a földer"  # a user's path may have a space and other letters than ASCII's
+    """A new repository with one commit, which becomes the working directory."""
+    directory = tmp_path / "a földer"  # paths may have spaces and non-ASCII letters
     new_repository(directory, root)
     monkeypatch.chdir(directory)
     return directory

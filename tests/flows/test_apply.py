@@ -1,4 +1,4 @@
-"""A run's results in the working tree."""
+"""Applying the results of a run to the working tree."""
 
 import shutil
 from contextlib import chdir
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Path]:
-    """A repository with a committed dvc.lock the workspace of a finished run with 5 steps, and a pristine copy."""
+    """A repository with a committed dvc.lock and the workspace of a finished run with 5 steps, and a pristine copy."""
     place = tmp_path_factory.mktemp("apply") / "place"
     place.mkdir()
     new_repository(place, root)
@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path
 
 @pytest.fixture
 def run(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The workspace of the run, in the repository as it was made, which is the current directory."""
+    """The workspace of the run, in a restored repository that is the working directory."""
     place, copy = finished
     shutil.rmtree(place)
     shutil.copytree(copy, place, symlinks=True)
@@ -47,7 +47,7 @@ def unchanged() -> bool:
 
 
 @pytest.mark.usefixtures("run")
-def test_afterwards_dvc_repro_runs_nothing() -> None:
+def test_dvc_repro_runs_nothing_afterwards() -> None:
     apply.apply("one", force=False)
     assert params.load(Path("params.yaml")).train.steps == 5
     assert "steps: 5" in Path("models/ddpm/result").read_text()
@@ -56,24 +56,24 @@ def test_afterwards_dvc_repro_runs_nothing() -> None:
 
 
 @pytest.mark.usefixtures("run")
-def test_changes_that_are_not_committed_are_kept_unless_forced() -> None:
+def test_uncommitted_changes_are_kept_unless_forced() -> None:
     text = Path("params.yaml").read_text().replace("seed: 0", "seed: 3")
     Path("params.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"params.yaml: changes that are not committed would be lost"):
+    with pytest.raises(UserError, match=r"params.yaml: uncommitted changes would be lost"):
         apply.apply("one", force=False)
     assert Path("params.yaml").read_text() == text
     apply.apply("one", force=True)
     assert unchanged()
 
 
-def test_parameters_of_an_earlier_version_are_rewritten(run: Path, root: Path) -> None:
+def test_parameters_of_an_earlier_version_are_converted(run: Path, root: Path) -> None:
     old = root / "tests" / "format_1" / "params.yaml"
     (run / "params.yaml").write_text(old.read_text(encoding="utf-8").replace("\n  steps: 1000", "\n  steps: 7"))
     apply.apply("one", force=False)
     applied = params.load(Path("params.yaml"))
     assert applied.train.steps == 7
     assert applied.train.optimizer.learning_rate == 0.01
-    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("run")
@@ -85,7 +85,7 @@ def test_committed_changes_are_overwritten() -> None:
 
 
 @pytest.mark.usefixtures("run")
-def test_outputs_that_are_nowhere_else_are_kept_and_nothing_is_changed() -> None:
+def test_outputs_that_exist_nowhere_else_are_kept() -> None:
     before = {name: Path(name).read_text() for name in apply.FILES}
     Path("models/ddpm/result").unlink()
     Path("models/ddpm/result").write_text("mine")
@@ -97,7 +97,7 @@ def test_outputs_that_are_nowhere_else_are_kept_and_nothing_is_changed() -> None
 
 @pytest.mark.parametrize("name", ["one", "raw"])
 @pytest.mark.usefixtures("run")
-def test_what_the_cache_has_lost_comes_from_the_runs_folder(name: str) -> None:
+def test_outputs_missing_in_the_cache_come_from_the_run(name: str) -> None:
     if name == "raw":
         add_raw_data()
         with workspace.use("raw", "id2", workspace.document(None, {"shard": {"source": "data/raw/mine"}})) as directory:
@@ -121,16 +121,14 @@ def add_raw_data() -> None:
     workspace.dvc(Path(), "add", "data/raw/mine")
 
 
-def test_where_cache_and_folder_lack_an_output_everything_goes_back(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_if_an_output_is_nowhere_everything_is_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def tree() -> dict[str, str]:
         names = [*apply.FILES, "models/ddpm/result", "data/shards/result"]
         return {name: Path(name).read_text() for name in names if Path(name).exists()}
 
     shutil.rmtree("data/shards")
     before = tree()
-    # The run's model, whose parameters its one file holds, is nowhere else once its folder holds something else.
+    # Replacing the run's model leaves no other copy of it.
     for file in Path(".dvc/cache/files").rglob("*"):
         if file.is_file() and b"steps: 5\n" in file.read_bytes():
             file.chmod(0o644)
@@ -145,10 +143,10 @@ def test_where_cache_and_folder_lack_an_output_everything_goes_back(
 
 
 @pytest.mark.usefixtures("run")
-def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None:
+def test_a_failed_run_is_rejected_although_it_has_a_lock_file() -> None:
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {"train": {"steps": 5}})):
         raise RuntimeError
-    with pytest.raises(UserError, match="run 'bad': failed; only a completed run can be applied"):
+    with pytest.raises(UserError, match="run 'bad': failed; only completed runs can be applied"):
         apply.apply("bad", force=False)
     assert params.load(Path("params.yaml")).train.steps == 1000
     lost = workspace.find("bad")
@@ -158,14 +156,14 @@ def test_a_run_that_failed_is_refused_though_it_began_with_a_lock_file() -> None
 
 
 @pytest.mark.usefixtures("run")
-def test_changed_code_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_code_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     Path("stage.py").write_text(Path("stage.py").read_text() + "# changed\n")
     apply.apply("one", force=False)
-    assert "warning: stage.py differ from the run's: `dvc repro` will run" in capsys.readouterr().err
+    assert "warning: differs from the run: stage.py; `dvc repro` will rerun" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("repository")
-def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_raw_data_are_applied_and_conflicts_reported(capsys: pytest.CaptureFixture[str]) -> None:
     add_raw_data()
     with workspace.use("one", "id", workspace.document(None, {"shard": {"source": "data/raw/mine"}})) as directory:
         dvc_stage.run("shard", directory, print)
@@ -176,10 +174,10 @@ def test_raw_data_come_too_and_others_of_the_name_are_named(capsys: pytest.Captu
     Path("data/raw/mine/b.png").write_bytes(b"another")
     workspace.dvc(Path(), "add", "data/raw/mine")
     apply.apply("one", force=False)
-    assert "warning: data/raw/mine.dvc differ from the run's" in capsys.readouterr().err
+    assert "warning: differs from the run: data/raw/mine.dvc" in capsys.readouterr().err
 
 
-def test_a_damaged_lock_file_is_named(run: Path) -> None:
+def test_a_damaged_lock_file_is_reported(run: Path) -> None:
     (run / "dvc.lock").write_text("stages: [")
-    with pytest.raises(UserError, match=r"one/dvc\.lock: not a lock file of DVC; delete it or restore it"):
+    with pytest.raises(UserError, match=r"one/dvc\.lock: not a valid DVC lock file; restore or delete it"):
         apply.apply("one", force=True)

@@ -1,4 +1,4 @@
-"""Changes of parameters: kinds with their fields, fields, earlier versions; on the command line and in flow runs."""
+"""Changing parameters: kinds with their fields, fields, earlier versions; on the command line and in flow runs."""
 
 import copy
 import shutil
@@ -41,13 +41,13 @@ def read(tree: Path) -> Any:
         ({"kind": "ddim", "eta": 0.3}, {"eta": 0.4}, {"kind": "ddim", "eta": 0.4}),
         ({"kind": "ddim", "eta": 0.3}, "heun", "heun"),
         ({"kind": "ddim", "eta": 0.3}, {"kind": "heun"}, "heun"),
-        ({"kind": "ddim", "eta": 0.3}, {"steps": 3}, None),  # wrong: left to the validation
+        ({"kind": "ddim", "eta": 0.3}, {"steps": 3}, None),  # invalid: left to validation
         ({"kind": "ddim", "eta": 0.3}, "dim", "dim"),
         ("ddpm", {"eta": 1.0}, {"kind": "ddpm", "eta": 1.0}),
         ("ddpm", 5, 5),
     ],
 )
-def test_a_kind_comes_with_its_fields(before: Any, changes: Any, after: Any) -> None:
+def test_selecting_a_kind_adds_its_fields(before: Any, changes: Any, after: Any) -> None:
     document = {"sample": {"sampler": copy.deepcopy(before), "steps": 10}}
     given = {"sample": {"sampler": changes}}
     kept = copy.deepcopy(given)
@@ -56,7 +56,7 @@ def test_a_kind_comes_with_its_fields(before: Any, changes: Any, after: Any) -> 
     assert given == kept
 
 
-def test_a_flow_run_takes_another_network_with_its_defaults() -> None:
+def test_a_flow_run_with_another_network_uses_its_defaults() -> None:
     for text in ('network={"kind": "uvit"}', 'network="uvit"', "network=uvit"):
         assert workspace.document(None, given(parameters_of([text])))["network"] == UVIT
     deep = workspace.document("cifar10", given(parameters_of(['network={"kind": "uvit", "depth": 5}'])))
@@ -74,14 +74,14 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
     assert main(["set", *changes, "sample.sampler.eta=1", "network.classes=true"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert {"train.steps: 500", 'network.kind: "uvit"', 'sample.sampler: "ddim"', "sample.sampler.eta: 1"} <= set(shown)
-    assert 'network.conditioning: "token"' in shown  # what a kind brings with it is said too
+    assert 'network.conditioning: "token"' in shown  # fields added with the kind are shown as well
     assert "network.convention: removed" in shown
     made = parameters.load(tree / "params.yaml")
     assert (made.train.steps, made.seed) == (500, 9)
     assert made.network == UViTOptions(depth=3, classes=True)
     assert made.sample.sampler.eta == 1
     text = (tree / "params.yaml").read_text(encoding="utf-8")
-    assert "# a GPU where there is one" in text
+    assert "# a GPU if available" in text
     assert "\n\n# About train\ntrain: # here\n" in text
     assert main(["set", "network.kind=unet", "sample.sampler=heun", "network.attention_levels=[0]"]) == 0
     assert parameters.load(tree / "params.yaml").network == Params().network.model_copy(
@@ -110,7 +110,7 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("train.optimizer.kind=[muon]", "train.optimizer.kind: input should be 'adamw' or 'muon' (got ['muon'])"),
     ],
 )
-def test_ddpm_set_refuses_and_writes_nothing(
+def test_ddpm_set_rejects_invalid_changes_and_writes_nothing(
     tree: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (tree / "params.yaml").read_bytes()
@@ -129,7 +129,7 @@ def test_ddpm_set_refuses_and_writes_nothing(
         ("  channel_multipliers: &a [1, 2]", "params.yaml: aliases (*name) of sections and lists"),
     ],
 )
-def test_what_stands_in_several_places_is_refused(
+def test_aliases_and_merge_keys_are_rejected(
     tree: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tree / "params.yaml"
@@ -142,7 +142,7 @@ def test_what_stands_in_several_places_is_refused(
     assert path.read_bytes() == before
 
 
-def test_ddpm_set_keeps_links_and_modes(tree: Path) -> None:
+def test_ddpm_set_preserves_links_and_modes(tree: Path) -> None:
     (tree / "params.yaml").rename(tree / "real.yaml")
     (tree / "params.yaml").symlink_to("real.yaml")
     (tree / "real.yaml").chmod(0o600)
@@ -152,16 +152,16 @@ def test_ddpm_set_keeps_links_and_modes(tree: Path) -> None:
     assert (tree / "real.yaml").stat().st_mode & 0o777 == 0o600
 
 
-def test_long_values_get_one_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+def test_long_values_give_one_line(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
     for value in (5000 * "9", 5000 * "["):
         assert main(["set", f"seed={value}"]) == 1
         assert "seed: input should be a valid integer" in capsys.readouterr().err
 
 
-def test_a_kind_that_another_tool_has_changed_alone_is_named_and_mended(
+def test_a_kind_changed_by_another_tool_is_reported_and_repaired(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As `dvc exp run -S network.kind=uvit` leaves params.yaml."""
+    """params.yaml as left by `dvc exp run -S network.kind=uvit`."""
     path = tree / "params.yaml"
     text = path.read_text(encoding="utf-8").replace("kind: unet", "kind: uvit")
     path.write_text(text.replace("base_channels: 32", "base_channels: 64"), encoding="utf-8")
@@ -171,10 +171,12 @@ def test_a_kind_that_another_tool_has_changed_alone_is_named_and_mended(
     assert "network.convention: no such parameter of uvit (got 'ddpm')" in error
     assert error.endswith("; `ddpm set NAME.kind=KIND` changes a kind together with its fields\n")
     assert main(["set", "network.kind=uvit"]) == 0
-    assert parameters.load(path).network == UViTOptions(base_channels=64)  # conditioning was none of a transformer
+    assert parameters.load(path).network == UViTOptions(base_channels=64)  # not valid for a transformer: conditioning
 
 
-def test_params_of_format_1_are_named_and_rewritten(tree: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_params_of_format_1_are_reported_and_converted(
+    tree: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(root / "tests" / "format_1" / "params.yaml", tree)
     assert main(["shard"]) == 1
     error = capsys.readouterr().err
@@ -197,7 +199,7 @@ def test_params_of_format_1_are_named_and_rewritten(tree: Path, root: Path, caps
     assert read(tree) == yaml_files.read_yaml(root / "params.yaml")
 
 
-def test_an_update_keeps_what_is_right_and_adds_the_fields_of_a_kind(tree: Path) -> None:
+def test_an_update_keeps_valid_values_and_adds_missing_fields(tree: Path) -> None:
     document = read(tree)
     document["network"] = {"kind": "uvit", "depth": 5}
     document["sample"]["sampler"] = "ddim"
@@ -223,7 +225,7 @@ def test_an_update_keeps_what_is_right_and_adds_the_fields_of_a_kind(tree: Path)
         ("variants:\n    # one\n    - fp16", "variants:\n    # one\n    - int8"),
     ],
 )
-def test_a_list_is_filled_and_emptied_in_its_form(before: str, filled: str, tmp_path: Path) -> None:
+def test_changing_a_list_preserves_its_format(before: str, filled: str, tmp_path: Path) -> None:
     path, behind = tmp_path / "params.yaml", "\n\n  # behind it\n  steps: 9\n"
     path.write_text(f"export:\n  {before}{behind}", encoding="utf-8")
     for values in (["int8"], [], ["fp16", "int8"], []):

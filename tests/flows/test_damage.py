@@ -1,4 +1,4 @@
-"""A flipped bit in any file that a stage or a command reads from another stage is found, and the file is named."""
+"""A flipped bit in any file that one stage reads from another is detected, and the error names the file."""
 
 import json
 import random
@@ -51,15 +51,15 @@ READERS = {
     "models/onnx/sampler_int8.onnx": ["verify-onnx models/onnx/sampler_int8.onnx", "track"],
     "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx", "track"],
 }
-"""Every such file, and who reads it. The service has a test of its own."""
+"""Every such file and its readers. The service has separate tests."""
 CASES = [(file, command) for file, commands in READERS.items() for command in commands]
 
 
 @pytest.fixture(scope="module")
 def finished(whole_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tree after all stages, and the current directory; a test puts back what it changes."""
+    """A tree after all stages, as the working directory; tests undo their changes."""
     tree = trees.copy(whole_tree, tmp_path_factory.mktemp("finished") / "tree")
-    before = signal.getsignal(signal.SIGTERM)  # a stage leaves it ignored, as its process ends
+    before = signal.getsignal(signal.SIGTERM)  # a finished stage leaves it ignored
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tree)
         patch.setenv("MLFLOW_TRACKING_URI", trees.ENVIRONMENT["MLFLOW_TRACKING_URI"])
@@ -74,7 +74,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize(("file", "command"), CASES, ids=[" by ".join(case) for case in CASES])
-def test_a_flipped_bit_is_refused_in_a_line_that_names_the_file(
+def test_a_flipped_bit_gives_one_line_that_names_the_file(
     finished: Path, file: str, command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, kept = finished / file, [part for part in ("models", "reports", "data") if (finished / part).exists()]
@@ -94,9 +94,9 @@ def test_a_flipped_bit_is_refused_in_a_line_that_names_the_file(
     assert [part for part in ("models", "reports", "data") if (finished / part).exists()] == kept
 
 
-def test_every_file_that_is_read_is_tried(finished: Path) -> None:
-    """No other file of a stage may come to be read unchecked."""
-    unread = {"data/shards/val-000000.tar", "data/shards/test-000000.tar"}  # read as the first one is
+def test_every_file_read_is_covered(finished: Path) -> None:
+    """Fails if a stage writes a file that this module does not cover."""
+    unread = {"data/shards/val-000000.tar", "data/shards/test-000000.tar"}  # read like the train shards
     unread |= {f"reports/made_with/{stage}.json" for stage in STAGES}  # see the test below
     found = {
         path.relative_to(finished).as_posix()
@@ -108,8 +108,8 @@ def test_every_file_that_is_read_is_tried(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_flipped_bit_in_a_record_lets_no_results_pass(finished: Path, stage: str) -> None:
-    """Records are only compared with parameters and files: no bit of one can make other results agree with it."""
+def test_a_flipped_bit_in_a_record_never_validates_results(finished: Path, stage: str) -> None:
+    """Records are compared with parameters and files, so no flipped bit makes other results match."""
     paths, file = Paths(), finished / "reports" / "made_with" / f"{stage}.json"
     params = parameters.load(paths.params)
     assert made_with.difference(paths, stage, params) is None

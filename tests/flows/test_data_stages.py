@@ -1,4 +1,4 @@
-"""The stages shard and pairs, through the command line."""
+"""The stages shard and pairs, run from the command line."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: Params) -> None:
+def test_the_pairs_of_the_digits_are_reproducible(digits_tree: Path, params: Params) -> None:
     made = []
-    for _ in range(2):  # the second time over the results of the first
+    for _ in range(2):  # the second run overwrites the results of the first
         shard, pairs = trees.run(digits_tree, "shard"), trees.run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
-            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 rejected"
+            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 files skipped"
         ), shard.stderr
         assert pairs.stderr.splitlines()[-1] == (
             "pairs: 1452 train, 163 val, 182 test images of 1x8x8 in blocks of 64"
@@ -48,7 +48,7 @@ def test_the_digits_become_pairs_the_same_every_time(digits_tree: Path, params: 
     np.testing.assert_allclose(x_t, np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
+def test_the_contents_of_a_folder_are_summarized(digits_tree: Path) -> None:
     images = np.load(digits_tree / "data" / "raw" / "digits.npz")["images"]
     for index, image in enumerate([*images[:40], images[0]]):
         path = digits_tree / "data" / "raw" / "own" / "ab"[index % 2] / f"{index:02}.png"
@@ -64,10 +64,10 @@ def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     reason = "not an image, or of a kind that Pillow cannot read"
     assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
-        *(f"shard: left out: a/note{number}.txt: {reason}" for number in range(5)),
-        "shard: left out: 2 more, listed in data/shards/manifest.json",
-        "shard: files with several pages or frames, of which the first is used: 1",
-        "shard: copies of other images, pixel by pixel: 1; all copies of an image share a split",
+        *(f"shard: skipped: a/note{number}.txt: {reason}" for number in range(5)),
+        "shard: skipped: 2 more, listed in data/shards/manifest.json",
+        "shard: files with several pages or frames, of which only the first is used: 1",
+        "shard: exact copies of other images: 1; all copies of an image are in the same split",
         "shard: 2 classes: a 22, b 20",
         "shard: splits: train, val and test by a hash of each image's pixels",
     ]
@@ -77,7 +77,7 @@ def test_what_is_in_a_folder_is_said(digits_tree: Path) -> None:
     assert np.sum([part["per_class"] for part in manifest["splits"].values()], axis=0).tolist() == [22, 20]
 
 
-def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> None:
+def test_a_linked_folder_is_rejected(digits_tree: Path) -> None:
     for name in ("elsewhere", "data/raw/own/cat"):
         (digits_tree / name).mkdir(parents=True)
         Image.new("L", (4, 4)).save(digits_tree / name / "1.png")
@@ -92,7 +92,7 @@ def test_a_linked_folder_that_dvc_would_not_see_is_named(digits_tree: Path) -> N
     assert done.stderr.count("\n") == 1
 
 
-def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:
+def test_a_missing_source_gives_one_line_and_keeps_the_old_shards(digits_tree: Path) -> None:
     (digits_tree / "data" / "shards").mkdir()
     (digits_tree / "data" / "raw" / "digits.npz").unlink()
     done = trees.run(digits_tree, "shard")
@@ -103,7 +103,7 @@ def test_a_missing_source_takes_one_line_and_keeps_the_old_shards(digits_tree: P
     assert {path.name for path in (digits_tree / "data").iterdir()} == {"shards", "raw"}
 
 
-def test_missing_shards_take_one_line(digits_tree: Path) -> None:
+def test_missing_shards_give_one_line(digits_tree: Path) -> None:
     done = trees.run(digits_tree, "pairs")
     assert done.returncode == 1
     assert done.stderr == (

@@ -1,4 +1,4 @@
-"""The line of DVC's output that says what happened; outputs are DVC 3's, as printed."""
+"""The error message in the output of DVC; the outputs are verbatim from DVC 3."""
 
 import pytest
 
@@ -22,5 +22,5 @@ FOOTER = "\nHaving any troubles? Hit us up at https://dvc.org/support, we are al
         ("", ""),
     ],
 )
-def test_what_happened_is_told_rather_than_where_to_get_help(output: str, expected: str) -> None:
+def test_the_error_is_reported_rather_than_where_to_get_help(output: str, expected: str) -> None:
     assert reason(output) == expected

@@ -1,4 +1,4 @@
-"""Settings in the environment: what is no value for them is said in one line that names variable and value."""
+"""Settings in environment variables: an invalid value gives one line that names variable and value."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from diffusion.errors import UserError
 from flows import services
 from flows.__main__ import main
 from flows.environment import setting
-from flows.stages.train import SECONDS, checkpoint_seconds
+from flows.stages.train import CHECKPOINT_SECONDS, checkpoint_seconds
 
 MAIN = {
     "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),
@@ -20,7 +20,7 @@ MAIN = {
 
 @pytest.mark.parametrize("value", ["many", "", "-1", "1e7"])
 @pytest.mark.parametrize("variable", MAIN)
-def test_a_wrong_value_is_one_line(
+def test_an_invalid_value_gives_one_line(
     variable: str,
     value: str,
     tmp_path: Path,
@@ -39,13 +39,15 @@ def test_a_wrong_value_is_one_line(
 
 
 @pytest.mark.parametrize("value", ["often", "-1", "nan"])
-def test_a_wrong_pace_of_checkpoints_is_refused_before_training(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SECONDS, value)
-    with pytest.raises(UserError, match=rf"^{SECONDS}: .* \(got '{value}'\)$"):
+def test_an_invalid_checkpoint_interval_is_rejected_before_training(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHECKPOINT_SECONDS, value)
+    with pytest.raises(UserError, match=rf"^{CHECKPOINT_SECONDS}: .* \(got '{value}'\)$"):
         checkpoint_seconds()
 
 
-def test_a_setting_is_its_text_converted_or_else_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_is_converted_or_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDPM_TEST", "0.5")
     assert setting("DDPM_TEST", 60.0, float) == 0.5
     monkeypatch.delenv("DDPM_TEST")

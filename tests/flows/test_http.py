@@ -1,4 +1,4 @@
-"""Requests to whatever listens on a port: a good answer, a bad one, or no HTTP at all."""
+"""Requests to servers that respond correctly, incorrectly, or not with HTTP."""
 
 import socket
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from flows import http
 
 @contextmanager
 def replying(*contents: bytes) -> Iterator[str]:
-    """The address of a program that answers as many connections, each with its bytes."""
+    """The URL of a server that sends each of `contents` to one connection."""
 
     def serve() -> None:
         for content in contents:
@@ -44,26 +44,26 @@ def http_reply(status: str, body: bytes) -> bytes:
     ],
     ids=["json", "text", "bytes", "refusal", "other-protocol", "nothing"],
 )
-def test_only_a_good_answer_counts(content: bytes, good: bool, value: object) -> None:
+def test_only_a_valid_response_counts(content: bytes, good: bool, value: object) -> None:
     with replying(content, content) as url:
         assert http.answers(url) is good
         assert http.json(url, {}) == value
 
 
-def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_to_a_busy_server_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "PAUSE", 0.0)
     busy, done = http_reply("503 Service Unavailable", b""), http_reply("200 OK", b'{"id": 3}')
     with replying(busy, busy, done) as url:
         assert http.json(url, {}) == {"id": 3}
     with replying(busy) as url:
-        assert not http.answers(url)  # of a server that starts `up` asks again by itself
+        assert not http.answers(url)  # `up` itself polls a starting server
     monkeypatch.setattr(http, "TRIES", 2)
     with replying(busy, busy) as url:
         assert http.json(url) is None
 
 
-def test_where_nothing_listens_nothing_answers() -> None:
-    with socket.socket() as bound:  # without listening
+def test_without_a_server_nothing_answers() -> None:
+    with socket.socket() as bound:  # bound, but not listening
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         assert not http.answers(url)

@@ -1,4 +1,4 @@
-"""`ddpm import`, through the command line and with the real DVC."""
+"""`ddpm import`, run from the command line with the real DVC."""
 
 import shutil
 import signal
@@ -29,7 +29,7 @@ def run(tree: Path, program: str, *arguments: str) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder under git and DVC."""
+    """A folder with git and DVC repositories."""
     folder = tmp_path_factory.mktemp("empty")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     assert run(folder, "dvc", "init", "-q").returncode == 0
@@ -38,7 +38,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tree(digits_tree: Path, empty: Path) -> Path:
-    """A working tree under git and DVC, beside a folder of pictures."""
+    """A working tree with git and DVC, and a folder of images."""
     shutil.copytree(empty, digits_tree, dirs_exist_ok=True)
     for name in ("a/1.png", "b/2.png", "b/.hidden.png"):
         path = digits_tree / "elsewhere" / name
@@ -48,12 +48,12 @@ def tree(digits_tree: Path, empty: Path) -> Path:
 
 
 def status(tree: Path) -> set[str]:
-    """Files under data/raw and the cache."""
+    """Files under data/raw and in the cache."""
     return {str(path.relative_to(tree)) for place in ("data/raw", ".dvc/cache") for path in (tree / place).rglob("*")}
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_folder_comes_under_dvc(tree: Path, link: bool) -> None:
+def test_a_folder_is_added_to_dvc(tree: Path, link: bool) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert done.returncode == 0, done.stderr
     assert "shard:\n  source: data/raw/own\n" in done.stdout
@@ -81,12 +81,12 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
     done = run(tree, "flows", "import", "set", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
-        "Imported 5 images (2 val, 3 train); the stage shard decodes them.\n"
+        "Imported 5 images (2 val, 3 train); the shard stage will decode them.\n"
         "Classes: 2 classes: cat 3, dog 2\n"
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
-        "Left out: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
-        "Left out: cover.png: outside the folders of the splits\n\n"
+        "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
+        "Skipped: cover.png: outside of the folders of the splits\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
@@ -94,7 +94,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> None:
+def test_a_class_named_like_a_split_needs_an_option(tree: Path) -> None:
     (tree / "elsewhere" / "b").rename(tree / "elsewhere" / "train")
     refused = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert (refused.returncode, refused.stdout) == (1, "")
@@ -108,7 +108,7 @@ def test_a_class_named_like_a_split_is_confirmed_by_an_option(tree: Path) -> Non
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_link_to_nowhere_is_named(tree: Path, link: bool) -> None:
+def test_a_broken_link_is_reported(tree: Path, link: bool) -> None:
     (tree / "elsewhere" / "a" / "gone.png").symlink_to("nowhere")
     before = status(tree)
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
@@ -119,7 +119,7 @@ def test_a_link_to_nowhere_is_named(tree: Path, link: bool) -> None:
     assert status(tree) == before
 
 
-def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
+def test_dvc_restores_linked_files_without_the_originals(tree: Path) -> None:
     assert run(tree, "flows", "import", "elsewhere", "--name", "own", "--link").returncode == 0
     (tree / "elsewhere" / "a" / "1.png").unlink()
     assert run(tree, "dvc", "checkout", "-q", "--force").returncode == 0
@@ -127,7 +127,7 @@ def test_dvc_brings_linked_files_back_without_the_originals(tree: Path) -> None:
         assert image.getpixel((0, 0)) == 7
 
 
-def test_an_npz_file_stays_a_file(tree: Path) -> None:
+def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
     np.savez(tree / "x.npz", images=np.zeros((3, 2, 2), np.uint8))
     done = run(tree, "flows", "import", "x.npz", "--name", "own")
     assert done.returncode == 0, done.stderr
@@ -143,10 +143,10 @@ def test_an_npz_file_stays_a_file(tree: Path) -> None:
         ("elsewhere", "a.b", "--name 'a.b': must be letters"),
         ("params.yaml", "own", "params.yaml: no images in a supported format"),
         ("missing", "own", "missing: no such file or folder"),
-        ("data/raw/digits.npz", "digits", "data/raw/digits.npz: exists already"),
+        ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),
     ],
 )
-def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
+def test_invalid_imports_give_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
     before = status(tree)
     done = run(tree, "flows", "import", path, "--name", name)
     assert (done.returncode, done.stdout) == (1, "")
@@ -155,7 +155,7 @@ def test_refusals_take_one_line_and_leave_nothing(tree: Path, path: str, name: s
     assert status(tree) == before
 
 
-def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> None:
+def test_if_dvc_fails_its_error_is_shown_and_nothing_is_left(tree: Path) -> None:
     before = status(tree)
     (tree / ".dvc" / "config").write_text("no section\n")
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
@@ -165,7 +165,7 @@ def test_when_dvc_fails_its_reason_is_shown_and_nothing_is_left(tree: Path) -> N
     assert status(tree) == before
 
 
-def test_an_error_of_dvc_says_what_happened(tree: Path) -> None:
+def test_an_error_of_dvc_is_reported(tree: Path) -> None:
     assert run(tree, "dvc", "cache", "dir", "--local", str(tree / "params.yaml")).returncode == 0
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 1
@@ -174,9 +174,7 @@ def test_an_error_of_dvc_says_what_happened(tree: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("ddpm import: error: dvc add data/raw/own: unexpected error - ")
 
 
-def test_of_two_imports_with_one_name_the_second_is_refused_and_the_first_is_whole(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_concurrent_import_of_the_same_name_is_rejected(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dvc_add, reached, go_on = importing._dvc_add, threading.Event(), threading.Event()
 
     def slow(target: Path, root: Path, link: bool) -> None:
@@ -189,7 +187,7 @@ def test_of_two_imports_with_one_name_the_second_is_refused_and_the_first_is_who
     first.start()
     assert reached.wait(60)
     threading.Timer(0.5, go_on.set).start()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         importing.import_data(tree / "elsewhere" / "a", "own", Paths(tree), link=False)
     first.join()
     assert sorted(path.name for path in (tree / "data/raw/own").rglob("*.png")) == ["1.png", "2.png"]
@@ -197,7 +195,7 @@ def test_of_two_imports_with_one_name_the_second_is_refused_and_the_first_is_who
     assert (tree / "data/raw/.gitignore").read_text() == "/own\n"
 
 
-def test_sigterm_leaves_nothing_of_an_import(tree: Path) -> None:
+def test_sigterm_undoes_an_import(tree: Path) -> None:
     for number in range(3000):
         (tree / "elsewhere" / "a" / f"{number}.png").write_bytes((tree / "elsewhere" / "a" / "1.png").read_bytes())
     before = status(tree)

@@ -1,4 +1,4 @@
-"""Which ends of a process start the others again, and which end the training."""
+"""Which failures of a process restart the training, and which end it."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ Ends = Callable[..., list[str]]
 
 
 def failed(*exitcodes: int, later: int = 0) -> ChildFailedError:
-    """What torch raises after processes have ended so, the last of them so many seconds later."""
+    """The exception that torch raises for these exit codes; the last process exits `later` seconds after the first."""
     failures = {rank: ProcessFailure(rank, 1, exitcode, "none") for rank, exitcode in enumerate(exitcodes)}
     for failure in failures.values():
         failure.timestamp = 1000
@@ -27,7 +27,7 @@ def failed(*exitcodes: int, later: int = 0) -> ChildFailedError:
 
 @pytest.fixture
 def after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ends:
-    """Launches two processes that end in these ways, one after the other; gives the store of each start."""
+    """Launches two processes that end in the given ways in turn; returns the store of each start."""
     (tmp_path / "0000000020.json").touch()
     for name in (launching.LAUNCHER, launching.STORE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
         monkeypatch.setenv(name, "")
@@ -49,33 +49,33 @@ def after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ends:
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "said"),
     [
         (failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL"),
         (failed(-signal.SIGSEGV, -signal.SIGTERM), "process 0 of 2 was killed by SIGSEGV"),
-        (failed(1, -signal.SIGKILL, later=29), "process 1 of 2 was killed by SIGKILL"),  # slow to die
-        (failed(os.EX_TEMPFAIL, 1), "process 0 of 2 has lost its GPU"),
+        (failed(1, -signal.SIGKILL, later=29), "process 1 of 2 was killed by SIGKILL"),  # slow to exit
+        (failed(os.EX_TEMPFAIL, 1), "process 0 of 2 lost its GPU"),
     ],
 )
-def test_a_lost_process_is_replaced(
-    after: Ends, capsys: pytest.CaptureFixture[str], end: BaseException, told: str
+def test_a_lost_process_restarts_training(
+    after: Ends, capsys: pytest.CaptureFixture[str], end: BaseException, said: str
 ) -> None:
     stores = after(end, end, None)
-    assert len(set(stores)) == 3  # a file store does not serve twice
-    lines = [f"train: {told}; going on from the checkpoint of step 20, restart {number} of 3" for number in (1, 2)]
+    assert len(set(stores)) == 3  # a file store cannot be reused
+    lines = [f"train: {said}; resuming from the checkpoint at step 20 (restart {number} of 3)" for number in (1, 2)]
     assert capsys.readouterr().err.splitlines() == lines
 
 
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        (failed(1, 1), 1),  # an error that they have reported
-        (failed(1, 128 + signal.SIGTERM), 1),  # one of them has, and the other one was told to end
+        (failed(1, 1), 1),  # an error that both have reported
+        (failed(1, 128 + signal.SIGTERM), 1),  # one reported an error, and the other was terminated
         (failed(1, -signal.SIGTERM), 1),
-        (failed(1, -signal.SIGKILL, later=30), 1),  # by torch, for it did not end
+        (failed(1, -signal.SIGKILL, later=30), 1),  # killed by torch, since it did not exit
     ],
 )
-def test_an_error_of_its_own_ends_the_training(
+def test_a_reported_error_ends_the_training(
     after: Ends, capsys: pytest.CaptureFixture[str], end: BaseException, status: int
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -87,18 +87,18 @@ def test_an_error_of_its_own_ends_the_training(
 @pytest.mark.parametrize(
     "end",
     [
-        SignalException("told", signal.SIGTERM),
-        failed(128 + signal.SIGTERM, 128 + signal.SIGTERM),  # a worker was told, and with it all of them
-        failed(-signal.SIGTERM, -signal.SIGTERM),  # before it could listen
+        SignalException("stopped", signal.SIGTERM),
+        failed(128 + signal.SIGTERM, 128 + signal.SIGTERM),  # a worker received the signal, and so did all others
+        failed(-signal.SIGTERM, -signal.SIGTERM),  # before the handler was installed
     ],
 )
-def test_a_stop_is_no_loss(after: Ends, end: BaseException) -> None:
+def test_a_stop_signal_does_not_restart_training(after: Ends, end: BaseException) -> None:
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
         after(failed(1, -signal.SIGKILL), end)
 
 
 def test_the_number_of_restarts_is_limited(after: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost, message = failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL; `dvc repro` goes on"
+    lost, message = failed(1, -signal.SIGKILL), "process 1 of 2 was killed by SIGKILL; `dvc repro` resumes"
     with pytest.raises(UserError, match=message):
         after(lost, lost, lost, lost)
     monkeypatch.setenv(launching.MAX_RESTARTS, "0")

@@ -1,4 +1,4 @@
-"""Runs that no worker has any more are closed on the server of these services, and on no other."""
+"""Runs without a worker are closed on the server of these services, and on no other."""
 
 import json
 import os
@@ -39,7 +39,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
 server.serve_forever()
 """
-"""A server that counts one flow run as running, and writes down what it is told."""
+"""A server with one running flow run that logs the requests it receives."""
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def prefect(directory: Path, log: Path) -> Iterator[int]:
 
 
 def states_set(log: Path) -> list[tuple[str, str]]:
-    told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [(path, body["state"]["type"]) for path, body in told if path.endswith("/set_state")]
+    requests = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [(path, body["state"]["type"]) for path, body in requests if path.endswith("/set_state")]
 
 
 def become(*_: Any) -> NoReturn:
@@ -67,7 +67,7 @@ def become(*_: Any) -> NoReturn:
 
 @pytest.mark.parametrize("command", [services.down, services.up, services.worker])
 @pytest.mark.parametrize("ours", [True, False], ids=["own", "of-another-clone"])
-def test_runs_are_closed_on_the_own_server_alone(
+def test_runs_are_closed_only_on_their_own_server(
     command: Callable[[Services], None], ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "execvp", become)
@@ -78,8 +78,8 @@ def test_runs_are_closed_on_the_own_server_alone(
     assert states_set(log) == ([("/api/flow_runs/one/set_state", "CRASHED")] if ours else [])
 
 
-def test_what_is_left_of_the_own_services_does_not_make_the_server_theirs(tmp_path: Path) -> None:
-    """Another clone's server may have taken the port since; all that is left here is some other process."""
+def test_remains_of_these_services_do_not_claim_a_foreign_server(tmp_path: Path) -> None:
+    """The server of another clone may use the port by now, while only another process remains here."""
     here = Services(tmp_path, prefect_port=1, mlflow_port=1)
     log, unused = tmp_path / "log", tmp_path / "unused"
     with prefect(here.directory, unused), prefect(tmp_path / "other", log) as port:

@@ -73,7 +73,7 @@ def test_all_faults_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize("preset", ["none", ""])
 def test_an_unknown_preset_is_refused(preset: str) -> None:
-    with pytest.raises(UserError, match=f"^preset '{preset}': no such preset; there are cifar10, digits"):
+    with pytest.raises(UserError, match=f"^preset '{preset}': not found in presets/; available: cifar10, digits"):
         workspace.document(preset, {})
 
 
@@ -95,8 +95,27 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
         assert form["description"] == section.__doc__
         assert "required" not in form
         for key, field in section.model_fields.items():
-            assert form["properties"][key]["description"] == field.description
+            shown = form["properties"][key]["description"]
+            assert field.description is None or shown.startswith(" ".join(field.description.split()[:5]))
             assert "default" not in form["properties"][key]
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "takes", "value"),
+    [
+        ("Train", "steps", "integer, at least 1", "1000"),
+        ("Train", "decay", "constant | linear | cosine", "linear"),
+        ("Sample", "sampler", "ddpm | ddim | dpm-solver++ | dpm-solver++-sde | heun", "dpm-solver++-sde"),
+        ("UNet", "channel_multipliers", "list of integers, each at least 1", "[1, 2]"),
+        ("UViT", "depth", "integer, at least 1", None),  # params.yaml has a U-Net
+        ("Process", "loss", "mse | l1 | huber", "mse"),
+    ],
+)
+def test_the_form_says_what_a_field_takes_and_its_present_value(
+    form: str, field: str, takes: str, value: str | None
+) -> None:
+    now = f" In params.yaml at the last `make up`: {value}." if value else ""
+    assert SCHEMA["definitions"][form]["properties"][field]["description"].endswith(f" Takes: {takes}.{now}")
 
 
 def test_the_form_marks_every_wrong_field() -> None:

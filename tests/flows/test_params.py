@@ -8,7 +8,8 @@ import pytest
 from diffusion.errors import UserError
 from flows import params as parameters
 from flows import presets, yaml_files
-from flows.__main__ import main, parser
+from flows.__main__ import main
+from flows.cli import app
 from flows.params import Params
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
 def test_a_preset_holds_what_differs_from_the_defaults_alone(name: str, params: Params) -> None:
     defaults, content = params.model_dump(mode="json"), yaml_files.read_yaml(PRESETS / f"{name}.yaml")
     assert isinstance(presets.load(PRESETS / f"{name}.yaml"), Params)
-    assert not set(content) & set(presets.OWN)
+    assert not set(content) & set(presets.NOT_IN_PRESETS)
     for section, values in content.items():
         assert all(value != defaults[section][key] for key, value in values.items() if key != "source")
 
@@ -111,7 +112,7 @@ def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
     assert made.network.base_channels == 16
     assert made.train.steps == presets.load(PRESETS / "digits.yaml").train.steps
     (tmp_path / "wrong.yaml").write_text("seed: 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"wrong.yaml: seed: no preset changes that; set it in params.yaml$"):
+    with pytest.raises(UserError, match=r"wrong.yaml: seed: presets cannot set this; set it in params.yaml$"):
         presets.laid_over(document, tmp_path, "wrong")
     back = parameters.validate(presets.laid_over(document, PRESETS, "digits"), "test")
     assert back.shard.source == presets.load(PRESETS / "digits.yaml").shard.source
@@ -144,12 +145,12 @@ def test_a_preset_is_written_and_taken_back(
     Path("presets").symlink_to(PRESETS)
     assert main(["preset", "cifar10"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "cifar10.yaml")
-    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 1
     assert capsys.readouterr().err == (
-        "ddpm preset: error: preset 'cifar': no such preset; there are cifar10, digits, fashion-mnist (in presets/)\n"
+        "ddpm preset: error: preset 'cifar': not found in presets/; available: cifar10, digits, fashion-mnist\n"
     )
 
 
@@ -157,8 +158,41 @@ def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["params"]) == 0
     shown = capsys.readouterr().out
     for name, section in parameters.SECTIONS.items():
-        assert f"\n{name}: " in shown
-        assert all(f"\n  {field}: " in shown for field in section.model_fields)
+        assert f"\n{name}  " in shown
+        assert all(f"\n{name}.{field} = " in shown for field in section.model_fields if name != "network")
+
+
+def test_ddpm_params_shows_value_default_choices_and_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    assert main(["set", "train.steps=7", "train.decay=cosine", "sample.sampler=ddim", "network.kind=uvit"]) == 0
+    capsys.readouterr()
+    expected = {
+        "train.steps": "train.steps = 7 (default 1000)   integer, at least 1",
+        "train.decay": "train.decay = cosine (default linear)   constant | linear | cosine",
+        "train.compile": "train.compile = auto (default)   true | false | auto",
+        "process.loss": "process.loss = mse (default)   mse | l1 | huber",
+        "process.weighting.gamma": "process.weighting.gamma (default 5.0)   number, above 0",
+        "sample.sampler.eta": "sample.sampler.eta = 0.0 (default)   number, at least 0 and at most 1",
+        "network.kind": "network.kind = uvit (default unet)   unet | uvit",
+        "network.depth": "network.depth = 13 (default)   integer, at least 1",
+        "evaluate.exact_likelihood_images": "evaluate.exact_likelihood_images = 16 (default)   integer, at least 2",
+        "export.variants": "export.variants = [] (default)   list of fp16 | int8",
+        "device": "device = auto (default)   auto | cpu | cuda | cuda:N | mps | xpu | xpu:N",
+    }
+    for name, line in expected.items():
+        assert main(["params", name]) == 0
+        assert line in map(str.strip, capsys.readouterr().out.splitlines())
+    assert main(["params", "network"]) == 0
+    shown = capsys.readouterr().out
+    assert "network.channel_multipliers (default [1, 2])" in shown  # of the other kind: no value
+    assert main(["params", "trains"]) == 1
+    assert capsys.readouterr().err == (
+        "ddpm params: error: trains: no such section or parameter; the sections are seed, device, shard, pairs, "
+        "process, network, train, sample, evaluate, export, tracking\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,12 +253,12 @@ def test_numbers_on_the_command_line_are_as_strict(
 ) -> None:
     arguments = ["sample", f"--{option}={text}"]
     if right is WRONG:
-        with pytest.raises(SystemExit):
-            parser().parse_args(arguments)
-        assert f"argument --{option}: invalid " in capsys.readouterr().err
+        assert main(arguments) == 2
+        assert f"ddpm sample: error: Invalid value for --{option}: " in capsys.readouterr().err
     else:
-        value = getattr(parser().parse_args(arguments), option)
-        assert (type(value), value) == (type(right), right)
+        _, bound, _ = app.parse_args(arguments, exit_on_error=False)
+        options = bound.arguments["editing" if option == "at" else "overrides"]
+        assert (type(getattr(options, option)), getattr(options, option)) == (type(right), right)
 
 
 def test_all_faults_are_reported_at_once() -> None:
@@ -282,4 +316,4 @@ def test_what_is_missing_is_added_on_request(
     assert "train.steps: 1000\n" in shown
     assert "seed" not in shown
     assert parameters.load(tmp_path / "params.yaml") == Params().model_copy(update={"seed": 7})
-    assert "# of a network with classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert "# only if network.classes" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

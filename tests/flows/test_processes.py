@@ -1,4 +1,4 @@
-"""Processes found by their environment, and ended."""
+"""Finding processes by their environment, and ending them."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[list[int]]:
         yield [process.pid, child]
 
 
-def test_a_variable_leads_to_a_process_and_its_children_which_end(
+def test_processes_with_a_variable_and_their_children_are_ended(
     pair: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "SECONDS_TO_END", 1.0)
@@ -49,7 +49,7 @@ def test_a_variable_leads_to_a_process_and_its_children_which_end(
     assert not processes.end(processes.having("DDPM_TEST", "mine"))
 
 
-def test_it_does_not_find_itself_nor_what_it_was_started_by(root: Path) -> None:
+def test_it_finds_neither_itself_nor_its_parents(root: Path) -> None:
     find = "from flows import processes; print(processes.having('DDPM_TEST', 'mine'))"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {find!r}], check=True)"
     environment = os.environ | {"DDPM_TEST": "mine"}

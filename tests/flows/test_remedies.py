@@ -1,13 +1,14 @@
-"""What to do about a file that cannot be used: said of those that a stage writes here, and of no others."""
+"""Advice for unusable files, given only for files that a stage writes."""
 
 from pathlib import Path
 
 import pytest
 
 from diffusion.errors import Damaged, FileFault, UserError
-from flows.remedies import told
+from flows.remedies import with_remedy
+from flows.workspace import Run, State
 
-SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), then `dvc repro`"
+SCRUB = "; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
 
 
 @pytest.mark.parametrize(
@@ -23,12 +24,26 @@ SCRUB = "; delete it, run `make scrub` (DVC's cache may hold the same damage), t
         ("/elsewhere/models/ddpm/config.json", None),
     ],
 )
-def test_files_of_a_stage_are_written_by_it_again(path: str, stage: str | None) -> None:
+def test_files_of_a_stage_get_advice(path: str, stage: str | None) -> None:
     advice = f"; `dvc repro {stage}` writes it" if stage else ""
-    assert told(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
-    assert told(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
-    assert told(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
+    assert with_remedy(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
+    assert with_remedy(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
+    assert with_remedy(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
 
 
-def test_other_errors_are_told_as_they_are() -> None:
-    assert told(UserError("seed: wrong")) == "seed: wrong"
+def test_the_last_flow_run_is_offered_in_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fault, plain = FileFault(Path("models/ddpm"), "missing"), "models/ddpm: missing; `dvc repro train` writes it"
+    assert with_remedy(fault) == plain
+    states: dict[str, State] = {"old-one": "completed", "new-one": "completed", "worst-one": "failed"}
+    for day, (name, state) in enumerate(states.items(), start=1):
+        directory, end = tmp_path / ".ddpm/runs" / name, f"2026-01-0{day}T00:00:00"
+        directory.mkdir(parents=True)
+        Run(name, "id", "2026-01-01T00:00:00", "", False, state, end).write(directory)
+    assert with_remedy(fault) == f"{plain}, or `ddpm apply new-one` takes the results of the last flow run"
+    monkeypatch.chdir(tmp_path / ".ddpm/runs/old-one")  # in a run's own workspace there is nothing to apply
+    assert with_remedy(fault) == plain
+
+
+def test_other_errors_are_unchanged() -> None:
+    assert with_remedy(UserError("seed: wrong")) == "seed: wrong"

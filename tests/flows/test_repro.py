@@ -1,4 +1,4 @@
-"""`python -m flows.repro`: dvc.lock entries of outputs that are here, in a remote, or nowhere."""
+"""`python -m flows.repro`: dvc.lock entries whose outputs are local, in a remote, or nowhere."""
 
 import os
 import shutil
@@ -30,14 +30,14 @@ def repro(root: Path, *arguments: str) -> str:
 
 
 def forget_everything() -> None:
-    """Remove cache and outputs, as in a fresh clone."""
+    """Remove cache and outputs, as in a new clone."""
     for path in ("data/shards", "models", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(path)
 
 
 @pytest.fixture
 def committed(repository: Path) -> bytes:
-    """A lock file that came with the repository; the training gives other bytes each time it is run."""
+    """A lock file committed with the repository; training gives different bytes every time."""
     with (repository / "stage.py").open("a") as stage:
         stage.write(OTHER_BYTES)
     workspace.dvc(Path(), "repro")
@@ -46,7 +46,7 @@ def committed(repository: Path) -> bytes:
     return LOCK.read_bytes()
 
 
-def test_outputs_that_are_nowhere_are_made_once(committed: bytes, root: Path) -> None:
+def test_missing_outputs_are_computed_once(committed: bytes, root: Path) -> None:
     forget_everything()
     first = repro(root)
     assert "train done" in first
@@ -62,7 +62,7 @@ def test_outputs_that_are_nowhere_are_made_once(committed: bytes, root: Path) ->
 
 
 @pytest.mark.usefixtures("committed")
-def test_each_flow_run_begins_with_the_lock_and_trains_once() -> None:
+def test_flow_runs_share_the_run_cache() -> None:
     forget_everything()
     document = workspace.document(None, {})
     for name, outcome in (("first", "run"), ("second", "cached")):
@@ -71,7 +71,7 @@ def test_each_flow_run_begins_with_the_lock_and_trains_once() -> None:
 
 
 @pytest.mark.parametrize("level", ["--project", "--local"])
-def test_outputs_in_a_remote_are_fetched_rather_than_made(
+def test_outputs_in_a_remote_are_fetched(
     committed: bytes, root: Path, level: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     theirs = MODEL.read_text()
@@ -89,17 +89,17 @@ def test_outputs_in_a_remote_are_fetched_rather_than_made(
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/storage", "s3://a-bucket-without-its-package", "/no/such/folder"])
 @pytest.mark.usefixtures("committed")
-def test_a_remote_that_does_not_answer_does_not_end_the_run(root: Path, url: str) -> None:
+def test_an_unreachable_remote_does_not_end_the_run(root: Path, url: str) -> None:
     workspace.dvc(Path(), "remote", "add", "--default", "away", url)
     forget_everything()
     output = repro(root)
-    assert "remote 'away': the outputs of train cannot be fetched: " in output
+    assert "remote 'away': cannot fetch the outputs of train: " in output
     assert "Traceback" not in output
     assert output.count("done") == 2
 
 
 @pytest.mark.usefixtures("committed")
-def test_outputs_in_the_working_tree_are_kept_without_a_cache(root: Path) -> None:
+def test_outputs_in_the_working_tree_are_added_to_the_cache(root: Path) -> None:
     mine = MODEL.read_text()
     shutil.rmtree(".dvc/cache")
     assert "Data and pipelines are up to date." in repro(root)
@@ -109,7 +109,7 @@ def test_outputs_in_the_working_tree_are_kept_without_a_cache(root: Path) -> Non
     assert MODEL.read_text() == mine
 
 
-def test_a_stage_that_fails_leaves_the_lock_file_as_it_was(committed: bytes, root: Path) -> None:
+def test_a_failing_stage_leaves_the_lock_file_unchanged(committed: bytes, root: Path) -> None:
     forget_everything()
     document = yaml_files.read_yaml(Path("dvc.yaml"))
     document["stages"]["shard"]["outs"].append("data/none")

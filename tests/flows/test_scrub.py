@@ -1,4 +1,4 @@
-"""`make scrub`: damaged files of DVC's cache are deleted, and nothing else is."""
+"""`make scrub`: only damaged files are deleted from the DVC cache."""
 
 import os
 from hashlib import md5
@@ -10,7 +10,7 @@ from flows import scrub
 
 
 def put(cache: Path, content: bytes, suffix: str = "") -> Path:
-    """A file in a DVC cache, under the name that its content asks for."""
+    """Add a file to a DVC cache under the name given by its content."""
     name = md5(content, usedforsecurity=False).hexdigest()
     path = cache / "files" / "md5" / name[:2] / f"{name[2:]}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,7 +19,7 @@ def put(cache: Path, content: bytes, suffix: str = "") -> Path:
 
 
 def damage(path: Path) -> None:
-    """Flip a bit as a disk would: no time changes. DVC's files are read-only, too, so it trusts them."""
+    """Flip a bit like a failing disk, preserving times and mode; DVC trusts read-only files."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
@@ -27,10 +27,10 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_it_deletes_the_damaged_files_of_the_repositorys_cache(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_damaged_files_are_deleted(capsys: pytest.CaptureFixture[str]) -> None:
     cache = Path(".dvc/cache")
     files = [put(cache, b"weights"), put(cache, b"[]", ".dir"), put(cache, b"pairs")]
-    unfinished = files[0].with_name(".fLbHBNpnvKSqiW4dAZ3Jbq.tmp")  # as dvc names what it is writing
+    unfinished = files[0].with_name(".fLbHBNpnvKSqiW4dAZ3Jbq.tmp")  # as DVC names files that it is writing
     unfinished.write_bytes(b"weig")
     assert scrub.main() == 0
     assert capsys.readouterr().out == "3 files checked, 0 deleted\n"
@@ -44,7 +44,7 @@ def test_it_deletes_the_damaged_files_of_the_repositorys_cache(capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("repository")
-def test_it_says_in_one_line_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_file_gives_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     path = put(Path(".dvc/cache"), b"weights")
     path.unlink()
     path.mkdir()
@@ -52,7 +52,7 @@ def test_it_says_in_one_line_what_it_cannot_read(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == f"scrub: error: {path.absolute()}: Is a directory\n"
 
 
-def test_it_says_in_one_line_that_dvc_fails(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_dvc_gives_one_line(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (repository / ".dvc" / "config").write_text("[cache\n")
     assert scrub.main() == 1
     (line,) = capsys.readouterr().err.splitlines()

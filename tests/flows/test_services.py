@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_HOME, temporary_settings
 
 from diffusion.errors import UserError
 from diffusion.storage.files import write_json
-from flows import http, services
+from flows import deployment, http, services
 from flows.services import Services
 
 
@@ -70,7 +70,7 @@ def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
 
 
 def test_it_says_why_supervisord_does_not_start() -> None:
-    with tempfile.TemporaryDirectory() as short, pytest.raises(UserError, match="supervisord does not start: Error: "):
+    with tempfile.TemporaryDirectory() as short, pytest.raises(UserError, match="supervisord failed to start: Error: "):
         services.up(Services(Path(short), prefect_port=free_port(), mlflow_port=free_port()))
 
 
@@ -119,7 +119,7 @@ def test_whatever_makes_the_form_makes_a_new_deployment(root: Path, monkeypatch:
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     files = {Path(file).relative_to(root) for file in output.splitlines()}
     assert Path("diffusion/sections.py") in files
-    assert files <= {*services._shaping()}
+    assert files <= {*deployment.shaping()}
 
 
 def free_port() -> int:

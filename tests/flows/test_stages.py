@@ -38,14 +38,14 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 
 
 def steps(model: Model) -> dict[torch.dtype, Step]:
-    """A model's step in float32 and in float64."""
+    """A model's sampling step in float32 and float64."""
     return {
         dtype: Step(copy.deepcopy(model.net).to(dtype), model.process.parameterization)
         for dtype in (torch.float32, torch.float64)
     }
 
 
-def test_train_writes_what_it_promises(whole_tree: Path) -> None:
+def test_outputs_of_train(whole_tree: Path) -> None:
     report = json.loads((whole_tree / "reports/train.json").read_text())
     assert report["steps"] == 40
     assert report["images"] == 40 * 32
@@ -60,7 +60,7 @@ def test_train_writes_what_it_promises(whole_tree: Path) -> None:
     ]
     model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
     assert model.shape == (1, 8, 8)
-    # The model is the one that was measured last: the average of the weights, on the validation pairs.
+    # The saved model has the EMA weights of the last held-out measurement.
     heldout = Pairs(Paths(whole_tree).pairs, "val")
     mse = quick_mse(model, heldout, torch.device("cpu"), lambda: None)
     assert mse == pytest.approx(report["heldout_mse"], rel=1e-6)
@@ -68,7 +68,7 @@ def test_train_writes_what_it_promises(whole_tree: Path) -> None:
 
 
 def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None:
-    """The error in the report is the one that someone finds who has the files alone."""
+    """The error in the report can be reproduced from the files alone."""
     model = load_model(whole_tree / "models/ddpm", torch.device("cpu"))
     errors: dict[str, list[NDArray[np.float32]]] = {"val": [], "test": []}
     for split, squares in errors.items():
@@ -100,7 +100,7 @@ def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None
     assert "href=" not in page
 
 
-def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
+def test_the_onnx_model_runs_without_this_code(whole_tree: Path) -> None:
     path = whole_tree / "models/onnx/denoiser.onnx"
     graph = onnx.load(path)
     assert next(opset.version for opset in graph.opset_import if opset.domain == "") == 20
@@ -125,8 +125,8 @@ def test_the_onnx_model_needs_nothing_of_ours(whole_tree: Path) -> None:
     )
 
 
-def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None:
-    """A transformer that knows classes and learns its variance, and all else unlike the default."""
+def test_the_stages_support_other_choices(pairs_tree: Path, tmp_path: Path) -> None:
+    """A class-conditional transformer with learned variance, and nothing else at its default."""
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     network = {"kind": "uvit", "base_channels": 16, "conditioning": "adaln", "depth": 3, "patch_size": 3}
     changes = {
@@ -149,7 +149,7 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
     report = json.loads((tree / "reports/evaluate.json").read_text())
     assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
-    assert report["bits_per_dim_prior"] == 0  # nothing of the image is left at the last timestep
+    assert report["bits_per_dim_prior"] == 0  # zero terminal SNR: nothing of the image remains
     assert "guidance 2" in (tree / "reports/report.html").read_text()
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
@@ -159,14 +159,14 @@ def test_the_stages_take_other_choices(pairs_tree: Path, tmp_path: Path) -> None
     expected = (step(x_t.to(dtype), t, y) for dtype, step in steps(model).items())
     for output, float32, float64 in zip(found, *expected, strict=True):
         assert_rounds_alike(torch.from_numpy(output), float32, float64)
-    # The analytic variance needs no other training.
+    # The analytic variance needs no retraining.
     assert model.config.x_0_mse is not None
     trees.change(tree, {"sample": {"sampler": "ddpm", "variance": "analytic"}})
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_path: Path) -> None:
+def test_an_imported_model_can_be_evaluated(whole_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(whole_tree, tmp_path / "tree")
     shutil.rmtree(tree / "reports")
     done = trees.run(tree, "evaluate")
@@ -174,7 +174,7 @@ def test_a_model_that_was_not_trained_here_is_evaluated(whole_tree: Path, tmp_pa
     assert "<h2>Training</h2>" not in (tree / "reports/report.html").read_text()
 
 
-def test_variants_stand_beside_the_model(whole_tree: Path) -> None:
+def test_variants_are_exported_next_to_the_model(whole_tree: Path) -> None:
     for name in ("denoiser", "sampler"):
         props = onnx.load(whole_tree / f"models/onnx/{name}_int8.onnx").metadata_props
         assert {prop.key: prop.value for prop in props}["ddpm.precision"] == "int8"
@@ -186,9 +186,7 @@ def test_variants_stand_beside_the_model(whole_tree: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "line"), [("tolerance", 1e-12, "more than export.tolerance (1e-12)"), ("max_loss", 0.0, "int8")]
 )
-def test_a_check_that_fails_leaves_no_model(
-    whole_tree: Path, tmp_path: Path, field: str, value: float, line: str
-) -> None:
+def test_a_failed_check_leaves_no_model(whole_tree: Path, tmp_path: Path, field: str, value: float, line: str) -> None:
     tree = trees.copy(whole_tree, tmp_path / "tree")
     trees.change(tree, {"export": {field: value}})
     done = trees.run(tree, "export")
@@ -198,14 +196,12 @@ def test_a_check_that_fails_leaves_no_model(
     assert not (tree / "models/onnx").exists()
 
 
-def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
-    pairs_tree: Path, whole_tree: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_training_gives_the_same_bytes(pairs_tree: Path, whole_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     trees.stopped(tree, 21)
     again = trees.run(tree, "train")
     assert again.returncode == 0, again.stderr
-    assert "going on from step 21" in again.stderr
+    assert "resuming from step 21" in again.stderr
     records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
     made = ("models/ddpm", "reports/train", "reports/prev", *records)
     trained = trees.digests(whole_tree, "models", "reports")
@@ -214,7 +210,7 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
     }
 
 
-def test_sigterm_ends_a_training_with_a_checkpoint(pairs_tree: Path, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", steps=100_000)
     with trees.start(tree) as process:
         trees.wait_for(process, "step 20: held-out")
@@ -225,7 +221,7 @@ def test_sigterm_ends_a_training_with_a_checkpoint(pairs_tree: Path, tmp_path: P
     assert not (tree / "models").exists()
 
 
-def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) -> None:
+def test_pairs_of_another_process_are_rejected(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     trees.change(tree, {"process": {"num_timesteps": 500}, "sample": {"steps": 100}})
     done = trees.run(tree, "train")
@@ -234,7 +230,7 @@ def test_pairs_of_another_process_are_refused(pairs_tree: Path, tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
-def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     shutil.rmtree(tree / "data/shards")
     reading, writing = os.pipe()
@@ -277,7 +273,9 @@ def test_a_listener_that_goes_away_does_not_end_a_stage(pairs_tree: Path, tmp_pa
         ({"device": "cuda:7"}, "device: cuda:7 is not available; set device to auto or cpu"),
     ],
 )
-def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_parameters_give_one_line(
+    pairs_tree: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     shutil.copy(pairs_tree / "params.yaml", tmp_path)
     trees.change(tmp_path, changes)
     done = trees.run(tmp_path, "train")
@@ -286,7 +284,7 @@ def test_wrong_parameters_get_one_line(pairs_tree: Path, tmp_path: Path, changes
     assert done.stderr.count("\n") == 1
 
 
-def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp_path: Path) -> None:
+def test_damaged_inputs_give_one_line_with_advice(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree")
     done = trees.run(tree, "evaluate")
     assert done.returncode == 1
@@ -307,7 +305,7 @@ def test_damaged_inputs_get_one_line_that_says_what_to_run(pairs_tree: Path, tmp
         MemoryError("Unable to allocate 2.27 PiB"),
     ],
 )
-def test_where_memory_is_too_small_train_says_what_to_change(
+def test_running_out_of_memory_gives_advice(
     pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fails(*_: object) -> None:
@@ -319,7 +317,7 @@ def test_where_memory_is_too_small_train_says_what_to_change(
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"ddpm train: error: out of memory ({error}); lower train.batch_size (now 32) or raise train.accumulate (now "
-        "1), the parts of a batch that go through in turn, or set train.recompute to true"
+        "1), which splits each batch into smaller parts, or set train.recompute to true"
     )
     monkeypatch.setattr(loop, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("another one")))
     with pytest.raises(RuntimeError, match="another one"):

@@ -1,12 +1,17 @@
 """A run's summary and report."""
 
+import base64
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.samples import grid_png
 from diffusion.storage.files import write_json
 from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
@@ -40,7 +45,7 @@ def test_a_run_without_server_and_tracking_has_no_addresses(capsys: pytest.Captu
     summary.show("one")
     output = capsys.readouterr().out
     assert "Prefect" not in output
-    assert "not tracked: `ddpm track one`" in output
+    assert "not recorded; run `ddpm track one`" in output
     assert "http" not in output
 
 
@@ -87,12 +92,33 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     sizes = {"denoiser": 3_000_000, "sampler": 3_170_000, "sampler_int8": 1_000_000}
     write_json(tmp_path / "reports" / "export.json", exported | {"bytes": sizes})
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
-    assert "| mse | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
-    assert "| images | 190 |  | 190 | +0 |" in text
-    assert "| bits_per_dim | 4.5000 | 4.4020 to 4.5980 | 4.5000 | +0 |" in text
+    assert "| held-out MSE | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
+    assert "| test images | 190 |  | 190 | +0 |" in text
+    assert "| bits/dim (bound) | 4.5000 | 4.4020 to 4.5980 | 4.5000 | +0 |" in text
     assert "bits_per_dim_" not in text
-    assert "last run (one)" in text
+    assert "previous run (one)" in text
     assert "| 0 to 99 | 0.5000 | 0.4000 to 0.6000 | 0.5000 | 0.7000 |" in text
     assert "| sampler.onnx | 3.17 | 0.2500 |  |\n| sampler_int8.onnx | 1.00 | 0.2550 | +2.00% |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text
-    assert "[MLflow run](http://m/run)" in text
+    assert "[Open in MLflow](http://m/run)" in text
+    alone = report.markdown(tmp_path, replace(finished("two", METRICS | {"new_figure": 0.5}), mlflow=""), None)
+    assert (
+        "| metric | value | 95 % interval |\n| --- | --- | --- |\n| held-out MSE | 0.2500 | 0.2000 to 0.3000 |" in alone
+    )
+    assert "| new_figure | 0.5000 |" in alone
+    assert "`ddpm track two`" in alone
+
+
+def test_a_picture_of_noise_is_shrunk_until_prefect_can_keep_it(tmp_path: Path) -> None:
+    """A grid of 64 colour images of 64x64 pixels, the worst that can be compressed: over the limit even as a JPEG."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
+    png = grid_png(noise)
+    assert len(png) > report.LARGEST_PICTURE
+    (tmp_path / "samples.png").write_bytes(png)
+    shown_as = report._picture(tmp_path / "samples.png")
+    kind, encoded = re.findall(r"^!\[samples\]\(data:image/(\w+);base64,(.*)\)$", shown_as)[0]
+    shown = base64.b64decode(encoded)
+    assert len(shown) <= report.LARGEST_PICTURE
+    with Image.open(io.BytesIO(shown)) as image, Image.open(io.BytesIO(png)) as whole:
+        assert (kind, image.format, image.mode) == ("jpeg", "JPEG", "RGB")
+        assert image.width >= whole.width // 2

@@ -1,4 +1,4 @@
-"""An output that git tracks ends a stage before its work, not after."""
+"""A stage with an output tracked by git fails before its work, not after."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import UserError
-from flows.__main__ import check_untracked
+from flows.commands.stage import check_untracked
 from tests.training import trees
 
 
@@ -28,10 +28,10 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", *arguments], check=True, capture_output=True)
 
 
-def test_a_stage_refuses_before_its_work(tree: Path) -> None:
+def test_a_stage_fails_before_its_work(tree: Path) -> None:
     git("init")
     git("add", "--force", "models/ddpm/config.json")
-    for command in (["train"], ["evaluate"]):  # without its pairs, a stage that has begun says so
+    for command in (["train"], ["evaluate"]):  # a stage that starts would report missing pairs
         done = trees.run(tree, *command)
         assert done.returncode == 1
         assert ("models/ddpm: tracked by git" in done.stderr) == (command == ["train"])
@@ -42,7 +42,7 @@ def test_a_stage_refuses_before_its_work(tree: Path) -> None:
     )
 
 
-def test_what_the_line_says_helps(tree: Path) -> None:
+def test_the_advice_works(tree: Path) -> None:
     git("init")
     check_untracked("train")
     git("add", "--force", "models", "reports")
@@ -54,7 +54,7 @@ def test_what_the_line_says_helps(tree: Path) -> None:
     assert (tree / "models" / "ddpm" / "config.json").exists()
 
 
-def test_an_output_that_dvc_leaves_to_git_may_be_tracked(tree: Path) -> None:
+def test_an_output_with_cache_false_may_be_tracked(tree: Path) -> None:
     git("init")
     git("add", "--force", "reports/train.json")
     text = (tree / "dvc.yaml").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_an_output_that_dvc_leaves_to_git_may_be_tracked(tree: Path) -> None:
     check_untracked("train")
 
 
-def test_without_repository_git_or_pipeline_nothing_is_tracked(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_repository_git_or_pipeline_nothing_is_reported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_untracked("train")
     git("init")
     git("add", "--force", "models")

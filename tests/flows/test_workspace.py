@@ -1,4 +1,4 @@
-"""Workspaces: made whole, kept apart, cleaned, found."""
+"""Creating, isolating, cleaning up and finding workspaces."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def state(name: str) -> str:
 
 
 @pytest.mark.usefixtures("repository")
-def test_it_holds_the_files_as_they_are_with_the_runs_parameters() -> None:
+def test_it_has_the_current_files_and_the_parameters_of_the_run() -> None:
     Path("new.py").write_text("new")
     Path("stage.py").write_text("changed")
     Path(".ddpm/secret").parent.mkdir()
@@ -49,7 +49,7 @@ def test_it_holds_the_files_as_they_are_with_the_runs_parameters() -> None:
     assert (directory / "stage.py").read_text() == "changed"
     assert (directory / ".ddpm" / "secret").read_text() == "state"
     assert params.load(directory / "params.yaml").train.steps == 5
-    assert "# a GPU where there is one" in (directory / "params.yaml").read_text()
+    assert "# a GPU if available" in (directory / "params.yaml").read_text()
     run = workspace.Run.read(directory)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert (run.name, run.flow_run_id, run.git_revision, run.git_dirty) == ("one", "id-one", head, True)
@@ -57,7 +57,7 @@ def test_it_holds_the_files_as_they_are_with_the_runs_parameters() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_how_the_block_ends_is_the_runs_state() -> None:
+def test_the_state_is_how_the_block_ends() -> None:
     document = workspace.document(None, {})
     for error, expected in (
         (RuntimeError(), "failed"),
@@ -76,7 +76,7 @@ def test_how_the_block_ends_is_the_runs_state() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_the_same_run_goes_on_in_its_workspace_and_another_of_its_name_gets_its_own() -> None:
+def test_a_restarted_run_keeps_its_workspace_unlike_a_namesake() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document) as first:
         (first / "mark").touch()
@@ -89,17 +89,20 @@ def test_the_same_run_goes_on_in_its_workspace_and_another_of_its_name_gets_its_
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_workspace_in_use_is_no_one_elses() -> None:
+def test_a_workspace_in_use_is_locked() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document):
-        with pytest.raises(UserError, match="run 'one' goes on in another process"), workspace.use("one", "first", {}):
+        with (
+            pytest.raises(UserError, match="run 'one' is running in another"),
+            workspace.use("one", "first", {}),
+        ):
             pass
         with workspace.use("one", "second-run", document) as other:
             assert other.name == "one-second-r"
 
 
 @pytest.mark.usefixtures("repository")
-def test_runs_that_start_at_once_do_not_trip_over_the_removal_of_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_runs_can_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
     document = workspace.document(None, {})
     for number in range(6):
         make(f"old{number}")
@@ -119,7 +122,7 @@ def test_runs_that_start_at_once_do_not_trip_over_the_removal_of_old_ones(monkey
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_long_run_is_not_removed_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_is_not_removed_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDPM_KEEP_DAYS", "10")
     directory = make("long")
     started = (datetime.now(UTC) - timedelta(days=15)).isoformat()
@@ -129,7 +132,7 @@ def test_a_long_run_is_not_removed_as_it_ends(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_workspace_that_vanishes_while_runs_are_listed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_workspace_deleted_during_listing_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     make("one")
     gone = make("gone")
     monkeypatch.setattr(Path, "glob", lambda *_: iter([gone / "run.json", RUNS / "one" / "run.json"]))
@@ -138,7 +141,7 @@ def test_a_workspace_that_vanishes_while_runs_are_listed_is_left_out(monkeypatch
 
 
 @pytest.mark.usefixtures("repository")
-def test_files_that_git_does_not_track_and_dvc_lock_do_not_make_it_dirty() -> None:
+def test_untracked_files_and_dvc_lock_do_not_make_it_dirty() -> None:
     Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     git("add", "--all")
     git("commit", "--quiet", "--message", "lock")
@@ -150,14 +153,14 @@ def test_files_that_git_does_not_track_and_dvc_lock_do_not_make_it_dirty() -> No
 
 
 @pytest.mark.usefixtures("repository")
-def test_what_one_run_has_done_another_takes_from_the_cache() -> None:
+def test_runs_share_the_cache() -> None:
     assert dvc_stage.run("shard", make("one"), print) == "run"
     assert dvc_stage.run("shard", make("two"), print) == "cached"
     assert dvc_stage.run("shard", make("three", {"shard": {"val_fraction": 0.2}}), print) == "run"
 
 
 @pytest.mark.usefixtures("repository")
-def test_old_and_many_workspaces_are_removed_but_none_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_and_surplus_workspaces_are_removed_unless_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         make(f"run{number}")
         age(f"run{number}", 5 - number)
@@ -174,7 +177,7 @@ def test_old_and_many_workspaces_are_removed_but_none_in_use(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("repository")
-def test_an_error_while_making_it_leaves_nothing_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_creating_it_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise UserError("no cache")
 
@@ -184,7 +187,7 @@ def test_an_error_while_making_it_leaves_nothing_to_see(monkeypatch: pytest.Monk
     assert list(RUNS.glob("[!.]*")) == []
 
 
-def test_without_git_it_says_so(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_git_is_reported(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
@@ -193,7 +196,7 @@ def test_without_git_it_says_so(tmp_path: Path, root: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("repository")
-def test_raw_data_under_dvc_come_from_the_cache() -> None:
+def test_raw_data_tracked_by_dvc_come_from_the_cache() -> None:
     Path("data/raw/mine").mkdir()
     Path("data/raw/mine/a.png").write_bytes(b"image")
     workspace.dvc(Path(), "add", "data/raw/mine")
@@ -202,22 +205,22 @@ def test_raw_data_under_dvc_come_from_the_cache() -> None:
     for file in Path(".dvc/cache/files").rglob("*"):
         if file.is_file():
             file.unlink()
-    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache: `dvc pull"):
+    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache; `dvc pull"):
         make("two", changes)
 
 
 @pytest.mark.usefixtures("repository")
-def test_raw_data_that_no_run_could_have_are_named() -> None:
+def test_untracked_raw_data_are_rejected() -> None:
     Path("mine/.gitignore").parent.mkdir()
     Path("mine/.gitignore").write_text("*\n")
-    with pytest.raises(UserError, match="mine is neither in git nor under DVC"):
+    with pytest.raises(UserError, match="mine is tracked by neither git nor DVC"):
         make("one", {"shard": {"source": "mine"}})
     with pytest.raises(UserError, match=r"shard.source: absent: no such file"):
         make("two", {"shard": {"source": "absent"}})
 
 
 @pytest.mark.usefixtures("repository")
-def test_parameters_are_laid_over_preset_over_params_yaml() -> None:
+def test_changes_override_the_preset_which_overrides_params_yaml() -> None:
     document = workspace.document("short", {"train": {"batch_size": 4}, "seed": 9})
     assert (document["train"]["steps"], document["train"]["batch_size"], document["seed"]) == (7, 4, 9)
     with pytest.raises(UserError, match="there are short"):
@@ -236,9 +239,9 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     (directory / "reports" / "evaluate.json").write_text('{"mse": 0.25}')
     assert workspace.find("red-f").name == "red-fox"
     assert workspace.find("red").name == "red"
-    with pytest.raises(UserError, match="could be red-fox, red-hen"):
+    with pytest.raises(UserError, match="ambiguous; matches red-fox, red-hen"):
         workspace.find("red-")
-    with pytest.raises(UserError, match="no such run; there are"):
+    with pytest.raises(UserError, match="not found; available:"):
         workspace.find("blue")
     lost = workspace.Run.read(RUNS / "red-fox")
     workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
@@ -251,18 +254,18 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_damaged_files_of_a_run_are_named_and_the_others_still_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_runs_are_reported_and_the_others_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("red", "green", "blue"):
         make(name)
     (RUNS / "red" / "run.json").write_text("")
     (RUNS / "green" / "reports").mkdir()
     (RUNS / "green" / "reports" / "evaluate.json").write_text("[]")
     workspace.list_runs()
-    told = capsys.readouterr()
-    assert "red/run.json: damaged; delete" in told.err
-    rows = {line.split()[0]: line.split()[3:] for line in told.out.split("\n\n")[0].splitlines()[1:]}
+    output = capsys.readouterr()
+    assert "red/run.json: damaged; delete" in output.err
+    rows = {line.split()[0]: line.split()[3:] for line in output.out.split("\n\n")[0].splitlines()[1:]}
     assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
-    with pytest.raises(UserError, match="no such run; there are"):
+    with pytest.raises(UserError, match="not found; available:"):
         workspace.find("red")
     (RUNS / "blue" / "summary.json").write_text('{"stages": 1}')
     with pytest.raises(UserError, match=r"blue/summary\.json: damaged"):
@@ -294,7 +297,7 @@ def dvc_settings(directory: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_configuration_that_dvc_rejects_is_one_line() -> None:
+def test_a_configuration_rejected_by_dvc_gives_one_line() -> None:
     Path(".dvc/config").write_text("[core]\n    analytics = perhaps\n")
     with pytest.raises(UserError, match=r"DVC's configuration: .*analytics") as error:
         make("one")

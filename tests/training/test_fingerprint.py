@@ -38,9 +38,9 @@ def begins(tree: Path) -> bool:
     """Whether training, started anew, begins at step 0; else it goes on from the newest checkpoint that was there."""
     before, newest = trees.digests(tree, ".ddpm/checkpoints"), max(steps(tree))
     said = trees.stopped(tree, 0).stderr
-    if f", going on from step {newest}\n" in said:
+    if f", resuming from step {newest}\n" in said:
         return False
-    assert "going on" not in said
+    assert "resuming from step" not in said
     after = trees.digests(tree, ".ddpm/checkpoints")
     assert before.items() <= after.items()  # the other training can still be taken up again
     return True
@@ -124,8 +124,8 @@ def test_every_file_that_training_depends_on_is_in_the_fingerprint(
 def test_a_checkpoint_of_another_number_of_threads_is_named(interrupted: Path, tmp_path: Path) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
     assert trees.stopped(tree, 0, threads=2).stderr.startswith(
-        "train: the checkpoint of step 21 of this training is not used: it was made with OMP_NUM_THREADS=1 (now 2), "
-        "and the result would not be the same to the bit; train with OMP_NUM_THREADS=1 to continue from it\n"
+        "train: not resuming from the checkpoint at step 21: it was made with OMP_NUM_THREADS=1 (now 2), so the "
+        "result would not be bit-identical; train with OMP_NUM_THREADS=1 to resume from it\n"
     )
 
 
@@ -165,9 +165,9 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
         (tmp_path / name / f"{0 if name == 'f' else 70:010d}.json").touch()  # step 0 is no loss
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / fingerprints.FACTS).write_text("{", encoding="utf-8")
-    first, second, third = fingerprints.unusable(tmp_path, facts)
+    first, second, third = fingerprints.unused_checkpoints(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
-    assert fingerprints.unusable(tmp_path, facts | {"params": {}}) == []
+    assert fingerprints.unused_checkpoints(tmp_path, facts | {"params": {}}) == []

@@ -103,5 +103,5 @@ def test_a_full_disk_costs_no_step_of_training(trained: Path, pairs_tree: Path, 
     assert len(named) == 4
     done = trees.run(tree)
     assert done.returncode == 0, done.stderr
-    assert "going on from step 40" in done.stderr
+    assert "resuming from step 40" in done.stderr
     assert trees.digests(tree, "models", "reports") == trees.digests(trained, "models", "reports")

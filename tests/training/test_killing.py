@@ -26,7 +26,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(pairs_tree: Path, tm
     going_on, unfinished = 0, 0
     for number, step in enumerate(sorted(chance.sample(range(STEPS - 50), KILLS))):
         with trees.start(killed, **always) as process:
-            going_on += "going on from step" in trees.wait_for(process, "parameters, ")
+            going_on += "resuming from step" in trees.wait_for(process, "parameters, ")
             while not any(int(path.stem) >= step for path in killed.glob(".ddpm/checkpoints/*/0*.json")):
                 assert process.poll() is None
                 time.sleep(0.002)
@@ -42,6 +42,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(pairs_tree: Path, tm
     assert unfinished > 0
     done = trees.run(killed)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert trees.digests(killed, "models", "reports") == trees.digests(whole, "models", "reports")
     assert "models/ddpm/model.safetensors" in trees.digests(killed, "models")

@@ -103,7 +103,7 @@ def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tre
     assert rest.endswith("ddpm train: stopped by SIGINT\n")
     done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     alone.assert_same_as(tree)
 
 
@@ -119,15 +119,15 @@ def test_a_lost_process_is_replaced_and_the_result_is_the_same(two: Path, pairs_
     with trees.start(tree, **trees.seconds(0)) as process:
         trees.wait_for(process, "step 20: held-out")
         kill(process.pid, rank=1)
-        said = trees.wait_for(process, "going on from the checkpoint")
+        said = trees.wait_for(process, "resuming from the checkpoint")
         _, rest = process.communicate(timeout=120)
     assert process.returncode == 0, rest
     found = re.fullmatch(
-        r"train: process 1 of 2 was killed by SIGKILL; going on from the checkpoint of step (\d+), restart 1 of 3\n",
+        r"train: process 1 of 2 was killed by SIGKILL; resuming from the checkpoint at step (\d+) \(restart 1 of 3\)\n",
         said,
     )
     assert found is not None, said
-    assert f", going on from step {found[1]}\n" in rest
+    assert f", resuming from step {found[1]}\n" in rest
     assert "Traceback" not in rest
     assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
 
@@ -137,14 +137,14 @@ def test_processes_lost_too_often_end_the_training(pairs_tree: Path, tmp_path: P
     with trees.start(tree, DDPM_MAX_RESTARTS="1") as process:
         trees.wait_for(process, "step 20: held-out")
         kill(process.pid, rank=0)
-        trees.wait_for(process, "going on from the checkpoint")
+        trees.wait_for(process, "resuming from the checkpoint")
         trees.wait_for(process, "parameters, ")
         workers = psutil.Process(process.pid).children()
         kill(process.pid, rank=0)
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 1
     assert rest.endswith(
-        "ddpm train: error: process 0 of 2 was killed by SIGKILL; `dvc repro` goes on from the last checkpoint\n"
+        "ddpm train: error: process 0 of 2 was killed by SIGKILL; `dvc repro` resumes from the last checkpoint\n"
     )
     assert "Traceback" not in rest
     psutil.wait_procs(workers, timeout=60)
@@ -214,7 +214,7 @@ def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path:
         kill(process.pid, rank=1)
         _, told = process.communicate(timeout=120)
     assert process.returncode == 0, told
-    assert ", going on from step" in told
+    assert ", resuming from step" in told
     assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
 
 
@@ -233,7 +233,7 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
             launchers.append(running.enter_context(trees.start(tree, *command, **more)))
         trees.wait_for(launchers[0], "step 20: held-out")
         kill(launchers[1].pid, rank=1)
-        trees.wait_for(launchers[0], ", going on from step")
+        trees.wait_for(launchers[0], ", resuming from step")
         for process in launchers:
             _, told = process.communicate(timeout=180)
             assert process.returncode == 0, told
@@ -246,7 +246,7 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
 @pytest.mark.parametrize(
     ("device", "processes", "message"),
     [
-        ("auto", 3, "train.processes: 3 processes need a GPU each, but there are 2; set it to 2"),
+        ("auto", 3, "train.processes: 3 processes need a GPU each (available: 2); set it to 2"),
         ("cuda:1", 2, "device: cuda:1 is one GPU, but train.processes is 2; set device to cuda"),
     ],
 )

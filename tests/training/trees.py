@@ -13,7 +13,7 @@ from unittest.mock import patch
 from diffusion.training.stop import StopSignals
 from flows import yaml_files
 from flows.changes import lay_over
-from flows.stages.train import SECONDS
+from flows.stages.train import CHECKPOINT_SECONDS
 from tests.command import ddpm
 
 ROOT = Path(__file__).parents[2]
@@ -101,4 +101,4 @@ def digests(tree: Path, *parts: str) -> dict[str, str]:
 
 def seconds(value: float) -> dict[str, str]:
     """The environment for a checkpoint every so many seconds."""
-    return {SECONDS: str(value)}
+    return {CHECKPOINT_SECONDS: str(value)}

@@ -65,9 +65,13 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
         (
             [0.100, -0.080, 0.090, -0.060, 0.010],
             "1",
-            "the difference, -0.012 ± 0.073 (95 %, 5 images), is not below zero by more than the noise of the",
+            "the difference, -0.012 ± 0.073 (95 %, 5 images), is not below zero by more than the measurement noise",
         ),
-        ([0.0] * 5, "1", "the difference, +0 ± 0 (95 %, 5 images), is not below zero by more than the noise"),
+        (
+            [0.0] * 5,
+            "1",
+            "the difference, +0 ± 0 (95 %, 5 images), is not below zero by more than the measurement noise",
+        ),
         ([-0.1] * 5, "1", "the difference, +0.1 ± "),
     ],
 )
@@ -148,7 +152,7 @@ def test_a_champion_without_its_errors_gives_way_by_hand_alone(
         client.delete_run(run_id)
         client._tracking_client.store._hard_delete_run(run_id)
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert f"the errors of version 1 are {told} ({run_id})" in description(paths, "2")
+    assert f"the per-image errors of version 1 are {told} ({run_id})" in description(paths, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
 
 

@@ -45,9 +45,9 @@ def test_an_interrupted_training_resumes_in_its_mlflow_run(paths: Paths, known: 
     assert recorded.run_id == live.run_id
     assert len(runs_of(client)) == 1
     found = content(client, live.run_id)
-    assert found["curves"]["train/loss"] == [(row["step"], row["loss"]) for row in LOSS]
+    assert found["curves"]["curves/loss"] == [(row["step"], row["loss"]) for row in LOSS]
     assert found["curves"]["train/images_per_second"] == [(row["step"], 1000.0) for row in LOSS]
-    assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
+    assert found["curves"]["curves/heldout_mse"] == [(50, 0.4), (100, 0.3)]
     assert image_steps(found["files"]) == [50, 100]
     assert found["status"] == "FINISHED"
 
@@ -64,7 +64,7 @@ def test_a_resumed_training_has_the_name_and_origin_of_the_flow_run_that_resumed
         (run,) = runs_of(client_of(paths))
         tags = run.data.tags
         names = (run.info.run_name, tags["mlflow.runName"])
-        found.append((*names, *(tags.get(key) for key in ("ddpm.flow_run_id", "mlflow.source.git.commit"))))
+        found.append((*names, *(tags.get(key) for key in ("mlflow.ddpm.flow_run_id", "mlflow.source.git.commit"))))
     assert found == [
         ("calm-owl", "calm-owl", "17", "17" * 20),
         ("brave-otter", "brave-otter", "18", "18" * 20),
@@ -90,10 +90,10 @@ def test_a_training_that_went_back_is_shown_by_its_second_attempt(paths: Paths, 
     assert tracking.record(PARAMS, paths, live.run_id) is not None
     client = client_of(paths)
     (run,) = runs_of(client)
-    history = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.timestamp)
+    history = sorted(client.get_metric_history(run.info.run_id, "curves/loss"), key=lambda point: point.timestamp)
     assert {point.step: point.value for point in history} == {row["step"]: row["loss"] for row in LOSS}
     assert len(history) == len(LOSS) + 3
-    figures = {key: run.data.metrics[f"train/{key}"] for key in ("loss", "heldout_mse")}
+    figures = {key: run.data.metrics[f"curves/{key}"] for key in ("loss", "heldout_mse")}
     assert figures == {"loss": LOSS[-1]["loss"], "heldout_mse": 0.3}
     pictures = image_steps(content(client, run.info.run_id)["files"])
     assert pictures == ([50, 100, 100] if followed else [50, 100])

@@ -45,12 +45,14 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["params"]["network.channel_multipliers"] == "[1, 2]"
     sections = parameters.SECTIONS | {"network": UNetOptions}
     fields = {f"{section}.{key}" for section, model in sections.items() for key in model.model_fields}
-    assert set(found["params"]) == fields | {"train.optimizer.learning_rate", "seed", "device"}
+    facts = {"trained.steps": "100", "trained.images": "12800", "exported.sampler.images": "64"}
+    assert facts.items() <= found["params"].items()
+    assert set(found["params"]) == fields | {"train.optimizer.learning_rate", "seed", "device"} | facts.keys()
     assert found["params"]["train.optimizer"] == "muon"
-    assert found["tags"]["ddpm.weights_sha256"] == weights
-    assert found["curves"]["train/loss"] == [(row["step"], row["loss"]) for row in LOSS]
-    assert found["curves"]["train/heldout_mse"] == [(50, 0.4), (100, 0.3)]
-    assert found["curves"]["train/steps"] == [(0, 100.0)]
+    assert found["tags"]["mlflow.ddpm.weights_sha256"] == weights
+    assert found["curves"]["curves/loss"] == [(row["step"], row["loss"]) for row in LOSS]
+    assert found["curves"]["curves/heldout_mse"] == [(50, 0.4), (100, 0.3)]
+    assert found["params"]["trained.steps"] == "100"
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
     assert found["curves"]["export/denoiser/max_difference"] == [(0, 1e-6)]
     assert image_steps(found["files"]) == [50, 100]
@@ -66,7 +68,12 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["status"] == "FINISHED"
     ((name, version, aliases, tags),) = found["versions"]
     assert (name, version, aliases) == ("ddpm", "1", ["challenger", "champion"])
-    assert (tags["val_mse"], tags["mse"], tags["r2"], tags["ddpm.weights_sha256"]) == ("0.3", "0.3", "0.7", weights)
+    assert (tags["val_mse"], tags["mse"], tags["r2"], tags["mlflow.ddpm.weights_sha256"]) == (
+        "0.3",
+        "0.3",
+        "0.7",
+        weights,
+    )
     assert recorded.model_version == "1"
     assert recorded.aliases == ["challenger", "champion"]
     table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
@@ -83,7 +90,7 @@ def test_variants_and_speeds_are_kept_with_the_run_that_exported_them(paths: Pat
     assert first
     assert tracking.record(PARAMS, paths, speed={"fp32": {"ms_at_1": 9.5}}) == first
     found = content(client_of(paths), first.run_id)
-    assert found["tags"]["ddpm.weights_sha256"] == digest
+    assert found["tags"]["mlflow.ddpm.weights_sha256"] == digest
     assert {"onnx/denoiser.onnx", "onnx/sampler_int8.onnx"} <= set(found["files"])
     assert "onnx/sampler.onnx" not in found["files"]  # it is the registered model
     assert {key: points[0][1] for key, points in found["curves"].items() if "int8" in key or "speed" in key} == {
@@ -165,7 +172,7 @@ def test_the_code_is_named_by_the_workspace_or_by_git(paths: Paths) -> None:
     recorded = tracking.record(PARAMS, paths)
     assert recorded is not None
     tags = client_of(paths).get_run(recorded.run_id).data.tags
-    names = ("mlflow.runName", "ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty")
+    names = ("mlflow.runName", "mlflow.ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty")
     assert [tags[name] for name in names] == ["brave-otter", "17", "abc", "true"]
 
     (paths.root / "run.json").unlink()

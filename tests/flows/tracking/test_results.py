@@ -93,14 +93,14 @@ def test_results_of_reused_weights_get_a_run_of_their_own(paths: Paths) -> None:
     assert found["tags"]["mlflow.runName"] == "calm-owl"
     assert found["status"] == "FINISHED"
     # The training's final figures, and its weights as an input.
-    assert found["curves"]["train/loss"] == [(LOSS[-1]["step"], LOSS[-1]["loss"])]
-    assert found["curves"]["train/heldout_mse"] == [(100, 0.3)]
-    assert found["curves"]["train/steps"] == [(0, 100.0)]
+    assert found["curves"]["curves/loss"] == [(LOSS[-1]["step"], LOSS[-1]["loss"])]
+    assert found["curves"]["curves/heldout_mse"] == [(100, 0.3)]
+    assert found["params"]["trained.steps"] == "100"
     assert image_steps(found["files"]) == []
     inputs = client.get_run(second.run_id).inputs.model_inputs
     weights = client.get_logged_model(inputs[0].model_id)
     assert (len(inputs), weights.source_run_id, weights.name) == (1, first.run_id, "weights")
-    assert weights.tags["ddpm.weights_sha256"] == digest
+    assert weights.tags["mlflow.ddpm.weights_sha256"] == digest
     directory = Path(mlflow.artifacts.download_artifacts(f"models:/{weights.model_id}"))
     assert hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest() == digest
     # The registered versions point to the runs that exported them.
@@ -166,7 +166,7 @@ def test_parameters_that_changed_while_a_training_was_interrupted_stay_in_its_ru
     assert found.run_id == live.run_id
     (run,) = runs_of(client_of(paths))
     assert run.data.params["sample.steps"] == "10"
-    assert run.data.metrics["train/loss"] == LOSS[-1]["loss"]
+    assert run.data.metrics["curves/loss"] == LOSS[-1]["loss"]
 
 
 def test_trainings_of_different_parameters_that_give_the_same_weights_keep_their_curves(paths: Paths) -> None:
@@ -180,7 +180,7 @@ def test_trainings_of_different_parameters_that_give_the_same_weights_keep_their
     assert second.run_id == second.trained_in == live.run_id != first.run_id
     curve = [(row["step"], row["loss"]) for row in LOSS]
     for run in (first, second):
-        assert content(client_of(paths), run.run_id)["curves"]["train/loss"] == curve
+        assert content(client_of(paths), run.run_id)["curves"]["curves/loss"] == curve
 
 
 def test_edited_parameters_are_never_taken_for_those_of_the_results(
@@ -217,7 +217,7 @@ def test_files_of_other_weights_or_data_are_left_out(paths: Paths, capfd: pytest
         f"MLflow: left out: {reason}; `dvc repro` brings it up to date" for reason in reasons
     ]
     write_all(paths)
-    write_json(paths.pairs / "manifest.json", {"images": 11})
+    write_json(paths.pairs / "manifest.json", {"splits": {"train": {"images": 1453}}})
     write_sums(paths.pairs)
     with pytest.raises(UserError, match=r"^data/pairs/manifest\.json is not the file that train read; `dvc repro`"):
         tracking.track(PARAMS, paths, as_json=False)

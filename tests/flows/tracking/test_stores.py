@@ -88,8 +88,8 @@ def test_without_mlflow_a_training_goes_on_and_says_so_once(
     assert live.run_id == "kept"
     (line,) = capfd.readouterr().err.splitlines()
     assert line == (
-        f"MLflow: {uri} cannot be used ([Errno 111] Connection refused); going on without it, "
-        "`ddpm track` brings the results there later"
+        f"MLflow: {uri} cannot be used ([Errno 111] Connection refused); continuing without it; "
+        "`ddpm track` records the results later"
     )
     with pytest.raises(UserError, match=rf"^MLflow at {uri}: \[Errno 111\] Connection refused$"):
         tracking.track(PARAMS, paths, as_json=False)
@@ -121,7 +121,7 @@ def test_a_store_that_fails_while_training_does_not_end_it(paths: Paths, capfd: 
     write_all(paths)
     recorded = tracking.record(PARAMS, paths, live.run_id)
     assert recorded is not None
-    assert content(client_of(paths), recorded.run_id)["curves"]["train/loss"] == [(r["step"], r["loss"]) for r in LOSS]
+    assert content(client_of(paths), recorded.run_id)["curves"]["curves/loss"] == [(r["step"], r["loss"]) for r in LOSS]
 
 
 @pytest.fixture

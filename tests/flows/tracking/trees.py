@@ -36,7 +36,7 @@ PARAMS = changed()
 def write_tree(paths: Paths) -> None:
     """What is there before a training."""
     paths.pairs.mkdir(parents=True, exist_ok=True)
-    write_json(paths.pairs / "manifest.json", {"images": 10})
+    write_json(paths.pairs / "manifest.json", {"splits": {"train": {"images": 1452}}})
     write_sums(paths.pairs)
     shutil.copyfile(REPOSITORY / "params.yaml", paths.params)
     (paths.root / "dvc.lock").write_text("schema: '2.0'\n")

@@ -1,0 +1,50 @@
+"""Where the services of this repository are, as `make up` recorded it."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows.paths import Paths
+
+PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000}
+
+
+def recorded(paths: Paths) -> dict[str, str]:
+    """The ports and the tracking URI with which the services were last started; empty before the first time."""
+    try:
+        found = json.loads((paths.state / "services" / "addresses.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def port(variable: str, paths: Paths) -> str:
+    """The port in PREFECT_PORT or MLFLOW_PORT: as the services were last started, or else as they would be now."""
+    return recorded(paths).get(variable) or os.environ.get(variable) or str(PORTS[variable])
+
+
+def mlflow(paths: Paths) -> str:
+    """Address of the MLflow server that `make up` starts."""
+    return f"http://127.0.0.1:{port('MLFLOW_PORT', paths)}"
+
+
+def listens(url: str) -> bool:
+    """Whether anything listens at an address."""
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection(
+            (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), timeout=3
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def nobody_at(url: str) -> str:
+    """What to do where no Prefect server answers at an address."""
+    own = f"http://127.0.0.1:{port('PREFECT_PORT', Paths(Path.cwd()))}/api"
+    if own != url and listens(own):
+        return f"No Prefect server answers at {url}, but this repository's does at {own}: set PREFECT_API_URL={own}"
+    return f"No Prefect server answers at {url}: `make up` starts one."

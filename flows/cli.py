@@ -1,0 +1,137 @@
+"""The commands of `ddpm`: their names, groups and functions; what a command needs is imported when it is called."""
+
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from flows import presets
+from flows.paths import Paths
+from flows.stages import STAGES
+
+STAGE, INPUTS, MODELS, RUNS = (
+    Group.create_ordered(name) for name in ("Stages", "Parameters and data", "Models", "Results and runs")
+)
+app = App(
+    name="ddpm",
+    help="Train, evaluate and export denoising diffusion models.",
+    version=partial(version, "ddpm-pipeline"),
+    default_parameter=Parameter(negative=()),  # no --no-force beside --force
+)
+app.register_install_completion_command(help="Install tab completion for this shell and exit.")
+
+
+def _stage(stage: str) -> None:
+    from flows.commands.stage import run
+
+    run(stage)
+
+
+for _position, (_name, _text) in enumerate(STAGES.items()):
+    app.command(partial(_stage, _name), name=_name, help=_text, group=STAGE, sort_key=_position)
+
+
+def _lazily(name: str, function: str, text: str, group: Group) -> None:
+    app.command(f"flows.commands.{function}", name=name, help=text, group=group)
+
+
+_lazily("params", "parameters:show", "Show every parameter: value, choices, limits, default and meaning.", INPUTS)
+_lazily("set", "parameters:assign", "Change parameters in params.yaml.", INPUTS)
+
+
+PRESETS = ", ".join(presets.names(Paths().presets)) or "presets/*.yaml"
+
+
+@app.command(group=INPUTS)
+def preset(name: Annotated[str, Parameter(help=f"One of: {PRESETS}.")], /) -> None:
+    """Write a preset into params.yaml; seed, device and tracking stay as they are."""
+    from flows.commands.parameters import apply_preset
+
+    apply_preset(name)
+
+
+@app.command(name="import", group=INPUTS)
+def import_data(path: Path, /, *, name: str, link: bool = False, split_names_as_classes: bool = False) -> None:
+    """Add your own images to data/raw and DVC.
+
+    Args:
+        path: An .npz file, a folder of idx files or a folder of images.
+        name: Name below data/raw.
+        link: Link to the files instead of copying them.
+        split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
+    """
+    from flows import importing
+
+    importing.import_data(path, name, Paths(), link=link, split_names_as_classes=split_names_as_classes)
+
+
+_lazily("sample", "sample:run", "Generate images with the trained model.", MODELS)
+_lazily("verify-onnx", "verify_onnx:run", "Check an exported ONNX file with the test that it carries.", MODELS)
+_lazily("triton", "triton:run", "Write both ONNX graphs as a model repository of Triton Inference Server.", MODELS)
+_lazily("export-diffusers", "diffusers:export_model", "Write the trained model as a diffusers pipeline.", MODELS)
+_lazily("import-diffusers", "diffusers:import_model", "Make a diffusers model the trained model.", MODELS)
+
+
+@app.command(group=RUNS)
+def runs() -> None:
+    """List the flow runs that are kept here."""
+    from flows import workspace
+
+    workspace.list_runs()
+
+
+@app.command(group=RUNS)
+def summary(run: str | None = None, /) -> None:
+    """Show a flow run's stages and results.
+
+    Args:
+        run: Name of a flow run; by default the last one.
+    """
+    from flows import summary
+
+    summary.show(run)
+
+
+@app.command(group=RUNS)
+def apply(run: str, /, *, force: bool = False) -> None:
+    """Bring a flow run's parameters and results into the working tree.
+
+    Args:
+        run: Name of a flow run (see `ddpm runs`).
+        force: Overwrite uncommitted changes.
+    """
+    from flows.apply import apply
+
+    apply(run, force=force)
+
+
+@app.command(group=RUNS)
+def track(run: str | None = None, /, *, json: bool = False) -> None:
+    """Record results in MLflow that are not there yet.
+
+    Args:
+        run: Name of a flow run (see `ddpm runs`); by default the working tree.
+        json: Print run id, address and model version as JSON.
+    """
+    from flows import tracking, workspace
+    from flows.params import load
+
+    paths = Paths(workspace.find(run)) if run else Paths()
+    tracking.track(load(paths.params), paths, as_json=json)
+
+
+@app.command(group=RUNS)
+def promote(version: str, /, *, reason: str) -> None:
+    """Make a registered model version the champion.
+
+    Args:
+        version: Its number in MLflow.
+        reason: Why; it is added to the version's description.
+    """
+    from flows import tracking
+    from flows.params import load
+
+    paths = Paths()
+    tracking.promote(load(paths.params), paths, version, reason)

@@ -1,0 +1,40 @@
+"""`ddpm export-diffusers` and `ddpm import-diffusers`."""
+
+import shutil
+from pathlib import Path
+
+from diffusion.exchange import diffusers
+from flows.params import load
+from flows.paths import Paths
+
+
+def export_model(directory: Path, /, *, model: Path | None = None, force: bool = False) -> None:
+    """Write the trained model as a diffusers pipeline.
+
+    Args:
+        directory: Folder for DDPMPipeline.from_pretrained to load.
+        model: A trained model; by default models/ddpm.
+        force: Replace an existing pipeline.
+    """
+    paths = Paths()
+    sample = load(paths.params).sample
+    how = diffusers.export_model(model or paths.model, directory, sample, force)
+    print(f"{directory} is now what diffusers.{how}")
+
+
+def import_model(directory: Path, /, *, out: Path | None = None, force: bool = False) -> None:
+    """Make a diffusers model the trained model.
+
+    Args:
+        directory: A DDPMPipeline or a UNet2DModel.
+        out: Folder to write; by default models/ddpm, as if the model had been trained here.
+        force: Replace an existing model.
+    """
+    paths = Paths()
+    target = out or paths.model
+    how = diffusers.import_model(directory, target, force)
+    if out is None:  # what the training of the previous model reported
+        paths.train_report.unlink(missing_ok=True)
+        for former in (paths.train_curves, paths.previews):
+            shutil.rmtree(former, ignore_errors=True)
+    print(f"{target} now holds the model of {directory}; {how}")

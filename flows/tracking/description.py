@@ -1,0 +1,144 @@
+"""A run's description: what was trained on what, the key figures, and the verdict on its model.
+
+A user may edit it in MLflow: from then on it is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.params import Params
+from flows.paths import Paths
+from flows.tracking import pages
+from flows.tracking.names import HIDDEN
+from flows.tracking.results import Results
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+NOTE, WRITTEN = "mlflow.note.content", f"{HIDDEN}note_sha256"
+VERDICT = "**Verdict on"
+FIGURES = (
+    ("mse", "held-out MSE"),
+    ("r2", "R²"),
+    ("bits_per_dim", "bits/dim"),
+    ("val_mse", "val MSE"),
+    ("wiener_mse", "held-out MSE of a linear denoiser"),
+)
+GLOSSARY = """\
+- held-out MSE (`evaluate/mse`): mean squared error of the predicted noise on the test pairs; predicting zero scores 1.
+- R² (`evaluate/r2`): the share of the noise's variance that the network explains there.
+- bits/dim (`evaluate/bits_per_dim`): variational bound on the negative log-likelihood of test images.
+- val MSE (`evaluate/val_mse`): the error on the validation pairs, by which champions are chosen.
+- linear denoiser (`evaluate/wiener_mse`): the Wiener filter fitted on the training images, as a baseline.
+- `curves/loss`: the training loss, weighted; `loss_by_timestep/tA-B`: its mean over the timesteps A to B alone.
+- `curves/heldout_mse`: the averaged weights' error on up to 1,024 validation pairs, measured while training."""
+
+
+def training(params: Params, paths: Paths) -> str:
+    """The description of a run whose training has no results yet."""
+    return (
+        f"Training of {_network(params)} on {_data(params, paths)}: at most {params.train.steps:,} steps of "
+        f"{params.train.batch_size:,} images.\n\nNo results were recorded yet."
+    )
+
+
+def results(found: Results, trained_in: str, verdict: str) -> str:
+    """The description of a run that has results.
+
+    Args:
+        found: the results.
+        trained_in: a link to the run whose weights were reused, empty for a run that trained.
+        verdict: that on its model version, empty if there is none.
+    """
+    figures = _figures(found.evaluation.report) if found.evaluation else "Not evaluated yet."
+    return "\n\n".join(filter(None, [_trained(found, trained_in), figures, verdict, GLOSSARY]))
+
+
+def verdict(version: ModelVersion) -> str:
+    """A paragraph with the latest judgment in a version's description."""
+    number = str(version.version)
+    last = (version.description or "").split("\n\n")[-1]
+    return f"{VERDICT} [{version.name} version {number}]({pages.version('', version.name, number)}):** {last}"
+
+
+def run_link(experiment_id: str, run_id: str, name: str) -> str:
+    """A markdown link to another run of the same server."""
+    return f"[{name}]({pages.run('', experiment_id, run_id)})"
+
+
+def write(client: MlflowClient, run_id: str, text: str) -> None:
+    """Set a run's description, unless a user wrote or edited the one that it has."""
+    from mlflow.entities import RunTag
+
+    tags = client.get_run(run_id).data.tags
+    if _ours(tags) and tags.get(NOTE) != text:
+        client.log_batch(run_id, tags=[RunTag(NOTE, text), RunTag(WRITTEN, _digest(text))])
+
+
+def rewrite_verdict(client: MlflowClient, version: ModelVersion) -> None:
+    """Bring the verdict in the description of a version's run up to date, if there is such a description."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):  # the run was deleted
+        run_id = version.run_id or ""
+        before = client.get_run(run_id).data.tags.get(NOTE, "").split("\n\n")
+        after = [verdict(version) if paragraph.startswith(VERDICT) else paragraph for paragraph in before]
+        if after != before:
+            write(client, run_id, "\n\n".join(after))
+
+
+def _ours(tags: Mapping[str, str]) -> bool:
+    if WRITTEN in tags:
+        return _digest(tags.get(NOTE, "")) == tags[WRITTEN]
+    return NOTE not in tags
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trained(found: Results, trained_in: str) -> str:
+    report, params = found.training, found.params
+    size = [f"{report['parameters']:,} parameters"] if "parameters" in report else []
+    size += [f"{report['flops_per_image'] / 1e9:.3g} GFLOP per image"] if "flops_per_image" in report else []
+    network = _network(params) + (f" ({', '.join(size)})" if size else "")
+    steps, images = report["steps"], report["images"]
+    ended = f"{steps:,} steps" + (f" (of at most {params.train.steps:,})" if steps < params.train.steps else "")
+    text = (
+        f"{network} trained on {_data(params, found.paths)}: {ended} of {params.train.batch_size:,} images, "
+        f"{images:,} images in all, to a loss of {report['loss']:.4f}."
+    )
+    text = text[0].upper() + text[1:]
+    if report.get("kept_step", steps) != steps:
+        text += f" The weights are those of step {report['kept_step']:,}, which had the lowest held-out error."
+    return f"{text} The weights were trained in {trained_in} and are reused here." if trained_in else text
+
+
+def _network(params: Params) -> str:
+    return f"network `{params.network.kind}`"
+
+
+def _data(params: Params, paths: Paths) -> str:
+    manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
+    colours, name = "grayscale" if params.pairs.channels == 1 else "RGB", Path(params.shard.source).stem
+    size = f"{params.pairs.height}x{params.pairs.width}"
+    return f"**{name}**, {manifest['splits']['train']['images']:,} {colours} images of {size} pixels"
+
+
+def _figures(report: Mapping[str, float]) -> str:
+    """The key figures in one paragraph: MLflow's page shows only the first lines of a description."""
+    shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in FIGURES if key in report]
+    text = f"{'; '.join(shown)}. In brackets: 95 % intervals."
+    return text[0].upper() + text[1:]
+
+
+def _interval(report: Mapping[str, float], key: str) -> str:
+    low, high = report.get(f"{key}_low"), report.get(f"{key}_high")
+    return "" if low is None or high is None else f" ({low:.4f} to {high:.4f})"

@@ -1,0 +1,66 @@
+"""The names under which MLflow holds what the stages' files call otherwise.
+
+MLflow's pages hide tags that begin with `mlflow.`, draw one section of charts for each prefix of the metrics' names, in
+alphabetical order, and draw a metric as a curve if it has steps.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN, FORMER = "mlflow.ddpm.", "ddpm."
+"""Prefix of the tags by which runs are found, and the one that earlier versions used, which showed them to users."""
+GIT_DIRTY = "ddpm.git_dirty"
+"""The tag that is shown: whether tracked files had changes that were not committed."""
+
+
+def former(tag: str) -> str:
+    """The name that earlier versions gave a hidden tag."""
+    return FORMER + tag.removeprefix(HIDDEN)
+
+
+def current(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags with those of earlier versions under their present names."""
+    return {
+        HIDDEN + key.removeprefix(FORMER) if key.startswith(FORMER) and key != GIT_DIRTY else key: value
+        for key, value in tags.items()
+    }
+
+
+def curve(column: str) -> str:
+    """The metric of a column of reports/train_curves (heldout.csv's `mse`: `heldout_mse`).
+
+    `curves/`, the first section of charts, has the loss and the held-out error.
+    """
+    if column in ("loss", "heldout_mse"):
+        return f"curves/{column}"
+    if band := re.fullmatch(r"loss_t(\d+)_(\d+)", column):
+        return f"loss_by_timestep/t{band[1]}-{band[2]}"
+    return f"train/{column}"
+
+
+def figures(stage: str, report: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
+    """The numbers in a stage's report: metrics, and the counts and sizes that become MLflow parameters.
+
+    A report `train` gives `train/rollbacks` and `trained.images`, say, and the report's part `export/denoiser`
+    `export/denoiser/mse` and `exported.denoiser.pairs`.
+    """
+    metrics, constants = {}, {}
+    first, *rest = stage.split("/")
+    for key, value in report.items():
+        if key in _CONSTANT or key.endswith("_images"):
+            constants[".".join([first.removesuffix("e") + "ed", *rest, key])] = value
+        elif isinstance(value, int | float):
+            metrics[_metric(stage, key)] = value
+    return metrics, constants
+
+
+_CONSTANT = ("parameters", "flops_per_image", "steps", "kept_step", "images", "pairs")
+
+
+def _metric(stage: str, key: str) -> str:
+    if stage == "train":
+        return curve(key)
+    if key.endswith(("_low", "_high", "_se")):
+        return f"{stage}/intervals/{key}"
+    return f"{stage}/likelihood/{key}" if key.startswith("bits_per_dim_") else f"{stage}/{key}"
