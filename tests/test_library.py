@@ -103,8 +103,8 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(
     ("steps", "message"),
     [
         (10, "the loss or gradient was not finite for 7 steps in a row before step 8"),  # all but the first
-        (3, "loss or gradient was not finite at the end"),
-        (1, "loss or gradient was not finite at the end"),  # the weights are not
+        (3, "the loss or gradient was not finite at the end"),
+        (1, "the loss or gradient was not finite at the end"),  # the weights are not
     ],
 )
 def test_fitting_that_diverges_says_what_to_lower(steps: int, message: str) -> None:

@@ -65,7 +65,7 @@ def test_a_variance_that_the_model_does_not_have_is_refused(saved: tuple[Path, M
     with pytest.raises(UserError, match=r"learned needs a model trained with process\.learned_variance"):
         load_model(directory, CPU).variance("learned")
     change(directory, x_0_mse=None)
-    with pytest.raises(UserError, match="no estimate for analytic"):
+    with pytest.raises(UserError, match="analytic needs an estimate that this model does not have"):
         load_model(directory, CPU).variance("analytic")
 
 
