@@ -234,7 +234,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: not in format 1, .*: source: missing; "):
         Manifest.read(tmp_path / "shards" / MANIFEST)
     (tmp_path / "shards" / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* written by an earlier version\)$"):
+    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* \(written by an earlier version\)$"):
         Manifest.read(tmp_path / "shards" / MANIFEST)
 
 
