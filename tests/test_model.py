@@ -1,4 +1,4 @@
-"""A model's directory: what is written is read, and what is wrong with it gets one line."""
+"""A model's directory: saving, loading, and one-line errors."""
 
 import json
 import random
@@ -22,7 +22,7 @@ SHAPE = (1, 8, 8)
 
 @pytest.fixture
 def saved(params: Params, tmp_path: Path) -> tuple[Path, Model]:
-    """A small model of two classes, in its directory and as it is."""
+    """A small model of two classes, and its directory."""
     network = params.network.model_copy(update={"base_channels": 8, "classes": True})
     errors = tuple(0.001 * t for t in range(params.process.num_timesteps))
     config = Config(shape=SHAPE, classes=("a", "b"), network=network, process=params.process, x_0_mse=errors)

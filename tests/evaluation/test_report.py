@@ -1,4 +1,4 @@
-"""What the report says."""
+"""The report."""
 
 import pytest
 from matplotlib.figure import Figure
