@@ -53,7 +53,7 @@ MARKS = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 2 / 5, 7 / 10, 1.0)
 """Shares of a training after which its error is measured."""
 BLOCKS = 16
 """Blocks of 64 test pairs."""
-DURATIONS = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 18000, 36000)
+TICKS = {"1 s": 1, "3 s": 3, "10 s": 10, "30 s": 30, "1 min": 60, "3 min": 180, "10 min": 600, "30 min": 1800}
 """Ticks of the time axis, in seconds."""
 Row = dict[str, Any]
 UNet: Any = UNet2DModel  # diffusers has no types
@@ -256,43 +256,24 @@ def time_to(curve: list[tuple[float, float]], error: float) -> float | None:
     return None
 
 
-def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """Draw the held-out error of each training over its seconds."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
-    for name, curve in curves.items():
-        seconds, errors = zip(*curve, strict=True)
-        axis.plot(seconds, errors, marker="o", markersize=3, label=name)
+def plot(trainings: list[Training], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4.5), dpi=200)
+    for training in trainings:
+        seconds, errors = zip(*training.best(), strict=True)
+        axis.plot(seconds, errors, marker="o", markersize=3, label=training.name)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("training time")
     axis.set_ylabel("held-out MSE of the predicted noise")
-    low, high = axis.get_xlim()
-    axis.set_xticks([each for each in DURATIONS if low <= each <= high])
+    limits = axis.get_xlim()
+    axis.set_xticks([*TICKS.values()], [*TICKS])
     axis.minorticks_off()
-    axis.xaxis.set_major_formatter(lambda seconds, _: duration(seconds))
+    axis.set_xlim(limits)
     decimal_ticks(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-
-
-def duration(seconds: float) -> str:
-    """Such as 10 s, 1 min or 2 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:g} {unit}"
-    return f"{seconds:g} s"
-
-
-def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """The curves of an earlier measurement's CSV."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            error = min(float(row["raw"]), float(row["average"]))
-            curves.setdefault(row["training"], []).append((float(row["seconds"]), error))
-    return curves
 
 
 def pictures(models: dict[str, Model], judge: features.FeatureReference, count: int, path: Path) -> dict[str, float]:
@@ -316,19 +297,13 @@ def pictures(models: dict[str, Model], judge: features.FeatureReference, count: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tree", type=Path, default=Path(), help="working tree with data/pairs")
-    parser.add_argument("--preset", type=Path, help="parameters of the preset")
-    parser.add_argument("--redraw", type=Path, metavar="CSV", help="only draw OUT.png, from an earlier measurement")
+    parser.add_argument("--preset", type=Path, required=True, help="parameters of the preset")
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of each turn")
     parser.add_argument("--steps", type=int, help="steps of the preset's training; without it, the preset's own")
     parser.add_argument("--peer-decay", choices=["constant", "cosine"], default="constant", help="of its learning rate")
     parser.add_argument("--count", type=int, default=256, help="pictures of each for the Fréchet distance")
     parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv, OUT.png and OUT-samples.png")
     arguments = parser.parse_args()
-    if arguments.redraw:
-        plot(read_curves(arguments.redraw), arguments.out)
-        return
-    if not arguments.preset:
-        parser.error("--preset is required to measure")
 
     paths = Paths(arguments.tree)
     params = presets.load(arguments.preset)
@@ -352,7 +327,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    plot({training.name: training.best() for training in trainings}, arguments.out)
+    plot(trainings, arguments.out)
     models = {"diffusers": peer.model(whole.config), tenth.name: tenth.model(), "ours": whole.model()}
     distances = pictures(models, features.fit_reference(paths), arguments.count, arguments.out)
 

@@ -95,7 +95,7 @@ def describe(error: ValidationError) -> str:
             case "extra_forbidden":
                 text = "no such parameter"
             case "tuple_type":
-                text = f"must be a list, as [1, 2] (got {problem['input']!r})"
+                text = f"must be a list such as [1, 2] (got {problem['input']!r})"
             case "model_type":
                 text = f"must be a section with fields (got {problem['input']!r})"
             case "value_error":

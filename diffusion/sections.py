@@ -59,25 +59,25 @@ class Section(BaseModel):
         if info.context == COMPLETE and isinstance(given, Mapping):
             missing = [name for name in cls.model_fields if name not in given]
             faults = [InitErrorDetails(type="missing", loc=(name,), input=given) for name in missing]
-        made: Any = None
+        section: Any = None
         try:
-            made = handler(given)
+            section = handler(given)
         except ValidationError as error:
             faults += map(_again, error.errors(include_url=False))
         if faults:
             # A violated rule of a nested section does not make its fields invalid.
             wrong = [fault["loc"] for fault in faults if fault["type"] != "value_error"]
             with suppress(ValidationError):
-                made = _ValidFields(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
-        for rule in cls.rules if made is not None else ():
+                section = _ValidFields(cls.model_validate(_without(given, wrong), context=_FIELDS_ALONE), wrong)
+        for rule in cls.rules if section is not None else ():
             try:
                 with suppress(_InvalidField):
-                    rule(made)
+                    rule(section)
             except ValueError as error:
                 faults.append(InitErrorDetails(type="value_error", input=given, ctx={"error": error}))
         if faults:
             raise ValidationError.from_exception_data(cls.__name__, faults)
-        return made
+        return section
 
 
 class _InvalidField(Exception):

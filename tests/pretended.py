@@ -1,4 +1,4 @@
-"""A device that this machine lacks: its tensors are computed on the CPU, but do not mix with those of the CPU."""
+"""A simulated device: its tensors are computed on the CPU, but cannot be mixed with CPU tensors."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NAME = "pretended"
 
 
 class _Elsewhere(Tensor):
-    """A tensor that says it is on that device; `inner` has its values."""
+    """A tensor on the simulated device; `inner` holds its values."""
 
     inner: Tensor
 
@@ -36,7 +36,7 @@ class _Elsewhere(Tensor):
 
 
 class Pretended(TorchDispatchMode):
-    """A block in which that device is there.
+    """A block in which the simulated device is available.
 
     Raises AssertionError where a tensor of it meets one of the CPU (other than a scalar), or is in float64 without
     having it.
@@ -72,12 +72,12 @@ class _Backend(_DummyBackendModule):
 
 
 def register() -> None:
-    """Tell torch of the device, once in a process."""
+    """Register the device with PyTorch, once per process."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 
 
 def moved(net: nn.Module) -> nn.Module:
-    """The network, moved to that device inside of a `Pretended` block."""
+    """Move the network to the simulated device, inside a `Pretended` block."""
     for module in net.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().to(NAME), requires_grad=parameter.requires_grad))

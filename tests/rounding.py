@@ -1,13 +1,13 @@
-"""How close two computations of one thing in float32 are: about as close as either is to float64."""
+"""Tolerances for comparing two float32 computations, derived from their distance to float64."""
 
 from torch import Tensor
 
 TIMES = 16
-"""Sums in another order round otherwise, but not by another order of magnitude; a mistake is off by many."""
+"""Sums in another order round differently, but by the same order of magnitude; mistakes are far larger."""
 
 
 def assert_rounds_alike(found: Tensor, float32: Tensor, float64: Tensor) -> None:
-    """`found` is as far from `float64` as `float32` is, to within a factor.
+    """Assert that `found` is as close to `float64` as `float32` is, up to a factor.
 
     So the bound follows the network's size and the coefficients, on every processor.
     """

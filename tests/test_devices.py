@@ -1,4 +1,4 @@
-"""Devices other than the CPU: which are known, and that tensors of two devices do not mix."""
+"""Devices other than the CPU: their selection, and that tensors of two devices are never mixed."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -36,14 +36,14 @@ Where = torch.device
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    """A process that knows the pretended device: torch cannot forget it again."""
+    """A process with the simulated device, which PyTorch cannot unregister."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=pretended.register) as made:
         yield made
 
 
 def assert_same_on_both(float64: bool, check: Callable[..., list[Tensor]], *arguments: Any) -> None:
-    """`check` gives the same numbers on the CPU and on the pretended device, with float64 or without it."""
+    """`check` returns the same numbers on the CPU and on the simulated device, with and without float64."""
     schedule.has_float64 = lambda device: float64 or device.type != pretended.NAME  # in a process of its own
     found = []
     for where in (CPU, torch.device(pretended.NAME, 0)):
@@ -92,7 +92,7 @@ def training(where: Where, params: Params) -> list[Tensor]:
 
 @torch.inference_mode()
 def sampling(where: Where, params: Params) -> list[Tensor]:
-    """Pictures by every sampler, from an image, and of a hole in one."""
+    """Images of every sampler, by image-to-image and by inpainting."""
     model, found = model_on(where, params), []
     x_0 = torch.linspace(-1, 1, 64).view(1, *SHAPE).expand(2, *SHAPE).to(where)
     for kind in SAMPLERS:
@@ -118,7 +118,7 @@ def evaluation(where: Where, params: Params, tree: Path) -> list[Tensor]:
 
 
 def small(params: Params, **sections: dict[str, Any]) -> Params:
-    """With a small network of classes."""
+    """With a small class-conditional network."""
     plain = params.model_dump()
     plain["network"] |= {"base_channels": 8, "channel_multipliers": (1,), "attention_levels": (0,), "classes": True}
     plain["process"] |= {"num_timesteps": 100}
@@ -190,7 +190,7 @@ def test_a_device_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def has(monkeypatch: pytest.MonkeyPatch, there: dict[str, int]) -> None:
-    """Let torch see these devices alone."""
+    """Let PyTorch only see these devices."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there.get("cuda", 0))
     monkeypatch.setattr(torch.xpu, "device_count", lambda: there.get("xpu", 0))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(there.get("mps")))

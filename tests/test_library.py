@@ -1,4 +1,4 @@
-"""The library without the pipeline: README's lines, an own loop, and the batches that the stage `train` takes."""
+"""The library without the pipeline: the lines in the README, a custom loop, and the stage `train`'s batches."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ FEW = TrainOptions(steps=3, batch_size=16, warmup_steps=1)
 
 
 def images(count: int = 70) -> Images:
-    """Random ones, of two classes."""
+    """Random images of two classes."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (count, 1, 8, 8), np.uint8)
     return Images(pixels, np.arange(count) % 2, ("a", "b"))
@@ -103,8 +103,8 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(
     ("steps", "message"),
     [
         (10, "the loss or gradient was not finite for 7 steps in a row before step 8"),  # all but the first
-        (3, "loss or gradient was not finite at the end"),
-        (1, "loss or gradient was not finite at the end"),  # the weights are not
+        (3, "the loss or gradient was not finite at the end"),
+        (1, "the loss or gradient was not finite at the end"),  # the weights are not
     ],
 )
 def test_fitting_that_diverges_says_what_to_lower(steps: int, message: str) -> None:
@@ -167,7 +167,7 @@ def test_images_without_labels_are_loaded_and_unreadable_ones_named(tmp_path: Pa
 
 
 def test_an_own_network_in_an_own_loop() -> None:
-    """A linear network learns to say what noise it was given, where there is nothing but noise."""
+    """A linear network learns to predict the noise where x_t is nothing but noise."""
 
     class Linear(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A model's directory: what is written is read, and what is wrong with it gets one line."""
+"""A model's directory: saving, loading, and one-line errors."""
 
 import json
 import random
@@ -22,7 +22,7 @@ SHAPE = (1, 8, 8)
 
 @pytest.fixture
 def saved(params: Params, tmp_path: Path) -> tuple[Path, Model]:
-    """A small model of two classes, in its directory and as it is."""
+    """A small model of two classes, and its directory."""
     network = params.network.model_copy(update={"base_channels": 8, "classes": True})
     errors = tuple(0.001 * t for t in range(params.process.num_timesteps))
     config = Config(shape=SHAPE, classes=("a", "b"), network=network, process=params.process, x_0_mse=errors)
@@ -65,7 +65,7 @@ def test_a_variance_that_the_model_does_not_have_is_refused(saved: tuple[Path, M
     with pytest.raises(UserError, match=r"learned needs a model trained with process\.learned_variance"):
         load_model(directory, CPU).variance("learned")
     change(directory, x_0_mse=None)
-    with pytest.raises(UserError, match="no estimate for analytic"):
+    with pytest.raises(UserError, match="analytic needs an estimate that this model does not have"):
         load_model(directory, CPU).variance("analytic")
 
 

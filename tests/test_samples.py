@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Sampling and image grids."""
 
 import io
 

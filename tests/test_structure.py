@@ -1,4 +1,4 @@
-"""What a stage depends on, and what no code does. Who may import whom is checked by import-linter (`make lint`)."""
+"""Dependencies of the stages, and rules for all code. Import rules are checked by import-linter (`make lint`)."""
 
 import ast
 from pathlib import Path
@@ -34,11 +34,11 @@ NOT_SHAPING = (
 watches."""
 
 DRAWING = ("diffusion.sampling", "diffusion.samples")
-"""What draws the previews of a training. They may be those of an earlier sampler; the weights are not."""
+"""Code that samples previews. Previews may come from an earlier version of it; the weights do not depend on it."""
 
 
 def imports(module: str) -> set[str]:
-    """Full names of all that a module imports, wherever it does."""
+    """Full names of all imports of a module, at any level."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

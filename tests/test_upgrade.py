@@ -1,4 +1,4 @@
-"""What was saved before: tests/format_1 holds models, their pictures and a params.yaml that format 1 wrote."""
+"""Old formats: tests/format_1 contains models, their samples and a params.yaml written in format 1."""
 
 import json
 import shutil

@@ -91,8 +91,9 @@ def decimal_ticks(axis: Axis) -> None:
     if decades < 0.4:
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     else:
-        digits = range(1, 10) if decades < 0.9 else (1, 2, 5) if decades < 3.5 else (1,)
-        axis.set_major_locator(LogLocator(subs=digits, numticks=20))
+        digits = {0.9: range(1, 10), 1.6: (1, 2, 4, 6), 3.5: (1, 2, 5), np.inf: (1,)}
+        subs = next(subs for limit, subs in digits.items() if decades < limit)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(lambda value, _: np.format_float_positional(value, precision=10, trim="-"))

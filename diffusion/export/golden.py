@@ -39,7 +39,7 @@ def normal(seed: int, number: int, shape: tuple[int, ...]) -> NDArray[np.float32
 def inputs(names: Iterable[str], facts: Mapping[str, str], seed: int, batch: int) -> dict[str, NDArray[Any]]:
     """Inputs for a graph, by name."""
     shape = (batch, *(int(facts[f"ddpm.{side}"]) for side in ("channels", "height", "width")))
-    made: dict[str, Callable[[], NDArray[Any]]] = {
+    makers: dict[str, Callable[[], NDArray[Any]]] = {
         "x_t": lambda: normal(seed, 0, shape),
         "noise": lambda: normal(seed, 0, shape),
         "steps_noise": lambda: normal(seed, 1, (int(facts["ddpm.steps"]), *shape)),
@@ -48,7 +48,7 @@ def inputs(names: Iterable[str], facts: Mapping[str, str], seed: int, batch: int
         "guidance": lambda: np.array([float(facts["ddpm.guidance"])], np.float32),
         "y": lambda: np.arange(batch) % len(json.loads(facts["ddpm.classes"])),
     }
-    return {name: made[name]() for name in names}
+    return {name: makers[name]() for name in names}
 
 
 def names(session: ort.InferenceSession) -> list[str]:

@@ -36,12 +36,12 @@ def session(content: bytes, device: torch.device, required: bool = True) -> ort.
     If ONNX Runtime cannot use that GPU, raises UserError, or falls back to the CPU if the GPU is not `required`. For
     other devices it falls back to the CPU.
     """
-    made = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
-    if device.type != "cpu" and made.get_providers()[0] != runtime.CUDA:
+    created = runtime.session(content, (device.index or 0) if device.type == "cuda" else None)
+    if device.type != "cpu" and created.get_providers()[0] != runtime.CUDA:
         if required and device.type == "cuda":
             raise UserError(f"device: ONNX Runtime cannot use {device}; set device to auto or cpu")
         say(f"ONNX Runtime cannot use {device}; running the graph on the CPU")
-    return made
+    return created
 
 
 def check_denoiser(
@@ -118,8 +118,8 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
         expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
         for size in BATCH_SIZES:
             count = min(IMAGES, MAX_BATCHES * size)
-            made = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
-            images = np.concatenate(made).astype(int)
+            batches = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
+            images = np.concatenate(batches).astype(int)
             off = np.abs(images - expected[: len(images)])
             differing, values = differing + int((off > 0).sum()), values + off.size
             largest = max(largest, int(off.max()))

@@ -40,7 +40,9 @@ def _networks() -> dict[str, Any]:
 
 NETWORKS = _networks()
 """Network classes by the kind of their options; the arguments are those of `network`."""
-NetworkChoice = Annotated[NetworkOptions, OneOf(NETWORKS, {kind: made.Options for kind, made in NETWORKS.items()})]
+NetworkChoice = Annotated[
+    NetworkOptions, OneOf(NETWORKS, {kind: network.Options for kind, network in NETWORKS.items()})
+]
 
 
 def network(shape: tuple[int, int, int], channels_out: int, num_classes: int, options: NetworkOptions) -> Network:

@@ -35,7 +35,7 @@ class UNetOptions(NetworkOptions):
     kind: Literal["unet"] = "unet"
     """Network architecture."""
     base_channels: Channels = 32
-    """Channels at the first (full-resolution) level; a multiple of 8."""
+    """Channels at the first (full-resolution) level."""
     channel_multipliers: Annotated[tuple[Positive, ...], Field(min_length=1), LIST] = (1, 2)
     """Channels of each level as multiples of base_channels; each level halves the resolution of the one before."""
     blocks_per_level: Positive = 1

@@ -28,7 +28,7 @@ class UViTOptions(NetworkOptions):
     kind: Literal["uvit"] = "uvit"
     """Network architecture."""
     base_channels: Channels = 32
-    """Embedding dimension of the tokens; a multiple of 8."""
+    """Embedding dimension of the tokens."""
     depth: Positive = 13
     """Number of transformer blocks; odd, since skip connections pair the blocks before and after the middle one."""
     conditioning: Literal["token", "adaln"] = "token"

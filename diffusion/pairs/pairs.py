@@ -216,10 +216,10 @@ class Pairs(BlockedImages):
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        made = self.manifest = Manifest.read(directory / MANIFEST)
-        contents = made.splits[split]
-        shape = (made.channels, made.height, made.width)
-        super().__init__(contents.images, shape, made.seed, split, made.num_timesteps)
+        manifest = self.manifest = Manifest.read(directory / MANIFEST)
+        contents = manifest.splits[split]
+        shape = (manifest.channels, manifest.height, manifest.width)
+        super().__init__(contents.images, shape, manifest.seed, split, manifest.num_timesteps)
         self.blocks = contents.blocks
         self._maps = [open_map(directory, tar) for tar in contents.tars]
         self._members: dict[tuple[int, str], tuple[int, Member]] = {
@@ -235,11 +235,11 @@ class Pairs(BlockedImages):
 
     def check_process(self, alpha_bar: NDArray[np.float64], shape: tuple[int, int, int] | None = None) -> None:
         """Raise UserError unless the pairs were made with this alpha_bar (T,) and, if given, shape (C, H, W)."""
-        made = self.manifest
-        if not np.array_equal(made.alpha_bar, alpha_bar) or self.shape != (shape or self.shape):
+        manifest = self.manifest
+        if not np.array_equal(manifest.alpha_bar, alpha_bar) or self.shape != (shape or self.shape):
             raise UserError(
-                f"the pairs (schedule {made.schedule}, {made.num_timesteps} timesteps, images {self.shape}) do not "
-                "match the model's noise schedule or image shape; run `ddpm pairs` and `ddpm train` again"
+                f"the pairs (schedule {manifest.schedule}, {manifest.num_timesteps} timesteps, images {self.shape}) do "
+                "not match the model's noise schedule or image shape; run `ddpm pairs` and `ddpm train` again"
             )
 
     def x_0(self, block: int) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ class Given(Choice):
     rules = (_keeps_some_signal,)
 
     kind: Literal["given"] = "given"
-    """The kind of schedule."""
+    """Name of the schedule."""
     beta: Annotated[tuple[Annotated[float, Field(ge=1e-8, lt=1)], ...], LIST] = ()
     """beta_t for each timestep, a list of num_timesteps values."""
 
@@ -81,8 +81,8 @@ class ProcessOptions(Section):
     2021); allows sample.variance: learned."""
     weighting: Annotated[Any, OneOf(WEIGHTINGS, WEIGHTING_OPTIONS), SNR_IS_SIMPLE] = Choice(kind="simple")
     """Loss weighting as a function of the SNR, independent of the parameterization. simple: uniform in the noise error
-    (Ho et al. 2020; alias: snr); vlb: the variational bound; snr-plus-one: uniform in the v error; truncated-snr:
-    max(SNR, 1) (both Salimans & Ho 2022); min-snr: Hang et al. 2023; p2: Choi et al. 2022."""
+    (Ho et al. 2020; alias: snr); vlb: the variational bound (Ho et al. 2020); snr-plus-one: uniform in the v error;
+    truncated-snr: max(SNR, 1) (both Salimans & Ho 2022); min-snr: Hang et al. 2023; p2: Choi et al. 2022."""
     loss: Annotated[str, OneOf(LOSSES)] = "mse"
     """Loss function of the weighted error; huber is quadratic up to 1 and linear beyond."""
 

@@ -56,7 +56,7 @@ class Folder:
         `split_names_as_classes` confirms that these are not splits.
         """
         self.folder = folder
-        (root,), (top,) = _seen_through([folder])
+        (root,), (top,) = _unwrap([folder])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
         if "train" not in splits.values() or None in splits.values():
             splits = {}
@@ -70,7 +70,7 @@ class Folder:
         if splits:
             # Held-out splits first: see Source.
             top.sort(key=lambda name: ("test", "val", "train").index(splits[name] or "train"))
-            roots, classes = _seen_through([root / name for name in top])
+            roots, classes = _unwrap([root / name for name in top])
             self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
             top = sorted({name for names in classes for name in names})
             self._outside = sorted(path for path in root.iterdir() if _visible(path) and _is_file(path))
@@ -191,7 +191,7 @@ def _folders_with_images(folder: Path) -> list[str]:
     )
 
 
-def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
+def _unwrap(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
     """Descend while each folder only contains one folder of the same name; returns the folders and their subfolders."""
     inside = [_folders_with_images(folder) for folder in folders]
     name = inside[0][0] if inside[0] else ""
@@ -199,7 +199,7 @@ def _seen_through(folders: list[Path]) -> tuple[list[Path], list[list[str]]]:
         return folders, inside
     if any(is_image(path) for folder in folders for path in folder.iterdir() if _visible(path) and _is_file(path)):
         return folders, inside
-    inner, deeper = _seen_through([folder / name for folder in folders])
+    inner, deeper = _unwrap([folder / name for folder in folders])
     return (inner, deeper) if any(deeper) else (folders, inside)
 
 

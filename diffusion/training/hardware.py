@@ -46,10 +46,10 @@ def runnable(net: Network, options: TrainOptions, world: World, compiling: bool)
     if options.recompute:
         for block in net.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    made = data_parallel(net, options, world)
+    wrapped = data_parallel(net, options, world)
     if compiling:
-        made.compile(dynamic=False)
-    return made
+        wrapped.compile(dynamic=False)
+    return wrapped
 
 
 @contextmanager

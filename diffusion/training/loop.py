@@ -19,7 +19,7 @@ from diffusion.training.curves import accumulate, add_point, out_of_patience
 from diffusion.training.distributed import World, gather_full, gradient_sync
 from diffusion.training.hardware import copy_to_host, seed_dropout, tf32
 from diffusion.training.options import TrainOptions
-from diffusion.training.recovery import Diverged, advice, check, judge, lr_factor, roll_back
+from diffusion.training.recovery import Diverged, advice, check, check_heldout, lr_factor, roll_back
 from diffusion.training.state import Row, State
 
 Hook = Callable[[State], None]
@@ -74,7 +74,7 @@ def train(
                 check(state)  # only at these steps, so that an interrupted run rolls back at the same one
             if state.step and (done or state.step % trainer.options.preview_every == 0) and not previewed:
                 preview(state)
-                judge(state, trainer.options)
+                check_heldout(state, trainer.options)
                 checkpoints.write(state, good=not state.skipped_in_row)
                 saved = time.monotonic()
             if done or out_of_patience(state.heldout_curve, trainer.options.patience):

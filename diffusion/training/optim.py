@@ -124,13 +124,13 @@ def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOption
         {"params": decaying, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)]
+    result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)]
     if muon and matrices:
-        made.append(Muon(matrices, lr=muon.learning_rate))
-    for optimizer in made:
+        result.append(Muon(matrices, lr=muon.learning_rate))
+    for optimizer in result:
         for group in optimizer.param_groups:
             group[PEAK] = group["lr"]
-    return made
+    return result
 
 
 def step(optimizers: Sequence[torch.optim.Optimizer], share: float, norm: Tensor) -> None:

@@ -74,8 +74,8 @@ class TrainOptions(Section):
     accumulate: Positive = 1
     """Gradient accumulation: number of micro-batches per step, for batches that do not fit in memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of matrix products and convolutions (mixed precision). auto: bf16 on GPUs that support it, otherwise
-    fp32, which uses TF32 on GPUs during training. Weights, optimizer state and EMA are always float32."""
+    """Precision of matrix products and convolutions (mixed precision). auto: bf16 on CUDA GPUs that support it,
+    otherwise fp32, which uses TF32 on GPUs during training. Weights, optimizer state and EMA are always float32."""
     compile: Annotated[bool | Literal["auto"], exactly(True, False, "auto")] = "auto"
     """Compile the network with torch.compile. auto: on a GPU, if training is long enough to benefit."""
     recompute: bool = False

@@ -28,7 +28,7 @@ def check(state: State) -> None:
         )
 
 
-def judge(state: State, options: TrainOptions) -> None:
+def check_heldout(state: State, options: TrainOptions) -> None:
     """Raise Diverged if the last held-out error is not finite; with `keep_best`, remember the best weights."""
     row = state.heldout_curve[-1]
     if not math.isfinite(row["mse"]):

@@ -1,4 +1,4 @@
-"""The bound on images of normal values, of which the best denoiser and the likelihood are known."""
+"""The bound on images of normally distributed values, whose optimal denoiser and likelihood are known."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class GaussianPairs:
 
 
 class Best(nn.Module):
-    """The v that is right in the mean for x_0 ~ N(0, SCALE^2 I), whatever the class; notes the classes."""
+    """The optimal v for x_0 ~ N(0, SCALE^2 I), independent of the class; records the classes."""
 
     def __init__(self, alpha_bar: Tensor) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_a_single_image_has_figures_too() -> None:
 
 @pytest.mark.parametrize(("T", "size"), [(101, BLOCK), (40, 5)])
 def test_the_error_of_the_clean_image_is_estimated_at_every_timestep(params: Params, T: int, size: int) -> None:
-    """Of the best denoiser it is known; a short block of images is gone round."""
+    """It is known for the optimal denoiser; the images of a short block are repeated."""
     model = gaussian_model(params, T)
 
     class Blocks(GaussianPairs):

@@ -69,7 +69,7 @@ def test_intervals_have_the_width_of_the_standard_error() -> None:
 
 
 def test_which_timesteps_were_drawn_does_not_widen_the_overall_interval() -> None:
-    """An error that depends on t alone is known exactly, since how often each t occurs is no matter of chance."""
+    """An error that depends only on t is known exactly, since the number of occurrences of each t is not random."""
     rng = np.random.default_rng(1)
     by_image = np.zeros((IMAGES, noise_prediction.BANDS, 6))
     for image in range(IMAGES):

@@ -1,8 +1,9 @@
-"""What the report says."""
+"""The report."""
 
 import pytest
+from matplotlib.figure import Figure
 
-from diffusion.evaluation import report
+from diffusion.evaluation import plots, report
 from diffusion.sampling.build import SampleOptions
 from flows.stages import evaluate
 
@@ -51,3 +52,23 @@ def test_the_page_holds_all_figures_and_pictures() -> None:
     for text in ("4.4321", "0.0123", "3.2109", "1.2098", "<td>16</td>", "Somehow &lt; 5", "reverse step: analytic;"):
         assert text in page
     assert page.count('src="data:image/png;base64,cG5n"') == len(PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.037, 0.64, ["0.04", "0.06", "0.1", "0.2", "0.4", "0.6"]),
+        (0.28, 1.05, ["0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1"]),
+        (0.065, 0.0745, ["0.066", "0.068", "0.07", "0.072", "0.074"]),
+        (0.0005, 20, ["0.001", "0.01", "0.1", "1", "10"]),
+        (1, 1000, ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1000"]),
+    ],
+)
+def test_log_axes_have_plain_decimals(low: float, high: float, labels: list[str]) -> None:
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plots.decimal_ticks(axes.yaxis)
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert [label.get_text() for value, label in ticks if low <= value <= high] == labels
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))

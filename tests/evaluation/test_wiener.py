@@ -1,4 +1,4 @@
-"""The Wiener baseline on data whose best linear denoiser is known."""
+"""The Wiener baseline on data whose optimal linear denoiser is known."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class GaussianPairs:
 
 
 class CorrelatedPairs(GaussianPairs):
-    """Normal with a covariance that is no multiple of the identity, nor stationary."""
+    """Normal with a covariance that is neither a multiple of the identity nor stationary."""
 
     mixing = np.random.default_rng(99).normal(0, 8, (16, 16))
 

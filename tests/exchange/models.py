@@ -1,4 +1,4 @@
-"""Small models of ours and of diffusers', for the tests of exchange."""
+"""Small models of this library and of diffusers, for the tests of exchange."""
 
 import copy
 from pathlib import Path
@@ -14,13 +14,13 @@ from flows.changes import lay_over
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = 128
-"""The least with as many groups as diffusers has by default."""
+"""The smallest with as many groups as diffusers has by default."""
 SMALL: dict[str, Any] = {
     "network": {"base_channels": CHANNELS, "channel_multipliers": [1, 1], "conditioning": "add"},
     "process": {"schedule": "linear", "parameterization": "eps"},
     "sample": {"sampler": "ddpm", "spacing": "linspace", "variance": "fixed-small"},
 }
-"""Changes to the digits preset that give a model which diffusers has too."""
+"""Changes to the preset digits that give a model which diffusers supports."""
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 1,
@@ -49,13 +49,13 @@ DDPM_CIFAR10: dict[str, Any] = {
 
 
 def settings(**changes: dict[str, Any]) -> params.Params:
-    """The parameters of a small model that diffusers has too, with changes by section."""
+    """The parameters of a small model that diffusers supports, with changes by section."""
     document = yaml_files.read_yaml(ROOT / "params.yaml")
     return params.validate(lay_over(lay_over(document, SMALL), changes), "test")
 
 
 def randomize(net: nn.Module) -> nn.Module:
-    """Give every weight something to do, the same in every run; in evaluation mode."""
+    """Randomize every weight, reproducibly; in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -64,7 +64,7 @@ def randomize(net: nn.Module) -> nn.Module:
 
 
 def save(directory: Path, chosen: params.Params, classes: tuple[str, ...] = ()) -> model.Model:
-    """A model of ours with random weights, in a directory."""
+    """Save a model with random weights in a directory."""
     shape = (chosen.pairs.channels, chosen.pairs.height, chosen.pairs.width)
     torch.manual_seed(0)
     net = randomize(model.new_network(shape, len(classes), chosen.network, chosen.process))
@@ -92,7 +92,7 @@ of 2**-24. In float32 throughout, the bound would depend on the size of the netw
 
 @torch.no_grad()
 def outputs(net: nn.Module, shape: tuple[int, int, int], timesteps: tuple[int, ...] = (0, 1, 16, 128, 512)) -> Tensor:
-    """What a network, ours or theirs, says of fixed x_t at the timesteps, float64 (B, C, H, W).
+    """Outputs of a network for fixed x_t at the timesteps, float64 (B, C, H, W).
 
     The timesteps are powers of two, so that diffusers' products with the frequencies, in float32, are exact.
     """

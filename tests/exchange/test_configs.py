@@ -1,4 +1,4 @@
-"""The scheduler's configuration both ways, against diffusers' own schedules."""
+"""Conversion of the scheduler's configuration in both directions, against diffusers' schedules."""
 
 from typing import Any
 

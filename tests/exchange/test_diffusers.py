@@ -1,4 +1,4 @@
-"""Models to diffusers and back, with diffusers itself as the judge of what they compute."""
+"""Export to diffusers and back, with outputs compared to those of diffusers."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ class Sines(nn.Module):
 
 
 def pictures(pipeline: Any, steps: int) -> Tensor:
-    """Two pictures of a pipeline, (2, C, H, W), values 0 to 1."""
+    """Two images of a pipeline, (2, C, H, W), values 0 to 1."""
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=steps, output_type="pt").images
     return torch.as_tensor(made)
@@ -150,7 +150,7 @@ def test_the_papers_cifar10_network_goes_both_ways(tree: Path, root: Path) -> No
 
 
 def test_the_first_published_models_are_read(tree: Path) -> None:
-    """All files in one folder, layers of attention under their former names, few fields in config.json."""
+    """All files in one folder, attention layers with old names, few fields in config.json."""
     unet = models.unet(flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None)
     unet.save_pretrained(tree / "published")
     path = tree / "published" / "config.json"
@@ -208,7 +208,7 @@ SCHEDULERS: dict[str, Any] = {
 def test_an_imported_scheduler_is_exported_as_it_was(
     tree: Path, scheduler: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All its settings, and with them the pictures, whatever params.yaml says of sampling."""
+    """All its settings, and so the images, regardless of the sampling options in params.yaml."""
     published = (DDIMPipeline if isinstance(scheduler, DDIMScheduler) else DDPMPipeline)(models.unet(), scheduler)
     published.save_pretrained(tree / "published")
     run("import-diffusers", tree / "published")

@@ -1,4 +1,4 @@
-"""What has no counterpart is refused in one line that names it."""
+"""Unsupported settings are rejected with one line that names them."""
 
 import json
 from pathlib import Path
@@ -76,14 +76,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare UNet2DModel, not to be changed."""
+    """A bare UNet2DModel; read-only."""
     folder = tmp_path_factory.mktemp("published")
     models.unet().save_pretrained(folder)
     return folder
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a command says before it ends, without its name."""
+    """The command's error line, without the command's name."""
     capsys.readouterr()
     assert __main__.main(arguments) == 1
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What keeps an export from being written, and what it says of the model."""
+"""Checks that prevent an export, and the metadata of the model."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The golden test that a file carries."""
+"""The golden test embedded in a file."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def files(classes: bool) -> list[onnx.ModelProto]:
-    """Both graphs with all their facts and their golden tests."""
+    """Both graphs with their metadata and golden tests."""
     model, step = parts(classes)
     settings = fakes.options(sampler="dpm-solver++-sde", threshold="clip", steps=4)
     loop = sampler_graph.to_onnx(step, model, settings)

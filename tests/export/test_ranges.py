@@ -1,4 +1,4 @@
-"""Impossible inputs are errors of the graphs themselves, and never pictures."""
+"""The graphs themselves reject impossible inputs."""
 
 import json
 from functools import cache
@@ -25,7 +25,7 @@ BEYOND: list[Any] = [np.nan, np.inf, -np.inf, 1000.5, -1e30]
 
 @cache
 def loaded(name: str, precision: str = "fp32") -> ort.InferenceSession:
-    """A finished file: the denoiser, or a sampler by its name, of a network of classes."""
+    """A complete file: the denoiser, or a sampler by name, of a class-conditional network."""
     model, step = parts(True)
     graph = step if precision == "fp32" else variant(precision)
     facts = metadata.of_model(model, "analytic", "weights", "data", {})
@@ -93,7 +93,7 @@ def test_the_ranges_are_those_of_the_inputs() -> None:
 
 
 def test_a_tensor_inside_a_graph_can_be_checked() -> None:
-    """And one that the body of a condition reads."""
+    """Also a tensor that is read in the body of a condition."""
     graph = parser.parse_graph(
         """
         g (float[N] x) => (float[N] z) {

@@ -1,4 +1,4 @@
-"""The whole loop in ONNX Runtime, against the samplers in torch."""
+"""The complete sampling loop in ONNX Runtime, against the samplers in PyTorch."""
 
 import copy
 import dataclasses
@@ -141,7 +141,7 @@ def test_guidance_can_be_given(guidance: float) -> None:
 
 
 def test_the_weights_are_in_the_loop_and_nowhere_else() -> None:
-    """Outside of it ONNX Runtime does not arrange them beforehand, and each look takes nearly twice as long."""
+    """Outside of it ONNX Runtime does not pre-pack them, and each network evaluation takes nearly twice as long."""
     model, step = parts(False)
     graph = sampler_graph.to_onnx(step, model, fakes.options(sampler="ddim", threshold="clip")).graph
     (loop,) = [node for node in graph.node if node.op_type == "Loop"]

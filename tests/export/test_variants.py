@@ -1,4 +1,4 @@
-"""The models in fewer bits, in ONNX Runtime, against the whole ones."""
+"""Variants in reduced precision in ONNX Runtime, against the float32 models."""
 
 import copy
 from functools import cache
@@ -28,7 +28,7 @@ NAMES = ("fp16", "int8")
 
 
 class FewPairs:
-    """Pairs of two blocks, the second a short one, and two draws, made on the spot."""
+    """In-memory pairs with two blocks, of which the second is short, and two draws."""
 
     blocks, images = 2, 2 * BLOCK - 23
     manifest = SimpleNamespace(heldout_draws=2)

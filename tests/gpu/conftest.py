@@ -1,4 +1,4 @@
-"""Fixtures for tests of a GPU. They need none of the pipeline, so that a machine with little more than torch runs them:
+"""Fixtures for tests on a GPU. They do not need the pipeline, so they run on a machine with little more than PyTorch:
 
 python -m pytest -W default --confcutdir tests/gpu tests/gpu
 """
@@ -26,7 +26,7 @@ from flows import presets
 from flows.params import Params
 
 REHEARSAL = os.environ.get("REHEARSE_GPU_TESTS") == "1"
-"""Whether to run on the CPU: that tests the tests."""
+"""Whether to run on the CPU, to test the tests."""
 SHAPE = (1, 8, 8)
 BATCH = 8 if REHEARSAL else 32
 Start = Callable[..., tuple[State, loop.Trainer]]
@@ -40,7 +40,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def params() -> Params:
-    """Those of the digits, with a small network."""
+    """Parameters of the preset digits, with a small network."""
     found = presets.load(Path(__file__).parents[2] / "presets" / "digits.yaml")
     plain = found.model_dump()
     plain["network"] |= {"base_channels": 16, "dropout": 0.1}
@@ -58,14 +58,14 @@ def batch(step: int) -> Batch:
 
 @pytest.fixture
 def start(device: torch.device, params: Params) -> Iterator[Start]:
-    """Gives a training that has not begun, with other options, compiled or not, in a precision."""
+    """Creates a training run at step 0 with given options, compilation and precision."""
     with starting(device, params) as begun:
         yield begun
 
 
 @contextmanager
 def starting(device: torch.device, params: Params) -> Iterator[Start]:
-    """A block with what the fixture `start` gives."""
+    """A block with the result of the fixture `start`."""
     held = ExitStack()
 
     def begun(
@@ -89,7 +89,7 @@ def starting(device: torch.device, params: Params) -> Iterator[Start]:
 
 
 def randomized(net: Network) -> Network:
-    """With something to do for the layers that start at zero."""
+    """Randomize the layers that are initialized to zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():

@@ -1,4 +1,4 @@
-"""sampler.onnx on a GPU: the pictures of torch."""
+"""sampler.onnx on a GPU gives the same images as PyTorch."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ if not REHEARSAL and "CUDAExecutionProvider" not in ort.get_available_providers(
 
 
 def test_its_pictures_are_those_of_torch(params: Params, device: torch.device) -> None:
-    """In float32 both, from the same noise; a bound for 10 steps, each a few hundred roundings deep."""
+    """Both in float32, from the same noise; the bound is for 10 steps, each a few hundred roundings deep."""
     from diffusion.export import denoiser, parity, sampler_graph
 
     torch.manual_seed(0)

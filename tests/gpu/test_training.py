@@ -1,4 +1,4 @@
-"""Training and sampling on a GPU: what the CPU computes, and the same bytes every time."""
+"""Training and sampling on a GPU: agreement with the CPU, and determinism."""
 
 import copy
 import multiprocessing
@@ -91,7 +91,7 @@ def test_the_same_training_twice_gives_the_same_bytes(start: Start, compiled: bo
 def trained(
     start: Start, directory: Path, stop_at: int | None = None, die_at: int | None = None, **train: object
 ) -> State:
-    """A training with checkpoints, to its end, or to a step at which a signal stops it or kills this process."""
+    """Train with checkpoints to the end, or to a step at which a signal stops training or kills this process."""
     state, trainer = start(steps=30, **train)
     checkpoints = Checkpoints(directory)
     checkpoints.restore(state)
@@ -116,7 +116,7 @@ def trained(
 def test_a_training_that_was_stopped_and_killed_resumes_to_the_same_bytes(
     start: Start, params: Params, device: torch.device, tmp_path: Path
 ) -> None:
-    """It dies in a process of its own six steps after its last checkpoint."""
+    """The process is killed six steps after its last checkpoint."""
     interrupted = tmp_path / "interrupted"
     with pytest.raises(Stopped):
         trained(start, interrupted, stop_at=17)
@@ -129,7 +129,7 @@ def test_a_training_that_was_stopped_and_killed_resumes_to_the_same_bytes(
 
 
 def die(device: torch.device, params: Params, directory: Path) -> None:
-    """Continue a training, and be killed at step 26."""
+    """Resume training, and be killed at step 26."""
     networks.device(str(device))  # a new process: its kernels are to be deterministic too
     with starting(device, params) as start:
         trained(start, directory, die_at=26)

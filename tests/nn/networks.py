@@ -21,12 +21,12 @@ OPTIONS: dict[str, object] = {
     "convention": "ddpm",
 }
 CONDITIONINGS = [("unet", "add"), ("unet", "film"), ("uvit", "token"), ("uvit", "adaln")]
-"""Every family with every way in which timestep and class enter."""
+"""Every network with every kind of conditioning."""
 NUM_CLASSES = 3
 
 
 def options(kind: str, conditioning: str, **changes: object) -> NetworkOptions:
-    """Those of a kind; changes of another kind's fields are left out."""
+    """Options of a kind; changes to fields of other kinds are ignored."""
     described: type[NetworkOptions] = NETWORKS[kind].Options
     given = OPTIONS | {"kind": kind, "conditioning": conditioning} | changes
     return described.model_validate({name: value for name, value in given.items() if name in described.model_fields})
@@ -42,7 +42,7 @@ def network(
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Give the layers that start at zero something to do."""
+    """Randomize the layers that are initialized to zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():

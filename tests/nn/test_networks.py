@@ -1,4 +1,4 @@
-"""What holds for every network, of either family."""
+"""Properties of every network."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every network as an ONNX graph with a free batch size."""
+"""Every network as an ONNX graph with a dynamic batch size."""
 
 import copy
 

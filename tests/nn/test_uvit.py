@@ -1,4 +1,4 @@
-"""The transformer with long skips."""
+"""The transformer with long skip connections."""
 
 import pytest
 import torch

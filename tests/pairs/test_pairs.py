@@ -1,4 +1,4 @@
-"""Pairs: what is written, and the training stream."""
+"""Stored pairs and the stream of training batches."""
 
 import io
 import re
@@ -57,7 +57,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(x_0: NDArray[Any]) -> list[int]:
-    """Which images these are."""
+    """Indices of these images."""
     first = x_0[:, 0, 0, 0]
     return [round(float(v)) for v in (first if x_0.dtype == np.uint8 else (first + 1) * 127.5)]
 

@@ -1,4 +1,4 @@
-"""Functions of (x_t, t) in place of networks, whose right answers are known, and processes by name."""
+"""Fake networks with known outputs, and processes by name."""
 
 from collections.abc import Callable
 
@@ -54,17 +54,17 @@ def options(**changes: object) -> SampleOptions:
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """float64, so that tests see errors of thought rather than of rounding."""
+    """float64, so that tests detect mistakes rather than rounding errors."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float64) -> Noise:
-    """Noise for each place."""
+    """Noise for each draw."""
     return lambda place: randn(*shape, seed=1000 + place).to(dtype)
 
 
 def at(schedule: Schedule, t: Tensor) -> Tensor:
-    """alpha_bar_t, (B, 1, 1, 1), with alpha_bar_{-1} = 1: from alpha_bar alone."""
+    """alpha_bar_t, (B, 1, 1, 1), with alpha_bar_{-1} = 1, from alpha_bar only."""
     return torch.where(t < 0, 1, schedule.alpha_bar[t.clamp(min=0)]).view(-1, 1, 1, 1)
 
 
@@ -75,7 +75,7 @@ def mean_of_eq_7(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Ten
 
 
 def output(name: str, schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """What a network with parameterization `name` must give for it to mean `x_0`."""
+    """The output of a network with parameterization `name` that corresponds to `x_0`."""
     a = at(schedule, t)
     eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
     return {
@@ -87,7 +87,7 @@ def output(name: str, schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -
 
 
 class Says(nn.Module):
-    """A network of any parameterization that takes x_0 for `x_0_hat(x_t, t)`, with a variance fraction if given."""
+    """A network of any parameterization whose estimate is `x_0_hat(x_t, t)`, optionally with a variance fraction."""
 
     def __init__(self, name: str, schedule: Schedule, x_0_hat: X0Hat, fraction: float | None = None) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ class Says(nn.Module):
 
 
 def always(value: Tensor) -> Callable[..., Tensor]:
-    """Whatever it is asked, it says `value`: as a network's output, or as x_0_hat."""
+    """Returns the constant `value`, as a network's output or as x_0_hat."""
     return lambda *_: value
 
 
 def some_x_0_hat(x_t: Tensor, t: Tensor) -> Tensor:
-    """A denoiser that is nobody's: bounded, wrong, and different at each timestep."""
+    """An arbitrary denoiser: bounded, wrong, and different at each timestep."""
     return 0.7 * torch.tanh(1.3 * x_t) + 0.2 * torch.sin(t.to(x_t.dtype).view(-1, 1, 1, 1) / 100)
 
 

@@ -1,4 +1,4 @@
-"""Objects from their options."""
+"""Building objects from options."""
 
 import pytest
 from pydantic import ValidationError
@@ -28,7 +28,7 @@ def given(*beta: float) -> dict[str, object]:
 
 
 def test_a_schedule_that_is_given_leaves_something_of_the_image_until_the_last_timestep() -> None:
-    """0.05^9 is 2e-12, 0.05^10 is 1e-13; the last beta has no say."""
+    """0.05^9 is 2e-12, 0.05^10 is 1e-13; the last beta does not count."""
     assert process(**given(*[0.95] * 10)).schedule.num_timesteps == 10
     message = "Value error, beta destroys the image before the last timestep: use fewer or smaller values "
     with pytest.raises(ValidationError, match=message):
@@ -36,7 +36,7 @@ def test_a_schedule_that_is_given_leaves_something_of_the_image_until_the_last_t
 
 
 def test_a_schedule_needs_timesteps_enough() -> None:
-    """Those of Ho et al. 2020 go up to 0.02 for 1000 timesteps, which is 1 for 20."""
+    """Betas of Ho et al. 2020 reach 0.02 for 1000 timesteps, which is 1 for 20."""
     assert process(num_timesteps=21).schedule.beta.max() < 1
     with pytest.raises(
         ValidationError, match="the schedule linear needs more than 20 timesteps: some beta would reach 1"
@@ -48,7 +48,7 @@ def test_a_schedule_needs_timesteps_enough() -> None:
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_variance_is_asked_for_only_where_it_is_used(name: str) -> None:
-    """So that other samplers need no estimate of the analytic one."""
+    """Other samplers must not need an estimate for the analytic variance."""
     asked = []
     made = process()
 

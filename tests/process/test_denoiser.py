@@ -1,4 +1,4 @@
-"""Estimates kept in range, and classifier-free guidance."""
+"""Thresholding and classifier-free guidance."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_dynamic_thresholding_is_imagens() -> None:
 
 
 def test_dynamic_thresholding_agrees_with_diffusers() -> None:
-    """Theirs interpolates between the two values about the quantile: with 401 values there is nothing between."""
+    """diffusers interpolates between the two values next to the quantile; with 401 values it is one of them."""
     scheduler = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.995, sample_max_value=math.inf)
     x_0_hat = 4 * randn(6, 1, 1, 401)
     torch.testing.assert_close(dynamic_threshold(x_0_hat), scheduler._threshold_sample(x_0_hat))

@@ -72,7 +72,7 @@ def bound(made: build.Process, net: Says, variance: str, square: Tensor | None =
 
 
 def images(count: int) -> Tensor:
-    """8-bit images that hold both ends."""
+    """8-bit images that contain both extreme values."""
     levels = torch.randint(0, 256, (count, 1, 4, 4), generator=torch.Generator().manual_seed(2))
     levels[:, 0, 0, :2] = torch.tensor([0, 255])
     return levels / 127.5 - 1
@@ -100,7 +100,7 @@ def test_every_term_is_that_of_an_independent_implementation(name: str, variance
 
 
 def test_the_prior_counts_what_is_left_of_the_image() -> None:
-    """Half of it: the divergence is then far from that of pure noise."""
+    """The first half, where the divergence is far from that of pure noise."""
     beta = (0.1, 0.2, 0.3)
     made = process(schedule={"kind": "given", "beta": beta}, num_timesteps=3)
     x_0 = images(2).double()
@@ -169,8 +169,8 @@ def test_the_bound_uses_the_estimate_kept_in_range() -> None:
 def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) -> tuple[Tensor, float]:
     """Terms at every t, (T,), for N(0, std^2) and its optimal denoiser; and L_T less the data's own likelihood.
 
-    The denoiser is linear, so that all terms but L_0 hang on second moments alone: noise and data are made to have
-    them exactly, and chance has no say.
+    The denoiser is linear, so that all terms but L_0 depend only on second moments; noise and data are constructed to
+    match them exactly, without sampling error.
     """
     made = process(num_timesteps=T)
     net = Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, std))
@@ -187,7 +187,7 @@ def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) 
 
 @pytest.mark.parametrize("T", [50, 100, 400, 1000])
 def test_with_the_true_variance_the_bound_is_the_likelihood_of_gaussian_data(T: int) -> None:
-    """The reverse steps of Gaussian data are Gaussian; so nothing but the width of the bins is between the two."""
+    """The reverse steps of Gaussian data are Gaussian, so the only difference is due to the width of the bins."""
     terms, rest = gaussian_terms("analytic", T)
     assert terms.sum().item() + rest == pytest.approx(0, abs=2e-3)
 

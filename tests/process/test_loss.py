@@ -115,7 +115,7 @@ def test_the_share_of_the_bound_does_not_reach_the_mean() -> None:
 
 
 def test_the_bound_wants_more_variance_where_the_mean_is_wrong() -> None:
-    """With x_0_hat as wrong as can be the gradient raises the fraction; with the truth it lowers it."""
+    """The gradient raises the fraction if x_0_hat is as wrong as possible, and lowers it if x_0_hat is exact."""
     made = process(parameterization="x_0", learned_variance=True)
     for wrong, sign in ((2.0, -1), (0.0, 1)):
         fraction = torch.zeros_like(X_0[1:], requires_grad=True)
@@ -128,7 +128,7 @@ def test_the_bound_wants_more_variance_where_the_mean_is_wrong() -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_the_hybrid_loss_has_finite_gradients_at_every_timestep_in_float32(name: str, schedule: str) -> None:
-    """Also for a network that knows nothing yet, whose x_0_hat near pure noise is far beyond the images' range."""
+    """Also for an untrained network, whose x_0_hat near pure noise is far outside the images' range."""
     made = process(parameterization=name, schedule=schedule, learned_variance=True)
     out = (3 * randn(1000, 2, 2, 2)).float().requires_grad_()
     x_0, eps = randn(1000, 1, 2, 2, seed=1).clamp(-1, 1).float(), randn(1000, 1, 2, 2, seed=2).float()

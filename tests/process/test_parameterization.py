@@ -1,4 +1,4 @@
-"""Parameterizations: the estimates that follow from the right output are the right ones; and diffusers agrees."""
+"""Parameterizations: the exact output gives exact estimates, and diffusers agrees."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_the_target_gives_back_image_noise_and_mean(name: str, zero_terminal_snr
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_any_output_means_the_same_image_noise_and_mean(name: str) -> None:
-    """For outputs that are no target: x_0, eps and mu belong together, and the output is found again from them."""
+    """For arbitrary outputs: x_0, eps and mu are consistent, and the output is recovered from them."""
     made = of(name)
     x_t, out = randn(*SHAPE), randn(*SHAPE, seed=1)
     x_0 = made.parameterization.to_x_0(out, x_t, T)

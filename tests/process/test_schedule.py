@@ -134,7 +134,7 @@ def test_the_posterior_one_step_earlier_is_equation_7() -> None:
 
 
 def test_equation_7_with_alpha_for_alpha_bar_is_another_mean() -> None:
-    """The right one leads from q(x_t | x_0) to q(x_{t-1} | x_0); the one that some texts print does not."""
+    """The correct mean leads from q(x_t | x_0) to q(x_{t-1} | x_0); the one that some texts print does not."""
     found = Schedule(schedule.linear(1000))
     t = torch.arange(1, 1000)
     a, before = at(found, t), at(found, t - 1)

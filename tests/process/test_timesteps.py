@@ -1,4 +1,4 @@
-"""Timestep samplers: their distributions, their weights, and what they remember."""
+"""Timestep samplers: distributions, weights and loss history."""
 
 import math
 from collections import defaultdict
@@ -23,13 +23,13 @@ def pairs(count: int, num_timesteps: int = T) -> tuple[Tensor, Tensor]:
 
 
 def grid(num_timesteps: int, parts: int) -> tuple[Tensor, Tensor]:
-    """Every t with `parts` numbers u evenly in [0, 1): what a draw's mean over it is, is its expectation."""
+    """Every t with `parts` evenly spaced u in [0, 1), so that the mean over the draws is the expectation."""
     t = torch.arange(num_timesteps).repeat_interleave(parts)
     return t, ((torch.arange(parts) + 0.5) / parts).repeat(num_timesteps)
 
 
 def taught(num_timesteps: int, power: int = 2, rounds: int = 64) -> tuple[LossAware, Tensor]:
-    """One that has seen losses of 1 + t + 0.1 round at every t, and the probabilities that should follow."""
+    """A sampler that has observed losses of 1 + t + 0.1 round at every t, and the expected probabilities."""
     sampler, t = LossAware(num_timesteps, power), torch.arange(num_timesteps)
     seen: dict[int, list[float]] = defaultdict(list)
     strata = min(64, num_timesteps)
@@ -114,7 +114,7 @@ def test_the_root_mean_square_error_is_the_best_choice_for_errors_of_that_size()
 
 @pytest.mark.parametrize("name", ["stored", "uniform", "rms-error", "loss-second-moment"])
 def test_the_weighted_loss_has_the_expectation_of_uniform_timesteps(name: str) -> None:
-    """E[weight f(t)] is the mean of f, for any f: exactly so over all (t, u)."""
+    """E[weight f(t)] is the mean of f for any f, exactly over all (t, u)."""
     made = process(schedule="cosine", num_timesteps=T).schedule
     powers = {"rms-error": 1, "loss-second-moment": 2}
     sampler = taught(T, powers[name])[0] if name in powers else TIMESTEPS[name](made)
@@ -132,7 +132,7 @@ def test_several_losses_of_one_stratum_in_a_batch_are_all_remembered() -> None:
 
 
 def test_equal_losses_draw_the_pairs_own_timesteps() -> None:
-    """Then every probability is 1 / T, here exactly, and the quantile function gives t back."""
+    """Then every probability is 1 / T, here exactly, and the quantile function returns t."""
     sampler, t = LossAware(64, power=1), torch.arange(64)
     for _ in range(2):
         for u in (0.0, 0.5):

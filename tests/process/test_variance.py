@@ -84,7 +84,7 @@ def test_analytic_variance_is_the_true_one_of_gaussian_data(std: float, zero_ter
 
 @pytest.mark.parametrize("square", [0.0, 0.5, 1.0, 1.5])
 def test_analytic_variance_stays_in_its_bounds(square: float) -> None:
-    """Between the posterior's, whatever the estimate, and what images in [-1, 1] allow (Bao et al. 2022, eq. 12)."""
+    """Between the posterior variance and the limit for images in [-1, 1] (Bao et al. 2022, eq. 12)."""
     t, s = torch.cat([STEPS, torch.stack([torch.arange(1, 1000), torch.arange(999)], dim=1)]).T
     found = Analytic(LINEAR, torch.full((1000,), square, dtype=torch.float64))(t, s)
     small = FixedSmall(LINEAR)(t, s)

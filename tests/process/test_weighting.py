@@ -1,4 +1,4 @@
-"""Weightings: the same loss whatever the network predicts, and the weights of the papers."""
+"""Weightings: the same loss for any parameterization, and the weights of the papers."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def loss_of(made: build.Process, name: str) -> Tensor:
 
 
 def errors(made: build.Process, name: str) -> Tensor:
-    """Mean squared error of the output `name`, (B,), from outputs alone."""
+    """Mean squared error of the output `name`, (B,), computed from outputs only."""
     x_t = made.schedule.diffuse(X_0, T, EPS)
     outputs = [output(name, made.schedule, x_0, x_t, T) for x_0 in (X_0, some_x_0_hat(x_t, T))]
     return (outputs[0] - outputs[1]).square().mean(dim=(1, 2, 3))
@@ -66,7 +66,7 @@ def test_vlb_is_the_divergence_of_the_bound(parameterization: str) -> None:
 
 
 def test_before_the_first_timestep_vlb_takes_the_ratio_of_the_second() -> None:
-    """SNR_{-1} is infinite; SNR_0^2 / SNR_1 stands for it."""
+    """SNR_{-1} is infinite and replaced by SNR_0^2 / SNR_1."""
     made = process(parameterization="x_0", weighting="vlb")
     first, second = (made.schedule.alpha_bar[:2] / (1 - made.schedule.alpha_bar[:2])).tolist()
     weight = made.loss.scale(torch.tensor([0])).item() ** 2

@@ -51,7 +51,7 @@ def error(made: build.Process, sampler: str, steps: int) -> float:
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm-solver++", 2), ("heun", 2)])
 def test_orders_of_convergence(sampler: str, order: int) -> None:
-    """Twice the steps, a 2nd or a 4th of the error."""
+    """Doubling the steps halves the error, or reduces it to a quarter."""
     made = process(num_timesteps=4000)  # long, so that steps are even in log SNR
     errors = [error(made, sampler, steps) for steps in (41, 81, 161)]
     for coarse, fine in pairwise(errors):
@@ -79,7 +79,7 @@ def test_gaussian_data_are_sampled_with_their_own_variance(changes: dict[str, ob
 
 @pytest.mark.parametrize("steps", [2, 5, 20])
 def test_few_steps_with_the_true_variance_are_as_good_as_many(steps: int) -> None:
-    """What Analytic-DPM is for: in long steps the fixed variances are too small and too large by far."""
+    """The purpose of Analytic-DPM: for long steps the fixed variances are far too small or too large."""
     made = process()
     denoiser = made.denoiser(Says("eps", made.schedule, gaussian_x_0_hat(made.schedule, STD)), unbounded)
     x_0_mse, timesteps = gaussian_x_0_mse(made.schedule, STD), SPACINGS["linspace"](made.schedule, steps)

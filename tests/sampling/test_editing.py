@@ -1,4 +1,4 @@
-"""Image to image, interpolation and inpainting, with denoisers that are exact for Gaussian data."""
+"""Image-to-image, interpolation and inpainting, with denoisers that are exact for Gaussian data."""
 
 import math
 from itertools import pairwise

@@ -38,7 +38,7 @@ def made_sampler(made: build.Process, net: Says, **changes: object) -> Sampler:
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, module: str) -> Callable[[Tensor], None]:
-    """Sets what diffusers' next step takes for noise."""
+    """Sets the noise of diffusers' next step."""
 
     def setting(z: Tensor) -> None:
         monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: z)
@@ -47,7 +47,7 @@ def with_noise(monkeypatch: pytest.MonkeyPatch, module: str) -> Callable[[Tensor
 
 
 def in_float64(scheduler: DDPMScheduler, made: build.Process) -> None:
-    """diffusers keeps alpha_bar in float32, where its own rounding is seen."""
+    """diffusers keeps alpha_bar in float32, whose rounding would be visible."""
     scheduler.alphas_cumprod = made.schedule.alpha_bar
     for name in ("one", "final_alpha_cumprod"):
         if hasattr(scheduler, name):
@@ -143,7 +143,7 @@ def test_dpm_solver_steps_agree_with_diffusers(
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_heun_steps_agree_with_diffusers(prediction: str, clip: bool) -> None:
-    """Theirs is of x_t / sqrt(alpha_bar) and takes each step in two."""
+    """diffusers' sampler works on x_t / sqrt(alpha_bar) and splits each step in two."""
     made = process(parameterization=prediction)
     net = Says(prediction, made.schedule, lambda x_t, t: 2 * some_x_0_hat(x_t, t))
     scheduler = HeunDiscreteScheduler(
@@ -191,7 +191,7 @@ def test_heun_is_edms(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_euler_steps_lead_to_edms_largest_sigma(schedule: str) -> None:
-    """Beyond sigma = 80 a step is DDIM's, and the network is asked once; so it is in the last step."""
+    """Above sigma = 80 and in the last step it is a DDIM step with one network evaluation."""
     made, asked = process(schedule=schedule), []
 
     def spying(x_t: Tensor, t: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def test_euler_steps_lead_to_edms_largest_sigma(schedule: str) -> None:
 def test_every_sampler_ends_at_the_clean_image(
     changes: dict[str, object], zero_terminal_snr: bool, spacing: str
 ) -> None:
-    """With a network that always says the same image, any number of steps gives it, and all points are finite."""
+    """With a network that always predicts the same image, any number of steps returns it, and all points are finite."""
     image = randn(*SHAPE).clamp(-1, 1)
     made = process(schedule="cosine", num_timesteps=50, parameterization="v", zero_terminal_snr=zero_terminal_snr)
     sampler = made_sampler(made, Says("v", made.schedule, always(image)), **changes)

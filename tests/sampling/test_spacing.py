@@ -45,7 +45,7 @@ def test_quadratic_goes_evenly_in_the_root() -> None:
 @pytest.mark.parametrize("schedule", ["linear", "scaled-linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_log_snr_goes_evenly_in_log_snr(schedule: str, zero_terminal_snr: bool) -> None:
-    """As evenly as timesteps can be; and not through the last timesteps of pure noise, which have no end of it."""
+    """As even as integers allow, and skipping the timesteps of pure noise at the end."""
     made = process(schedule=schedule, zero_terminal_snr=zero_terminal_snr, parameterization="v").schedule
     log_snr = (made.alpha_bar / (1 - made.alpha_bar)).log()
     first, *rest = spacing.log_snr(made, 10)

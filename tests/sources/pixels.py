@@ -1,4 +1,4 @@
-"""Pixels for the tests of image files, and what is right about them by arithmetic."""
+"""Pixels for the tests of image files, with expected values by arithmetic."""
 
 from pathlib import Path
 from typing import Any

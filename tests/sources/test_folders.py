@@ -30,7 +30,7 @@ def folder(root: Path, *names: str) -> Folder:
 
 
 def found(source: Folder) -> dict[str, tuple[str | None, str | None]]:
-    """Split and class of each file, as far as it can be read."""
+    """Split and class of each readable file."""
     result = {}
     for sample in source:
         sample.decode()
@@ -260,7 +260,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("link", ["train/dog", "train/dog/1.png", "val", "test", "cover.png", "x.png"])
 def test_a_link_to_nowhere_is_not_left_out(tmp_path: Path, link: str) -> None:
-    """Else a class or a split would be missing."""
+    """Otherwise a class or a split would be missing."""
     save(tmp_path / "train" / "cat" / "1.png")
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to("nowhere")

@@ -1,4 +1,4 @@
-"""Image files to pixels: each kind of file against pixels that are known without the reader."""
+"""Decoding of image files, against pixels that are known independently of the decoder."""
 
 import io
 from pathlib import Path

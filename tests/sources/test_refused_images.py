@@ -1,4 +1,4 @@
-"""Image files that cannot be read correctly, and those that look like them and can."""
+"""Image files that cannot be decoded correctly, and similar ones that can."""
 
 import errno
 import io
@@ -94,7 +94,7 @@ def test_other_colour_spaces_of_jpeg_2000_are_refused(tmp_path: Path) -> None:
 
 
 class BadDisk(io.FileIO):
-    """A file of which only the first bytes can be read."""
+    """A file whose first bytes alone can be read."""
 
     def read(self, size: int | None = -1, /) -> Any:
         content = super().read(-1 if size is None else size)
@@ -107,7 +107,7 @@ class BadDisk(io.FileIO):
 def test_an_error_of_the_disk_is_none_of_the_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], Any]
 ) -> None:
-    """Pillow takes an error in the directory of a TIFF file for damage, and says that it is no image."""
+    """Pillow mistakes a read error in the directory of a TIFF file for corruption, and says it is not an image."""
     path = tmp_path / name
     path.write_bytes(tiff(100, 100, [bytes(30000)], [8] * 3, 2))
     assert rejection_reason(path) is None

@@ -1,4 +1,4 @@
-"""Webdataset shards."""
+"""WebDataset shards."""
 
 import hashlib
 import json
@@ -142,7 +142,7 @@ def test_own_test_split_is_kept_and_val_is_taken_from_train(tmp_path: Path) -> N
 
 
 def bomb() -> bytes:
-    """A tiny PNG file that says it is 60000 x 60000."""
+    """A tiny PNG file that claims to be 60000 x 60000."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -183,7 +183,7 @@ def test_damaged_images_are_listed_with_their_reason(tmp_path: Path, pictures: P
 def test_what_the_system_cannot_read_ends_the_stage(
     tmp_path: Path, pictures: Path, name: str, target: str, reason: str
 ) -> None:
-    """Else images, or a whole class, would be missing until the disk is mounted again."""
+    """Otherwise images, or a whole class, would be missing until the disk is mounted again."""
     (pictures / "c").mkdir()
     (pictures / name).symlink_to(target)
     with pytest.raises(UserError) as caught:
@@ -234,7 +234,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: not in format 1, .*: source: missing; "):
         Manifest.read(tmp_path / "shards" / MANIFEST)
     (tmp_path / "shards" / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* written by an earlier version\)$"):
+    with pytest.raises(UserError, match=r"SHA256SUMS: No such file .* \(written by an earlier version\)$"):
         Manifest.read(tmp_path / "shards" / MANIFEST)
 
 

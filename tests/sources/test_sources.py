@@ -1,4 +1,4 @@
-"""Formats in."""
+"""Input formats."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are kept, which count, and that no moment of writing one is a bad one to be killed at."""
+"""Checkpoints on disk: which are kept, which are valid, and safety against being killed while writing."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def params(params: Params) -> Params:
 
 
 def at(state: State, step: int) -> State:
-    """A state whose weights tell its step."""
+    """A state whose weights encode its step."""
     state.step = step
     with torch.no_grad():
         next(state.net.parameters()).fill_(float(step))
@@ -124,7 +124,7 @@ def test_without_any_the_state_stays_as_it_is(params: Params, tmp_path: Path) ->
 
 
 class Countdown:
-    """Lets so many calls into the file system pass, and raises Killed at the next; None: all of them."""
+    """Lets a number of file system calls pass and raises Killed at the next; None: never."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
@@ -145,7 +145,7 @@ class Countdown:
 def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call into the file system while the third and fourth are written is, in turn, the last one."""
+    """Kills the process at each file system call in turn while the third and fourth checkpoints are written."""
     countdown, state, moments, written = Countdown(monkeypatch), fresh_state(params), 0, 2
     while written < 4:
         directory = tmp_path / str(moments)

@@ -1,4 +1,4 @@
-"""Everything that can be chosen for training trains every weight, in every pairing of two choices."""
+"""Every pair of training choices trains every weight."""
 
 from itertools import combinations
 from typing import Any
@@ -46,11 +46,11 @@ CHOICES: dict[str, list[Any]] = {
 
 Row = dict[str, Any]
 WEIGHTLESS_AT_PURE_NOISE = set(WEIGHTINGS) - {"snr-plus-one", "truncated-snr"}
-"""Weightings that give pure noise no weight."""
+"""Weightings that are zero at pure noise."""
 
 
 def allowed(row: Row) -> bool:
-    """Whether these choices fit together, as the rules of the parameters have it."""
+    """Whether these choices are compatible according to the rules of the parameters."""
     return not row.get("zero_terminal_snr") or not (
         row.get("parameterization") == "eps"
         or row.get("weighting") in WEIGHTLESS_AT_PURE_NOISE
@@ -59,7 +59,7 @@ def allowed(row: Row) -> bool:
 
 
 def covering_array() -> list[Row]:
-    """Rows that hold every allowed pair of choices: each begins with a pair that is missing, and greedily adds others.
+    """Rows that cover every allowed pair of choices; each starts with a missing pair and greedily adds others.
 
     Cohen et al. 1997, "The AETG system", without its random trials.
     """

@@ -1,4 +1,4 @@
-"""A training that is killed at random moments ends with the bytes of one that was not."""
+"""Training killed at random moments gives the same bytes as uninterrupted training."""
 
 import random
 import time
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 KILLS, STEPS = 4, 200
 WRITING = ".ddpm/checkpoints/*/.0*"
-"""What a checkpoint is called until it is whole."""
+"""Name of a checkpoint while it is written."""
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(pairs_tree: Path, tmp_path: Path) -> None:

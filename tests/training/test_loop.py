@@ -1,4 +1,4 @@
-"""The training loop: what it calls when, and that stopping and going on changes nothing."""
+"""The training loop: its calls, and that interrupting and resuming changes nothing."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def fetch(step: int) -> Batch:
 
 
 def spoiled(*steps: int, value: float = math.nan) -> Fetch:
-    """`fetch`, with a batch at each of these steps of which one image is not finite, as often as it is asked for."""
+    """`fetch` with one non-finite image in the batches of these steps, whenever they are fetched."""
 
     def get(step: int) -> Batch:
         batch = fetch(step)
@@ -75,7 +75,7 @@ def run(
     fetch: Fetch = fetch,
     measured: Callable[[int], float] = float,
 ) -> list[str]:
-    """Train, and tell what was called; `measured` gives the held-out error at a step."""
+    """Train and record the calls; `measured` returns the held-out error at a step."""
     called: list[str] = []
     trainer = loop.Trainer(params.train, 0, processes.process(params.process).loss, fetch, state.net)
 
@@ -118,7 +118,7 @@ def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> N
 
 
 def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_path: Path) -> None:
-    """With the weights of the draw the mean over all bands, each as wide as the others, is near the loss itself."""
+    """With importance weights, the mean over all bands, which have equal width, is close to the loss."""
     params = changed(params, train={"timesteps": "rms-error", "steps": 40, "log_every": 20, "preview_every": 40})
     state = fresh_state(params)
     run(params, state, Checkpoints(tmp_path))
@@ -154,7 +154,7 @@ def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bits(
 
 
 class Killed(BaseException):
-    """Ends the loop as SIGKILL would: nothing more is written."""
+    """Ends the loop like SIGKILL, without further writes."""
 
 
 def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_same_bits(
@@ -179,7 +179,7 @@ def test_a_killed_training_resumes_from_its_last_checkpoint_and_ends_with_the_sa
 
 
 def test_a_few_bad_steps_are_skipped_and_counted(params: Params, tmp_path: Path) -> None:
-    """A skipped step changes nothing but the position: what follows is as if its batch had not been."""
+    """A skipped step only advances the position: what follows is as if its batch did not exist."""
     state = fresh_state(params)
     run(params, state, Checkpoints(tmp_path), fetch=spoiled(2, 5, 6))
     assert (state.skipped, state.skipped_in_row, state.rollbacks) == (3, 0, 0)
@@ -229,7 +229,7 @@ def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
 
 
 def test_a_training_that_went_back_and_was_killed_ends_with_the_same_bits(params: Params, tmp_path: Path) -> None:
-    """What it goes back to is at a step that the parameters name, not where a checkpoint happened to be written."""
+    """It rolls back to a step that the parameters determine, not to wherever a checkpoint happened to be written."""
 
     def run_to(directory: str, stops: list[int]) -> State:
         asked: list[int] = []

@@ -101,7 +101,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptio
     made = optim.optimizers(net, net.blocks(), options)
 
     def step(norm: float) -> list[torch.Tensor]:
-        """Of the optimizers' state and the weights, copies."""
+        """Copies of the weights and the optimizers' state."""
         generator = torch.Generator().manual_seed(0)
         for number, parameter in enumerate(net.parameters()):
             parameter.grad = torch.randn(parameter.shape, generator=generator)

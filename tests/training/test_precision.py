@@ -1,6 +1,6 @@
-"""Training in bfloat16: whatever is multiplied by a schedule's coefficients is in float32.
+"""Training in bfloat16: everything that is multiplied by a schedule's coefficients is in float32.
 
-What is right is computed in float64 from the features that the narrow layers gave, whatever those are.
+Expected values are computed in float64 from the features of the bfloat16 layers.
 """
 
 import copy

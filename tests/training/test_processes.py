@@ -1,4 +1,4 @@
-"""Several processes that train together: the same model as one process, and a clean end when one of them is lost."""
+"""Distributed training: the same model as with one process, and a clean end when a process is lost."""
 
 import os
 import re
@@ -46,16 +46,16 @@ def distances(one: Path, other: Path) -> dict[str, float]:
 
 
 class Alone(NamedTuple):
-    """The training of one process."""
+    """Training with one process."""
 
     tree: Path
     rounding: dict[str, float]
     """`distances` to the same training with the sums of each batch in another order."""
 
     def assert_same_as(self, tree: Path) -> None:
-        """But for the rounding of sums in another order, which grows over the steps.
+        """Up to rounding of sums in another order, which grows over the steps.
 
-        A picture or a gradient that was left out would change the losses by percents.
+        A missing image or gradient would change the losses by percents.
         """
         found = distances(tree, self.tree)
         assert {name: value for name, value in found.items() if value > TIMES * self.rounding[name]} == {}
@@ -75,7 +75,7 @@ def alone(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 @pytest.fixture(scope="module")
 def two(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training of two processes."""
+    """Training with two processes."""
     tree = trees.copy(pairs_tree, tmp_path_factory.mktemp("two") / "tree", processes=2)
     done = trees.run_apart(tree, *trees.TRAIN)
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_two_processes_train_the_model_of_one(alone: Alone, two: Path) -> None:
 
 
 def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tree: Path, tmp_path: Path) -> None:
-    """Interrupted on the way, which ends all of them with one line."""
+    """Interrupted training, which ends all processes with one line."""
     options = {"processes": 2, "sharding": "weights", "accumulate": 2, "keep_best": True, "recompute": True}
     tree = trees.copy(pairs_tree, tmp_path / "tree", **options)
     with trees.start(tree) as stopped:
@@ -108,7 +108,7 @@ def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tre
 
 
 def kill(launcher: int, rank: int) -> None:
-    """Kill the process of this rank that a launcher has started."""
+    """Kill the launcher's process of this rank."""
     for worker in psutil.Process(launcher).children():
         if worker.environ().get("RANK") == str(rank):
             worker.kill()
@@ -202,7 +202,7 @@ def test_killing_the_launcher_ends_its_processes(pairs_tree: Path, tmp_path: Pat
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 RESULTS = ("models", "reports/train_curves")
-"""What does not tell of train.processes."""
+"""Everything that must not depend on train.processes."""
 
 
 def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path:
 def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
     alone: Alone, two: Path, pairs_tree: Path, tmp_path: Path
 ) -> None:
-    """Two launchers with a tree each stand for two machines without a common file system."""
+    """Two launchers with separate trees simulate two machines without a shared file system."""
     machines = [trees.copy(pairs_tree, tmp_path / name) for name in ("first", "second")]
     where = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
     where += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
@@ -263,7 +263,7 @@ def test_every_process_needs_a_gpu_of_its_own(
 def test_an_error_of_all_processes_is_reported_by_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a world of two, whose second process stands here: it raises what the first one says."""
+    """Simulates rank 1 of two processes, which raises the error reported by rank 0."""
 
     def ends_with(error: Exception, rank: int, lost: type[UserError] = UserError) -> type[BaseException]:
         monkeypatch.setenv("RANK", str(rank))
@@ -290,7 +290,7 @@ def test_an_error_of_all_processes_is_reported_by_one(
 
 
 def test_restarts_by_torchrun_on_several_machines_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it they would wait for the addresses of processes that have ended."""
+    """Without it they would wait for addresses of processes that have ended."""
     environment = {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
     for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Signals that end a training."""
+"""Signals that stop training."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the network is trained on, compared with what the files of data/pairs say."""
+"""The network's training inputs, compared with the files of data/pairs."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from flows.stages import pairs as pairs_stage
 from flows.stages import shard as shard_stage
 
 EPOCHS = 5
-"""Enough for the choices that learn from the losses to have seen 64 in each range of timesteps."""
+"""Enough steps for loss-aware samplers to observe 64 losses in each stratum."""
 
 
 def changed(params: Params, timesteps: str) -> Params:
@@ -58,7 +58,7 @@ def said_by_the_files(directory: Path, draw: int) -> tuple[NDArray[Any], ...]:
 
 
 def given_to_the_network(params: Params, directory: Path, checkpoints: Path) -> tuple[NDArray[Any], ...]:
-    """x_t (n, 64), t (n,) and y (n,) that the training loop gives to the network, in its order."""
+    """x_t (n, 64), t (n,) and y (n,) passed to the network by the training loop, in order."""
     pairs = Pairs(directory, "train")
     steps = math.ceil(EPOCHS * pairs.images / params.train.batch_size)
     options = params.train.model_copy(update={"steps": steps})

@@ -1,4 +1,4 @@
-"""A training step waits for none of its own results, at most for the losses of the step before."""
+"""A training step does not synchronize with the device, except for the losses of the previous step."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def params(params: Params) -> Params:
 def test_a_step_waits_for_no_result(
     params: Params, monkeypatch: pytest.MonkeyPatch, timesteps: str, accumulate: int
 ) -> None:
-    """Each would keep a GPU idle: numbers read from a tensor, conditions on one, copies to the CPU."""
+    """Operations that synchronize: reading numbers from a tensor, conditions on one, copies to the CPU."""
     params = changed(
         params,
         train={"timesteps": timesteps, "accumulate": accumulate, "batch_size": 64},

@@ -49,7 +49,7 @@ def change(tree: Path, changes: dict[str, Any]) -> None:
 
 
 def copy(tree: Path, target: Path, **train: Any) -> Path:
-    """A copy of a tree with other parameters of training."""
+    """Copy a tree and change its training parameters."""
     shutil.copytree(tree, target)
     change(target, {"train": train})
     return target
@@ -76,7 +76,7 @@ def run_apart(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def start(tree: Path, *command: str, **more: str) -> subprocess.Popen[str]:
-    """A training under way, whose standard error is to be read."""
+    """Start training with its standard error piped."""
     environment = os.environ | ENVIRONMENT | more
     return subprocess.Popen(
         command or TRAIN, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -84,7 +84,7 @@ def start(tree: Path, *command: str, **more: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> str:
-    """Read a training's lines until one has these words in it; gives that line."""
+    """Read a training's output up to a line with these words, and return it."""
     assert process.stderr is not None
     seen = []
     for line in process.stderr:
@@ -100,5 +100,5 @@ def digests(tree: Path, *parts: str) -> dict[str, str]:
 
 
 def seconds(value: float) -> dict[str, str]:
-    """The environment for a checkpoint every so many seconds."""
+    """Environment for a checkpoint every `seconds` seconds."""
     return {CHECKPOINT_SECONDS: str(value)}
