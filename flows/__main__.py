@@ -1,5 +1,6 @@
 """The command line: `ddpm COMMAND`, or `python -m flows COMMAND`."""
 
+import errno
 import os
 import signal
 import sys
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     command, *_ = arguments or [""]
-    name = f"ddpm {command}" if command in app else "ddpm"
+    name = f"ddpm {command}" if command in app and not command.startswith("-") else "ddpm"
     try:
         with stoppable():
             call, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
@@ -58,7 +59,8 @@ def _main(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except OSError as error:
-        say(f"{name}: error: {SystemFault.of(error)}")
+        on_output = error.filename is None and error.errno == errno.ENOSPC  # files are named
+        say(f"{name}: error: {'standard output: no space left' if on_output else SystemFault.of(error)}")
         return 1
     return 0
 

@@ -1,5 +1,8 @@
 """Parameters, presets and the commands that show them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,24 @@ def test_a_preset_is_written_and_taken_back(
     assert capsys.readouterr().err == (
         "ddpm preset: error: preset 'cifar': not found in presets/; available: cifar10, digits, fashion-mnist\n"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["params"], ["--help"], ["set", "seed=1"]])
+def test_output_that_cannot_be_written_gets_one_line(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    name = "ddpm" if arguments == ["--help"] else f"ddpm {arguments[0]}"
+    assert (done.returncode, done.stderr) == (1, f"{name}: error: standard output: no space left\n")
 
 
 def test_ddpm_params_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
