@@ -1,7 +1,7 @@
 """The parameters: one frozen model per section of params.yaml.
 
-A field that is missing in params.yaml, or unknown, is an error that names it, though every field has a default: DVC,
-which hashes the values in the file, is to see everything that shapes a result.
+Missing and unknown fields in params.yaml are errors that name the field, even though every field has a default: DVC
+hashes the values in the file, and must see everything that affects a result.
 """
 
 import copy
@@ -69,80 +69,82 @@ def _exports_its_variance(params: "Params") -> None:
 
 
 class Shard(Section):
-    """Raw images into webdataset shards."""
+    """Conversion of raw images to webdataset shards, and the split into train, val and test."""
 
     rules = (_leaves_something_to_train_on,)
 
     source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
-    """An .npz file, a folder of idx files, or a folder of images (sub-folders are splits or classes)."""
+    """Data set: an .npz file, a folder of idx files, or a folder of images, whose sub-folders are splits or classes."""
     split_names_as_classes: bool = False
-    """Confirms that folders named like a split (train, test, ...) are classes, or parts of one, not splits."""
+    """Treat folders named like a split (train, test, ...) as classes, or as parts of one."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the images held out for validation, by a hash of their pixels; unused where the source has its own."""
+    """Fraction of the images held out for validation, chosen by a hash of their pixels; ignored if the data set has a
+    validation split."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the images held out for the final evaluation; chosen and unused likewise."""
+    """Fraction of the images held out for testing, chosen by a hash of their pixels; ignored if the data set has a
+    test split."""
     samples_per_shard: Positive = 10000
-    """Images per tar file."""
+    """Maximum number of images per tar file."""
 
 
 class Pairs(Section):
-    """Images of one size, in shuffled blocks, each with its noise recipe."""
+    """Image size, and forward-noise pairs (x_t, eps) in shuffled blocks."""
 
     height: Positive = 8
-    """Height in pixels; other images are cropped to the aspect ratio and resized."""
+    """Image height in pixels. Images of another size are cropped to the aspect ratio and resized."""
     width: Positive = 8
-    """Width in pixels."""
+    """Image width in pixels."""
     channels: Annotated[Literal[1, 3], exactly(1, 3)] = 1
-    """1 for grey, 3 for RGB; transparent images are laid on white."""
+    """Image channels. 1: grayscale; 3: RGB. Transparent images are composited on white."""
     draws: Positive = 8
-    """How many draws of (t, noise key) are stored for each training image; training goes on past them without end."""
+    """Number of (t, noise) draws stored per training image, as seeds. Longer training derives further draws."""
     heldout_draws: Positive = 8
-    """How many draws of each validation and test image are stored, as tensors."""
+    """Number of (t, noise) draws stored per validation and test image, as tensors."""
 
 
 class Evaluate(Section):
-    """Held-out evaluation."""
+    """Evaluation on held-out images: noise prediction and likelihood."""
 
     resamples: Annotated[int, Field(ge=100)] = 1000
-    """Bootstrap resamples (over images) behind the 95 % intervals."""
+    """Number of bootstrap resamples (over images) for the 95 % intervals."""
     likelihood_images: Annotated[int, Field(ge=2)] = 256
-    """Test images on which the bound in bits/dim is estimated, at some timesteps of each."""
+    """Number of test images for the estimated bound in bits/dim, which samples timesteps."""
     exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
-    """Test images on which it is summed over every timestep."""
+    """Number of test images for the exact bound in bits/dim, which sums over all timesteps."""
 
 
 class Export(Section):
     """ONNX export."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    """ONNX operator set."""
+    """ONNX operator set version."""
     tolerance: Annotated[float, Field(gt=0)] = 0.0001
-    """Largest difference allowed between ONNX Runtime and torch in a value of eps_hat, and in shares of the MSE."""
+    """Maximum difference between ONNX Runtime and torch: absolute in eps_hat, and relative in the held-out MSE."""
     sampler: SamplerChoice = Choice(kind="dpm-solver++")
-    """The sampler inside sampler.onnx; one of the section `sample`, which has the rest of how it samples."""
+    """Sampler in sampler.onnx. Threshold, guidance and variance are those of the section `sample`."""
     steps: Annotated[int, Field(ge=1)] = 10
-    """Its steps unless asked otherwise."""
+    """Default number of sampling steps in sampler.onnx; callers can request another."""
     spacing: SpacingName = "quadratic"
-    """Which timesteps they are at."""
+    """Spacing of the sampling timesteps in sampler.onnx, as in sample.spacing."""
     variants: Annotated[tuple[Literal["fp16", "int8"], ...], LIST] = ()
-    """Further files in fewer bits: fp16 (float16, for GPUs) or int8 (matrix products in 8 bits, for CPUs)."""
+    """Additional files at lower precision. fp16: half precision, for GPUs; int8: 8-bit matrix products, for CPUs."""
     max_loss: Annotated[float, Field(ge=0)] = 0.02
-    """Largest share by which a variant's held-out MSE may exceed the model's."""
+    """Maximum relative increase of a variant's held-out MSE over the model's."""
 
 
 class Tracking(Section):
-    """MLflow names, and the validation error that a model must reach to become champion."""
+    """Names in MLflow, and the condition for becoming champion."""
 
     experiment: Annotated[str, Field(min_length=1)] = "ddpm"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\\n]*$")] = "ddpm"
-    """Name of the registered model, without the characters / : ' and \\, which MLflow refuses or cannot search for."""
+    """Name of the registered model; must not contain / : ' or \\, which MLflow rejects or cannot search for."""
     max_mse: Annotated[float, Field(gt=0)] = 0.5
-    """Gate: the largest noise MSE on the validation pairs with which a version can become champion."""
+    """Maximum noise MSE on the validation pairs for a model version to become champion."""
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """The contents of params.yaml."""
 
     rules = (
         _samples_at_timesteps_that_exist,
@@ -154,9 +156,9 @@ class Params(Section):
     )
 
     seed: NonNegative = 0
-    """Seed of every random number."""
+    """Random seed of the whole pipeline."""
     device: Device = "auto"
-    """auto (CUDA, MPS or XPU where there is one of them), cpu, cuda, cuda:N, mps, xpu or xpu:N."""
+    """Device for training, evaluation and sampling. auto: CUDA, MPS or XPU if available, otherwise the CPU."""
     shard: Shard = Shard()
     pairs: Pairs = Pairs()
     process: ProcessOptions = ProcessOptions()
