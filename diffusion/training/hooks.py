@@ -76,9 +76,8 @@ class Hooks:
         self.timed_steps += 1
         if self.progress:
             note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
-            self.progress.advance(
-                state.step * options.batch_size - self.progress.done, note
-            )  # negative after a rollback
+            # The count is negative after a rollback.
+            self.progress.advance(state.step * options.batch_size - self.progress.done, note)
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = self.trainer.add_point(state)
             if self.logger and row:
@@ -111,7 +110,6 @@ class Hooks:
         self.timed_steps, self.timed_from = 0, time.monotonic()
 
     def _measure(self, state: State) -> float:
-
         def check_stop() -> None:
             self.stop.check()
             if self.progress:
