@@ -106,14 +106,15 @@ class RunStatus:
         said = {"Cached": "cached", "AwaitingRetry": "retrying"}.get(own_name, STATES.get(kind, own_name.lower()))
         return stage if stage.enter(said, at, message) else None
 
-    def flow(self, state: tuple[str, str], at: datetime) -> bool:
+    def flow(self, state: tuple[str, str], at: datetime, message: str = "") -> bool:
         """The flow run has taken on a state, (type, name); whether it is a new one."""
         kind, own_name = state
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", own_name).lower()  # AwaitingConcurrencySlot
         said = {"RUNNING": "running", "COMPLETED": "done"}.get(kind, words)
-        changed = self.run.enter(said, at)
         if kind in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED"):
             self.run.line = self.run.said = ""
+        changed = self.run.enter(said, at, message)
+        if kind in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED"):
             for stage in self.stages.values():
                 if stage.state in ("running", "retrying"):  # ended with the run, without an event of its own
                     stage.enter(said, at)
@@ -132,7 +133,11 @@ class RunStatus:
         if finished := _FINISHED.match(message):
             with suppress(ValueError, SyntaxError):
                 message = str(ast.literal_eval(finished["message"]))
-        if any(told in message for told in self._told):
+        return self.tell(message)
+
+    def tell(self, message: str) -> str | None:
+        """A warning or error, unless it was given before: Prefect reports a failure with its task and with its run."""
+        if any(message in told for told in self._told):
             return None
         self._told.append(message)
         return message

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from logging import ERROR
 from typing import Any
 from uuid import UUID
 
@@ -69,25 +70,30 @@ class Display:
     def print(self, item: Any, **options: Any) -> None:
         """Take an event or a line of the log; anything else is printed."""
         if isinstance(item, Log):
-            if told := self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp):
-                style = "red" if item.level >= 40 or ": error:" in told else "yellow"
-                self.console.print(Text(told, style))
+            told = self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp)
+            self._warn(told, "red" if item.level >= ERROR or ": error:" in item.message else "yellow")
         elif isinstance(item, Event):
             self._event(item)
         else:
             self.console.print(item, **options)
+
+    def _warn(self, told: str | None, style: str) -> None:
+        if told:
+            self.console.print(Text(told, style), soft_wrap=True)
 
     def _event(self, event: Event) -> None:
         kind, _, run = event.resource.id.removeprefix("prefect.").partition(".")
         state = (event.resource.get("prefect.state-type") or "", event.resource.get("prefect.state-name") or "")
         if not all(state):
             return
+        message = event.resource.get("prefect.state-message") or ""
+        if state[0] in ("FAILED", "CRASHED") and message:
+            self._warn(self.status.tell(message), "red")  # its line in the log may come too late, or never
         if kind == "task-run":
-            message = event.resource.get("prefect.state-message") or ""
             name = event.resource.get("prefect.resource.name") or ""
             if (stage := self.status.task(run, name, state, event.occurred, message)) and not self._live:
                 self._changed(stage)
-        elif kind == "flow-run" and self.status.flow(state, event.occurred) and not self._live:
+        elif kind == "flow-run" and self.status.flow(state, event.occurred, message) and not self._live:
             self._say(f"{self.status.run.name}: {self.status.run.state}")
 
     async def remind(self) -> None:

@@ -89,6 +89,12 @@ def test_what_ran_when_the_run_ended_has_ended_with_it(status: RunStatus) -> Non
     assert status.rows(at(9))[1].seconds == 4
 
 
+def test_a_failed_run_says_why(status: RunStatus) -> None:
+    status.flow(("RUNNING", "Running"), at(0))
+    status.flow(("FAILED", "Failed"), at(5), "train.stepz: no such parameter")
+    assert status.rows(at(9))[0] == Row("iron-bonobo", "failed", 5, "train.stepz: no such parameter")
+
+
 def test_a_retry_is_waited_for(status: RunStatus) -> None:
     status.task("a", "shard-0c1", ("SCHEDULED", "AwaitingRetry"), at(1))
     assert status.rows(at(2))[1].state == "retrying"

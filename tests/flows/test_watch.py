@@ -27,13 +27,15 @@ ROWS = [
 ]
 
 
-def event(task: UUID, name: str, kind: str, state: str, seconds: float, of: str = "task-run") -> Event:
+def event(
+    task: UUID, name: str, kind: str, state: str, seconds: float, of: str = "task-run", message: str = ""
+) -> Event:
     resource = {
         "prefect.resource.id": f"prefect.{of}.{task}",
         "prefect.resource.name": name,
         "prefect.state-type": kind,
         "prefect.state-name": state,
-        "prefect.state-message": "",
+        "prefect.state-message": message,
     }
     occurred = START + timedelta(seconds=seconds)
     return Event(occurred=occurred, event=f"prefect.{of}.{state}", resource=resource, id=uuid4())
@@ -131,6 +133,17 @@ def test_without_a_terminal_progress_is_told_now_and_then(monkeypatch: pytest.Mo
     lines = written(to).splitlines()[4:]
     assert lines[0] == "train: 640/1280 images, 812/s, 97 s left, loss 0.0712"
     assert lines[1].startswith(f"{lines[0]} (")  # nothing new: how long it has been running
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_failure_is_told_once_though_the_log_comes_late_or_never(terminal: bool) -> None:
+    to = console(width=80, force_terminal=terminal, color_system=None)
+    status, why = RunStatus.of("iron-bonobo", ["shard"]), "parameters of the run: train.stepz: no such parameter"
+    with watch.Display(to, status) as display:
+        display.print(event(uuid4(), "iron-bonobo", "FAILED", "Failed", 5, "flow-run", why))
+        display.print(log(None, f"Finished in state Failed('{why}')", 40))
+    above = [line for line in written(to).splitlines() if line.endswith(why) and "iron-bonobo" not in line]
+    assert len(above) == 1
 
 
 def test_a_result_that_was_just_printed_is_not_repeated() -> None:
