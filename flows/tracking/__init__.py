@@ -11,8 +11,8 @@ it writes the same files. A training is followed in its run before there are wei
 the checkpoint holds, or by the training's fingerprint. A run that reuses the weights of another one has their logged
 model as its input, repeats the training's final figures, and names the other run in its description.
 
-Digests are kept in tags that MLflow's pages hide; `names` says what else is called how, and `description` writes what a
-user reads first.
+Digests are kept in tags that MLflow's pages hide: see `names`, also for metrics and parameters. `description` writes
+what a user reads first.
 
 The store is MLFLOW_TRACKING_URI, or else the sqlite file .ddpm/mlflow.db with its artifacts beside it. A server can
 use the same store, and then shows what was logged with and without it; start it with the same two locations:

@@ -50,7 +50,7 @@ class LiveRun:
         self._thread.shutdown()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """One point of each curve, named like the columns of reports/train_curves (heldout.csv's mse: heldout_mse)."""
+        """Log one point of each curve, named as in reports/train_curves (`mse` of heldout.csv: `heldout_mse`)."""
         if self._run is None:
             return
         self._batch += store.points({names.curve(name): value for name, value in values.items()}, step)
@@ -58,7 +58,7 @@ class LiveRun:
             self._send()
 
     def image(self, path: Path, step: int) -> None:
-        """The sample grid of a step; the file is read before this returns."""
+        """Log the sample grid of a step; the file is read before this returns."""
         if self._run is not None:
             image = store.read_image(path)
             self._later(lambda run: run.image(image, step))

@@ -1,7 +1,7 @@
-"""The names under which MLflow holds what the stages' files call otherwise.
+"""Names of tags, metrics and parameters in MLflow.
 
-MLflow's pages hide tags that begin with `mlflow.`, draw one section of charts for each prefix of the metrics' names, in
-alphabetical order, and draw a metric as a curve if it has steps.
+MLflow's pages hide tags that begin with `mlflow.`. They draw one section of charts for each prefix of the metrics'
+names, in alphabetical order, and draw a metric as a curve if it has steps.
 """
 
 import re
@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN, FORMER = "mlflow.ddpm.", "ddpm."
-"""Prefix of the tags by which runs are found, and the one that earlier versions used, which showed them to users."""
+"""Prefix of the tags by which runs are found, and the prefix in earlier versions, which MLflow's pages show."""
 GIT_DIRTY = "ddpm.git_dirty"
-"""The tag that is shown: whether tracked files had changes that were not committed."""
+"""Tag, shown to users: whether tracked files had uncommitted changes."""
 
 
 def former(tag: str) -> str:
-    """The name that earlier versions gave a hidden tag."""
+    """The name of a hidden tag in earlier versions."""
     return FORMER + tag.removeprefix(HIDDEN)
 
 
 def current(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags with those of earlier versions under their present names."""
+    """Tags, with those of earlier versions under their present names."""
     return {
         HIDDEN + key.removeprefix(FORMER) if key.startswith(FORMER) and key != GIT_DIRTY else key: value
         for key, value in tags.items()
@@ -30,7 +30,7 @@ def current(tags: Mapping[str, str]) -> dict[str, str]:
 def curve(column: str) -> str:
     """The metric of a column of reports/train_curves (heldout.csv's `mse`: `heldout_mse`).
 
-    `curves/`, the first section of charts, has the loss and the held-out error.
+    The loss and the held-out error are in `curves/`, the first section of charts.
     """
     if column in ("loss", "heldout_mse"):
         return f"curves/{column}"
