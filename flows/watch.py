@@ -60,6 +60,7 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._live:
+            self.console.print()
             self._live.start()
         return self
 
