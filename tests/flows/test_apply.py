@@ -73,7 +73,7 @@ def test_parameters_of_an_earlier_version_are_converted(run: Path, root: Path) -
     applied = params.load(Path("params.yaml"))
     assert applied.train.steps == 7
     assert applied.train.optimizer.learning_rate == 0.01
-    assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
+    assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("run")
