@@ -72,7 +72,7 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
         if not path.exists():
             raise UserError(f"{path}: missing; `dvc repro {stage}` writes it")
         if sha256(path) != digest:
-            raise Damaged(path, f"not the bytes that {file} lists")
+            raise Damaged(path, f"it does not match its digest in {file}")
     return None
 
 

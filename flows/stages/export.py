@@ -127,5 +127,5 @@ def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, An
         return {}
     report = paths.evaluate_report.read_bytes()
     if digests["report_sha256"] != hashlib.sha256(report).hexdigest():
-        raise Damaged(paths.evaluate_report, f"not the bytes that {scored} lists")
+        raise Damaged(paths.evaluate_report, f"it does not match its digest in {scored}")
     return json.loads(report)

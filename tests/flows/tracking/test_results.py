@@ -236,7 +236,7 @@ def test_results_of_which_a_file_is_damaged_or_gone_are_not_recorded(
         why = f"{path}: missing; `dvc repro export` writes it"
     else:
         path.write_text(path.read_text().replace("3", "1"))
-        why = f"{path}: damaged (not the bytes that "
+        why = f"{path}: damaged (it does not match its digest in "
     assert tracking.record(PARAMS, paths) is None
     assert capfd.readouterr().err.startswith(f"MLflow: not recorded: {why}")
     with pytest.raises(UserError, match=f"^{re.escape(why)}"):
