@@ -104,7 +104,7 @@ def test_snr_is_read_as_another_name_of_simple(params: Params) -> None:
     assert parameters.validate(document, "test").process.weighting.kind == "simple"
 
 
-def test_a_preset_leaves_what_is_the_users_own(tmp_path: Path) -> None:
+def test_a_preset_keeps_the_users_own_settings(tmp_path: Path) -> None:
     document = yaml_files.read_yaml(ROOT / "params.yaml")
     own: dict[str, Any] = {"seed": 5, "device": "cpu", "tracking": {"model_name": "mine"}}
     yaml_files.overlay(document, own | {"shard": {"source": "data/raw/mine"}, "train": {"steps": 7}})
