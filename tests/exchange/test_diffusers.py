@@ -233,7 +233,7 @@ def test_the_export_names_what_a_scheduler_cannot_express(tree: Path, capsys: py
     export(tree, chosen)
     printed = capsys.readouterr().out
     assert printed.endswith(
-        "DDPMPipeline.from_pretrained loads; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
+        "DDPMPipeline.from_pretrained; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
         "dpm-solver++ (ddpm instead), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
     )
 

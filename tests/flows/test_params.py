@@ -151,10 +151,30 @@ def test_a_preset_is_written_and_taken_back(
     assert "# a GPU if available" in Path("params.yaml").read_text(encoding="utf-8")
     assert main(["preset", "digits"]) == 0
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
-    assert main(["preset", "cifar"]) == 1
+    assert main(["preset", "cifar"]) == 2
     assert capsys.readouterr().err == (
-        "ddpm preset: error: preset 'cifar': not found in presets/; available: cifar10, digits, fashion-mnist\n"
+        'ddpm preset: error: Invalid value "cifar" for NAME. Choose from: "cifar10", "digits", "fashion-mnist". '
+        'Did you mean "cifar10"? See `ddpm preset --help`.\n'
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("runs x", "ddpm runs: error: unexpected argument 'x'. See `ddpm runs --help`."),
+        ("apply", "ddpm apply: error: RUN is missing. See `ddpm apply --help`."),
+        ("import x", "ddpm import: error: --name is missing. See `ddpm import --help`."),
+        ("promote 1 --reason", "ddpm promote: error: --reason is missing its value. See `ddpm promote --help`."),
+        ("runs --jsn", "ddpm runs: error: Unknown option: --jsn. See `ddpm runs --help`."),
+        (
+            "triton x --max-batch 1e3",
+            "ddpm triton: error: Invalid value for --max-batch: '1e3' is not an integer. See `ddpm triton --help`.",
+        ),
+    ],
+)
+def test_wrong_arguments_get_one_line(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    assert main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"{message}\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -211,7 +231,7 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     assert "network.channel_multipliers (default [1, 2])" in shown  # of the other kind: no value
     assert main(["params", "trains"]) == 1
     assert capsys.readouterr().err == (
-        "ddpm params: error: trains: no such section or parameter; the sections are seed, device, shard, pairs, "
+        "ddpm params: error: trains: no such parameter or section; available: seed, device, shard, pairs, "
         "process, network, train, sample, evaluate, export, tracking\n"
     )
 
