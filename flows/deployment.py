@@ -43,4 +43,5 @@ def deploy(services: "Services") -> None:
 def shaping() -> list[Path]:
     """The files that determine the deployment, including the schema of its parameters."""
     code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py")]
-    return sorted([Path("prefect.yaml"), *code, *Paths().presets.glob("*.yaml")])
+    files = [Path("prefect.yaml"), Paths().params, *code, *Paths().presets.glob("*.yaml")]
+    return sorted(file for file in files if file.exists())

@@ -8,6 +8,7 @@ arguments, wherever [tool.prefect.plugins] is enabled.
 import sys
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from prefect.plugins import HookContext, register_hook
 
@@ -63,8 +64,10 @@ def setup_environment(*, ctx: HookContext) -> None:
     given = arguments(sys.argv, sys.orig_argv)
     if given is None:
         return
-    if asks(given) and ctx.api_url and not addresses.listens(ctx.api_url):
-        sys.exit(addresses.nobody_at(ctx.api_url))
+    url = ctx.api_url or ""
+    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")  # others may be reached through a proxy only
+    if asks(given) and local and not addresses.listens(url):
+        sys.exit(addresses.nobody_at(url))
     sys.argv[1:] = complete(given)
     if watches(given):
         with suppress(Exception):  # another Prefect than the one known here keeps its own display

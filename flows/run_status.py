@@ -137,10 +137,14 @@ class RunStatus:
 
     def tell(self, message: str) -> str | None:
         """A warning or error, unless it was given before: Prefect reports a failure with its task and with its run."""
-        if any(message in told for told in self._told):
+        if any(told.endswith(message) for told in self._told):
             return None
         self._told.append(message)
         return message
+
+    def forget_messages(self) -> None:
+        """Show warnings and errors again that were shown before."""
+        self._told.clear()
 
     def active(self) -> Step | None:
         """The stage that is running."""
@@ -179,6 +183,6 @@ def describe(done: Done) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(max(0, int(seconds)), 60)  # negative if the clocks of server and client differ
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

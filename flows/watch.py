@@ -189,6 +189,7 @@ async def status_of(flow_run_id: UUID) -> RunStatus | None:
             newest = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
             for line in reversed(await client.read_logs(newest, limit=200, sort=LogSort.TIMESTAMP_DESC)):
                 status.log(str(line.task_run_id or ""), line.level, line.message, line.timestamp)
+            status.forget_messages()  # those that Prefect replays are to be shown
             return status
     return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prefect.plugins import HookContext
 
-from flows import plugin
+from flows import addresses, plugin
 
 RUN = ["deployment", "run", "train-ddpm"]
 
@@ -111,6 +111,22 @@ def test_says_where_this_repository_s_server_is(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
         set_up(f"http://127.0.0.1:{port}/api")
         assert sys.argv == ["prefect", "deployment", "run", "train-ddpm/train-ddpm"]
+
+
+def test_a_server_elsewhere_is_left_to_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy, as Prefect Cloud often is, it accepts no direct connection."""
+    monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
+    monkeypatch.setattr(addresses, "listens", lambda _: False)
+    set_up("https://api.prefect.cloud/api/accounts/1/workspaces/2")
+    assert sys.argv == ["prefect", "deployment", "run", "train-ddpm/train-ddpm"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_local_server_is_asked_for(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
+    monkeypatch.setattr(addresses, "listens", lambda _: False)
+    with pytest.raises(SystemExit, match="No Prefect server answers"):
+        set_up(f"http://{host}:4200/api")
 
 
 def test_a_display_that_cannot_be_installed_is_prefect_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,19 @@ def test_a_run_under_way_begins_with_what_the_server_knows(monkeypatch: pytest.M
     ]
 
 
+def test_why_a_run_failed_is_shown_when_prefect_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's log was read before; without a terminal, only the replayed line shows the reason."""
+    server(monkeypatch, "train-ddpm")
+    error = log(None, "ddpm train: error: no GPU", 40)
+    watch.get_client().read_logs.return_value = [error]  # type: ignore[attr-defined]
+    status, to = asyncio.run(watch.status_of(uuid4())), console(width=80)
+    assert status is not None
+    with watch.Display(to, status) as display:
+        for _ in range(2):
+            display.print(error)
+    assert written(to).splitlines() == ["ddpm train: error: no GPU"]
+
+
 def test_a_run_of_another_deployment_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     server(monkeypatch, "other")
     assert asyncio.run(watch.status_of(uuid4())) is None
