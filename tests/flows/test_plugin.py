@@ -44,7 +44,7 @@ def test_prefect_is_told_from_other_programs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "asks"),
+    ("command", "needs"),
     [
         ("deployment run train-ddpm", True),
         ("deployment schedule create train-ddpm/train-ddpm --interval 60", True),
@@ -60,8 +60,8 @@ def test_prefect_is_told_from_other_programs() -> None:
         ("", False),
     ],
 )
-def test_which_commands_ask_the_server(command: str, asks: bool) -> None:
-    assert plugin.asks(command.split()) is asks
+def test_which_commands_need_the_server(command: str, needs: bool) -> None:
+    assert plugin.needs_server(command.split()) is needs
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,9 @@ def test_says_where_this_repository_s_server_is(monkeypatch: pytest.MonkeyPatch,
         port = server.getsockname()[1]
         (tmp_path / ".ddpm/services").mkdir(parents=True)
         (tmp_path / ".ddpm/services/addresses.json").write_text(json.dumps({"PREFECT_PORT": str(port)}))
-        with pytest.raises(SystemExit, match=f"{url}, but .* at http://127.0.0.1:{port}/api: set PREFECT_API_URL="):
+        with pytest.raises(
+            SystemExit, match=f"{url}, but .* at http://127.0.0.1:{port}/api: run `export PREFECT_API_URL="
+        ):
             set_up(url)
         monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
         set_up(f"http://127.0.0.1:{port}/api")

@@ -81,7 +81,7 @@ def test_warnings_are_told_and_other_lines_are_not(status: RunStatus) -> None:
     assert status.log("a", 20, "shard: 3 images", at(3)) is None
 
 
-def test_a_warning_that_an_earlier_one_contains_is_told(status: RunStatus) -> None:
+def test_a_warning_that_an_earlier_one_contains_is_shown(status: RunStatus) -> None:
     assert status.log("a", 30, "disk full: retrying in 10 s", at(3)) == "disk full: retrying in 10 s"
     assert status.log("a", 30, "disk full", at(4)) == "disk full"
     assert status.log("a", 30, "disk full", at(5)) is None

@@ -117,17 +117,17 @@ def test_without_a_terminal_there_is_a_line_for_each_change() -> None:
 
 
 def test_without_a_terminal_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(watch, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(watch, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.05)
     to = console(width=200)
 
     async def told() -> None:
         with watch.Display(to, RunStatus.of("iron-bonobo", ["shard", "train"])) as display:
             for item in items(uuid4(), uuid4(), uuid4())[:5]:
                 display.print(item)
-            reminding = asyncio.create_task(display.remind())
+            reporter = asyncio.create_task(display.report_progress())
             await asyncio.sleep(0.3)
-            reminding.cancel()
+            reporter.cancel()
 
     asyncio.run(told())
     lines = written(to).splitlines()[4:]
@@ -244,7 +244,7 @@ def test_prefect_s_own_watching_stays_in_charge() -> None:
         raise FlowRunWaitTimeout("exceeded")
 
     with pytest.raises(FlowRunWaitTimeout):
-        asyncio.run(watch.replacing(prefects)(uuid4(), to, 7))  # type: ignore[arg-type]
+        asyncio.run(watch.wrap_watch(prefects)(uuid4(), to, 7))  # type: ignore[arg-type]
     assert flow_runs_watching.FlowRunFormatter is before
 
 
@@ -256,7 +256,7 @@ def test_an_interruption_says_that_the_run_goes_on() -> None:
         await asyncio.sleep(60)
 
     async def interrupted() -> None:
-        watching = asyncio.create_task(watch.replacing(prefects)(run, to, None))  # type: ignore[arg-type]
+        watching = asyncio.create_task(watch.wrap_watch(prefects)(run, to, None))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         watching.cancel()
         await watching
@@ -278,7 +278,7 @@ def test_other_runs_keep_prefect_s_display(monkeypatch: pytest.MonkeyPatch) -> N
         return "finished"
 
     run = uuid4()
-    assert asyncio.run(watch.replacing(prefects)(run, to, None)) == "finished"  # type: ignore[arg-type, comparison-overlap]
+    assert asyncio.run(watch.wrap_watch(prefects)(run, to, None)) == "finished"  # type: ignore[arg-type, comparison-overlap]
     assert given == [(run, to, None)]
 
 
