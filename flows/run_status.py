@@ -143,7 +143,7 @@ class RunStatus:
         return message
 
     def forget_messages(self) -> None:
-        """Show warnings and errors again that were shown before."""
+        """Forget which warnings and errors were shown, so that `once` returns them again."""
         self._shown.clear()
 
     def active(self) -> Step | None:
