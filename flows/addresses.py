@@ -1,4 +1,4 @@
-"""Where the services of this repository are, as `make up` recorded it."""
+"""Addresses of this repository's services, as recorded by `make up`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def recorded(paths: Paths) -> dict[str, str]:
 
 
 def port(variable: str, paths: Paths) -> str:
-    """The port in PREFECT_PORT or MLFLOW_PORT: as the services were last started, or else as they would be now."""
+    """The port of the last start, else PREFECT_PORT or MLFLOW_PORT, else the default."""
     return recorded(paths).get(variable) or os.environ.get(variable) or str(PORTS[variable])
 
 
@@ -42,9 +42,10 @@ def listens(url: str) -> bool:
         return False
 
 
-def nobody_at(url: str) -> str:
-    """What to do where no Prefect server answers at an address."""
+def no_server_message(url: str) -> str:
+    """Advice if no Prefect server answers at an address."""
     own = f"http://127.0.0.1:{port('PREFECT_PORT', Paths(Path.cwd()))}/api"
     if own != url and listens(own):
-        return f"No Prefect server answers at {url}, but this repository's does at {own}: set PREFECT_API_URL={own}"
+        other = f"but this repository's does at {own}: run `export PREFECT_API_URL={own}`"
+        return f"No Prefect server answers at {url}, {other}"
     return f"No Prefect server answers at {url}: `make up` starts one."

@@ -18,9 +18,9 @@ NAME = "train-ddpm"
 
 
 def deploy(services: "Services") -> None:
-    """Create the deployment, unless the server has it as the present files would create it."""
+    """Create or update the deployment unless it is current."""
     digest = hashlib.sha256()
-    for file in shaping():
+    for file in deployed_files():
         digest.update(file.read_bytes())
     there = http.json(f"{services.prefect}/api/deployments/name/{NAME}/{NAME}")
     stamp = services.directory / "deployed"
@@ -40,7 +40,8 @@ def deploy(services: "Services") -> None:
     print(f"deployed {NAME}")
 
 
-def shaping() -> list[Path]:
+def deployed_files() -> list[Path]:
     """The files that determine the deployment, including the schema of its parameters."""
     code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py")]
-    return sorted([Path("prefect.yaml"), *code, *Paths().presets.glob("*.yaml")])
+    files = [Path("prefect.yaml"), Paths().params, *code, *Paths().presets.glob("*.yaml")]
+    return sorted(file for file in files if file.exists())

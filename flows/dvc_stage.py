@@ -61,7 +61,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         command,
         cwd=workspace,
         env=environment,
-        stdin=subprocess.PIPE,  # never written to: its end tells the stage that this process is gone
+        stdin=subprocess.PIPE,  # never written to; closing it signals that this process has exited
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -42,10 +42,10 @@ def training_facts(params: Params, paths: Paths, device: torch.device, world: Wo
     This includes the number of threads and the vector instructions: sums are split among threads and lanes, so the
     weights differ in their last bits after a few steps.
     """
-    shaping = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
-    del shaping["train"]["processes"]  # recorded below as world.size, which torchrun may set instead
+    determining = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
+    del determining["train"]["processes"]  # recorded below as world.size, which torchrun may set instead
     return {
-        "params": shaping,
+        "params": determining,
         "pairs": sha256(paths.pairs / "manifest.json"),
         "code": {str(file.relative_to(dvc_yaml.ROOT)): sha256(file) for file in dvc_yaml.code("train")},
         "device": device.type,

@@ -1,29 +1,30 @@
-"""Prefect plugin: what Prefect's command line does otherwise in this repository.
+"""Prefect plugin: adapts Prefect's command line to this repository.
 
-`prefect deployment run train-ddpm` works without the flow's name, `--watch` shows a line for each stage, and where the
-server does not answer, one line says so. Prefect loads the plugin on import, before its command line reads its
+`prefect deployment run train-ddpm` works without the flow's name, `--watch` shows one line per stage, and an
+unreachable local server is reported in one line. Prefect loads the plugin on import, before its command line reads its
 arguments, wherever [tool.prefect.plugins] is enabled.
 """
 
 import sys
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from prefect.plugins import HookContext, register_hook
 
 from flows import addresses, deployment
 
-ASKING = {
+SERVER_COMMANDS = {
     *("api", "artifact", "automation", "block", "concurrency-limit", "deploy", "deployment", "event", "flow"),
     *("flow-run", "gcl", "global-concurrency-limit", "task-run", "variable", "work-pool", "work-queue", "worker"),
 }
-"""Groups of Prefect's commands that ask its server; some have a plural too."""
+"""Command groups that need the server; some also have a plural form."""
 
 
 def arguments(argv: list[str], original: list[str]) -> list[str] | None:
     """The arguments of Prefect's command line; None if another program runs.
 
-    `original` are the interpreter's own arguments, which tell `python -m prefect` from other modules.
+    `original` are the interpreter's own arguments, which distinguish `python -m prefect` from other modules.
     """
     match argv:
         case [program, *rest] if Path(program).name == "prefect":
@@ -41,11 +42,11 @@ def complete(given: list[str]) -> list[str]:
     return given
 
 
-def asks(given: list[str]) -> bool:
-    """Whether a command asks the server; a group alone prints its help."""
+def needs_server(given: list[str]) -> bool:
+    """Whether a command needs the server; a group alone prints its help."""
     if "--help" in given or (len(given) < 2 and given != ["deploy"]):
         return False
-    return given[0].removesuffix("s") in ASKING
+    return given[0].removesuffix("s") in SERVER_COMMANDS
 
 
 def watches(given: list[str]) -> bool:
@@ -63,8 +64,10 @@ def setup_environment(*, ctx: HookContext) -> None:
     given = arguments(sys.argv, sys.orig_argv)
     if given is None:
         return
-    if asks(given) and ctx.api_url and not addresses.listens(ctx.api_url):
-        sys.exit(addresses.nobody_at(ctx.api_url))
+    url = ctx.api_url or ""
+    local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")  # others may be reached through a proxy only
+    if needs_server(given) and local and not addresses.listens(url):
+        sys.exit(addresses.no_server_message(url))
     sys.argv[1:] = complete(given)
     if watches(given):
         with suppress(Exception):  # another Prefect than the one known here keeps its own display

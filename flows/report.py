@@ -37,7 +37,7 @@ TITLES = {
 
 
 def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
-    """The report of a finished run, its metrics beside those of the last one."""
+    """The report of a finished run, with the previous run's metrics for comparison."""
     parts = [
         f"# {summary.run}",
         f"[Open in MLflow]({summary.mlflow})"

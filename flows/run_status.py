@@ -23,7 +23,7 @@ STATES = {
 }
 """What a stage's row says for each type of Prefect's states."""
 _KNOWN = re.compile(r"Finished in state |Running stage |Stage '")
-"""Lines that say no more than the state does."""
+"""Lines that repeat the state."""
 _FINISHED = re.compile(r"Finished in state \w+\((?P<message>.*)\)$", re.DOTALL)
 _STAGE = re.compile(r"(?P<stage>\w+): (?P<text>.+)")
 WARNING = 30
@@ -55,11 +55,11 @@ class Step:
     """The newest line of its log, without the name, that reports no progress."""
     done: Done | None = None
     """The progress that a still newer line reports."""
-    said: str = ""
+    last_line: str = ""
     """The newest line of either kind."""
 
     def enter(self, state: str, at: datetime, message: str = "") -> bool:
-        """Take on a state; whether it is a new one. An event that was overtaken by a later one is ignored."""
+        """Enter a state; returns whether it is new. Events older than the last one are ignored."""
         if self.changed and at < self.changed:
             return False
         before, self.state, self.changed = self.state, state, at
@@ -83,13 +83,13 @@ class Step:
 
 @dataclass
 class RunStatus:
-    """The state of a flow run and its stages, told event by event and line by line."""
+    """The state of a flow run and its stages, updated by events and log lines."""
 
     stages: Mapping[str, Step]
     run: Step
     _tasks: dict[str, str] = field(default_factory=dict)
     """Stage of each task run."""
-    _told: list[str] = field(default_factory=list)
+    _shown: list[str] = field(default_factory=list)
     """Warnings and errors already returned."""
 
     @classmethod
@@ -97,31 +97,31 @@ class RunStatus:
         return cls({stage: Step(stage) for stage in stages}, Step(name, "scheduled"))
 
     def task(self, task_run: str, name: str, state: tuple[str, str], at: datetime, message: str = "") -> Step | None:
-        """A task run called `name` has taken on a state, (type, name); gives the stage if its row changes."""
+        """Record the state (type, name) of the task run `name`; returns the stage if its row changes."""
         stage = self.stages.get(name.rpartition("-")[0])
         if stage is None:
             return None
         self._tasks[task_run] = stage.name
         kind, own_name = state
-        said = {"Cached": "cached", "AwaitingRetry": "retrying"}.get(own_name, STATES.get(kind, own_name.lower()))
-        return stage if stage.enter(said, at, message) else None
+        new_state = {"Cached": "cached", "AwaitingRetry": "retrying"}.get(own_name, STATES.get(kind, own_name.lower()))
+        return stage if stage.enter(new_state, at, message) else None
 
     def flow(self, state: tuple[str, str], at: datetime, message: str = "") -> bool:
-        """The flow run has taken on a state, (type, name); whether it is a new one."""
+        """Record the state (type, name) of the flow run; returns whether it is new."""
         kind, own_name = state
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", own_name).lower()  # AwaitingConcurrencySlot
-        said = {"RUNNING": "running", "COMPLETED": "done"}.get(kind, words)
+        new_state = {"RUNNING": "running", "COMPLETED": "done"}.get(kind, words)
         if kind in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED"):
-            self.run.line = self.run.said = ""
-        changed = self.run.enter(said, at, message)
+            self.run.line = self.run.last_line = ""
+        changed = self.run.enter(new_state, at, message)
         if kind in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED"):
             for stage in self.stages.values():
                 if stage.state in ("running", "retrying"):  # ended with the run, without an event of its own
-                    stage.enter(said, at)
+                    stage.enter(new_state, at)
         return changed
 
     def log(self, task_run: str | None, level: int, message: str, at: datetime) -> str | None:
-        """A line was logged; gives what the user must see of it, if it is a warning or an error."""
+        """Record a log line; returns the text to show if it is a warning or error."""
         stage = self.stages.get(self._tasks.get(task_run or "", "")) or self._named(message)
         if stage and stage.state == "waiting":
             stage.enter("running", at)  # its event was missed, or comes later
@@ -133,14 +133,18 @@ class RunStatus:
         if finished := _FINISHED.match(message):
             with suppress(ValueError, SyntaxError):
                 message = str(ast.literal_eval(finished["message"]))
-        return self.tell(message)
+        return self.once(message)
 
-    def tell(self, message: str) -> str | None:
-        """A warning or error, unless it was given before: Prefect reports a failure with its task and with its run."""
-        if any(message in told for told in self._told):
+    def once(self, message: str) -> str | None:
+        """Return a warning or error unless it was shown before: Prefect reports failures for the task and the run."""
+        if any(shown.endswith(message) for shown in self._shown):
             return None
-        self._told.append(message)
+        self._shown.append(message)
         return message
+
+    def forget_messages(self) -> None:
+        """Forget which warnings and errors were shown, so that `once` returns them again."""
+        self._shown.clear()
 
     def active(self) -> Step | None:
         """The stage that is running."""
@@ -160,13 +164,13 @@ class RunStatus:
 
     def _take(self, stage: Step | None, line: str) -> None:
         if stage is None:
-            self.run.line = self.run.said = line
+            self.run.line = self.run.last_line = line
             return
         stage.done = progress.parse(line) if stage.state == "running" else None
         match = _STAGE.match(line)
         if match is None or match["stage"] == stage.name:
-            stage.said = match["text"] if match else line
-            stage.line = stage.line if stage.done else stage.said
+            stage.last_line = match["text"] if match else line
+            stage.line = stage.line if stage.done else stage.last_line
 
 
 def describe(done: Done) -> str:
@@ -179,6 +183,6 @@ def describe(done: Done) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(max(0, int(seconds)), 60)  # negative if the clocks of server and client differ
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -71,14 +71,14 @@ class Services:
             "PREFECT_HOME": str(Paths(self.root).state / "prefect"),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            # In PREFECT_HOME: a run whose lease of the deployment's limit is lost with a restarted server is ended.
+            # Stored in PREFECT_HOME, so that a run whose concurrency lease is lost in a server restart is ended.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PREFECT_PLUGINS_ENABLED": "false",  # ours is for the command line alone
+            "PREFECT_PLUGINS_ENABLED": "false",  # the plugin is only for the command line
             "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # so that `--watch` shows the log
             "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", self.mlflow),
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for jobs that nobody gives it
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for unused jobs
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "1",
         }
@@ -89,7 +89,7 @@ class Services:
         return self.directory / "supervisor.sock"
 
     def addresses(self) -> dict[str, str]:
-        """What a user may choose; `up` records it."""
+        """The addresses that a user may configure; recorded by `up`."""
         environment = self.environment()
         return {name: environment[name] for name in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI")}
 
@@ -103,7 +103,7 @@ class Services:
         return replace(self, prefect_port=int(recorded["PREFECT_PORT"]), mlflow_port=int(recorded["MLFLOW_PORT"]))
 
     def as_named(self) -> "Services":
-        """The services on the ports that the environment names, or else those of the last start."""
+        """The services on the ports set in the environment, or else those of the last start."""
         named = {name.lower(): getattr(self, name.lower()) for name in addresses.PORTS if name in os.environ}
         return replace(self.as_started(), **named)
 
@@ -193,7 +193,8 @@ def _configure_prefect(services: Services) -> None:
     if not file.exists() or file.read_text(errors="replace").startswith(WRITTEN):
         write_atomic(file, (WRITTEN + table).encode())
     elif table not in file.read_text(errors="replace"):
-        print(f"{file} is your own: without `export PREFECT_API_URL={services.prefect}/api`, `prefect` goes by it")
+        use = f"to use this repository's server, run `export PREFECT_API_URL={services.prefect}/api`"
+        print(f"{file} was not written by `make up` and is left unchanged; {use}")
 
 
 def _start_supervisord(services: Services) -> None:
@@ -245,7 +246,7 @@ def _stop(services: Services) -> bool:
 
 
 def _close_lost_runs(services: Services) -> None:
-    """Tell the server that runs whose worker has ended, and their tasks, no longer run; nobody else does.
+    """Mark runs whose worker has ended, and their tasks, as ended on the server; nothing else does.
 
     A server of another clone of the repository, which may listen on our port, is left alone.
     """
@@ -269,7 +270,7 @@ def _close_lost_runs(services: Services) -> None:
 
 
 def status(services: Services) -> None:
-    """Print each service's state and address; whether it answers is checked, not taken from supervisord."""
+    """Print each service's state and address; health is checked directly, not taken from supervisord."""
     services = services.as_started()
     states, healthy = services.states(), services.healthy()
     addresses = {"prefect": services.prefect, "mlflow": services.mlflow, "worker": f"work pool {POOL}"}

@@ -70,7 +70,7 @@ def read(directory: Path) -> Summary:
         return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
     except FileNotFoundError:
         state = workspace.state_of(directory, workspace.Run.read(directory))
-        raise UserError(f"run {directory.name!r}: {state}, so there is no summary") from None
+        raise UserError(f"run {directory.name!r} has no summary: its state is {state}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{file}: damaged; the run's results are in {directory / 'reports'}") from None
 

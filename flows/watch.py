@@ -1,7 +1,7 @@
 """`prefect deployment run train-ddpm --watch` and `prefect flow-run watch`: one live line for each stage.
 
-Prefect's own watching stays in charge: it follows the events and the log, waits, and ends with the run's state. Only
-what it would print of each event and line, is shown here instead.
+Prefect's own watcher still follows the events and the log, and returns the final state. This module only replaces what
+it prints for each of them.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from flows import deployment
 from flows.run_status import Row, RunStatus, Step, clock
 from flows.stages import STAGES
 
-SECONDS_BETWEEN_LINES = 10.0
+REPORT_SECONDS = 10.0
 """Where the output is no terminal."""
-SECONDS_BETWEEN_LOOKS = 1.0
+POLL_SECONDS = 1.0
 COLORS = {
     "running": "blue",
     "done": "green",
@@ -42,14 +42,13 @@ BAR = 20
 """Columns of the progress bar; it is left out where the terminal is narrower than WIDE."""
 WIDE = 110
 
-Watch = Callable[[UUID, Console, int | None], Awaitable[FlowRun]]
+WatchFlowRun = Callable[[UUID, Console, int | None], Awaitable[FlowRun]]
 
 
 class Display:
     """Shows a run: rows that update in place on a terminal, lines elsewhere.
 
-    It takes the console's place in Prefect's `watch_flow_run`, whose formatter hands it the events and lines as they
-    are.
+    Passed to Prefect's `watch_flow_run` in place of the console; receives unformatted events and log entries.
     """
 
     def __init__(self, console: Console, status: RunStatus) -> None:
@@ -71,16 +70,16 @@ class Display:
     def print(self, item: Any, **options: Any) -> None:
         """Take an event or a line of the log; anything else is printed."""
         if isinstance(item, Log):
-            told = self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp)
-            self._warn(told, "red" if item.level >= ERROR or ": error:" in item.message else "yellow")
+            message = self.status.log(str(item.task_run_id or ""), item.level, item.message, item.timestamp)
+            self._warn(message, "red" if item.level >= ERROR or ": error:" in item.message else "yellow")
         elif isinstance(item, Event):
             self._event(item)
         else:
             self.console.print(item, **options)
 
-    def _warn(self, told: str | None, style: str) -> None:
-        if told:
-            self.console.print(Text(told, style), soft_wrap=True)
+    def _warn(self, message: str | None, style: str) -> None:
+        if message:
+            self.console.print(Text(message, style), soft_wrap=True)
 
     def _event(self, event: Event) -> None:
         kind, _, run = event.resource.id.removeprefix("prefect.").partition(".")
@@ -89,7 +88,7 @@ class Display:
             return
         message = event.resource.get("prefect.state-message") or ""
         if state[0] in ("FAILED", "CRASHED") and message:
-            self._warn(self.status.tell(message), "red")  # its line in the log may come too late, or never
+            self._warn(self.status.once(message), "red")  # its line in the log may come too late, or never
         if kind == "task-run":
             name = event.resource.get("prefect.resource.name") or ""
             if (stage := self.status.task(run, name, state, event.occurred, message)) and not self._live:
@@ -97,15 +96,17 @@ class Display:
         elif kind == "flow-run" and self.status.flow(state, event.occurred, message) and not self._live:
             self._say(f"{self.status.run.name}: {self.status.run.state}")
 
-    async def remind(self) -> None:
-        """Where the output is no terminal: print how far the running stage is, every SECONDS_BETWEEN_LINES."""
+    async def report_progress(self) -> None:
+        """Where the output is no terminal: print how far the running stage is, every REPORT_SECONDS."""
         while not self._live:
-            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            await asyncio.sleep(POLL_SECONDS)
             now, active = datetime.now(UTC), self.status.active()
-            if (now - self._printed).total_seconds() >= SECONDS_BETWEEN_LINES:
+            if (now - self._printed).total_seconds() >= REPORT_SECONDS:
                 shown = active or self.status.run
-                text, seconds = f"{shown.name}: {shown.said or shown.state}", shown.row(now).seconds
-                self._say(f"{text} ({clock(seconds or 0)})" if text == self._last or not shown.said else text, text)
+                text, seconds = f"{shown.name}: {shown.last_line or shown.state}", shown.row(now).seconds
+                self._say(
+                    f"{text} ({clock(seconds or 0)})" if text == self._last or not shown.last_line else text, text
+                )
 
     def _changed(self, stage: Step) -> None:
         """Print a stage's new state, with its result unless that was printed just now."""
@@ -132,8 +133,8 @@ def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{row.name:{columns}}  ", "" if columns else "bold")
         line.append(f"{row.state:9}" if columns else row.state, COLORS.get(row.state, "dim"))
-        taken = clock(row.seconds) if row.seconds is not None else ""
-        line.append(f"  {taken:>{6 if columns else 0}}  ")
+        elapsed = clock(row.seconds) if row.seconds is not None else ""
+        line.append(f"  {elapsed:>{6 if columns else 0}}  ")
         if row.share is not None and width >= WIDE:
             full = round(BAR * row.share)
             line.append("━" * full, "blue").append("━" * (BAR - full) + "  ", "dim")
@@ -141,14 +142,14 @@ def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
 
 
 class Unformatted:
-    """In place of Prefect's formatter: passes on what it is given."""
+    """Replaces Prefect's formatter: returns items unchanged."""
 
     def format(self, item: Any) -> Any:
         return item
 
 
-def replacing(watch: Watch) -> Watch:
-    """Prefect's `watch_flow_run`, which shows the runs of our deployment by stages, and any other as ever."""
+def wrap_watch(watch: WatchFlowRun) -> WatchFlowRun:
+    """Wrap Prefect's `watch_flow_run` to show runs of our deployment by stage; other runs are shown as before."""
 
     async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | None = None) -> FlowRun:
         status = await status_of(flow_run_id)
@@ -157,13 +158,13 @@ def replacing(watch: Watch) -> Watch:
         formatter = flow_runs_watching.FlowRunFormatter
         try:
             with Display(console, status) as display:
-                reminding = asyncio.create_task(display.remind())
+                reporter = asyncio.create_task(display.report_progress())
                 try:
                     vars(flow_runs_watching)["FlowRunFormatter"] = Unformatted
                     return await watch(flow_run_id, display, timeout)  # type: ignore[arg-type]
                 finally:
                     vars(flow_runs_watching)["FlowRunFormatter"] = formatter
-                    reminding.cancel()
+                    reporter.cancel()
         except asyncio.CancelledError:  # Ctrl-C
             again = f"The run continues; to watch it again: prefect flow-run watch {flow_run_id}"
             console.print(again, soft_wrap=True)
@@ -173,7 +174,7 @@ def replacing(watch: Watch) -> Watch:
 
 
 async def status_of(flow_run_id: UUID) -> RunStatus | None:
-    """What the server knows of a flow run of our deployment, since its events tell only what comes; None of others."""
+    """The state of a flow run of our deployment so far, since events only report changes; None for other runs."""
     with suppress(Exception):  # Prefect's own display will say what is wrong
         async with get_client() as client:
             run = await client.read_flow_run(flow_run_id)
@@ -189,6 +190,7 @@ async def status_of(flow_run_id: UUID) -> RunStatus | None:
             newest = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
             for line in reversed(await client.read_logs(newest, limit=200, sort=LogSort.TIMESTAMP_DESC)):
                 status.log(str(line.task_run_id or ""), line.level, line.message, line.timestamp)
+            status.forget_messages()  # those that Prefect replays are to be shown
             return status
     return None
 
@@ -205,4 +207,4 @@ def install() -> None:
     """Make Prefect's command line show our runs by stages; must come before its commands are imported."""
     known = vars(flow_runs_watching)
     if {"FlowRunFormatter", "watch_flow_run"} <= known.keys():  # else this is a later Prefect, with its own display
-        known["watch_flow_run"] = replacing(known["watch_flow_run"])
+        known["watch_flow_run"] = wrap_watch(known["watch_flow_run"])

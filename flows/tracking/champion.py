@@ -71,7 +71,9 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
                 client.set_model_version_tag(name, number, key, value)
         if champion != number:
             verdict = _verdict(client, found, version, champion)
-            _describe(client, version, f"{'Champion' if verdict.promoted else 'Not promoted'}: {verdict.reason}")
+            _describe(
+                client, version, f"{'Promoted to champion' if verdict.promoted else 'Not promoted'}: {verdict.reason}"
+            )
             if verdict.promoted:
                 client.set_registered_model_alias(name, CHAMPION, number)
         client.set_model_version_tag(name, number, JUDGED, gate)
@@ -97,7 +99,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
         return Verdict(False, line)
     errors = _errors_of(client, rival)
     if isinstance(errors, str):
-        line = f"the per-image errors of version {champion} are {errors} ({rival.run_id}); {by_hand}"
+        line = f"the per-image errors of version {champion} {errors} ({rival.run_id}); {by_hand}"
         say(f"MLflow: champion of {name} stays version {champion}: {line}")
         return Verdict(False, line)
     mean, margin = compare(new, errors)
@@ -120,20 +122,20 @@ def compare(new: Errors, old: Errors) -> tuple[float, float]:
 def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
     """Make a version the champion by hand; raises UserError if there is no such version, no reason or no MLflow."""
     if not reason.strip():
-        raise UserError("--reason: empty; say why this version becomes champion: its description will show the reason")
+        raise UserError("--reason: must not be empty; it is added to the version's description")
     uri, name = store.tracking_uri(paths), params.tracking.model_name
     with store.user_errors(uri), store.lock(paths):
         client = store.client_at(uri)
         versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
         if number not in versions:
-            there = f"there are {', '.join(sorted(versions, key=int))}" if versions else "there are none"
+            there = f"available: {', '.join(sorted(versions, key=int))}" if versions else "no version is registered"
             raise UserError(f"version {number}: no such version of {name} in MLflow at {uri}; {there}")
         before = _aliases(client, name).get(CHAMPION)
         instead = f" in place of version {before}" if before not in (None, number) else ""
-        _describe(client, versions[number], f"Champion, promoted by hand{instead}: {reason.strip()}")
+        _describe(client, versions[number], f"Promoted to champion by hand{instead}: {reason.strip()}")
         client.set_registered_model_alias(name, CHAMPION, number)
         description.rewrite_verdict(client, client.get_model_version(name, number))
-    print(f"{name} version {number} is now champion" + (f"; before, it was version {before}" if before else ""))
+    print(f"{name} version {number} is now champion" + (f" (previously version {before})" if before else ""))
 
 
 def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
@@ -159,10 +161,10 @@ def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | str:
         files = []  # the run was deleted for good
     needed = [f"evaluation/{name}" for name in (ERRORS, SUMS)]
     if not set(needed) <= set(files):
-        return f"not in its run with a {SUMS}"
+        return f"are not in its run with a {SUMS}"
     with tempfile.TemporaryDirectory() as directory:
         errors, _ = (Path(client.download_artifacts(version.run_id or "", file, directory)) for file in needed)
         try:
             return errors_of(read_checked(errors))
         except UserError:
-            return f"not those that {SUMS} lists in its run"
+            return f"do not match {SUMS} in its run"

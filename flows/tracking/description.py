@@ -33,11 +33,11 @@ FIGURES = (
 )
 GLOSSARY = """\
 - held-out MSE (`evaluate/mse`): mean squared error of the predicted noise on the test pairs; predicting zero scores 1.
-- R² (`evaluate/r2`): the share of the noise's variance that the network explains there.
+- R² (`evaluate/r2`): fraction of the noise's variance that the network explains.
 - bits/dim (`evaluate/bits_per_dim`): variational bound on the negative log-likelihood of test images.
-- val MSE (`evaluate/val_mse`): the error on the validation pairs, by which champions are chosen.
-- linear denoiser (`evaluate/wiener_mse`): the Wiener filter fitted on the training images, as a baseline.
-- `curves/loss`: the training loss, weighted; `loss_by_timestep/tA-B`: its mean over the timesteps A to B alone.
+- val MSE (`evaluate/val_mse`): error on the validation pairs, which decides the champion.
+- linear denoiser (`evaluate/wiener_mse`): Wiener filter fitted on the training images; baseline.
+- `curves/loss`: the training loss, weighted; `loss_by_timestep/tA-B`: its mean over timesteps A to B.
 - `curves/heldout_mse`: the averaged weights' error on up to 1,024 validation pairs, measured while training."""
 
 
@@ -54,8 +54,8 @@ def results(found: Results, trained_in: str, verdict: str) -> str:
 
     Args:
         found: the results.
-        trained_in: a link to the run whose weights were reused, empty for a run that trained.
-        verdict: that on its model version, empty if there is none.
+        trained_in: a link to the run whose weights were reused; empty if this run trained them.
+        verdict: that of its model version; empty if there is none.
     """
     figures = _figures(found.evaluation.report) if found.evaluation else "Not evaluated yet."
     return "\n\n".join(filter(None, [_trained(found, trained_in), verdict, figures, GLOSSARY]))
@@ -129,14 +129,14 @@ def _network(params: Params) -> str:
 
 def _data(params: Params, paths: Paths) -> str:
     manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
-    colours, name = "grayscale" if params.pairs.channels == 1 else "RGB", Path(params.shard.source).stem
+    colours, name = "greyscale" if params.pairs.channels == 1 else "RGB", Path(params.shard.source).stem
     size = f"{params.pairs.height}x{params.pairs.width}"
     return f"**{name}**, {manifest['splits']['train']['images']:,} {colours} images of {size} pixels"
 
 
 def _figures(report: Mapping[str, float]) -> str:
     shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in FIGURES if key in report]
-    return f"{_capital('; '.join(shown))}. In brackets: 95 % intervals."
+    return f"{_capital('; '.join(shown))}. In parentheses: 95 % confidence intervals."
 
 
 def _interval(report: Mapping[str, float], key: str) -> str:

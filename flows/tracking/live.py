@@ -27,7 +27,7 @@ FIXED = ("seed", "process", "network", "train")
 class LiveRun:
     """The MLflow run of a training in progress; a context manager, to be exited before `record` is called.
 
-    A thread logs in batches. After the first failure it stops trying: `record` fills the gap.
+    A thread logs in batches. After the first failure it stops; `record` adds the rest later.
     """
 
     run_id: str | None

@@ -13,7 +13,7 @@ from flows import http
 
 TRAINING = {"workflowType": "machine_learning"}
 VIEW = "key-figures"
-"""Key of the view of the runs table that shows the key figures; MLflow alone shows no metric there."""
+"""Key of the view of the runs table that shows the key figures; by default MLflow shows no metrics there."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Tag of an experiment, in which MLflow looks for the view that an address names."""
 COLUMNS = {

@@ -189,7 +189,7 @@ def _log_parameters(run: TrackedRun, found: Results) -> None:
 
 
 def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:
-    """The training's curves and pictures, or only its final figures; always its report and the model's config."""
+    """The training's curves and previews, or only the final values; always its report and the model's config."""
     for curve, columns in (("heldout", {"mse": "heldout_mse"}), ("loss", {})):
         rows = found.curves[curve]
         last = {key: row["step"] for row in rows for key in row}

@@ -23,12 +23,12 @@ ONNX = f"{HIDDEN}onnx_sha256"
 
 
 def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> ModelVersion:
-    """The registered version of the exported model, made if there is none.
+    """The registered version of the exported model, created if missing.
 
     There is one version for each sampler.onnx. It points to the run that exported it; another run with the same file
     (after a change to `sample.steps` alone, for example) has the logged model as an input instead.
 
-    `speed` holds the timings that export measured for each precision; they are in no file.
+    `speed` holds the timings that export measured for each precision; they are not in any file.
     """
     from mlflow.exceptions import MlflowException
 

@@ -47,7 +47,7 @@ def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, s
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """The output of git; empty where there is no git or no repository."""
+    """The output of git; empty without git or a repository."""
     try:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:

@@ -42,7 +42,7 @@ for _name, _value in ENVIRONMENT.items():
 
 
 class TrackedRun:
-    """An MLflow run that is only ever added to: nothing that it holds is logged again or replaced."""
+    """An append-only MLflow run: nothing is logged twice or replaced."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client, self.id, self.experiment_id = client, run.info.run_id, run.info.experiment_id
@@ -239,7 +239,8 @@ def shortened(value: Any, limit: int) -> str:
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    return f"{len(value)} {'characters' if isinstance(value, str) else 'values'}, sha256 {digest}, whole in params.yaml"
+    size = f"{len(value)} {'characters' if isinstance(value, str) else 'values'}"
+    return f"{size}, sha256 {digest}, full value in params.yaml"
 
 
 def read_image(path: Path) -> Image.Image:

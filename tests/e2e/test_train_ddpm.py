@@ -193,7 +193,7 @@ def test_a_cancelled_training_resumes_and_a_killed_worker_ends_it(up: Command, c
         done = watched.result()
     assert done.returncode == 1
     assert "Flow run finished in state 'Crashed'" in done.stdout
-    assert "so there is no summary" in up("ddpm", "summary", "again").stdout
+    assert "has no summary: its state is " in up("ddpm", "summary", "again").stdout
     run_id = flow_run_id(clone, "again")
     wait_for(lambda: state(clone, run_id) == "CRASHED", 60)
     wait_for(lambda: task_states(clone, run_id).get("train") == "CRASHED", 60)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prefect.plugins import HookContext
 
-from flows import plugin
+from flows import addresses, plugin
 
 RUN = ["deployment", "run", "train-ddpm"]
 
@@ -44,7 +44,7 @@ def test_prefect_is_distinguished_from_other_programs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "asks"),
+    ("command", "needs"),
     [
         ("deployment run train-ddpm", True),
         ("deployment schedule create train-ddpm/train-ddpm --interval 60", True),
@@ -60,8 +60,8 @@ def test_prefect_is_distinguished_from_other_programs() -> None:
         ("", False),
     ],
 )
-def test_which_commands_ask_the_server(command: str, asks: bool) -> None:
-    assert plugin.asks(command.split()) is asks
+def test_which_commands_need_the_server(command: str, needs: bool) -> None:
+    assert plugin.needs_server(command.split()) is needs
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,29 @@ def test_says_where_this_repository_s_server_is(monkeypatch: pytest.MonkeyPatch,
         port = server.getsockname()[1]
         (tmp_path / ".ddpm/services").mkdir(parents=True)
         (tmp_path / ".ddpm/services/addresses.json").write_text(json.dumps({"PREFECT_PORT": str(port)}))
-        with pytest.raises(SystemExit, match=f"{url}, but .* at http://127.0.0.1:{port}/api: set PREFECT_API_URL="):
+        with pytest.raises(
+            SystemExit, match=f"{url}, but .* at http://127.0.0.1:{port}/api: run `export PREFECT_API_URL="
+        ):
             set_up(url)
         monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
         set_up(f"http://127.0.0.1:{port}/api")
         assert sys.argv == ["prefect", "deployment", "run", "train-ddpm/train-ddpm"]
+
+
+def test_a_server_elsewhere_is_left_to_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy, as Prefect Cloud often is, it accepts no direct connection."""
+    monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
+    monkeypatch.setattr(addresses, "listens", lambda _: False)
+    set_up("https://api.prefect.cloud/api/accounts/1/workspaces/2")
+    assert sys.argv == ["prefect", "deployment", "run", "train-ddpm/train-ddpm"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_local_server_is_asked_for(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefect", *RUN])
+    monkeypatch.setattr(addresses, "listens", lambda _: False)
+    with pytest.raises(SystemExit, match="No Prefect server answers"):
+        set_up(f"http://{host}:4200/api")
 
 
 def test_prefects_own_display_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

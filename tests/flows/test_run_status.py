@@ -81,6 +81,17 @@ def test_warnings_are_shown_and_other_lines_are_not(status: RunStatus) -> None:
     assert status.log("a", 20, "shard: 3 images", at(3)) is None
 
 
+def test_a_warning_that_an_earlier_one_contains_is_shown(status: RunStatus) -> None:
+    assert status.log("a", 30, "disk full: retrying in 10 s", at(3)) == "disk full: retrying in 10 s"
+    assert status.log("a", 30, "disk full", at(4)) == "disk full"
+    assert status.log("a", 30, "disk full", at(5)) is None
+
+
+def test_an_error_with_a_prefix_is_not_repeated_without_it(status: RunStatus) -> None:
+    assert status.log("a", 20, "ddpm train: error: no GPU", at(3)) == "ddpm train: error: no GPU"
+    assert status.log("a", 40, "Finished in state Failed('no GPU')", at(4)) is None
+
+
 def test_what_ran_when_the_run_ended_has_ended_with_it(status: RunStatus) -> None:
     status.flow(("RUNNING", "Running"), at(0))
     status.task("a", "shard-0c1", ("RUNNING", "Running"), at(1))
@@ -100,6 +111,6 @@ def test_a_retry_is_waited_for(status: RunStatus) -> None:
     assert status.rows(at(2))[1].state == "retrying"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.9, "0:00"), (97, "1:37"), (3600 + 62, "1:01:02")])
+@pytest.mark.parametrize(("seconds", "text"), [(-61.5, "0:00"), (0.9, "0:00"), (97, "1:37"), (3600 + 62, "1:01:02")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text

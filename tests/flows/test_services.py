@@ -121,7 +121,16 @@ def test_whatever_makes_the_form_makes_a_new_deployment(root: Path, monkeypatch:
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     files = {Path(file).relative_to(root) for file in output.splitlines()}
     assert Path("diffusion/sections.py") in files
-    assert files <= {*deployment.shaping()}
+    assert files | {Path("params.yaml")} <= {*deployment.deployed_files()}  # its values are in the form's descriptions
+
+
+def test_a_deployment_without_params_yaml_is_possible(repository: Path) -> None:
+    """A file that is missing is reported when a flow runs."""
+    Path("prefect.yaml").touch()
+    assert Path("params.yaml") in deployment.deployed_files()
+    (repository / "params.yaml").unlink()
+    assert Path("params.yaml") not in deployment.deployed_files()
+    assert Path("prefect.yaml") in deployment.deployed_files()
 
 
 def test_prefect_s_commands_find_the_server_on_its_port(root: Path, tmp_path: Path) -> None:

@@ -75,11 +75,11 @@ def test_a_run_that_is_not_finished_has_none() -> None:
         summary.show(None)
     with pytest.raises(RuntimeError), workspace.use("bad", "id", workspace.document(None, {})):
         raise RuntimeError
-    with pytest.raises(UserError, match=r"run 'bad': failed, so there is no summary"):
+    with pytest.raises(UserError, match=r"run 'bad' has no summary: its state is failed"):
         summary.show("bad")
     dead = workspace.find("bad")
     replace(workspace.Run.read(dead), state="running").write(dead)
-    with pytest.raises(UserError, match=r"run 'bad': crashed, so there is no summary"):
+    with pytest.raises(UserError, match=r"run 'bad' has no summary: its state is crashed"):
         summary.show("bad")
 
 

@@ -117,17 +117,17 @@ def test_without_a_terminal_there_is_a_line_for_each_change() -> None:
 
 
 def test_without_a_terminal_progress_is_reported_periodically(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(watch, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(watch, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.05)
     to = console(width=200)
 
     async def reported() -> None:
         with watch.Display(to, RunStatus.of("iron-bonobo", ["shard", "train"])) as display:
             for item in items(uuid4(), uuid4(), uuid4())[:5]:
                 display.print(item)
-            reminding = asyncio.create_task(display.remind())
+            reporter = asyncio.create_task(display.report_progress())
             await asyncio.sleep(0.3)
-            reminding.cancel()
+            reporter.cancel()
 
     asyncio.run(reported())
     lines = written(to).splitlines()[4:]
@@ -207,6 +207,19 @@ def test_watching_a_run_in_progress_starts_with_what_the_server_knows(monkeypatc
     ]
 
 
+def test_why_a_run_failed_is_shown_when_prefect_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's log was read before; without a terminal, only the replayed line shows the reason."""
+    server(monkeypatch, "train-ddpm")
+    error = log(None, "ddpm train: error: no GPU", 40)
+    watch.get_client().read_logs.return_value = [error]  # type: ignore[attr-defined]
+    status, to = asyncio.run(watch.status_of(uuid4())), console(width=80)
+    assert status is not None
+    with watch.Display(to, status) as display:
+        for _ in range(2):
+            display.print(error)
+    assert written(to).splitlines() == ["ddpm train: error: no GPU"]
+
+
 def test_a_run_of_another_deployment_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     server(monkeypatch, "other")
     assert asyncio.run(watch.status_of(uuid4())) is None
@@ -231,7 +244,7 @@ def test_prefect_s_own_watching_stays_in_charge() -> None:
         raise FlowRunWaitTimeout("exceeded")
 
     with pytest.raises(FlowRunWaitTimeout):
-        asyncio.run(watch.replacing(prefects)(uuid4(), to, 7))  # type: ignore[arg-type]
+        asyncio.run(watch.wrap_watch(prefects)(uuid4(), to, 7))  # type: ignore[arg-type]
     assert flow_runs_watching.FlowRunFormatter is before
 
 
@@ -243,7 +256,7 @@ def test_an_interruption_says_that_the_run_continues() -> None:
         await asyncio.sleep(60)
 
     async def interrupted() -> None:
-        watching = asyncio.create_task(watch.replacing(prefects)(run, to, None))  # type: ignore[arg-type]
+        watching = asyncio.create_task(watch.wrap_watch(prefects)(run, to, None))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         watching.cancel()
         await watching
@@ -265,7 +278,7 @@ def test_other_runs_keep_prefect_s_display(monkeypatch: pytest.MonkeyPatch) -> N
         return "finished"
 
     run = uuid4()
-    assert asyncio.run(watch.replacing(prefects)(run, to, None)) == "finished"  # type: ignore[arg-type, comparison-overlap]
+    assert asyncio.run(watch.wrap_watch(prefects)(run, to, None)) == "finished"  # type: ignore[arg-type, comparison-overlap]
     assert given == [(run, to, None)]
 
 

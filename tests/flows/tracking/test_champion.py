@@ -42,7 +42,8 @@ def test_the_first_version_within_the_gate_is_champion(paths: Paths) -> None:
     assert description(paths, "1") == "Not promoted: val MSE 0.6000 exceeds tracking.max_mse, 0.5"
     assert version(paths, b"fair", [0.4] * 5, mse=0.9) == ["challenger", "champion"]  # test has no say
     assert (
-        description(paths, "2") == "Champion: the first version whose val MSE, 0.4000, is at most tracking.max_mse, 0.5"
+        description(paths, "2")
+        == "Promoted to champion: the first version whose val MSE, 0.4000, is at most tracking.max_mse, 0.5"
     )
 
 
@@ -52,7 +53,7 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
     assert len(client_of(paths).search_model_versions("name = 'ddpm'")) == 1
     assert description(paths, "1").split("\n\n") == [
         "Not promoted: val MSE 0.6000 exceeds tracking.max_mse, 0.5",
-        "Champion: the first version whose val MSE, 0.6000, is at most tracking.max_mse, 0.7",
+        "Promoted to champion: the first version whose val MSE, 0.6000, is at most tracking.max_mse, 0.7",
     ]
 
 
@@ -84,11 +85,11 @@ def test_a_version_must_be_better_on_val_beyond_the_noise(
     aliases = client_of(paths).get_registered_model("ddpm").aliases
     assert {alias: str(at) for alias, at in aliases.items()} == {"challenger": "2", "champion": champion}
     said = description(paths, "2")
-    assert said.startswith("Champion: " if champion == "2" else "Not promoted: ")
+    assert said.startswith("Promoted to champion: " if champion == "2" else "Not promoted: ")
     assert f"val MSE {np.mean(second):.4f}, version 1's is 0.3000" in said
     assert reason in said
     assert capfd.readouterr().err == ""
-    assert description(paths, "1").startswith("Champion: the first version")
+    assert description(paths, "1").startswith("Promoted to champion: the first version")
 
 
 def test_the_interval_is_that_of_the_paired_z_test() -> None:
@@ -115,10 +116,10 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
     assert capfd.readouterr().err == f"MLflow: champion of ddpm stays version 1: {why}\n"
     assert description(paths, "2") == f"Not promoted: {why}"
     tracking.promote(PARAMS, paths, "2", " the new camera ")
-    assert capfd.readouterr().out == "ddpm version 2 is now champion; before, it was version 1\n"
+    assert capfd.readouterr().out == "ddpm version 2 is now champion (previously version 1)\n"
     assert description(paths, "2").split("\n\n") == [
         f"Not promoted: {why}",
-        "Champion, promoted by hand in place of version 1: the new camera",
+        "Promoted to champion by hand in place of version 1: the new camera",
     ]
     # From now on, versions are compared on the new data.
     assert version(paths, b"third", [0.09] * 5, pairs="b") == ["challenger", "champion"]
@@ -130,10 +131,10 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
 @pytest.mark.parametrize(
     ("gone", "reason"),
     [
-        ("val_errors.csv", "not in its run with a SHA256SUMS"),
-        ("SHA256SUMS", "not in its run with a SHA256SUMS"),
-        ("run", "not in its run with a SHA256SUMS"),
-        ("digits", "not those that SHA256SUMS lists in its run"),
+        ("val_errors.csv", "are not in its run with a SHA256SUMS"),
+        ("SHA256SUMS", "are not in its run with a SHA256SUMS"),
+        ("run", "are not in its run with a SHA256SUMS"),
+        ("digits", "do not match SHA256SUMS in its run"),
     ],
 )
 def test_a_champion_without_its_errors_is_only_replaced_manually(
@@ -152,7 +153,7 @@ def test_a_champion_without_its_errors_is_only_replaced_manually(
         client.delete_run(run_id)
         client._tracking_client.store._hard_delete_run(run_id)
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert f"the per-image errors of version 1 are {reason} ({run_id})" in description(paths, "2")
+    assert f"the per-image errors of version 1 {reason} ({run_id})" in description(paths, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
 
 
@@ -168,15 +169,17 @@ def test_altered_errors_promote_nothing(paths: Paths, capfd: pytest.CaptureFixtu
 
 
 def test_what_promote_refuses(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^version 1: no such version of ddpm in MLflow at sqlite:.*; there are none$"):
+    with pytest.raises(
+        UserError, match=r"^version 1: no such version of ddpm in MLflow at sqlite:.*; no version is registered$"
+    ):
         tracking.promote(PARAMS, paths, "1", "why")
     version(paths, b"first", FIRST)
     version(paths, b"second", [0.9] * 5)
     before = everything(client_of(paths))
     for number in ("3", "newest"):
-        with pytest.raises(UserError, match=rf"^version {number}: no such version of ddpm .*; there are 1, 2$"):
+        with pytest.raises(UserError, match=rf"^version {number}: no such version of ddpm .*; available: 1, 2$"):
             tracking.promote(PARAMS, paths, number, "why")
-    with pytest.raises(UserError, match=r"^--reason: empty"):
+    with pytest.raises(UserError, match=r"^--reason: must not be empty"):
         tracking.promote(PARAMS, paths, "2", " ")
     assert everything(client_of(paths)) == before
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -192,6 +195,6 @@ def test_the_command_promotes(
     monkeypatch.chdir(paths.root)
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # the tests' own process continues
     assert cli.main(["promote", "2", "--reason", "its pictures are better"]) == 0
-    assert capsys.readouterr().out == "ddpm version 2 is now champion; before, it was version 1\n"
+    assert capsys.readouterr().out == "ddpm version 2 is now champion (previously version 1)\n"
     assert cli.main(["promote", "7", "--reason", "none"]) == 1
     assert capsys.readouterr().err.startswith("ddpm promote: error: version 7: no such version of ddpm")

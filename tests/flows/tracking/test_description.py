@@ -1,6 +1,7 @@
 """What a user reads of a run in MLflow: its description, its tags, and the names of its metrics."""
 
 import json
+import re
 
 import pytest
 from mlflow import MlflowClient
@@ -23,27 +24,26 @@ def test_a_run_says_what_was_trained_on_what_and_how_well(paths: Paths) -> None:
         pass
     client = client_of(paths)
     assert note(client, live.run_id) == (
-        "Training of network `unet` on **digits**, 1,452 grayscale images of 8x8 pixels: at most 1,000 steps of 128 "
+        "Training of network `unet` on **digits**, 1,452 greyscale images of 8x8 pixels: at most 1,000 steps of 128 "
         "images.\n\nNo results have been recorded yet."
     )
     write_all(paths, mse=0.3, val_errors=[0.2] * 4)
     assert tracking.record(PARAMS, paths, live.run_id) is not None
     trained, verdict, figures, glossary = note(client, live.run_id).split("\n\n")
     assert trained == (
-        "Network `unet` trained on **digits**, 1,452 grayscale images of 8x8 pixels: 100 steps (of at most 1,000) of "
+        "Network `unet` trained on **digits**, 1,452 greyscale images of 8x8 pixels: 100 steps (of at most 1,000) of "
         "128 images."
     )
     assert figures == (
-        "Held-out MSE 0.3000 (0.2900 to 0.3100); R² 0.7000; val MSE 0.2000. In brackets: 95 % intervals."
+        "Held-out MSE 0.3000 (0.2900 to 0.3100); R² 0.7000; val MSE 0.2000. In parentheses: 95 % confidence intervals."
     )
     assert verdict == (
-        "**Verdict on [ddpm version 1](/#/models/ddpm/versions/1?workflowType=machine_learning):** Champion: the first "
-        "version whose val MSE, 0.2000, is at most tracking.max_mse, 0.5"
+        "**Verdict on [ddpm version 1](/#/models/ddpm/versions/1?workflowType=machine_learning):** Promoted to "
+        "champion: the first version whose val MSE, 0.2000, is at most tracking.max_mse, 0.5"
     )
     metrics = client.get_run(live.run_id).data.metrics
-    assert {name for name in ("evaluate/mse", "evaluate/r2", "evaluate/val_mse") if f"`{name}`" in glossary} <= set(
-        metrics
-    )
+    named = set(re.findall(r"`(evaluate/\w+)`", glossary))
+    assert {"evaluate/mse", "evaluate/r2", "evaluate/val_mse"} <= named & set(metrics)
 
 
 def test_a_run_that_reuses_weights_says_whose(paths: Paths) -> None:
@@ -85,7 +85,7 @@ def test_manual_promotion_changes_only_the_verdict(paths: Paths) -> None:
     assert "Not promoted: val MSE 0.9000 exceeds tracking.max_mse, 0.5" in before[1]
     tracking.promote(PARAMS, paths, "1", "the only one")
     after = note(client, recorded.run_id).split("\n\n")
-    assert after[1].endswith("Champion, promoted by hand: the only one")
+    assert after[1].endswith("Promoted to champion by hand: the only one")
     assert (after[0], after[2:]) == (before[0], before[2:])
     assert tracking.record(PARAMS, paths) is not None  # nothing is judged again, and the verdict stays
     assert note(client, recorded.run_id).split("\n\n") == after

@@ -267,5 +267,5 @@ def test_a_long_parameter_is_marked_and_kept_whole_in_the_file(paths: Paths) -> 
     client = client_of(paths)
     digest = hashlib.sha256(json.dumps(beta).encode()).hexdigest()
     logged = client.get_run(found.run_id).data.params["process.schedule.beta"]
-    assert logged == f"400 values, sha256 {digest}, whole in params.yaml"
+    assert logged == f"400 values, sha256 {digest}, full value in params.yaml"
     assert yaml_of(client, found.run_id)["process"]["schedule"] == {"kind": "given", "beta": beta}
