@@ -5,14 +5,14 @@ PYTHON ?= python3
 # choose other ports on 127.0.0.1 than 4200 and 5000; later commands use those of the last `make up`.
 ARGS ?=
 
-# PORTABLE=1 limits torch's libraries to what every x86-64 processor with AVX2 computes alike.
+# PORTABLE=1 limits torch's libraries to instructions that give the same results on every x86-64 processor with AVX2.
 ifdef PORTABLE
 export ATEN_CPU_CAPABILITY := avx2
 export ONEDNN_MAX_CPU_ISA := AVX2
 export MKL_CBWR := COMPATIBLE
 endif
 
-# If it is set, as in many container images, every process compiles anew what it imports.
+# If set, as in many container images, every process would recompile its imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 # It would override prefect.toml, to which `make up` writes the server's address.
@@ -80,15 +80,14 @@ lint: setup $(VENV)/installed-dev ## Check style, types and imports.
 	lint-imports --no-cache --no-logo
 
 docs: setup ## Build the documentation in site/ and check its links.
-	$(PIP) -c requirements.lock \
-	  mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
+	$(PIP) -c requirements.lock --editable '.[docs]'
 	@# mkdocs.yml says why it is built from a copy.
 	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
 	git ls-files -z -- . ':!tests' | tar --create --null --files-from - | tar --extract --directory .ddpm/docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
-lock: ## Write requirements.lock and requirements-dev.lock anew, from what pyproject.toml asks for.
+lock: ## Regenerate requirements.lock and requirements-dev.lock from pyproject.toml.
 	$(PYTHON) -m venv --clear .ddpm/lock
 	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable .
 	$(FREEZE) > .ddpm/lock/run
@@ -97,7 +96,7 @@ lock: ## Write requirements.lock and requirements-dev.lock anew, from what pypro
 	{ head -n 1 requirements.lock; cat .ddpm/lock/run; } > .ddpm/requirements.lock
 	{ head -n 1 requirements-dev.lock; grep -Fvxf .ddpm/lock/run .ddpm/lock/all; } > .ddpm/requirements-dev.lock
 	mv .ddpm/requirements.lock .ddpm/requirements-dev.lock .
-# One of the two ONNX Runtimes fits a machine; what torch brings for one kind of GPU is torch's own affair.
+# Each platform needs one of the two ONNX Runtimes; torch itself selects its GPU packages.
 FREEZE = .ddpm/lock/bin/pip freeze --all --exclude-editable | sed -E \
 	  -e '/^(pip|wheel|triton|nvidia-.*|cuda-.*)==/d' -e 's/^(torch==[0-9.]+)\+.*/\1/' \
 	  -e 's/^onnxruntime(-gpu)?==(.*)/onnxruntime-gpu==\2 ; $(LINUX)\nonnxruntime==\2 ; $(OTHERS)/'

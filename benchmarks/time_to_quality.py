@@ -1,15 +1,15 @@
-"""How soon a training here reaches the held-out error of diffusers' own training, on the same data and machine.
+"""How soon this project reaches the held-out error of diffusers' training example, on the same data and machine.
 
-Run it in a tree where `ddpm shard` and `ddpm pairs` have made data/pairs of the preset:
+Run it in a tree where `ddpm shard` and `ddpm pairs` have written data/pairs of the preset:
 
     python benchmarks/time_to_quality.py --preset presets/fashion-mnist.yaml --out docs/time-to-quality
 
-Three trainings take turns, a slice of some seconds each, so that all of them see the machine fast and slow alike:
-the preset; the preset with a tenth of its steps; and the peer, for as long as the preset takes: UNet2DModel and
-DDPMScheduler as diffusers' training example has them, for 28x28 grey pixels, with its EMA, a warm-up and a constant
-rate, or the example's cosine decay, which suits so short a training less.
+Three trainings take turns, in slices of some seconds, so that fluctuations of the machine affect all equally: the
+preset; the preset with a tenth of its steps; and diffusers' training example (UNet2DModel, DDPMScheduler, EMA, warm-up,
+constant or cosine learning rate), for 28x28 greyscale images, for as long as the preset takes. The cosine decay of the
+example suits so short a training less.
 Only training counts as time. The error is the MSE of the predicted noise on 1,024 test pairs, of the raw or the
-averaged weights, whichever is less. The peer is given all training images, as `ours` is.
+averaged weights, whichever is lower. diffusers trains on all training images, as the preset does.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from flows.params import Params
 from flows.paths import Paths
 
 MARKS = (1 / 40, 1 / 20, 1 / 10, 1 / 5, 2 / 5, 7 / 10, 1.0)
-"""Shares of a training after which its error is measured."""
+"""Fractions of a training at which its error is measured."""
 BLOCKS = 16
 """Blocks of 64 test pairs."""
 TICKS = {"1 s": 1, "3 s": 3, "10 s": 10, "30 s": 30, "1 min": 60, "3 min": 180, "10 min": 600, "30 min": 1800}
@@ -60,7 +60,7 @@ UNet: Any = UNet2DModel  # diffusers has no types
 
 
 class Training(ABC):
-    """One of those that take turns."""
+    """A training that takes turns with others."""
 
     name: str
 
@@ -69,21 +69,21 @@ class Training(ABC):
 
     @abstractmethod
     def step(self) -> int:
-        """Train on a batch; gives its number of images."""
+        """Train on a batch; returns its number of images."""
 
     @abstractmethod
     def share(self) -> float:
-        """How much of the training is done, 1 at its end."""
+        """Fraction of the training that is done."""
 
     def done(self) -> bool:
         return self.share() >= 1
 
     @abstractmethod
     def nets(self) -> dict[str, torch.nn.Module]:
-        """The raw network and its average, each giving eps_hat for (x_t, t)."""
+        """The network with raw and with averaged weights, each returning eps_hat for (x_t, t)."""
 
     def slice(self, seconds: float, test: Pairs) -> None:
-        """Train for so long, and measure where a mark is passed."""
+        """Train for `seconds`, measuring at each mark passed."""
         until = self.seconds + seconds
         while self.seconds < until and not self.done():
             began = time.perf_counter()
@@ -105,8 +105,8 @@ class Training(ABC):
         return [(row["seconds"], min(row["raw"], row["average"])) for row in self.rows]
 
 
-class Ours(Training):
-    """A preset, through the same step as the stage `train`, with its batches made meanwhile."""
+class PresetTraining(Training):
+    """A preset, trained by the step of the stage `train`, with prefetched batches."""
 
     def __init__(self, name: str, params: Params, pairs: Pairs) -> None:
         super().__init__()
@@ -164,9 +164,9 @@ class Peer(Training):
     name = "diffusers"
     BATCH, RATE, WARMUP = 64, 4e-4, 100
 
-    def __init__(self, beside: Training, images: features.Images, params: Params, decay: str) -> None:
+    def __init__(self, reference: Training, images: features.Images, params: Params, decay: str) -> None:
         super().__init__()
-        self.beside, self.source, self.decay = beside, images, decay
+        self.reference, self.source, self.decay = reference, images, decay
         self.process = build.process(params.process.model_copy(update={"parameterization": "eps"}))
         torch.manual_seed(0)
         self.net = UNet(
@@ -192,7 +192,7 @@ class Peer(Training):
         t = torch.randint(self.process.schedule.num_timesteps, (self.BATCH,), generator=self.generator)
         eps = torch.randn(x_0.shape, generator=self.generator)
         rate = min(1.0, (self.steps + 1) / self.WARMUP)
-        if self.decay == "cosine":  # ends when the other training does: time is shared, steps are not
+        if self.decay == "cosine":  # ends with the reference: the time is the same, the number of steps is not
             rate *= 0.5 * (1 + math.cos(math.pi * self.share()))
         self.optimizer.param_groups[0]["lr"] = self.RATE * rate
         loss = F.mse_loss(self.net(self.process.schedule.diffuse(x_0, t, eps), t, return_dict=False)[0], eps)
@@ -205,23 +205,23 @@ class Peer(Training):
         return self.BATCH
 
     def share(self) -> float:
-        """By the other's time, of which the whole is only estimated until it has ended."""
-        whole = self.beside.seconds / max(self.beside.share(), 1e-9)
-        share = min(1.0, self.seconds / whole) if self.beside.seconds else 0.0
-        return share if self.beside.done() else min(share, 0.999)
+        """Relative to the other training's total time, which is an estimate until it ends."""
+        total = self.reference.seconds / max(self.reference.share(), 1e-9)
+        share = min(1.0, self.seconds / total) if self.reference.seconds else 0.0
+        return share if self.reference.done() else min(share, 0.999)
 
     def nets(self) -> dict[str, torch.nn.Module]:
         averaged = UNet.from_config(self.net.config)
         self.average.copy_to(averaged.parameters())
-        return {"raw": First(self.net), "average": First(averaged)}
+        return {"raw": TensorOutput(self.net), "average": TensorOutput(averaged)}
 
     def model(self, config: Config) -> Model:
-        """Its average, as a model of ours; of `config` the shape alone counts."""
+        """The averaged weights as a Model; only the shape of `config` is used."""
         return Model(self.nets()["average"], self.process, config)
 
 
-class First(torch.nn.Module):
-    """A diffusers network as one that gives a tensor."""
+class TensorOutput(torch.nn.Module):
+    """Wraps a diffusers network to return a tensor."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def heldout_mse(net: torch.nn.Module, test: Pairs) -> float:
 
 
 def time_to(curve: list[tuple[float, float]], error: float) -> float | None:
-    """Seconds at which a curve falls to an error, between its points on a logarithmic scale; None if it never does."""
+    """Seconds at which a curve reaches an error, interpolated on logarithmic scales; None if it never does."""
     if curve[0][1] <= error:
         return curve[0][0]
     for (before, above), (after, below) in pairwise(curve):
@@ -277,7 +277,7 @@ def plot(trainings: list[Training], path: Path) -> None:
 
 
 def pictures(models: dict[str, Model], judge: features.FeatureReference, count: int, path: Path) -> dict[str, float]:
-    """Each model's pictures by 20 steps of DDIM from the same noise, as one image; and their Fréchet distance."""
+    """Plot samples of each model by 20 steps of DDIM from the same noise; returns their Fréchet distances."""
     figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.3), dpi=100)
     distances = {}
     for axis, (name, model) in zip(axes, models.items(), strict=True):
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of each turn")
     parser.add_argument("--steps", type=int, help="steps of the preset's training; without it, the preset's own")
     parser.add_argument("--peer-decay", choices=["constant", "cosine"], default="constant", help="of its learning rate")
-    parser.add_argument("--count", type=int, default=256, help="pictures of each for the Fréchet distance")
+    parser.add_argument("--count", type=int, default=256, help="samples of each for the Fréchet distance")
     parser.add_argument("--out", type=Path, required=True, help="where to write OUT.csv, OUT.png and OUT-samples.png")
     arguments = parser.parse_args()
 
@@ -310,13 +310,13 @@ def main() -> None:
     pairs, test = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "test")
     steps = arguments.steps or params.train.steps
     short = {"steps": steps // 10, "warmup_steps": min(params.train.warmup_steps, steps // 100)}
-    whole, tenth = (
-        Ours(name, params.model_copy(update={"train": params.train.model_copy(update=changes)}), pairs)
-        for name, changes in (("ours", {"steps": steps}), ("ours, a tenth of the steps", short))
+    full, tenth = (
+        PresetTraining(name, params.model_copy(update={"train": params.train.model_copy(update=changes)}), pairs)
+        for name, changes in (("this project", {"steps": steps}), ("this project, a tenth of the steps", short))
     )
     images, _ = features.split(paths, "train")
-    peer = Peer(whole, images, params, arguments.peer_decay)
-    trainings: list[Training] = [whole, tenth, peer]
+    peer = Peer(full, images, params, arguments.peer_decay)
+    trainings: list[Training] = [full, tenth, peer]
     while waiting := [training for training in trainings if not training.done()]:
         for training in waiting:
             training.slice(arguments.slice, test)
@@ -328,12 +328,12 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(trainings, arguments.out)
-    models = {"diffusers": peer.model(whole.config), tenth.name: tenth.model(), "ours": whole.model()}
+    models = {"diffusers": peer.model(full.config), tenth.name: tenth.model(), full.name: full.model()}
     distances = pictures(models, features.fit_reference(paths), arguments.count, arguments.out)
 
     reached = {training.name: training.best()[-1][1] for training in trainings}
     facts: Row = {"seconds": peer.seconds, "mse": reached, "frechet": distances}
-    for training in (whole, tenth):
+    for training in (full, tenth):
         seconds = time_to(training.best(), reached["diffusers"])
         facts[f"seconds to diffusers' error, {training.name}"] = seconds
         facts[f"ratio, {training.name}"] = peer.seconds / seconds if seconds else None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from diffusion.errors import AlreadyReported, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
@@ -40,12 +40,12 @@ def _main(arguments: list[str]) -> int:
             call, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
             call(*bound.args, **bound.kwargs)
     except CycloptsError as error:
-        say(f"{name}: error: {' '.join(str(error).split()).removesuffix('.')}. See `{name} --help`.")
+        say(f"{name}: error: {usage_error(error)} See `{name} --help`.")
         return USAGE_ERROR
     except UserError as error:
         if not isinstance(error, AlreadyReported):
-            goes_on = command == "train" and isinstance(error, WriteFault)
-            more = "; training will then continue from its last checkpoint" if goes_on else ""
+            resumable = command == "train" and isinstance(error, WriteFault)
+            more = "; training will then continue from its last checkpoint" if resumable else ""
             say(f"{name}: error: {with_remedy(error)}{more}")
         return 1
     except Stopped as stopped:
@@ -63,6 +63,17 @@ def _main(arguments: list[str]) -> int:
         say(f"{name}: error: {'standard output: no space left' if on_output else SystemFault.of(error)}")
         return 1
     return 0
+
+
+def usage_error(error: CycloptsError) -> str:
+    """A sentence about wrong arguments."""
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument {error.unused_tokens[0]!r}."
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        return f"{error.argument.name} is missing{' its value' if error.tokens_so_far or error.keyword else ''}."
+    text = " ".join(str(error).split())
+    text = text.removesuffix("?.") + "?" if text.endswith("?.") else text
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 @contextmanager

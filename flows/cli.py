@@ -3,7 +3,7 @@
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 
@@ -33,20 +33,26 @@ for _position, (_name, _text) in enumerate(STAGES.items()):
     app.command(partial(_stage, _name), name=_name, help=_text, group=STAGE, sort_key=_position)
 
 
-def _lazily(name: str, function: str, text: str, group: Group) -> None:
-    app.command(f"flows.commands.{function}", name=name, help=text, group=group)
+def _lazily(name: str, function: str, text: str, group: Group, usage: str | None = None) -> None:
+    app.command(f"flows.commands.{function}", name=name, help=text, group=group, usage=usage)
 
 
-_lazily("params", "parameters:show", "Show every parameter: value, choices, limits, default and meaning.", INPUTS)
-_lazily("set", "parameters:assign", "Change parameters in params.yaml.", INPUTS)
+_lazily(
+    "params",
+    "parameters:show",
+    "Show parameters: value, default, choices, limits and meaning.",
+    INPUTS,
+    "Usage: ddpm params [SECTION] [--update]",
+)
+_lazily("set", "parameters:assign", "Change parameters in params.yaml.", INPUTS, "Usage: ddpm set NAME=VALUE...")
 
 
-PRESETS = ", ".join(presets.names(Paths().presets)) or "presets/*.yaml"
+NAMES = tuple(presets.names(Paths().presets))
 
 
 @app.command(group=INPUTS)
-def preset(name: Annotated[str, Parameter(help=f"One of: {PRESETS}.")], /) -> None:
-    """Write a preset into params.yaml; seed, device and tracking stay as they are."""
+def preset(name: Annotated[Literal[NAMES] if NAMES else str, Parameter(help="A file in presets/.")], /) -> None:  # type: ignore[valid-type]
+    """Load a preset into params.yaml; seed, device and tracking are kept."""
     from flows.commands.parameters import apply_preset
 
     apply_preset(name)
@@ -68,26 +74,26 @@ def import_data(path: Path, /, *, name: str, link: bool = False, split_names_as_
 
 
 _lazily("sample", "sample:run", "Generate images with the trained model.", MODELS)
-_lazily("verify-onnx", "verify_onnx:run", "Check an exported ONNX file with the test that it carries.", MODELS)
+_lazily("verify-onnx", "verify_onnx:run", "Verify an exported ONNX file: digest, graph and embedded test.", MODELS)
 _lazily("triton", "triton:run", "Write both ONNX graphs as a model repository of Triton Inference Server.", MODELS)
 _lazily("export-diffusers", "diffusers:export_model", "Write the trained model as a diffusers pipeline.", MODELS)
-_lazily("import-diffusers", "diffusers:import_model", "Make a diffusers model the trained model.", MODELS)
+_lazily("import-diffusers", "diffusers:import_model", "Import a diffusers model as the trained model.", MODELS)
 
 
 @app.command(group=RUNS)
 def runs() -> None:
-    """List the flow runs that are kept here."""
+    """List the flow runs and their states."""
     from flows import workspace
 
     workspace.list_runs()
 
 
-@app.command(group=RUNS)
+@app.command(group=RUNS, usage="Usage: ddpm summary [RUN]")
 def summary(run: str | None = None, /) -> None:
     """Show a flow run's stages and results.
 
     Args:
-        run: Name of a flow run; by default the last one.
+        run: Name of a flow run; by default the last completed one.
     """
     from flows import summary
 
@@ -96,7 +102,7 @@ def summary(run: str | None = None, /) -> None:
 
 @app.command(group=RUNS)
 def apply(run: str, /, *, force: bool = False) -> None:
-    """Bring a flow run's parameters and results into the working tree.
+    """Copy a flow run's parameters and results into the working tree.
 
     Args:
         run: Name of a flow run (see `ddpm runs`).
@@ -107,9 +113,9 @@ def apply(run: str, /, *, force: bool = False) -> None:
     apply(run, force=force)
 
 
-@app.command(group=RUNS)
+@app.command(group=RUNS, usage="Usage: ddpm track [RUN] [--json]")
 def track(run: str | None = None, /, *, json: bool = False) -> None:
-    """Record results in MLflow that are not there yet.
+    """Record missing results in MLflow.
 
     Args:
         run: Name of a flow run (see `ddpm runs`); by default the working tree.
@@ -128,7 +134,7 @@ def promote(version: str, /, *, reason: str) -> None:
 
     Args:
         version: Its number in MLflow.
-        reason: Why; it is added to the version's description.
+        reason: Reason; appended to the version's description.
     """
     from flows import tracking
     from flows.params import load

@@ -106,7 +106,7 @@ def _limits(schema: Mapping[str, Any]) -> Iterator[str]:
     for key, words in (("minimum", "at least"), ("exclusiveMinimum", "above")):
         if key in schema:
             yield f"{words} {schema[key]:g}"
-    if schema.get("maximum", LARGEST) != LARGEST:
+    if schema.get("maximum", LARGEST) < LARGEST:
         yield f"at most {schema['maximum']:g}"
     if "exclusiveMaximum" in schema:
         yield f"below {schema['exclusiveMaximum']:g}"

@@ -1,6 +1,7 @@
 """The flow's parameters, as Prefect's form shows them: for each section of params.yaml, any part of its fields."""
 
 import copy
+from collections.abc import Callable
 from enum import StrEnum
 from functools import reduce
 from operator import or_
@@ -13,6 +14,7 @@ from pydantic_core import CoreSchema
 from diffusion.errors import UserError
 from diffusion.sections import Section
 from flows import fields, params, presets
+from flows.fields import Parameter
 from flows.paths import Paths
 from flows.yaml_files import read_yaml
 
@@ -21,7 +23,7 @@ Preset = StrEnum("Preset", {name: name for name in presets.names(Paths().presets
 
 
 class Part(BaseModel):
-    """Some of a section's fields, for the form; `workspace.document` checks the values, with all others."""
+    """An optional subset of a section's fields, for the form; `workspace.document` validates the values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,27 +35,49 @@ NOTHING = Part()
 def part_of(section: type[Section], place: str, document: Any) -> type[Part]:
     """A model with the fields of `section`: the same types and limits, but none of them required.
 
-    Descriptions also tell what a field takes and its value in `document`, the parameters when the flow was deployed.
+    Descriptions also state what a field accepts and its value in `document`, the parameters at deployment time.
     """
     kinds = ("", section.model_fields["kind"].default if "kind" in section.model_fields else "")
-    of_section = {each.place: each for each in fields.parameters() if each.place[0] == place and each.kind in kinds}
+    of_section = [each for each in fields.parameters() if each.place[0] == place]
 
     def optional(name: str, field: FieldInfo) -> Any:
         field = copy.copy(field)
         field.default = None
         # Without `"default": null` in the JSON schema, forms and messages speak of the field's own type alone.
         field.json_schema_extra = _without_default
-        if name == "kind":
-            return field.annotation, field
-        parameter = of_section[(place, name)]
-        value = fields.present(document, parameter)
-        now = f" In params.yaml at the last `make up`: {fields.as_typed(value)}." if value is not None else ""
-        field.description = f"{parameter.description} Takes: {parameter.takes}.{now}"
+        if name != "kind":
+            (parameter,) = (each for each in of_section if each.place == (place, name) and each.kind in kinds)
+            inner = [each for each in of_section if each.place[:-1] == (place, name)]
+            texts = [_description(parameter, document), *(_of_kind(each, document) for each in inner)]
+            field.description = " ".join(texts)
         return field.annotation, field
 
     optional_fields = {name: optional(name, field) for name, field in section.model_fields.items()}
     title = section.__name__.removesuffix("Options")
     return create_model(title, __base__=Part, __doc__=section.__doc__, **optional_fields)
+
+
+def described(flow: Callable[..., Any]) -> Callable[..., Any]:
+    """Fill the names of parameters and sections in a flow's docstring, from which the form takes their descriptions."""
+    document = _deployed()
+    texts = {each.name: _description(each, document) for each in fields.parameters() if len(each.place) == 1}
+    texts |= {name: fields.plain(section.__doc__ or "") for name, section in params.SECTIONS.items()}
+    flow.__doc__ = (flow.__doc__ or "").format_map(texts)
+    return flow
+
+
+def _description(parameter: Parameter, document: Any) -> str:
+    return f"{parameter.description} Accepts: {parameter.takes}.{_present(parameter, document)}"
+
+
+def _of_kind(parameter: Parameter, document: Any) -> str:
+    accepts = f"With {parameter.kind}, {parameter.place[-1]}: {parameter.takes}."
+    return accepts + _present(parameter, document)
+
+
+def _present(parameter: Parameter, document: Any) -> str:
+    value = fields.present(document, parameter)
+    return "" if value is None else f" In params.yaml at the last `make up`: {fields.as_typed(value)}."
 
 
 def _deployed() -> Any:

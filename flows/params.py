@@ -95,7 +95,7 @@ class Pairs(Section):
     width: Positive = 8
     """Image width in pixels."""
     channels: Annotated[Literal[1, 3], exactly(1, 3)] = 1
-    """Image channels. 1: grayscale; 3: RGB. Transparent images are composited on white."""
+    """Image channels. 1: greyscale; 3: RGB. Transparent images are composited on white."""
     draws: Positive = 8
     """Number of (t, noise) draws stored per training image, as seeds. Longer training derives further draws."""
     heldout_draws: Positive = 8

@@ -33,7 +33,7 @@ from diffusion.nn.build import Device
 from diffusion.sections import NonNegative
 from flows import dvc_stage, pipeline, report, summary, workspace
 from flows.dvc_stage import Outcome
-from flows.parameters import NOTHING, Part, PartOf, Preset, given
+from flows.parameters import NOTHING, Part, PartOf, Preset, described, given
 from flows.remedies import with_remedy
 from flows.stages import STAGES
 
@@ -126,6 +126,7 @@ TASKS = {
 
 # Prefect would report one wrong parameter at a time and accept "10" for 10; `workspace.document` checks them all.
 @flow(name="train-ddpm", validate_parameters=False)
+@described
 def train_ddpm(
     preset: Preset | None = None,
     seed: NonNegative | None = None,
@@ -142,21 +143,22 @@ def train_ddpm(
 ) -> State[Any]:
     """Train a denoising diffusion model and export it: shard, pairs, train, evaluate, export.
 
-    What is left out is as in params.yaml.
+    Anything left out is taken from params.yaml.
 
     Args:
-        preset: A file in presets/, in place of all but seed, device, tracking and, where it names none, shard.source.
-        seed: Seed of every random number.
-        device: auto (CUDA, MPS or XPU where there is one of them), cpu, cuda, cuda:N, mps, xpu or xpu:N.
-        shard: Raw images into webdataset shards.
-        pairs: Images of one size, in shuffled blocks, each with its noise recipe.
-        process: The diffusion process.
-        network: The denoising network.
-        train: Training.
-        sample: Making pictures, for the report.
-        evaluate: Held-out evaluation.
-        export: ONNX export.
-        tracking: MLflow names, and what a model must reach to become champion.
+        preset: Preset to use (a file in presets/). It replaces all parameters but seed, device, tracking and, unless
+            the preset sets it, shard.source.
+        seed: {seed}
+        device: {device}
+        shard: {shard}
+        pairs: {pairs}
+        process: {process}
+        network: {network}
+        train: {train}
+        sample: {sample}
+        evaluate: {evaluate}
+        export: {export}
+        tracking: {tracking}
     """
     changes = given({name: value for name, value in locals().items() if name != "preset"})
     log = get_run_logger()

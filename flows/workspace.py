@@ -1,7 +1,7 @@
 """The workspace of a flow run: a copy of the repository's files that uses the repository's DVC cache.
 
-Several runs can thus go on at once, unaffected by edits to the code. A workspace is `.ddpm/runs/NAME`; its `.ddpm` is a
-link to that of the repository, so checkpoints and the MLflow database are shared.
+Several runs can thus be active at the same time, unaffected by edits to the code. A workspace is `.ddpm/runs/NAME`; its
+`.ddpm` is a link to that of the repository, so checkpoints and the MLflow database are shared.
 """
 
 import json

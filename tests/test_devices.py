@@ -44,7 +44,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 def assert_same_on_both(float64: bool, check: Callable[..., list[Tensor]], *arguments: Any) -> None:
     """`check` returns the same numbers on the CPU and on the simulated device, with and without float64."""
-    schedule.has_float64 = lambda device: float64 or device.type != pretended.NAME  # in a process of its own
+    schedule.has_float64 = lambda device: float64 or device.type != pretended.NAME  # in a separate process
     found = []
     for where in (CPU, torch.device(pretended.NAME, 0)):
         with pretended.Pretended(float64) if where.type == pretended.NAME else nullcontext():
@@ -85,8 +85,9 @@ def training(where: Where, params: Params) -> list[Tensor]:
     assert point
     assert not state.skipped
     images = torch.zeros(2, *SHAPE).to(where)
-    beside = model.loss(images, torch.tensor([3, 90]).to(where), images + 0.5)  # timesteps may lie beside the images
-    assert beside.device == where
+    # Timesteps may also be on the device of the images.
+    losses = model.loss(images, torch.tensor([3, 90]).to(where), images + 0.5)
+    assert losses.device == where
     return [*state.tensors().values(), torch.tensor([*point.values()])]
 
 

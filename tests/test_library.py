@@ -33,7 +33,7 @@ def images(count: int = 70) -> Images:
 
 
 def test_the_lines_in_the_readme(root: Path, tmp_path: Path) -> None:
-    """With fewer steps, in a Python of their own, which must not load the pipeline's packages."""
+    """With fewer steps, in a separate Python process, which must not load the pipeline's packages."""
     (code,) = re.findall(r"```python\n(from diffusion import.*?)```", (root / "README.md").read_text(), flags=re.S)
     assert len([line for line in code.splitlines() if line]) <= 10
     few = re.sub(r"steps=\d+\)", "steps=2)", code.replace("data/raw/", f"{root}/data/raw/"))

@@ -30,8 +30,8 @@ NOT_SHAPING = (
     "flows.paths",
     "flows.tracking",
 )
-"""Code that cannot change what a stage writes: values stand in params.yaml alone, and the rest checks, carries or
-watches."""
+"""Code that cannot change what a stage writes: all values are in params.yaml, and the rest checks, passes on
+or monitors them."""
 
 DRAWING = ("diffusion.sampling", "diffusion.samples")
 """Code that samples previews. Previews may come from an earlier version of it; the weights do not depend on it."""
@@ -97,7 +97,7 @@ def test_a_stage_depends_on_the_code_that_it_imports(stage: str) -> None:
     assert {part for part in parts if not any(file.is_relative_to(part) for file in files)} == set()
 
 
-def test_a_new_sampler_trains_nothing_anew() -> None:
+def test_a_new_sampler_does_not_retrain() -> None:
     sampler = ROOT / "diffusion" / "sampling" / "sampler.py"
     depending = [stage for stage in STAGES if sampler in dvc_yaml.code(stage)]
     assert depending == ["evaluate", "export"]

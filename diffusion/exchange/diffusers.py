@@ -54,7 +54,7 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
         scheduler_note = "its scheduler is the one it was imported with, regardless of the section sample"
     else:
         scheduler_note = settings_not_kept(sample)
-    return f"{PIPELINES[name]}.from_pretrained loads; {scheduler_note}"
+    return f"{PIPELINES[name]}.from_pretrained; {scheduler_note}"
 
 
 def settings_not_kept(sample: SampleOptions) -> str:

@@ -19,7 +19,7 @@ def export_model(directory: Path, /, *, model: Path | None = None, force: bool =
     paths = Paths()
     sample = load(paths.params).sample
     how = diffusers.export_model(model or paths.model, directory, sample, force)
-    print(f"{directory} is now what diffusers.{how}")
+    print(f"wrote {directory}; load it with diffusers.{how}")
 
 
 def import_model(directory: Path, /, *, out: Path | None = None, force: bool = False) -> None:

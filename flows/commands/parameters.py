@@ -45,7 +45,8 @@ def assign(*assignments: str) -> None:
     """Change parameters in params.yaml: all that are given, or none.
 
     Args:
-        assignments: Assignments such as train.steps=500. Another kind (network.kind=uvit) brings its fields' defaults.
+        assignments: Assignments such as train.steps=500. Choosing another kind (network.kind=uvit) also sets the
+            fields of that kind to their defaults.
     """
     if not assignments:
         raise UserError("give at least one NAME=VALUE, such as train.steps=500")
@@ -99,7 +100,7 @@ def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:
     """The parameters in `section`, or all of them, with their values in `document`, in lines of `width` characters."""
     wanted = [p for p in fields.parameters() if section in (None, p.name) or p.name.startswith(f"{section}.")]
     if not wanted:
-        raise UserError(f"{section}: no such section or parameter; the sections are {', '.join(Params.model_fields)}")
+        raise UserError(f"{section}: no such parameter or section; available: {', '.join(Params.model_fields)}")
     heading, kind = "", ""
     for parameter in wanted:
         top, choice = parameter.place[0], ".".join(parameter.place[:-1])
@@ -112,7 +113,7 @@ def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:
         kind = of_kind
         indent = "    " if kind else ""
         yield Text(indent).append_text(_first_line(parameter, fields.present(document, parameter)))
-        meaning = textwrap.wrap(parameter.description, width - len(indent) - 4, break_on_hyphens=False)
+        meaning = textwrap.wrap(parameter.description, max(20, width - len(indent) - 4), break_on_hyphens=False)
         yield Text("\n".join(f"{indent}    {line}" for line in meaning))
 
 

@@ -31,19 +31,19 @@ from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
 from flows.commands.types import Integer, Number
-from flows.fields import plain
+from flows.fields import plain, takes
 from flows.params import advice, read
 from flows.paths import Paths
 
 BATCH = 64
 """Images generated at once: memory does not grow with their number."""
 SAMPLER_FIELDS = {
-    name: field
+    name: kind
     for kind in SAMPLER_OPTIONS.values()
-    for name, field in kind.model_fields.items()
+    for name in kind.model_fields
     if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these can be set in params.yaml only
 }
-"""The fields of single samplers."""
+"""The fields of single samplers, and the options that have them."""
 REPAINT = 10
 """Default of jump and rounds; Lugmayr et al. 2022, section 5."""
 
@@ -88,18 +88,22 @@ def _settings() -> type:
         annotated = Annotated[kind | None, Parameter(help=text, group=SETTINGS, show_default=lambda _: default)]
         return name, annotated, field(default=None)
 
-    def kind_of(info: Any) -> Any:
+    def add(section: type[Section], name: str, default: str) -> None:
+        info = section.model_fields[name]
         marks = [mark.names for mark in info.metadata if isinstance(mark, OneOf)]
-        return Literal[marks[0]] if marks else Integer if info.annotation is int else Number
+        kind = Literal[marks[0]] if marks else Integer if info.annotation is int else Number
+        limits = "" if marks else f" ({takes(section, name)})"
+        options.append(option(name, kind, f"{plain(info.description or '')}{limits}", default))
 
+    seed = f"Random seed of the noise; image i is the same for any count. ({takes(Settings, 'seed')})"
     options = [
-        option("seed", Integer, "Seed of the noise: image i is the same for any count.", "seed in params.yaml"),
+        option("seed", Integer, seed, "seed in params.yaml"),
         option("device", str, " | ".join(networks.DEVICE_NAMES), "device in params.yaml"),
     ]
-    for name, info in SampleOptions.model_fields.items():
-        options.append(option(name, kind_of(info), plain(info.description or ""), f"sample.{name} in params.yaml"))
-    for name, info in SAMPLER_FIELDS.items():
-        options.append(option(name, kind_of(info), plain(info.description or ""), "as in params.yaml"))
+    for name in SampleOptions.model_fields:
+        add(SampleOptions, name, f"sample.{name} in params.yaml")
+    for name, section in SAMPLER_FIELDS.items():
+        add(section, name, "as in params.yaml")
     return make_dataclass("Overrides", options, frozen=True, namespace={"__module__": __name__})
 
 
@@ -115,16 +119,16 @@ class Editing:
     images: Annotated[
         tuple[Path, ...], Parameter(name="--from", consume_multiple=True, group=EDITING, show_default=False)
     ] = ()
-    """Generate variations of this image, or an interpolation between two."""
+    """Image to vary, or two images to interpolate between."""
     at: Annotated[Integer | None, Parameter(group=EDITING)] = None
     """Timestep up to which noise is added: the higher, the less of the image remains. Default: the last timestep at
     which alpha_bar is at least 0.5."""
     mask: Annotated[Path | None, Parameter(group=EDITING)] = None
     """Inpaint the image where this mask is white (RePaint; Lugmayr et al. 2022)."""
     jump: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
-    """With --mask: steps down before going back up."""
+    """With --mask: number of steps in each run that is repeated, at least 1."""
     rounds: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
-    """With --mask: how often each run of `jump` steps is repeated; the time grows in proportion."""
+    """With --mask: how often each run is repeated, at least 1; the time grows in proportion."""
 
 
 def run(
@@ -136,15 +140,16 @@ def run(
     editing: Annotated[Editing, Parameter(name="*")] = Editing(),
     overrides: Annotated[Overrides, Parameter(name="*")] = Overrides(),  # noqa: B008 (frozen)
 ) -> None:
-    """Generate images with the trained model, as the section `sample` of params.yaml describes or as options say.
+    """Generate images with the trained model; options override the section `sample` of params.yaml.
 
     Args:
         out: A .png file (a grid of all images), an .npz file or a folder (out/).
         model: A trained model; by default models/ddpm.
-        classes: Class by name or number, or several (3,5), which the images take in turn; by default all classes.
+        classes: Class name or number; several, separated by commas (3,5), are assigned to the images in turn. By
+            default all classes.
         filmstrip: Also write a .png file that shows how the first images emerge from noise.
         editing: Options of image to image, interpolation and inpainting.
-        overrides: Options in place of those in params.yaml.
+        overrides: Options that override params.yaml.
     """
     paths = Paths()
     given = {name: value for name, value in asdict(overrides).items() if value is not None}

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 
-from diffusion.errors import UserError
+from diffusion.errors import FileFault, UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
 from diffusion.storage.files import new_directory, write_atomic
@@ -44,7 +44,7 @@ def run(directory: Path, /, *, max_batch: Integer = 64, force: bool = False) -> 
 
     Args:
         directory: The model repository.
-        max_batch: Largest number of images computed at once.
+        max_batch: Maximum number of images computed at once, at least 1.
         force: Replace an existing repository.
     Raises:
         UserError: `directory` is in use, or a graph is missing.
@@ -112,6 +112,6 @@ def _read(path: Path) -> ModelProto:
     try:
         return ModelProto.FromString(digest.check(path.read_bytes()))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
+        raise FileFault(path, str(error.strerror)) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

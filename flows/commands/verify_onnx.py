@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.errors import UserError, describe
+from diffusion.errors import FileFault, UserError, describe
 from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
@@ -27,7 +27,7 @@ def run(path: Path, /, *, device: str = "auto") -> None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); `ddpm export` makes it") from None
+        raise FileFault(path, str(error.strerror)) from None
     try:
         digest.check(content)
     except ValueError as error:

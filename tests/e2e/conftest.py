@@ -31,7 +31,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The repository's files as they are, committed anew."""
+    """The repository's files as they are, in a new commit."""
     target = tmp_path_factory.mktemp("e2e") / "ä clone"  # as a user's path may be
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")

@@ -92,7 +92,7 @@ def two_runs(services: Command, clone: Path) -> TwoRuns:
         watched = pool.submit(services, *RUN, "--flow-run-name", "long", *LONG)
         try:
             first = services(*RUN, "--flow-run-name", "first")
-            assert trainings(clone) != []  # it was beside another one, and that one's checkpoints are its own
+            assert trainings(clone) != []  # another one was running, and its checkpoints are its own
             wait_for(lambda: max(checkpoints(clone), default=0) > 0, 120)
         finally:
             cancelled = services("prefect", "flow-run", "cancel", flow_run_id(clone, "long"))
@@ -233,7 +233,7 @@ def server(clone: Path, name: str) -> psutil.Process:
     return holder
 
 
-def test_servers_that_are_killed_are_served_again_by_other_processes(up: Command, clone: Path) -> None:
+def test_killed_servers_are_restarted(up: Command, clone: Path) -> None:
     killed = {name: server(clone, name) for name in ("mlflow", "prefect")}
     for process in killed.values():
         assert process.children() == []
@@ -279,7 +279,7 @@ def test_a_users_schedules_survive_every_deployment(up: Command, clone: Path) ->
 def test_without_supervisord_status_and_down_tell_and_end_what_answers(up: Command, clone: Path) -> None:
     servers = [server(clone, name) for name in ("prefect", "mlflow")]
     os.kill(int((clone / ".ddpm" / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
-    # Prefect's server may end by itself: the pipe to which it logs is gone.
+    # Prefect's server may end on its own: the pipe to which it logs is gone.
     wait_for(lambda: "stopped, but another process answers" in status(up)["mlflow"], 60)
     assert up("python", "-m", "flows.services", "down").stdout == "stopped\n"
     assert not any(process.is_running() for process in servers)

@@ -23,7 +23,7 @@ SHAPE = (1, 4, 4)
 
 
 class GaussianPairs:
-    """Stands in for a split of pairs: 8-bit images with independent normal values around the middle."""
+    """Replaces a split of pairs: 8-bit images with independent normal values around the middle."""
 
     shape, images = SHAPE, 1000
 
@@ -69,7 +69,7 @@ def measure(model: Model, images: int, edges: NDArray[np.int64], variance: str =
 def test_strata_cover_every_timestep_once(T: int) -> None:
     for edges in (likelihood.strata(T), likelihood.every_timestep(T)):
         assert edges[0] == 0
-        assert edges[1] == 1  # L_0 stands alone
+        assert edges[1] == 1  # L_0 is a separate stratum
         assert edges[-1] == T
         assert (np.diff(edges) > 0).all()
     assert len(likelihood.every_timestep(T)) == T + 1
@@ -110,8 +110,9 @@ def test_the_estimate_is_unbiased_and_of_the_very_same_terms(params: Params) -> 
     difference = estimate.total - exact.total
     error = difference.std(ddof=1) / np.sqrt(images)
     assert abs(difference.mean()) < 3 * error
-    assert error < 0.2 * exact.total.std(ddof=1) / np.sqrt(images)  # what the strata add is small beside the images'
-    # Each stratum by itself: means over the images of exact and estimated sums.
+    # What the strata add is small compared with the images' error.
+    assert error < 0.2 * exact.total.std(ddof=1) / np.sqrt(images)
+    # Each stratum separately: means over the images of exact and estimated sums.
     sums = np.add.reduceat(exact.steps, likelihood.strata(T)[:-1], axis=1)
     errors = (estimate.steps - sums).std(axis=0, ddof=1) / np.sqrt(images)
     assert (np.abs((estimate.steps - sums).mean(axis=0)) <= 4 * errors + 1e-6).all()
@@ -130,7 +131,7 @@ def test_an_images_terms_depend_on_neither_batches_nor_other_images(
     assert not np.isclose(measure(model, 66, edges, seed=1).steps, few.steps).all(axis=1).any()
 
 
-def test_the_network_is_told_each_images_class(params: Params) -> None:
+def test_the_network_gets_the_class_of_each_image(params: Params) -> None:
     model, edges = gaussian_model(params, 20, ("a", "b", "c")), likelihood.every_timestep(20)
     measure(model, 70, edges)
     labels = np.concatenate([GaussianPairs().labels(block) for block in range(2)])[:70]

@@ -10,7 +10,7 @@ from diffusion.evaluation import wiener
 
 
 class GaussianPairs:
-    """Stands in for a split of pairs: 8-bit images, normal with standard deviation 20 around 100."""
+    """Replaces a split of pairs: 8-bit images, normal with standard deviation 20 around 100."""
 
     shape = (1, 4, 4)
     blocks, images = 200, 200 * 64

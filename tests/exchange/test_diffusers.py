@@ -133,7 +133,7 @@ def test_an_imported_network_computes_what_it_did(tree: Path, changes: dict[str,
     torch.testing.assert_close(models.outputs(back.unet, adopted.shape), theirs, **models.CLOSE)
 
 
-def test_the_papers_cifar10_network_goes_both_ways(tree: Path, root: Path) -> None:
+def test_the_papers_cifar10_network_converts_both_ways(tree: Path, root: Path) -> None:
     torch.manual_seed(0)
     published = UNet2DModel(**models.DDPM_CIFAR10)
     models.randomize(published).save_pretrained(tree / "published")
@@ -176,7 +176,7 @@ def test_the_pipeline_samples_as_ours_does(tree: Path, changes: dict[str, Any]) 
     chosen = models.settings(**yaml_files.overlay({"sample": {"steps": steps}}, changes))
     trained = models.save(tree / "models" / "ddpm", chosen)
     pipeline = export(tree, chosen)
-    # In float64, but for what diffusers has in float32 alone: there ours, compared by tests of their own.
+    # In float64, but for what diffusers has in float32 alone: there ours, compared by separate tests.
     trained.net.double()
     pipeline.unet.double().time_proj = Sines(trained.net.conditions.time.frequencies)
     pipeline.scheduler.alphas_cumprod = trained.process.schedule.alpha_bar
@@ -226,14 +226,14 @@ def test_an_imported_scheduler_is_exported_as_it_was(
     assert expected.std() > 0.1
 
 
-def test_the_export_names_what_a_scheduler_cannot_be_told(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_names_what_a_scheduler_cannot_express(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "analytic", "steps": 7}
     chosen = models.settings(sample=sample)
     models.save(tree / "models" / "ddpm", chosen)
     export(tree, chosen)
-    told = capsys.readouterr().out
-    assert told.endswith(
-        "DDPMPipeline.from_pretrained loads; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
+    printed = capsys.readouterr().out
+    assert printed.endswith(
+        "DDPMPipeline.from_pretrained; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
         "dpm-solver++ (ddpm instead), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
     )
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("classes", "sampler"), [(False, "ddpm"), (True, "dpm-solver++")])
-def test_pictures_of_other_weights_are_told(classes: bool, sampler: str) -> None:
+def test_images_of_other_weights_are_rejected(classes: bool, sampler: str) -> None:
     model, step = parts(classes)
     settings = fakes.options(sampler=sampler, steps=3, threshold="clip")
     graph = sampler_graph.to_onnx(step, model, settings)
@@ -45,7 +45,7 @@ def test_pictures_of_other_weights_are_told(classes: bool, sampler: str) -> None
         weights.data.copy_(before)
 
 
-def test_a_graph_that_cannot_be_run_is_told() -> None:
+def test_a_graph_that_cannot_be_run_is_rejected() -> None:
     _, step = parts(False)
     broken = onnx.ModelProto.FromString(step.SerializeToString())
     del broken.graph.node[3]

@@ -57,7 +57,7 @@ def test_another_schedule_fails() -> None:
         checked(step)
 
 
-def test_a_file_without_one_is_told() -> None:
+def test_a_file_without_a_golden_test_is_rejected() -> None:
     _, step = parts(False)
     bare = onnx.ModelProto.FromString(step.SerializeToString())
     with pytest.raises(ValueError, match="has no golden test that can be run"):

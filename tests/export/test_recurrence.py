@@ -18,7 +18,9 @@ SHAPE = (2, 3, 4, 5)
 @pytest.mark.parametrize("changes", fakes.SAMPLERS, ids=lambda changes: "-".join(map(str, changes.values())))
 @pytest.mark.parametrize("spacing", ["linspace", "log-snr"])
 @pytest.mark.parametrize(("schedule", "steps"), [("linear", 1), ("linear", 7), ("cosine", 12)])
-def test_it_goes_where_the_sampler_goes(changes: dict[str, object], spacing: str, schedule: str, steps: int) -> None:
+def test_the_recurrence_follows_the_sampler(
+    changes: dict[str, object], spacing: str, schedule: str, steps: int
+) -> None:
     process = fakes.process(schedule=schedule, parameterization="v")
     options = fakes.options(**changes, spacing=spacing, steps=steps, threshold="clip")
     x_0_mse = fakes.gaussian_x_0_mse(process.schedule, 0.5)

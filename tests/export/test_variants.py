@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused() -> None:
         variants.check("int8", session, pairs_of(model), 0.5, 1e9)
 
 
-def test_speed_is_told_of_each() -> None:
+def test_the_speed_of_each_variant_is_measured() -> None:
     model, step = parts(True)
     settings = metadata.of_model(model, "analytic", "weights", "data", {})
     facts = settings | {"ddpm.steps": "4", "ddpm.guidance": "1.0"}

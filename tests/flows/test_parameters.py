@@ -105,7 +105,6 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
     [
         ("Train", "steps", "integer, at least 1", "1000"),
         ("Train", "decay", "constant | linear | cosine", "linear"),
-        ("Sample", "sampler", "ddpm | ddim | dpm-solver++ | dpm-solver++-sde | heun", "dpm-solver++-sde"),
         ("UNet", "channel_multipliers", "list of integers, each at least 1", "[1, 2]"),
         ("UViT", "depth", "integer, at least 1", None),  # params.yaml has a U-Net
         ("Process", "loss", "mse | l1 | huber", "mse"),
@@ -115,7 +114,18 @@ def test_the_form_says_what_a_field_takes_and_its_present_value(
     form: str, field: str, takes: str, value: str | None
 ) -> None:
     now = f" In params.yaml at the last `make up`: {value}." if value else ""
-    assert SCHEMA["definitions"][form]["properties"][field]["description"].endswith(f" Takes: {takes}.{now}")
+    assert SCHEMA["definitions"][form]["properties"][field]["description"].endswith(f" Accepts: {takes}.{now}")
+
+
+def test_the_form_says_so_of_choices_with_fields_and_of_plain_parameters() -> None:
+    optimizer = SCHEMA["definitions"]["Train"]["properties"]["optimizer"]["description"]
+    assert optimizer.endswith(
+        " Accepts: adamw | muon. In params.yaml at the last `make up`: muon. "
+        "With muon, learning_rate: number, above 0. In params.yaml at the last `make up`: 0.01."
+    )
+    assert SCHEMA["properties"]["seed"]["description"] == (
+        "Random seed of the whole pipeline. Accepts: integer, at least 0. In params.yaml at the last `make up`: 0."
+    )
 
 
 def test_the_form_marks_every_wrong_field() -> None:

@@ -34,7 +34,7 @@ def test_leaves_everything_else_as_it_is(given: list[str]) -> None:
     assert plugin.complete(given) == given
 
 
-def test_prefect_is_told_from_other_programs() -> None:
+def test_prefect_is_distinguished_from_other_programs() -> None:
     assert plugin.arguments(["/some/bin/prefect", *RUN], ["python", "/some/bin/prefect", *RUN]) == RUN
     assert plugin.arguments(["-m", *RUN], ["python", "-m", "prefect", *RUN]) == RUN
     assert plugin.arguments(["-m", *RUN], ["python", "-m", "other", *RUN]) is None
@@ -131,7 +131,7 @@ def test_a_local_server_is_asked_for(monkeypatch: pytest.MonkeyPatch, host: str)
         set_up(f"http://{host}:4200/api")
 
 
-def test_a_display_that_cannot_be_installed_is_prefect_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefects_own_display_is_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flows.watch", None)  # so that it cannot be imported
     monkeypatch.setattr(sys, "argv", ["prefect", *RUN, "--watch"])
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -55,12 +55,12 @@ def test_an_event_that_comes_late_changes_nothing(status: RunStatus) -> None:
     assert status.stages["shard"].state == "done"
 
 
-def test_a_line_of_a_stage_whose_event_was_missed_tells_that_it_runs(status: RunStatus) -> None:
+def test_a_line_of_a_stage_whose_event_was_missed_shows_it_as_running(status: RunStatus) -> None:
     status.log("unknown", 20, "train: 1/4 images, 2/s, 2 s left", at(3))
     assert status.rows(at(5))[2] == Row("train", "running", 2, " 25 %  2 images/s  0:02 left", 0.25)
 
 
-def test_an_error_is_told_once_and_stands_in_its_row(status: RunStatus) -> None:
+def test_an_error_is_shown_once_and_in_its_row(status: RunStatus) -> None:
     status.task("a", "shard-0c1", ("RUNNING", "Running"), at(0))
     error = "ddpm shard: error: params.yaml: no"
     assert status.log("a", 20, error, at(3)) == error
@@ -70,13 +70,13 @@ def test_an_error_is_told_once_and_stands_in_its_row(status: RunStatus) -> None:
     assert status.rows(at(9))[1] == Row("shard", "failed", 4, error)
 
 
-def test_a_state_s_message_is_told_without_the_state(status: RunStatus) -> None:
+def test_a_states_message_is_shown_without_the_state(status: RunStatus) -> None:
     assert status.log(None, 40, """Finished in state Failed("parameters of the run: seed (got '10')")""", at(3)) == (
         "parameters of the run: seed (got '10')"
     )
 
 
-def test_warnings_are_told_and_other_lines_are_not(status: RunStatus) -> None:
+def test_warnings_are_shown_and_other_lines_are_not(status: RunStatus) -> None:
     assert status.log(None, 30, "not in MLflow (refused)", at(3)) == "not in MLflow (refused)"
     assert status.log("a", 20, "shard: 3 images", at(3)) is None
 

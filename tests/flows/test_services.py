@@ -146,7 +146,7 @@ def test_prefect_s_commands_find_the_server_on_its_port(root: Path, tmp_path: Pa
         assert done.stdout == f"http://127.0.0.1:{port}/api\n"
 
 
-def test_a_prefect_toml_of_the_users_own_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_users_own_prefect_toml_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, here = tmp_path / "prefect.toml", Services(tmp_path, prefect_port=4201)
     file.write_text("[logging]\nlevel = 'DEBUG'\n")
     services._configure_prefect(here)
@@ -157,7 +157,7 @@ def test_a_prefect_toml_of_the_users_own_is_kept(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
-def test_ports_that_nobody_names_are_those_of_the_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_ports_are_those_of_the_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
     assert Services(tmp_path).as_named() == Services(tmp_path, prefect_port=4200, mlflow_port=5000)

@@ -92,7 +92,7 @@ def test_a_stage_that_is_interrupted_is_cancelled_only_if_its_run_is(
             train_ddpm.run_stage("shard", Path())
 
 
-def test_a_run_whose_server_is_away_is_not_being_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_server_is_unreachable_is_not_being_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise httpx.ConnectError("refused")
 
@@ -112,7 +112,7 @@ pathlib.Path('reports/evaluate.json').write_text('{"mse": 0.25}')
     return repository
 
 
-def test_a_name_that_is_taken_gets_a_workspace_of_its_own(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_in_use_gets_a_separate_workspace(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (1, 2):
         assert train_ddpm.main(["--name", "one", "-p", f"seed={seed}", "-p", "preset=short"]) == 0
     runs = sorted((short / ".ddpm" / "runs").glob("[!.]*"))

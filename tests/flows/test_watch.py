@@ -79,7 +79,7 @@ def test_a_wide_terminal_has_a_bar() -> None:
     assert f"1:05  {'━' * 20}   42 %" in shown(120, color_system=None)[2]
 
 
-def test_colours_unless_the_user_wants_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_disables_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[34m" in shown(80, color_system="standard")[2]
     monkeypatch.setenv("NO_COLOR", "1")
@@ -116,12 +116,12 @@ def test_without_a_terminal_there_is_a_line_for_each_change() -> None:
     ]
 
 
-def test_without_a_terminal_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_reported_periodically(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(watch, "POLL_SECONDS", 0.05)
     to = console(width=200)
 
-    async def told() -> None:
+    async def reported() -> None:
         with watch.Display(to, RunStatus.of("iron-bonobo", ["shard", "train"])) as display:
             for item in items(uuid4(), uuid4(), uuid4())[:5]:
                 display.print(item)
@@ -129,14 +129,14 @@ def test_without_a_terminal_progress_is_told_now_and_then(monkeypatch: pytest.Mo
             await asyncio.sleep(0.3)
             reporter.cancel()
 
-    asyncio.run(told())
+    asyncio.run(reported())
     lines = written(to).splitlines()[4:]
     assert lines[0] == "train: 640/1280 images, 812/s, 97 s left, loss 0.0712"
     assert lines[1].startswith(f"{lines[0]} (")  # nothing new: how long it has been running
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_failure_is_told_once_though_the_log_comes_late_or_never(terminal: bool) -> None:
+def test_a_failure_is_shown_once_even_if_the_log_is_late_or_missing(terminal: bool) -> None:
     to = console(width=80, force_terminal=terminal, color_system=None)
     status, why = RunStatus.of("iron-bonobo", ["shard"]), "parameters of the run: train.stepz: no such parameter"
     with watch.Display(to, status) as display:
@@ -195,7 +195,7 @@ def server(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(watch, "get_client", lambda: client)
 
 
-def test_a_run_under_way_begins_with_what_the_server_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_a_run_in_progress_starts_with_what_the_server_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     server(monkeypatch, "train-ddpm")
     status = asyncio.run(watch.status_of(uuid4()))
     assert status is not None
@@ -249,7 +249,7 @@ def test_prefect_s_own_watching_stays_in_charge() -> None:
 
 
 @pytest.mark.usefixtures("ours")
-def test_an_interruption_says_that_the_run_goes_on() -> None:
+def test_an_interruption_says_that_the_run_continues() -> None:
     to, run = console(width=40), uuid4()
 
     async def prefects(*_: Any) -> Any:

@@ -12,7 +12,7 @@ UVIT = [conditioning for kind, conditioning in CONDITIONINGS if kind == "uvit"]
 def test_the_papers_cifar10_network_has_its_number_of_parameters() -> None:
     net = UViT((3, 32, 32), 3, None, options("uvit", "token", base_channels=512, depth=13, patch_size=2))
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    ours = 2 * 512 * (512 + 1)  # the paper's time token has no layers of its own
+    ours = 2 * 512 * (512 + 1)  # the paper's time token has no layers
     assert round((parameters - ours) / 1e6) == 44  # U-ViT-S/2, tab. 1
 
 
@@ -57,7 +57,7 @@ def test_an_adaptive_block_starts_as_the_identity_and_follows_its_embedding_late
     assert not changed[[0, 2]].any()
 
 
-def test_a_block_of_a_network_with_tokens_looks_at_them_alone() -> None:
+def test_a_block_with_tokens_ignores_the_conditioning_vector() -> None:
     block, x = Block(options("uvit", "token")), noise(3, 5, 16)
     assert torch.equal(block(x, noise(3, 16)), block(x, noise(3, 16, seed=1)))
     assert not torch.equal(block(x, noise(3, 16)), x)

@@ -96,7 +96,7 @@ def test_stored_recipes_are_those_that_would_be_computed(directory: Path, monkey
         np.testing.assert_array_equal(eps, eps_computed)
 
 
-def test_recipes_go_on_without_end(directory: Path) -> None:
+def test_the_sequence_of_recipes_never_ends(directory: Path) -> None:
     pairs = Pairs(directory, "train")
     drawn = [pairs.recipe(2, draw) for draw in (0, 2, 3, 4, 10**6)]
     assert {(t.shape, eps.shape) for t, eps in drawn} == {((22,), (22, 3, 4, 6))}
@@ -247,7 +247,7 @@ def test_labels_are_dropped_and_images_flipped_each_by_their_own_random_numbers(
     assert 60 < (y == -1).sum() < 120
 
 
-def test_a_batch_is_the_callers_own(directory: Path) -> None:
+def test_changing_a_batch_does_not_change_the_pairs(directory: Path) -> None:
     pairs = Pairs(directory, "train")
     expected = [array.copy() for array in Batches(pairs, 0, 100)(0)]
     given: list[NDArray[Any]] = [*Batches(pairs, 0, 100)(0), *pairs.recipe(0, 0), pairs.x_0(0), pairs.labels(0)]

@@ -10,7 +10,7 @@ from diffusion.process.bands import BANDS, band_edges, band_of
 
 
 @pytest.mark.parametrize("num_timesteps", [7, 10, 25, 1000])
-def test_each_timestep_is_in_the_band_between_whose_edges_it_lies(num_timesteps: int) -> None:
+def test_each_timestep_is_in_the_band_whose_edges_enclose_it(num_timesteps: int) -> None:
     edges = band_edges(num_timesteps)
     assert (edges[0], edges[-1], len(edges)) == (0, num_timesteps, BANDS + 1)
     width = num_timesteps / BANDS

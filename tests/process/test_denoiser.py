@@ -79,7 +79,7 @@ class OfClass(nn.Module):
 @pytest.mark.parametrize(
     ("scale", "factor"), [(0.0, [1, 1, 1]), (1.0, [2, 6, 1]), (2.0, [3, 11, 1]), (7.5, [8.5, 38.5, 1])]
 )
-def test_guidance_goes_from_no_class_through_the_class_and_beyond(
+def test_guidance_extrapolates_from_no_class_through_the_class(
     scale: float, factor: list[float], learned: bool
 ) -> None:
     """Classes 0, 4 and none: x_t times 2, 6, 1 with the class and 1 without."""

@@ -56,18 +56,18 @@ def test_huber_is_smooth_where_its_halves_meet() -> None:
     torch.testing.assert_close(slope, torch.tensor([2.0, 2.0, -2.0]), rtol=1e-5, atol=0)
 
 
-def test_the_network_is_told_the_class() -> None:
-    told = []
+def test_the_network_gets_the_class() -> None:
+    classes = []
 
     def net(x_t: Tensor, _: Tensor, y: Tensor | None) -> Tensor:
-        told.append(y)
+        classes.append(y)
         return x_t
 
     y = torch.arange(7)
     process().loss(net, X_0, T, EPS, y)
     process().loss(net, X_0, T, EPS)
-    assert told[0] is y
-    assert told[1] is None
+    assert classes[0] is y
+    assert classes[1] is None
 
 
 def hybrid_term(made: object, x_0_hat: Tensor, fraction: float) -> Tensor:
@@ -114,7 +114,7 @@ def test_the_share_of_the_bound_does_not_reach_the_mean() -> None:
     assert (both.grad[:, 2:].abs().sum(dim=(1, 2, 3)) > 0).all()
 
 
-def test_the_bound_wants_more_variance_where_the_mean_is_wrong() -> None:
+def test_the_bound_raises_the_variance_where_the_mean_is_wrong() -> None:
     """The gradient raises the fraction if x_0_hat is as wrong as possible, and lowers it if x_0_hat is exact."""
     made = process(parameterization="x_0", learned_variance=True)
     for wrong, sign in ((2.0, -1), (0.0, 1)):

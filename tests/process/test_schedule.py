@@ -81,7 +81,7 @@ def test_zero_terminal_snr_agrees_with_diffusers(made: Make, T: int) -> None:
 @pytest.mark.parametrize("T", [2, 21, 64, 250, 4000])
 def test_schedules_end_in_noise_at_any_length(made: Make, T: int) -> None:
     if T == 2 and made in (schedule.linear, schedule.scaled_linear):
-        return  # ProcessOptions wants at least 21 of them
+        return  # ProcessOptions requires at least 21 of them
     found = Schedule(made(T))
     assert found.num_timesteps == T
     assert (found.beta > 0).all()

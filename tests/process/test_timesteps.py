@@ -43,7 +43,7 @@ def taught(num_timesteps: int, power: int = 2, rounds: int = 64) -> tuple[LossAw
     return sampler, 0.999 * root.double() / root.double().sum() + 0.001 / num_timesteps
 
 
-def test_stored_are_the_pairs_own() -> None:
+def test_stored_uses_the_timesteps_of_the_pairs() -> None:
     t, u = pairs(1)
     drawn, weight = Stored().draw(t, u)
     assert drawn.equal(t)
@@ -146,7 +146,7 @@ def test_equal_losses_draw_the_pairs_own_timesteps() -> None:
             sampler.observe(t, torch.ones(64))
 
 
-def test_by_loss_goes_on_where_it_was() -> None:
+def test_loss_aware_sampling_continues_from_its_saved_state() -> None:
     sampler, _ = taught(T, rounds=70)
     other = LossAware(T, power=2)
     other.load_state_dict(sampler.state_dict())

@@ -85,7 +85,7 @@ def test_a_path_of_repaint() -> None:
 
 
 @pytest.mark.parametrize(("steps", "jump", "rounds"), [(10, 3, 4), (12, 4, 2), (5, 1, 3), (6, 10, 2)])
-def test_repaint_goes_every_stretch_so_often(steps: int, jump: int, rounds: int) -> None:
+def test_repaint_repeats_every_run_of_steps(steps: int, jump: int, rounds: int) -> None:
     timesteps = list(range(2 * steps, 0, -2))
     path = editing.repaint_path(timesteps, jump, rounds)
     ends = [*timesteps, -1]

@@ -65,7 +65,7 @@ def _directory(entries: Mapping[int, Tag], start: int, order: str) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: Sequence[bytes], chunks: Mapping[bytes, bytes]) -> bytes:
-    """A PNG file. `colour`: 0 grey, 2 RGB, 3 palette, 4 grey with alpha. `chunks` stand before the pixels."""
+    """A PNG file. `colour`: 0 grey, 2 RGB, 3 palette, 4 grey with alpha. `chunks` come before the pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -141,7 +141,7 @@ def test_idx_files_drop_copies_of_their_test_part(tmp_path: Path) -> None:
     assert manifest.copies == 3
 
 
-def test_warnings_and_several_pages_stand_in_the_manifest(tmp_path: Path) -> None:
+def test_warnings_and_several_pages_are_in_the_manifest(tmp_path: Path) -> None:
     for index in range(20):
         picture(tmp_path / "source" / f"{index}.png", index)
     frames = [Image.new("L", (3, 3), value) for value in (9, 99)]

@@ -104,7 +104,7 @@ def test_two_names_of_one_split(tmp_path: Path) -> None:
     assert Counter(split for split, _ in found(source).values()) == {"train": 1, "val": 2}
 
 
-def test_what_stands_beside_the_splits(tmp_path: Path) -> None:
+def test_other_files_and_folders_next_to_the_splits_are_ignored(tmp_path: Path) -> None:
     source = folder(
         tmp_path, "train/a/1.png", "test/a/2.png", "annotations/1.xml", "annotations/deep/2.xml", "labels.csv",
         "@eaDir/thumb.png", "__MACOSX/train/._1.png", "train/a/@eaDir/1.png", "train/notes/about.txt", ".git/x.png",

@@ -69,7 +69,7 @@ FILES = [(kind, mode, c) for kind, modes in CONTAINERS.items() for mode in modes
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "mode", "compression"), [f for f in FILES if f[0] == ".tif" or f[2] is None])
-def test_every_mode_stands_upright(
+def test_every_mode_is_turned_upright(
     tmp_path: Path, kind: str, mode: str, compression: str | None, orientation: int
 ) -> None:
     image, expected = pictures()[mode]
@@ -87,7 +87,7 @@ def test_every_mode_stands_upright(
 @pytest.mark.parametrize(
     ("kind", "mode"), [(kind, mode) for kind in (".jpg", ".tif") for mode in ("L", "RGB", "CMYK")] + [(".avif", "RGB")]
 )
-def test_lossy_files_stand_upright(tmp_path: Path, kind: str, mode: str, orientation: int) -> None:
+def test_lossy_files_are_turned_upright(tmp_path: Path, kind: str, mode: str, orientation: int) -> None:
     ramp = (np.arange(H)[:, None] * 12 + np.arange(W) * 3).astype(np.uint8)
     stored = np.stack([ramp] * {"L": 1, "RGB": 3, "CMYK": 4}[mode], axis=-1)
     if mode == "CMYK":

@@ -169,7 +169,7 @@ def test_killed_at_any_moment_of_writing_the_last_whole_one_is_found(
     assert moments > 20
 
 
-def test_killed_at_any_moment_of_going_back_it_goes_back_again_to_the_same(
+def test_killed_at_any_moment_of_a_rollback_it_rolls_back_to_the_same_checkpoint(
     params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     countdown, moments, done = Countdown(monkeypatch), 0, False

@@ -38,7 +38,7 @@ def test_a_point_is_the_mean_over_the_steps_since_the_last_one(params: Params) -
     assert state.loss_curve == [point]
 
 
-def test_patience_ends_after_so_many_measurements_that_are_no_better() -> None:
+def test_patience_ends_after_that_many_measurements_without_improvement() -> None:
     def out(errors: list[float], patience: int) -> bool:
         rows = [{"step": step, "mse": error} for step, error in enumerate(errors)]
         return curves.out_of_patience(rows, patience)

@@ -1,4 +1,4 @@
-"""Which trainings go on from a checkpoint: those with the same parameters, pairs and code, and no others."""
+"""Which trainings resume from a checkpoint: those with the same parameters, pairs and code, and no others."""
 
 import shutil
 from pathlib import Path
@@ -35,14 +35,14 @@ def steps(tree: Path) -> set[int]:
 
 
 def begins(tree: Path) -> bool:
-    """Whether training, started anew, begins at step 0; else it goes on from the newest checkpoint that was there."""
+    """Whether training, started again, begins at step 0; otherwise it resumes from the newest checkpoint."""
     before, newest = trees.digests(tree, ".ddpm/checkpoints"), max(steps(tree))
     said = trees.stopped(tree, 0).stderr
     if f", resuming from step {newest}\n" in said:
         return False
     assert "resuming from step" not in said
     after = trees.digests(tree, ".ddpm/checkpoints")
-    assert before.items() <= after.items()  # the other training can still be taken up again
+    assert before.items() <= after.items()  # the other training can still be resumed
     return True
 
 
@@ -53,7 +53,7 @@ def copy_of_the_code(directory: Path) -> Path:
     return directory
 
 
-def test_unchanged_parameters_go_on(interrupted: Path, tmp_path: Path) -> None:
+def test_unchanged_parameters_resume_the_training(interrupted: Path, tmp_path: Path) -> None:
     tree = trees.copy(interrupted, tmp_path / "tree")
     trees.change(tree, {"sample": {"count": 9}, "evaluate": {"resamples": 200}, "export": {"steps": 3}})
     assert not begins(tree)

@@ -1,4 +1,4 @@
-"""Stages that cannot write: one line with the path, nothing half-written, and training goes on from its checkpoint."""
+"""Stages that cannot write: one line with the path, nothing half-written, and training resumes from its checkpoint."""
 
 import errno
 import itertools

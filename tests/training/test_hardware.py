@@ -127,7 +127,7 @@ def test_a_users_own_precision_of_the_newer_kind_stays() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_the_next_item_is_made_meanwhile_and_any_that_is_asked_for() -> None:
+def test_the_next_item_is_prefetched_and_any_other_is_made_on_request() -> None:
     made, ready = list[int](), threading.Semaphore(0)
 
     def fetch(step: int) -> int:
@@ -141,7 +141,7 @@ def test_the_next_item_is_made_meanwhile_and_any_that_is_asked_for() -> None:
             assert ready.acquire(timeout=60)
         assert made == [3, 4]  # made without being asked for
         assert prefetch(4) == 40
-        assert prefetch(0) == 0  # the training went back
+        assert prefetch(0) == 0  # the training was rolled back
         assert prefetch(1) == 10
     assert made.count(4) == 1
 

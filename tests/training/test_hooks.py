@@ -73,7 +73,7 @@ def watch(
     )  # type: ignore[arg-type]
 
 
-def test_what_is_told_of_a_training(
+def test_the_metrics_logged_during_training(
     params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state, recorder = fresh_state(params), Recorder()
@@ -132,7 +132,7 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
     assert [point["images_per_second"] for _, point in recorder.points if "loss" in point] == [256, 256]
 
 
-def test_no_point_is_told_of_steps_that_were_all_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+def test_nothing_is_logged_if_all_steps_were_skipped(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
     state, recorder = fresh_state(params), Recorder()
     state.step = 5
     watch(params, state, pairs_tree, recorder, tmp_path).report(state)

@@ -117,7 +117,7 @@ def test_hooks_are_called_when_they_are_due(params: Params, tmp_path: Path) -> N
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in state.loss_curve)
 
 
-def test_the_curve_tells_the_loss_of_each_band_of_timesteps(params: Params, tmp_path: Path) -> None:
+def test_the_curve_has_the_loss_of_each_band_of_timesteps(params: Params, tmp_path: Path) -> None:
     """With importance weights, the mean over all bands, which have equal width, is close to the loss."""
     params = changed(params, train={"timesteps": "rms-error", "steps": 40, "log_every": 20, "preview_every": 40})
     state = fresh_state(params)
@@ -205,14 +205,14 @@ def test_a_loss_that_overflows_is_skipped_though_its_gradient_is_finite(params: 
     assert state.skipped == 1
 
 
-def test_many_bad_steps_in_a_row_lead_back_once_with_a_lower_rate(
+def test_many_bad_steps_in_a_row_roll_back_once_with_a_lower_rate(
     params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[int] = []
 
     def bad_once(step: int) -> Batch:
         asked.append(step)
-        if step == 5 and asked.count(step) == 1:  # after the checkpoint to which it goes back
+        if step == 5 and asked.count(step) == 1:  # after the checkpoint to which it rolls back
             state.run_id = "followed"
         return spoiled(step)(step) if 5 <= step <= 9 and asked.count(step) == 1 else fetch(step)
 

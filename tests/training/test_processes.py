@@ -167,10 +167,10 @@ def test_sigterm_after_a_restart_stops_with_a_checkpoint(pairs_tree: Path, tmp_p
 def test_an_error_that_the_processes_report_is_reported_once(pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
     with trees.start(tree, **trees.seconds(-1)) as process:
-        _, told = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert told.startswith("ddpm train: error: DDPM_CHECKPOINT_SECONDS: ")
-    assert told.count("\n") == 1
+    assert errors.startswith("ddpm train: error: DDPM_CHECKPOINT_SECONDS: ")
+    assert errors.count("\n") == 1
 
 
 def test_sigterm_ends_all_of_them_with_one_line(pairs_tree: Path, tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_torchrun_replaces_a_lost_process(two: Path, pairs_tree: Path, tmp_path:
     with trees.start(tree, TORCHRUN, *where, "-m", "flows", "train", **more) as process:
         trees.wait_for(process, "step 20: held-out")
         kill(process.pid, rank=1)
-        _, told = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    assert ", resuming from step" in told
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert ", resuming from step" in errors
     assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
 
 
@@ -235,8 +235,8 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
         kill(launchers[1].pid, rank=1)
         trees.wait_for(launchers[0], ", resuming from step")
         for process in launchers:
-            _, told = process.communicate(timeout=180)
-            assert process.returncode == 0, told
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors
     alone.assert_same_as(machines[0])
     assert trees.digests(machines[0], *RESULTS) == trees.digests(two, *RESULTS)
     assert not (machines[1] / "models").exists()
@@ -250,7 +250,7 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
         ("cuda:1", 2, "device: cuda:1 is one GPU, but train.processes is 2; set device to cuda"),
     ],
 )
-def test_every_process_needs_a_gpu_of_its_own(
+def test_each_process_needs_its_own_gpu(
     params: Params, monkeypatch: pytest.MonkeyPatch, device: str, processes: int, message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -278,9 +278,9 @@ def test_an_error_of_all_processes_is_reported_by_one(
     assert ends_with(UserError("diverged"), rank=1) is AlreadyReported
     with pytest.raises(AlreadyReported, match=r"process 1 of 2 lost its connection .*Connection closed by peer"):
         ends_with(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore"), rank=1, lost=AlreadyReported)
-    with pytest.raises(UserError) as told:  # torchrun does not tell of it
+    with pytest.raises(UserError) as raised:  # torchrun does not report it
         ends_with(RuntimeError("[gloo] Connection closed by peer"), rank=1)
-    assert told.type is UserError
+    assert raised.type is UserError
     assert ends_with(RuntimeError("gloo: no such interface"), rank=1) is RuntimeError
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit) as status:
@@ -289,7 +289,7 @@ def test_an_error_of_all_processes_is_reported_by_one(
     assert capsys.readouterr().err == "train: process 1 of 2 lost its GPU (CUDA error: uncorrectable ECC error)\n"
 
 
-def test_restarts_by_torchrun_on_several_machines_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_by_torchrun_on_several_machines_need_a_new_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it they would wait for addresses of processes that have ended."""
     environment = {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1"}
     for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():

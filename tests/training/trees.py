@@ -70,7 +70,7 @@ def stopped(tree: Path, steps: int, threads: int = 1) -> subprocess.CompletedPro
 
 
 def run_apart(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     environment = os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 

@@ -183,9 +183,9 @@ def test_an_interpolation_goes_from_one_image_to_the_other(tree: Path, monkeypat
 def test_inpainting_keeps_what_the_mask_leaves_dark(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = pictures("--from", "a.png", "--mask", "mask.png", "--jump", "4", "--rounds", "3")
     assert "sample: 18/18 steps" in capsys.readouterr().err
-    image, anew = (np.asarray(Image.open(tree / f"{name}.png")) for name in ("a", "mask"))
-    assert (made[:, anew == 0, 0] == image[anew == 0]).all()
-    assert all(not same(picture[anew > 0, 0], image[anew > 0]) for picture in made)
+    image, mask = (np.asarray(Image.open(tree / f"{name}.png")) for name in ("a", "mask"))
+    assert (made[:, mask == 0, 0] == image[mask == 0]).all()
+    assert all(not same(picture[mask > 0, 0], image[mask > 0]) for picture in made)
     assert not same(made[0], made[1])
 
 

@@ -49,12 +49,12 @@ def test_requests_can_be_joined_along_the_first_dimension(
         served = ort.InferenceSession(
             tmp_path / "repository" / name / "1" / "model.onnx", providers=["CPUExecutionProvider"]
         )
-        told = dict(names_and_dims(line) for line in text.splitlines() if line.startswith("  {"))
+        declared = dict(names_and_dims(line) for line in text.splitlines() if line.startswith("  {"))
         for value in [*served.get_inputs(), *served.get_outputs()]:
             assert value.shape[0] == "B"
             sizes = [size if isinstance(size, int) else -1 for size in value.shape[1:]]
-            assert told.pop(value.name) == (sizes or [1])
-        assert not told
+            assert declared.pop(value.name) == (sizes or [1])
+        assert not declared
     inputs = given(3, 4)
     plain = ort.InferenceSession(paths.sampler, providers=["CPUExecutionProvider"])
     expected = plain.run(["images"], {value.name: inputs[value.name] for value in plain.get_inputs()})[0]

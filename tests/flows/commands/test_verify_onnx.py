@@ -114,7 +114,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 def test_the_digest_is_part_of_the_metadata_and_of_an_unchanged_file_alone(
     file: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As deploy/ONNX.md tells others to check it, and as onnx reads it."""
+    """By the check that deploy/ONNX.md describes, and as onnx reads it."""
     content = file.read_bytes()
     (program,) = re.findall(
         r"```python\n(import hashlib\n.*?)```", (root / "deploy" / "ONNX.md").read_text(), re.DOTALL

@@ -1,4 +1,4 @@
-"""Fixtures: a working tree with an MLflow store of its own."""
+"""Fixtures: a working tree with a separate MLflow store."""
 
 import shutil
 from collections.abc import Iterator

@@ -58,9 +58,9 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lower_by", "champion", "told"),
+    ("lower_by", "champion", "reason"),
     [
-        # Lower on all images by about as much: small beside the errors' own spread, but not beside its noise.
+        # Lower on all images by about as much: small compared with the errors' spread, but not with its noise.
         ([0.010, 0.011, 0.009, 0.012, 0.008], "2", "the difference, -0.01 ± 0.0014 (95 %, 5 images), is below zero"),
         # Lower on average by more, but not on every image.
         (
@@ -77,7 +77,7 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
     ],
 )
 def test_a_version_must_be_better_on_val_beyond_the_noise(
-    paths: Paths, lower_by: list[float], champion: str, told: str, capfd: pytest.CaptureFixture[str]
+    paths: Paths, lower_by: list[float], champion: str, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     version(paths, b"first", FIRST, mse=0.3)
     second = [error - by for error, by in zip(FIRST, lower_by, strict=True)]
@@ -87,7 +87,7 @@ def test_a_version_must_be_better_on_val_beyond_the_noise(
     said = description(paths, "2")
     assert said.startswith("Promoted to champion: " if champion == "2" else "Not promoted: ")
     assert f"val MSE {np.mean(second):.4f}, version 1's is 0.3000" in said
-    assert told in said
+    assert reason in said
     assert capfd.readouterr().err == ""
     assert description(paths, "1").startswith("Promoted to champion: the first version")
 
@@ -129,7 +129,7 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("gone", "reason"),
     [
         ("val_errors.csv", "are not in its run with a SHA256SUMS"),
         ("SHA256SUMS", "are not in its run with a SHA256SUMS"),
@@ -137,8 +137,8 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
         ("digits", "do not match SHA256SUMS in its run"),
     ],
 )
-def test_a_champion_without_its_errors_gives_way_by_hand_alone(
-    paths: Paths, gone: str, told: str, capfd: pytest.CaptureFixture[str]
+def test_a_champion_without_its_errors_is_only_replaced_manually(
+    paths: Paths, gone: str, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     version(paths, b"first", FIRST)
     client = client_of(paths)
@@ -153,7 +153,7 @@ def test_a_champion_without_its_errors_gives_way_by_hand_alone(
         client.delete_run(run_id)
         client._tracking_client.store._hard_delete_run(run_id)
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert f"the per-image errors of version 1 {told} ({run_id})" in description(paths, "2")
+    assert f"the per-image errors of version 1 {reason} ({run_id})" in description(paths, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
 
 
@@ -193,7 +193,7 @@ def test_the_command_promotes(
     version(paths, b"first", FIRST)
     version(paths, b"second", [0.4] * 5)
     monkeypatch.chdir(paths.root)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # the tests' own process goes on
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # the tests' own process continues
     assert cli.main(["promote", "2", "--reason", "its pictures are better"]) == 0
     assert capsys.readouterr().out == "ddpm version 2 is now champion (previously version 1)\n"
     assert cli.main(["promote", "7", "--reason", "none"]) == 1

@@ -76,7 +76,7 @@ def test_a_description_that_a_user_edited_or_removed_is_kept(paths: Paths) -> No
         assert note(client, live.run_id) == text
 
 
-def test_promoting_by_hand_changes_the_verdict_alone(paths: Paths) -> None:
+def test_manual_promotion_changes_only_the_verdict(paths: Paths) -> None:
     write_all(paths, val_errors=[0.9] * 4)
     recorded = tracking.record(PARAMS, paths)
     assert recorded is not None

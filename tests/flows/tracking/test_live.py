@@ -83,7 +83,7 @@ def test_a_training_that_went_back_is_shown_by_its_second_attempt(paths: Paths, 
         broken = paths.state / "broken.png"
         Image.new("L", (64, 64)).save(broken)
         live.image(broken, 100)
-        time.sleep(0.01)  # MLflow tells points apart by the millisecond
+        time.sleep(0.01)  # MLflow distinguishes points by the millisecond
         if followed:
             follow(live, paths, range(51, 101))
     write_all(paths)

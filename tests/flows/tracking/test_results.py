@@ -1,4 +1,4 @@
-"""Each set of results has a run of its own, whose parameters, figures, files and version belong together."""
+"""Each set of results has a separate run, whose parameters, figures, files and version belong together."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def evaluated_and_exported(paths: Paths, digest: str, params: parameters.Params,
     return recorded(paths, params)
 
 
-def test_results_of_reused_weights_get_a_run_of_their_own(paths: Paths) -> None:
+def test_results_of_reused_weights_get_a_separate_run(paths: Paths) -> None:
     with tracking.live(PARAMS, paths, None, "f1") as live:
         follow(live, paths, range(101))
     digest = write_training(paths)

@@ -76,7 +76,7 @@ def test_importing_tracking_does_not_import_mlflow() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-def test_without_mlflow_a_training_goes_on_and_says_so_once(
+def test_without_mlflow_training_continues_and_says_so_once(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"http://127.0.0.1:{free_port()}"

@@ -91,7 +91,7 @@ def write_evaluation(
 
 
 def write_export(paths: Paths, weights: str, factor: float = 0.5, params: Params = PARAMS) -> None:
-    """ONNX files with a sampler's input and outputs, x_0 = factor noise, and a denoiser's that nobody looks into.
+    """ONNX files with a sampler's input and outputs, x_0 = factor noise, and a denoiser's that no test reads.
 
     As in a real export, the file differs with the scores that it carries and with the section `export`.
     """
