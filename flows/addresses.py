@@ -17,7 +17,13 @@ def recorded(paths: Paths) -> dict[str, str]:
         found = json.loads((paths.state / "services" / "addresses.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return {}
+    return found if all(_is_port(found[name]) for name in PORTS if name in found) else {}
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535
 
 
 def port(variable: str, paths: Paths) -> str:
@@ -32,13 +38,13 @@ def mlflow(paths: Paths) -> str:
 
 def listens(url: str) -> bool:
     """Whether anything listens at an address."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         with socket.create_connection(
             (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)), timeout=3
         ):
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

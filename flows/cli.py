@@ -124,7 +124,7 @@ def track(run: str | None = None, /, *, json: bool = False) -> None:
     from flows import tracking, workspace
     from flows.params import load
 
-    paths = Paths(workspace.find(run)) if run else Paths()
+    paths = Paths() if run is None else Paths(workspace.find(run))
     tracking.track(load(paths.params), paths, as_json=json)
 
 

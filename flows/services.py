@@ -95,7 +95,7 @@ class Services:
 
     def recorded(self) -> dict[str, str]:
         """The addresses with which the services were last started."""
-        return addresses.recorded(Paths(self.root)) or self.addresses()
+        return self.addresses() | addresses.recorded(Paths(self.root))
 
     def as_started(self) -> "Services":
         """The services on the ports with which they were last started."""

@@ -77,7 +77,7 @@ def read(directory: Path) -> Summary:
 
 def show(run: str | None) -> None:
     """Print the table of a run, by default the last finished one."""
-    directory = workspace.find(run) if run else workspace.newest("completed")
+    directory = workspace.newest("completed") if run is None else workspace.find(run)
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
     summary = read(directory)

@@ -36,9 +36,14 @@ def show(section: str | None = None, /, *, update: bool = False) -> None:
         _write(paths.params, before, document)
         return
     document = read(paths.params) if paths.params.exists() else {}
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console(highlight=False, soft_wrap=True)
     for line in list(_shown(document, section, console.width)):
         console.print(line)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise
 
 
 def assign(*assignments: str) -> None:

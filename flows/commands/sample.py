@@ -44,8 +44,8 @@ SAMPLER_FIELDS = {
     if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these can be set in params.yaml only
 }
 """The fields of single samplers, and the options that have them."""
-REPAINT = 10
-"""Default of jump and rounds; Lugmayr et al. 2022, section 5."""
+REPAINT, MAX_REPAINT = 10, 1000
+"""Default of jump and rounds (Lugmayr et al. 2022, section 5), and their maximum."""
 
 
 class Settings(Section):
@@ -117,7 +117,7 @@ class Editing:
     """Options for images that are given."""
 
     images: Annotated[
-        tuple[Path, ...], Parameter(name="--from", consume_multiple=True, group=EDITING, show_default=False)
+        tuple[Path, ...], Parameter(name="--from", consume_multiple=(1, 1000), group=EDITING, show_default=False)
     ] = ()
     """Image to vary, or two images to interpolate between."""
     at: Annotated[Integer | None, Parameter(group=EDITING)] = None
@@ -126,9 +126,9 @@ class Editing:
     mask: Annotated[Path | None, Parameter(group=EDITING)] = None
     """Inpaint the image where this mask is white (RePaint; Lugmayr et al. 2022)."""
     jump: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
-    """With --mask: number of steps in each run that is repeated, at least 1."""
+    """With --mask: number of steps in each run that is repeated, 1 to 1000."""
     rounds: Annotated[Integer | None, Parameter(group=EDITING, show_default=lambda _: str(REPAINT))] = None
-    """With --mask: how often each run is repeated, at least 1; the time grows in proportion."""
+    """With --mask: how often each run is repeated, 1 to 1000; the time grows in proportion."""
 
 
 def run(
@@ -159,6 +159,8 @@ def run(
         raise UserError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
     if filmstrip is not None and filmstrip.suffix.lower() != ".png":
         raise UserError(f"--filmstrip: {filmstrip} is not a .png file")
+    if filmstrip is not None and (filmstrip.is_dir() or filmstrip.absolute() == Path(out).absolute()):
+        raise UserError(f"--filmstrip: {filmstrip} is a folder or the file of --out; choose another name")
     device = networks.device(settings.device)
     loaded = load_model(model or paths.model, device)
     if given.get("guidance") not in (None, 1) and not loaded.num_classes:
@@ -202,7 +204,10 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     known = model.config.classes
     if not model.num_classes:
         raise UserError("--class: the model has no classes (it was trained with network.classes: false)")
-    numbers = [known.index(name) if name in known else int(name) if name.isdecimal() else -1 for name in names]
+    numbers = [
+        known.index(name) if name in known else int(name) if name.isascii() and name.isdecimal() else -1
+        for name in names
+    ]
     for name, found in zip(names, numbers, strict=True):
         if not 0 <= found < len(known):
             raise UserError(
@@ -226,8 +231,8 @@ def task(editing: Editing, options: SampleOptions, model: Model, device: torch.d
         given = getattr(editing, name)
         if given is not None and editing.mask is None:
             raise UserError(f"--{name}: needs --mask")
-        if given is not None and given < 1:
-            raise UserError(f"--{name}: must be at least 1 (got {given})")
+        if given is not None and not 1 <= given <= MAX_REPAINT:
+            raise UserError(f"--{name}: must be from 1 to {MAX_REPAINT} (got {given})")
     pictures = [read_image(path) for path in editing.images]
     x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
     if editing.mask is not None:

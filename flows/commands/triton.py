@@ -17,6 +17,8 @@ from diffusion.storage.files import new_directory, write_atomic
 from flows.commands.types import Integer
 from flows.paths import Paths
 
+MAX_BATCH = 2**31 - 1
+"""The largest number in Triton's configuration."""
 DELAY = 2000
 """Microseconds that a request waits at most for others to come."""
 CONFIG = """\
@@ -56,8 +58,8 @@ def run(directory: Path, /, *, max_batch: Integer = 64, force: bool = False) -> 
     found = {entry.name for entry in directory.iterdir()} if directory.exists() else set[str]()
     if found and not (force and found <= {file.stem for file in files}):
         raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
-    if max_batch < 1:
-        raise UserError(f"--max-batch: must be at least 1 (got {max_batch})")
+    if not 1 <= max_batch <= MAX_BATCH:
+        raise UserError(f"--max-batch: must be from 1 to {MAX_BATCH} (got {max_batch})")
     graphs = {file.stem: batched(_read(file)) for file in files}
     with new_directory(directory) as temporary:
         for name, graph in graphs.items():

@@ -20,6 +20,7 @@ WRONG = object()
     ("arguments", "message"),
     [
         ("runs x", "ddpm runs: error: unexpected argument 'x'. See `ddpm runs --help`."),
+        ("sample --from", "ddpm sample: error: --from is missing its value. See `ddpm sample --help`."),
         ("apply", "ddpm apply: error: RUN is missing. See `ddpm apply --help`."),
         ("import x", "ddpm import: error: --name is missing. See `ddpm import --help`."),
         ("promote 1 --reason", "ddpm promote: error: --reason is missing its value. See `ddpm promote --help`."),

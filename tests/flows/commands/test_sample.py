@@ -265,8 +265,10 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--from a.png --mask small.png", "small.png: the mask has 5x4 pixels, but its image 8x8"),
         ("--from a.png --mask mask.png --at 5", "--at: needs --from, and cannot be combined with --mask"),
         ("--class 1 --filmstrip way.png", "--filmstrip: shows images from noise, of all classes in turn"),
-        ("--from a.png --mask mask.png --jump 0", "--jump: must be at least 1 (got 0)"),
-        ("--from a.png --mask mask.png --rounds 0", "--rounds: must be at least 1 (got 0)"),
+        ("--from a.png --mask mask.png --jump 0", "--jump: must be from 1 to 1000 (got 0)"),
+        ("--from a.png --mask mask.png --rounds 9999999999999999999999", "--rounds: must be from 1 to 1000 (got 9"),
+        ("--filmstrip samples.png", "--filmstrip: samples.png is a folder or the file of --out; choose another name"),
+        ("--from a.png --mask mask.png --rounds 0", "--rounds: must be from 1 to 1000 (got 0)"),
     ],
 )
 def test_what_is_wrong_gets_one_line(
