@@ -86,7 +86,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
         "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
-        "Skipped: cover.png: outside of the folders of the splits\n\n"
+        "Skipped: cover.png: outside the folders of the splits\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
