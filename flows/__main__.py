@@ -39,6 +39,8 @@ def _main(arguments: list[str]) -> int:
         with stoppable():
             call, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
             call(*bound.args, **bound.kwargs)
+            if sys.stdout:
+                sys.stdout.flush()  # a full disk is an error of the command
     except CycloptsError as error:
         say(f"{name}: error: {usage_error(error)} See `{name} --help`.")
         return USAGE_ERROR

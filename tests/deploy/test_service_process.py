@@ -131,7 +131,9 @@ def test_a_champion_that_changes_under_load(model: Path, tmp_path: Path) -> None
         service.wait_for("now serving version 2")
         before = len(clients.answers)
         clients.wait_for(2 * CLIENTS)
-        assert clients.versions()[before + CLIENTS :] == ["2"] * len(clients.versions()[before + CLIENTS :])
+        after = clients.versions()[before:]
+        assert after.count("1") <= CLIENTS  # each client had at most one request in flight
+        assert "2" in after
         store.add(broken(good))
         service.wait_for("still serving version 2: version 3: golden test failed")
         clients.wait_for(CLIENTS)

@@ -255,7 +255,7 @@ def test_each_process_needs_its_own_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     train = params.train.model_copy(update={"processes": processes})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_devices(params.model_copy(update={"device": device, "train": train}), torch.device("cuda", 0))
     check_devices(params.model_copy(update={"device": "cuda", "train": train}), torch.device("cpu"))
 
@@ -295,7 +295,7 @@ def test_restarts_by_torchrun_on_several_machines_need_a_new_store(monkeypatch: 
     for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
-    message = "add --rdzv-backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+    message = "needs --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
     with pytest.raises(UserError, match=message), process_group(torch.device("cpu")):
         pass
 

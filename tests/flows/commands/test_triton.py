@@ -103,6 +103,6 @@ def test_what_is_there_is_kept(
     assert lines[0] == lines[1]
     assert "used: already there" in lines[0]
     assert "--max-batch: must be from 1 to 2147483647 (got 0)" in lines[3]
-    assert "models/onnx/denoiser.onnx: cannot be read" in lines[4]
+    assert "models/onnx/denoiser.onnx: No such file or directory; `dvc repro export` writes it" in lines[4]
     assert (tmp_path / "used" / "letter.txt").read_text() == "dear"
     assert not (tmp_path / "other").exists()
