@@ -118,5 +118,6 @@ def _report(tree: Path, stage: str) -> Facts:
 
 def _environment(bench: Bench) -> dict[str, str]:
     """Environment for the commands of this repository, with an unreachable MLflow server."""
-    ours = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ours = {"PYTHONPATH": path, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     return os.environ | ours | {"REHEARSE_GPU_TESTS": str(int(bench.rehearse))}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.errors import UserError
 from diffusion.model import Config, Model, new_network
 from diffusion.nn.layers import Network
 from diffusion.pairs.pixels import to_uint8
@@ -68,7 +67,7 @@ class Drawing:
         from diffusion.export import denoiser, parity, runtime, sampler_graph
 
         if self.bench.cuda and runtime.CUDA not in ort.get_available_providers():
-            raise UserError(f"ONNX Runtime has no {runtime.CUDA}; install onnxruntime-gpu")
+            raise ModuleNotFoundError(f"ONNX Runtime has no {runtime.CUDA}", name="onnxruntime-gpu")
         model = self.model(self.net)
         if self._session is None:  # it supports any number of steps
             graph = sampler_graph.to_onnx(denoiser.to_onnx(model, OPSET), model, self.options(steps))

@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
     """Multi-head attention (Vaswani et al. 2017, sec. 3.2): queries, keys and values (B, N, 3 C) to (B, N, C)."""
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, N, C / heads)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -1,10 +1,14 @@
 """The U-Net."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from diffusion.nn import build
 from diffusion.nn.unet import SelfAttention
@@ -51,3 +55,26 @@ def test_a_new_network_predicts_zero_and_then_learns_with_all_its_weights(
     assert not out.any()
     randomize(net)(x_t, t).square().mean().backward()
     assert [name for name, parameter in net.named_parameters() if not parameter.grad.any()] == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch warns of itself
+def test_a_compiled_network_computes_the_same_without_indexed_sums() -> None:
+    """Sums by index, by which torch.compile differentiates F.interpolate, are slow on a GPU if deterministic."""
+    traced: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def result(compiled: bool) -> list[torch.Tensor]:
+        net = randomize(network((1, 8, 8), "unet", "film", channel_multipliers=(1, 2))).double()
+        if compiled:
+            net.compile(backend=aot_autograd(fw_compiler=backend, decompositions=select_decomp_table()))
+        out = net(noise(2, 1, 8, 8).double(), torch.tensor([1, 500]), None)
+        out.square().mean().backward()
+        return [out.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
+
+    for found, right in zip(result(compiled=True), result(compiled=False), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+    assert "aten.convolution_backward.default" in traced
+    assert not [name for name in traced if "index_put" in name]
