@@ -155,9 +155,9 @@ def _doubled(x: Tensor) -> Tensor:
     """Nearest-neighbour upsampling: (B, C, H, W) to (B, C, 2 H, 2 W).
 
     By broadcasting when compiled: torch.compile differentiates F.interpolate as an indexed sum, which takes a quarter
-    of a training step on a GPU if it has to be deterministic. Uncompiled and in ONNX, F.interpolate is faster.
+    of a training step on a GPU if it has to be deterministic. Uncompiled, F.interpolate is faster.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_dynamo_compiling():  # in torch 2.11, torch.compile also sets is_exporting()
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     batch, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
