@@ -63,6 +63,7 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
     if not source.exists():
         yield {"skipped": f"{source}: not found; set --fashion-mnist to the folder with its four idx files"}
         return
+    importlib.import_module("cyclopts")  # needed by the commands
     params = presets.load(ROOT / "presets" / f"{preset}.yaml").model_dump(mode="json")
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)

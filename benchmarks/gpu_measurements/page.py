@@ -17,6 +17,8 @@ REHEARSAL = "CPU, rehearsal"
 """The device recorded by a rehearsal."""
 MAX_COLUMNS = 12
 """Maximum number of columns in a table; the rest are only in the file."""
+REASONS = ("skipped", "error")
+"""Fields that tell why there is no result."""
 HEADING = """# GPU measurements
 
 Generated from the files `gpu-*.jsonl` in this folder by `python benchmarks/gpu.py --page`.
@@ -81,8 +83,9 @@ def _grouped(rows: list[Facts]) -> Iterator[list[Facts]]:
 
 
 def table(rows: list[Facts]) -> str:
-    """A Markdown table with the first MAX_COLUMNS columns of the rows."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))[:MAX_COLUMNS]
+    """A Markdown table with the first MAX_COLUMNS columns of the rows, and why rows have no result."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in REASONS))[:MAX_COLUMNS]
+    columns += [key for key in REASONS if any(key in row for row in rows)]
     lines = [columns, ["---"] * len(columns), *([cell(row.get(key)) for key in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -112,7 +115,7 @@ def page(files: Mapping[str, list[Facts]], measurements: Mapping[str, str]) -> s
         parts.append(f"## {machine.get('device', 'Unknown GPU')} ([{name}]({name}))\n\n{of} {about}.")
         parts.append(tables(lines).rstrip())
         if commit:
-            done |= {line["measurement"] for line in lines if not {"skipped", "error"} & line.keys()} - {"machine"}
+            done |= {line["measurement"] for line in lines if not line.keys() & set(REASONS)} - {"machine"}
     missing = [f"- `{name}`: {what}" for name, what in measurements.items() if name not in done]
     if not done:
         parts.insert(0, "**There are no measurements of the current code on a GPU.**")

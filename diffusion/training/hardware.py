@@ -27,8 +27,8 @@ def precision(options: TrainOptions, device: torch.device) -> torch.dtype:
 
 
 COMPILE_MIN_FLOPS = 1e16
-"""Training FLOPs from which `compile: auto` compiles on a GPU. Compilation takes about a minute (44 s for the preset
-digits on an H200); a large network performs these FLOPs in two to three minutes there, at 7 % of peak."""
+"""Training FLOPs from which `compile: auto` compiles on a GPU. Compilation takes a minute or more (44 s for the preset
+digits, 87 s for cifar10 on an H200); uncompiled, cifar10 performs these FLOPs in about three minutes there."""
 
 
 def should_compile(options: TrainOptions, device: torch.device, flops: Callable[[], float]) -> bool:
