@@ -2,10 +2,12 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from cyclopts import CycloptsError, MissingArgumentError, UnusedCliTokensError
 from diffusion.errors import AlreadyReported, Stopped, SystemFault, UserError, WriteFault
 from diffusion.progress import say
 from flows.cli import app
+from flows.commands.types import UsageError
 from flows.parent import launched
 from flows.remedies import with_remedy
 
@@ -35,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     command, *_ = arguments or [""]
     name = f"ddpm {command}" if command in app and not command.startswith("-") else "ddpm"
+    if not arguments:
+        app.help_print([])
+        return USAGE_ERROR
     try:
         with stoppable():
+            _refuse_empty(arguments)
             call, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
             call(*bound.args, **bound.kwargs)
             if sys.stdout:
@@ -49,7 +56,7 @@ def _main(arguments: list[str]) -> int:
             resumable = command == "train" and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if resumable else ""
             say(f"{name}: error: {with_remedy(error)}{more}")
-        return 1
+        return USAGE_ERROR if isinstance(error, UsageError) else 1
     except Stopped as stopped:
         if not launched():
             print(f"{name}: {stopped}", file=sys.stderr)
@@ -65,6 +72,13 @@ def _main(arguments: list[str]) -> int:
         say(f"{name}: error: {'standard output: no space left' if on_output else SystemFault.of(error)}")
         return 1
     return 0
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UsageError for an empty argument, which a path would read as the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            raise UsageError(f"{argument.rstrip('=') or before or 'the command'}: must not be empty")
 
 
 def usage_error(error: CycloptsError) -> str:

@@ -190,7 +190,9 @@ CHOICES = _choices()
 
 
 def read(path: Path) -> Any:
-    """A file like params.yaml as round-trip data; raises UserError if an earlier version wrote it."""
+    """A file like params.yaml as round-trip data; raises UserError if it is missing, or an earlier version wrote it."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file here; run this in the pipeline's folder (or `git checkout` it)")
     document = read_yaml(path)
     if old := from_format_1(copy.deepcopy(document)):
         raise UserError(

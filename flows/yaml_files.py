@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.tokens import CommentToken
 
-from diffusion.errors import UserError
+from diffusion.errors import SystemFault, UserError
 from diffusion.storage.files import write_atomic
 
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -96,9 +96,14 @@ def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) 
 
 
 def scalar(text: str) -> Any:
-    """Parse text like a plain value in a YAML file: a number, boolean, string or None."""
+    """Parse text like a value in a YAML file; text if that would drop part of it: a comment, an anchor or a tag."""
+    text = text.strip()
     try:
-        return _yaml().load(text)
+        node = _yaml().compose(text)
+        whole = node and (node.start_mark.index, node.end_mark.index) == (0, len(text)) and not node.anchor
+        if isinstance(node, ScalarNode):
+            whole = whole and (node.style or node.value == text)
+        return _yaml().load(text) if whole or not text else text
     except (YAMLError, ValueError, RecursionError):
         return text
 
@@ -135,7 +140,9 @@ def read_yaml(path: Path) -> Any:
     try:
         document = _yaml().load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise SystemFault(path, error) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -143,7 +150,8 @@ def read_yaml(path: Path) -> Any:
     if problem := _shared(document, set()):
         raise UserError(f"{path}: {problem}: write the values out")
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected sections with fields, found {type(document).__name__}")
+        found = "a list" if isinstance(document, list) else "nothing" if document is None else repr(document)
+        raise UserError(f"{path}: expected sections with fields, found {found}")
     return document
 
 

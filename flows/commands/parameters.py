@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from diffusion.errors import UserError
+from diffusion.progress import say
 from flows import changes, fields, presets, yaml_files
+from flows.commands.types import UsageError
 from flows.fields import Parameter
 from flows.made_with import leaves
 from flows.params import SECTIONS, Params, read, validate
@@ -21,6 +23,8 @@ from flows.paths import Paths
 def show(section: str | None = None, /, *, update: bool = False) -> None:
     """Show every parameter: its value, choices, limits, default and meaning.
 
+    An invalid params.yaml is shown, too; then its errors.
+
     Args:
         section: Show this section or parameter only: train, or train.decay.
         update: Add parameters that params.yaml lacks, with their defaults, and migrate a file of an earlier version.
@@ -28,17 +32,22 @@ def show(section: str | None = None, /, *, update: bool = False) -> None:
     paths = Paths()
     if update:
         if section is not None:
-            raise UserError("--update: changes the whole of params.yaml; leave the section out")
+            raise UsageError("--update: changes the whole of params.yaml; leave the section out")
         document = yaml_files.read_yaml(paths.params)
         before = copy.deepcopy(document)
         changes.update(document)
         validate(document, str(paths.params))
         _write(paths.params, before, document)
         return
-    document = read(paths.params) if paths.params.exists() else {}
+    present = paths.params.exists()
+    document = read(paths.params) if present else {}
     console = _Console(highlight=False, soft_wrap=True)
     for line in list(_shown(document, section, console.width)):
         console.print(line)
+    if present:
+        validate(document, str(paths.params))
+    else:
+        say(f"{paths.params}: no such file here; these are the defaults")
 
 
 class _Console(Console):
@@ -54,18 +63,18 @@ def assign(*assignments: str) -> None:
             fields of that kind to their defaults.
     """
     if not assignments:
-        raise UserError("give at least one NAME=VALUE, such as train.steps=500")
+        raise UsageError("give at least one NAME=VALUE, such as train.steps=500")
     path = Paths().params
     given: Any = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{text!r}: must be NAME=VALUE, such as train.steps=500")
+        if not equals or not all(name.split(".")) or "\n" in text:
+            raise UsageError(f"{text!r}: must be NAME=VALUE in one line, such as train.steps=500")
         parsed = yaml_files.scalar(value)
         try:
             given = changes.with_field(given, name.split("."), parsed)
         except ValueError:
-            raise UserError(f"{name}: given twice; give it once, a choice before its fields") from None
+            raise UsageError(f"{name}: given twice; give it once, a choice before its fields") from None
     before = read(path)
     document = changes.lay_over(copy.deepcopy(before), given)
     validate(document, f"{path} with {' '.join(assignments)}")

@@ -17,6 +17,7 @@ from diffusion.samples import grid_png
 from diffusion.sources import images
 from diffusion.sources.shards import png
 from diffusion.storage.files import write_atomic, writing
+from flows.commands.types import UsageError
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
@@ -54,14 +55,15 @@ def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Te
 
 
 def writer(out: str) -> Write:
-    """What writes pictures to `out`, by its ending; raises UserError for an unknown one."""
+    """What writes pictures to `out`, by its ending; raises UserError for an unknown one, or if its folder cannot be."""
     path = Path(out)
-    kind = "" if out.endswith("/") or path.is_dir() else path.suffix.lower()
-    if not out or kind not in FILES:
-        raise UserError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder (out/)")
+    folder = out.endswith("/") or path.is_dir()
+    kind = "" if folder else path.suffix.lower()
+    if not folder and kind not in FILES.keys() - {""}:
+        raise UsageError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder ({out}/)")
 
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
 
     def write(pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> None:
         for file, content in FILES[kind](path, pictures, y):

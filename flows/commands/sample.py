@@ -30,7 +30,7 @@ from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import read_image, read_mask, to_x_0, writer
-from flows.commands.types import Integer, Number
+from flows.commands.types import Integer, Number, UsageError
 from flows.fields import plain, takes
 from flows.params import advice, read
 from flows.paths import Paths
@@ -146,7 +146,7 @@ def run(
         out: A .png file (a grid of all images), an .npz file or a folder (out/).
         model: A trained model; by default models/ddpm.
         classes: Class name or number; several, separated by commas (3,5), are assigned to the images in turn. By
-            default all classes.
+            default all classes; with --from, none.
         filmstrip: Also write a .png file that shows how the first images emerge from noise.
         editing: Options of image to image, interpolation and inpainting.
         overrides: Options that override params.yaml.
@@ -154,23 +154,27 @@ def run(
     paths = Paths()
     given = {name: value for name, value in asdict(overrides).items() if value is not None}
     settings = read_settings(given, paths)
-    options, write = settings.sample, writer(out)
+    options = settings.sample
     if filmstrip is not None and (editing.images or classes):
-        raise UserError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
+        raise UsageError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
     if filmstrip is not None and filmstrip.suffix.lower() != ".png":
-        raise UserError(f"--filmstrip: {filmstrip} is not a .png file")
+        raise UsageError(f"--filmstrip: {filmstrip} is not a .png file")
     if filmstrip is not None and (filmstrip.is_dir() or filmstrip.absolute() == Path(out).absolute()):
-        raise UserError(f"--filmstrip: {filmstrip} is a folder or the file of --out; choose another name")
+        raise UsageError(f"--filmstrip: {filmstrip} is a folder or the file of --out; choose another name")
     device = networks.device(settings.device)
     loaded = load_model(model or paths.model, device)
     if given.get("guidance") not in (None, 1) and not loaded.num_classes:
-        raise UserError("--guidance: the model has no classes (it was trained with network.classes: false)")
+        raise UsageError("--guidance: the model has no classes (it was trained with network.classes: false)")
     # The class of a given image is unknown.
     y = None if editing.images else classes_in_turn(loaded, options.count, device)
     if classes:
         numbers = torch.tensor(class_numbers(classes, loaded), device=device)
         y = numbers[torch.arange(options.count, device=device) % len(numbers)]
-    images = draw(loaded, options, settings.seed, task(editing, options, loaded, device), device, y)
+    if given.get("steps", 0) > (T := loaded.process.schedule.num_timesteps):
+        raise UsageError(f"--steps: must be from 1 to {T}, the model's number of timesteps (got {options.steps})")
+    generated = task(editing, options, loaded, device)
+    write = writer(out)
+    images = draw(loaded, options, settings.seed, generated, device, y)
     write(images, None if y is None else y.cpu().numpy())
     say(f"sample: wrote {out}")
     if filmstrip is not None:
@@ -192,10 +196,24 @@ def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
     if of_sampler := {name: given[name] for name in SAMPLER_FIELDS if name in given}:
         sample["sampler"] = ({"kind": sample["sampler"]} if "sampler" in sample else {}) | of_sampler
     changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
+    document = lay_over(document, changes)
+    for name in of_sampler:
+        _check_sampler_has(name, document["sample"].get("sampler"))
     try:
-        return Settings.model_validate(lay_over(document, changes), context=COMPLETE)
+        return Settings.model_validate(document, context=COMPLETE)
     except ValidationError as error:
-        raise UserError(f"{paths.params} with the options given: {describe(error)}{advice(error)}") from None
+        if wrong := {str(fault["loc"][-1]) for fault in error.errors(include_url=False)} & given.keys():
+            options = " and ".join(f"--{name}" for name in given if name in wrong)
+            raise UsageError(f"{options}: {describe(error)}") from None
+        raise UserError(f"{paths.params}: {describe(error)}{advice(error)}") from None
+
+
+def _check_sampler_has(name: str, sampler: Any) -> None:
+    """Raise UsageError if the sampler chosen does not have an option."""
+    kind = sampler.get("kind") if isinstance(sampler, dict) else sampler
+    having = [known for known, options in SAMPLER_OPTIONS.items() if name in options.model_fields]
+    if kind not in having:
+        raise UsageError(f"--{name}: the sampler {kind} does not have it; add --sampler {' or '.join(having)}")
 
 
 def class_numbers(names: Sequence[str], model: Model) -> list[int]:
@@ -203,14 +221,14 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     names = [name.strip() for text in names for name in text.split(",")]
     known = model.config.classes
     if not model.num_classes:
-        raise UserError("--class: the model has no classes (it was trained with network.classes: false)")
+        raise UsageError("--class: the model has no classes (it was trained with network.classes: false)")
     numbers = [
         known.index(name) if name in known else int(name) if name.isascii() and name.isdecimal() else -1
         for name in names
     ]
     for name, found in zip(names, numbers, strict=True):
         if not 0 <= found < len(known):
-            raise UserError(
+            raise UsageError(
                 f"--class: {name!r} is not a class of the model; available: {', '.join(known)}, "
                 f"or their numbers from 0 to {len(known) - 1}"
             )
@@ -222,17 +240,17 @@ def task(editing: Editing, options: SampleOptions, model: Model, device: torch.d
     schedule = model.process.schedule
     timesteps = sampling.sampling_timesteps(options, schedule)
     if len(editing.images) > 2:
-        raise UserError(f"--from: takes one image, or two to interpolate between (got {len(editing.images)})")
+        raise UsageError(f"--from: takes one image, or two to interpolate between (got {len(editing.images)})")
     if editing.mask is not None and len(editing.images) != 1:
-        raise UserError("--mask: needs the image to inpaint; pass it with --from")
+        raise UsageError("--mask: needs the image to inpaint; pass it with --from")
     if editing.at is not None and (not editing.images or editing.mask is not None):
-        raise UserError("--at: needs --from, and cannot be combined with --mask")
+        raise UsageError("--at: needs --from, and cannot be combined with --mask")
     for name in ("jump", "rounds"):
         given = getattr(editing, name)
         if given is not None and editing.mask is None:
-            raise UserError(f"--{name}: needs --mask")
+            raise UsageError(f"--{name}: needs --mask")
         if given is not None and not 1 <= given <= MAX_REPAINT:
-            raise UserError(f"--{name}: must be from 1 to {MAX_REPAINT} (got {given})")
+            raise UsageError(f"--{name}: must be from 1 to {MAX_REPAINT} (got {given})")
     pictures = [read_image(path) for path in editing.images]
     x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
     if editing.mask is not None:
@@ -244,7 +262,7 @@ def task(editing: Editing, options: SampleOptions, model: Model, device: torch.d
     half = max(int((schedule.alpha_bar >= 0.5).sum()) - 1, 0)
     at = half if editing.at is None else editing.at
     if not 0 <= at < schedule.num_timesteps:
-        raise UserError(f"--at: must be a timestep from 0 to {schedule.num_timesteps - 1} (got {at})")
+        raise UsageError(f"--at: must be a timestep from 0 to {schedule.num_timesteps - 1} (got {at})")
     rest = [at, *(t for t in timesteps if t < at)]
 
     def generate(sampler: Sampler, noise: Noise, numbers: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from diffusion.errors import FileFault, UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
 from diffusion.storage.files import new_directory, write_atomic
-from flows.commands.types import Integer
+from flows.commands.types import Integer, UsageError
 from flows.paths import Paths
 
 MAX_BATCH = 2**31 - 1
@@ -59,7 +59,7 @@ def run(directory: Path, /, *, max_batch: Integer = 64, force: bool = False) -> 
     if found and not (force and found <= {file.stem for file in files}):
         raise UserError(f"{directory}: already there; choose another folder, or replace a former one with --force")
     if not 1 <= max_batch <= MAX_BATCH:
-        raise UserError(f"--max-batch: must be from 1 to {MAX_BATCH} (got {max_batch})")
+        raise UsageError(f"--max-batch: must be from 1 to {MAX_BATCH} (got {max_batch})")
     graphs = {file.stem: batched(_read(file)) for file in files}
     with new_directory(directory) as temporary:
         for name, graph in graphs.items():

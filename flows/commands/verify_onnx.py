@@ -10,6 +10,7 @@ from diffusion.errors import FileFault, UserError, describe
 from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
+from flows.commands.types import UsageError
 
 
 def run(path: Path, /, *, device: str = "auto") -> None:
@@ -22,7 +23,7 @@ def run(path: Path, /, *, device: str = "auto") -> None:
     try:
         TypeAdapter(Device).validate_python(device)
     except ValidationError as error:
-        raise UserError(f"--device: {describe(error)}") from None
+        raise UsageError(f"--device: {describe(error)}") from None
     chosen = networks.device(device)
     try:
         content = path.read_bytes()

@@ -93,7 +93,9 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.steps", "'train.steps': must be NAME=VALUE, such as train.steps=500"),
+        ("train.steps", "'train.steps': must be NAME=VALUE in one line, such as train.steps=500"),
+        ("train..steps=5", "'train..steps=5': must be NAME=VALUE in one line"),
+        ("shard.source=a\nb", r"'shard.source=a\nb': must be NAME=VALUE in one line"),
         (
             "train.steps=0",
             "params.yaml with seed=3 train.steps=0: train.steps: input should be greater",
@@ -103,7 +105,9 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("network.depth=3", "network.depth: no such parameter of unet (got 3); `ddpm set NAME.kind=KIND` changes"),
         ("sample.sampler.eta=1", "sample.sampler.eta: no such parameter of dpm-solver++-sde"),
         ("train=5", "train: must be a section with fields (got 5)"),
-        ("=5", ": no such parameter"),
+        ("=5", "'=5': must be NAME=VALUE in one line"),
+        ("train.steps=!!int 5", "train.steps: input should be a valid integer (got '!!int 5')"),
+        ("train.steps=5 # five", "train.steps: input should be a valid integer (got '5 # five')"),
         ("seed=4", "seed: given twice; give it once, a choice before its fields"),
         ("seed.x=4", "seed"),
         ("sample.eta=0.5", "sample.eta: no such parameter\n"),
@@ -114,12 +118,32 @@ def test_ddpm_set_rejects_invalid_changes_and_writes_nothing(
     tree: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (tree / "params.yaml").read_bytes()
-    assert main(["set", "seed=3", change]) == 1
+    assert main(["set", "seed=3", change]) == (2 if "NAME=VALUE" in message or "given twice" in message else 1)
     error = capsys.readouterr().err
     assert error.startswith("ddpm set: error: ")
     assert message in error
     assert error.count("\n") == 1
     assert (tree / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("a # b", "a # b"),
+        ("&a b", "&a b"),
+        ("*a", "*a"),
+        ("!a b", "!a b"),
+        (" 'a b' ", "a b"),
+        ("'a' # b", "'a' # b"),
+        ("5", 5),
+        ("", None),
+        ("[1, 2]", [1, 2]),
+        ("[1, 2] # b", "[1, 2] # b"),
+        ("{kind: a}", {"kind": "a"}),
+    ],
+)
+def test_no_part_of_a_value_is_dropped(text: str, right: object) -> None:
+    assert yaml_files.scalar(text) == right
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,25 @@ def test_wrong_arguments_get_one_line(capsys: pytest.CaptureFixture[str], argume
     assert capsys.readouterr().err == f"{message}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--model", ""], "ddpm sample: error: --model: must not be empty"),
+        (["sample", "--from="], "ddpm sample: error: --from: must not be empty"),
+        (["import", "", "--name", "x"], "ddpm import: error: import: must not be empty"),
+        ([""], "ddpm: error: the command: must not be empty"),
+    ],
+)
+def test_no_argument_may_be_empty(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_without_a_command_it_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "export-diffusers" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [["params"], ["--help"], ["set", "seed=1"]])
 def test_output_that_cannot_be_written_gets_one_line(tmp_path: Path, arguments: list[str]) -> None:
@@ -69,7 +88,7 @@ def test_output_that_cannot_be_written_gets_one_line(tmp_path: Path, arguments: 
         ("eta", "0.5", 0.5),
         ("eta", "1_0.5", WRONG),
         ("eta", "true", WRONG),
-        ("eta", "", WRONG),
+        ("eta", "x", WRONG),
     ],
 )
 def test_numbers_on_the_command_line_are_as_strict(
@@ -119,6 +138,14 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     assert main(["params", "network"]) == 0
     shown = capsys.readouterr().out
     assert "network.channel_multipliers (default [1, 2])" in shown  # of the other kind: no value
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 7\n", "steps: -7\n"))
+    assert main(["params", "train.steps"]) == 1
+    shown, error = capsys.readouterr()
+    assert "train.steps = -7 (default 1000)" in shown
+    assert "train.steps: input should be greater than or equal to 1 (got -7)" in error
+    Path("params.yaml").unlink()
+    assert main(["params", "train.steps"]) == 0
+    assert capsys.readouterr().err == "params.yaml: no such file here; these are the defaults\n"
     assert main(["params", "trains"]) == 1
     assert capsys.readouterr().err == (
         "ddpm params: error: trains: no such parameter or section; available: seed, device, shard, pairs, "

@@ -159,7 +159,9 @@ def test_a_preset_is_written_and_taken_back(
     [
         ("seed: [", "not valid YAML"),
         ("seed: " + 5000 * "[", "nested too deeply"),
-        ("- 1\n", "expected sections with fields, found CommentedSeq"),
+        ("- 1\n", "expected sections with fields, found a list"),
+        ("5\n", "expected sections with fields, found 5"),
+        ("", "expected sections with fields, found nothing"),
         ("seed: 1\n", "device: missing; "),
     ],
 )
@@ -171,6 +173,15 @@ def test_a_broken_file_gets_one_line(tmp_path: Path, text: str, message: str) ->
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text_gets_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(UserError, match="no such file here; run this in the pipeline's folder"):
+        parameters.load(path)
+    path.write_bytes(b"seed: \xff")
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 6\); save it as UTF-8"):
+        parameters.load(path)
 
 
 @pytest.mark.parametrize(("section", "field", "text", "_", "right"), VALUES)

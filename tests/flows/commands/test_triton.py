@@ -95,7 +95,7 @@ def test_what_is_there_is_kept(
     assert main(["triton", "repository"]) == 0
     assert main(["triton", "repository"]) == 1
     assert main(["triton", "repository", "--force"]) == 0
-    assert main(["triton", "other", "--max-batch", "0"]) == 1
+    assert main(["triton", "other", "--max-batch", "0"]) == 2
     shutil.rmtree(tmp_path / "models")
     assert main(["triton", "other"]) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -81,7 +81,7 @@ def test_what_is_no_such_file_gets_one_line(file: Path, tmp_path: Path, capfd: C
         (line,) = capfd.readouterr().err.splitlines()
         assert f"{tmp_path / name}: " in line
         assert message in line
-    assert main(["verify-onnx", str(file), "--device", "gpu"]) == 1
+    assert main(["verify-onnx", str(file), "--device", "gpu"]) == 2
     assert "--device: " in capfd.readouterr().err
 
 
