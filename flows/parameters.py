@@ -43,8 +43,7 @@ def part_of(section: type[Section], place: str, document: Any) -> type[Part]:
     def optional(name: str, field: FieldInfo) -> Any:
         field = copy.copy(field)
         field.default = None
-        # Without `"default": null` in the JSON schema, forms and messages speak of the field's own type alone.
-        field.json_schema_extra = _without_default
+        field.json_schema_extra = _unset
         if name != "kind":
             (parameter,) = (each for each in of_section if each.place == (place, name) and each.kind in kinds)
             inner = [each for each in of_section if each.place[:-1] == (place, name)]
@@ -88,10 +87,16 @@ def _deployed() -> Any:
         return {}
 
 
-def _without_default(schema: dict[str, Any]) -> None:
+def _unset(schema: dict[str, Any]) -> None:
+    """Adapt a field's JSON schema, so that the form leaves it empty, and sends it only if the user fills it in."""
     schema.pop("default", None)
     if "const" in schema:  # which a form would not let be filled in
         schema["enum"] = [schema.pop("const")]
+    kinds = schema.get("anyOf", [schema])
+    if any(kind.get("type") == "boolean" for kind in kinds):  # for which the form has a switch, and sends false
+        schema["enum"] = [True, False, *(kind["const"] for kind in kinds if "const" in kind)]
+        schema.pop("type", None)
+        schema.pop("anyOf", None)
 
 
 class PartOf:

@@ -128,6 +128,16 @@ def test_the_form_says_so_of_choices_with_fields_and_of_plain_parameters() -> No
     )
 
 
+def test_no_field_has_a_switch_which_sends_false_unless_it_is_turned_on() -> None:
+    assert "boolean" not in json.dumps(SCHEMA)
+    train = SCHEMA["definitions"]["Train"]["properties"]
+    assert [train[name]["enum"] for name in ("flip", "compile")] == [[True, False], [True, False, "auto"]]
+    assert validation.validate({"train": {"flip": True, "compile": "auto"}}, SCHEMA) == []
+    assert [tuple(error.path) for error in validation.validate({"train": {"flip": "yes"}}, SCHEMA)] == [
+        ("train", "flip")
+    ]
+
+
 def test_the_form_marks_every_wrong_field() -> None:
     wrong = {"train": {"steps": 0, "decay": "x", "stepz": 1}, "preset": "none", "device": "tpu", "seed": "3"}
     errors = validation.validate(wrong, SCHEMA)
