@@ -3,20 +3,29 @@
 import errno
 import os
 import signal
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 from pydantic import ValidationError
 
 MAX_FAULTS = 40
 """Maximum number of validation errors reported in one line."""
+MAX_CHARACTERS = 100
+"""Maximum length of a value in a message."""
 
 
 class UserError(Exception):
     """An error that the user can fix: bad parameters, data or files.
 
     The message is one line that names the file, field or value at fault and says what to do. The command line prints it
-    without a traceback and exits with status 1. Any other exception is a bug and keeps its traceback.
+    without a traceback and exits with status 1, or 2 for wrong arguments. Any other exception is a bug and keeps its
+    traceback.
     """
+
+
+class UsageError(UserError):
+    """Wrong arguments of a command that its parser accepts."""
 
 
 ADVICE = {
@@ -84,24 +93,35 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-def describe(error: ValidationError) -> str:
-    """Format a validation error as one line: field, problem and value of each fault."""
+def shortened(value: object) -> str:
+    """A value for a message: its repr, at most MAX_CHARACTERS long."""
+    text = "nothing" if value is None else str(value) if isinstance(value, date) else repr(value)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
+
+
+def dotted(place: tuple[int | str, ...]) -> str:
+    """The name of a field, such as train.steps."""
+    return ".".join(map(str, place))
+
+
+def describe(error: ValidationError, name: Callable[[tuple[int | str, ...]], str] = dotted) -> str:
+    """Format a validation error as one line: field, problem and value of each fault. `name` names a field."""
     problems, found = [], error.errors(include_url=False)
     for problem in found[:MAX_FAULTS]:
-        field = ".".join(str(part) for part in problem["loc"])
+        field = name(problem["loc"])
         match problem["type"]:
             case "missing":
                 text = "missing"
             case "extra_forbidden":
                 text = "no such parameter"
             case "tuple_type":
-                text = f"must be a list such as [1, 2] (got {problem['input']!r})"
+                text = f"must be a list such as [1, 2] (got {shortened(problem['input'])})"
             case "model_type":
-                text = f"must be a section with fields (got {problem['input']!r})"
+                text = f"must be a section with fields (got {shortened(problem['input'])})"
             case "value_error":
                 text = str(problem["ctx"]["error"])
             case _:
-                text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+                text = f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {shortened(problem['input'])})"
         problems.append(f"{field}: {text}" if field else text)
     more = [f"and {len(found) - MAX_FAULTS} more"] if len(found) > MAX_FAULTS else []
     return "; ".join(problems + more)

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from cyclopts import CycloptsError, MissingArgumentError, UnusedCliTokensError
 
-from diffusion.errors import AlreadyReported, Stopped, SystemFault, UserError, WriteFault
+from diffusion.errors import AlreadyReported, Stopped, SystemFault, UsageError, UserError, WriteFault
 from diffusion.progress import say
 from flows.cli import app
-from flows.commands.types import UsageError
 from flows.parent import launched
 from flows.remedies import with_remedy
 
@@ -25,10 +25,13 @@ USAGE_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the end)
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     finally:  # what cannot be written is dropped: Python, ending, would try again and make the status 120
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if closed from the start
+        for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except OSError:
@@ -38,16 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     command, *_ = arguments or [""]
     name = f"ddpm {command}" if command in app and not command.startswith("-") else "ddpm"
-    if not arguments:
-        app.help_print([])
-        return USAGE_ERROR
     try:
         with stoppable():
             _refuse_empty(arguments)
             call, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
             call(*bound.args, **bound.kwargs)
-            if sys.stdout:
-                sys.stdout.flush()  # a full disk is an error of the command
+            sys.stdout.flush()  # a full disk is an error of the command
     except CycloptsError as error:
         say(f"{name}: error: {usage_error(error)} See `{name} --help`.")
         return USAGE_ERROR
@@ -71,14 +70,15 @@ def _main(arguments: list[str]) -> int:
         on_output = error.filename is None and error.errno == errno.ENOSPC  # files are named
         say(f"{name}: error: {'standard output: no space left' if on_output else SystemFault.of(error)}")
         return 1
-    return 0
+    return 0 if arguments else USAGE_ERROR  # without a command, it has shown them
 
 
 def _refuse_empty(arguments: list[str]) -> None:
     """Raise UsageError for an empty argument, which a path would read as the current folder."""
     for before, argument in pairwise(["", *arguments]):
         if not argument or re.fullmatch(r"--[a-z-]+=", argument):
-            raise UsageError(f"{argument.rstrip('=') or before or 'the command'}: must not be empty")
+            option = argument or before
+            raise UsageError(f"{option.rstrip('=') if option.startswith('--') else 'an argument'}: must not be empty")
 
 
 def usage_error(error: CycloptsError) -> str:

@@ -127,4 +127,4 @@ def present(document: Any, parameter: Parameter) -> Any:
 
 def as_typed(value: Any) -> str:
     """A value as `ddpm set` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from diffusion.errors import UserError
+from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
 from diffusion.sources.folders import files_below
@@ -38,7 +38,9 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(f"--name {name!r}: must start with a letter or digit and contain only letters, digits, - and _")
+        raise UsageError(
+            f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
+        )
     source = open_source(path, split_names_as_classes)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)

@@ -94,7 +94,7 @@ def _unset(schema: dict[str, Any]) -> None:
         schema["enum"] = [schema.pop("const")]
     kinds = schema.get("anyOf", [schema])
     if any(kind.get("type") == "boolean" for kind in kinds):  # for which the form has a switch, and sends false
-        schema["enum"] = [True, False, *(kind["const"] for kind in kinds if "const" in kind)]
+        schema["enum"] = [True, False, *(kind["const"] for kind in kinds if kind.get("type") != "boolean")]
         schema.pop("type", None)
         schema.pop("anyOf", None)
 

@@ -5,13 +5,14 @@ hashes the values in the file, and must see everything that affects a result.
 """
 
 import copy
+import errno
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from diffusion.errors import UserError, describe
+from diffusion.errors import SystemFault, UserError, describe
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
 from diffusion.process.build import ProcessOptions
@@ -191,14 +192,24 @@ CHOICES = _choices()
 
 def read(path: Path) -> Any:
     """A file like params.yaml as round-trip data; raises UserError if it is missing, or an earlier version wrote it."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file here; run this in the pipeline's folder (or `git checkout` it)")
-    document = read_yaml(path)
+    document = read_any_format(path)
     if old := from_format_1(copy.deepcopy(document)):
         raise UserError(
             f"{path}: of an earlier version (it has {', '.join(old)}); `ddpm params --update` rewrites params.yaml"
         )
     return document
+
+
+def read_any_format(path: Path) -> Any:
+    """A file like params.yaml, also of an earlier version; raises UserError if it is missing."""
+    try:
+        return read_yaml(path)
+    except SystemFault as fault:
+        if fault.error.errno != errno.ENOENT:
+            raise
+        raise UserError(
+            f"{path}: no such file here; run this in the pipeline's folder (or `git checkout` it)"
+        ) from None
 
 
 def validate(document: Any, origin: str) -> Params:

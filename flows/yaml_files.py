@@ -1,7 +1,9 @@
 """Read and write YAML files, preserving comments."""
 
 import re
+import sys
 from collections.abc import Collection, Mapping
+from datetime import date
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import RoundTripConstructor, SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, Event, NodeEvent, ScalarEvent
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.tokens import CommentToken
 
-from diffusion.errors import SystemFault, UserError
+from diffusion.errors import SystemFault, UserError, shortened
 from diffusion.storage.files import write_atomic
 
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -42,6 +45,7 @@ class _Constructor(RoundTripConstructor):
 _Constructor.add_constructor("tag:yaml.org,2002:bool", _Constructor.construct_bool)
 _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_integer)
 _Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_number)
+_Constructor.add_constructor("tag:yaml.org,2002:value", lambda _, node: node.value)  # =
 
 
 def overlay(base: Any, changes: Any) -> Any:
@@ -96,16 +100,23 @@ def keep_alone(mapping: Any, fields: Mapping[str, Any], known: Collection[str]) 
 
 
 def scalar(text: str) -> Any:
-    """Parse text like a value in a YAML file; text if that would drop part of it: a comment, an anchor or a tag."""
-    text = text.strip()
+    """Parse text like a value in a YAML file; what would not be read back as written there remains text.
+
+    This includes dates and values with a comment, an anchor, an alias or a tag.
+    """
+    text = text.strip(" \t")
     try:
-        node = _yaml().compose(text)
-        whole = node and (node.start_mark.index, node.end_mark.index) == (0, len(text)) and not node.anchor
-        if isinstance(node, ScalarNode):
-            whole = whole and (node.style or node.value == text)
-        return _yaml().load(text) if whole or not text else text
+        events = [event for event in _yaml().parse(text) if isinstance(event, NodeEvent | CollectionEndEvent)]
+        whole = events and events[-1].end_mark.index == len(text) and not any(map(_is_marked, events))
+        value = _yaml().load(text) if whole else text or None
+        return text if isinstance(value, date) else value
     except (YAMLError, ValueError, RecursionError):
         return text
+
+
+def _is_marked(event: Event) -> bool:
+    """Whether a value is an alias, or has an anchor or a tag."""
+    return isinstance(event, NodeEvent) and bool(event.anchor or getattr(event, "tag", None))
 
 
 def integer(text: str) -> int:
@@ -135,24 +146,36 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file as round-trip data, so that its comments are preserved when it is written again.
 
     Raises:
-        UserError: the file is missing, not valid YAML, or not a mapping.
+        SystemFault: the file cannot be read.
+        UserError: it is not valid YAML, or not a mapping.
     """
     try:
-        document = _yaml().load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = _yaml().load(text)
+        tags = [event.tag for event in _yaml().parse(text) if isinstance(event, ScalarEvent | CollectionStartEvent)]
     except OSError as error:
         raise SystemFault(path, error) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML{_where(error)}; correct it") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; expected sections with fields that are values or lists") from None
     if problem := _shared(document, set()):
         raise UserError(f"{path}: {problem}: write the values out")
+    if tag := next(filter(None, tags), None):
+        raise UserError(f"{path}: tags ({tag}) are not supported: write the value without")
     if not isinstance(document, dict):
-        found = "a list" if isinstance(document, list) else "nothing" if document is None else repr(document)
-        raise UserError(f"{path}: expected sections with fields, found {found}")
+        found = "a list" if isinstance(document, list) else shortened(document)
+        raise UserError(f"{path}: expected sections with fields, found {found}; `ddpm params` lists them")
     return document
+
+
+def _where(error: Exception) -> str:
+    """Line and problem of an error of the YAML parser."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    line = f", line {mark.line + 1}" if mark else ""
+    return f"{line}: {' '.join(problem.split())}"
 
 
 def _shared(value: Any, seen: set[int]) -> str:
@@ -169,10 +192,17 @@ def _shared(value: Any, seen: set[int]) -> str:
 
 
 def write_yaml(path: Path, document: Any) -> None:
-    """Write a document from `read_yaml`. Symbolic links and the mode of the file are preserved."""
-    target = path.resolve()
+    """Write a document from `read_yaml`. Symbolic links, the line endings and the mode of the file are preserved.
+
+    Raises UserError if YAML cannot represent a value.
+    """
+    target, written = path.resolve(), content(document)
+    if _yaml().load(written) != document:
+        raise UserError(f"{path}: not written, since it would be read back differently; avoid control characters")
     mode = target.stat().st_mode if target.exists() else None
-    write_atomic(target, content(document))
+    if mode is not None and b"\r\n" in target.read_bytes():
+        written = written.replace(b"\n", b"\r\n")
+    write_atomic(target, written)
     if mode is not None:
         target.chmod(mode)
 
@@ -187,6 +217,6 @@ def content(document: Any) -> bytes:
 def _yaml() -> YAML:
     yaml = YAML(typ="rt", pure=True)
     yaml.Constructor = _Constructor
-    yaml.width = 120
+    yaml.width = sys.maxsize  # a line break inside a value may change it
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml

@@ -12,7 +12,7 @@ from diffusion.process.schedule import Schedule
 from diffusion.process.variance import VARIANCES, CappedLastNoise, Variance
 from diffusion.sampling.sampler import SAMPLER_OPTIONS, SAMPLERS, Sampler
 from diffusion.sampling.spacing import SPACINGS
-from diffusion.sections import Choice, OneOf, Positive, Section
+from diffusion.sections import Choice, OneOf, Section
 
 SamplerChoice = Annotated[Any, OneOf(SAMPLERS, SAMPLER_OPTIONS)]
 SpacingName = Annotated[str, OneOf(SPACINGS)]
@@ -40,8 +40,8 @@ class SampleOptions(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance (Ho & Salimans 2022), for networks with classes. 0: unconditional; 1:
     conditional; above 1: follows the class more strongly."""
-    count: Positive = 64
-    """Number of images to sample."""
+    count: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Number of images to sample, which are kept in memory."""
 
 
 def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:

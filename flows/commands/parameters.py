@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from diffusion.errors import UserError
+from diffusion.errors import UsageError
 from diffusion.progress import say
 from flows import changes, fields, presets, yaml_files
-from flows.commands.types import UsageError
 from flows.fields import Parameter
 from flows.made_with import leaves
-from flows.params import SECTIONS, Params, read, validate
+from flows.params import SECTIONS, Params, read, read_any_format, validate
 from flows.paths import Paths
 
 
 def show(section: str | None = None, /, *, update: bool = False) -> None:
     """Show every parameter: its value, choices, limits, default and meaning.
 
-    An invalid params.yaml is shown, too; then its errors.
+    Also shows an invalid params.yaml, followed by its errors.
 
     Args:
         section: Show this section or parameter only: train, or train.decay.
@@ -33,13 +33,13 @@ def show(section: str | None = None, /, *, update: bool = False) -> None:
     if update:
         if section is not None:
             raise UsageError("--update: changes the whole of params.yaml; leave the section out")
-        document = yaml_files.read_yaml(paths.params)
+        document = read_any_format(paths.params)
         before = copy.deepcopy(document)
         changes.update(document)
         validate(document, str(paths.params))
         _write(paths.params, before, document)
         return
-    present = paths.params.exists()
+    present = os.path.lexists(paths.params)
     document = read(paths.params) if present else {}
     console = _Console(highlight=False, soft_wrap=True)
     for line in list(_shown(document, section, console.width)):
@@ -68,7 +68,7 @@ def assign(*assignments: str) -> None:
     given: Any = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals or not all(name.split(".")) or "\n" in text:
+        if not equals or not all(name.split(".")) or len(text.splitlines()) > 1:
             raise UsageError(f"{text!r}: must be NAME=VALUE in one line, such as train.steps=500")
         parsed = yaml_files.scalar(value)
         try:
@@ -77,7 +77,7 @@ def assign(*assignments: str) -> None:
             raise UsageError(f"{name}: given twice; give it once, a choice before its fields") from None
     before = read(path)
     document = changes.lay_over(copy.deepcopy(before), given)
-    validate(document, f"{path} with {' '.join(assignments)}")
+    validate(document, f"{path} with {textwrap.shorten(' '.join(assignments), 200)}")
     _write(path, before, document)
 
 
@@ -103,7 +103,7 @@ def _write(path: Path, before: Any, document: Any) -> None:
     old, new = dict(leaves(before)), dict(leaves(document))
     for name, value in new.items():
         if name not in old or old[name] != value:
-            print(f"{name}: {json.dumps(value)}")
+            print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     for name in [name for name in old if name not in new]:
         print(f"{name}: removed")
     if old == new:
@@ -114,7 +114,9 @@ def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:
     """The parameters in `section`, or all of them, with their values in `document`, in lines of `width` characters."""
     wanted = [p for p in fields.parameters() if section in (None, p.name) or p.name.startswith(f"{section}.")]
     if not wanted:
-        raise UserError(f"{section}: no such parameter or section; available: {', '.join(Params.model_fields)}")
+        top = (section or "").partition(".")[0]
+        known = SECTIONS[top].model_fields if top in SECTIONS else Params.model_fields
+        raise UsageError(f"{section}: no such parameter or section; available: {', '.join(known)}")
     heading, kind = "", ""
     for parameter in wanted:
         top, choice = parameter.place[0], ".".join(parameter.place[:-1])

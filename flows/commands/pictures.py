@@ -1,6 +1,7 @@
 """Pictures that a user gives and gets: image files and masks in; a grid, an .npz file or a folder of images out."""
 
 import io
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,14 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from diffusion.errors import UserError
+from diffusion.errors import UsageError, UserError
 from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images
 from diffusion.sources.shards import png
 from diffusion.storage.files import write_atomic, writing
-from flows.commands.types import UsageError
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
@@ -54,22 +54,34 @@ def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Te
     return (to_x_0(mask, (1, *shape[1:])) < 0).float()
 
 
-def writer(out: str) -> Write:
-    """What writes pictures to `out`, by its ending; raises UserError for an unknown one, or if its folder cannot be."""
-    path = Path(out)
-    folder = out.endswith("/") or path.is_dir()
-    kind = "" if folder else path.suffix.lower()
-    if not folder and kind not in FILES.keys() - {""}:
-        raise UsageError(f"--out: {out} is neither a .png file, nor an .npz file, nor a folder ({out}/)")
+def writer(out: str, count: int) -> Write:
+    """What writes `count` pictures to `out`, by its ending.
 
-    with writing(path):
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+    Raises UserError if the ending is unknown, the folder cannot be written to, or it would mix with other files.
+    """
+    path = Path(out)
+    kind = "/" if out.endswith("/") or path.is_dir() else path.suffix.lower()
+    if kind not in FILES:
+        raise UsageError(f"--out: {out!r} must end in .png, in .npz, or in / for a folder")
+    prepare_folder("--out", path if kind == "/" else path.parent)
+    if kind == "/" and (others := {file.name for file in path.iterdir()} - {_numbered(i) for i in range(count)}):
+        raise UsageError(f"--out: {out} contains other files, such as {min(others)}; choose a new folder, or empty it")
 
     def write(pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -> None:
         for file, content in FILES[kind](path, pictures, y):
             write_atomic(file, content)
 
     return write
+
+
+def prepare_folder(option: str, folder: Path) -> None:
+    """Create the folder of an option's file, if need be; raises UserError if it cannot be written to."""
+    above = next(each for each in (folder, *folder.parents) if each.exists() or each == each.parent)
+    if not above.is_dir():
+        raise UsageError(f"{option}: {above} is a file, not a folder; choose another")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def _grid(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
@@ -86,8 +98,12 @@ def _npz(path: Path, pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -
 def _folder(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture[0] if len(picture) == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
-        yield path / f"{number:05}.png", png(image)
+        yield path / _numbered(number), png(image)
 
 
-FILES = {".png": _grid, ".npz": _npz, "": _folder}
+def _numbered(number: int) -> str:
+    return f"{number:05}.png"
+
+
+FILES = {".png": _grid, ".npz": _npz, "/": _folder}
 """The files and their content, by the ending of --out."""

@@ -1,5 +1,6 @@
 """`ddpm sample`: images from noise, variations of an image, interpolations between two, or inpainting."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from diffusion.errors import UserError, describe
+from diffusion.errors import UsageError, UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
@@ -29,8 +30,8 @@ from diffusion.sampling.sampler import SAMPLER_OPTIONS, Draw, Noise, Previous, S
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
-from flows.commands.pictures import read_image, read_mask, to_x_0, writer
-from flows.commands.types import Integer, Number, UsageError
+from flows.commands.pictures import prepare_folder, read_image, read_mask, to_x_0, writer
+from flows.commands.types import Integer, Number
 from flows.fields import plain, takes
 from flows.params import advice, read
 from flows.paths import Paths
@@ -159,7 +160,7 @@ def run(
         raise UsageError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
     if filmstrip is not None and filmstrip.suffix.lower() != ".png":
         raise UsageError(f"--filmstrip: {filmstrip} is not a .png file")
-    if filmstrip is not None and (filmstrip.is_dir() or filmstrip.absolute() == Path(out).absolute()):
+    if filmstrip is not None and (filmstrip.is_dir() or filmstrip.resolve() == Path(out).resolve()):
         raise UsageError(f"--filmstrip: {filmstrip} is a folder or the file of --out; choose another name")
     device = networks.device(settings.device)
     loaded = load_model(model or paths.model, device)
@@ -170,10 +171,13 @@ def run(
     if classes:
         numbers = torch.tensor(class_numbers(classes, loaded), device=device)
         y = numbers[torch.arange(options.count, device=device) % len(numbers)]
-    if given.get("steps", 0) > (T := loaded.process.schedule.num_timesteps):
-        raise UsageError(f"--steps: must be from 1 to {T}, the model's number of timesteps (got {options.steps})")
+    if options.steps > (limit := loaded.process.schedule.num_timesteps):
+        text = f"must be at most {limit}, the model's number of timesteps (got {options.steps})"
+        raise UsageError(f"--steps: {text}") if "steps" in given else UserError(f"{paths.params}: sample.steps {text}")
     generated = task(editing, options, loaded, device)
-    write = writer(out)
+    write = writer(out, options.count)
+    if filmstrip is not None:
+        prepare_folder("--filmstrip", filmstrip.parent)
     images = draw(loaded, options, settings.seed, generated, device, y)
     write(images, None if y is None else y.cpu().numpy())
     say(f"sample: wrote {out}")
@@ -189,8 +193,12 @@ def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
     """params.yaml, if there is one, overridden by the options given."""
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     document: dict[str, Any] = {"device": "auto"}
-    if paths.params.exists():
+    if os.path.lexists(paths.params):
         document |= {name: value for name, value in read(paths.params).items() if name in Settings.model_fields}
+        try:
+            Settings.model_validate(document, context=COMPLETE)
+        except ValidationError as error:
+            raise UserError(f"{paths.params}: {describe(error)}{advice(error)}") from None
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
     if of_sampler := {name: given[name] for name in SAMPLER_FIELDS if name in given}:
@@ -198,19 +206,15 @@ def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
     changes = {name: given[name] for name in ("seed", "device") if name in given} | {"sample": sample}
     document = lay_over(document, changes)
     for name in of_sampler:
-        _check_sampler_has(name, document["sample"].get("sampler"))
+        _check_sampler_has(name, document["sample"]["sampler"]["kind"])
     try:
         return Settings.model_validate(document, context=COMPLETE)
     except ValidationError as error:
-        if wrong := {str(fault["loc"][-1]) for fault in error.errors(include_url=False)} & given.keys():
-            options = " and ".join(f"--{name}" for name in given if name in wrong)
-            raise UsageError(f"{options}: {describe(error)}") from None
-        raise UserError(f"{paths.params}: {describe(error)}{advice(error)}") from None
+        raise UsageError(describe(error, name=lambda place: f"--{place[-1]}")) from None
 
 
-def _check_sampler_has(name: str, sampler: Any) -> None:
+def _check_sampler_has(name: str, kind: str) -> None:
     """Raise UsageError if the sampler chosen does not have an option."""
-    kind = sampler.get("kind") if isinstance(sampler, dict) else sampler
     having = [known for known, options in SAMPLER_OPTIONS.items() if name in options.model_fields]
     if kind not in having:
         raise UsageError(f"--{name}: the sampler {kind} does not have it; add --sampler {' or '.join(having)}")

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
 
-from diffusion.errors import FileFault, UserError
+from diffusion.errors import FileFault, UsageError, UserError
 from diffusion.export import digest
 from diffusion.export.ranges import rename
 from diffusion.storage.files import new_directory, write_atomic
-from flows.commands.types import Integer, UsageError
+from flows.commands.types import Integer
 from flows.paths import Paths
 
 MAX_BATCH = 2**31 - 1

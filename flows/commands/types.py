@@ -1,16 +1,11 @@
-"""Types of options, whose numbers are spelled as in params.yaml, and the error for wrong ones."""
+"""Types of options: numbers are spelled as in params.yaml."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from diffusion.errors import UserError
 from flows import yaml_files
-
-
-class UsageError(UserError):
-    """Wrong arguments, which only the command itself can find; the exit status is 2."""
 
 
 def _converter(parse: Callable[[str], Any], expected: str) -> Callable[[Any, Sequence[Token]], Any]:

@@ -6,11 +6,10 @@ from pathlib import Path
 import onnx
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.errors import FileFault, UserError, describe
+from diffusion.errors import FileFault, UsageError, UserError, describe
 from diffusion.export import digest, golden, parity
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
-from flows.commands.types import UsageError
 
 
 def run(path: Path, /, *, device: str = "auto") -> None:

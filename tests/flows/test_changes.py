@@ -127,6 +127,52 @@ def test_ddpm_set_rejects_invalid_changes_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "a  b" * 100,
+        "2020-01-01",
+        "=",
+        "yes",
+        "1_000",
+        "a: b",
+        "a #b",
+        "'a'",
+        "日本",
+        "- a",
+        "[1",
+        "~",
+        " a",
+        "x" * 5000,
+    ],
+)
+def test_text_is_read_back_as_written(tree: Path, value: str) -> None:
+    path = tree / "params.yaml"
+    document = read(tree)
+    document["tracking"]["experiment"] = value
+    yaml_files.write_yaml(path, document)
+    assert read(tree)["tracking"]["experiment"] == value
+    before = path.read_bytes()
+    assert main(["set", "seed=0"]) == 0
+    assert main(["set", "seed=1"]) == 0
+    assert path.read_bytes() == before.replace(b"\nseed: 0", b"\nseed: 1").replace(b"seed: 0", b"seed: 1", 1)
+
+
+def test_what_yaml_cannot_hold_is_not_written(tree: Path) -> None:
+    before = (tree / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match="not written, since it would be read back differently"):
+        yaml_files.write_yaml(tree / "params.yaml", {"a": "x\x85y"})
+    assert (tree / "params.yaml").read_bytes() == before
+
+
+def test_line_endings_are_kept(tree: Path) -> None:
+    path = tree / "params.yaml"
+    windows = path.read_bytes().replace(b"\n", b"\r\n")
+    path.write_bytes(windows)
+    assert main(["set", "seed=1"]) == 0
+    assert path.read_bytes() == windows.replace(b"seed: 0", b"seed: 1", 1)
+
+
+@pytest.mark.parametrize(
     ("text", "right"),
     [
         ("a # b", "a # b"),
@@ -140,6 +186,12 @@ def test_ddpm_set_rejects_invalid_changes_and_writes_nothing(
         ("[1, 2]", [1, 2]),
         ("[1, 2] # b", "[1, 2] # b"),
         ("{kind: a}", {"kind": "a"}),
+        ("2020-01-01", "2020-01-01"),
+        ("=", "="),
+        ("!!int '5'", "!!int '5'"),
+        ("[&a 1, *a]", "[&a 1, *a]"),
+        ("[!x 1]", "[!x 1]"),
+        ("a\u00a0", "a\u00a0"),
     ],
 )
 def test_no_part_of_a_value_is_dropped(text: str, right: object) -> None:

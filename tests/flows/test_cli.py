@@ -1,6 +1,7 @@
 """The command line: arguments, help and output; what the commands do is tested beside their modules."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,13 +42,29 @@ def test_wrong_arguments_get_one_line(capsys: pytest.CaptureFixture[str], argume
     [
         (["sample", "--model", ""], "ddpm sample: error: --model: must not be empty"),
         (["sample", "--from="], "ddpm sample: error: --from: must not be empty"),
-        (["import", "", "--name", "x"], "ddpm import: error: import: must not be empty"),
-        ([""], "ddpm: error: the command: must not be empty"),
+        (["import", "", "--name", "x"], "ddpm import: error: an argument: must not be empty"),
+        ([""], "ddpm: error: an argument: must not be empty"),
     ],
 )
 def test_no_argument_may_be_empty(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"{message}\n"
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
+def test_closed_streams_do_not_stop_a_command(tmp_path: Path, closed: str) -> None:
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    shutil.copytree(ROOT / "data" / "raw", tmp_path / "data" / "raw")
+    done = subprocess.run(
+        f"{sys.executable} -m flows set seed=1 {closed} && {sys.executable} -m flows shard {closed}",
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "\nseed: 1\n" in (tmp_path / "params.yaml").read_text()
+    assert (tmp_path / "data" / "shards" / "manifest.json").exists()
 
 
 def test_without_a_command_it_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +73,7 @@ def test_without_a_command_it_shows_them(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("arguments", [["params"], ["--help"], ["set", "seed=1"]])
+@pytest.mark.parametrize("arguments", [["params"], ["--help"], [], ["set", "seed=1"]])
 def test_output_that_cannot_be_written_gets_one_line(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     with Path("/dev/full").open("w") as full:
@@ -69,7 +86,7 @@ def test_output_that_cannot_be_written_gets_one_line(tmp_path: Path, arguments: 
             text=True,
             check=False,
         )
-    name = "ddpm" if arguments == ["--help"] else f"ddpm {arguments[0]}"
+    name = f"ddpm {arguments[0]}" if arguments and arguments != ["--help"] else "ddpm"
     assert (done.returncode, done.stderr) == (1, f"{name}: error: standard output: no space left\n")
 
 
@@ -143,10 +160,15 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     shown, error = capsys.readouterr()
     assert "train.steps = -7 (default 1000)" in shown
     assert "train.steps: input should be greater than or equal to 1 (got -7)" in error
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("decay: cosine", "decay: 2020-01-01"))
+    assert main(["params", "train.decay"]) == 1
+    shown, error = capsys.readouterr()
+    assert 'train.decay = "2020-01-01" (default linear)' in shown
+    assert "(got 2020-01-01)" in error
     Path("params.yaml").unlink()
     assert main(["params", "train.steps"]) == 0
     assert capsys.readouterr().err == "params.yaml: no such file here; these are the defaults\n"
-    assert main(["params", "trains"]) == 1
+    assert main(["params", "trains"]) == 2
     assert capsys.readouterr().err == (
         "ddpm params: error: trains: no such parameter or section; available: seed, device, shard, pairs, "
         "process, network, train, sample, evaluate, export, tracking\n"

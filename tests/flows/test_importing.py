@@ -138,9 +138,9 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "name", "message"),
     [
-        ("elsewhere", "a/b", "--name 'a/b': must start with a letter"),
-        ("elsewhere", "..", "--name '..': must start with a letter"),
-        ("elsewhere", "a.b", "--name 'a.b': must start with a letter"),
+        ("elsewhere", "a/b", "--name: must start with a letter"),
+        ("elsewhere", "..", "--name: must start with a letter"),
+        ("elsewhere", "a.b", "--name: must start with a letter"),
         ("params.yaml", "own", "params.yaml: no images in a supported format"),
         ("missing", "own", "missing: no such file or folder"),
         ("data/raw/digits.npz", "digits", "data/raw/digits.npz: already exists"),
@@ -149,7 +149,7 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
 def test_invalid_imports_give_one_line_and_leave_nothing(tree: Path, path: str, name: str, message: str) -> None:
     before = status(tree)
     done = run(tree, "flows", "import", path, "--name", name)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2 if message.startswith("--") else 1, "")
     assert done.stderr.startswith(f"ddpm import: error: {message}")
     assert done.stderr.count("\n") == 1
     assert status(tree) == before

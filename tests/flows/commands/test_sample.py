@@ -231,23 +231,26 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--steps 0", "--steps: sample.steps: input should be greater than or equal to 1"),
-        ("--steps 41", "--steps: must be from 1 to 40, the model's number of timesteps (got 41)"),
-        ("--eta 2", "--eta: sample.sampler.eta: input should be less than or equal to 1 (got 2.0)"),
+        ("--steps 0", "--steps: input should be greater than or equal to 1"),
+        ("--steps 41", "--steps: must be at most 40, the model's number of timesteps (got 41)"),
+        ("--eta 2", "--eta: input should be less than or equal to 1 (got 2.0)"),
         ("--sampler heun --eta 0.1", "--eta: the sampler heun does not have it; add --sampler ddim"),
-        ("--seed -1 --steps 0", "--seed and --steps: seed: input should be greater than or equal to 0 (got -1)"),
-        ("--device gpu", "--device: device: input should be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N (got 'gpu')"),
+        ("--seed -1 --steps 0", "--seed: input should be greater than or equal to 0 (got -1); --steps: input"),
+        ("--device gpu", "--device: input should be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N (got 'gpu')"),
         ("--sampler ddpm --variance learned", "sample.variance: learned needs a model trained with"),
         (
             "--sampler ddpm --variance analytic",
             "sample.variance: analytic needs an estimate that this model does not have",
         ),
         ("--model nowhere", "nowhere/config.json: No such file or directory"),
-        ("--out made.gif", "--out: made.gif is neither a .png file, nor an .npz file, nor a folder (made.gif/)"),
-        ("--out made", "--out: made is neither a .png file, nor an .npz file, nor a folder (made/)"),
-        ("--out .png", "--out: .png is neither a .png file"),
-        ("--out a.png/", "a.png: cannot be written (File exists)"),
-        ("--out a.png/b.png", "a.png/b.png: cannot be written (File exists)"),
+        ("--out made.gif", "--out: 'made.gif' must end in .png, in .npz, or in / for a folder"),
+        ("--out made", "--out: 'made' must end in .png, in .npz, or in / for a folder"),
+        ("--out .png", "--out: '.png' must end in"),
+        ("--out a.png/", "--out: a.png is a file, not a folder; choose another"),
+        ("--out a.png/b.png", "--out: a.png is a file, not a folder; choose another"),
+        ("--out used/", "--out: used/ contains other files, such as 00005.png; choose a new folder, or empty it"),
+        ("--filmstrip a.png/b.png", "--filmstrip: a.png is a file, not a folder; choose another"),
+        ("--count 1000001", "--count: input should be less than or equal to 1000000"),
         ("--model=", "--model: must not be empty"),
         (
             "--class four",
@@ -280,11 +283,27 @@ def test_what_is_wrong_gets_one_line(
 ) -> None:
     save(tree / "plain", classes=())
     Image.new("L", (5, 4)).save(tree / "small.png")
+    (tree / "used").mkdir()
+    for name in ("00000.png", "00005.png"):  # params.yaml asks for five images, of which the last is 00004.png
+        (tree / "used" / name).touch()
     assert main(["sample", *arguments.split()]) == (2 if message.startswith("--") else 1)
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("ddpm sample: error: ")
     assert message in error
     assert not (tree / "samples.png").exists()
+
+
+@pytest.mark.parametrize("sampler", ["", "nosuch", "[1]", "{eta: 1}", "2020-01-01"])
+def test_a_wrong_sampler_in_params_is_not_blamed_on_an_option(
+    tree: Path, sampler: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml_files.read_yaml(tree / "params.yaml")
+    document["sample"]["sampler"] = "PLACE"
+    yaml_files.write_yaml(tree / "params.yaml", document)
+    text = (tree / "params.yaml").read_text().replace("PLACE", sampler)
+    (tree / "params.yaml").write_text(text)
+    assert main(["sample", "--eta", "0.5"]) == 1
+    assert capsys.readouterr().err.startswith("ddpm sample: error: params.yaml: sample.sampler")
 
 
 def test_wrong_names_list_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
