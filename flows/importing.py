@@ -13,9 +13,9 @@ from filelock import FileLock
 from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
-from diffusion.sources.folders import files_below
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
+from diffusion.sources.trees import files_below
 from diffusion.storage.files import writing
 from diffusion.storage.tar import Split
 from flows.dvc_output import reason

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,24 @@ class Unreadable(Exception):
     """An image cannot be used; the message is one line that does not name the file."""
 
 
+class File(Protocol):
+    """A file on disk (a Path), or in an archive; its text names it in messages."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def suffix(self) -> str: ...
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """Open the file for reading; raises Unreadable if it cannot be read from its archive."""
+        ...
+
+    def exists(self) -> bool: ...
+
+    def is_file(self) -> bool: ...
+
+
 class Picture(NamedTuple):
     """One decoded image."""
 
@@ -58,7 +76,7 @@ class Picture(NamedTuple):
     """Warnings of the decoder, one line each."""
 
 
-def read_image(path: Path) -> Picture:
+def read_image(path: File) -> Picture:
     """Decode an image file, the first page or frame if it has several.
 
     Raises:
@@ -80,14 +98,14 @@ def read_image(path: Path) -> Picture:
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: File) -> bool:
     """Whether a file claims to be an image by its suffix or content; it may still be corrupt or unsupported.
 
     Raises SystemFault if the operating system cannot read the file.
     """
-    with reading(path):
+    with reading(Path(str(path))):
         if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
-            return stat.S_ISREG(path.stat().st_mode)
+            return not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode)
         try:
             with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
                 Image.open(file, formats=_formats())
@@ -133,10 +151,10 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, format in Image.registered_extensions().items() if format in _formats()}
 
 
-def _read(path: Path) -> Picture:
+def _read(path: File) -> Picture:
     if RAW.fullmatch(path.suffix):
         raise Unreadable(CAMERA_RAW)
-    with reading(path), path.open("rb") as file:
+    with reading(Path(str(path))), path.open("rb") as file:
         try:
             Image.open(file, formats=_formats())
         except Exception:

@@ -1,4 +1,4 @@
-"""Input formats: .npz and idx files (see folders.py for folders of images), and detection of the format."""
+"""Input formats: .npz and idx files (see folders.py and cifar.py for others), and detection of the format."""
 
 import gzip
 import re
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
-from diffusion.sources.folders import Folder, files_below
+from diffusion.sources.cifar import Cifar
+from diffusion.sources.folders import Folder
 from diffusion.sources.images import Picture, is_image
 from diffusion.sources.shards import Sample, Source
+from diffusion.sources.trees import files_below
 from diffusion.storage.tar import Split
 
 IDX = re.compile(r"(?P<part>train|t10k)[-_.](?P<kind>images[-_.]idx3|labels[-_.]idx1)[-_.]ubyte(\.gz)?")
@@ -214,7 +216,8 @@ def _picture(pixels: NDArray[np.uint8]) -> Picture:
 SOURCES: dict[str, Callable[[Path, bool], Source | None]] = {
     "an .npz file with the array `images`": Npz.at,
     "a folder with train-images-idx3-ubyte(.gz)": Idx.at,
-    "a folder with image files": Folder.at,
+    "a folder with CIFAR's binary files": Cifar.at,
+    "a folder, .zip or .tar of image files": Folder.at,
 }
 """Supported formats by description, in order of detection; each returns the source at a path, or None."""
 

@@ -7,9 +7,9 @@ import numpy as np
 from diffusion.errors import UserError
 from diffusion.progress import Progress, say
 from diffusion.sources import shards
-from diffusion.sources.folders import linked_folders
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
+from diffusion.sources.trees import linked_folders
 from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params

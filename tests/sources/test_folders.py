@@ -123,9 +123,10 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
-    source = folder(tmp_path, "a/1.png", "a/notes.txt", "a/picture.png")
+    folder(tmp_path, "a/1.png", "a/notes.txt", "a/picture.png")
     (tmp_path / "a" / "picture.png").rename(tmp_path / "a" / "picture")
     (tmp_path / "a" / "2.nef").write_bytes(b"")
+    source = open_source(tmp_path)
     assert {sample.file: sample.left_out for sample in source} == {
         "a/1.png": None, "a/2.nef": "camera raw; develop it to TIFF, PNG or JPEG first",
         "a/notes.txt": "not an image, or of a kind that Pillow cannot read", "a/picture": None,

@@ -1,0 +1,168 @@
+"""Tables of labels beside images: `metadata.csv` and `metadata.jsonl` as of Hugging Face's imagefolder, `labels.csv`,
+and `dataset.json` as of NVlabs' StyleGAN and EDM.
+
+A CSV table has a header; a JSON Lines table has an object per line. Both state a file, relative to the table, and its
+label. `dataset.json` has `{"labels": [["00000/img00000000.png", 6], ...]}`.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from diffusion.errors import UserError, shortened
+from diffusion.sources.trees import Tree
+
+FILE_COLUMNS = ("file_name", "filename", "file", "image")
+LABEL_COLUMNS = ("label", "class", "category")
+Parts = tuple[str, ...]
+Row = tuple[str, str, Any]
+"""Where it is in the table (`line 3`), the file, and its label or None."""
+
+
+class Table(NamedTuple):
+    """The labels of images."""
+
+    name: str
+    """The table, or the tables of several splits."""
+    classes: tuple[str, ...]
+    """Distinct labels; integers in numerical order."""
+    labels: Mapping[Parts, int]
+    """Index of each labelled file's class."""
+    files: tuple[Parts, ...]
+    """The tables' own files."""
+    missing: tuple[Parts, ...]
+    """Files in the table that are not there."""
+
+    def of(self, parts: Parts) -> int | None:
+        """The label of a file, or None."""
+        return self.labels.get(parts)
+
+
+def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table | None:
+    """The labels in the tables at `places` of a tree; None if there are none.
+
+    Raises UserError naming the table and the line if a table is wrong, or a file has several labels.
+    """
+    known, texts, tables, missing = set(files), dict[Parts, str](), list[Parts](), dict[Parts, None]()
+    for place in places:
+        here = [(*place, name) for name in READERS if (*place, name) in known]
+        found = [(path, rows) for path in here if (rows := _rows(tree, path)) is not None]
+        if len(found) > 1:
+            raise UserError(f"{_in(tree, found[0][0])}: {found[1][0][-1]} states labels, too; keep one of them")
+        for path, rows in found:
+            tables.append(path)
+            for line, name, label in rows:
+                parts = _parts(place, name)
+                if parts not in known:
+                    missing[parts] = None
+                    continue
+                text = _label(label, f"{_in(tree, path)}, {line}")
+                if text and texts.setdefault(parts, text) != text:
+                    raise UserError(f"{_in(tree, path)}, {line}: {name} has the labels {texts[parts]} and {text}")
+    if not tables:
+        return None
+    classes = tuple(sorted(set(texts.values()), key=_in_order))
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = {parts: numbers[text] for parts, text in texts.items()}
+    return Table(" and ".join("/".join(path) for path in tables), classes, labels, tuple(tables), tuple(missing))
+
+
+def _in(tree: Tree, path: Parts) -> str:
+    return str(tree.path / "/".join(path))
+
+
+def _parts(place: Parts, name: str) -> Parts:
+    """A file that a table names, relative to the root of the tree."""
+    return (*place, *(part for part in PurePosixPath(name.replace("\\", "/")).parts if part != "."))
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isascii() and name.isdecimal() else (-1, name)
+
+
+def _label(label: Any, where: str) -> str:
+    """The name of a class; empty for none."""
+    if label is None or label == "":
+        return ""
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise UserError(f"{where}: a label must be text or an integer (got {shortened(label)})")
+    return str(label)
+
+
+def _rows(tree: Tree, path: Parts) -> list[Row] | None:
+    """The rows of a table; None if it has no labels."""
+    try:
+        with tree.file("/".join(path)).open("rb") as file:
+            text = file.read().decode("utf-8-sig")
+        return READERS[path[-1]](text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_in(tree, path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except _WrongTable as error:
+        raise UserError(f"{_in(tree, path)}, {error}") from None
+
+
+class _WrongTable(Exception):
+    """What is wrong with a table, and in which line."""
+
+
+def _csv(text: str) -> list[Row] | None:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return _from_records((reader.line_num, row) for row in reader)
+    except csv.Error as error:
+        raise _WrongTable(f"line {reader.line_num}: {error}") from None
+
+
+def _jsonl(text: str) -> list[Row] | None:
+    def records() -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError):
+                    raise _WrongTable(f"line {number}: not valid JSON") from None
+
+    return _from_records(records())
+
+
+def _from_records(records: Iterable[tuple[int, Any]]) -> list[Row] | None:
+    """Rows from numbered mappings of columns; None if there is no column of labels."""
+    rows, labelled = list[Row](), False
+    for number, record in records:
+        if not isinstance(record, dict) or None in record:
+            raise _WrongTable(f"line {number}: expected an object, or as many values as the header has columns")
+        file = next((record[name] for name in FILE_COLUMNS if name in record), None)
+        if not isinstance(file, str) or not file:
+            raise _WrongTable(f"line {number}: no {FILE_COLUMNS[0]} (found: {shortened(list(record))})")
+        column = next((name for name in LABEL_COLUMNS if name in record), None)
+        labelled = labelled or column is not None
+        rows.append((f"line {number}", file, record[column] if column else None))
+    return rows if labelled else None
+
+
+def _dataset_json(text: str) -> list[Row] | None:
+    try:
+        labels = json.loads(text).get("labels")
+    except (ValueError, RecursionError, AttributeError):
+        raise _WrongTable("not a JSON object; expected {labels: [[file, label], ...]}") from None
+    if labels is None:
+        return None
+    pairs = labels.items() if isinstance(labels, dict) else labels
+    rows = list[Row]()
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise _WrongTable(f"labels[{number}]: must be a file and its label (got {shortened(pair)})")
+        rows.append((f"labels[{number}]", pair[0], pair[1]))
+    return rows
+
+
+READERS: dict[str, Callable[[str], list[Row] | None]] = {
+    "metadata.csv": _csv,
+    "metadata.jsonl": _jsonl,
+    "labels.csv": _csv,
+    "dataset.json": _dataset_json,
+}
+"""How each table is read, by its name."""

@@ -1,0 +1,233 @@
+"""Trees of files: below a folder, or in a zip or tar archive, which is read in place."""
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple, Protocol, cast
+
+from diffusion.errors import UserError
+from diffusion.sources.images import File, Unreadable
+from diffusion.storage.files import reading
+
+SYSTEM = frozenset(
+    {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+    | {"Thumbs.db", "desktop.ini"}
+)
+"""Files and folders created by file managers and storage devices."""
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MAX_MEMBER_BYTES = 2**30
+"""Maximum size of an uncompressed file in an archive; a larger one is rejected without reading it."""
+COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
+    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item] # opened for reading by default
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+"""How to open a compressed file, by its first bytes."""
+MAX_GROWTH = 200
+"""Maximum factor by which decompression may enlarge an archive; images are nearly incompressible."""
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
+"""Errors of the standard library's readers for a damaged archive."""
+
+
+class Tree(Protocol):
+    """Visible files, and how to open them."""
+
+    path: Path
+    """The folder or archive."""
+
+    def names(self) -> list[str]:
+        """Paths of the files relative to the root, with `/`, sorted by their parts."""
+        ...
+
+    def file(self, name: str) -> File:
+        """The file of that name; raises Unreadable if it cannot be used."""
+        ...
+
+
+class Directory:
+    """The files below a folder. Symbolic links are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        return [path.relative_to(self.path).as_posix() for path in files_below(self.path)]
+
+    def file(self, name: str) -> File:
+        return self.path / name
+
+
+class Member(NamedTuple):
+    """A file in an archive; it answers what `diffusion.sources.images` asks a Path."""
+
+    archive: Path
+    path: PurePosixPath
+    opener: Callable[[], IO[bytes]]
+    """Raises Unreadable if the file cannot be read."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    def __str__(self) -> str:
+        return f"{self.archive}: {self.path}"
+
+    def open(self, mode: str = "rb") -> IO[bytes]:  # noqa: ARG002 (as in Path.open)
+        return self.opener()
+
+    def exists(self) -> bool:
+        return True
+
+    def is_file(self) -> bool:
+        return True
+
+
+class Zip:
+    """The files in a .zip archive. Of several files of one name, the last counts, as in unpacking."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the archive cannot be read."""
+        self.path = path
+        try:
+            with reading(path):
+                self._zip = zipfile.ZipFile(path)
+        except BROKEN as error:
+            raise UserError(f"{path}: not a readable zip archive ({error})") from None
+        self._infos = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+
+    def names(self) -> list[str]:
+        return _visible(self._infos)
+
+    def file(self, name: str) -> File:
+        return Member(self.path, PurePosixPath(name), partial(self._open, self._infos[name]))
+
+    def _open(self, info: zipfile.ZipInfo) -> IO[bytes]:
+        if info.flag_bits & 1:
+            raise Unreadable("encrypted; unpack the archive with its password first")
+        _check_size(info.file_size)
+        try:
+            return self._zip.open(info)
+        except (NotImplementedError, *BROKEN) as error:
+            raise Unreadable(f"damaged, or compressed in a way that Python cannot read ({error})") from None
+
+
+class Tar:
+    """The files in a .tar archive. Of several files of one name, the last counts, as in unpacking.
+
+    A compressed archive is decompressed into a temporary file first, for random access.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the archive cannot be read."""
+        self.path = path
+        try:
+            with reading(path):
+                self._tar = tarfile.open(fileobj=_decompressed(path), mode="r:")  # noqa: SIM115 (open with the source)
+                members = self._tar.getmembers()
+        except BROKEN as error:
+            raise UserError(f"{path}: not a readable tar archive ({error})") from None
+        self._members = {member.name.removeprefix("./"): member for member in members if not member.isdir()}
+
+    def names(self) -> list[str]:
+        return _visible(self._members)
+
+    def file(self, name: str) -> File:
+        return Member(self.path, PurePosixPath(name), partial(self._open, self._members[name]))
+
+    def _open(self, member: tarfile.TarInfo) -> IO[bytes]:
+        if not member.isreg():
+            raise Unreadable("a link or device in an archive; only regular files are read")
+        _check_size(member.size)
+        return cast(IO[bytes], self._tar.extractfile(member))
+
+
+def open_tree(path: Path) -> Tree | None:
+    """The files below a folder or in an archive; None for any other file."""
+    if path.is_dir():
+        return Directory(path)
+    name = path.name.lower()
+    if name.endswith(".zip"):
+        return Zip(path)
+    return Tar(path) if name.endswith(TAR_ENDINGS) else None
+
+
+def _check_size(size: int) -> None:
+    """Raise Unreadable for a file in an archive that would not fit into memory."""
+    if size > MAX_MEMBER_BYTES:
+        raise Unreadable(f"{size} bytes when uncompressed, more than {MAX_MEMBER_BYTES}")
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    """Names without hidden and system files, sorted by their parts."""
+    split = [name.split("/") for name in names]
+    return ["/".join(parts) for parts in sorted(split) if all(map(is_visible, parts))]
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor made by a file manager."""
+    return name == ".." or (not name.startswith(".") and name not in SYSTEM)
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    """A tar file, decompressed into a temporary file if need be; raises UserError if it grows too much."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
+    if opener is None:
+        return path.open("rb")
+    content, limit = tempfile.TemporaryFile(), MAX_GROWTH * path.stat().st_size
+    with opener(path) as compressed:
+        while block := compressed.read(2**20):
+            content.write(block)
+            if content.tell() > limit:
+                raise UserError(f"{path}: more than {MAX_GROWTH} times as large when decompressed; unpack it yourself")
+    content.seek(0)
+    return content
+
+
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files below a folder, sorted, without hidden and system files.
+
+    Symbolic links are followed, except to a folder that contains them; a broken link counts as a file.
+    """
+    try:
+        status = folder.stat()
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for path in paths:
+        if not is_visible(path.name):
+            continue
+        if path.is_dir():
+            yield from files_below(path, above | {here})
+        elif _is_file(path):
+            yield path
+
+
+def linked_folders(folder: Path) -> list[Path]:
+    """Symbolic links to folders below a folder, sorted."""
+    found = []
+    for place, names, _ in os.walk(folder):
+        names[:] = [name for name in names if is_visible(name)]
+        found += [path for name in names if (path := Path(place, name)).is_symlink()]
+    return sorted(found)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file, or a broken link, which must be reported; not a pipe or a device."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
