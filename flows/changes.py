@@ -1,15 +1,18 @@
-"""Apply changes to parameters as plain data: single fields, another kind of a choice, migration of old files."""
+"""Changes to parameters: single fields, another kind of a choice, migration of old files."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from diffusion.sections import OneOf
 from diffusion.upgrade import from_format_1
+from flows.made_with import leaves
 from flows.params import CHOICES, Params
-from flows.yaml_files import fill, keep_alone, overlay
+from flows.yaml_files import fill, keep_alone, overlay, write_yaml
 
 
 def lay_over(document: Any, changes: Mapping[str, Any]) -> Any:
@@ -85,3 +88,19 @@ def update(document: Any) -> None:
             kinds = with_field(kinds, (*place, "kind"), kind)
     lay_over(document, kinds)
     fill(document, lay_over(Params().model_dump(mode="json"), kinds))
+
+
+def write_changes(path: Path, before: Any, document: Any) -> None:
+    """Write parameters, and print what has changed."""
+    if document == before:
+        print(f"{path}: nothing to change")
+        return
+    write_yaml(path, document)
+    old, new = dict(leaves(before)), dict(leaves(document))
+    for name, value in new.items():
+        if name not in old or old[name] != value:
+            print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    for name in [name for name in old if name not in new]:
+        print(f"{name}: removed")
+    if old == new:
+        print(f"{path}: the same parameters, rewritten in the form of this version")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Group, Parameter
 
 from flows import presets
+from flows.commands.types import Integer
 from flows.paths import Paths
 from flows.stages import STAGES
 
@@ -59,18 +60,21 @@ def preset(name: Annotated[Literal[NAMES] if NAMES else str, Parameter(help="A f
 
 
 @app.command(name="import", group=INPUTS)
-def import_data(path: Path, /, *, name: str, link: bool = False, split_names_as_classes: bool = False) -> None:
-    """Add your own images to data/raw and DVC.
+def import_data(
+    path: Path, /, *, name: str, size: Integer | None = None, link: bool = False, split_names_as_classes: bool = False
+) -> None:
+    """Add your own images to data/raw and DVC, and set the parameters for training on them.
 
     Args:
-        path: An .npz file, a folder of idx files or a folder of images.
+        path: A folder, .zip or .tar of images, an .npz file, or a folder of idx or CIFAR files.
         name: Name below data/raw.
+        size: Side of the square images to train on; by default found by looking at some of them, at most 64.
         link: Link to the files instead of copying them.
         split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
     """
     from flows import importing
 
-    importing.import_data(path, name, Paths(), link=link, split_names_as_classes=split_names_as_classes)
+    importing.import_data(path, name, Paths(), link=link, split_names_as_classes=split_names_as_classes, size=size)
 
 
 _lazily("sample", "sample:run", "Generate images with the trained model.", MODELS)

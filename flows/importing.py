@@ -1,5 +1,6 @@
 """Import images into data/raw and track them with DVC."""
 
+import copy
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -15,18 +17,24 @@ from diffusion.progress import Progress
 from diffusion.sources import shards
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
-from diffusion.sources.trees import files_below
+from diffusion.sources.trees import ending, files_below
 from diffusion.storage.files import writing
 from diffusion.storage.tar import Split
+from flows import inspecting
+from flows.changes import lay_over, write_changes
 from flows.dvc_output import reason
+from flows.made_with import leaves
+from flows.params import read, validate
 from flows.paths import Paths
 
 MAX_LISTED = 5
 """Maximum number of skipped files to list on the terminal."""
 
 
-def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False) -> None:
-    """Copy or link images to data/raw/NAME (an .npz file to data/raw/NAME.npz) and add them to DVC.
+def import_data(
+    path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False, size: int | None = None
+) -> None:
+    """Copy or link images to data/raw/NAME (a file to data/raw/NAME.npz, .zip and so on) and add them to DVC.
 
     Args:
         path: the images, in any supported format.
@@ -34,28 +42,49 @@ def import_data(path: Path, name: str, paths: Paths, link: bool, split_names_as_
         paths: paths of the working tree.
         link: whether to create symbolic links instead of copies.
         split_names_as_classes: whether folders named like splits are classes.
+        size: side of the images to train on; by default found by looking at some of them.
     Raises:
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
+    if size is not None and size < 1:
+        raise UsageError(f"--size: must be at least 1 (got {size})")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
     source = open_source(path, split_names_as_classes)
+    description, findings = _description(source), inspecting.look_at(source)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.
     with FileLock(paths.state / "import.lock"):
         place, ignored = _copy_into_dvc(path, name, paths, link)
-    confirmed = " shard.split_names_as_classes=true" if split_names_as_classes else ""
-    print(_description(source))
-    print("\nTo train on these images, and to keep their DVC file in git:\n")
-    print(f"    ddpm set shard.source={place}{confirmed}\n    git add {place}.dvc {ignored}")
+    shard = {"source": place, "split_names_as_classes": split_names_as_classes}
+    changes = {"shard": shard} | findings.parameters(size)
+    sheet = paths.state / "imports" / f"{name}.png"
+    inspecting.contact_sheet(source, changes["pairs"], sheet)
+    print(description)
+    print(f"Looked at: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
+    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows {inspecting.SHOWN} as the network will see them\n")
+    _set(paths.params, changes)
+    print(f"\nTo train on them, and to keep their DVC file in git:\n\n    git add {place}.dvc {ignored}")
+    print("    prefect deployment run train-ddpm --watch      # or dvc repro")
+
+
+def _set(path: Path, changes: dict[str, Any]) -> None:
+    """Write what was found into params.yaml, if there is one."""
+    if not path.exists():
+        print(f"{path}: not there; set {', '.join(name for name, _ in leaves(changes))} where you train")
+        return
+    before = read(path)
+    document = lay_over(copy.deepcopy(before), changes)
+    validate(document, f"{path} with what was found")
+    write_changes(path, before, document)
 
 
 def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
     """Copy or link a source and add it to DVC; returns its path and that of .gitignore, relative to the root."""
-    target = paths.raw / (f"{name}.npz" if path.is_file() else name)
+    target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
     tracked = target.with_name(f"{target.name}.dvc")
     for existing in (target, tracked):
         if existing.exists() or existing.is_symlink():

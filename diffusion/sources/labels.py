@@ -113,7 +113,7 @@ def _csv(text: str) -> list[Row] | None:
     try:
         return _from_records((reader.line_num, row) for row in reader)
     except csv.Error as error:
-        raise _WrongTable(f"line {reader.line_num}: {error}") from None
+        raise _WrongTable(f"line {reader.line_num + 1}: {error}") from None
 
 
 def _jsonl(text: str) -> list[Row] | None:
@@ -150,7 +150,9 @@ def _dataset_json(text: str) -> list[Row] | None:
         raise _WrongTable("not a JSON object; expected {labels: [[file, label], ...]}") from None
     if labels is None:
         return None
-    pairs = labels.items() if isinstance(labels, dict) else labels
+    pairs = list(labels.items()) if isinstance(labels, dict) else labels
+    if not isinstance(pairs, list):
+        raise _WrongTable(f"labels: must be a list of [file, label] (got {shortened(pairs)})")
     rows = list[Row]()
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):

@@ -6,6 +6,7 @@ import lzma
 import os
 import tarfile
 import tempfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ SYSTEM = frozenset(
     | {"Thumbs.db", "desktop.ini"}
 )
 """Files and folders created by file managers and storage devices."""
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TAR_ENDINGS = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar", ".tgz", ".tbz2", ".txz")
 MAX_MEMBER_BYTES = 2**30
 """Maximum size of an uncompressed file in an archive; a larger one is rejected without reading it."""
 COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
@@ -134,8 +135,13 @@ class Tar:
         self.path = path
         try:
             with reading(path):
-                self._tar = tarfile.open(fileobj=_decompressed(path), mode="r:")  # noqa: SIM115 (open with the source)
+                content = _decompressed(path)
+                weakref.finalize(self, content.close)
+                self._tar = tarfile.open(fileobj=content, mode="r:")  # noqa: SIM115 (open as long as the source)
                 members = self._tar.getmembers()
+                content.seek(self._tar.offset)  # behind the last file
+                if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("truncated: its end is missing")
         except BROKEN as error:
             raise UserError(f"{path}: not a readable tar archive ({error})") from None
         self._members = {member.name.removeprefix("./"): member for member in members if not member.isdir()}
@@ -157,10 +163,15 @@ def open_tree(path: Path) -> Tree | None:
     """The files below a folder or in an archive; None for any other file."""
     if path.is_dir():
         return Directory(path)
-    name = path.name.lower()
-    if name.endswith(".zip"):
+    if ending(path) == ".zip":
         return Zip(path)
-    return Tar(path) if name.endswith(TAR_ENDINGS) else None
+    return Tar(path) if ending(path) in TAR_ENDINGS else None
+
+
+def ending(path: Path) -> str:
+    """The ending by which the kind of a file is known: `.tar.gz`, `.zip`."""
+    name = path.name.lower()
+    return next((known for known in TAR_ENDINGS if name.endswith(known)), path.suffix.lower())
 
 
 def _check_size(size: int) -> None:
@@ -187,12 +198,16 @@ def _decompressed(path: Path) -> IO[bytes]:
     opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
     if opener is None:
         return path.open("rb")
-    content, limit = tempfile.TemporaryFile(), MAX_GROWTH * path.stat().st_size
-    with opener(path) as compressed:
-        while block := compressed.read(2**20):
-            content.write(block)
-            if content.tell() > limit:
-                raise UserError(f"{path}: more than {MAX_GROWTH} times as large when decompressed; unpack it yourself")
+    content, limit = tempfile.TemporaryFile(), MAX_GROWTH * path.stat().st_size  # noqa: SIM115 (open with the source)
+    try:
+        with opener(path) as compressed:
+            while block := compressed.read(2**20):
+                content.write(block)
+                if content.tell() > limit:
+                    raise UserError(f"{path}: more than {MAX_GROWTH} times as large when decompressed; unpack it first")
+    except BaseException:
+        content.close()
+        raise
     content.seek(0)
     return content
 

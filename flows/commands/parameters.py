@@ -1,11 +1,9 @@
 """`ddpm params`, `ddpm set` and `ddpm preset`: show the parameters and change params.yaml."""
 
 import copy
-import json
 import os
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +13,6 @@ from diffusion.errors import UsageError
 from diffusion.progress import say
 from flows import changes, fields, presets, yaml_files
 from flows.fields import Parameter
-from flows.made_with import leaves
 from flows.params import SECTIONS, Params, read, read_any_format, validate
 from flows.paths import Paths
 
@@ -37,7 +34,7 @@ def show(section: str | None = None, /, *, update: bool = False) -> None:
         before = copy.deepcopy(document)
         changes.update(document)
         validate(document, str(paths.params))
-        _write(paths.params, before, document)
+        changes.write_changes(paths.params, before, document)
         return
     present = os.path.lexists(paths.params)
     document = read(paths.params) if present else {}
@@ -78,7 +75,7 @@ def assign(*assignments: str) -> None:
     before = read(path)
     document = changes.lay_over(copy.deepcopy(before), given)
     validate(document, f"{path} with {textwrap.shorten(' '.join(assignments), 200)}")
-    _write(path, before, document)
+    changes.write_changes(path, before, document)
 
 
 def apply_preset(name: str) -> None:
@@ -92,22 +89,6 @@ def apply_preset(name: str) -> None:
     validate(document, f"{paths.params} with the preset {name}")
     yaml_files.write_yaml(paths.params, document)
     print(f"{paths.params} now holds the preset {name}")
-
-
-def _write(path: Path, before: Any, document: Any) -> None:
-    """Write parameters, and print what has changed."""
-    if document == before:
-        print(f"{path}: nothing to change")
-        return
-    yaml_files.write_yaml(path, document)
-    old, new = dict(leaves(before)), dict(leaves(document))
-    for name, value in new.items():
-        if name not in old or old[name] != value:
-            print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
-    for name in [name for name in old if name not in new]:
-        print(f"{name}: removed")
-    if old == new:
-        print(f"{path}: the same parameters, rewritten in the form of this version")
 
 
 def _shown(document: Any, section: str | None, width: int) -> Iterator[Text]:

@@ -1,0 +1,89 @@
+"""What `ddpm import` finds out about images: the parameters for training on them, and a contact sheet."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion.errors import UserError
+from diffusion.pairs.pixels import fit
+from diffusion.samples import grid_png
+from diffusion.sources.images import Picture, Unreadable
+from diffusion.sources.shards import Source
+from diffusion.storage.files import write_atomic
+
+LOOKED_AT = 100
+"""Number of images that are decoded, evenly spaced."""
+SHOWN = 12
+"""Number of images on the contact sheet."""
+MAX_SIDE = 64
+"""Maximum side that is chosen without `--size`: larger images take long to train on."""
+
+
+class Findings(NamedTuple):
+    """What some images of a source have in common."""
+
+    sizes: list[tuple[int, int]]
+    """(width, height) of each image looked at."""
+    colour: bool
+    """Whether one of them is not greyscale."""
+    classes: bool
+
+    def size(self, side: int | None) -> tuple[int, int]:
+        """Height and width to train at: `side`, else that of all images, else a square without enlarging most."""
+        if side is not None:
+            return side, side
+        (width, height), *others = self.sizes
+        if all(size == (width, height) for size in others) and max(width, height) <= MAX_SIDE:
+            return height, width
+        shorter = min(MAX_SIDE, int(statistics.median(min(size) for size in self.sizes)))
+        rounded = max(shorter - shorter % 8, 8)
+        return rounded, rounded
+
+    def parameters(self, side: int | None) -> dict[str, Any]:
+        """Changes to params.yaml: image size, channels and classes."""
+        height, width = self.size(side)
+        pairs = {"height": height, "width": width, "channels": 3 if self.colour else 1}
+        return {"pairs": pairs, "network": {"classes": self.classes}}
+
+    def describe(self, height: int, width: int) -> str:
+        """Sizes and colours in one line, and what will be done to the images."""
+        widths, heights = zip(*self.sizes, strict=True)
+        same = len(set(self.sizes)) == 1
+        sizes = f"{widths[0]}x{heights[0]}" if same else f"{min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}"
+        cropped = sum(w * height != h * width for w, h in self.sizes)
+        enlarged = sum(w < width or h < height for w, h in self.sizes)
+        done = [f"{number} {what}" for number, what in ((cropped, "cropped"), (enlarged, "enlarged")) if number]
+        of = f"{len(self.sizes)} images looked at: {sizes} pixels, {'colour' if self.colour else 'greyscale'}"
+        return f"{of}; at {width}x{height}, {' and '.join(done) or 'none is cropped or enlarged'}"
+
+
+def look_at(source: Source) -> Findings:
+    """Decode some images of a source; raises UserError with the first reason if none can be read."""
+    rejected = list[str]()
+    pictures = [(picture.image.size, picture.image.mode != "L") for picture in _decoded(source, LOOKED_AT, rejected)]
+    if not pictures:
+        raise UserError(f"none of the {len(rejected)} images looked at can be read; the first: {rejected[0]}")
+    return Findings([size for size, _ in pictures], any(colour for _, colour in pictures), bool(source.classes))
+
+
+def contact_sheet(source: Source, pairs: Mapping[str, int], path: Path) -> None:
+    """Write a grid of some images as the network will see them."""
+    shape = pairs["channels"], pairs["height"], pairs["width"]
+    shown = [fit(picture.image, *shape) for picture in _decoded(source, SHOWN, [])]
+    write_atomic(path, grid_png(np.stack(shown[:SHOWN])))
+
+
+def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
+    """At least `count` evenly spaced images of a source, or all; adds those that cannot be read to `rejected`."""
+    every = max(1, len(source) // count)
+    for index, sample in enumerate(source):
+        if index % every == 0:
+            try:
+                if sample.left_out:
+                    raise Unreadable(sample.left_out)
+                yield sample.decode()
+            except Unreadable as error:
+                rejected.append(f"{sample.file}: {error}")
