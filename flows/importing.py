@@ -64,8 +64,8 @@ def import_data(
     sheet = paths.state / "imports" / f"{name}.png"
     inspecting.contact_sheet(source, changes["pairs"], sheet)
     print(description)
-    print(f"Looked at: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
-    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows {inspecting.SHOWN} as the network will see them\n")
+    print(f"Pixels: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
+    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some as the network will see them\n")
     _set(paths.params, changes)
     print(f"\nTo train on them, and to keep their DVC file in git:\n\n    git add {place}.dvc {ignored}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +57,8 @@ class Findings(NamedTuple):
         cropped = sum(w * height != h * width for w, h in self.sizes)
         enlarged = sum(w < width or h < height for w, h in self.sizes)
         done = [f"{number} {what}" for number, what in ((cropped, "cropped"), (enlarged, "enlarged")) if number]
-        of = f"{len(self.sizes)} images looked at: {sizes} pixels, {'colour' if self.colour else 'greyscale'}"
-        return f"{of}; at {width}x{height}, {' and '.join(done) or 'none is cropped or enlarged'}"
+        found = f"{sizes}, {'colour' if self.colour else 'greyscale'} ({len(self.sizes)} images looked at)"
+        return f"{found}; at {width}x{height}, {' and '.join(done) or 'none is cropped or enlarged'}"
 
 
 def look_at(source: Source) -> Findings:
@@ -72,8 +73,8 @@ def look_at(source: Source) -> Findings:
 def contact_sheet(source: Source, pairs: Mapping[str, int], path: Path) -> None:
     """Write a grid of some images as the network will see them."""
     shape = pairs["channels"], pairs["height"], pairs["width"]
-    shown = [fit(picture.image, *shape) for picture in _decoded(source, SHOWN, [])]
-    write_atomic(path, grid_png(np.stack(shown[:SHOWN])))
+    shown = [fit(picture.image, *shape) for picture in islice(_decoded(source, SHOWN, []), SHOWN)]
+    write_atomic(path, grid_png(np.stack(shown)))
 
 
 def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:

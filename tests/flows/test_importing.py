@@ -1,5 +1,6 @@
 """`ddpm import`, run from the command line with the real DVC."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,9 @@ def status(tree: Path) -> set[str]:
 def test_a_folder_is_added_to_dvc(tree: Path, link: bool) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert done.returncode == 0, done.stderr
-    assert "    ddpm set shard.source=data/raw/own\n" in done.stdout
+    assert 'shard.source: "data/raw/own"\npairs.height: 3\npairs.width: 3\nnetwork.classes: true\n' in done.stdout
+    params = YAML(typ="safe").load(tree / "params.yaml")
+    assert (params["shard"]["source"], params["pairs"]["width"]) == ("data/raw/own", 3)
     assert "    git add data/raw/own.dvc data/raw/.gitignore\n" in done.stdout
     copy = tree / "data" / "raw" / "own"
     assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*.*")) == ["a/1.png", "b/2.png"]
@@ -86,7 +89,9 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
         "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
-        "Skipped: cover.png: outside the folders of the splits\n\n"
+        "Skipped: cover.png: outside the folders of the splits\n"
+        "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
+        "Contact sheet: .ddpm/imports/own.png shows some as the network will see them\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
@@ -104,7 +109,7 @@ def test_a_class_named_like_a_split_needs_an_option(tree: Path) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", "--split-names-as-classes")
     assert done.returncode == 0, done.stderr
     assert "Classes: 2 classes: a 1, train 1\n" in done.stdout
-    assert "    ddpm set shard.source=data/raw/own shard.split_names_as_classes=true\n" in done.stdout
+    assert 'shard.source: "data/raw/own"\nshard.split_names_as_classes: true\n' in done.stdout
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -114,7 +119,7 @@ def test_a_broken_link_is_reported(tree: Path, link: bool) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert (done.returncode, done.stderr) == (
         1,
-        "ddpm import: error: elsewhere/a/gone.png: cannot be imported (No such file or directory)\n",
+        "ddpm import: error: elsewhere/a/gone.png: cannot be read (No such file or directory)\n",
     )
     assert status(tree) == before
 
@@ -131,8 +136,30 @@ def test_an_npz_file_is_imported_as_a_file(tree: Path) -> None:
     np.savez(tree / "x.npz", images=np.zeros((3, 2, 2), np.uint8))
     done = run(tree, "flows", "import", "x.npz", "--name", "own")
     assert done.returncode == 0, done.stderr
-    assert "    ddpm set shard.source=data/raw/own.npz\n" in done.stdout
+    assert 'shard.source: "data/raw/own.npz"\n' in done.stdout
     assert (tree / "data" / "raw" / "own.npz").read_bytes() == (tree / "x.npz").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pictures.zip", "zip"), ("pictures.v2.tar.gz", "gztar")])
+def test_an_archive_is_imported_as_a_file_and_read_in_place(tree: Path, name: str, kind: str) -> None:
+    for number in range(40):
+        Image.new("L", (3, 3), number).save(tree / "elsewhere" / "a" / f"x{number}.png")
+    ending = name.partition(".")[2].removeprefix("v2.")
+    shutil.make_archive(str(tree / name.removesuffix(f".{ending}")), kind, tree / "elsewhere")
+    done = run(tree, "flows", "import", name, "--name", "own", "--size", "8")
+    assert done.returncode == 0, done.stderr
+    assert f'shard.source: "data/raw/own.{ending}"\nnetwork.classes: true\n' in done.stdout  # the size is the default
+    assert run(tree, "flows", "shard").returncode == 0
+    manifest = json.loads((tree / "data" / "shards" / "manifest.json").read_text())
+    assert manifest["classes"] == ["a", "b"]
+    assert sum(split["samples"] for split in manifest["splits"].values()) == 42
+
+
+def test_without_params_the_parameters_are_named(tree: Path) -> None:
+    (tree / "params.yaml").unlink()
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert "params.yaml: not there; set shard.source, shard.split_names_as_classes, pairs.height," in done.stdout
 
 
 @pytest.mark.parametrize(
