@@ -66,7 +66,7 @@ def import_data(
     """Add your own images to data/raw and DVC, and set the parameters for training on them.
 
     Args:
-        path: A folder, .zip or .tar of images, an .npz file, or a folder of idx or CIFAR files.
+        path: A folder, .zip or .tar of images, Parquet files, an .npz file, or a folder of idx or CIFAR files.
         name: Name below data/raw.
         size: Side of the square images to train on; by default found by looking at some of them, at most 64.
         link: Link to the files instead of copying them.

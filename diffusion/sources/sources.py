@@ -19,6 +19,7 @@ from diffusion.errors import UserError
 from diffusion.sources.cifar import Cifar
 from diffusion.sources.folders import Folder
 from diffusion.sources.images import Picture, is_image
+from diffusion.sources.parquet import Parquet
 from diffusion.sources.shards import Sample, Source
 from diffusion.sources.trees import files_below
 from diffusion.storage.tar import Split
@@ -217,6 +218,7 @@ SOURCES: dict[str, Callable[[Path, bool], Source | None]] = {
     "an .npz file with the array `images`": Npz.at,
     "a folder with train-images-idx3-ubyte(.gz)": Idx.at,
     "a folder with CIFAR's binary files": Cifar.at,
+    "Parquet files with images": Parquet.at,
     "a folder, .zip or .tar of image files": Folder.at,
 }
 """Supported formats by description, in order of detection; each returns the source at a path, or None."""

@@ -62,9 +62,7 @@ def test_a_source_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path / "few", ["L", "L"]))
     for path in (tmp_path / "few").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"^none of the 2 images looked at can be read; the first: 000.png: not"
-    ):
+    with pytest.raises(UserError, match=r"^none of the 2 images looked at can be read; the first: 000.png: not"):
         look_at(source)
 
 

@@ -1,0 +1,162 @@
+"""Parquet files with images, as Hugging Face's `datasets` writes them."""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from diffusion.errors import UserError, shortened
+from diffusion.sources.folders import SPLIT_NAMES
+from diffusion.sources.images import Unreadable, is_image, read_image
+from diffusion.sources.shards import Sample
+from diffusion.sources.trees import Member, files_below
+from diffusion.storage.tar import Split
+
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label", "class")
+"""Names of the columns, the preferred ones first."""
+OF_A_SPLIT = re.compile(r"([A-Za-z]+)(-\d+-of-\d+)?(-[0-9a-f]{16})?\.parquet")
+"""Files such as train-00000-of-00002.parquet, optionally with a fingerprint."""
+BATCH = 64
+"""Rows read at once."""
+
+
+class Parquet:
+    """Parquet files with a column of images: their encoded bytes, or a struct with the field `bytes`.
+
+    The files' names state the splits, if one of them is train. Labels are integers with class names in the schema (the
+    feature ClassLabel), integers without, or text.
+    """
+
+    @classmethod
+    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+        """The source at `path`, a file or a folder; None if there are no Parquet files, or images beside them."""
+        if path.is_file():
+            return cls(path, [path]) if path.suffix == ".parquet" else None
+        every = list(files_below(path)) if path.is_dir() else []
+        files = [file for file in every if file.suffix == ".parquet"]
+        return cls(path, files) if files and not any(is_image(file) for file in every) else None
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        """Raises UserError if a file cannot be read, has other columns than the first, or a wrong label."""
+        self.path, self._root = path, path if path.is_dir() else path.parent
+        names = [OF_A_SPLIT.fullmatch(file.name) for file in files]
+        splits = [SPLIT_NAMES.get(name[1].lower()) if name else None for name in names]
+        own = "train" in splits and None not in splits
+        self._files: list[tuple[Split | None, Path]] = sorted(
+            ((split if own else None, file) for split, file in zip(splits, files, strict=True)),
+            key=lambda item: (("test", "val", "train").index(item[0] or "train"), item[1]),
+        )
+        self.own_splits: dict[Split, str] = {
+            split: " and ".join(file.name for each, file in self._files if each == split)
+            for split in ("train", "val", "test")
+            if own and split in splits
+        }
+        schema = _open(files[0]).schema_arrow
+        self.image = _column(files[0], schema, IMAGE_COLUMNS, _holds_images)
+        self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+        for file in files[1:]:
+            if missing := {self.image, self.label} - {None, *_open(file).schema_arrow.names}:
+                raise UserError(f"{file}: has no column {missing.pop()}, unlike {files[0].name}")
+        self.classes, self._numbers = self._read_classes(schema)
+        self._count = sum(_open(file).metadata.num_rows for file in files)
+
+    def _read_classes(self, schema: Any) -> tuple[tuple[str, ...], dict[Any, int]]:
+        """Names of the classes, and each label's class."""
+        if self.label is None:
+            return (), {}
+        if names := _class_names(schema, self.label):
+            return names, {number: number for number in range(len(names))}
+        values = set[Any]()
+        for _, file in self._files:
+            for batch in _batches(file, [self.label]):
+                values.update(batch.column(0).to_pylist())
+        values -= {None, -1}
+        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
+            raise UserError(f"{self.path}: column {self.label}: labels must be integers or text (got {wrong[0]!r})")
+        ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
+        return tuple(map(str, ordered)), {value: number for number, value in enumerate(ordered)}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        columns = [self.image, *([self.label] if self.label else [])]
+        for split, file in self._files:
+            index = 0
+            for batch in _batches(file, columns):
+                for row in batch.to_pylist():
+                    yield self._sample(row, file, index, split)
+                    index += 1
+
+    def _sample(self, row: Mapping[str, Any], file: Path, index: int, split: Split | None) -> Sample:
+        name, label, image = f"{file.name}[{index}]", row.get(self.label or ""), row[self.image]
+        if label not in (None, -1) and label not in self._numbers:
+            raise UserError(f"{file}: row {index}: no class has the label {shortened(label)}")
+        content = image.get("bytes") if isinstance(image, Mapping) else image
+        inside = (image.get("path") if isinstance(image, Mapping) else None) or str(index)
+        member = Member(file, PurePosixPath(inside), partial(_content, content))
+        key = re.sub(r"[^A-Za-z0-9_]+", "-", file.relative_to(self._root).with_suffix("").as_posix())
+        return Sample(f"{key}-{index:07d}", name, self._numbers.get(label), split, partial(read_image, member))
+
+
+def _content(content: bytes | None) -> io.BytesIO:
+    if content is None:
+        raise Unreadable("its bytes are not in the file, only its path; save the data set with its images")
+    return io.BytesIO(content)
+
+
+def _open(path: Path) -> Any:
+    """A Parquet file; raises UserError if it cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from None
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    """Batches of rows; raises UserError if the file is damaged."""
+    import pyarrow as pa
+
+    try:
+        with _open(path) as file:
+            yield from file.iter_batches(BATCH, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _holds_images(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _column(path: Path, schema: Any, preferred: tuple[str, ...], fits: Any) -> str:
+    """The column with images; raises UserError if there is none, or several of other names."""
+    found = [field.name for field in schema if fits(field.type)]
+    named = [name for name in preferred if name in found]
+    if not found:
+        raise UserError(f"{path}: has no column with the bytes of images (found: {', '.join(schema.names)})")
+    if not named and len(found) > 1:
+        raise UserError(f"{path}: several columns may hold images: {', '.join(found)}; name one of them `image`")
+    return str((named or found)[0])
+
+
+def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+    """The names that `datasets` stores in the schema for a column of the feature ClassLabel; empty if it has none."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[label]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return ()
