@@ -8,16 +8,16 @@ import io
 import re
 import stat
 import warnings
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from diffusion.errors import SystemFault
+from diffusion.sources.colours import Unreadable as Unreadable
+from diffusion.sources.colours import from_16_bits, join, separate, to_srgb
 from diffusion.storage.files import reading
 
 RAW = re.compile(
@@ -31,18 +31,11 @@ RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
-SRGB = ImageCms.createProfile("sRGB")
-CLOSE_TO_SRGB = 2
-"""Tolerance in grey levels (of 255): a profile that changes no colour by more is treated as sRGB, unconverted."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
 # Also for uncompressed files: Pillow's own decoder gets 16-bit planes and subsampled colour wrong.
 TiffImagePlugin.READ_LIBTIFF = True
-
-
-class Unreadable(Exception):
-    """An image cannot be used; the message is one line that does not name the file."""
 
 
 class File(Protocol):
@@ -180,10 +173,10 @@ def _read(path: File) -> Picture:
     if mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
         if opened.format not in RANGE_OF_16_BITS | {"PPM"}:
             raise Unreadable(f"16-bit pixels in {opened.format}, whose black and white are not known")
-        colour, alpha = _from_16_bits(image, 4095 if bits == 12 else 65535, negative)
+        colour, alpha = from_16_bits(image, 4095 if bits == 12 else 65535, negative)
     else:
-        colour, alpha = _separate(image)
-    return Picture(_join(_to_srgb(colour, profile, bits > 8), alpha), mode, several)
+        colour, alpha = separate(image)
+    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several)
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
@@ -256,112 +249,3 @@ def _mend_transparency(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = transparent * 255 // (2**bits - 1)
     elif image.mode == "RGB" and bits == 16:
         raise Unreadable("16-bit RGB with a transparent colour, which Pillow cannot read; save it with alpha")
-
-
-def _from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.Image, Image.Image | None]:
-    """Split 16-bit pixels into colour, in mode I;16 from 0 to 65535, and alpha."""
-    values = np.asarray(image).astype(np.int64)
-    transparent = image.info.get("transparency")
-    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    values = (values * 65535 + white // 2) // white
-    return Image.fromarray((65535 - values if negative else values).astype(np.uint16)), alpha
-
-
-def _separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Split an image into colour, in mode L, RGB or CMYK, and alpha."""
-    if image.mode in ("La", "RGBa"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    grey = image.mode in ("1", "L", "LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return image.convert("L" if grey else "RGB"), image.getchannel("A")
-    if image.mode in ("L", "RGB", "CMYK"):
-        return image, None
-    if image.mode in ("1", "P", "YCbCr", "HSV", "RGBX"):
-        return image.convert("L" if grey else "RGB"), None
-    if image.mode == "LAB":
-        raise Unreadable(
-            "8-bit L*a*b* pixels, which are too coarse for sRGB; convert it to sRGB with the program that made it"
-        )
-    raise Unreadable(f"mode {image.mode}: pixels of 32 bits have no known black and white")
-
-
-def _to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Image:
-    """Convert colour to sRGB in mode L or RGB, 8 bits per channel. `deep`: whether the file has more bits."""
-    grey = colour.mode in ("L", "I;16")
-    if profile:
-        colour = _as_described(colour, profile)
-        if (convert := _conversion(profile, colour.mode)) is not None:
-            if deep and colour.mode == "RGB" and _steepest(convert) > 6:
-                raise Unreadable(
-                    "16-bit pixels in a linear RGB space, of which only 8 bits are read; convert it to sRGB"
-                )
-            colour = convert(colour)
-    return _eight_bits(colour).convert("L" if grey else "RGB")
-
-
-def _as_described(colour: Image.Image, profile: bytes) -> Image.Image:
-    """Convert colour to the mode that an ICC profile describes; raises Unreadable if they do not match."""
-    try:
-        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
-    except OSError:
-        raise Unreadable("a damaged ICC profile") from None
-    if space == "RGB" and colour.mode in ("L", "I;16"):
-        return _eight_bits(colour).convert("RGB")
-    if space == "GRAY" and colour.mode == "RGB" and not np.ptp(np.asarray(colour), axis=2).any():
-        return colour.convert("L")
-    if {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(space) != colour.mode.replace("I;16", "L"):
-        raise Unreadable(f"its ICC profile is for {space} pixels, but it has {colour.mode} pixels")
-    return colour
-
-
-@lru_cache(maxsize=32)
-def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """Conversion from an ICC profile to sRGB for pixels of a mode; None if the profile is practically sRGB."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        intent = ImageCms.Intent(source.profile.rendering_intent)
-        # Little CMS's optimizations are only exact for matrix profiles; they lose 30 levels in dark linear grey.
-        exact = mode != "RGB" or not source.profile.is_matrix_shaper
-        flags = ImageCms.Flags.NOOPTIMIZE if exact else ImageCms.Flags.NONE
-        transform = ImageCms.ImageCmsTransform(
-            source, ImageCms.ImageCmsProfile(SRGB), mode, "RGB", intent=intent, flags=flags
-        )
-    except (OSError, ValueError):
-        raise Unreadable("an ICC profile that cannot be applied") from None
-    if mode == "CMYK":
-        return transform.apply
-    if mode == "RGB":
-        steps = np.arange(0, 256, 15, dtype=np.uint8)
-        probe = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
-        change = np.asarray(transform.apply(Image.fromarray(probe))).astype(int) - probe
-        return transform.apply if np.abs(change).max() > CLOSE_TO_SRGB else None
-    ramp = np.arange(256, dtype=np.uint8) if mode == "L" else np.arange(65536, dtype=np.uint16)
-    table = np.asarray(transform.apply(Image.fromarray(ramp[None])).convert("L"))[0]
-    change = table - ramp * (255 / ramp[-1])
-    return partial(_by_table, table) if np.abs(change).max() > CLOSE_TO_SRGB else None
-
-
-def _by_table(table: NDArray[np.uint8], image: Image.Image) -> Image.Image:
-    return Image.fromarray(table[np.asarray(image)])
-
-
-def _steepest(convert: Callable[[Image.Image], Image.Image]) -> int:
-    """The largest output step between neighbouring 8-bit greys."""
-    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    return int(np.diff(np.asarray(convert(Image.fromarray(ramp))).astype(int), axis=1).max())
-
-
-def _eight_bits(colour: Image.Image) -> Image.Image:
-    if colour.mode != "I;16":
-        return colour
-    return Image.fromarray(((np.asarray(colour).astype(np.int64) + 128) // 257).astype(np.uint8))
-
-
-def _join(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    if alpha is not None:
-        colour = colour.convert("RGB")
-        colour.putalpha(alpha)
-    image = colour.copy()
-    image.info = {}  # otherwise PNG files would contain profiles, dates and comments
-    return image
