@@ -12,16 +12,11 @@ from diffusion.errors import UserError
 from diffusion.sources import labels
 from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
 from diffusion.sources.shards import Sample
+from diffusion.sources.splits import SPLIT_NAMES
 from diffusion.sources.trees import Tree, open_tree
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
 
-SPLIT_NAMES: dict[str, Split] = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""Folder names of splits, case-insensitive."""
 LIKE_A_SPLIT = re.compile(
     rf"(.*([-_ .]|(?-i:(?<=[a-z])(?=[A-Z]))))?({'|'.join(SPLIT_NAMES)})"
     r"([-_ .]?(set|split|data|images?|imgs?|hr|lr|\d|(?-i:[AB])))*",

@@ -64,7 +64,7 @@ def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table
                     raise UserError(f"{_in(tree, path)}, {line}: {name} has the labels {texts[parts]} and {text}")
     if not tables:
         return None
-    classes = tuple(sorted(set(texts.values()), key=_in_order))
+    classes = tuple(sorted(set(texts.values()), key=in_order))
     numbers = {name: number for number, name in enumerate(classes)}
     labels = {parts: numbers[text] for parts, text in texts.items()}
     return Table(" and ".join("/".join(path) for path in tables), classes, labels, tuple(tables), tuple(missing))
@@ -79,7 +79,8 @@ def _parts(place: Parts, name: str) -> Parts:
     return (*place, *(part for part in PurePosixPath(name.replace("\\", "/")).parts if part != "."))
 
 
-def _in_order(name: str) -> tuple[int, str]:
+def in_order(name: str) -> tuple[int, str]:
+    """Sorts names of classes; integers in numerical order."""
     return (int(name), name) if name.isascii() and name.isdecimal() else (-1, name)
 
 

@@ -9,16 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from diffusion.errors import UserError, shortened
-from diffusion.sources.folders import SPLIT_NAMES
 from diffusion.sources.images import Unreadable, is_image, read_image
 from diffusion.sources.shards import Sample
+from diffusion.sources.splits import by_file_name
 from diffusion.sources.trees import Member, files_below
 from diffusion.storage.tar import Split
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label", "class")
 """Names of the columns, the preferred ones first."""
-OF_A_SPLIT = re.compile(r"([A-Za-z]+)(-\d+-of-\d+)?(-[0-9a-f]{16})?\.parquet")
-"""Files such as train-00000-of-00002.parquet, optionally with a fingerprint."""
 BATCH = 64
 """Rows read at once."""
 
@@ -42,18 +40,7 @@ class Parquet:
     def __init__(self, path: Path, files: list[Path]) -> None:
         """Raises UserError if a file cannot be read, has other columns than the first, or a wrong label."""
         self.path, self._root = path, path if path.is_dir() else path.parent
-        names = [OF_A_SPLIT.fullmatch(file.name) for file in files]
-        splits = [SPLIT_NAMES.get(name[1].lower()) if name else None for name in names]
-        own = "train" in splits and None not in splits
-        self._files: list[tuple[Split | None, Path]] = sorted(
-            ((split if own else None, file) for split, file in zip(splits, files, strict=True)),
-            key=lambda item: (("test", "val", "train").index(item[0] or "train"), item[1]),
-        )
-        self.own_splits: dict[Split, str] = {
-            split: " and ".join(file.name for each, file in self._files if each == split)
-            for split in ("train", "val", "test")
-            if own and split in splits
-        }
+        self._files, self.own_splits = by_file_name(files)
         schema = _open(files[0]).schema_arrow
         self.image = _column(files[0], schema, IMAGE_COLUMNS, _holds_images)
         self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)

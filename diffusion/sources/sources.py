@@ -22,6 +22,7 @@ from diffusion.sources.images import Picture, is_image
 from diffusion.sources.parquet import Parquet
 from diffusion.sources.shards import Sample, Source
 from diffusion.sources.trees import files_below
+from diffusion.sources.webdatasets import WebDataset
 from diffusion.storage.tar import Split
 
 IDX = re.compile(r"(?P<part>train|t10k)[-_.](?P<kind>images[-_.]idx3|labels[-_.]idx1)[-_.]ubyte(\.gz)?")
@@ -219,6 +220,7 @@ SOURCES: dict[str, Callable[[Path, bool], Source | None]] = {
     "a folder with train-images-idx3-ubyte(.gz)": Idx.at,
     "a folder with CIFAR's binary files": Cifar.at,
     "Parquet files with images": Parquet.at,
+    "webdataset shards": WebDataset.at,
     "a folder, .zip or .tar of image files": Folder.at,
 }
 """Supported formats by description, in order of detection; each returns the source at a path, or None."""

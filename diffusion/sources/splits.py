@@ -1,13 +1,44 @@
 """Assignment of images to splits: the source's own, or by a hash of the pixels, so that copies stay together."""
 
+import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from diffusion.sources.images import Unreadable
 from diffusion.storage.tar import Split
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names of splits, case-insensitive."""
+OF_A_SPLIT = re.compile(r"([A-Za-z]+)([-_.]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?\..*")
+"""File names such as train-000000.tar, or test-00000-of-00002.parquet, optionally with a fingerprint."""
+ORDER: tuple[Split, ...] = ("test", "val", "train")
+"""Held-out splits first: see Source."""
+
+
+def by_file_name(files: Sequence[Path]) -> tuple[list[tuple[Split | None, Path]], dict[Split, str]]:
+    """Files with their splits, held-out ones first, and the names of each split's files.
+
+    The names state the splits if all of them do, and one is train; otherwise the files have no split.
+    """
+    names = [OF_A_SPLIT.fullmatch(file.name) for file in files]
+    splits = [SPLIT_NAMES.get(name[1].lower()) if name else None for name in names]
+    if "train" not in splits or None in splits:
+        return [(None, file) for file in sorted(files)], {}
+    pairs: list[tuple[Split | None, Path]] = sorted(zip(splits, files, strict=True), key=lambda pair: pair[1])
+    found = [pair for wanted in ORDER for pair in pairs if pair[0] == wanted]
+    return found, {
+        split: " and ".join(file.name for each, file in found if each == split)
+        for split in reversed(ORDER)
+        if split in splits
+    }
 
 
 class Fractions(NamedTuple):

@@ -149,6 +149,10 @@ class Tar:
     def names(self) -> list[str]:
         return _visible(self._members)
 
+    def in_order(self) -> list[str]:
+        """The names in the order of the archive."""
+        return [name for name in self._members if all(map(is_visible, name.split("/")))]
+
     def file(self, name: str) -> File:
         return Member(self.path, PurePosixPath(name), partial(self._open, self._members[name]))
 
