@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Self
 
 from diffusion.errors import UserError
@@ -121,14 +122,14 @@ class Folder:
     def __iter__(self) -> Iterator[Sample]:
         folders = {name: label for label, name in enumerate(self._folders)}
         for parts, split, top, left_out in self._entries():
-            inside, table = PurePosixPath(*parts), self._table
+            name, table = "/".join(parts), self._table
             label = folders.get(top) if table is None else table.of(parts)
             if left_out:
-                yield Sample(_key(inside), _text(str(inside)), label, split, _nothing, left_out)
+                yield Sample(_key(name), _text(name), label, split, _nothing, left_out)
                 continue
             file = self._file(parts)
             reason = rejection_reason(file)
-            yield Sample(_key(inside), _text(str(inside)), label, split, partial(read_image, file), reason)
+            yield Sample(_key(name), _text(name), label, split, partial(read_image, file), reason)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
         """Each file with its split, the name of its top-level folder, and why it is rejected because of its place."""
@@ -182,10 +183,10 @@ def rejection_reason(file: File) -> str | None:
     return NO_IMAGE
 
 
-def _key(path: PurePosixPath) -> str:
-    """A readable key that depends only on the file's path; the digest distinguishes a-b/c, a/b-c and a/b/c."""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", str(path.with_suffix(""))).strip("-")
-    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+def _key(name: str) -> str:
+    """A readable key that depends only on the file's name; the digest distinguishes a-b/c, a/b-c and a/b/c."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", posixpath.splitext(name)[0]).strip("-")
+    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 def _text(name: str) -> str:

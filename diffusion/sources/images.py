@@ -3,11 +3,14 @@
 A file that cannot be decoded correctly raises Unreadable with the reason; nothing is guessed.
 """
 
+import errno
 import hashlib
 import io
 import re
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Protocol
@@ -96,7 +99,7 @@ def is_image(path: File) -> bool:
 
     Raises SystemFault if the operating system cannot read the file.
     """
-    with reading(Path(str(path))):
+    with _reading(path):
         if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
             return not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode)
         try:
@@ -107,6 +110,18 @@ def is_image(path: File) -> bool:
             if isinstance(error, OSError) and error.errno:
                 raise
             return isinstance(error, Image.DecompressionBombError)
+
+
+@contextmanager
+def _reading(path: File) -> Iterator[None]:
+    """As `reading`, except for places outside of the file that a damaged image refers to."""
+    with reading(Path(str(path))):
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise OSError("damaged: it refers to a place outside of the file") from None
+            raise
 
 
 def raise_read_errors(file: IO[bytes]) -> None:
@@ -147,7 +162,7 @@ def _suffixes() -> set[str]:
 def _read(path: File) -> Picture:
     if RAW.fullmatch(path.suffix):
         raise Unreadable(CAMERA_RAW)
-    with reading(Path(str(path))), path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         try:
             Image.open(file, formats=_formats())
         except Exception:

@@ -56,6 +56,8 @@ def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table
             tables.append(path)
             for line, name, label in rows:
                 parts = _parts(place, name)
+                if parts == place:
+                    raise UserError(f"{_in(tree, path)}, {line}: {name!r} is no file")
                 if parts not in known:
                     missing[parts] = None
                     continue
@@ -76,7 +78,7 @@ def _in(tree: Tree, path: Parts) -> str:
 
 def _parts(place: Parts, name: str) -> Parts:
     """A file that a table names, relative to the root of the tree."""
-    return (*place, *(part for part in PurePosixPath(name.replace("\\", "/")).parts if part != "."))
+    return (*place, *(part for part in PurePosixPath(name.replace("\\", "/")).parts if part != "/"))
 
 
 def in_order(name: str) -> tuple[int, str]:

@@ -58,8 +58,7 @@ class Parquet:
             return names, {number: number for number in range(len(names))}
         values = set[Any]()
         for _, file in self._files:
-            for batch in _batches(file, [self.label]):
-                values.update(batch.column(0).to_pylist())
+            values.update(row[self.label] for row in _rows(file, [self.label]))
         values -= {None, -1}
         if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
             raise UserError(f"{self.path}: column {self.label}: labels must be integers or text (got {wrong[0]!r})")
@@ -72,19 +71,17 @@ class Parquet:
     def __iter__(self) -> Iterator[Sample]:
         columns = [self.image, *([self.label] if self.label else [])]
         for split, file in self._files:
-            index = 0
-            for batch in _batches(file, columns):
-                for row in batch.to_pylist():
-                    yield self._sample(row, file, index, split)
-                    index += 1
+            for index, row in enumerate(_rows(file, columns)):
+                yield self._sample(row, file, index, split)
 
     def _sample(self, row: Mapping[str, Any], file: Path, index: int, split: Split | None) -> Sample:
         name, label, image = f"{file.name}[{index}]", row.get(self.label or ""), row[self.image]
         if label not in (None, -1) and label not in self._numbers:
             raise UserError(f"{file}: row {index}: no class has the label {shortened(label)}")
         content = image.get("bytes") if isinstance(image, Mapping) else image
-        inside = (image.get("path") if isinstance(image, Mapping) else None) or str(index)
-        member = Member(file, PurePosixPath(inside), partial(_content, content))
+        inside = image.get("path") if isinstance(image, Mapping) else None
+        path = PurePosixPath(inside if isinstance(inside, str) and inside else str(index))
+        member = Member(file, path, partial(_content, content))
         key = re.sub(r"[^A-Za-z0-9_]+", "-", file.relative_to(self._root).with_suffix("").as_posix())
         return Sample(f"{key}-{index:07d}", name, self._numbers.get(label), split, partial(read_image, member))
 
@@ -101,19 +98,22 @@ def _open(path: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
+        file = parquet.ParquetFile(path)
+        _ = file.schema_arrow.names  # damaged ones cannot be decoded
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from None
+    return file
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """Batches of rows; raises UserError if the file is damaged."""
+def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows, of which a batch is in memory; raises UserError if the file is damaged."""
     import pyarrow as pa
 
     try:
         with _open(path) as file:
-            yield from file.iter_batches(BATCH, columns=columns)
-    except (OSError, pa.ArrowException) as error:
+            for batch in file.iter_batches(BATCH, columns=columns):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: damaged ({_line(error)})") from None
 
 

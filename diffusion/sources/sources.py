@@ -15,13 +15,13 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, shortened
 from diffusion.sources.cifar import Cifar
 from diffusion.sources.folders import Folder
 from diffusion.sources.images import Picture, is_image
 from diffusion.sources.parquet import Parquet
 from diffusion.sources.shards import Sample, Source
-from diffusion.sources.trees import files_below
+from diffusion.sources.trees import BROKEN, files_below
 from diffusion.sources.webdatasets import WebDataset
 from diffusion.storage.tar import Split
 
@@ -56,10 +56,10 @@ class Npz:
                 names = list(arrays)
                 labels = arrays["labels"] if "labels" in names else None
             if "images" not in names:
-                raise UserError(f"{path}: contains no array `images` (found: {', '.join(names) or 'none'})")
+                raise UserError(f"{path}: contains no array `images` (found: {shortened(names)})")
             with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
                 self.shape = self._header(file)
-        except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (TypeError, KeyError, *BROKEN) as error:
             raise UserError(f"{path}: not a readable .npz file ({error})") from None
         if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(
@@ -194,7 +194,7 @@ def _rows(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Iterator[NDArr
 def _read(file: IO[bytes], size: int, path: Path, place: str) -> bytes:
     try:
         return file.read(size)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise UserError(f"{path}: damaged at {place} ({error})") from None
 
 

@@ -34,7 +34,16 @@ COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
 """How to open a compressed file, by its first bytes."""
 MAX_GROWTH = 200
 """Maximum factor by which decompression may enlarge an archive; images are nearly incompressible."""
-BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
+BROKEN = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    NotImplementedError,
+)
 """Errors of the standard library's readers for a damaged archive."""
 
 
@@ -106,7 +115,9 @@ class Zip:
                 self._zip = zipfile.ZipFile(path)
         except BROKEN as error:
             raise UserError(f"{path}: not a readable zip archive ({error})") from None
-        self._infos = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+        self._infos = {
+            info.filename.removeprefix("./"): info for info in self._zip.infolist() if not info.filename.endswith("/")
+        }
 
     def names(self) -> list[str]:
         return _visible(self._infos)
@@ -120,7 +131,7 @@ class Zip:
         _check_size(info.file_size)
         try:
             return self._zip.open(info)
-        except (NotImplementedError, *BROKEN) as error:
+        except BROKEN as error:
             raise Unreadable(f"damaged, or compressed in a way that Python cannot read ({error})") from None
 
 

@@ -92,11 +92,11 @@ def test_splits_in_an_archive_are_found(tmp_path: Path) -> None:
 def test_names_that_lead_out_of_the_archive_are_rejected(
     tmp_path: Path, save: Callable[[Path, dict[str, bytes]], Path]
 ) -> None:
-    names = ["cat/1.png", "../out.png", "cat/../../out.png", "cat//2.png"]
+    names = ["cat/1.png", "../out.png", "cat/../../out.png", "cat//2.png", "/3.png"]
     source = open_source(save(tmp_path / ("a.zip" if save is save_zip else "a.tar"), contents(names)))
     found = {sample.file: sample.left_out for sample in source}
     assert found.pop("cat/1.png") is None
-    assert len(found) == 3
+    assert len(found) == 4
     assert set(found.values()) == {"its name leads out of the archive"}
     assert source.classes == ("cat",)
 
@@ -134,6 +134,12 @@ def test_what_cannot_be_read_in_a_zip_is_rejected_by_itself(tmp_path: Path, monk
     assert found["a/plain"] == "not an image, or of a kind that Pillow cannot read"
     monkeypatch.setattr(trees, "MAX_MEMBER_BYTES", 50)
     assert "bytes when uncompressed, more than 50" in reasons(path)["a/1.png"]
+
+
+def test_names_that_begin_with_a_dot_and_a_slash_are_seen(tmp_path: Path) -> None:
+    source = open_source(save_zip(tmp_path / "a.zip", {"./cat/1.png": picture(1), "./dog/2.png": picture(2)}))
+    assert [sample.file for sample in source] == ["cat/1.png", "dog/2.png"]
+    assert source.classes == ("cat", "dog")
 
 
 def test_links_in_a_tar_are_rejected(tmp_path: Path) -> None:

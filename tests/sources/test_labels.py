@@ -89,6 +89,8 @@ def test_a_table_without_labels_leaves_the_folders_names(tmp_path: Path, name: s
         ("metadata.csv", "file_name,label\n1.png,a,b\n", "line 2: expected an object, or as many values"),
         ("metadata.csv", "picture,label\n1.png,a\n", "line 2: no file_name (found: ['picture', 'label'])"),
         ("metadata.csv", "file_name,label\n,a\n", "line 2: no file_name"),
+        ("metadata.csv", "file_name,label\n./,a\n", "line 2: './' is no file"),
+        ("metadata.csv", "file_name,label\n/,a\n", "line 2: '/' is no file"),
         ("metadata.csv", 'file_name,label\n"1.png,a\n', "line 2: unexpected end of data"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": "a"}\n{"file_name', "line 2: not valid JSON"),
         ("metadata.jsonl", "3\n", "line 1: expected an object"),

@@ -116,6 +116,16 @@ def test_an_error_of_the_disk_is_none_of_the_format(
         read(path)
 
 
+def test_an_image_that_points_outside_of_itself_is_refused_alone(tmp_path: Path) -> None:
+    """Seeking to a negative place is an error of the operating system."""
+    content = bytearray(tiff(4, 4, [bytes(48)], [8] * 3, 2))
+    content[4:8] = (0xFFFFFFFF).to_bytes(4, "little")
+    for bits in (b"MM\0\x2b\0\x08\0\0" + (2**63).to_bytes(8), bytes(content)):  # BigTIFF, TIFF
+        (tmp_path / "a.tif").write_bytes(bits)
+        with pytest.raises(Unreadable):
+            read_image(tmp_path / "a.tif")
+
+
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", tmp_path):

@@ -115,7 +115,7 @@ def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: b
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": np.zeros((2, 3, 3), np.uint8)}, "contains no array `images` \\(found: pictures\\)"),
+        ({"pictures": np.zeros((2, 3, 3), np.uint8)}, "contains no array `images` .found: .'pictures'"),
         ({"images": np.zeros((2, 3, 3), np.float32)}, r"\(got float32 of shape"),
         ({"images": np.zeros((2, 3, 3, 2), np.uint8)}, r"\(got uint8 of shape \(2, 3, 3, 2\)"),
         ({"images": np.zeros((2, 3, 3), np.uint8), "labels": np.zeros(3, int)}, "one for each image"),
