@@ -23,7 +23,7 @@ export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train test mutants up down status repro scrub lint docs lock
+.PHONY: help setup train emoji test mutants up down status repro scrub lint docs lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -49,6 +49,16 @@ train: up ## Start the services and run the pipeline; ARGS="-p preset=fashion-mn
 	prefect deployment run train-ddpm --watch $(ARGS)
 	@echo
 	@ddpm summary
+
+EMOJI = emoji-datasource-google
+
+emoji: setup ## Download 3,786 emoji (by npm) and train a model of them, by class.
+	@command -v npm > /dev/null || { echo "make emoji: npm is not installed; it downloads the pictures"; exit 1; }
+	@test -e data/raw/emoji.zip || { \
+	  npm pack --silent --pack-destination .ddpm $(EMOJI)@16.0.0 > /dev/null && \
+	  python data/emoji.py .ddpm/$(EMOJI)-16.0.0.tgz .ddpm/emoji.zip && \
+	  ddpm import .ddpm/emoji.zip --name emoji --size 32; }
+	@$(MAKE) --no-print-directory train ARGS="-p preset=emoji $(ARGS)"
 
 test: setup $(VENV)/installed-dev ## Run the tests, each file in one of several processes.
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
