@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -29,6 +28,8 @@ from flows.paths import Paths
 
 MAX_LISTED = 5
 """Maximum number of skipped files to list on the terminal."""
+MAX_SIZE = 4096
+"""Maximum of `--size`."""
 
 
 def import_data(
@@ -46,45 +47,42 @@ def import_data(
     Raises:
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
-    if size is not None and size < 1:
-        raise UsageError(f"--size: must be at least 1 (got {size})")
+    if size is not None and not 1 <= size <= MAX_SIZE:
+        raise UsageError(f"--size: must be from 1 to {MAX_SIZE} (got {size})")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
     source = open_source(path, split_names_as_classes)
     description, findings = _description(source), inspecting.look_at(source)
+    target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
+    place = target.relative_to(paths.root).as_posix()
+    shard = {"source": place, "split_names_as_classes": split_names_as_classes}
+    changes = {"shard": shard} | findings.parameters(size)
+    before = read(paths.params) if paths.params.exists() else None
+    document = lay_over(copy.deepcopy(before), changes) if before else None
+    if document:
+        validate(document, f"{paths.params} with what was found")
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.
     with FileLock(paths.state / "import.lock"):
-        place, ignored = _copy_into_dvc(path, name, paths, link)
-    shard = {"source": place, "split_names_as_classes": split_names_as_classes}
-    changes = {"shard": shard} | findings.parameters(size)
+        ignored = _copy_into_dvc(path, target, paths, link)
     sheet = paths.state / "imports" / f"{name}.png"
     inspecting.contact_sheet(source, changes["pairs"], sheet)
     print(description)
     print(f"Pixels: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
     print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some as the network will see them\n")
-    _set(paths.params, changes)
+    if document:
+        write_changes(paths.params, before, document)
+    else:
+        print(f"{paths.params}: not there; set {', '.join(name for name, _ in leaves(changes))} where you train")
     print(f"\nTo train on them, and to keep their DVC file in git:\n\n    git add {place}.dvc {ignored}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
 
 
-def _set(path: Path, changes: dict[str, Any]) -> None:
-    """Write what was found into params.yaml, if there is one."""
-    if not path.exists():
-        print(f"{path}: not there; set {', '.join(name for name, _ in leaves(changes))} where you train")
-        return
-    before = read(path)
-    document = lay_over(copy.deepcopy(before), changes)
-    validate(document, f"{path} with what was found")
-    write_changes(path, before, document)
-
-
-def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str, str]:
-    """Copy or link a source and add it to DVC; returns its path and that of .gitignore, relative to the root."""
-    target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
+def _copy_into_dvc(path: Path, target: Path, paths: Paths, link: bool) -> str:
+    """Copy or link a source and add it to DVC; returns the path of .gitignore relative to the root."""
     tracked = target.with_name(f"{target.name}.dvc")
     for existing in (target, tracked):
         if existing.exists() or existing.is_symlink():
@@ -103,7 +101,7 @@ def _copy_into_dvc(path: Path, name: str, paths: Paths, link: bool) -> tuple[str
         else:
             ignored.unlink(missing_ok=True)
         raise
-    return target.relative_to(paths.root).as_posix(), ignored.relative_to(paths.root).as_posix()
+    return ignored.relative_to(paths.root).as_posix()
 
 
 def _description(source: Source) -> str:

@@ -155,6 +155,18 @@ def test_an_archive_is_imported_as_a_file_and_read_in_place(tree: Path, name: st
     assert sum(split["samples"] for split in manifest["splits"].values()) == 42
 
 
+def test_parameters_that_do_not_fit_are_found_before_anything_is_copied(tree: Path) -> None:
+    assert run(tree, "flows", "set", "network.patch_size=4").returncode == 0
+    before = status(tree), (tree / "params.yaml").read_bytes()
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
+    assert (done.returncode, done.stdout) == (1, "")
+    message = "params.yaml with what was found: network.patch_size (4) exceeds the images' side"
+    assert done.stderr == f"ddpm import: error: {message}\n"
+    assert (status(tree), (tree / "params.yaml").read_bytes()) == before
+    assert run(tree, "flows", "import", "elsewhere", "--name", "own", "--size", "5000").returncode == 2
+    assert run(tree, "flows", "import", "elsewhere", "--name", "own", "--size", "8").returncode == 0
+
+
 def test_without_params_the_parameters_are_named(tree: Path) -> None:
     (tree / "params.yaml").unlink()
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")

@@ -149,8 +149,8 @@ def test_a_preset_is_written_and_taken_back(
     assert parameters.load(Path("params.yaml")) == presets.load(PRESETS / "digits.yaml")
     assert main(["preset", "cifar"]) == 2
     assert capsys.readouterr().err == (
-        'ddpm preset: error: Invalid value "cifar" for NAME. Choose from: "cifar10", "digits", "emoji", "fashion-mnist". '
-        'Did you mean "cifar10"? See `ddpm preset --help`.\n'
+        'ddpm preset: error: Invalid value "cifar" for NAME. Choose from: "cifar10", "digits", "emoji", '
+        '"fashion-mnist". Did you mean "cifar10"? See `ddpm preset --help`.\n'
     )
 
 
