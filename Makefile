@@ -52,7 +52,7 @@ train: up ## Start the services and run the pipeline; ARGS="-p preset=fashion-mn
 
 EMOJI = emoji-datasource-google
 
-emoji: setup ## Download 3,786 emoji (by npm) and train a model of them, by class.
+emoji: setup ## Download 3,786 emoji (by npm), set params.yaml for them, and train.
 	@command -v npm > /dev/null || { echo "make emoji: npm is not installed; it downloads the pictures"; exit 1; }
 	@test -e data/raw/emoji.zip || { \
 	  npm pack --silent --pack-destination .ddpm $(EMOJI)@16.0.0 > /dev/null && \

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
+from diffusion.sources.trees import BROKEN
 from diffusion.storage.files import write_atomic
 
 FOLDER = "package/img/google/64/"
@@ -63,7 +65,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         found = pack(arguments.package, arguments.target)
-    except (OSError, tarfile.TarError, KeyError) as error:
+    except UserError as error:  # the target cannot be written
+        print(f"data/emoji.py: {error}", file=sys.stderr)
+        return 1
+    except (KeyError, *BROKEN) as error:
         print(f"data/emoji.py: {arguments.package}: not the package emoji-datasource-google ({error})", file=sys.stderr)
         return 1
     print(f"{arguments.target}: {found} pictures")

@@ -17,7 +17,7 @@ from diffusion.sources import shards
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
-from diffusion.storage.files import writing
+from diffusion.storage.files import write_atomic, writing
 from diffusion.storage.tar import Split
 from flows import inspecting
 from flows.changes import lay_over, write_changes
@@ -60,20 +60,21 @@ def import_data(
     shard = {"source": place, "split_names_as_classes": split_names_as_classes}
     changes = {"shard": shard} | findings.parameters(size)
     before = read(paths.params) if paths.params.exists() else None
-    document = lay_over(copy.deepcopy(before), changes) if before else None
-    if document:
+    document = None if before is None else lay_over(copy.deepcopy(before), changes)
+    if document is not None:
         validate(document, f"{paths.params} with what was found")
+    content = inspecting.contact_sheet(source, changes["pairs"])
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.
     with FileLock(paths.state / "import.lock"):
         ignored = _copy_into_dvc(path, target, paths, link)
     sheet = paths.state / "imports" / f"{name}.png"
-    inspecting.contact_sheet(source, changes["pairs"], sheet)
+    write_atomic(sheet, content)
     print(description)
     print(f"Pixels: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
-    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some as the network will see them\n")
-    if document:
+    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some images as the network will see them\n")
+    if document is not None:
         write_changes(paths.params, before, document)
     else:
         print(f"{paths.params}: not there; set {', '.join(name for name, _ in leaves(changes))} where you train")

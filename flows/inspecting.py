@@ -3,20 +3,19 @@
 import statistics
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import fit
 from diffusion.samples import grid_png
 from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.shards import Source
-from diffusion.storage.files import write_atomic
 
 LOOKED_AT = 100
-"""Number of images that are decoded, evenly spaced."""
+"""Number of images that are decoded."""
 SHOWN = 12
 """Number of images on the contact sheet."""
 MAX_SIDE = 64
@@ -29,8 +28,9 @@ class Findings(NamedTuple):
     sizes: list[tuple[int, int]]
     """(width, height) of each image looked at."""
     colour: bool
-    """Whether one of them is not greyscale."""
+    """Whether one of them is not grey."""
     classes: bool
+    """Whether there are at least two classes."""
 
     def size(self, side: int | None) -> tuple[int, int]:
         """Height and width to train at: `side`, else that of all images, else a square without enlarging most."""
@@ -64,27 +64,36 @@ class Findings(NamedTuple):
 def look_at(source: Source) -> Findings:
     """Decode some images of a source; raises UserError with the first reason if none can be read."""
     rejected = list[str]()
-    pictures = [(picture.image.size, picture.image.mode != "L") for picture in _decoded(source, LOOKED_AT, rejected)]
+    pictures = [(picture.image.size, _is_colour(picture.image)) for picture in _decoded(source, LOOKED_AT, rejected)]
     if not pictures:
-        raise UserError(f"none of the {len(rejected)} images looked at can be read; the first: {rejected[0]}")
-    return Findings([size for size, _ in pictures], any(colour for _, colour in pictures), bool(source.classes))
+        raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
+    return Findings([size for size, _ in pictures], any(colour for _, colour in pictures), len(source.classes) > 1)
 
 
-def contact_sheet(source: Source, pairs: Mapping[str, int], path: Path) -> None:
-    """Write a grid of some images as the network will see them."""
+def contact_sheet(source: Source, pairs: Mapping[str, int]) -> bytes:
+    """A grid of some images as the network will see them, as a PNG; `look_at` must have found at least one."""
     shape = pairs["channels"], pairs["height"], pairs["width"]
-    shown = [fit(picture.image, *shape) for picture in islice(_decoded(source, SHOWN, []), SHOWN)]
-    write_atomic(path, grid_png(np.stack(shown)))
+    some = list(_decoded(source, SHOWN, [])) or list(islice(_decoded(source, LOOKED_AT, []), 1))
+    return grid_png(np.stack([fit(picture.image, *shape) for picture in some]))
+
+
+def _is_colour(image: Image.Image) -> bool:
+    """Whether red, green and blue differ anywhere."""
+    return image.mode != "L" and bool(np.ptp(np.asarray(image.convert("RGB")), axis=2).any())
 
 
 def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
-    """At least `count` evenly spaced images of a source, or all; adds those that cannot be read to `rejected`."""
-    every = max(1, len(source) // count)
+    """`count` images of a source at random, always the same ones, or all; adds those that fail to `rejected`."""
+    usable = list[int]()
     for index, sample in enumerate(source):
-        if index % every == 0:
+        if sample.left_out:
+            rejected.append(f"{sample.file}: {sample.left_out}")
+        else:
+            usable.append(index)
+    chosen = set(np.random.default_rng(0).permutation(usable)[:count].tolist())
+    for index, sample in enumerate(source):
+        if index in chosen:
             try:
-                if sample.left_out:
-                    raise Unreadable(sample.left_out)
                 yield sample.decode()
             except Unreadable as error:
                 rejected.append(f"{sample.file}: {error}")

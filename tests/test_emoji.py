@@ -46,7 +46,7 @@ def test_pictures_have_the_category_of_their_emoji(tmp_path: Path) -> None:
     assert (tmp_path / "b.zip").read_bytes() == (tmp_path / "a.zip").read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"no archive", None])
+@pytest.mark.parametrize("content", [b"no archive", b"\x1f\x8b\x08\0cut", None])
 def test_another_file_gets_one_line(
     tmp_path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,7 +57,8 @@ class Cifar:
         self.size = version.label_bytes + PIXELS
         names = folder / version.names
         with reading(names):
-            self.classes = tuple(names.read_text(encoding="utf-8", errors="backslashreplace").split())
+            self.classes = tuple(names.read_text(encoding="utf-8", errors="backslashreplace").split("\n"))
+            self.classes = tuple(name.strip() for name in self.classes if name.strip())
         self.files: dict[Split, tuple[Path, ...]] = {}
         for split, parts in version.parts.items():
             files = tuple(folder / name for name in parts)
@@ -65,7 +66,7 @@ class Cifar:
                 if not file.is_file():
                     raise UserError(f"{file}: not there; {folder} is not the complete binary version of CIFAR")
                 if file.stat().st_size % self.size or not file.stat().st_size:
-                    raise UserError(f"{file}: {file.stat().st_size} bytes, which is no multiple of {self.size}")
+                    raise UserError(f"{file}: {file.stat().st_size} bytes, not a multiple of {self.size}")
             self.files[split] = files
         self.own_splits: dict[Split, str] = {split: " and ".join(parts) for split, parts in version.parts.items()}
 

@@ -1,8 +1,6 @@
 """Folders and archives of image files: subfolders as splits or classes, labels in a table."""
 
-import hashlib
 import os
-import posixpath
 import re
 from collections.abc import Iterator
 from functools import cached_property, partial
@@ -12,8 +10,8 @@ from typing import Self
 from diffusion.errors import UserError
 from diffusion.sources import labels
 from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
-from diffusion.sources.shards import Sample
-from diffusion.sources.splits import SPLIT_NAMES
+from diffusion.sources.shards import Sample, sample_key
+from diffusion.sources.splits import ORDER, SPLIT_NAMES
 from diffusion.sources.trees import Tree, open_tree
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
@@ -27,7 +25,8 @@ LIKE_A_SPLIT = re.compile(
 MAX_NAMES = 5
 """Maximum number of names listed in a message."""
 OUTSIDE_SPLITS = "outside the folders of the splits"
-OUTSIDE_ARCHIVE = "its name leads out of the archive"
+OUTSIDE_ARCHIVE = "its name is empty, or leads out of the archive"
+MISSING = "in the table of labels, but there is no such file"
 Parts = tuple[str, ...]
 """The parts of a file's path, relative to the root of the tree."""
 
@@ -75,23 +74,35 @@ class Folder:
         self._outside = list[Parts]()
         if splits:
             # Held-out splits first: see Source.
-            top.sort(key=lambda name: ("test", "val", "train").index(splits[name] or "train"))
+            top.sort(key=lambda name: ORDER.index(splits[name] or "train"))
             roots, classes = self._unwrap([(*root, name) for name in top])
             self._roots = [(splits[name], inside) for name, inside in zip(top, roots, strict=True)]
             top = sorted({name for names in classes for name in names})
             self._outside = [parts for parts in self._images if parts[:-1] == root]
-        places = list(dict.fromkeys([root, *(inside for _, inside in self._roots)]))
-        self._table = labels.read(tree, self._files, places)
+        passed = [inside[:depth] for _, inside in [(None, root), *self._roots] for depth in range(len(inside) + 1)]
+        self._table = labels.read(tree, self._files, list(dict.fromkeys(passed)))
         self._folders = top
         self.classes = tuple(map(_text, top)) if self._table is None else self._table.classes
-        if not split_names_as_classes and self._table is None:
+        if not split_names_as_classes:
             self._check_names()
+        if self._table:
+            self._check_table(self._table)
+
+    def _check_table(self, table: labels.Table) -> None:
+        """Raise UserError if images in folders are not in the table: the folders may be their classes."""
+        for _, root in self._roots:
+            for parts in _below(root, self._images):
+                if len(parts) > len(root) + 1 and parts not in table.labels:
+                    raise UserError(
+                        f"{self.tree.path}: {table.name} labels {len(table.labels)} images, but not "
+                        f"{_text('/'.join(parts))}, whose folder could be its class; complete the table, or delete it"
+                    )
 
     def _file(self, parts: Parts) -> File:
         return self.tree.file("/".join(parts))
 
     def _check_names(self) -> None:
-        read_as, names = "a class", [name for name in self.classes if LIKE_A_SPLIT.fullmatch(name)]
+        read_as, names = "a class", [name for name in map(_text, self._folders) if LIKE_A_SPLIT.fullmatch(name)]
         if not names:
             read_as, inside = "part of a class", next(self._like_splits_inside(), None)
             names = [_text("/".join(inside))] if inside else []
@@ -123,13 +134,13 @@ class Folder:
         folders = {name: label for label, name in enumerate(self._folders)}
         for parts, split, top, left_out in self._entries():
             name, table = "/".join(parts), self._table
-            label = folders.get(top) if table is None else table.of(parts)
+            label = folders.get(top) if table is None else table.labels.get(parts)
             if left_out:
-                yield Sample(_key(name), _text(name), label, split, _nothing, left_out)
+                yield Sample(sample_key(name), _text(name), label, split, _nothing, left_out)
                 continue
             file = self._file(parts)
             reason = rejection_reason(file)
-            yield Sample(_key(name), _text(name), label, split, partial(read_image, file), reason)
+            yield Sample(sample_key(name), _text(name), label, split, partial(read_image, file), reason)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
         """Each file with its split, the name of its top-level folder, and why it is rejected because of its place."""
@@ -144,7 +155,7 @@ class Folder:
         for parts in self._unsafe:
             yield parts, None, "", OUTSIDE_ARCHIVE
         for parts in self._table.missing if self._table else ():
-            yield parts, None, "", f"in {self._table.name}, but there is no such file" if self._table else None
+            yield parts, None, "", MISSING
 
     def _unwrap(self, folders: list[Parts]) -> tuple[list[Parts], list[list[str]]]:
         """Descend while each folder only contains one folder of the same name; returns the folders and subfolders."""
@@ -181,12 +192,6 @@ def rejection_reason(file: File) -> str | None:
         with reading(file), file.open("rb") as content:
             raise_read_errors(content)
     return NO_IMAGE
-
-
-def _key(name: str) -> str:
-    """A readable key that depends only on the file's name; the digest distinguishes a-b/c, a/b-c and a/b/c."""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", posixpath.splitext(name)[0]).strip("-")
-    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 def _text(name: str) -> str:

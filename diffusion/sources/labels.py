@@ -8,15 +8,21 @@ label. `dataset.json` has `{"labels": [["00000/img00000000.png", 6], ...]}`.
 import csv
 import io
 import json
+import math
+import posixpath
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from diffusion.errors import UserError, shortened
-from diffusion.sources.trees import Tree
+from diffusion.sources.colours import Unreadable
+from diffusion.sources.trees import BROKEN, Tree
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image")
 LABEL_COLUMNS = ("label", "class", "category")
+"""Names of the columns, in lower case."""
+MAX_DIGITS = 20
+"""A class whose name has as many digits is not read as a number."""
 Parts = tuple[str, ...]
 Row = tuple[str, str, Any]
 """Where it is in the table (`line 3`), the file, and its label or None."""
@@ -36,17 +42,14 @@ class Table(NamedTuple):
     missing: tuple[Parts, ...]
     """Files in the table that are not there."""
 
-    def of(self, parts: Parts) -> int | None:
-        """The label of a file, or None."""
-        return self.labels.get(parts)
-
 
 def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table | None:
-    """The labels in the tables at `places` of a tree; None if there are none.
+    """The labels in the tables at `places` of a tree; None if no table there labels any of its files.
 
     Raises UserError naming the table and the line if a table is wrong, or a file has several labels.
     """
-    known, texts, tables, missing = set(files), dict[Parts, str](), list[Parts](), dict[Parts, None]()
+    known = {_composed(parts): parts for parts in files} | {parts: parts for parts in files}
+    texts, tables, missing = dict[Parts, str](), list[Parts](), dict[Parts, None]()
     for place in places:
         here = [(*place, name) for name in READERS if (*place, name) in known]
         found = [(path, rows) for path in here if (rows := _rows(tree, path)) is not None]
@@ -55,16 +58,16 @@ def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table
         for path, rows in found:
             tables.append(path)
             for line, name, label in rows:
-                parts = _parts(place, name)
-                if parts == place:
-                    raise UserError(f"{_in(tree, path)}, {line}: {name!r} is no file")
-                if parts not in known:
-                    missing[parts] = None
-                    continue
+                wanted = _parts(place, name)
+                if wanted == place:
+                    raise UserError(f"{_in(tree, path)}, {line}: {name!r} is not a file")
+                parts = known.get(wanted) or known.get(_composed(wanted))
                 text = _label(label, f"{_in(tree, path)}, {line}")
-                if text and texts.setdefault(parts, text) != text:
+                if parts is None:
+                    missing[wanted] = None
+                elif text and texts.setdefault(parts, text) != text:
                     raise UserError(f"{_in(tree, path)}, {line}: {name} has the labels {texts[parts]} and {text}")
-    if not tables:
+    if not texts:
         return None
     classes = tuple(sorted(set(texts.values()), key=in_order))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -76,23 +79,41 @@ def _in(tree: Tree, path: Parts) -> str:
     return str(tree.path / "/".join(path))
 
 
+def _composed(parts: Parts) -> Parts:
+    """A path in Unicode's composed form, since macOS decomposes the names of files."""
+    return tuple(unicodedata.normalize("NFC", part) for part in parts)
+
+
 def _parts(place: Parts, name: str) -> Parts:
     """A file that a table names, relative to the root of the tree."""
-    return (*place, *(part for part in PurePosixPath(name.replace("\\", "/")).parts if part != "/"))
+    return tuple(
+        part
+        for part in posixpath.normpath("/".join((*place, name.replace("\\", "/")))).split("/")
+        if part not in ("", ".")
+    )
 
 
 def in_order(name: str) -> tuple[int, str]:
     """Sorts names of classes; integers in numerical order."""
-    return (int(name), name) if name.isascii() and name.isdecimal() else (-1, name)
+    return (int(name), name) if name.isascii() and name.isdecimal() and len(name) < MAX_DIGITS else (-1, name)
+
+
+def class_name(label: Any) -> str | None:
+    """The name of a class; empty for none; None if it is neither text nor an integer."""
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return ""
+    if isinstance(label, float) and label.is_integer():  # as pandas writes integers where some are missing
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        return None
+    return str(label).encode(errors="backslashreplace").decode()
 
 
 def _label(label: Any, where: str) -> str:
     """The name of a class; empty for none."""
-    if label is None or label == "":
-        return ""
-    if isinstance(label, bool) or not isinstance(label, int | str):
+    if (name := class_name(label)) is None:
         raise UserError(f"{where}: a label must be text or an integer (got {shortened(label)})")
-    return str(label)
+    return name
 
 
 def _rows(tree: Tree, path: Parts) -> list[Row] | None:
@@ -105,6 +126,8 @@ def _rows(tree: Tree, path: Parts) -> list[Row] | None:
         raise UserError(f"{_in(tree, path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except _WrongTable as error:
         raise UserError(f"{_in(tree, path)}, {error}") from None
+    except (Unreadable, *BROKEN) as error:
+        raise UserError(f"{_in(tree, path)}: cannot be read ({error})") from None
 
 
 class _WrongTable(Exception):
@@ -121,7 +144,7 @@ def _csv(text: str) -> list[Row] | None:
 
 def _jsonl(text: str) -> list[Row] | None:
     def records() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
@@ -132,33 +155,34 @@ def _jsonl(text: str) -> list[Row] | None:
 
 
 def _from_records(records: Iterable[tuple[int, Any]]) -> list[Row] | None:
-    """Rows from numbered mappings of columns; None if there is no column of labels."""
+    """Rows from numbered mappings of columns; None if there is no column of files, or none of labels."""
     rows, labelled = list[Row](), False
     for number, record in records:
         if not isinstance(record, dict) or None in record:
             raise _WrongTable(f"line {number}: expected an object, or as many values as the header has columns")
-        file = next((record[name] for name in FILE_COLUMNS if name in record), None)
-        if not isinstance(file, str) or not file:
-            raise _WrongTable(f"line {number}: no {FILE_COLUMNS[0]} (found: {shortened(list(record))})")
-        column = next((name for name in LABEL_COLUMNS if name in record), None)
-        labelled = labelled or column is not None
-        rows.append((f"line {number}", file, record[column] if column else None))
+        columns = {name.lower(): name for name in record}
+        file = next((columns[name] for name in FILE_COLUMNS if name in columns), None)
+        if file is None and not rows:
+            return None
+        if file is None or not isinstance(record[file], str) or not record[file]:
+            raise _WrongTable(f"line {number}: no {file or FILE_COLUMNS[0]} (found: {shortened(record)})")
+        label = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+        labelled = labelled or label is not None
+        rows.append((f"line {number}", record[file], record[label] if label else None))
     return rows if labelled else None
 
 
 def _dataset_json(text: str) -> list[Row] | None:
     try:
-        labels = json.loads(text).get("labels")
-    except (ValueError, RecursionError, AttributeError):
-        raise _WrongTable("not a JSON object; expected {labels: [[file, label], ...]}") from None
-    if labels is None:
-        return None
-    pairs = list(labels.items()) if isinstance(labels, dict) else labels
-    if not isinstance(pairs, list):
-        raise _WrongTable(f"labels: must be a list of [file, label] (got {shortened(pairs)})")
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _WrongTable("not valid JSON") from None
+    labels = document.get("labels") if isinstance(document, dict) else None
+    if not isinstance(labels, list) or not labels or not isinstance(labels[0], list):
+        return None  # of another program
     rows = list[Row]()
-    for number, pair in enumerate(pairs):
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+    for number, pair in enumerate(labels):
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
             raise _WrongTable(f"labels[{number}]: must be a file and its label (got {shortened(pair)})")
         rows.append((f"labels[{number}]", pair[0], pair[1]))
     return rows

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,9 +9,10 @@ from typing import Any, Self
 
 from diffusion.errors import UserError, shortened
 from diffusion.sources.images import Unreadable, is_image, read_image
-from diffusion.sources.shards import Sample
+from diffusion.sources.labels import class_name, in_order
+from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
-from diffusion.sources.trees import Member, files_below
+from diffusion.sources.trees import TAR_ENDINGS, Member, ending, files_below
 from diffusion.storage.tar import Split
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label", "class")
@@ -24,7 +24,7 @@ BATCH = 64
 class Parquet:
     """Parquet files with a column of images: their encoded bytes, or a struct with the field `bytes`.
 
-    The files' names state the splits, if one of them is train. Labels are integers with class names in the schema (the
+    The files' names may state splits. Labels are integers with class names in the schema (the
     feature ClassLabel), integers without, or text.
     """
 
@@ -32,38 +32,47 @@ class Parquet:
     def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
         """The source at `path`, a file or a folder; None if there are no Parquet files, or images beside them."""
         if path.is_file():
-            return cls(path, [path]) if path.suffix == ".parquet" else None
+            return cls(path, [path]) if ending(path) == ".parquet" else None
         every = list(files_below(path)) if path.is_dir() else []
-        files = [file for file in every if file.suffix == ".parquet"]
+        files = [file for file in every if ending(file) == ".parquet"]
+        if files and (others := [file for file in every if ending(file) in (".zip", *TAR_ENDINGS)]):
+            raise UserError(f"{path}: contains Parquet files and archives ({others[0].name}); keep one kind")
         return cls(path, files) if files and not any(is_image(file) for file in every) else None
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         """Raises UserError if a file cannot be read, has other columns than the first, or a wrong label."""
         self.path, self._root = path, path if path.is_dir() else path.parent
-        self._files, self.own_splits = by_file_name(files)
+        self._files, self.own_splits = by_file_name(self._root, files)
         schema = _open(files[0]).schema_arrow
         self.image = _column(files[0], schema, IMAGE_COLUMNS, _holds_images)
         self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+        names = _class_names(schema, self.label)
         for file in files[1:]:
-            if missing := {self.image, self.label} - {None, *_open(file).schema_arrow.names}:
+            other = _open(file).schema_arrow
+            if missing := {self.image, self.label} - {None, *other.names}:
                 raise UserError(f"{file}: has no column {missing.pop()}, unlike {files[0].name}")
-        self.classes, self._numbers = self._read_classes(schema)
+            if self.label and (_class_names(other, self.label), other.field(self.label).type) != (
+                names, schema.field(self.label).type,
+            ):  # fmt: skip
+                raise UserError(f"{file}: column {self.label} has other classes, or another type, than {files[0].name}")
+        self.classes, self._numbers = self._read_classes(names)
         self._count = sum(_open(file).metadata.num_rows for file in files)
 
-    def _read_classes(self, schema: Any) -> tuple[tuple[str, ...], dict[Any, int]]:
+    def _read_classes(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, int]]:
         """Names of the classes, and each label's class."""
         if self.label is None:
             return (), {}
-        if names := _class_names(schema, self.label):
-            return names, {number: number for number in range(len(names))}
-        values = set[Any]()
-        for _, file in self._files:
-            values.update(row[self.label] for row in _rows(file, [self.label]))
-        values -= {None, -1}
-        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | str)]:
-            raise UserError(f"{self.path}: column {self.label}: labels must be integers or text (got {wrong[0]!r})")
-        ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
-        return tuple(map(str, ordered)), {value: number for number, value in enumerate(ordered)}
+        if names:
+            return names, {str(number): number for number in range(len(names))}
+        found = {self._name(row[self.label]) for _, file in self._files for row in _rows(file, [self.label])} - {""}
+        classes = tuple(sorted(found, key=in_order))
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def _name(self, label: Any) -> str:
+        """A label as text; empty for none."""
+        if (name := class_name(label)) is None:
+            raise UserError(f"{self.path}: column {self.label}: must be integers or text (got {shortened(label)})")
+        return "" if name == "-1" else name
 
     def __len__(self) -> int:
         return self._count
@@ -75,15 +84,16 @@ class Parquet:
                 yield self._sample(row, file, index, split)
 
     def _sample(self, row: Mapping[str, Any], file: Path, index: int, split: Split | None) -> Sample:
-        name, label, image = f"{file.name}[{index}]", row.get(self.label or ""), row[self.image]
-        if label not in (None, -1) and label not in self._numbers:
-            raise UserError(f"{file}: row {index}: no class has the label {shortened(label)}")
+        name, label, image = f"{file.name}[{index}]", self._name(row.get(self.label or "")), row[self.image]
+        if label and label not in self._numbers:
+            raise UserError(f"{file}: row {index}: no class has the label {label}")
         content = image.get("bytes") if isinstance(image, Mapping) else image
         inside = image.get("path") if isinstance(image, Mapping) else None
         path = PurePosixPath(inside if isinstance(inside, str) and inside else str(index))
         member = Member(file, path, partial(_content, content))
-        key = re.sub(r"[^A-Za-z0-9_]+", "-", file.relative_to(self._root).with_suffix("").as_posix())
-        return Sample(f"{key}-{index:07d}", name, self._numbers.get(label), split, partial(read_image, member))
+        place = f"{file.relative_to(self._root).as_posix()}/" if len(self._files) > 1 else ""
+        key = sample_key(f"{place}{index:07d}")
+        return Sample(key, name, self._numbers.get(label), split, partial(read_image, member))
 
 
 def _content(content: bytes | None) -> io.BytesIO:
@@ -140,7 +150,7 @@ def _column(path: Path, schema: Any, preferred: tuple[str, ...], fits: Any) -> s
     return str((named or found)[0])
 
 
-def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
     """The names that `datasets` stores in the schema for a column of the feature ClassLabel; empty if it has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -4,8 +4,12 @@ A sample consists of `KEY.json` (label, class, source, size, mode) and `KEY.png`
 `manifest.json` describes the data set.
 """
 
+import hashlib
 import io
 import json
+import os
+import posixpath
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -109,6 +113,12 @@ class Manifest(Facts):
     """Number of images with the same visible pixels as an earlier one."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""
+
+
+def sample_key(name: str) -> str:
+    """A readable key that depends only on the file's name; the digest distinguishes a-b/c, a/b-c and a/b/c."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", posixpath.splitext(name)[0]).strip("-")
+    return f"{readable[:60]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
 def png(image: Image.Image) -> bytes:

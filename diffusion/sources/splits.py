@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion.sources.images import Unreadable
+from diffusion.errors import UserError
+from diffusion.sources.colours import Unreadable
 from diffusion.storage.tar import Split
 
 SPLIT_NAMES: dict[str, Split] = {
@@ -17,28 +18,37 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Names of splits, case-insensitive."""
-OF_A_SPLIT = re.compile(r"([A-Za-z]+)([-_.]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?\..*")
-"""File names such as train-000000.tar, or test-00000-of-00002.parquet, optionally with a fingerprint."""
 ORDER: tuple[Split, ...] = ("test", "val", "train")
 """Held-out splits first: see Source."""
 
 
-def by_file_name(files: Sequence[Path]) -> tuple[list[tuple[Split | None, Path]], dict[Split, str]]:
-    """Files with their splits, held-out ones first, and the names of each split's files.
+def by_file_name(root: Path, files: Sequence[Path]) -> tuple[list[tuple[Split | None, Path]], dict[Split, str]]:
+    """Files below `root` with their splits, held-out ones first, and the names of each split's files.
 
-    The names state the splits if all of them do, and one is train; otherwise the files have no split.
+    A split's name is a word of the file's name, or a folder: `train-000000.tar`, `default/test/0000.parquet`. Without
+    one named train, the files have no splits. Raises UserError if only some files name one, or a file names several.
     """
-    names = [OF_A_SPLIT.fullmatch(file.name) for file in files]
-    splits = [SPLIT_NAMES.get(name[1].lower()) if name else None for name in names]
-    if "train" not in splits or None in splits:
-        return [(None, file) for file in sorted(files)], {}
-    pairs: list[tuple[Split | None, Path]] = sorted(zip(splits, files, strict=True), key=lambda pair: pair[1])
-    found = [pair for wanted in ORDER for pair in pairs if pair[0] == wanted]
-    return found, {
-        split: " and ".join(file.name for each, file in found if each == split)
-        for split in reversed(ORDER)
-        if split in splits
+    named = {
+        file: {SPLIT_NAMES[word] for word in _words(file.relative_to(root)) & SPLIT_NAMES.keys()} for file in files
     }
+    if not any("train" in splits for splits in named.values()) or len(files) == 1:
+        return [(None, file) for file in sorted(files)], {}
+    for file, splits in sorted(named.items()):
+        if len(splits) != 1:
+            what = "several splits" if splits else "no split, unlike others"
+            raise UserError(f"{file}: its name states {what} (train, val, test); rename or remove it")
+    found: list[tuple[Split | None, Path]] = [
+        (split, file) for split in ORDER for file, splits in sorted(named.items()) if split in splits
+    ]
+    return found, {
+        split: " and ".join(file.relative_to(root).as_posix() for each, file in found if each == split)
+        for split in reversed(ORDER)
+        if any(each == split for each, _ in found)
+    }
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.as_posix().lower()))
 
 
 class Fractions(NamedTuple):

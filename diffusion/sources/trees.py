@@ -10,6 +10,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
@@ -115,9 +116,8 @@ class Zip:
                 self._zip = zipfile.ZipFile(path)
         except BROKEN as error:
             raise UserError(f"{path}: not a readable zip archive ({error})") from None
-        self._infos = {
-            info.filename.removeprefix("./"): info for info in self._zip.infolist() if not info.filename.endswith("/")
-        }
+        infos = [info for info in self._zip.infolist() if not info.filename.endswith("/")]
+        self._infos = {_normalized(_zip_name(info)): info for info in infos}
 
     def names(self) -> list[str]:
         return _visible(self._infos)
@@ -155,7 +155,7 @@ class Tar:
                     raise tarfile.ReadError("truncated: its end is missing")
         except BROKEN as error:
             raise UserError(f"{path}: not a readable tar archive ({error})") from None
-        self._members = {member.name.removeprefix("./"): member for member in members if not member.isdir()}
+        self._members = {_normalized(member.name): member for member in members if not member.isdir()}
 
     def names(self) -> list[str]:
         return _visible(self._members)
@@ -193,6 +193,20 @@ def _check_size(size: int) -> None:
     """Raise Unreadable for a file in an archive that would not fit into memory."""
     if size > MAX_MEMBER_BYTES:
         raise Unreadable(f"{size} bytes when uncompressed, more than {MAX_MEMBER_BYTES}")
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A name in a zip archive; some programs write UTF-8 without saying so, or backslashes."""
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")
+
+
+def _normalized(name: str) -> str:
+    """A name without empty parts and `.`; a leading `/` is dropped, as in unpacking."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".")) or ".."
 
 
 def _visible(names: Iterable[str]) -> list[str]:

@@ -1,115 +1,116 @@
 """Shards in WebDataset format as a source: tar files in which the members of a sample share a key."""
 
 import json
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-from diffusion.errors import UserError, shortened
+from diffusion.errors import UserError
+from diffusion.sources.colours import Unreadable
 from diffusion.sources.images import NO_IMAGE, is_image, read_image
-from diffusion.sources.labels import in_order
-from diffusion.sources.shards import Sample
+from diffusion.sources.labels import class_name, in_order
+from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
-from diffusion.sources.trees import Tar, ending, files_below
-from diffusion.storage.tar import Split
+from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, ending, files_below
 
 LABEL_KEYS = ("class", "label", "cls")
 """Keys in a sample's .json member that may hold its class, the preferred ones first."""
 
 
 class Group(NamedTuple):
-    """The members of a sample by extension, in the order of the shard."""
+    """A sample of a shard."""
 
     key: str
-    members: dict[str, str]
+    image: str
+    """The first member that is an image; if there is none, the first member."""
+    label: str
+    """The name of its class; empty for none."""
+    left_out: str | None
 
 
 class WebDataset:
-    """One shard, or a folder of shards. A sample's first member that is an image counts.
+    """One shard, or a folder of shards. The first image of a sample is used.
 
-    Its class is the text of `.cls`, or `class`, `label` or `cls` in `.json`. The shards' names may state splits.
+    Its class is the text of `.cls`, or `class`, `label` or `cls` in `.json`. The shards' names may state splits. A
+    sample whose label cannot be read is rejected.
     """
 
     @classmethod
     def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
-        """The source at `path`; None if it is not a folder of tar files alone, or a tar file with labels."""
+        """The source at `path`: a folder with tar files but without images, or a tar file with labelled samples."""
         if path.is_dir():
             files = list(files_below(path))
-            tars = [file for file in files if ending(file).startswith((".tar", ".tgz"))]
-            return cls(path, tars) if tars and not any(is_image(file) for file in files) else None
-        if not ending(path).startswith((".tar", ".tgz")):
+            tars = [file for file in files if ending(file) in TAR_ENDINGS]
+            if not tars or any(is_image(file) for file in files):
+                return None
+            source = cls(path, tars)
+            if not source.classes and source.folders:
+                raise UserError(
+                    f"{path}: its tar files contain folders, but no labels (.cls or .json); choose one of them, which "
+                    "is read like a folder, or unpack them"
+                )
+            return source
+        if ending(path) not in TAR_ENDINGS:
             return None
         source = cls(path, [path])
-        return source if source.labelled else None
+        return source if source.classes else None
 
     def __init__(self, path: Path, files: list[Path]) -> None:
-        """Raises UserError if a shard cannot be read."""
+        """Raises UserError if a shard cannot be read, or only some names state a split."""
         self._root = path if path.is_dir() else path.parent
-        found, self.own_splits = by_file_name(files)
-        self._shards = [(split, Tar(file)) for split, file in found]
-        self._groups = [list(_groups(tar)) for _, tar in self._shards]
-        self.labelled = any({"cls", "json"} & group.members.keys() for groups in self._groups for group in groups)
-        labels = {
-            text
-            for number, groups in enumerate(self._groups)
-            for group in groups
-            if (text := self._label(number, group))
-        }
-        self.classes = tuple(sorted(labels, key=in_order))
-
-    def _label(self, number: int, group: Group) -> str:
-        """The class of a sample; empty for none."""
-        if "cls" in group.members:
-            return self._text(number, group.members["cls"]).strip()
-        if "json" not in group.members:
-            return ""
-        where = f"{self._shards[number][1].path}: {group.members['json']}"
-        try:
-            facts = json.loads(self._text(number, group.members["json"]))
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not valid JSON") from None
-        found = [facts[key] for key in LABEL_KEYS if facts.get(key) is not None] if isinstance(facts, dict) else []
-        if not found:
-            return ""
-        if isinstance(found[0], bool) or not isinstance(found[0], int | str):
-            raise UserError(f"{where}: a label must be text or an integer (got {shortened(found[0])})")
-        return str(found[0])
-
-    def _text(self, number: int, name: str) -> str:
-        tar = self._shards[number][1]
-        with tar.file(name).open("rb") as file:
-            try:
-                return file.read().decode()
-            except UnicodeDecodeError:
-                raise UserError(f"{tar.path}: {name}: not UTF-8 text") from None
+        self._shards, self.own_splits = by_file_name(self._root, files)
+        self._groups = [list(_groups(Tar(file))) for _, file in self._shards]  # one is open at a time
+        every = [group for groups in self._groups for group in groups]
+        self.folders = any("/" in group.key for group in every)
+        self.classes = tuple(sorted({group.label for group in every if group.label}, key=in_order))
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
 
     def __iter__(self) -> Iterator[Sample]:
         numbers = {name: label for label, name in enumerate(self.classes)}
-        for number, (split, tar) in enumerate(self._shards):
-            for group in self._groups[number]:
-                yield self._sample(tar, group, numbers.get(self._label(number, group)), split)
-
-    def _sample(self, tar: Tar, group: Group, label: int | None, split: Split | None) -> Sample:
-        shard = tar.path.relative_to(self._root).as_posix().removesuffix(ending(tar.path))
-        key = re.sub(r"[^A-Za-z0-9_]+", "-", f"{shard}-{group.key}").strip("-")
-        for name in group.members.values():
-            if is_image(file := tar.file(name)):
-                return Sample(key, f"{tar.path.name}: {name}", label, split, partial(read_image, file))
-        name = next(iter(group.members.values()))
-        return Sample(key, f"{tar.path.name}: {name}", label, split, partial(read_image, tar.file(name)), NO_IMAGE)
+        for (split, path), groups in zip(self._shards, self._groups, strict=True):
+            tar = Tar(path)
+            place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
+            for group in groups:
+                decode = partial(read_image, tar.file(group.image))
+                label, name = numbers.get(group.label), f"{path.name}: {group.image}"
+                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out)
 
 
 def _groups(tar: Tar) -> Iterator[Group]:
     """The samples of a shard: members that share their path up to the first dot of the name."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[str]] = {}
     for name in tar.in_order():
         path = PurePosixPath(name)
-        stem, _, extension = path.name.partition(".")
-        found.setdefault(str(path.parent / stem), {})[extension.lower()] = name
+        found.setdefault(str(path.parent / path.name.partition(".")[0]), []).append(name)
     for key, members in found.items():
-        yield Group(key, members)
+        image = next((name for name in members if is_image(tar.file(name))), None)
+        if image is None:
+            yield Group(key, members[0], "", NO_IMAGE)
+            continue
+        try:
+            yield Group(key, image, _label(tar, members), None)
+        except (Unreadable, *BROKEN) as error:
+            yield Group(key, image, "", f"its label cannot be read ({error})")
+
+
+def _label(tar: Tar, members: list[str]) -> str:
+    """The class of a sample, empty for none; raises ValueError or Unreadable if it cannot be read."""
+    by_ending = {PurePosixPath(name).suffix.lower(): name for name in members}
+    if ".cls" in by_ending:
+        return _text(tar, by_ending[".cls"]).strip()
+    if ".json" not in by_ending:
+        return ""
+    try:
+        facts = json.loads(_text(tar, by_ending[".json"]))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    found = [facts[key] for key in LABEL_KEYS if facts.get(key) is not None] if isinstance(facts, dict) else []
+    return class_name(found[0]) or "" if found else ""
+
+
+def _text(tar: Tar, name: str) -> str:
+    with tar.file(name).open("rb") as file:
+        return file.read().decode()

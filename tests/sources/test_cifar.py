@@ -58,7 +58,7 @@ def test_an_incomplete_or_cut_version_gets_one_line(tmp_path: Path) -> None:
     folder = cifar10(tmp_path / "cifar")
     batch = folder / "data_batch_3.bin"
     batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"data_batch_3.bin: 6145 bytes, which is no multiple of 3073"):
+    with pytest.raises(UserError, match=r"data_batch_3.bin: 6145 bytes, not a multiple of 3073"):
         open_source(folder)
     batch.unlink()
     with pytest.raises(UserError, match=r"data_batch_3.bin: not there; .* is not the complete binary version of CIFAR"):

@@ -45,7 +45,7 @@ def test_a_table_states_the_classes(tmp_path: Path, name: str) -> None:
 def test_integer_labels_are_in_numerical_order(tmp_path: Path) -> None:
     names = [f"{number}.png" for number in range(12)]
     pictures(tmp_path, *names)
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {name: 11 - i for i, name in enumerate(names)}}))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[name, 11 - i] for i, name in enumerate(names)]}))
     source = open_source(tmp_path)
     assert source.classes == tuple(map(str, range(12)))
     assert {sample.file: sample.label for sample in source}["1.png"] == 10
@@ -62,16 +62,24 @@ def test_each_split_may_have_its_table(tmp_path: Path) -> None:
 def test_files_that_are_not_there_are_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,a\n2.png,b\n../3.png,b\n")
-    missing = "in metadata.csv, but there is no such file"
+    missing = "in the table of labels, but there is no such file"
     assert labelled(tmp_path) == {"1.png": "a", "2.png": missing, "../3.png": missing}
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("metadata.csv", "file_name,caption\n1.png,a cat\n"),
+        ("metadata.csv", "file_name,text\n1.png,a cat\n"),
+        ("metadata.csv", "file_name,label\ncat/1.png,\ndog/2.png,\n"),
+        ("metadata.csv", "file_name,label\n1,x\n2,y\n"),  # names without their ending
+        ("labels.csv", "ClassId,Name\n0,cat\n"),
+        ("labels.csv", "id,breed\n1,poodle\n"),
         ("dataset.json", '{"labels": null}'),
+        ("dataset.json", '{"labels": 3}'),
+        ("dataset.json", '{"labels": {"background": 0, "tumour": 1}}'),
+        ("dataset.json", '{"labels": ["cat", "dog"]}'),
         ("dataset.json", "{}"),
+        ("dataset.json", "[]"),
     ],
 )
 def test_a_table_without_labels_leaves_the_folders_names(tmp_path: Path, name: str, text: str) -> None:
@@ -87,10 +95,9 @@ def test_a_table_without_labels_leaves_the_folders_names(tmp_path: Path, name: s
     [
         ("metadata.csv", "file_name,label\n1.png,a\n1.png,b\n", "line 3: 1.png has the labels a and b"),
         ("metadata.csv", "file_name,label\n1.png,a,b\n", "line 2: expected an object, or as many values"),
-        ("metadata.csv", "picture,label\n1.png,a\n", "line 2: no file_name (found: ['picture', 'label'])"),
         ("metadata.csv", "file_name,label\n,a\n", "line 2: no file_name"),
-        ("metadata.csv", "file_name,label\n./,a\n", "line 2: './' is no file"),
-        ("metadata.csv", "file_name,label\n/,a\n", "line 2: '/' is no file"),
+        ("metadata.csv", "file_name,label\n./,a\n", "line 2: './' is not a file"),
+        ("metadata.csv", "file_name,label\n/,a\n", "line 2: '/' is not a file"),
         ("metadata.csv", 'file_name,label\n"1.png,a\n', "line 2: unexpected end of data"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": "a"}\n{"file_name', "line 2: not valid JSON"),
         ("metadata.jsonl", "3\n", "line 1: expected an object"),
@@ -105,11 +112,9 @@ def test_a_table_without_labels_leaves_the_folders_names(tmp_path: Path, name: s
             '{"file_name": "1.png", "label": true}',
             "line 1: a label must be text or an",
         ),
-        ("dataset.json", "[", "not a JSON object"),
-        ("dataset.json", "[]", "not a JSON object"),
+        ("dataset.json", "[", "not valid JSON"),
         ("dataset.json", '{"labels": [["1.png"]]}', "labels[0]: must be a file and its label (got ['1.png'])"),
         ("dataset.json", '{"labels": [["1.png", [1]]]}', "labels[0]: a label must be text or an integer (got [1])"),
-        ("dataset.json", '{"labels": 3}', "labels: must be a list"),
     ],
 )
 def test_a_wrong_table_gets_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -119,6 +124,53 @@ def test_a_wrong_table_gets_one_line(tmp_path: Path, name: str, text: str, messa
         open_source(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / name}, {message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["", "images", "images/set"])
+def test_a_table_above_or_beside_the_images_counts(tmp_path: Path, place: str) -> None:
+    pictures(tmp_path, "images/set/a/1.png", "images/set/b/2.png")
+    inside = str(Path("images/set").relative_to(place or "."))
+    (tmp_path / place / "metadata.csv").write_text(f"File_Name,Label\n{inside}/a/1.png,x\n{inside}/b/../b/2.png,y\n")
+    assert set(labelled(tmp_path).values()) == {"x", "y"}
+
+
+def test_a_table_of_some_images_in_folders_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "train/cat/1.png", "test/cat/2.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\ncat/1.png,x\n")
+    with pytest.raises(UserError, match=r"labels 1 images, but not test/cat/2.png, whose folder could be its class"):
+        open_source(tmp_path)
+
+
+def test_folders_named_like_splits_need_confirmation_with_a_table_too(tmp_path: Path) -> None:
+    pictures(tmp_path, "seg_train/1.png", "seg_test/2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\nseg_train/1.png,x\nseg_test/2.png,y\n")
+    with pytest.raises(UserError, match="named like a split"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, split_names_as_classes=True).classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("label", "right"),
+    [
+        ("3.0", "3"),
+        ("NaN", None),
+        ('"\\ud83d"', "\\ud83d"),
+        (f'"{"9" * 5000}"', "9" * 5000),
+        ('"a\u2028b"', "a\u2028b"),
+    ],
+)
+def test_odd_labels(tmp_path: Path, label: str, right: str | None) -> None:
+    pictures(tmp_path, "1.png", "2.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        f'{{"file_name": "1.png", "label": {label}}}\n{{"file_name": "2.png", "label": "z"}}', encoding="utf-8"
+    )
+    assert labelled(tmp_path) == {"1.png": right, "2.png": "z"}
+
+
+def test_decomposed_names_of_macos_are_found(tmp_path: Path) -> None:
+    pictures(tmp_path, "cafe\u0301.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ncaf\u00e9.png,x\n", encoding="utf-8")
+    assert set(labelled(tmp_path).values()) == {"x"}
 
 
 def test_two_tables_in_one_place_are_refused(tmp_path: Path) -> None:

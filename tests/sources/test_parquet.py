@@ -45,7 +45,12 @@ def test_one_file(tmp_path: Path) -> None:
     assert (len(source), source.classes, source.own_splits) == (120, ("cat", "dog", "eel"), {})
     samples = list(source)
     assert [sample.label for sample in samples] == [number % 3 for number in range(120)]
-    assert (samples[77].file, samples[77].key) == ("pictures.parquet[77]", "pictures-0000077")
+    assert samples[77].file == "pictures.parquet[77]"
+    assert len({sample.key for sample in samples}) == 120
+    (tmp_path / "pictures.parquet").rename(tmp_path / "train-00000-of-00001.PARQUET")
+    renamed = open_source(tmp_path / "train-00000-of-00001.PARQUET")
+    assert renamed.own_splits == {}
+    assert [sample.key for sample in renamed] == [sample.key for sample in samples]
     np.testing.assert_array_equal(np.stack([np.asarray(each.decode().image) for each in samples]), PIXELS[:120])
 
 
@@ -56,8 +61,8 @@ def test_files_of_splits(tmp_path: Path) -> None:
     (tmp_path / "set" / "README.md").write_text("a data set card")
     source = open_source(tmp_path / "set")
     assert source.own_splits == {
-        "train": "train-00000-of-00002.parquet and train-00001-of-00002.parquet",
-        "test": "test-00000-of-00001-0123456789abcdef.parquet",
+        "train": "data/train-00000-of-00002.parquet and data/train-00001-of-00002.parquet",
+        "test": "data/test-00000-of-00001-0123456789abcdef.parquet",
     }
     samples = list(source)
     assert [(sample.split, sample.label) for sample in samples] == [
@@ -70,10 +75,40 @@ def test_files_of_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/0.parquet", "test/0.parquet", "extra/0.parquet"], "extra/0.parquet: its name states no split, unlike"),
+        (["train-test.parquet", "train.parquet"], "train-test.parquet: its name states several splits"),
+        (["train.parquet", "other.zip"], "set: contains Parquet files and archives (other.zip); keep one kind"),
+    ],
+)
+def test_names_that_leave_splits_open_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        save(tmp_path / "set" / name, range(2), [0, 1])
+    with pytest.raises(UserError) as caught:
+        open_source(tmp_path / "set")
+    assert message in str(caught.value)
+
+
+def test_folders_of_splits(tmp_path: Path) -> None:
+    for number, name in enumerate(("default/train/0000.parquet", "default/test/0000.parquet")):
+        save(tmp_path / name, range(number, number + 1), [0])
+    assert [sample.split for sample in open_source(tmp_path)] == ["test", "train"]
+
+
+def test_files_with_other_classes_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.parquet", range(2), [0, 1], ["cat", "dog"])
+    save(tmp_path / "b.parquet", range(2), [0, 1], ["dog", "cat"])
+    with pytest.raises(UserError, match=r"b.parquet: column label has other classes, or another type, than a.parquet"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("labels", "classes", "right"),
     [
         (["b", "a", None, "b"], ("a", "b"), [1, 0, None, 1]),
         ([10, 9, None, -1], ("9", "10"), [1, 0, None, None]),
+        ([10.0, 9.0, None, float("nan")], ("9", "10"), [1, 0, None, None]),
     ],
 )
 def test_labels_without_names(tmp_path: Path, labels: list[Any], classes: tuple[str, ...], right: list[Any]) -> None:
@@ -117,8 +152,8 @@ def test_what_cannot_be_used_gets_one_line(tmp_path: Path) -> None:
     assert message(tmp_path / "c.parquet").startswith("c.parquet: several columns may hold images: x, y; name one")
     save(tmp_path / "d.parquet", range(2), [0, 3])
     assert message(tmp_path / "d.parquet") == "d.parquet: row 1: no class has the label 3"
-    save(tmp_path / "e.parquet", range(2), [0.5, 1.5], names=None)
-    assert message(tmp_path / "e.parquet").startswith("e.parquet: column label: labels must be integers or text (got")
+    save(tmp_path / "e.parquet", range(2), [[1], [2]], names=None)
+    assert message(tmp_path / "e.parquet").startswith("e.parquet: column label: must be integers or text (got")
     save(tmp_path / "set" / "train.parquet", range(2), [0, 1])
     parquet.write_table(pa.table({"picture": [png(0)], "label": [0]}), tmp_path / "set" / "test.parquet")
     assert message(tmp_path / "set") == "set/train.parquet: has no column picture, unlike test.parquet"

@@ -1,5 +1,8 @@
 """Shards in WebDataset format, written by webdataset itself."""
 
+import io
+import resource
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from diffusion.errors import UserError
 from diffusion.sources.folders import Folder
 from diffusion.sources.sources import open_source
 from diffusion.sources.webdatasets import WebDataset
+from tests.fuzz import IMAGES
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 3, 4, 3), dtype=np.uint8)
 
@@ -38,7 +42,6 @@ def samples(numbers: range, **members: Any) -> list[dict[str, Any]]:
         ({"cls": lambda number: number % 11}, tuple(map(str, range(11)))),
         ({"json": lambda number: {"label": number % 11, "size": [3, 4]}}, tuple(map(str, range(11)))),
         ({"json": lambda _: {"label": 0, "class": "cat"}}, ("cat",)),
-        ({"json": lambda _: {"label": None}}, ()),
     ],
 )
 def test_one_shard(tmp_path: Path, members: dict[str, Any], classes: tuple[str, ...]) -> None:
@@ -50,7 +53,8 @@ def test_one_shard(tmp_path: Path, members: dict[str, Any], classes: tuple[str, 
     np.testing.assert_array_equal(np.stack([np.asarray(sample.decode().image) for sample in found]), PIXELS[:30])
     if len(classes) == 11:
         assert [sample.label for sample in found] == [number % 11 for number in range(30)]
-    assert (found[3].key, found[3].file) == ("a-00003", "a.tar: 00003.png")
+    assert found[3].file == "a.tar: 00003.png"
+    assert len({sample.key for sample in found}) == 30
 
 
 def test_a_folder_of_shards_has_their_splits(tmp_path: Path) -> None:
@@ -97,19 +101,56 @@ def test_our_own_shards_are_a_source(pairs_tree: Path) -> None:
     assert source.classes == tuple(map(str, range(10)))
 
 
-def test_a_tar_file_of_images_alone_is_a_folder(tmp_path: Path) -> None:
-    assert isinstance(open_source(save(tmp_path / "a.tar", samples(range(3)))), Folder)
-
-
 @pytest.mark.parametrize(
-    ("members", "message"),
+    "others",
     [
-        ({"json": lambda _: b"{"}, "00000.json: not valid JSON"),
-        ({"json": lambda _: b"\xff"}, "00000.json: not UTF-8 text"),
-        ({"json": lambda _: b'{"label": [1]}'}, "00000.json: a label must be text or an integer (got [1])"),
+        {},
+        {"dataset.json": b'{"labels": null}'},
+        {"cat/metadata.json": b'{"label": "x"}'},
+        {"cat/00000.json": b'{"shapes": [], "label": null}'},
+        {"info.json": b'{"label": ["x"]}', "cat/tsconfig.json": b"{ // comment"},
     ],
 )
-def test_a_wrong_label_gets_one_line(tmp_path: Path, members: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        open_source(save(tmp_path / "a.tar", samples(range(1), **members)))
-    assert str(caught.value) == f"{tmp_path / 'a.tar'}: {message}"
+def test_a_tar_file_without_labels_of_samples_is_a_folder(tmp_path: Path, others: dict[str, bytes]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in ({"cat/00000.png": IMAGES["png"], "dog/00001.png": IMAGES["png"]} | others).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    source = open_source(tmp_path / "a.tar")
+    assert isinstance(source, Folder)
+    assert source.classes == ("cat", "dog")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "a.tar").rename(tmp_path / "set" / "a.tar")
+    with pytest.raises(UserError, match=r"set: its tar files contain folders, but no labels"):
+        open_source(tmp_path / "set")
+
+
+@pytest.mark.parametrize("wrong", [b"{", b"\xff", b"[" * 100000])
+def test_a_sample_whose_label_cannot_be_read_is_rejected(tmp_path: Path, wrong: bytes) -> None:
+    path = save(tmp_path / "a.tar", samples(range(2), json=lambda number: wrong if number else {"label": 5}))
+    first, second = open_source(path)
+    assert (first.label, first.left_out) == (0, None)
+    assert second.left_out is not None
+    assert second.left_out.startswith("its label cannot be read (")
+
+
+def test_keys_differ_where_names_do(tmp_path: Path) -> None:
+    image = Image.fromarray(PIXELS[0])
+    keys = ["a/b", "a-b", "\u732b", "\u72ac", "x" * 90]
+    for shard in ("0.tar", "1.tar"):
+        save(tmp_path / "set" / shard, [{"__key__": key, "png": image, "cls": 1} for key in keys])
+    found = {sample.key for sample in open_source(tmp_path / "set")}
+    assert len(found) == 10
+    assert max(map(len, found)) < 80
+
+
+def test_one_shard_is_open_at_a_time(tmp_path: Path) -> None:
+    for number in range(300):
+        save(tmp_path / "set" / f"{number}.tar", samples(range(1), cls=lambda _: 1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert sum(1 for _ in open_source(tmp_path / "set")) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
