@@ -91,7 +91,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
         "Skipped: cover.png: outside the folders of the splits\n"
         "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
-        "Contact sheet: .ddpm/imports/own.png shows some as the network will see them\n\n"
+        "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
