@@ -1,4 +1,4 @@
-"""Input formats: .npz and idx files (see folders.py and cifar.py for others), and detection of the format."""
+"""Input formats: .npz and idx files (see the other files here for the rest), and detection of the format."""
 
 import gzip
 import re
