@@ -33,7 +33,7 @@ class Findings(NamedTuple):
     """Whether there are at least two classes."""
 
     def size(self, side: int | None) -> tuple[int, int]:
-        """Height and width to train at: `side`, else that of all images, else a square without enlarging most."""
+        """Height and width to train at: `side`, else that of all images, else a square by the median."""
         if side is not None:
             return side, side
         (width, height), *others = self.sizes

@@ -57,8 +57,8 @@ class Cifar:
         self.size = version.label_bytes + PIXELS
         names = folder / version.names
         with reading(names):
-            self.classes = tuple(names.read_text(encoding="utf-8", errors="backslashreplace").split("\n"))
-            self.classes = tuple(name.strip() for name in self.classes if name.strip())
+            lines = names.read_text(encoding="utf-8", errors="backslashreplace").split("\n")
+        self.classes = tuple(line.strip() for line in lines if line.strip())
         self.files: dict[Split, tuple[Path, ...]] = {}
         for split, parts in version.parts.items():
             files = tuple(folder / name for name in parts)

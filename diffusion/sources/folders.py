@@ -10,6 +10,7 @@ from typing import Self
 from diffusion.errors import UserError
 from diffusion.sources import labels
 from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
+from diffusion.sources.labels import Parts
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
 from diffusion.sources.trees import Tree, open_tree
@@ -27,8 +28,6 @@ MAX_NAMES = 5
 OUTSIDE_SPLITS = "outside the folders of the splits"
 OUTSIDE_ARCHIVE = "its name is empty, or leads out of the archive"
 MISSING = "in the table of labels, but there is no such file"
-Parts = tuple[str, ...]
-"""The parts of a file's path, relative to the root of the tree."""
 
 
 class Folder:
@@ -57,8 +56,8 @@ class Folder:
         """
         self.tree = tree
         every = [tuple(name.split("/")) for name in tree.names()]
-        self._unsafe = [parts for parts in every if ".." in parts or "" in parts]
-        self._files = [parts for parts in every if not (".." in parts or "" in parts)]
+        self._unsafe = [parts for parts in every if ".." in parts]
+        self._files = [parts for parts in every if ".." not in parts]
         self._images = [parts for parts in self._files if is_image(self._file(parts))]
         self.holds_images = bool(self._images)
         (root,), (top,) = self._unwrap([()])

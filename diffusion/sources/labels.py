@@ -24,6 +24,7 @@ LABEL_COLUMNS = ("label", "class", "category")
 MAX_DIGITS = 20
 """A class whose name has as many digits is not read as a number."""
 Parts = tuple[str, ...]
+"""The parts of a file's path, relative to the root of the tree."""
 Row = tuple[str, str, Any]
 """Where it is in the table (`line 3`), the file, and its label or None."""
 

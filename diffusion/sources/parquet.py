@@ -24,8 +24,8 @@ BATCH = 64
 class Parquet:
     """Parquet files with a column of images: their encoded bytes, or a struct with the field `bytes`.
 
-    The files' names may state splits. Labels are integers with class names in the schema (the
-    feature ClassLabel), integers without, or text.
+    The files' names may state splits. Labels are integers with class names in the schema (the feature ClassLabel),
+    integers without, or text.
     """
 
     @classmethod
@@ -44,7 +44,7 @@ class Parquet:
         self.path, self._root = path, path if path.is_dir() else path.parent
         self._files, self.own_splits = by_file_name(self._root, files)
         schema = _open(files[0]).schema_arrow
-        self.image = _column(files[0], schema, IMAGE_COLUMNS, _holds_images)
+        self.image = _image_column(files[0], schema)
         self.label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
         names = _class_names(schema, self.label)
         for file in files[1:]:
@@ -139,10 +139,10 @@ def _holds_images(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _column(path: Path, schema: Any, preferred: tuple[str, ...], fits: Any) -> str:
+def _image_column(path: Path, schema: Any) -> str:
     """The column with images; raises UserError if there is none, or several of other names."""
-    found = [field.name for field in schema if fits(field.type)]
-    named = [name for name in preferred if name in found]
+    found = [field.name for field in schema if _holds_images(field.type)]
+    named = [name for name in IMAGE_COLUMNS if name in found]
     if not found:
         raise UserError(f"{path}: has no column with the bytes of images (found: {', '.join(schema.names)})")
     if not named and len(found) > 1:
