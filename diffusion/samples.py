@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.pairs.noise import Purpose, stream
-from diffusion.pairs.pixels import to_uint8
+from diffusion.pairs.pixels import MODES, to_uint8, visible
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Noise, trajectory
@@ -67,17 +67,18 @@ def draw_samples(
 def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
     """Encode images (N, C, H, W) as a PNG with a nearly square grid.
 
-    Images smaller than MIN_CELL are enlarged by an integer factor with nearest-neighbour interpolation, at least to
-    MIN_CELL and up to a grid of `side` pixels, since viewers would blur them.
+    Of images with other than 1, 3 or 4 channels, `visible` chooses some. Images smaller than MIN_CELL are enlarged by
+    an integer factor with nearest-neighbour interpolation, at least to MIN_CELL and up to a grid of `side` pixels, since
+    viewers would blur them.
     """
+    images = visible(images)
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     longest, line = max(height, width), 1
     scale = max(math.ceil(MIN_CELL / longest), side // (columns * longest)) if longest < MIN_CELL else 1
     cell_width, cell_height = width * scale + line, height * scale + line
-    mode = "L" if channels == 1 else "RGB"
-    canvas = Image.new(mode, (columns * cell_width + line, rows * cell_height + line), "gray")
+    canvas = Image.new(MODES[channels], (columns * cell_width + line, rows * cell_height + line), "gray")
     for index, image in enumerate(images):
         picture = Image.fromarray(image[0] if channels == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
         picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)

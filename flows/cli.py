@@ -61,20 +61,47 @@ def preset(name: Annotated[Literal[NAMES] if NAMES else str, Parameter(help="A f
 
 @app.command(name="import", group=INPUTS)
 def import_data(
-    path: Path, /, *, name: str, size: Integer | None = None, link: bool = False, split_names_as_classes: bool = False
+    path: Path,
+    /,
+    *,
+    name: str,
+    size: Integer | None = None,
+    channels: Integer | None = None,
+    resize: Literal["crop", "pad", "stretch"] | None = None,
+    background: str | None = None,
+    layout: Literal["auto", "channels-first", "channels-last"] = "auto",
+    value_range: tuple[float, float] | None = None,
+    link: bool = False,
+    split_names_as_classes: bool = False,
 ) -> None:
     """Add your own images to data/raw and DVC, and set the parameters for training on them.
 
     Args:
-        path: A folder, .zip or .tar of images, Parquet files, an .npz file, or a folder of idx or CIFAR files.
+        path: A folder, .zip or .tar of images, Parquet files, webdataset shards, an .npz or .npy file, or a folder of
+            idx or CIFAR files.
         name: Name below data/raw.
         size: Side of the square images to train on; by default found by looking at some of them, at most 64.
+        channels: 1, 3, or 4 to train on transparency, too; by default 1 or 3, or the channels of arrays.
+        resize: Crop images of another aspect ratio, pad them, or stretch them; by default as in params.yaml.
+        background: Colour behind transparent pixels and beside padded images; by default as in params.yaml.
+        layout: Order of the axes of arrays, if it is ambiguous.
+        value_range: The values of black and white of arrays, if their type does not say.
         link: Link to the files instead of copying them.
         split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
     """
+    from diffusion.sources.reading import Reading
     from flows import importing
 
-    importing.import_data(path, name, Paths(), link=link, split_names_as_classes=split_names_as_classes, size=size)
+    given = {"channels": channels, "resize": resize, "background": background}
+    importing.import_data(
+        path,
+        name,
+        Paths(),
+        link=link,
+        reading=Reading(split_names_as_classes, layout, value_range or ()),
+        size=size,
+        pairs={field: value for field, value in given.items() if value is not None},
+    )
 
 
 _lazily("sample", "sample:run", "Generate images with the trained model.", MODELS)

@@ -7,13 +7,17 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
+from diffusion.sources.arrays import Arrays
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
@@ -23,7 +27,7 @@ from flows import inspecting
 from flows.changes import lay_over, write_changes
 from flows.dvc_output import reason
 from flows.made_with import leaves
-from flows.params import read, validate
+from flows.params import Pairs, read, validate
 from flows.paths import Paths
 
 MAX_LISTED = 5
@@ -33,7 +37,13 @@ MAX_SIZE = 4096
 
 
 def import_data(
-    path: Path, name: str, paths: Paths, link: bool, split_names_as_classes: bool = False, size: int | None = None
+    path: Path,
+    name: str,
+    paths: Paths,
+    link: bool,
+    reading: Reading = DEFAULTS,
+    size: int | None = None,
+    pairs: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy or link images to data/raw/NAME (a file to data/raw/NAME.npz, .zip and so on) and add them to DVC.
 
@@ -42,8 +52,9 @@ def import_data(
         name: name below data/raw.
         paths: paths of the working tree.
         link: whether to create symbolic links instead of copies.
-        split_names_as_classes: whether folders named like splits are classes.
+        reading: how to read what the files leave open.
         size: side of the images to train on; by default found by looking at some of them.
+        pairs: other parameters of the section `pairs`.
     Raises:
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
@@ -53,17 +64,20 @@ def import_data(
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
-    source = open_source(path, split_names_as_classes)
+    source = open_source(path, reading)
     description, findings = _description(source), inspecting.look_at(source)
     target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
     place = target.relative_to(paths.root).as_posix()
-    shard = {"source": place, "split_names_as_classes": split_names_as_classes}
+    shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
     changes = {"shard": shard} | findings.parameters(size)
+    changes["pairs"] |= pairs or {}
     before = read(paths.params) if paths.params.exists() else None
     document = None if before is None else lay_over(copy.deepcopy(before), changes)
-    if document is not None:
-        validate(document, f"{paths.params} with what was found")
-    content = inspecting.contact_sheet(source, changes["pairs"])
+    if document is None:
+        fit = Pairs(**changes["pairs"]).fit
+    else:
+        fit = validate(document, f"{paths.params} with what was found").pairs.fit
+    content = inspecting.contact_sheet(source, fit)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.
@@ -72,7 +86,9 @@ def import_data(
     sheet = paths.state / "imports" / f"{name}.png"
     write_atomic(sheet, content)
     print(description)
-    print(f"Pixels: {findings.describe(changes['pairs']['height'], changes['pairs']['width'])}")
+    print(f"Pixels: {findings.describe(fit)}")
+    if isinstance(source, Arrays) and (values := source.describe_values()):
+        print(f"Values: {values}")
     print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some images as the network will see them\n")
     if document is not None:
         write_changes(paths.params, before, document)

@@ -1,7 +1,7 @@
 """What `ddpm import` finds out about images: the parameters for training on them, and a contact sheet."""
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from diffusion.errors import UserError
-from diffusion.pairs.pixels import fit
+from diffusion.pairs.pixels import Fit
 from diffusion.samples import grid_png
+from diffusion.sources.bands import Bands
 from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.shards import Source
 
@@ -31,6 +32,10 @@ class Findings(NamedTuple):
     """Whether one of them is not grey."""
     classes: bool
     """Whether there are at least two classes."""
+    transparent: int = 0
+    """Number of images with transparent pixels."""
+    bands: int = 0
+    """Number of channels of images that are no pictures; otherwise 0."""
 
     def size(self, side: int | None) -> tuple[int, int]:
         """Height and width to train at: `side`, else that of all images, else a square by the median."""
@@ -46,40 +51,47 @@ class Findings(NamedTuple):
     def parameters(self, side: int | None) -> dict[str, Any]:
         """Changes to params.yaml: image size, channels and classes."""
         height, width = self.size(side)
-        pairs = {"height": height, "width": width, "channels": 3 if self.colour else 1}
+        pairs = {"height": height, "width": width, "channels": self.bands or (3 if self.colour else 1)}
         return {"pairs": pairs, "network": {"classes": self.classes}}
 
-    def describe(self, height: int, width: int) -> str:
+    def describe(self, fit: Fit) -> str:
         """Sizes and colours in one line, and what will be done to the images."""
         widths, heights = zip(*self.sizes, strict=True)
         same = len(set(self.sizes)) == 1
         sizes = f"{widths[0]}x{heights[0]}" if same else f"{min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}"
-        cropped = sum(w * height != h * width for w, h in self.sizes)
-        enlarged = sum(w < width or h < height for w, h in self.sizes)
-        done = [f"{number} {what}" for number, what in ((cropped, "cropped"), (enlarged, "enlarged")) if number]
-        found = f"{sizes}, {'colour' if self.colour else 'greyscale'} ({len(self.sizes)} images looked at)"
-        return f"{found}; at {width}x{height}, {' and '.join(done) or 'none is cropped or enlarged'}"
+        found = f"{sizes}, {f'{self.bands} channels' if self.bands else 'colour' if self.colour else 'greyscale'}"
+        if self.transparent:
+            becomes = "kept" if fit.channels == 4 else f"on {fit.background}"
+            found += f", {self.transparent} with transparent pixels ({becomes})"
+        cropped = [share for size in self.sizes if (share := fit.cropped(size))]
+        enlarged = sum(map(fit.enlarged, self.sizes))
+        done = fit.describe(len(cropped), statistics.mean(cropped or [0]), enlarged) or "none is cropped or enlarged"
+        return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
 
 
 def look_at(source: Source) -> Findings:
     """Decode some images of a source; raises UserError with the first reason if none can be read."""
     rejected = list[str]()
-    pictures = [(picture.image.size, _is_colour(picture.image)) for picture in _decoded(source, LOOKED_AT, rejected)]
-    if not pictures:
+    looks = [_look(picture.image) for picture in _decoded(source, LOOKED_AT, rejected)]
+    if not looks:
         raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
-    return Findings([size for size, _ in pictures], any(colour for _, colour in pictures), len(source.classes) > 1)
+    sizes, colour, transparent, bands = zip(*looks, strict=True)
+    return Findings(list(sizes), any(colour), len(source.classes) > 1, sum(transparent), max(bands))
 
 
-def contact_sheet(source: Source, pairs: Mapping[str, int]) -> bytes:
+def contact_sheet(source: Source, fit: Fit) -> bytes:
     """A grid of some images as the network will see them, as a PNG; `look_at` must have found at least one."""
-    shape = pairs["channels"], pairs["height"], pairs["width"]
     some = list(_decoded(source, SHOWN, [])) or list(islice(_decoded(source, LOOKED_AT, []), 1))
-    return grid_png(np.stack([fit(picture.image, *shape) for picture in some]))
+    return grid_png(np.stack([fit(picture.image) for picture in some]))
 
 
-def _is_colour(image: Image.Image) -> bool:
-    """Whether red, green and blue differ anywhere."""
-    return image.mode != "L" and bool(np.ptp(np.asarray(image.convert("RGB")), axis=2).any())
+def _look(image: Image.Image | Bands) -> tuple[tuple[int, int], bool, bool, int]:
+    """Size, whether red, green and blue differ anywhere, whether a pixel is transparent, and the number of bands."""
+    if isinstance(image, Bands):
+        return image.size, False, False, len(image.bands)
+    colour = image.mode != "L" and bool(np.ptp(np.asarray(image.convert("RGB")), axis=2).any())
+    transparent = image.mode == "RGBA" and image.getchannel("A").histogram()[255] < image.width * image.height
+    return image.size, colour, transparent, 0
 
 
 def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:

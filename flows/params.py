@@ -9,12 +9,14 @@ import errno
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from PIL import ImageColor
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion.errors import SystemFault, UserError, describe
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
+from diffusion.pairs.pixels import Filter, Fit, Resize
 from diffusion.process.build import ProcessOptions
 from diffusion.sampling.build import SampleOptions, SamplerChoice, SpacingName
 from diffusion.sections import (
@@ -26,8 +28,8 @@ from diffusion.sections import (
     OneOf,
     Positive,
     Section,
-    exactly,
 )
+from diffusion.sources.reading import Layout
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_format_1
 from flows.yaml_files import read_yaml
@@ -69,15 +71,38 @@ def _exports_its_variance(params: "Params") -> None:
         raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")
 
 
+def _has_a_range_of_values(shard: "Shard") -> None:
+    if shard.value_range and not (len(shard.value_range) == 2 and shard.value_range[0] < shard.value_range[1]):
+        raise ValueError("value_range must be empty or two numbers, the first one smaller")
+
+
+def _shows_channels_that_exist(params: "Params") -> None:
+    shown, channels = params.evaluate.shown_channels, params.pairs.channels
+    if shown and (len(shown) not in (1, 3) or max(shown) >= channels):
+        raise ValueError(f"evaluate.shown_channels must be one or three numbers below pairs.channels ({channels})")
+
+
+def _colour(name: str) -> str:
+    ImageColor.getrgb(name)
+    return name
+
+
 class Shard(Section):
     """Conversion of raw images to webdataset shards, and the split into train, val and test."""
 
-    rules = (_leaves_something_to_train_on,)
+    rules = (_leaves_something_to_train_on, _has_a_range_of_values)
 
     source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
-    """Data set: an .npz file, a folder of idx files, or a folder of images, whose sub-folders are splits or classes."""
+    """Data set: a folder, .zip or .tar of images, whose sub-folders are splits or classes; Parquet files; webdataset
+    shards; an .npz or .npy file; a folder of idx or CIFAR files."""
     split_names_as_classes: bool = False
     """Treat folders named like a split (train, test, ...) as classes, or as parts of one."""
+    layout: Layout = "auto"
+    """Order of the axes of arrays. channels-first: (N, C, H, W); channels-last: (N, H, W, C); auto: whichever has fewer
+    channels than rows and columns."""
+    value_range: Annotated[tuple[float, ...], LIST] = ()
+    """The values of black and white of arrays, which are brought to 8 bits; values beyond are clipped. []: those of the
+    type, 0 to 255 and 0 to 65535 for 8 and 16 bits without sign; 0 to 1, or -1 to 1, for floats in this range."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the images held out for validation, chosen by a hash of their pixels; ignored if the data set has a
     validation split."""
@@ -92,15 +117,30 @@ class Pairs(Section):
     """Image size, and forward-noise pairs (x_t, eps) in shuffled blocks."""
 
     height: Positive = 8
-    """Image height in pixels. Images of another size are cropped to the aspect ratio and resized."""
+    """Image height in pixels. Images of another size are resized; see `resize`."""
     width: Positive = 8
     """Image width in pixels."""
-    channels: Annotated[Literal[1, 3], exactly(1, 3)] = 1
-    """Image channels. 1: greyscale; 3: RGB. Transparent images are composited on white."""
+    channels: Positive = 1
+    """Image channels. 1: greyscale; 3: RGB; 4: RGB and alpha, not premultiplied. Other numbers: the channels of an
+    array."""
+    resize: Resize = "crop"
+    """How images of another aspect ratio are resized. crop: cut off what exceeds it, equally at both ends; pad: add
+    `background` at both sides; stretch: distort the image."""
+    background: Annotated[str, AfterValidator(_colour)] = "white"
+    """Colour behind transparent pixels, and beside padded images, as a CSS name or `#rrggbb`; in greyscale and arrays,
+    its luminance. With 4 channels, pixels stay transparent, and invisible ones have this colour."""
+    filter: Filter = "bicubic"
+    """Pillow's filter for resizing, antialiased except nearest. bicubic is sharp and, unlike lanczos, hardly rings at
+    edges; box averages, without ringing; nearest keeps the values, for pixel art and masks."""
     draws: Positive = 8
     """Number of (t, noise) draws stored per training image, as seeds. Longer training derives further draws."""
     heldout_draws: Positive = 8
     """Number of (t, noise) draws stored per validation and test image, as tensors."""
+
+    @property
+    def fit(self) -> Fit:
+        """How images are brought to one size."""
+        return Fit(**self.model_dump(include=set(Fit._fields)))
 
 
 class Evaluate(Section):
@@ -112,6 +152,8 @@ class Evaluate(Section):
     """Number of test images for the estimated bound in bits/dim, which samples timesteps."""
     exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
     """Number of test images for the exact bound in bits/dim, which sums over all timesteps."""
+    shown_channels: Annotated[tuple[NonNegative, ...], LIST] = ()
+    """One or three channels to show in the plots, for images with other than 1, 3 or 4; []: the first three."""
 
 
 class Export(Section):
@@ -151,6 +193,7 @@ class Params(Section):
         _samples_at_timesteps_that_exist,
         _exports_timesteps_that_exist,
         _has_patches_that_fit,
+        _shows_channels_that_exist,
         _draws_the_last_timestep,
         _has_learned_its_variance,
         _exports_its_variance,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from diffusion.errors import UserError
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import BlockedImages
-from diffusion.pairs.pixels import fit
+from diffusion.pairs.pixels import Fit
 from diffusion.sources.images import Unreadable
 from diffusion.sources.sources import open_source
 
@@ -35,13 +36,20 @@ class Images:
         return len(self.pixels)
 
 
-def load_images(path: str | Path, height: int, width: int, channels: int = 3) -> Images:
-    """Load the images of an .npz file, a folder of idx files or a folder of images, center-cropped and resized.
+def load_images(path: str | Path, height: int, width: int, channels: int = 3, **options: Any) -> Images:
+    """Load the images of any source, such as a folder, at one size.
 
+    Args:
+        path: a folder, .zip or .tar of images, an .npz file, or another source that `ddpm import` accepts.
+        height: of the images returned, in pixels.
+        width: of the images returned, in pixels.
+        channels: 1, 3 or 4 for pictures; otherwise, that of the arrays.
+        options: `resize`, "crop" (default), "pad" or "stretch"; `background`, a colour; `filter`: see
+            [pairs](parameters.md).
     Raises:
         UserError: no supported images were found, or one cannot be read; the message names it.
     """
-    source = open_source(Path(path))
+    fit, source = Fit(channels, height, width, **options), open_source(Path(path))
     pixels, y = [], []
     for sample in source:
         if sample.left_out is not None:
@@ -50,7 +58,7 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3) ->
             image = sample.decode().image
         except Unreadable as error:
             raise UserError(f"{sample.file}: {error}") from None
-        pixels.append(fit(image, channels, height, width))
+        pixels.append(fit(image))
         y.append(-1 if sample.label is None else sample.label)
     return Images(np.stack(pixels), np.array(y, np.int64), source.classes)
 

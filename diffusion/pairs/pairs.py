@@ -9,12 +9,13 @@ with train.timesteps: stored also its t. data/README.md describes the files.
 import hashlib
 import io
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
-from diffusion.pairs.pixels import fit, to_x_0
+from diffusion.pairs.pixels import Filter, Fit, Resize, to_x_0
+from diffusion.sources.bands import Bands
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
 
@@ -46,6 +48,9 @@ class Settings(Facts):
     channels: int
     height: int
     width: int
+    resize: Resize = "crop"
+    background: str = "white"
+    filter: Filter = "bicubic"
     seed: int
     schedule: str
     num_timesteps: int
@@ -57,6 +62,11 @@ class Settings(Facts):
     shards_sha256: str
     """SHA-256 of the shards' manifest."""
 
+    @property
+    def fit(self) -> Fit:
+        """How the images were brought to one size."""
+        return Fit(**self.model_dump(include=set(Fit._fields)))
+
 
 class Manifest(Settings):
     """manifest.json of data/pairs."""
@@ -65,6 +75,12 @@ class Manifest(Settings):
     splits: dict[Split, Contents]
     alpha_bar: tuple[float, ...]
     """(T,), for reading the pairs without this code."""
+    cropped: int = 0
+    """Number of images of which something was cut off."""
+    cropped_area: float = 0.0
+    """The fraction of their area that was cut off, on average over these."""
+    enlarged: int = 0
+    """Number of images that were enlarged."""
 
 
 class HeldOut(NamedTuple):
@@ -98,7 +114,7 @@ class LabelledImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]: ...
 
 
 class BlockedImages(ABC):
@@ -145,14 +161,14 @@ def write(
 
     alpha_bar: (T,). `advance` is called with the number of images done.
     """
-    shape = (settings.channels, settings.height, settings.width)
-    splits = dict[Split, Contents]()
+    splits, sizes = dict[Split, Contents](), Counter[tuple[int, int]]()
     for split in SPLITS:
         source = images[split]
         order = stream(settings.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
         with Writer(directory, split, max_bytes=MAX_TAR_BYTES) as writer:
             for block, start in enumerate(range(0, len(source), BLOCK)):
-                x_0, y = _images_and_labels(source, order[start : start + BLOCK], shape)
+                x_0, y, found = _images_and_labels(source, order[start : start + BLOCK], settings.fit)
+                sizes.update(found)
                 arrays: dict[str, NDArray[np.generic]] = {"x_0": x_0, "y": y}
                 if split == "train":
                     arrays |= _train_arrays(settings, block, len(x_0))
@@ -163,23 +179,38 @@ def write(
         splits[split] = Contents(
             images=len(source), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
         )
-    manifest = Manifest(**settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()))
+    manifest = Manifest(
+        **settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()), **_resized(sizes, settings.fit)
+    )
     write_json(directory / MANIFEST, manifest.model_dump())
     write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.tars})
     return manifest
 
 
 def _images_and_labels(
-    source: LabelledImages, indices: NDArray[np.int64], shape: tuple[int, int, int]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A block's images (n, C, H, W) and labels (n,); images are resized one by one to save memory."""
+    source: LabelledImages, indices: NDArray[np.int64], fit: Fit
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[tuple[int, int]]]:
+    """A block's images (n, C, H, W), labels (n,) and original sizes; images are resized one by one to save memory."""
+    shape, sizes = (fit.channels, fit.height, fit.width), list[tuple[int, int]]()
     x_0, y = np.empty((len(indices), *shape), np.uint8), np.full(len(indices), -1, np.int64)
     for place, index in enumerate(indices):
         image, label = source[int(index)]
-        x_0[place] = fit(image, *shape)
+        x_0[place] = fit(image)
+        sizes.append(image.size)
         if label is not None:
             y[place] = label
-    return x_0, y
+    return x_0, y, sizes
+
+
+def _resized(sizes: Mapping[tuple[int, int], int], fit: Fit) -> dict[str, Any]:
+    """How many images were cropped and enlarged, given the number of images of each size."""
+    cropped = {size: count for size, count in sizes.items() if fit.cropped(size)}
+    area = sum(count * fit.cropped(size) for size, count in cropped.items())
+    return {
+        "cropped": sum(cropped.values()),
+        "cropped_area": round(area / max(sum(cropped.values()), 1), 6),
+        "enlarged": sum(count for size, count in sizes.items() if fit.enlarged(size)),
+    }
 
 
 def _train_arrays(settings: Settings, block: int, n: int) -> dict[str, NDArray[np.generic]]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.sources.images import Picture
+from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
@@ -44,7 +45,7 @@ class Cifar:
     """A folder with the files of the binary version; of CIFAR-100's labels, the fine ones are used."""
 
     @classmethod
-    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+    def at(cls, path: Path, reading: Reading) -> Self | None:  # noqa: ARG003
         """The source at `path`; None if these files are not there."""
         for version in VERSIONS:
             if (path / version.names).is_file():

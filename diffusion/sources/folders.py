@@ -11,6 +11,7 @@ from diffusion.errors import UserError
 from diffusion.sources import labels
 from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
 from diffusion.sources.labels import Parts
+from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
 from diffusion.sources.trees import Tree, open_tree
@@ -41,12 +42,12 @@ class Folder:
     """
 
     @classmethod
-    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:
+    def at(cls, path: Path, reading: Reading) -> Self | None:
         """The source at `path`; None if it is not a folder or archive with images."""
         tree = open_tree(path)
         if tree is None:
             return None
-        folder = cls(tree, split_names_as_classes)
+        folder = cls(tree, reading.split_names_as_classes)
         return folder if folder.holds_images else None
 
     def __init__(self, tree: Tree, split_names_as_classes: bool = False) -> None:

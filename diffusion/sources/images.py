@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from diffusion.errors import SystemFault
+from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable as Unreadable
 from diffusion.sources.colours import from_16_bits, join, separate, to_srgb
 from diffusion.storage.files import reading
@@ -62,10 +63,10 @@ class File(Protocol):
 class Picture(NamedTuple):
     """One decoded image."""
 
-    image: Image.Image
-    """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha."""
+    image: Image.Image | Bands
+    """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha; or channels that are no such picture."""
     mode: str
-    """Pillow's mode of the file."""
+    """Pillow's mode of the file, or the type of an array."""
     several: bool = False
     """Whether the file has more pages or frames than this first one."""
     warnings: tuple[str, ...] = ()
@@ -130,10 +131,13 @@ def raise_read_errors(file: IO[bytes]) -> None:
         pass
 
 
-def digest(image: Image.Image) -> int:
+def digest(image: Image.Image | Bands) -> int:
     """64-bit digest, equal for images of the same size with the same colour in all visible pixels."""
-    pixels = np.array(image.convert("RGBA"))
-    pixels[pixels[..., 3] == 0] = 0
+    if isinstance(image, Bands):
+        pixels = image.pixels()
+    else:
+        pixels = np.array(image.convert("RGBA"))
+        pixels[pixels[..., 3] == 0] = 0
     content = hashlib.blake2b(np.array(pixels.shape, "<u8").tobytes() + pixels.tobytes(), digest_size=8)
     return int.from_bytes(content.digest())
 

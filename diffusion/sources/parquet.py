@@ -10,6 +10,7 @@ from typing import Any, Self
 from diffusion.errors import UserError, shortened
 from diffusion.sources.images import Unreadable, is_image, read_image
 from diffusion.sources.labels import class_name, in_order
+from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
 from diffusion.sources.trees import TAR_ENDINGS, Member, ending, files_below
@@ -29,7 +30,7 @@ class Parquet:
     """
 
     @classmethod
-    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+    def at(cls, path: Path, reading: Reading) -> Self | None:  # noqa: ARG003
         """The source at `path`, a file or a folder; None if there are no Parquet files, or images beside them."""
         if path.is_file():
             return cls(path, [path]) if ending(path) == ".parquet" else None

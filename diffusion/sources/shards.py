@@ -1,7 +1,7 @@
 """Image shards in WebDataset format, written from any source, with random access.
 
-A sample consists of `KEY.json` (label, class, source, size, mode) and `KEY.png` in `{train,val,test}-NNNNNN.tar`;
-`manifest.json` describes the data set.
+A sample consists of `KEY.json` (label, class, source, size, mode) and `KEY.png`, or `KEY.npy` (H, W, C) where no
+picture has so many channels, in `{train,val,test}-NNNNNN.tar`; `manifest.json` describes the data set.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.sources.bands import Bands
 from diffusion.sources.images import Picture, Unreadable, digest
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.files import sha256, write_json, write_sums
@@ -99,7 +100,7 @@ class Manifest(Facts):
     classes: tuple[str, ...]
     splits: dict[Split, Contents]
     statistics: dict[str, Statistics]
-    """By image mode: L, RGB or RGBA."""
+    """By image mode: L, RGB, RGBA or a number of channels."""
     smallest: tuple[int, int]
     """Minimum width and minimum height."""
     largest: tuple[int, int]
@@ -121,11 +122,22 @@ def sample_key(name: str) -> str:
     return f"{readable[:60]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
-def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG, deterministically; with fast compression, since the images are small."""
+def encode(image: Image.Image | Bands) -> dict[str, bytes]:
+    """Encode an image deterministically: as `png`, with fast compression, or as `npy` where PNG has no such mode."""
     buffer = io.BytesIO()
+    if isinstance(image, Bands):
+        np.lib.format.write_array(buffer, image.pixels(), allow_pickle=False)
+        return {"npy": buffer.getvalue()}
     image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return {"png": buffer.getvalue()}
+
+
+def decode(content: bytes) -> Image.Image | Bands:
+    """The inverse of `encode`."""
+    file = io.BytesIO(content)
+    if content.startswith(np.lib.format.MAGIC_PREFIX):
+        return Bands.of(np.lib.format.read_array(file, allow_pickle=False))
+    return Image.open(file, formats=["PNG"])
 
 
 class _Tally:
@@ -230,7 +242,7 @@ def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[st
         "size": picture.image.size,
         "mode": picture.mode,
     }
-    return {"json": json.dumps(record).encode(), "png": png(picture.image)}
+    return {"json": json.dumps(record).encode()} | encode(picture.image)
 
 
 def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
@@ -279,19 +291,20 @@ class Images:
 
     def __init__(self, directory: Path, contents: Contents) -> None:
         self._maps = [open_map(directory, tar) for tar in contents.shards]
-        places = {"png": array("q"), "json": array("q")}
+        places = {"image": array("q"), "json": array("q")}
         for number, mapped in enumerate(self._maps):
             for member in members(mapped):
-                places[member.extension].extend((number, member.offset, member.size))
-        self._png, self._json = (np.array(places[kind]).reshape(-1, 3) for kind in ("png", "json"))
+                kind = "json" if member.extension == "json" else "image"
+                places[kind].extend((number, member.offset, member.size))
+        self._image, self._json = (np.array(places[kind]).reshape(-1, 3) for kind in ("image", "json"))
 
     def __len__(self) -> int:
-        return len(self._png)
+        return len(self._image)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
         label: int | None = json.loads(self._content(self._json[index]))["label"]
-        return Image.open(io.BytesIO(self._content(self._png[index])), formats=["PNG"]), label
+        return decode(self._content(self._image[index])), label
 
     def _content(self, place: NDArray[np.int64]) -> bytes:
         number, offset, size = place.tolist()

@@ -10,6 +10,7 @@ from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.images import NO_IMAGE, is_image, read_image
 from diffusion.sources.labels import class_name, in_order
+from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
 from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, ending, files_below
@@ -37,7 +38,7 @@ class WebDataset:
     """
 
     @classmethod
-    def at(cls, path: Path, split_names_as_classes: bool) -> Self | None:  # noqa: ARG003
+    def at(cls, path: Path, reading: Reading) -> Self | None:  # noqa: ARG003
         """The source at `path`: a folder with tar files but without images, or a tar file with labelled samples."""
         if path.is_dir():
             files = list(files_below(path))

@@ -16,7 +16,8 @@ from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images
-from diffusion.sources.shards import png
+from diffusion.sources.bands import Bands
+from diffusion.sources.shards import encode
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
@@ -29,6 +30,7 @@ def read_image(path: Path) -> Image.Image:
         picture = images.read_image(path)
     except images.Unreadable as error:
         raise UserError(f"{path}: not a readable image ({error})") from None
+    assert not isinstance(picture.image, Bands)  # a file, not an array
     for warning in picture.warnings:
         say(f"sample: decoder warning: {path}: {warning}")
     if picture.several:
@@ -38,7 +40,7 @@ def read_image(path: Path) -> Image.Image:
 
 def to_x_0(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     """An image as (1, C, H, W) in [-1, 1], cropped and resized to `shape` (C, H, W) if need be."""
-    return torch.from_numpy(pixels.to_x_0(pixels.fit(image, *shape), np.float32))[None]
+    return torch.from_numpy(pixels.to_x_0(pixels.Fit(*shape)(image), np.float32))[None]
 
 
 def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
@@ -54,15 +56,18 @@ def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Te
     return (to_x_0(mask, (1, *shape[1:])) < 0).float()
 
 
-def writer(out: str, count: int) -> Write:
+def writer(out: str, count: int, channels: int) -> Write:
     """What writes `count` pictures to `out`, by its ending.
 
-    Raises UserError if the ending is unknown, the folder cannot be written to, or it would mix with other files.
+    Raises UserError if the ending is unknown or not for this number of channels, the folder cannot be written to, or it
+    would mix with other files.
     """
     path = Path(out)
     kind = "/" if out.endswith("/") or path.is_dir() else path.suffix.lower()
     if kind not in FILES:
         raise UsageError(f"--out: {out!r} must end in .png, in .npz, or in / for a folder")
+    if kind == "/" and channels not in pixels.MODES:
+        raise UsageError(f"--out: no picture has {channels} channels; choose a file that ends in .npz")
     prepare_folder("--out", path if kind == "/" else path.parent)
     if kind == "/" and (others := {file.name for file in path.iterdir()} - {_numbered(i) for i in range(count)}):
         raise UsageError(f"--out: {out} contains other files, such as {min(others)}; choose a new folder, or empty it")
@@ -98,7 +103,7 @@ def _npz(path: Path, pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -
 def _folder(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture[0] if len(picture) == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
-        yield path / _numbered(number), png(image)
+        yield path / _numbered(number), encode(image)["png"]
 
 
 def _numbered(number: int) -> str:

@@ -19,7 +19,7 @@ from diffusion.evaluation.filmstrip import frames
 from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
-from diffusion.pairs.pixels import to_uint8
+from diffusion.pairs.pixels import MODES, to_uint8
 from diffusion.process.schedule import Schedule, double
 from diffusion.progress import Progress, say
 from diffusion.samples import classes_in_turn, noise_for
@@ -175,7 +175,7 @@ def run(
         text = f"must be at most {limit}, the model's number of timesteps (got {options.steps})"
         raise UsageError(f"--steps: {text}") if "steps" in given else UserError(f"{paths.params}: sample.steps {text}")
     generated = task(editing, options, loaded, device)
-    write = writer(out, options.count)
+    write = writer(out, options.count, loaded.shape[0])
     if filmstrip is not None:
         prepare_folder("--filmstrip", filmstrip.parent)
     images = draw(loaded, options, settings.seed, generated, device, y)
@@ -255,6 +255,8 @@ def task(editing: Editing, options: SampleOptions, model: Model, device: torch.d
             raise UsageError(f"--{name}: needs --mask")
         if given is not None and not 1 <= given <= MAX_REPAINT:
             raise UsageError(f"--{name}: must be from 1 to {MAX_REPAINT} (got {given})")
+    if editing.images and model.shape[0] not in MODES:
+        raise UsageError(f"--from: the model's images have {model.shape[0]} channels, which no picture has")
     pictures = [read_image(path) for path in editing.images]
     x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
     if editing.mask is not None:

@@ -14,6 +14,7 @@ from diffusion.evaluation.likelihood import Draws
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import visible
 from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
@@ -52,8 +53,10 @@ def run(params: Params, paths: Paths) -> None:
         pictures = {
             "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
             "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
-            "samples": grid_png(samples),
-            "filmstrip": plots.filmstrip(frames(model, params.sample, params.seed, device)),
+            "samples": grid_png(visible(samples, params.evaluate.shown_channels)),
+            "filmstrip": plots.filmstrip(
+                frames(model, params.sample, params.seed, device, params.evaluate.shown_channels)
+            ),
         }
         if curves:
             pictures["training"] = plots.training(*curves)

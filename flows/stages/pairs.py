@@ -1,7 +1,9 @@
 """Stage pairs: turn the shards into shuffled blocks of training and held-out pairs."""
 
+from diffusion.errors import UserError
 from diffusion.pairs import pairs
 from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pixels import MODES
 from diffusion.process import build
 from diffusion.progress import Progress, say
 from diffusion.sources import shards
@@ -14,6 +16,7 @@ from flows.paths import Paths
 def run(params: Params, paths: Paths) -> None:
     """Write data/pairs; raises UserError if data/shards is missing or damaged."""
     source = shards.Manifest.read(paths.shards / shards.MANIFEST)
+    _check_channels(source, params.pairs.channels)
     images = {split: shards.Images(paths.shards, contents) for split, contents in source.splits.items()}
     settings = pairs.Settings(
         **params.pairs.model_dump(),
@@ -32,4 +35,17 @@ def run(params: Params, paths: Paths) -> None:
     made_with.write(paths, "pairs", params)
     counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
     size = "x".join(map(str, (settings.channels, settings.height, settings.width)))
+    if done := settings.fit.describe(manifest.cropped, manifest.cropped_area, manifest.enlarged):
+        say(f"pairs: {done}")
     say(f"pairs: {counts} images of {size} in blocks of {BLOCK}")
+
+
+def _check_channels(source: shards.Manifest, channels: int) -> None:
+    """Raise UserError if the images cannot have this number of channels."""
+    for mode in source.statistics:
+        possible = tuple(MODES) if mode in MODES.values() else (int(mode.split()[0]),)
+        if channels not in possible:
+            raise UserError(
+                f"pairs.channels: must be {' or '.join(map(str, possible))} for the images of {source.source} "
+                f"(got {channels})"
+            )

@@ -7,6 +7,7 @@ import numpy as np
 from diffusion.errors import UserError
 from diffusion.progress import Progress, say
 from diffusion.sources import shards
+from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -27,7 +28,8 @@ def run(params: Params, paths: Paths) -> None:
             f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "
             "the linked files"
         )
-    source = open_source(path, params.shard.split_names_as_classes)
+    shard = params.shard
+    source = open_source(path, Reading(shard.split_names_as_classes, shard.layout, shard.value_range))
     with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
         manifest = shards.write(
             source,

@@ -171,7 +171,8 @@ def test_without_params_the_parameters_are_named(tree: Path) -> None:
     (tree / "params.yaml").unlink()
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 0, done.stderr
-    assert "params.yaml: not there; set shard.source, shard.split_names_as_classes, pairs.height," in done.stdout
+    fields = "shard.source, shard.split_names_as_classes, shard.layout, shard.value_range, pairs.height,"
+    assert f"params.yaml: not there; set {fields}" in done.stdout
 
 
 @pytest.mark.parametrize(

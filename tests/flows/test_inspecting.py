@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.pairs.pixels import Fit
 from diffusion.sources.sources import open_source
 from flows.inspecting import Findings, contact_sheet, look_at
 
@@ -34,12 +35,16 @@ def test_the_size_is_that_of_all_images_or_enlarges_few(
 
 def test_what_will_be_done_to_the_images_is_described() -> None:
     found = Findings(MIXED, colour=True, classes=True)
-    assert found.describe(48, 48) == "41x70 to 640x480, colour (3 images looked at); at 48x48, 3 cropped and 1 enlarged"
+    assert found.describe(Fit(3, 48, 48)) == (
+        "41x70 to 640x480, colour (3 images looked at); at 48x48, "
+        "3 cropped by 36% of their area on average and 1 enlarged (pairs.resize: crop)"  # (1/4 + 2/7 + 49/90) / 3
+    )
+    assert found.describe(Fit(3, 48, 48, "stretch")).endswith("; at 48x48, 1 enlarged (pairs.resize: stretch)")
     assert found.parameters(48) == {
         "pairs": {"height": 48, "width": 48, "channels": 3}, "network": {"classes": True},
     }  # fmt: skip
     found = Findings(SAME, colour=False, classes=False)
-    assert found.describe(6, 8) == "8x6, greyscale (3 images looked at); at 8x6, none is cropped or enlarged"
+    assert found.describe(Fit(1, 6, 8)) == "8x6, greyscale (3 images looked at); at 8x6, none is cropped or enlarged"
     assert found.parameters(None)["pairs"] == {"height": 6, "width": 8, "channels": 1}
 
 
@@ -58,7 +63,7 @@ def test_some_images_are_looked_at_whatever_lies_between_them(tmp_path: Path) ->
     assert len(found.sizes) == 100
     assert found.colour
     assert found == look_at(open_source(path))
-    assert Image.open(io.BytesIO(contact_sheet(open_source(path), found.parameters(None)["pairs"]))).mode == "RGB"
+    assert Image.open(io.BytesIO(contact_sheet(open_source(path), Fit(3, 4, 4)))).mode == "RGB"
 
 
 def test_grey_images_in_colour_files_are_grey_and_one_class_is_none(tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_grey_images_in_colour_files_are_grey_and_one_class_is_none(tmp_path: Pa
         Image.new("LA", (4, 4), (number, 9)).convert(mode).save(tmp_path / "pictures" / "images" / f"{number}.png")
     source = open_source(tmp_path / "pictures")
     assert source.classes == ("images",)
-    assert look_at(source) == Findings([(4, 4)] * 4, colour=False, classes=False)
+    assert look_at(source) == Findings([(4, 4)] * 4, colour=False, classes=False, transparent=2)
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_a_source_without_a_readable_image_is_refused(tmp_path: Path, name: str)
 
 def test_the_contact_sheet_shows_what_the_network_will_see(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path / "many", ["RGB"] * 30))
-    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(source, {"channels": 3, "height": 2, "width": 2}))))
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(source, Fit(3, 2, 2)))))
     colours = {tuple(colour) for colour in sheet.reshape(-1, 3).tolist()} - {(128, 128, 128)}
     assert len(colours) == 12
     assert colours < {(number, 0, 9) for number in range(30)}

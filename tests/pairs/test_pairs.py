@@ -17,7 +17,6 @@ from diffusion.errors import UserError
 from diffusion.pairs import pairs as module
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Batches, Manifest, Pairs, Settings, write
-from diffusion.pairs.pixels import fit
 from diffusion.storage.tar import SPLITS, Split
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}
@@ -255,19 +254,6 @@ def test_changing_a_batch_does_not_change_the_pairs(directory: Path) -> None:
         array[...] = 0
     for again, wanted in zip(Batches(pairs, 0, 100)(0), expected, strict=True):
         np.testing.assert_array_equal(again, wanted)
-
-
-def test_images_are_fitted() -> None:
-    clear = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
-    assert (fit(clear, 3, 4, 6) == 255).all()
-    assert fit(clear, 1, 4, 6).shape == (1, 4, 6)
-    grey = fit(Image.new("RGB", (8, 8), (255, 0, 0)), 1, 4, 4)
-    assert (grey == 76).all()  # luma of red, ITU-R 601
-    stripes = Image.new("L", (30, 10))
-    stripes.paste(255, (10, 0, 20, 10))
-    assert (fit(stripes, 1, 5, 5)[..., 1:4] == 255).all()  # its middle, not all of it squeezed
-    values = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
-    np.testing.assert_array_equal(fit(Image.fromarray(values), 3, 4, 6), values.transpose(2, 0, 1))
 
 
 def test_damaged_pairs_are_named(tmp_path: Path) -> None:

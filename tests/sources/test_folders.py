@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.sources.folders import Folder
+from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 
 
@@ -193,7 +194,7 @@ def test_a_class_named_like_a_split_must_be_confirmed(tmp_path: Path, names: lis
     ) as caught:
         open_source(tmp_path)
     assert "\n" not in str(caught.value)
-    confirmed = open_source(tmp_path, split_names_as_classes=True)
+    confirmed = open_source(tmp_path, Reading(split_names_as_classes=True))
     assert set(named.split(", ")) <= set(confirmed.classes)
     assert len(list(confirmed)) == len(names)
 
@@ -219,7 +220,7 @@ def test_a_folder_named_like_a_split_inside_a_class_must_be_confirmed(
     )
     assert "--split-names-as-classes" in str(caught.value)
     assert "\n" not in str(caught.value)
-    confirmed = open_source(tmp_path, split_names_as_classes=True)
+    confirmed = open_source(tmp_path, Reading(split_names_as_classes=True))
     assert {sample.file for sample in confirmed} == set(names)
 
 
@@ -227,7 +228,7 @@ def test_a_folder_named_like_a_split_inside_a_class_must_be_confirmed(
 def test_only_exact_names_become_splits(tmp_path: Path, name: str) -> None:
     save(tmp_path / name / "1.png")
     save(tmp_path / "car" / "2.png")
-    source = open_source(tmp_path, split_names_as_classes=True)
+    source = open_source(tmp_path, Reading(split_names_as_classes=True))
     assert (set(source.classes), source.own_splits) == ({"car", name}, {})
 
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 
 CSV = "file_name,label\n1.png,dog\nsub/2.png,cat\n3.png,\n"
@@ -146,7 +147,7 @@ def test_folders_named_like_splits_need_confirmation_with_a_table_too(tmp_path: 
     (tmp_path / "metadata.csv").write_text("file_name,label\nseg_train/1.png,x\nseg_test/2.png,y\n")
     with pytest.raises(UserError, match="named like a split"):
         open_source(tmp_path)
-    assert open_source(tmp_path, split_names_as_classes=True).classes == ("x", "y")
+    assert open_source(tmp_path, Reading(split_names_as_classes=True)).classes == ("x", "y")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
-from diffusion.sources.sources import Idx, Npz, open_source
+from diffusion.sources.arrays import Arrays
+from diffusion.sources.idx import Idx
+from diffusion.sources.sources import open_source
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
 
@@ -100,10 +102,10 @@ def test_idx_files_without_labels_or_test_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("channels", "mode"), [((), "L"), ((1,), "L"), ((3,), "RGB"), ((4,), "RGBA")])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: bool) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 1, 5, *channels), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, *channels), dtype=np.uint8)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", images=images, labels=[5, 3, 5])
     source = open_source(tmp_path / "a.npz")
-    assert isinstance(source, Npz)
+    assert isinstance(source, Arrays)
     assert source.classes == ("3", "5")
     samples = list(source)
     assert [sample.label for sample in samples] == [1, 0, 1]
@@ -116,8 +118,9 @@ def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: b
     ("arrays", "message"),
     [
         ({"pictures": np.zeros((2, 3, 3), np.uint8)}, "contains no array `images` .found: .'pictures'"),
-        ({"images": np.zeros((2, 3, 3), np.float32)}, r"\(got float32 of shape"),
-        ({"images": np.zeros((2, 3, 3, 2), np.uint8)}, r"\(got uint8 of shape \(2, 3, 3, 2\)"),
+        ({"images": np.zeros((2, 3), np.uint8)}, r"\(got uint8 of shape \(2, 3\)"),
+        ({"images": np.zeros((2, 3, 3), complex)}, r"\(got complex128 of shape"),
+        ({"images": np.zeros((2, 0, 3), np.uint8)}, r"\(got uint8 of shape \(2, 0, 3\)"),
         ({"images": np.zeros((2, 3, 3), np.uint8), "labels": np.zeros(3, int)}, "one for each image"),
         ({"images": np.zeros((2, 3, 3), np.uint8), "labels": np.zeros(2, object)}, "not a readable .npz file"),
         ({"images": np.asfortranarray(np.zeros((2, 3, 3), np.uint8))}, "Fortran order"),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.model import Config, load_model, save_model
-from diffusion.pairs.pixels import fit
+from diffusion.pairs.pixels import Fit
 from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
@@ -195,7 +195,7 @@ def test_images_and_masks_are_fitted_to_the_model(tree: Path) -> None:
             tree / f"large-{name}.webp", lossless=True
         )
     made = pictures("--from", "large-a.webp", "--mask", "large-mask.webp", "--rounds", "1")
-    image = fit(Image.open(tree / "large-a.webp"), 1, 8, 8)[0]
+    image = Fit(1, 8, 8)(Image.open(tree / "large-a.webp"))[0]
     kept = np.asarray(Image.open(tree / "mask.png")) == 0
     assert (made[:, kept, 0] == image[kept]).all()
     assert not same(made[0, ~kept, 0], image[~kept])

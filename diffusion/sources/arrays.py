@@ -1,0 +1,189 @@
+"""Arrays of NumPy: .npz and .npy files of any numeric type, with any number of channels."""
+
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffusion.errors import UserError, shortened
+from diffusion.sources.bands import Bands
+from diffusion.sources.colours import Unreadable
+from diffusion.sources.images import Picture
+from diffusion.sources.reading import DEFAULTS, Layout, Reading
+from diffusion.sources.rows import classes_of, label_of, rows
+from diffusion.sources.shards import Sample
+from diffusion.sources.trees import BROKEN
+from diffusion.storage.tar import Split
+
+PICTURES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode by number of channels; 4 channels only of 8 bits: those of other types have no alpha."""
+FULL_RANGE: dict[str, tuple[float, float]] = {"uint8": (0, 255), "uint16": (0, 65535)}
+"""Values of black and white by type, where all values are used. Floats: see `Arrays.value_range`."""
+
+
+class Arrays:
+    """An .npz file with `images` and optionally `labels`, integers (N,), or an .npy file of images.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), of any integer or floating-point type, and are brought to 8
+    bits. A label of -1 means no label.
+    """
+
+    own_splits: Mapping[Split, str] = {}
+
+    @classmethod
+    def at(cls, path: Path, reading: Reading) -> Self | None:
+        """The source at `path`; None if it is not an .npz or .npy file."""
+        return cls(path, reading) if path.is_file() and path.suffix in (".npz", ".npy") else None
+
+    def __init__(self, path: Path, reading: Reading = DEFAULTS) -> None:
+        self.path = path
+        labels = None
+        try:
+            if path.suffix == ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    names = list(arrays)
+                    labels = arrays["labels"] if "labels" in names else None
+                if "images" not in names:
+                    raise UserError(f"{path}: contains no array `images` (found: {shortened(names)})")
+            with self._open() as file:
+                self.shape, self.dtype = self._header(file)
+        except (TypeError, KeyError, *BROKEN) as error:
+            raise UserError(f"{path}: not a readable {path.suffix} file ({error})") from None
+        self.layout = _layout(path, self.shape, reading.layout)
+        self._given_range = reading.value_range
+        if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
+            raise UserError(
+                f"{path}: labels must be integers of shape ({self.shape[0]},), one for each image "
+                f"(got {labels.dtype} of shape {labels.shape})"
+            )
+        values, self.labels = classes_of(labels)
+        self.classes = tuple(map(str, values))
+
+    def _open(self) -> IO[bytes]:
+        if self.path.suffix == ".npy":
+            return self.path.open("rb")
+        with zipfile.ZipFile(self.path) as archive:  # the file stays open until the member is closed
+            return archive.open("images.npy")
+
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Read the shape and the type, and check them."""
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        if dtype.kind not in "iuf" or len(shape) not in (3, 4) or 0 in shape:
+            raise UserError(
+                f"{self.path}: images must be numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W) "
+                f"(got {dtype} of shape {shape})"
+            )
+        if fortran_order:
+            raise UserError(f"{self.path}: images are in Fortran order; save np.ascontiguousarray(images) instead")
+        return tuple(shape), dtype
+
+    @cached_property
+    def value_range(self) -> tuple[float, float]:
+        """The values that become 0 and 255.
+
+        Those given, else those of the type: 0 to 65535 for uint16; for floats, 0 to 1 or -1 to 1, whichever is the
+        first that contains all values. Raises UserError if neither does, or for other types.
+        """
+        if self._given_range:
+            low, high = self._given_range
+            return low, high
+        if (name := self.dtype.name) in FULL_RANGE:
+            return FULL_RANGE[name]
+        low, high = self.extremes
+        if self.dtype.kind == "f":
+            for least in (0, -1):
+                if least <= low and high <= 1:
+                    return least, 1
+        raise UserError(
+            f"{self.path}: {name} values from {low:g} to {high:g}, of which black and white are not known; set "
+            f"shard.value_range (ddpm import: --value-range), for instance to {low:g} and {high:g}"
+        )
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """The least and the greatest finite value."""
+        low, high = math.inf, -math.inf
+        for row in self._rows():
+            finite = row[np.isfinite(row)] if self.dtype.kind == "f" else row
+            if finite.size:
+                low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        if low > high:
+            raise UserError(f"{self.path}: contains no finite values")
+        return low, high
+
+    def _rows(self) -> Iterator[NDArray[Any]]:
+        # np.load would load all images into memory.
+        try:
+            with self._open() as file:
+                self._header(file)
+                yield from rows(file, self.path, self.shape, self.dtype)
+        except BROKEN as error:
+            raise UserError(f"{self.path}: not a readable {self.path.suffix} file ({error})") from None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index, row in enumerate(self._rows()):
+            file, label = f"{self.path.name}[{index}]", label_of(self.labels, index)
+            pixels = row.transpose(1, 2, 0) if self.layout == "channels-first" else row
+            yield Sample(f"{index:07d}", file, label, None, partial(_decode, pixels, self.value_range))
+
+    def describe_values(self) -> str:
+        """The type and the values that become 8 bits, in one line; empty if they have 8 bits."""
+        if self.dtype == np.uint8 and not self._given_range:
+            return ""
+        low, high = self.value_range
+        used = "values from {:g} to {:g}".format(*self.extremes)
+        return f"{self.dtype.name}, {used}, brought to 8 bits: {low:g} becomes 0, {high:g} becomes 255"
+
+
+def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["channels-first", "channels-last"]:
+    """The order of the axes; channels are fewer than rows and columns, or 1, 3 or 4 in the last place."""
+    if len(shape) == 3:
+        return "channels-last"
+    if asked != "auto":
+        return asked
+    _, a, b, c = shape
+    first, last = a < min(b, c), c < min(a, b) or c in PICTURES
+    if first == last:
+        raise UserError(
+            f"{path}: images of shape {shape} may be (N, H, W, C) or (N, C, H, W); set shard.layout (ddpm import: "
+            "--layout) to channels-last or channels-first"
+        )
+    return "channels-first" if first else "channels-last"
+
+
+def _decode(pixels: NDArray[Any], value_range: tuple[float, float]) -> Picture:
+    """An image of pixels (H, W) or (H, W, C) of any type."""
+    eight, clipped = _eight_bits(pixels, value_range)
+    if eight.shape[2:] == (1,):
+        eight = eight[..., 0]
+    channels, name = math.prod(eight.shape[2:]), pixels.dtype.name
+    if channels not in PICTURES or (channels == 4 and name != "uint8"):
+        return Picture(Bands.of(eight), name, warnings=clipped)
+    image = Image.fromarray(np.ascontiguousarray(eight))
+    return Picture(image, image.mode if name == "uint8" else name, warnings=clipped)
+
+
+def _eight_bits(pixels: NDArray[Any], value_range: tuple[float, float]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Scale values linearly to 0 to 255, rounding halves to even; and a warning if some were clipped."""
+    if pixels.dtype.name == "uint8" and value_range == FULL_RANGE["uint8"]:
+        return pixels, ()
+    values = pixels.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise Unreadable("contains values that are not finite numbers")
+    low, high = value_range
+    eight = np.rint((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    if outside := int(((values < low) | (values > high)).sum()):
+        return eight, (f"{outside} of {values.size} values lie outside {low:g} to {high:g} and were clipped",)
+    return eight, ()

@@ -1,0 +1,142 @@
+"""Arrays of any type, number of channels and order of axes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffusion.errors import UserError
+from diffusion.pairs.pixels import Fit
+from diffusion.sources.arrays import Arrays
+from diffusion.sources.bands import Bands
+from diffusion.sources.images import Picture, Unreadable, digest
+from diffusion.sources.reading import Reading
+from diffusion.sources.shards import Images, write
+from diffusion.sources.splits import Fractions
+
+
+def save(path: Path, images: NDArray[np.generic]) -> Path:
+    np.save(path, images)
+    return path
+
+
+def decoded(source: Arrays) -> list[Picture]:
+    return [sample.decode() for sample in source]
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range", "right"),
+    [
+        (np.array([0, 128, 32896, 65535], "<u2"), (), [0, 0, 128, 255]),  # 128 / 257 is below a half
+        (np.array([0, 129, 32896, 65535], ">u2"), (), [0, 1, 128, 255]),  # and 129 / 257 above
+        (np.array([0, 0.5, 1, 0.25]), (), [0, 128, 255, 64]),  # 127.5 and 63.75
+        (np.array([-1, 0, 1, 0.5], "<f4"), (), [0, 128, 255, 191]),
+        (np.array([0, 1, 0.5, 0], ">f2"), (), [0, 255, 128, 0]),
+        (np.array([-1024, 976, 2976, 3071], "<i2"), (-1024, 2976), [0, 128, 255, 255]),
+        (np.array([0, 4095, 8190, 9000], "u2"), (4095, 8190), [0, 0, 255, 255]),
+        (np.array([0, 1, 2, 3], "u1"), (0, 3), [0, 85, 170, 255]),
+    ],
+)
+def test_values_are_brought_to_8_bits(
+    tmp_path: Path, values: NDArray[np.generic], value_range: tuple[float, ...], right: list[int]
+) -> None:
+    source = Arrays(save(tmp_path / "a.npy", values.reshape(1, 2, 2)), Reading(value_range=value_range))
+    (picture,) = decoded(source)
+    assert isinstance(picture.image, Image.Image)
+    assert picture.image.mode == "L"
+    assert np.asarray(picture.image).ravel().tolist() == right
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([0, 1.5, 2, 3]), "float64 values from 0 to 3, of which black and white are not known; set shard"),
+        (np.array([-0.5, 0, 1, 1.25]), "float64 values from -0.5 to 1.25, of which"),
+        (np.array([-5, 0, 1, 7], "i2"), r"int16 values from -5 to 7, .* for instance to -5 and 7$"),
+        (np.array([0, 1, 2, 3], "u4"), "uint32 values from 0 to 3"),
+        (np.full(4, np.nan), "contains no finite values"),
+    ],
+)
+def test_an_unknown_range_is_a_question(tmp_path: Path, values: NDArray[np.generic], message: str) -> None:
+    source = Arrays(save(tmp_path / "a.npy", values.reshape(1, 2, 2)))
+    with pytest.raises(UserError, match=rf"a\.npy: {message}"):
+        decoded(source)
+
+
+def test_clipped_values_are_warned_of_and_others_than_numbers_refused(tmp_path: Path) -> None:
+    values = np.array([[[0, 5], [9, 10]], [[1, 2], [3, 4]], [[0, np.inf], [1, 2]]])
+    source = Arrays(save(tmp_path / "a.npy", values), Reading(value_range=(1, 9)))
+    first, second, third = source
+    assert first.decode().warnings == ("2 of 4 values lie outside 1 to 9 and were clipped",)
+    assert second.decode().warnings == ()
+    with pytest.raises(Unreadable, match=r"^contains values that are not finite numbers$"):
+        third.decode()
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "right"),
+    [
+        ((2, 6, 8, 3), "auto", "channels-last"),
+        ((2, 3, 6, 8), "auto", "channels-first"),
+        ((2, 1, 6, 8), "auto", "channels-first"),
+        ((2, 4, 4, 4), "auto", "channels-last"),
+        ((2, 13, 16, 16), "auto", "channels-first"),
+        ((2, 16, 16, 13), "auto", "channels-last"),
+        ((2, 6, 8, 8), "channels-last", "channels-last"),
+        ((2, 6, 5, 5), "channels-first", "channels-first"),
+        ((2, 6, 5, 5), "auto", None),
+        ((2, 8, 8, 8), "auto", None),
+        ((2, 1, 5, 3), "auto", None),
+    ],
+)
+def test_the_order_of_the_axes_is_found_or_asked_for(
+    tmp_path: Path, shape: tuple[int, ...], layout: str, right: str | None
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    reading = Reading(layout=layout)  # type: ignore[arg-type]
+    if right is None:
+        with pytest.raises(UserError, match=r"may be \(N, H, W, C\) or \(N, C, H, W\); set shard.layout .* --layout"):
+            Arrays(save(tmp_path / "a.npy", images), reading)
+        return
+    expected = images.transpose(0, 2, 3, 1) if right == "channels-first" else images
+    pictures = decoded(Arrays(save(tmp_path / "a.npy", images), reading))
+    for picture, pixels in zip(pictures, expected, strict=True):
+        found = picture.image.pixels() if isinstance(picture.image, Bands) else np.asarray(picture.image)
+        np.testing.assert_array_equal(found.reshape(pixels.shape), pixels)
+
+
+def test_four_channels_are_alpha_in_8_bits_only(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 4), dtype=np.uint8)
+    (eight,) = decoded(Arrays(save(tmp_path / "8.npy", images)))
+    assert eight.image.mode == "RGBA"
+    (sixteen,) = decoded(Arrays(save(tmp_path / "16.npy", images.astype(np.uint16) * 257)))
+    assert (sixteen.image.mode, sixteen.mode) == ("4 channels", "uint16")
+    np.testing.assert_array_equal(Fit(4, 6, 6)(sixteen.image), images[0].transpose(2, 0, 1))
+
+
+def test_channels_survive_the_shards(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 5, 6, 7), dtype=np.uint8)
+    images[39] = images[0]
+    source = Arrays(save(tmp_path / "a.npy", images))
+    (tmp_path / "shards").mkdir()
+    manifest = write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
+    assert manifest.copies == 1
+    statistics = manifest.statistics["5 channels"]
+    np.testing.assert_allclose(statistics.mean, images.mean((0, 2, 3)) / 255, atol=1e-9)
+    np.testing.assert_allclose(statistics.std, images.std((0, 2, 3)) / 255, atol=1e-9)
+    assert (manifest.smallest, manifest.largest) == ((7, 6), (7, 6))
+    kept = [image for split in manifest.splits.values() for image, _ in Images(tmp_path / "shards", split)]
+    assert all(isinstance(image, Bands) for image in kept)
+    assert sorted(map(digest, kept)) == sorted(digest(Bands.of(image.transpose(1, 2, 0))) for image in images)
+    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["statistics"].keys() == {"5 channels"}
+
+
+def test_the_values_are_described(tmp_path: Path) -> None:
+    deep = np.array([12, 13, 4000, 4095], np.uint16).reshape(1, 2, 2)
+    assert Arrays(save(tmp_path / "a.npy", deep)).describe_values() == (
+        "uint16, values from 12 to 4095, brought to 8 bits: 0 becomes 0, 65535 becomes 255"
+    )
+    assert Arrays(save(tmp_path / "b.npy", deep.astype(np.uint8))).describe_values() == ""
