@@ -68,8 +68,8 @@ def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
     """Encode images (N, C, H, W) as a PNG with a nearly square grid.
 
     Of images with other than 1, 3 or 4 channels, `visible` chooses some. Images smaller than MIN_CELL are enlarged by
-    an integer factor with nearest-neighbour interpolation, at least to MIN_CELL and up to a grid of `side` pixels, since
-    viewers would blur them.
+    an integer factor with nearest-neighbour interpolation, at least to MIN_CELL and up to a grid of `side` pixels,
+    since viewers would blur them.
     """
     images = visible(images)
     count, channels, height, width = images.shape

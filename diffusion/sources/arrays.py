@@ -143,8 +143,11 @@ class Arrays:
         if self.dtype == np.uint8 and not self._given_range:
             return ""
         low, high = self.value_range
-        used = "values from {:g} to {:g}".format(*self.extremes)
-        return f"{self.dtype.name}, {used}, brought to 8 bits: {low:g} becomes 0, {high:g} becomes 255"
+        least, greatest = self.extremes
+        line = f"{self.dtype.name} from {least:g} to {greatest:g}, brought to 8 bits: {low:g} becomes 0, {high:g} 255"
+        if greatest - least < (high - low) / 2:
+            line += f"; --value-range {least:g} {greatest:g} (or shard.value_range) would use all 8 bits"
+        return line
 
 
 def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["channels-first", "channels-last"]:

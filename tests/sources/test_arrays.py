@@ -137,6 +137,10 @@ def test_channels_survive_the_shards(tmp_path: Path) -> None:
 def test_the_values_are_described(tmp_path: Path) -> None:
     deep = np.array([12, 13, 4000, 4095], np.uint16).reshape(1, 2, 2)
     assert Arrays(save(tmp_path / "a.npy", deep)).describe_values() == (
-        "uint16, values from 12 to 4095, brought to 8 bits: 0 becomes 0, 65535 becomes 255"
+        "uint16 from 12 to 4095, brought to 8 bits: 0 becomes 0, 65535 255; "
+        "--value-range 12 4095 (or shard.value_range) would use all 8 bits"
+    )
+    assert Arrays(tmp_path / "a.npy", Reading(value_range=(0, 4095))).describe_values() == (
+        "uint16 from 12 to 4095, brought to 8 bits: 0 becomes 0, 4095 255"
     )
     assert Arrays(save(tmp_path / "b.npy", deep.astype(np.uint8))).describe_values() == ""
