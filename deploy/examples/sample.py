@@ -17,7 +17,10 @@ channels, height, width = sampler.get_inputs()[0].shape[1:]
 noise = np.random.default_rng(7).standard_normal((16, channels, height, width), np.float32)
 (images,) = sampler.run(["images"], {"noise": noise, "steps": np.array([0])})  # 0: the exported number of steps
 
-# uint8 (16, H, W, C) to a grid of 4 x 4, with small images enlarged.
+# uint8 (16, H, W, C) to a grid of 4 x 4, with small images enlarged. Pillow has grey, RGB and RGBA.
+if channels not in (1, 3, 4):
+    channels = 3 if channels > 3 else 1
+    images = images[..., :channels]
 grid = images.reshape(4, 4, height, width, channels).swapaxes(1, 2).reshape(4 * height, 4 * width, channels)
 scale = max(1, 128 // width)
 grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)

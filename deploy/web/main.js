@@ -44,7 +44,7 @@ function describe() {
   const heldout = JSON.parse(facts.heldout);
   const score = (key, text) => (typeof heldout[key] === "number" ? `${heldout[key].toPrecision(3)} ${text}` : "");
   byId("facts").textContent = [
-    `${height} × ${width}, ${channels === 1 ? "grey" : "RGB"}`,
+    `${height} × ${width}, ${{ 1: "grey", 3: "RGB", 4: "RGBA" }[channels] ?? `${channels} channels`}`,
     classes.length ? `${classes.length} classes` : "",
     `${facts.sampler}, ${facts.steps} steps`,
     score("mse", "noise MSE on test pairs"),
@@ -146,7 +146,7 @@ function noisy(parent, name, seed, number) {
   const { height, width, size, channels } = sampler;
   const canvas = Object.assign(document.createElement("canvas"), { height, width, role: "img", title: name });
   const noise = sampler.noise(seed, number);
-  draw(canvas, (pixel, channel) => (noise[((channel % channels) * size) / channels + pixel] + 1) * 127.5);
+  draw(canvas, channels, (pixel, channel) => (noise[(channel * size) / channels + pixel] + 1) * 127.5);
   canvas.style.width = `${width * Math.max(1, Math.round(80 / width))}px`; // an integer scale keeps pixels square
   canvas.dataset.made = false;
   parent.append(canvas);
@@ -154,14 +154,19 @@ function noisy(parent, name, seed, number) {
 }
 
 function show(canvas, image) {
-  draw(canvas, (pixel, channel) => image[pixel * sampler.channels + (channel % sampler.channels)]);
+  draw(canvas, sampler.channels, (pixel, channel) => image[pixel * sampler.channels + channel]);
   canvas.dataset.made = true;
 }
 
 // value(pixel, channel): channel is 0, 1 or 2 for R, G, B.
-function draw(canvas, value) {
+// Of one or two channels, the first is shown as grey; of five or more, the first three as RGB.
+function draw(canvas, channels, value) {
   const image = new ImageData(canvas.width, canvas.height);
-  image.data.forEach((_, place, rgba) => (rgba[place] = place % 4 === 3 ? 255 : value(place >> 2, place % 4)));
+  const shown = (channel) => (channels < 3 ? 0 : channel);
+  image.data.forEach((_, place, rgba) => {
+    const channel = place % 4;
+    rgba[place] = channel === 3 && channels !== 4 ? 255 : value(place >> 2, shown(channel));
+  });
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 

@@ -129,7 +129,8 @@ def _network(params: Params) -> str:
 
 def _data(params: Params, paths: Paths) -> str:
     manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
-    colours, name = "greyscale" if params.pairs.channels == 1 else "RGB", Path(params.shard.source).stem
+    channels, name = params.pairs.channels, Path(params.shard.source).stem
+    colours = {1: "greyscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
     size = f"{params.pairs.height}x{params.pairs.width}"
     return f"**{name}**, {manifest['splits']['train']['images']:,} {colours} images of {size} pixels"
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deploy.service.app import Service
-from deploy.service.pictures import STEPS_NOISE
+from deploy.service.pictures import STEPS_NOISE, png
 from diffusion.export import golden
 from tests.deploy.models import write_model
 from tests.deploy.services import ask, direct, get, same, service
@@ -103,3 +103,12 @@ def test_the_size_of_a_grid_is_limited(classes: Service, monkeypatch: pytest.Mon
     monkeypatch.setattr("deploy.service.pictures.MAX_SIDE", 100)
     (answer,) = ask(classes, get("/images?n=16&scale=8"))
     assert (answer.status_code, "lower n or scale" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "RGBA"), (6, "RGB")])
+def test_grids_of_any_number_of_channels(channels: int, mode: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1, 2, 3, channels), dtype=np.uint8)
+    grid = Image.open(io.BytesIO(png(images, 1)))
+    assert grid.mode == mode
+    shown = images[0, ..., : len(mode)]
+    np.testing.assert_array_equal(np.asarray(grid)[1:3, 1:4].reshape(shown.shape), shown)
