@@ -71,9 +71,10 @@ def _exports_its_variance(params: "Params") -> None:
         raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")
 
 
-def _has_a_range_of_values(shard: "Shard") -> None:
-    if shard.value_range and not (len(shard.value_range) == 2 and shard.value_range[0] < shard.value_range[1]):
-        raise ValueError("value_range must be empty or two numbers, the first one smaller")
+def _range(values: tuple[float, ...]) -> tuple[float, ...]:
+    if values and not (len(values) == 2 and values[0] < values[1]):
+        raise ValueError("must be empty or two numbers, the smaller one first")
+    return values
 
 
 def _shows_channels_that_exist(params: "Params") -> None:
@@ -83,14 +84,18 @@ def _shows_channels_that_exist(params: "Params") -> None:
 
 
 def _colour(name: str) -> str:
-    ImageColor.getrgb(name)
-    return name
+    try:
+        if len(ImageColor.getrgb(name)) == 3:
+            return name
+    except ValueError:
+        pass
+    raise ValueError("must be an opaque colour, such as white or #ffffff")
 
 
 class Shard(Section):
     """Conversion of raw images to webdataset shards, and the split into train, val and test."""
 
-    rules = (_leaves_something_to_train_on, _has_a_range_of_values)
+    rules = (_leaves_something_to_train_on,)
 
     source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
     """Data set: a folder, .zip or .tar of images, whose sub-folders are splits or classes; Parquet files; webdataset
@@ -100,7 +105,7 @@ class Shard(Section):
     layout: Layout = "auto"
     """Order of the axes of arrays. channels-first: (N, C, H, W); channels-last: (N, H, W, C); auto: whichever has fewer
     channels than rows and columns."""
-    value_range: Annotated[tuple[float, ...], LIST] = ()
+    value_range: Annotated[tuple[float, ...], LIST, AfterValidator(_range)] = ()
     """The values of black and white of arrays, which are brought to 8 bits; values beyond are clipped. []: those of the
     type, 0 to 255 and 0 to 65535 for 8 and 16 bits without sign; 0 to 1, or -1 to 1, for floats in this range."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
