@@ -96,6 +96,7 @@ class Npz:
                     _label(self.labels, index),
                     None,
                     partial(_picture, image),
+                    size=image.nbytes,
                 )
 
 
@@ -161,7 +162,8 @@ class Idx:
                 shape = _idx_header(file, path, IMAGES_IDX)
                 for index, image in enumerate(_rows(file, path, shape)):
                     key, name = f"{split}-{index:07d}", f"{path.name}[{index}]"
-                    yield Sample(key, name, _label(labels, index), split, partial(_picture, image))
+                    decode = partial(_picture, image)
+                    yield Sample(key, name, _label(labels, index), split, decode, size=image.nbytes)
 
 
 def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images
-from diffusion.sources.shards import png
+from diffusion.sources.convert import png
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
