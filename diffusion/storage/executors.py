@@ -4,6 +4,7 @@ A task, its result and the function must be picklable; a worker imports the func
 """
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor, wait
 from contextlib import chdir
 from dataclasses import dataclass
 from functools import cache, partial
@@ -104,7 +105,7 @@ class Processes:
                 return pool.submit(function, task)
 
         try:
-            yield from ordered_map(submit, tasks, size, 2 * self.workers, BrokenExecutor)
+            yield from ordered_map(submit, Future.result, tasks, size, 2 * self.workers, BrokenExecutor)
         finally:
             alive.close()
             pool.shutdown(cancel_futures=True)
@@ -140,25 +141,39 @@ class Dask:
         """
         try:
             from distributed import Client, KilledWorker
+            from distributed.comm.core import CommClosedError
         except ModuleNotFoundError as error:
             raise UserError(f"{self.address}: Dask is not installed ({error}); run `pip install distributed`") from None
+        for name in logging.root.manager.loggerDict:
+            if name.startswith(("distributed", "tornado")):
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # hide tracebacks when a connection is lost
         try:
             client = Client(self.address, timeout=SECONDS_TO_ANSWER)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.address}: no Dask scheduler answers ({error})") from None
         with client:
-            try:
-                client.wait_for_workers(1, SECONDS_TO_ANSWER)
-            except TimeoutError:
-                raise UserError(f"{self.address}: the Dask scheduler has no workers; start one") from None
             executor, remote = client.get_executor(pure=False), Remote(function, str(Path.cwd()), software())
 
             def submit(task: Task) -> Future[Result]:
                 return executor.submit(partial(remote, task))  # Dask would look for its own objects in an argument
 
+            def result(future: Future[Result]) -> Result:
+                # Without a scheduler or workers, a future never ends.
+                while not wait([future], SECONDS_TO_ANSWER).done:
+                    if client.status != "running":
+                        raise CancelledError
+                    client.wait_for_workers(1, SECONDS_TO_ANSWER)
+                return future.result()
+
             try:
-                yield from ordered_map(submit, tasks, size, 2 * sum(client.nthreads().values()), KilledWorker)
-            except CancelledError:
+                client.wait_for_workers(1, SECONDS_TO_ANSWER)
+                most = 2 * sum(client.nthreads().values())
+                yield from ordered_map(submit, result, tasks, size, most, KilledWorker)
+            except TimeoutError:
+                raise UserError(
+                    f"{self.address}: the Dask scheduler has no workers; start some where this project is installed"
+                ) from None
+            except (CancelledError, CommClosedError):
                 raise UserError(f"{self.address}: the connection to the Dask scheduler was lost") from None
 
 
@@ -201,12 +216,13 @@ def software() -> dict[str, str]:
 
 def ordered_map(
     submit: Callable[[Task], Future[Result]],
+    result: Callable[[Future[Result]], Result],
     tasks: Iterable[Task],
     size: Callable[[Task], int],
     most: int,
     lost: type[Exception],
 ) -> Generator[tuple[Task, Result]]:
-    """Submit tasks, at most `most` ahead of the results; those whose future raises `lost` are submitted again.
+    """Submit tasks, at most `most` ahead of the results; if `result` raises `lost`, they are submitted again.
 
     Raises LostWorker after TRIES losses without a result in between.
     """
@@ -220,7 +236,7 @@ def ordered_map(
             return
         first, future = in_flight[0]
         try:
-            result = future.result()
+            done = result(future)
         except lost:
             losses += 1
             if losses == TRIES:
@@ -229,7 +245,7 @@ def ordered_map(
             continue
         del in_flight[0], future
         room, losses = room + size(first), 0
-        yield first, result
+        yield first, done
 
 
 def usable_cores() -> int:
