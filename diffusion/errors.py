@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +23,14 @@ class UserError(Exception):
     without a traceback and exits with status 1, or 2 for wrong arguments. Any other exception is a bug and keeps its
     traceback.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it as it is, to be raised in a worker process; by default, `__init__` would be called again."""
+        return _unpickled, (type(self), self.args), self.__dict__
+
+
+def _unpickled(kind: type[UserError], arguments: tuple[object, ...]) -> UserError:
+    return kind.__new__(kind, *arguments)
 
 
 class UsageError(UserError):

@@ -1,6 +1,7 @@
 """What `ddpm import` finds out about images: the parameters for training on them, and a contact sheet."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -63,9 +64,7 @@ class Findings(NamedTuple):
         if self.transparent:
             becomes = "kept" if fit.channels == 4 else f"on {fit.background}"
             found += f", {self.transparent} with transparent pixels ({becomes})"
-        cropped = [share for size in self.sizes if (share := fit.cropped(size))]
-        enlarged = sum(map(fit.enlarged, self.sizes))
-        done = fit.describe(len(cropped), statistics.mean(cropped or [0]), enlarged) or "none is cropped or enlarged"
+        done = fit.describe(**fit.tally(Counter(self.sizes))) or "none is cropped or enlarged"
         return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
 
 

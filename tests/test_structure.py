@@ -29,6 +29,7 @@ NOT_SHAPING = (
     "flows.parent",
     "flows.paths",
     "flows.tracking",
+    "flows.workers",
 )
 """Code that cannot change what a stage writes: all values are in params.yaml, and the rest checks, passes on
 or monitors them."""

@@ -7,24 +7,25 @@ with train.timesteps: stored also its t. data/README.md describes the files.
 """
 
 import hashlib
-import io
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.pairs import blocks
+from diffusion.pairs.blocks import LabelledImages
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
 from diffusion.pairs.pixels import Filter, Fit, Resize, to_x_0
-from diffusion.sources.bands import Bands
+from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
 
@@ -109,14 +110,6 @@ class Batch(NamedTuple):
     """(B,), uniform on [0, 1); for drawing timesteps other than t"""
 
 
-class LabelledImages(Protocol):
-    """Images with labels, by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]: ...
-
-
 class BlockedImages(ABC):
     """Images in blocks with the recipes of their pairs, on disk (`Pairs`) or in memory (`memory.Blocks`)."""
 
@@ -156,88 +149,32 @@ def write(
     settings: Settings,
     alpha_bar: NDArray[np.float64],
     advance: Callable[[int], None] = lambda _: None,
+    executor: Executor = OWN_PROCESS,
 ) -> Manifest:
     """Write the pairs and their manifest into an empty directory.
 
-    alpha_bar: (T,). `advance` is called with the number of images done.
+    alpha_bar: (T,). `advance` is called with the number of images done. `executor` makes the blocks. Raises UserError
+    if the process that makes a block is killed each time.
     """
-    splits, sizes = dict[Split, Contents](), Counter[tuple[int, int]]()
-    for split in SPLITS:
-        source = images[split]
-        order = stream(settings.seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
-        with Writer(directory, split, max_bytes=MAX_TAR_BYTES) as writer:
-            for block, start in enumerate(range(0, len(source), BLOCK)):
-                x_0, y, found = _images_and_labels(source, order[start : start + BLOCK], settings.fit)
-                sizes.update(found)
-                arrays: dict[str, NDArray[np.generic]] = {"x_0": x_0, "y": y}
-                if split == "train":
-                    arrays |= _train_arrays(settings, block, len(x_0))
-                else:
-                    arrays |= _heldout_arrays(settings, split, block, x_0, alpha_bar)
-                writer.add(f"{block:08d}", {f"{name}.npy": _npy(value) for name, value in arrays.items()})
-                advance(len(x_0))
-        splits[split] = Contents(
-            images=len(source), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
+    sizes = Counter[tuple[int, int]]()
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(Writer(directory, split, max_bytes=MAX_TAR_BYTES)) for split in SPLITS}
+        for block, made in stack.enter_context(closing(blocks.make(images, settings, alpha_bar, executor))):
+            writers[block.split].add(f"{block.number:08d}", made.files)
+            sizes.update(made.sizes)
+            advance(len(block.images))
+    splits = {
+        split: Contents(
+            images=len(images[split]), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)
         )
+        for split, writer in writers.items()
+    }
     manifest = Manifest(
-        **settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()), **_resized(sizes, settings.fit)
+        **settings.model_dump(), splits=splits, alpha_bar=tuple(alpha_bar.tolist()), **settings.fit.tally(sizes)
     )
     write_json(directory / MANIFEST, manifest.model_dump())
     write_sums(directory, {tar.name: tar.sha256 for contents in splits.values() for tar in contents.tars})
     return manifest
-
-
-def _images_and_labels(
-    source: LabelledImages, indices: NDArray[np.int64], fit: Fit
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[tuple[int, int]]]:
-    """A block's images (n, C, H, W), labels (n,) and original sizes; images are resized one by one to save memory."""
-    shape, sizes = (fit.channels, fit.height, fit.width), list[tuple[int, int]]()
-    x_0, y = np.empty((len(indices), *shape), np.uint8), np.full(len(indices), -1, np.int64)
-    for place, index in enumerate(indices):
-        image, label = source[int(index)]
-        x_0[place] = fit(image)
-        sizes.append(image.size)
-        if label is not None:
-            y[place] = label
-    return x_0, y, sizes
-
-
-def _resized(sizes: Mapping[tuple[int, int], int], fit: Fit) -> dict[str, Any]:
-    """How many images were cropped and enlarged, given the number of images of each size."""
-    cropped = {size: count for size, count in sizes.items() if fit.cropped(size)}
-    area = sum(count * fit.cropped(size) for size, count in cropped.items())
-    return {
-        "cropped": sum(cropped.values()),
-        "cropped_area": round(area / max(sum(cropped.values()), 1), 6),
-        "enlarged": sum(count for size, count in sizes.items() if fit.enlarged(size)),
-    }
-
-
-def _train_arrays(settings: Settings, block: int, n: int) -> dict[str, NDArray[np.generic]]:
-    draws = range(settings.draws)
-    t = [timesteps(settings.seed, "train", block, draw, settings.num_timesteps)[:n] for draw in draws]
-    return {"t": np.stack(t), "noise_key": np.stack([eps_key(settings.seed, "train", block, draw) for draw in draws])}
-
-
-def _heldout_arrays(
-    settings: Settings, split: Split, block: int, x_0: NDArray[np.uint8], alpha_bar: NDArray[np.float64]
-) -> dict[str, NDArray[np.generic]]:
-    draws, n = settings.heldout_draws, len(x_0)
-    t = np.empty((draws, n), np.int64)
-    x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
-    clean = to_x_0(x_0, np.float64)  # float64, like everything up to the final assignment
-    for draw in range(draws):
-        t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
-        eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
-        at = alpha_bar[t[draw]][:, None, None, None]
-        x_t[draw] = np.sqrt(at) * clean + np.sqrt(1 - at) * eps[draw]
-    return {"t": t, "x_t": x_t, "eps": eps}
-
-
-def _npy(value: NDArray[np.generic]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, value, allow_pickle=False)
-    return buffer.getvalue()
 
 
 class Pairs(BlockedImages):

@@ -1,5 +1,6 @@
 """Conversion of images to arrays of a fixed size, to [-1, 1] and back."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -71,9 +72,19 @@ class Fit(NamedTuple):
         across, down = self.width / size[0], self.height / size[1]
         return 1 - min(across, down) / max(across, down) if self.resize == "crop" else 0.0
 
-    def describe(self, cropped: int, area: float, enlarged: int) -> str:
+    def tally(self, sizes: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+        """Count the images that were cropped and enlarged, given the number of images of each size."""
+        cropped = {size: count for size, count in sizes.items() if self.cropped(size)}
+        area = sum(count * self.cropped(size) for size, count in cropped.items())
+        return {
+            "cropped": sum(cropped.values()),
+            "cropped_area": round(area / max(sum(cropped.values()), 1), 6),
+            "enlarged": sum(count for size, count in sizes.items() if self.enlarged(size)),
+        }
+
+    def describe(self, cropped: int, cropped_area: float, enlarged: int) -> str:
         """How many images were cropped, and by what fraction of their area, and enlarged, in words."""
-        parts = [f"{cropped} cropped by {area:.0%} of their area on average"] if cropped else []
+        parts = [f"{cropped} cropped by {cropped_area:.0%} of their area on average"] if cropped else []
         parts += [f"{enlarged} enlarged"] if enlarged else []
         return f"{' and '.join(parts)} (pairs.resize: {self.resize})" if parts else ""
 

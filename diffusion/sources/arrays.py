@@ -136,7 +136,8 @@ class Arrays:
         for index, row in enumerate(self._rows()):
             file, label = f"{self.path.name}[{index}]", label_of(self.labels, index)
             pixels = row.transpose(1, 2, 0) if self.layout == "channels-first" else row
-            yield Sample(f"{index:07d}", file, label, None, partial(_decode, pixels, self.value_range))
+            decode = partial(_decode, pixels, self.value_range)
+            yield Sample(f"{index:07d}", file, label, None, decode, size=row.nbytes)
 
     def describe_values(self) -> str:
         """The type and the values that become 8 bits, in one line; empty if they have 8 bits."""

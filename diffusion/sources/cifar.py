@@ -87,7 +87,7 @@ class Cifar:
         if label >= len(self.classes):
             raise UserError(f"{path}: {name} has the label {label}, but {self.version.names} names {len(self.classes)}")
         pixels = record[self.version.label_bytes :].reshape(SHAPE)
-        return Sample(key, name, label, split, partial(_picture, pixels))
+        return Sample(key, name, label, split, partial(_picture, pixels), size=pixels.nbytes)
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Picture:

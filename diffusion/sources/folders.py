@@ -3,18 +3,18 @@
 import os
 import re
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from diffusion.errors import UserError
 from diffusion.sources import labels
-from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
+from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors
 from diffusion.sources.labels import Parts
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
-from diffusion.sources.trees import Tree, open_tree
+from diffusion.sources.trees import Tree, decoder, open_tree
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
 
@@ -140,7 +140,8 @@ class Folder:
                 continue
             file = self._file(parts)
             reason = rejection_reason(file)
-            yield Sample(sample_key(name), _text(name), label, split, partial(read_image, file), reason)
+            decode, size = (_nothing, 0) if reason else decoder(file)
+            yield Sample(sample_key(name), _text(name), label, split, decode, reason, size)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
         """Each file with its split, the name of its top-level folder, and why it is rejected because of its place."""

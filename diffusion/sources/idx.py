@@ -90,7 +90,7 @@ class Idx:
                 shape = _idx_header(file, path, IMAGES_IDX)
                 for index, image in enumerate(rows(file, path, shape, np.dtype(np.uint8))):
                     key, name = f"{split}-{index:07d}", f"{path.name}[{index}]"
-                    yield Sample(key, name, label_of(labels, index), split, partial(_picture, image))
+                    yield Sample(key, name, label_of(labels, index), split, partial(_picture, image), size=image.nbytes)
 
 
 def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:

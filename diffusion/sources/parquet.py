@@ -94,7 +94,7 @@ class Parquet:
         member = Member(file, path, partial(_content, content))
         place = f"{file.relative_to(self._root).as_posix()}/" if len(self._files) > 1 else ""
         key = sample_key(f"{place}{index:07d}")
-        return Sample(key, name, self._numbers.get(label), split, partial(read_image, member))
+        return Sample(key, name, self._numbers.get(label), split, partial(read_image, member), size=len(content or b""))
 
 
 def _content(content: bytes | None) -> io.BytesIO:

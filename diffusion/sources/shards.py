@@ -5,14 +5,14 @@ picture has so many channels, in `{train,val,test}-NNNNNN.tar`; `manifest.json` 
 """
 
 import hashlib
-import io
 import json
 import os
 import posixpath
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,9 +22,11 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.sources.bands import Bands
-from diffusion.sources.images import Picture, Unreadable, digest
+from diffusion.sources.convert import Converted, convert, decode
+from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.splits import Fractions, Splitter
-from diffusion.storage.files import sha256, write_json, write_sums
+from diffusion.storage.executors import OWN_PROCESS, Executor
+from diffusion.storage.files import reading, sha256, write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
@@ -43,9 +45,14 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Decodes the image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
+    """Decodes the image, also in another process, so it is picklable.
+
+    Raises Unreadable, or SystemFault if the operating system cannot read the file.
+    """
     left_out: str | None = None
     """Reason for rejecting the image without decoding it."""
+    size: int = 0
+    """Bytes of the image in the source, about; 0 if unknown. Samples are divided among tasks by it."""
 
 
 class Source(Protocol):
@@ -122,24 +129,6 @@ def sample_key(name: str) -> str:
     return f"{readable[:60]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 
-def encode(image: Image.Image | Bands) -> dict[str, bytes]:
-    """Encode an image deterministically: as `png`, with fast compression, or as `npy` where PNG has no such mode."""
-    buffer = io.BytesIO()
-    if isinstance(image, Bands):
-        np.lib.format.write_array(buffer, image.pixels(), allow_pickle=False)
-        return {"npy": buffer.getvalue()}
-    image.save(buffer, "PNG", compress_level=1)
-    return {"png": buffer.getvalue()}
-
-
-def decode(content: bytes) -> Image.Image | Bands:
-    """The inverse of `encode`."""
-    file = io.BytesIO(content)
-    if content.startswith(np.lib.format.MAGIC_PREFIX):
-        return Bands.of(np.lib.format.read_array(file, allow_pickle=False))
-    return Image.open(file, formats=["PNG"])
-
-
 class _Tally:
     """Collects the manifest's statistics, from exact histograms, so that they do not depend on the order."""
 
@@ -151,16 +140,16 @@ class _Tally:
         self.warnings = list[Remark]()
         self.multipage = 0
 
-    def add(self, sample: Sample, picture: Picture, split: Split) -> None:
-        mode, size = picture.image.mode, np.array(picture.image.size)
+    def add(self, sample: Sample, image: Converted, split: Split) -> None:
+        mode, size = image.stored_mode, np.array(image.size)
         self.images[mode] = self.images.get(mode, 0) + 1
-        self.histograms[mode] = self.histograms.get(mode, 0) + np.array(picture.image.histogram())
+        self.histograms[mode] = self.histograms.get(mode, 0) + image.histogram
         least, most = self.sizes if self.sizes is not None else (size, size)
         self.sizes = np.array([np.minimum(least, size), np.maximum(most, size)])
         if sample.label is not None:
             self.per_class[split][sample.label] += 1
-        self.warnings += [Remark(file=sample.file, reason=warning) for warning in picture.warnings]
-        self.multipage += picture.several
+        self.warnings += [Remark(file=sample.file, reason=warning) for warning in image.warnings]
+        self.multipage += image.several
 
     def statistics(self) -> dict[str, Statistics]:
         value = np.arange(256) / 255
@@ -183,29 +172,30 @@ def write(
     fractions: Fractions,
     samples_per_shard: int,
     advance: Callable[[int], None] = lambda _: None,
+    executor: Executor = OWN_PROCESS,
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
     `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
-    split, are listed as rejected in the manifest. Raises UserError if no image can be read or a split is empty.
+    split, are listed as rejected in the manifest. `executor` decodes and encodes the images. Raises UserError if no
+    image can be read, a split is empty, or images cannot be decoded without the process being killed.
     """
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
         }
-        for sample in source:
+        for sample, image in stack.enter_context(closing(convert(source, executor))):
             advance(1)
             try:
-                if sample.left_out:
-                    raise Unreadable(sample.left_out)
-                picture = sample.decode()
-                split = splitter(sample.split, digest(picture.image))
+                if isinstance(image, str):
+                    raise Unreadable(image)
+                split = splitter(sample.split, image.digest)
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
                 continue
-            tally.add(sample, picture, split)
-            writers[split].add(sample.key, _record(sample, picture, source.classes))
+            tally.add(sample, image, split)
+            writers[split].add(sample.key, _record(sample, image, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
     _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
     assert tally.sizes is not None
@@ -233,16 +223,16 @@ def _contents(tars: Sequence[Tar], per_class: NDArray[np.int64]) -> Contents:
     return Contents(samples=samples, per_class=tuple(per_class.tolist()), shards=tuple(tars))
 
 
-def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[str, bytes]:
+def _record(sample: Sample, image: Converted, classes: Sequence[str]) -> dict[str, bytes]:
     """The stored files of an image, by extension."""
     record = {
         "label": sample.label,
         "class": None if sample.label is None else classes[sample.label],
         "source": sample.file,
-        "size": picture.image.size,
-        "mode": picture.mode,
+        "size": image.size,
+        "mode": image.mode,
     }
-    return {"json": json.dumps(record).encode()} | encode(picture.image)
+    return {"json": json.dumps(record).encode()} | image.content
 
 
 def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
@@ -290,6 +280,7 @@ class Images:
     """
 
     def __init__(self, directory: Path, contents: Contents) -> None:
+        self._paths = [directory / tar.name for tar in contents.shards]
         self._maps = [open_map(directory, tar) for tar in contents.shards]
         places = {"image": array("q"), "json": array("q")}
         for number, mapped in enumerate(self._maps):
@@ -303,10 +294,19 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
-        label: int | None = json.loads(self._content(self._json[index]))["label"]
-        return decode(self._content(self._image[index])), label
+        read, label = self.reader(index)
+        return read(), label
 
-    def _content(self, place: NDArray[np.int64]) -> bytes:
-        number, offset, size = place.tolist()
-        content: bytes = self._maps[number][offset : offset + size]
-        return content
+    def reader(self, index: int) -> tuple[Callable[[], Image.Image | Bands], int | None]:
+        """How to read an image, in any process, and its label, or None."""
+        number, offset, size = self._json[index].tolist()
+        label: int | None = json.loads(self._maps[number][offset : offset + size])["label"]
+        number, offset, size = self._image[index].tolist()
+        return partial(_stored, self._paths[number], offset, size), label
+
+
+def _stored(path: Path, offset: int, size: int) -> Image.Image | Bands:
+    """An image of a shard; raises SystemFault if the operating system cannot read it."""
+    with reading(path), path.open("rb") as file:
+        file.seek(offset)
+        return decode(file.read(size))

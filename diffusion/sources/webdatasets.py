@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, is_image, read_image
+from diffusion.sources.images import NO_IMAGE, is_image
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
-from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, ending, files_below
+from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, decoder, ending, files_below
 
 LABEL_KEYS = ("class", "label", "cls")
 """Keys in a sample's .json member that may hold its class, the preferred ones first."""
@@ -75,9 +74,9 @@ class WebDataset:
             tar = Tar(path)
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
             for group in groups:
-                decode = partial(read_image, tar.file(group.image))
+                decode, size = decoder(tar.file(group.image))
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
-                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out)
+                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out, size)
 
 
 def _groups(tar: Tar) -> Iterator[Group]:

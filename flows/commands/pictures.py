@@ -17,7 +17,7 @@ from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images
 from diffusion.sources.bands import Bands
-from diffusion.sources.shards import encode
+from diffusion.sources.convert import encode
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]

@@ -11,6 +11,7 @@ from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
+from flows.workers import executor
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -27,11 +28,9 @@ def run(params: Params, paths: Paths) -> None:
         shards_sha256=shards.manifest_sha256(paths.shards),
     )
     alpha_bar = build.process(params.process).schedule.alpha_bar.numpy()
-    with (
-        new_directory(paths.pairs) as directory,
-        Progress("pairs", sum(map(len, images.values())), "images") as progress,
-    ):
-        manifest = pairs.write(directory, images, settings, alpha_bar, progress.advance)
+    total = sum(map(len, images.values()))
+    with new_directory(paths.pairs) as directory, Progress("pairs", total, "images") as progress:
+        manifest = pairs.write(directory, images, settings, alpha_bar, progress.advance, executor(total))
     made_with.write(paths, "pairs", params)
     counts = ", ".join(f"{contents.images} {split}" for split, contents in manifest.splits.items())
     size = "x".join(map(str, (settings.channels, settings.height, settings.width)))

@@ -15,6 +15,7 @@ from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
+from flows.workers import executor
 
 MAX_LISTED = 5
 """Maximum number of files to list on the terminal; the manifest lists all."""
@@ -38,6 +39,7 @@ def run(params: Params, paths: Paths) -> None:
             Fractions(params.shard.val_fraction, params.shard.test_fraction),
             params.shard.samples_per_shard,
             progress.advance,
+            executor(len(source)),
         )
     made_with.write(paths, "shard", params)
     _say_files("skipped", manifest.rejected)

@@ -5,6 +5,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusion.errors import UserError
 from diffusion.pairs import pairs as module
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Batches, Manifest, Pairs, Settings, write
+from diffusion.storage.executors import OWN_PROCESS, Executor, Processes
 from diffusion.storage.tar import SPLITS, Split
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}
@@ -37,15 +39,16 @@ class Noise:
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+    def reader(self, index: int) -> tuple[Callable[[], Image.Image], int | None]:
         pixels = np.random.default_rng(index).integers(0, 256, (4, 6, 3), dtype=np.uint8)
         pixels[0, 0, 0] = index
-        return Image.fromarray(pixels), index if index else None
+        return partial(Image.fromarray, pixels), index if index else None
 
 
-def make(directory: Path, settings: Settings = SETTINGS) -> Manifest:
+def make(directory: Path, settings: Settings = SETTINGS, executor: Executor = OWN_PROCESS) -> Manifest:
     directory.mkdir()
-    return write(directory, {split: Noise(n) for split, n in SIZES.items()}, settings, ALPHA_BAR)
+    images = {split: Noise(n) for split, n in SIZES.items()}
+    return write(directory, images, settings, ALPHA_BAR, executor=executor)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,9 @@ def numbers(x_0: NDArray[Any]) -> list[int]:
     return [round(float(v)) for v in (first if x_0.dtype == np.uint8 else (first + 1) * 127.5)]
 
 
-def test_same_images_same_bytes(tmp_path: Path, directory: Path) -> None:
-    make(tmp_path / "again")
+@pytest.mark.parametrize("executor", [OWN_PROCESS, Processes(2), Processes(3)], ids=str)
+def test_same_images_same_bytes(tmp_path: Path, directory: Path, executor: Executor) -> None:
+    make(tmp_path / "again", executor=executor)
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["SHA256SUMS", "manifest.json", "test-000000.tar", "train-000000.tar", "val-000000.tar"]
     for name in names:
@@ -77,8 +81,8 @@ def test_every_image_is_there_once_with_its_label(directory: Path, split: Split)
     for block in range(pairs.blocks):
         x_0 = pairs.x_0(block)
         for image, number, label in zip(x_0, numbers(x_0), pairs.labels(block), strict=True):
-            original, _ = Noise(256)[number]
-            np.testing.assert_array_equal(image.transpose(1, 2, 0), np.asarray(original))
+            read, _ = Noise(256).reader(number)
+            np.testing.assert_array_equal(image.transpose(1, 2, 0), np.asarray(read()))
             assert label == (number or -1)
         seen += numbers(x_0)
     assert sorted(seen) == list(range(SIZES[split]))
