@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.pairs import augmentation
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
 from diffusion.pairs.pixels import fit, to_x_0
 from diffusion.storage.files import write_json, write_sums
@@ -91,6 +92,8 @@ class Batch(NamedTuple):
     """(B,), -1 where there is no label or it was dropped"""
     u: NDArray[np.float64]
     """(B,), uniform on [0, 1); for drawing timesteps other than t"""
+    augmentation: NDArray[np.float32]
+    """(B, 8), parameters of each image's augmentation; (B, 0) without augmentation"""
 
 
 class LabelledImages(Protocol):
@@ -289,6 +292,8 @@ class Batches:
     """Whether x_0 is flipped horizontally at random, as a function of (seed, e, block)."""
     class_dropout: float = 0.0
     """Fraction of labels dropped at random, as a function of (seed, e, block)."""
+    augment: float = 0.0
+    """Probability of each of the transformations of `augmentation`, as a function of (seed, e, block)."""
     rank: int = 0
     world: int = 1
 
@@ -300,6 +305,7 @@ class Batches:
             eps=np.empty((share, *image), np.float32),
             y=np.empty(share, np.int64),
             u=np.empty(share, np.float64),
+            augmentation=np.empty((share, augmentation.PARAMETERS if self.augment else 0), np.float32),
         )
         first, done = k * self.size + self.rank * share, 0
         while done < share:
@@ -323,8 +329,14 @@ class Batches:
         x_0, y = self.pairs.x_0(block)[items], self.pairs.labels(block)[items]
         if self.flip:
             x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
+        parameters = np.empty((len(x_0), 0), np.float32)
+        if self.augment:
+            random = stream(self.seed, Purpose.AUGMENTATION, high=epoch, low=block)
+            parameters = augmentation.draw(random, self.augment)[items]
+            x_0 = augmentation.transform(x_0, parameters)
         y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
-        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+        u = uniform(Purpose.TIMESTEP_UNIFORMS)
+        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, u, parameters)
 
 
 @lru_cache(maxsize=4)
