@@ -33,7 +33,7 @@ from diffusion.training.curves import best
 from diffusion.training.options import MuonOptions, TrainOptions
 from diffusion.training.state import new_state
 
-SIDE, HELD_OUT, POINTS, SAMPLES = 32, 256, 12, 64
+SIDE, HELD_OUT, POINTS, SAMPLES = 16, 256, 12, 64
 SKIN_TONE = re.compile("1f3f[b-f]")
 Row = dict[str, Any]
 Pixels = NDArray[np.uint8]
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[300], help="numbers of training images")
     parser.add_argument("--augment", type=float, nargs="+", default=[0.0, 0.12], help="values of train.augment")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps per training")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps per training")
     parser.add_argument("--out", type=Path, required=True, help="folder for the grids of samples")
     arguments = parser.parse_args()
 

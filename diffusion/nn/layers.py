@@ -113,8 +113,12 @@ class Conditions(nn.Module):
 
     def accept_augmentation(self, parameters: int) -> None:
         """Add the layer for augmentation; it starts at zero."""
-        last = self.time.layers[-1].weight
-        self.augmentation = zero_(nn.Linear(parameters, len(last), bias=False, device=last.device, dtype=last.dtype))
+        *_, like = self.time.parameters()  # (emb,)
+        self.augmentation = zero_(nn.Linear(parameters, len(like), bias=False, device=like.device, dtype=like.dtype))
+
+    def drop_augmentation(self) -> None:
+        """Remove the layer for augmentation."""
+        self.augmentation = None
 
     def forward(self, t: Tensor, y: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
         time = self.time(t)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.noise import BLOCK, Purpose, stream
 
 PARAMETERS = 8
 """Length of the vector: flip (0 or 1), scale, cos - 1 and sin of the rotation, stretch (2), translation (2)."""
@@ -22,12 +22,15 @@ TRANSLATION = 1 / 8
 """Standard deviation of the translation along each axis, as a fraction of the image's side."""
 
 
-def draw(generator: np.random.Generator, probability: float) -> NDArray[np.float32]:
-    """Parameters (BLOCK, 8) of a block's images; each transformation is applied with this probability.
+def draw(seed: int, epoch: int, block: int, probability: float) -> NDArray[np.float32]:
+    """Parameters (BLOCK, 8) of a block's images, each transformed with this probability in each way; (BLOCK, 0) for 0.
 
     The stretch is a (cos 2 phi, sin 2 phi) for a factor exp(a STRENGTH) in the direction phi and its inverse across.
     Unlike the paper's a (cos phi, sin phi), equal transformations have equal parameters.
     """
+    if not probability:
+        return np.empty((BLOCK, 0), np.float32)
+    generator = stream(seed, Purpose.AUGMENTATION, high=epoch, low=block)
     flip, scale, rotation, stretch, translation = (generator.random((5, BLOCK)) < probability)[..., None]
     angle, direction = generator.uniform(-math.pi, math.pi, (2, BLOCK, 1))
     normal = generator.standard_normal((BLOCK, 4))
@@ -45,7 +48,7 @@ def draw(generator: np.random.Generator, probability: float) -> NDArray[np.float
 def transform(images: NDArray[np.uint8], parameters: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Transform images (n, C, H, W) by parameters (n, 8), with bicubic interpolation, reflected at the borders.
 
-    Images with zero parameters are returned unchanged.
+    Images without parameters (n, 0), or with all of them zero, are returned unchanged.
     """
     chosen = parameters.any(axis=1)
     if not chosen.any():

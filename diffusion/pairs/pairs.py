@@ -329,11 +329,8 @@ class Batches:
         x_0, y = self.pairs.x_0(block)[items], self.pairs.labels(block)[items]
         if self.flip:
             x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
-        parameters = np.empty((len(x_0), 0), np.float32)
-        if self.augment:
-            random = stream(self.seed, Purpose.AUGMENTATION, high=epoch, low=block)
-            parameters = augmentation.draw(random, self.augment)[items]
-            x_0 = augmentation.transform(x_0, parameters)
+        parameters = augmentation.draw(self.seed, epoch, block, self.augment)[items]
+        x_0 = augmentation.transform(x_0, parameters)
         y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
         u = uniform(Purpose.TIMESTEP_UNIFORMS)
         return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, u, parameters)
