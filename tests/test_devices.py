@@ -74,7 +74,8 @@ def training(where: Where, params: Params) -> list[Tensor]:
     def fetch(step: int) -> Batch:
         rng = np.random.default_rng(step)
         x_0, eps = (rng.standard_normal((8, *SHAPE), dtype=np.float32) for _ in range(2))
-        return Batch(x_0.clip(-1, 1), rng.integers(0, 100, 8), eps, rng.integers(-1, 3, 8), rng.random(8))
+        t, y, u = rng.integers(0, 100, 8), rng.integers(-1, 3, 8), rng.random(8)
+        return Batch(x_0.clip(-1, 1), t, eps, y, u, rng.random((8, 8 if params.train.augment else 0), np.float32))
 
     model = model_on(where, params)
     state = new_state(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
@@ -134,7 +135,7 @@ LEARNED = {"process": {"learned_variance": True}, "sample": {"variance": "learne
 
 
 @pytest.mark.parametrize("float64", [True, False])
-@pytest.mark.parametrize("sections", [{}, LEARNED | {"train": {"optimizer": "adamw", "accumulate": 2}}])
+@pytest.mark.parametrize("sections", [{}, LEARNED | {"train": {"optimizer": "adamw", "accumulate": 2, "augment": 0.2}}])
 def test_training_mixes_no_devices(
     pool: ProcessPoolExecutor, params: Params, sections: dict[str, Any], float64: bool
 ) -> None:

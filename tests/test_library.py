@@ -85,14 +85,14 @@ def test_fitting_takes_the_batches_and_options_of_the_stage(
 
     monkeypatch.setattr(loop, "step", seen)
     known = SMALL.model_copy(update={"classes": True})
-    options = FEW.model_copy(update={"flip": True, "class_dropout": 0.5, "precision": "bf16"})
+    options = FEW.model_copy(update={"flip": True, "class_dropout": 0.5, "augment": 0.2, "precision": "bf16"})
     model = Model.new((1, 8, 8), known, classes=("a", "b"))
     fitted = fit(model, images(), options, seed=5)
     assert fitted.net is states[-1].average is not model.net
     assert capsys.readouterr().err.startswith("fit: 48/48 images, ")
     assert trainers[0].precision == torch.bfloat16
     assert (trainers[0].options, trainers[0].seed, trainers[0].loss) == (options, 5, model.process.loss)
-    expected = Batches(Blocks(images(), 5, 1000), 5, 16, flip=True, class_dropout=0.5)
+    expected = Batches(Blocks(images(), 5, 1000), 5, 16, flip=True, class_dropout=0.5, augment=0.2)
     for number, batch in enumerate(batches):
         for one, other in zip(batch, expected(number), strict=True):
             assert np.array_equal(one, other)

@@ -157,4 +157,5 @@ def random_batch(rng: np.random.Generator, size: int, shape: tuple[int, int, int
         eps=rng.standard_normal((size, *shape), dtype=np.float32),
         y=np.full(size, -1),
         u=rng.random(size),
+        augmentation=np.empty((size, 0), np.float32),
     )

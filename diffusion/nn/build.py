@@ -51,7 +51,8 @@ def network(shape: tuple[int, int, int], channels_out: int, num_classes: int, op
     It is called as net(x_t (B, C, H, W), t int64 (B,), y int64 (B,) or None), where y is one of `num_classes` classes,
     or negative or None for none; y is ignored without `options.classes`. The raw output is (B, channels_out, H, W),
     with C channels, or 2 C if the network learns the variance: the second half interpolates between the bounds of the
-    variance (Nichol & Dhariwal 2021, sec. 3.1). The output of a new network is zero.
+    variance (Nichol & Dhariwal 2021, sec. 3.1). The output of a new network is zero. Training with augmentation passes
+    a fourth argument, `augmentation` (B, parameters), for the network's `conditions`.
     """
     net: Network = NETWORKS[options.kind](shape, channels_out, num_classes if options.classes else None, options)
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stubs leave it out

@@ -59,6 +59,8 @@ class Network(nn.Module):
     Options: ClassVar[type[NetworkOptions]]
     """The network's options; the default of `kind` is its name in the parameters."""
 
+    conditions: "Conditions"
+
     def blocks(self) -> list[nn.Module]:
         """The blocks between the first and last layers, which hold nearly all the weights."""
         raise NotImplementedError
@@ -98,16 +100,32 @@ class ClassEmbedding(nn.Module):
 class Conditions(nn.Module):
     """The conditioning vectors: (t int64 (B,), y int64 (B,) or None) to (B, 1 or 2, emb).
 
-    The first embeds the timestep; the second, if `num_classes` is not None, the class.
+    The first embeds the timestep; the second, if `num_classes` is not None, the class. In training with augmentation,
+    a linear map of each image's `augmentation` (B, parameters) is added to the first (Karras et al. 2022, app. F.2).
+    It has no bias, so a network without it is the network of unaugmented images.
     """
 
     def __init__(self, channels: int, emb: int, num_classes: int | None) -> None:
         super().__init__()
         self.time = TimeEmbedding(channels, emb)
         self.label = None if num_classes is None else ClassEmbedding(num_classes, emb)
+        self.augmentation: nn.Linear | None = None
 
-    def forward(self, t: Tensor, y: Tensor | None) -> Tensor:
-        vectors = [self.time(t)]
+    def accept_augmentation(self, parameters: int) -> None:
+        """Add the layer for augmentation; it starts at zero."""
+        *_, like = self.time.parameters()  # (emb,)
+        self.augmentation = zero_(nn.Linear(parameters, len(like), bias=False, device=like.device, dtype=like.dtype))
+
+    def drop_augmentation(self) -> None:
+        """Remove the layer for augmentation."""
+        self.augmentation = None
+
+    def forward(self, t: Tensor, y: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
+        time = self.time(t)
+        if augmentation is not None:
+            assert self.augmentation is not None
+            time = time + self.augmentation(augmentation)
+        vectors = [time]
         if self.label is not None:
             vectors.append(self.label(torch.full_like(t, -1) if y is None else y))
         return torch.stack(vectors, dim=1)

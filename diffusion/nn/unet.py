@@ -209,8 +209,8 @@ class UNet(Network):
     def blocks(self) -> list[nn.Module]:
         return [*self.down, *self.middle, *self.up]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = F.silu(self.conditions(t, y).sum(dim=1))
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
+        emb = F.silu(self.conditions(t, y, augmentation).sum(dim=1))
         x = self.stem(F.pad(x_t, self.padding) if any(self.padding) else x_t)
         skips = [x]
         for module in self.down:

@@ -126,8 +126,8 @@ class UViT(Network):
     def blocks(self) -> list[nn.Module]:
         return [*self.first, self.middle, *self.merge, *self.last]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        conditions = self.conditions(t, y)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
+        conditions = self.conditions(t, y, augmentation)
         emb = F.silu(conditions.sum(dim=1))
         patches = self.patches(F.pad(x_t, self.padding) if any(self.padding) else x_t).flatten(2).transpose(1, 2)
         x = torch.cat([conditions[:, : self.extras], patches], dim=1) + self.positions

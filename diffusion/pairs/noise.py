@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     CLASS_DROPOUT = 37
     TIMESTEP_UNIFORMS = 38
     X_0_MSE = 39
+    AUGMENTATION = 40
     SAMPLE = 48
     BOOTSTRAP = 49
     LIKELIHOOD = 50

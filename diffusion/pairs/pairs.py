@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UserError
-from diffusion.pairs import blocks
+from diffusion.pairs import augmentation, blocks
 from diffusion.pairs.blocks import LabelledImages
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
 from diffusion.pairs.pixels import Filter, Fit, Resize, to_x_0
@@ -108,6 +108,8 @@ class Batch(NamedTuple):
     """(B,), -1 where there is no label or it was dropped"""
     u: NDArray[np.float64]
     """(B,), uniform on [0, 1); for drawing timesteps other than t"""
+    augmentation: NDArray[np.float32]
+    """(B, 8), parameters of each image's augmentation; (B, 0) without augmentation"""
 
 
 class BlockedImages(ABC):
@@ -257,6 +259,8 @@ class Batches:
     """Whether x_0 is flipped horizontally at random, as a function of (seed, e, block)."""
     class_dropout: float = 0.0
     """Fraction of labels dropped at random, as a function of (seed, e, block)."""
+    augment: float = 0.0
+    """Probability of each of the transformations of `augmentation`, as a function of (seed, e, block)."""
     rank: int = 0
     world: int = 1
 
@@ -268,6 +272,7 @@ class Batches:
             eps=np.empty((share, *image), np.float32),
             y=np.empty(share, np.int64),
             u=np.empty(share, np.float64),
+            augmentation=np.empty((share, augmentation.PARAMETERS if self.augment else 0), np.float32),
         )
         first, done = k * self.size + self.rank * share, 0
         while done < share:
@@ -291,8 +296,11 @@ class Batches:
         x_0, y = self.pairs.x_0(block)[items], self.pairs.labels(block)[items]
         if self.flip:
             x_0 = np.where(uniform(Purpose.FLIP)[:, None, None, None] < 0.5, x_0[..., ::-1], x_0)
+        parameters = augmentation.draw(self.seed, epoch, block, self.augment)[items]
+        x_0 = augmentation.transform(x_0, parameters)
         y = np.where(uniform(Purpose.CLASS_DROPOUT) < self.class_dropout, -1, y)
-        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, uniform(Purpose.TIMESTEP_UNIFORMS))
+        u = uniform(Purpose.TIMESTEP_UNIFORMS)
+        return Batch(to_x_0(x_0, np.float32), t[items], eps[items], y, u, parameters)
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.process import likelihood
@@ -39,7 +39,9 @@ class Loss:
     VLB_SHARE = 0.001
     """lambda of the hybrid loss."""
 
-    def __call__(self, net: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, net: Callable[..., Tensor], x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
+    ) -> Tensor:
         """Loss of each image, (B,), for `t` int64 (B,), noise `eps` (B, C, H, W) and classes `y` int64 (B,)."""
         t = t.to(float64_device(x_0.device))
         x_t = self.schedule.diffuse(x_0, t, eps)

@@ -23,12 +23,14 @@ def update(average: nn.Module, net: nn.Module, step: int, width: float) -> None:
     """average <- d average + (1 - d) net after `step` steps, with d = (1 - 1 / step)^(gamma + 1).
 
     Power-function EMA; Karras et al. 2024 (EDM2), section 3.1. The weights of step s contribute in proportion to
-    s^gamma, so that the width of the average is a constant fraction `width` of the steps so far.
+    s^gamma, so that the width of the average is a constant fraction `width` of the steps so far. `net` may have more
+    parameters, which are not averaged.
     """
     keep = (1 - 1 / step) ** (gamma(width) + 1)
+    named = [dict(module.named_parameters()) for module in (average, net)]
     local = [
-        [tensor.to_local() if is_sharded(tensor) else tensor for tensor in module.parameters()]
-        for module in (average, net)
+        [tensor.to_local() if is_sharded(tensor) else tensor for tensor in (parameters[name] for name in named[0])]
+        for parameters in named
     ]
     torch._foreach_lerp_(local[0], local[1], 1 - keep)
 

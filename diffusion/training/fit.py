@@ -1,5 +1,6 @@
 """Training on images in memory."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -41,9 +42,16 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
     device = next(model.net.parameters()).device
     state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
-    fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout)
+    fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout, options.augment)
     total = options.steps * options.batch_size
-    with prefetched(fetch, device) as batches, Progress("fit", total, "images") as progress, torch.enable_grad():
+    with (
+        prefetched(fetch, device) as batches,
+        Progress("fit", total, "images") as progress,
+        torch.enable_grad(),
+        ExitStack() as at_the_end,
+    ):
+        if options.augment:
+            at_the_end.callback(state.net.conditions.drop_augmentation)
         compiling = should_compile(options, device, lambda: count(state.net, images.shape).flops)
         net = runnable(state.net, options, World(), compiling)
         trainer = loop.Trainer(options, seed, model.process.loss, batches, net, precision=precision(options, device))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +111,11 @@ def step(state: State, trainer: Trainer) -> None:
     dropout = stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank)
     seed_dropout(state.device, int(dropout.integers(2**63)))
     # Lines 2 to 4: images, timesteps and noise.
-    x_0, pairs_t, eps, y, u = (torch.from_numpy(array) for array in trainer.fetch(state.step))
+    x_0, pairs_t, eps, y, u, augmentation = (torch.from_numpy(array) for array in trainer.fetch(state.step))
     t, weight = state.timesteps.draw(pairs_t, u)
-    places = (state.device, state.sums.device, state.device, state.device, state.sums.device)
-    batch = [x.to(at, non_blocking=True) for x, at in zip((x_0, t, eps, y, weight), places, strict=True)]
+    placed = [(x_0, state.device), (t, state.sums.device), (eps, state.device), (y, state.device)]
+    placed += [(weight, state.sums.device), (augmentation, state.device)]
+    batch = [x.to(at, non_blocking=True) for x, at in placed]
     # Line 5: gradient step.
     loss = backward(trainer, *batch)
     norm = gather_full(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
@@ -128,19 +130,23 @@ def step(state: State, trainer: Trainer) -> None:
         state.unobserved = world.gather(t), copy_to_host(loss)
 
 
-def backward(trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def backward(
+    trainer: Trainer, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, weight: Tensor, augmentation: Tensor
+) -> Tensor:
     """Accumulate the gradient of the mean weighted loss; returns the loss of each image, (B,).
 
-    x_0, eps: (B, C, H, W); t, y: int64 (B,); weight: (B,). The batch is processed in `accumulate` micro-batches.
+    x_0, eps: (B, C, H, W); t, y: int64 (B,); weight: (B,); augmentation: (B, 8), or (B, 0) without augmentation. The
+    batch is processed in `accumulate` micro-batches.
     """
     options, losses = trainer.options, []
-    parts = zip(*(x.chunk(options.accumulate) for x in (x_0, t, eps, y, weight)), strict=True)
-    for number, (x_0, t, eps, y, weight) in enumerate(parts, start=1):
+    parts = zip(*(x.chunk(options.accumulate) for x in (x_0, t, eps, y, weight, augmentation)), strict=True)
+    for number, (x_0, t, eps, y, weight, augmentation) in enumerate(parts, start=1):
         x_0, eps = (x.to(memory_format=torch.channels_last) for x in (x_0, eps))
         full, on_gpu = trainer.precision == torch.float32, x_0.is_cuda
         with tf32() if full and on_gpu else nullcontext(), gradient_sync(trainer.net, number == options.accumulate):
             with torch.autocast(x_0.device.type, None if full else trainer.precision, enabled=not full):
-                loss = trainer.loss(trainer.net, x_0, t, eps, y)
+                net = partial(trainer.net, augmentation=augmentation) if augmentation.shape[1] else trainer.net
+                loss = trainer.loss(net, x_0, t, eps, y)
             value = times(weight, loss).mean() / options.accumulate
             # The factor is 1, or NaN if the loss is not finite, which makes the gradients NaN in every process.
             (value * (value.detach() - value.detach() + 1)).backward()

@@ -55,6 +55,9 @@ class TrainOptions(Section):
     (Karras et al. 2022)."""
     flip: bool = False
     """Random horizontal flips."""
+    augment: Fraction = 0.0
+    """Probability of each of several geometric augmentations: flip, scaling, rotation, stretching and translation. The
+    network is conditioned on them, so that samples do not show them (Karras et al. 2022, app. F.2)."""
     class_dropout: Fraction = 0.1
     """Probability of dropping the class label, to train the unconditional model for classifier-free guidance (Ho &
     Salimans 2022)."""

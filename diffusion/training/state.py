@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.nn.layers import Network
+from diffusion.pairs.augmentation import PARAMETERS
 from diffusion.process.bands import BANDS
 from diffusion.process.schedule import Schedule, float64_device
 from diffusion.process.timesteps import TIMESTEPS, Timesteps
@@ -170,6 +171,8 @@ def new_state(
     """The state of a training run at step 0; `shard_weights` shards a network over the processes."""
     device = float64_device(next(net.parameters()).device)
     average = shard_weights(ema.average_of(net))
+    if options.augment:  # the average, which becomes the model, is of unaugmented images
+        net.conditions.accept_augmentation(PARAMETERS)
     net = shard_weights(net)
     return State(
         net=net,

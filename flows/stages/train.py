@@ -139,7 +139,14 @@ class Training:
         checkpoints.restore(state)
         model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
         fetch = Batches(
-            self.pairs, seed, options.batch_size, options.flip, options.class_dropout, world.rank, world.size
+            self.pairs,
+            seed,
+            options.batch_size,
+            options.flip,
+            options.class_dropout,
+            options.augment,
+            world.rank,
+            world.size,
         )
         with StopSignals() as stop, prefetched(fetch, self.device) as batches, ExitStack() as watched:
             live = progress = None

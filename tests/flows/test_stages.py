@@ -140,7 +140,7 @@ def test_the_stages_support_other_choices(pairs_tree: Path, tmp_path: Path) -> N
             "loss": "huber",
         },
         "network": network | {"classes": True, "dropout": 0.1},
-        "train": {"steps": 50, "timesteps": "loss-second-moment", "class_dropout": 0.2},
+        "train": {"steps": 50, "timesteps": "loss-second-moment", "class_dropout": 0.2, "augment": 0.3},
         "sample": {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "learned", "guidance": 2.0},
     }
     trees.change(tree, changes)

@@ -53,7 +53,8 @@ def batch(step: int) -> Batch:
     rng = np.random.default_rng(step)
     x_0 = rng.uniform(-1, 1, (BATCH, 1, 1, 1)) * np.ones(SHAPE)
     eps = rng.standard_normal((BATCH, *SHAPE), dtype=np.float32)
-    return Batch(x_0.astype(np.float32), rng.integers(0, 1000, BATCH), eps, np.full(BATCH, -1), rng.random(BATCH))
+    t, y, u = rng.integers(0, 1000, BATCH), np.full(BATCH, -1), rng.random(BATCH)
+    return Batch(x_0.astype(np.float32), t, eps, y, u, eps[:, 0, 0, :0])
 
 
 @pytest.fixture

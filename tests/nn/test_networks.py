@@ -58,6 +58,24 @@ def test_every_parameter_takes_part(kind: str, conditioning: str) -> None:
 
 
 @every_network
+def test_augmentation_conditions_each_image_and_starts_without_effect(kind: str, conditioning: str) -> None:
+    net = randomize(network((1, 8, 8), kind, conditioning, classes=True))
+    names = net.state_dict().keys()
+    x_t, t, y, augmentation = noise(3, 1, 8, 8), torch.tensor([5, 9, 7]), torch.tensor([0, 1, -1]), noise(3, 8)
+    augmentation[1] = 0
+    plain = net(x_t, t, y)
+    net.conditions.accept_augmentation(8)
+    assert net.state_dict().keys() - names == {"conditions.augmentation.weight"}
+    assert torch.equal(net(x_t, t, y, augmentation), plain)
+    randomize(net.conditions.augmentation)
+    change = (net(x_t, t, y, augmentation) - plain).abs().amax(dim=(1, 2, 3))
+    assert change[0] > 1e-4 < change[2]
+    assert change[1] == 0
+    net.conditions.drop_augmentation()
+    assert net.state_dict().keys() == names
+
+
+@every_network
 def test_dropout_is_for_training_alone(kind: str, conditioning: str) -> None:
     net = randomize(network((1, 8, 8), kind, conditioning, dropout=0.5))
     x_t, t = noise(1, 1, 8, 8), torch.tensor([5])

@@ -194,7 +194,7 @@ def test_batches_of_any_size_cut_the_same_stream(directory: Path) -> None:
     pairs = Pairs(directory, "train")
     whole = Batches(pairs, 3, 480)(0)
     assert whole.x_0.shape == whole.eps.shape == (480, 3, 4, 6)
-    assert [array.dtype for array in whole] == [np.float32, np.int64, np.float32, np.int64, np.float64]
+    assert [array.dtype for array in whole] == [np.float32, np.int64, np.float32, np.int64, np.float64, np.float32]
     assert whole.x_0.min() == -1
     assert whole.x_0.max() == 1
     for size in (1, 7, 64, 128, 200):

@@ -17,9 +17,10 @@ SIZE = 8
 
 
 def batch() -> tuple[Tensor, ...]:
-    """x_0, t, eps, y and weights of a batch, in float64."""
+    """x_0, t, eps, y, weights and no augmentation of a batch, in float64."""
     x_0, eps = noise(2 * SIZE, 1, 8, 8).double().chunk(2)
-    return x_0, torch.arange(SIZE) * 3, eps, torch.full((SIZE,), -1), torch.linspace(0.2, 3, SIZE, dtype=torch.float64)
+    weight = torch.linspace(0.2, 3, SIZE, dtype=torch.float64)
+    return x_0, torch.arange(SIZE) * 3, eps, torch.full((SIZE,), -1), weight, torch.empty(SIZE, 0)
 
 
 def gradients(params: Params, net: torch.nn.Module, accumulate: int, *given: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -41,14 +42,19 @@ def net() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("augmented", [False, True])
 def test_it_is_that_of_the_mean_of_the_weighted_errors_of_the_noise(
-    params: Params, net: torch.nn.Module, accumulate: int
+    params: Params, net: torch.nn.Module, accumulate: int, augmented: bool
 ) -> None:
-    x_0, t, eps, y, weight = batch()
-    found, losses = gradients(params, net, accumulate, x_0, t, eps, y, weight)
+    x_0, t, eps, y, weight, augmentation = batch()
+    if augmented:
+        augmentation = noise(SIZE, 8).double()
+        net.conditions.accept_augmentation(8)
+        randomize(net.conditions.augmentation)
+    found, losses = gradients(params, net, accumulate, x_0, t, eps, y, weight, augmentation)
     alpha_bar = processes.process(params.process).schedule.alpha_bar[t][:, None, None, None]
     x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-    errors = (net(x_t, t, y) - eps).square().mean(dim=(1, 2, 3))
+    errors = (net(x_t, t, y, augmentation if augmented else None) - eps).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses, errors.detach(), rtol=1e-9, atol=0)
     expected = torch.autograd.grad((weight * errors).mean(), list(net.parameters()))
     assert len(found) == len(expected)
@@ -57,15 +63,15 @@ def test_it_is_that_of_the_mean_of_the_weighted_errors_of_the_noise(
 
 
 def test_where_one_loss_is_not_finite_no_gradient_is(params: Params, net: torch.nn.Module) -> None:
-    x_0, t, eps, y, weight = batch()
-    weight[3] = torch.inf
-    found, _ = gradients(params, net, 1, x_0, t, eps, y, weight)
+    given = batch()
+    given[4][3] = torch.inf
+    found, _ = gradients(params, net, 1, *given)
     assert not any(gradient.isfinite().any() for gradient in found)
 
 
 def test_an_autocast_around_it_does_not_reach_a_loss_in_float32(params: Params, net: torch.nn.Module) -> None:
-    x_0, t, eps, y, weight = batch()
-    given = (x_0.float(), t, eps.float(), y, weight)
+    x_0, t, eps, y, weight, augmentation = batch()
+    given = (x_0.float(), t, eps.float(), y, weight, augmentation)
     _, expected = gradients(params, net.float(), 1, *given)
     with torch.autocast("cpu", torch.bfloat16):
         _, losses = gradients(params, net, 1, *given)

@@ -29,7 +29,7 @@ def fetch(step: int) -> Batch:
     rng = np.random.default_rng(step)
     x_0 = rng.uniform(-1, 1, (64, 1, 8, 8)).astype(np.float32)
     eps = rng.standard_normal((64, 1, 8, 8), dtype=np.float32)
-    return Batch(x_0, timesteps(0, "train", step, 0, 30), eps, np.full(64, -1), rng.random(64))
+    return Batch(x_0, timesteps(0, "train", step, 0, 30), eps, np.full(64, -1), rng.random(64), eps[:, 0, 0, :0])
 
 
 def spoiled(*steps: int, value: float = math.nan) -> Fetch:
@@ -342,9 +342,9 @@ def test_a_batch_in_parts_is_the_batch_as_a_whole(params: Params) -> None:
         state.net.double()
         options = params.train.model_copy(update={"accumulate": parts})
         trainer = loop.Trainer(options, 0, processes.process(params.process).loss, fetch, state.net)
-        x_0, t, eps, y, _ = (torch.from_numpy(array) for array in fetch(0))
+        x_0, t, eps, y, _, unaugmented = (torch.from_numpy(array) for array in fetch(0))
         weights = torch.linspace(0, 2, 64, dtype=torch.float64)
-        loss = loop.backward(trainer, x_0.double(), t, eps.double(), y, weights)
+        loss = loop.backward(trainer, x_0.double(), t, eps.double(), y, weights, unaugmented)
         gradients.append([loss, *[parameter.grad for parameter in state.net.parameters()]])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

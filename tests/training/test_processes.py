@@ -62,6 +62,12 @@ class Alone(NamedTuple):
 
 
 @pytest.fixture(scope="module")
+def pairs_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With augmentation, which gives the network a layer that the model does not have."""
+    return trees.copy(pairs_tree, tmp_path_factory.mktemp("augmented") / "tree", augment=0.2)
+
+
+@pytest.fixture(scope="module")
 def alone(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     made = []
     for accumulate in (1, 4):
