@@ -14,6 +14,7 @@ from filelock import FileLock
 from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
+from diffusion.sources.images import MAX_PIXELS
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
@@ -53,17 +54,18 @@ def import_data(
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
+    before = read(paths.params) if paths.params.exists() else None
+    max_pixels = MAX_PIXELS if before is None else validate(before, str(paths.params)).shard.max_pixels
     source = open_source(path, split_names_as_classes)
-    description, findings = _description(source), inspecting.look_at(source)
+    description, findings = _description(source), inspecting.look_at(source, max_pixels)
     target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
     place = target.relative_to(paths.root).as_posix()
     shard = {"source": place, "split_names_as_classes": split_names_as_classes}
     changes = {"shard": shard} | findings.parameters(size)
-    before = read(paths.params) if paths.params.exists() else None
     document = None if before is None else lay_over(copy.deepcopy(before), changes)
     if document is not None:
         validate(document, f"{paths.params} with what was found")
-    content = inspecting.contact_sheet(source, changes["pairs"])
+    content = inspecting.contact_sheet(source, changes["pairs"], max_pixels)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.

@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import fit
 from diffusion.samples import grid_png
-from diffusion.sources.images import Picture, Unreadable
+from diffusion.sources.images import MAX_PIXELS, Picture, Unreadable
 from diffusion.sources.shards import Source
 
 LOOKED_AT = 100
@@ -61,19 +61,20 @@ class Findings(NamedTuple):
         return f"{found}; at {width}x{height}, {' and '.join(done) or 'none is cropped or enlarged'}"
 
 
-def look_at(source: Source) -> Findings:
+def look_at(source: Source, max_pixels: int = MAX_PIXELS) -> Findings:
     """Decode some images of a source; raises UserError with the first reason if none can be read."""
     rejected = list[str]()
-    pictures = [(picture.image.size, _is_colour(picture.image)) for picture in _decoded(source, LOOKED_AT, rejected)]
+    decoded = _decoded(source, LOOKED_AT, max_pixels, rejected)
+    pictures = [(picture.image.size, _is_colour(picture.image)) for picture in decoded]
     if not pictures:
         raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
     return Findings([size for size, _ in pictures], any(colour for _, colour in pictures), len(source.classes) > 1)
 
 
-def contact_sheet(source: Source, pairs: Mapping[str, int]) -> bytes:
+def contact_sheet(source: Source, pairs: Mapping[str, int], max_pixels: int = MAX_PIXELS) -> bytes:
     """A grid of some images as the network will see them, as a PNG; `look_at` must have found at least one."""
     shape = pairs["channels"], pairs["height"], pairs["width"]
-    some = list(_decoded(source, SHOWN, [])) or list(islice(_decoded(source, LOOKED_AT, []), 1))
+    some = list(_decoded(source, SHOWN, max_pixels, [])) or list(islice(_decoded(source, LOOKED_AT, max_pixels, []), 1))
     return grid_png(np.stack([fit(picture.image, *shape) for picture in some]))
 
 
@@ -82,7 +83,7 @@ def _is_colour(image: Image.Image) -> bool:
     return image.mode != "L" and bool(np.ptp(np.asarray(image.convert("RGB")), axis=2).any())
 
 
-def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
+def _decoded(source: Source, count: int, max_pixels: int, rejected: list[str]) -> Iterator[Picture]:
     """`count` images of a source at random, always the same ones, or all; adds those that fail to `rejected`."""
     usable = list[int]()
     for index, sample in enumerate(source):
@@ -94,6 +95,6 @@ def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Pictur
     for index, sample in enumerate(source):
         if index in chosen:
             try:
-                yield sample.decode()
+                yield sample.decode(max_pixels)
             except Unreadable as error:
                 rejected.append(f"{sample.file}: {error}")

@@ -9,7 +9,7 @@ from typing import Self
 
 from diffusion.errors import UserError
 from diffusion.sources import labels
-from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors, read_image
+from diffusion.sources.images import MAX_PIXELS, File, Picture, is_image, raise_read_errors, read_image, unsupported
 from diffusion.sources.labels import Parts
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
@@ -25,6 +25,7 @@ LIKE_A_SPLIT = re.compile(
 """Names that probably mean a split (seg_test, trainA, CelebTrain, train2017), for which confirmation is required."""
 MAX_NAMES = 5
 """Maximum number of names listed in a message."""
+OTHER_FILE = "not an image by its name or content"
 OUTSIDE_SPLITS = "outside the folders of the splits"
 OUTSIDE_ARCHIVE = "its name is empty, or leads out of the archive"
 MISSING = "in the table of labels, but there is no such file"
@@ -177,20 +178,20 @@ def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
     return (parts for parts in files if parts[: len(folder)] == folder)
 
 
-def _nothing() -> Picture:
+def _nothing(_: int = MAX_PIXELS) -> Picture:
     raise AssertionError("a sample that is left out is not decoded")
 
 
 def rejection_reason(file: File) -> str | None:
     """Why a file can be rejected without decoding it, or None; raises SystemFault like `is_image`."""
-    if RAW.fullmatch(file.suffix):
-        return CAMERA_RAW
+    if reason := unsupported(file.suffix):
+        return reason
     if is_image(file):
         return None
     if isinstance(file, Path):
         with reading(file), file.open("rb") as content:
             raise_read_errors(content)
-    return NO_IMAGE
+    return OTHER_FILE
 
 
 def _text(name: str) -> str:

@@ -10,7 +10,7 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Protocol
@@ -28,12 +28,21 @@ RAW = re.compile(
     re.IGNORECASE,
 )
 """Suffixes of camera raw files, of which Pillow only reads the preview."""
+OTHERS = re.compile(r"\.(heic|heif|hif|jxl|jxr|svgz?|exr|psb|xcf|eps|wmf|emf)", re.IGNORECASE)
+"""Suffixes of other pictures that Pillow does not read, unless a plugin of it does."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow recognizes but does not decode itself. For EPS it would even run the PostScript program."""
 RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
+MAX_PIXELS = 89_478_485
+"""Default maximum of width times height of an image file: Pillow's, against decompression bombs."""
+THUMBNAIL = 96
+"""Maximum side of a thumbnail."""
+MAX_REDUCTION = 8
+"""Maximum factor by which a file may exceed the maximum of pixels and still get a thumbnail, if it can be reduced while
+it is decoded."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
@@ -72,11 +81,11 @@ class Picture(NamedTuple):
     """Warnings of the decoder, one line each."""
 
 
-def read_image(path: File) -> Picture:
-    """Decode an image file, the first page or frame if it has several.
+def read_image(path: File, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode an image file of at most `max_pixels`, the first page or frame if it has several.
 
     Raises:
-        Unreadable: the file is not an image, or cannot be decoded correctly.
+        Unreadable: the file is not an image, is too large, or cannot be decoded correctly.
         SystemFault: the operating system cannot read the file.
     """
     if path.exists() and not path.is_file():
@@ -86,11 +95,11 @@ def read_image(path: File) -> Picture:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _read(path)
+            picture = _read(path, max_pixels)
     except (MemoryError, SystemFault):
         raise
     except Exception as error:  # decoders raise arbitrary exceptions
-        raise Unreadable(_reason(error)) from error
+        raise Unreadable(_reason(error), _thumbnail(path, max_pixels)) from error
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
@@ -100,7 +109,7 @@ def is_image(path: File) -> bool:
     Raises SystemFault if the operating system cannot read the file.
     """
     with _reading(path):
-        if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
+        if path.suffix.lower() in _suffixes() or unsupported(path.suffix):
             return not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode)
         try:
             with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
@@ -110,6 +119,26 @@ def is_image(path: File) -> bool:
             if isinstance(error, OSError) and error.errno:
                 raise
             return isinstance(error, Image.DecompressionBombError)
+
+
+def unsupported(suffix: str) -> str | None:
+    """Why pictures with such a suffix cannot be read; None for all other files."""
+    if RAW.fullmatch(suffix):
+        return CAMERA_RAW
+    if OTHERS.fullmatch(suffix) and suffix.lower() not in _suffixes():
+        return f"{suffix[1:].upper()}, which Pillow cannot read; convert it to PNG or JPEG"
+    return None
+
+
+@contextmanager
+def pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Set Pillow's limit for a block. It is global, and also holds for images inside of others (ICO, GIF)."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextmanager
@@ -141,6 +170,8 @@ def digest(image: Image.Image) -> int:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
         return NO_IMAGE
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return "an image inside of it has more pixels than shard.max_pixels"
     return _line(str(error)) or type(error).__name__
 
 
@@ -159,19 +190,39 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, format in Image.registered_extensions().items() if format in _formats()}
 
 
-def _read(path: File) -> Picture:
-    if RAW.fullmatch(path.suffix):
-        raise Unreadable(CAMERA_RAW)
+def _thumbnail(path: File, max_pixels: int) -> Image.Image | None:
+    """A small picture of a file that cannot be used, as Pillow sees it; None if that fails, too."""
+    with suppress(Exception), warnings.catch_warnings(), pixel_limit(max_pixels), path.open("rb") as file:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with pixel_limit(MAX_REDUCTION * max_pixels):
+            image = Image.open(file, formats=_formats())
+        if "progressive" not in image.info:  # a progressive JPEG file needs its whole size in memory
+            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+        if image.width * image.height <= max_pixels:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            return image.convert("RGB")
+    return None
+
+
+def _read(path: File, max_pixels: int) -> Picture:
+    if reason := unsupported(path.suffix):
+        raise Unreadable(reason)
     with _reading(path), path.open("rb") as file:
         try:
-            Image.open(file, formats=_formats())
+            with pixel_limit(None):
+                width, height = Image.open(file, formats=_formats()).size
         except Exception:
             raise_read_errors(file)
             raise
+        if width * height > max_pixels:
+            raise Unreadable(
+                f"{width}x{height} pixels, more than shard.max_pixels ({max_pixels}); increase it if this is no mistake"
+            )
         file.seek(0)
         content = file.read()  # only images, never a video, are read into memory
     # Not by path: Pillow may memory-map an uncompressed file, and then scrambles rotated ones.
-    with Image.open(io.BytesIO(content), formats=_formats()) as opened:
+    with pixel_limit(max_pixels), Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
         several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
         bits, negative = content[24] if opened.format == "PNG" else 8, False

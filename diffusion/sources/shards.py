@@ -14,14 +14,15 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
-from diffusion.sources.images import Picture, Unreadable, digest
+from diffusion.sources import duplicates
+from diffusion.sources.images import MAX_PIXELS, Picture, Unreadable, digest, pixel_limit
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.files import sha256, write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
@@ -29,6 +30,16 @@ from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, mem
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
 """Maximum number of classes listed on the terminal."""
+
+
+class Unusable(UserError):
+    """Too few images of a source can be used."""
+
+
+class Decode(Protocol):
+    """Decodes an image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
+
+    def __call__(self, max_pixels: int = MAX_PIXELS, /) -> Picture: ...
 
 
 class Sample(NamedTuple):
@@ -41,8 +52,8 @@ class Sample(NamedTuple):
     label: int | None
     split: Split | None
     """The source's own split, where it has one."""
-    decode: Callable[[], Picture]
-    """Decodes the image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
+    decode: Decode
+    """Decodes the image; a file with more pixels than asked for is Unreadable."""
     left_out: str | None = None
     """Reason for rejecting the image without decoding it."""
 
@@ -111,6 +122,8 @@ class Manifest(Facts):
     """Files that were used despite a warning of their decoder."""
     copies: int
     """Number of images with the same visible pixels as an earlier one."""
+    near_duplicates: tuple[duplicates.Between, ...] | None
+    """Similar images in different splits; None if the images are too small to tell."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""
 
@@ -171,12 +184,17 @@ def write(
     fractions: Fractions,
     samples_per_shard: int,
     advance: Callable[[int], None] = lambda _: None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    set_aside: Callable[[Remark, Image.Image | None], None] = lambda *_: None,
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
     `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
-    split, are listed as rejected in the manifest. Raises UserError if no image can be read or a split is empty.
+    split, are listed as rejected in the manifest, and `set_aside` is called with each and a picture of it, where one
+    can be made. Raises Unusable if no image can be read or a split is empty.
     """
+    hashes = {split: duplicates.Hashes() for split in SPLITS}
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
     with ExitStack() as stack:
         writers = {
@@ -184,20 +202,25 @@ def write(
         }
         for sample in source:
             advance(1)
+            picture = None
             try:
                 if sample.left_out:
                     raise Unreadable(sample.left_out)
-                picture = sample.decode()
+                picture = sample.decode(max_pixels)
                 split = splitter(sample.split, digest(picture.image))
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
+                set_aside(rejected[-1], picture.image if picture else error.thumbnail)
                 continue
+            hashes[split].add(duplicates.perceptual_hash(picture.image))
             tally.add(sample, picture, split)
             writers[split].add(sample.key, _record(sample, picture, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
-    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
+    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
+    found = duplicates.search(hashes)
+    similar = {split: Images(directory, splits[split]) for each in found if each.pairs for split in each.splits}
     manifest = Manifest(
         source=name,
         classes=source.classes,
@@ -209,6 +232,7 @@ def write(
         rejected=tuple(rejected),
         warnings=tuple(tally.warnings),
         copies=splitter.seen.copies(),
+        near_duplicates=duplicates.describe(found, lambda split, number: similar[split].source(number)),
         multipage=tally.multipage,
     )
     write_json(directory / MANIFEST, manifest.model_dump())
@@ -233,16 +257,21 @@ def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[st
     return {"json": json.dumps(record).encode(), "png": png(picture.image)}
 
 
-def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
+def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark], own: Mapping[Split, str]) -> None:
     total = sum(counts.values())
     if not total:
         why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{name}: none of its {len(rejected)} images can be used{why}")
-    if empty := [split for split, count in counts.items() if not count]:
-        raise UserError(
-            f"{name}: none of the {total} images fell into the split {empty[0]}; add images, or increase "
-            "shard.val_fraction or shard.test_fraction"
-        )
+        raise Unusable(f"{name}: none of its {len(rejected)} images can be used{why}")
+    for split in (split for split, count in counts.items() if not count):
+        if split in own:
+            raise Unusable(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
+        if total < len(SPLITS):
+            advice = "add images, since train, val and test need at least one each"
+        elif split == "train":
+            advice = "decrease shard.val_fraction or shard.test_fraction, or add images"
+        else:
+            advice = f"increase shard.{split}_fraction, or add images"
+        raise Unusable(f"{name}: none of the {total} images fell into the split {split}; {advice}")
 
 
 def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
@@ -290,8 +319,17 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
         """An image and its label, or None."""
-        label: int | None = json.loads(self._content(self._json[index]))["label"]
-        return Image.open(io.BytesIO(self._content(self._png[index])), formats=["PNG"]), label
+        label: int | None = self._record(index)["label"]
+        with pixel_limit(None):  # as large as the stage allowed
+            return Image.open(io.BytesIO(self._content(self._png[index])), formats=["PNG"]), label
+
+    def source(self, index: int) -> str:
+        """Name of an image's file in the source."""
+        return str(self._record(index)["source"])
+
+    def _record(self, index: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._content(self._json[index]))
+        return record
 
     def _content(self, place: NDArray[np.int64]) -> bytes:
         number, offset, size = place.tolist()

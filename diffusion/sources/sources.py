@@ -18,7 +18,7 @@ from PIL import Image
 from diffusion.errors import UserError, shortened
 from diffusion.sources.cifar import Cifar
 from diffusion.sources.folders import Folder
-from diffusion.sources.images import Picture, is_image
+from diffusion.sources.images import MAX_PIXELS, Picture, is_image
 from diffusion.sources.parquet import Parquet
 from diffusion.sources.shards import Sample, Source
 from diffusion.sources.trees import BROKEN, files_below
@@ -210,7 +210,7 @@ def _label(codes: NDArray[np.int64] | None, index: int) -> int | None:
     return None if codes is None or codes[index] == NO_LABEL else int(codes[index])
 
 
-def _picture(pixels: NDArray[np.uint8]) -> Picture:
+def _picture(pixels: NDArray[np.uint8], _: int = MAX_PIXELS) -> Picture:
     image = Image.fromarray(pixels)
     return Picture(image, image.mode)
 
