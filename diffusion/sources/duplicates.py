@@ -66,7 +66,7 @@ def perceptual_hash(image: Image.Image) -> bytes | None:
         return None
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.packbits(imagehash.phash(image, hash_size=SIDE).hash).tobytes()
+    return np.packbits(imagehash.phash(image, hash_size=SIDE, highfreq_factor=2).hash).tobytes()
 
 
 class Hashes:

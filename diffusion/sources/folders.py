@@ -9,7 +9,16 @@ from typing import Self
 
 from diffusion.errors import UserError
 from diffusion.sources import labels
-from diffusion.sources.images import MAX_PIXELS, File, Picture, is_image, raise_read_errors, read_image, unsupported
+from diffusion.sources.images import (
+    MAX_PIXELS,
+    OTHER_FILE,
+    File,
+    Picture,
+    is_image,
+    raise_read_errors,
+    read_image,
+    unsupported,
+)
 from diffusion.sources.labels import Parts
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
@@ -25,7 +34,6 @@ LIKE_A_SPLIT = re.compile(
 """Names that probably mean a split (seg_test, trainA, CelebTrain, train2017), for which confirmation is required."""
 MAX_NAMES = 5
 """Maximum number of names listed in a message."""
-OTHER_FILE = "not an image by its name or content"
 OUTSIDE_SPLITS = "outside the folders of the splits"
 OUTSIDE_ARCHIVE = "its name is empty, or leads out of the archive"
 MISSING = "in the table of labels, but there is no such file"

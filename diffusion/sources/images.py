@@ -36,13 +36,14 @@ RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
+OTHER_FILE = "not an image by its name or content"
 MAX_PIXELS = 89_478_485
 """Default maximum of width times height of an image file: Pillow's, against decompression bombs."""
 THUMBNAIL = 96
 """Maximum side of a thumbnail."""
 MAX_REDUCTION = 8
-"""Maximum factor by which a file may exceed the maximum of pixels and still get a thumbnail, if it can be reduced while
-it is decoded."""
+"""Maximum factor by which a JPEG file, which can be reduced while it is decoded, may exceed the maximum of pixels and
+still get a thumbnail."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
@@ -91,15 +92,15 @@ def read_image(path: File, max_pixels: int = MAX_PIXELS) -> Picture:
     if path.exists() and not path.is_file():
         raise Unreadable("not a file")  # reading a pipe would block
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, pixel_limit(max_pixels):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _read(path, max_pixels)
+            picture = _read(path)
     except (MemoryError, SystemFault):
         raise
     except Exception as error:  # decoders raise arbitrary exceptions
-        raise Unreadable(_reason(error), _thumbnail(path, max_pixels)) from error
+        raise Unreadable(_reason(error, max_pixels), _thumbnail(path, max_pixels)) from error
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
@@ -167,11 +168,12 @@ def digest(image: Image.Image) -> int:
     return int.from_bytes(content.digest())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, max_pixels: int) -> str:
     if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
         return NO_IMAGE
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return "an image inside of it has more pixels than shard.max_pixels"
+        pixels = re.findall(r"\d+", str(error))[0]
+        return f"{pixels} pixels, more than shard.max_pixels ({max_pixels}); increase it if this is no mistake"
     return _line(str(error)) or type(error).__name__
 
 
@@ -192,37 +194,34 @@ def _suffixes() -> set[str]:
 
 def _thumbnail(path: File, max_pixels: int) -> Image.Image | None:
     """A small picture of a file that cannot be used, as Pillow sees it; None if that fails, too."""
-    with suppress(Exception), warnings.catch_warnings(), pixel_limit(max_pixels), path.open("rb") as file:
+    with suppress(Exception), warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with pixel_limit(MAX_REDUCTION * max_pixels):
-            image = Image.open(file, formats=_formats())
-        if "progressive" not in image.info:  # a progressive JPEG file needs its whole size in memory
-            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        if image.width * image.height <= max_pixels:
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            return image.convert("RGB")
+        jpeg = file.read(2) == b"\xff\xd8"
+        file.seek(0)
+        with pixel_limit(MAX_REDUCTION * max_pixels if jpeg else max_pixels):
+            image = Image.open(file, formats=["JPEG"] if jpeg else _formats())
+            if "progressive" not in image.info:  # such a JPEG file needs its whole size in memory
+                image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            if image.width * image.height <= max_pixels:
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+                return image.convert("RGB")
     return None
 
 
-def _read(path: File, max_pixels: int) -> Picture:
+def _read(path: File) -> Picture:
     if reason := unsupported(path.suffix):
         raise Unreadable(reason)
     with _reading(path), path.open("rb") as file:
         try:
-            with pixel_limit(None):
-                width, height = Image.open(file, formats=_formats()).size
+            Image.open(file, formats=_formats())
         except Exception:
             raise_read_errors(file)
             raise
-        if width * height > max_pixels:
-            raise Unreadable(
-                f"{width}x{height} pixels, more than shard.max_pixels ({max_pixels}); increase it if this is no mistake"
-            )
         file.seek(0)
         content = file.read()  # only images, never a video, are read into memory
     # Not by path: Pillow may memory-map an uncompressed file, and then scrambles rotated ones.
-    with pixel_limit(max_pixels), Image.open(io.BytesIO(content), formats=_formats()) as opened:
+    with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
         several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
         bits, negative = content[24] if opened.format == "PNG" else 8, False

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError
-from diffusion.sources import duplicates
+from diffusion.sources import aside, duplicates
+from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.images import MAX_PIXELS, Picture, Unreadable, digest, pixel_limit
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.files import sha256, write_json, write_sums
@@ -30,10 +30,6 @@ from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, mem
 MANIFEST = "manifest.json"
 SHOWN_CLASSES = 20
 """Maximum number of classes listed on the terminal."""
-
-
-class Unusable(UserError):
-    """Too few images of a source can be used."""
 
 
 class Decode(Protocol):
@@ -93,13 +89,6 @@ class Statistics(Facts):
     images: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-
-class Remark(Facts):
-    """A file of the source, with the reason for rejecting it or a warning of its decoder."""
-
-    file: str
-    reason: str
 
 
 class Manifest(Facts):
@@ -186,13 +175,15 @@ def write(
     advance: Callable[[int], None] = lambda _: None,
     *,
     max_pixels: int = MAX_PIXELS,
+    max_rejected: float = 1.0,
     set_aside: Callable[[Remark, Image.Image | None], None] = lambda *_: None,
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
     `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
     split, are listed as rejected in the manifest, and `set_aside` is called with each and a picture of it, where one
-    can be made. Raises Unusable if no image can be read or a split is empty.
+    can be made. Raises Unusable if no image can be used, more than the share `max_rejected` cannot be used, or a split
+    is empty.
     """
     hashes = {split: duplicates.Hashes() for split in SPLITS}
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
@@ -216,7 +207,9 @@ def write(
             tally.add(sample, picture, split)
             writers[split].add(sample.key, _record(sample, picture, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
-    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected, source.own_splits)
+    counts = {split: contents.samples for split, contents in splits.items()}
+    aside.check(name, sum(counts.values()), rejected, max_rejected)
+    _check_counts(name, counts, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
     found = duplicates.search(hashes)
@@ -257,11 +250,8 @@ def _record(sample: Sample, picture: Picture, classes: Sequence[str]) -> dict[st
     return {"json": json.dumps(record).encode(), "png": png(picture.image)}
 
 
-def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark], own: Mapping[Split, str]) -> None:
+def _check_counts(name: str, counts: Mapping[Split, int], own: Mapping[Split, str]) -> None:
     total = sum(counts.values())
-    if not total:
-        why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
-        raise Unusable(f"{name}: none of its {len(rejected)} images can be used{why}")
     for split in (split for split, count in counts.items() if not count):
         if split in own:
             raise Unusable(f"{name}: no image of the source's split {split} ({own[split]}) can be used")

@@ -8,6 +8,7 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.progress import Progress, say
 from diffusion.sources import aside, report, shards
+from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -33,9 +34,9 @@ def run(params: Params, paths: Paths) -> None:
             "the linked files"
         )
     source = open_source(path, options.split_names_as_classes)
-    rejected, thumbnails = list[shards.Remark](), list[bytes | None]()
+    rejected, thumbnails = list[Remark](), list[bytes | None]()
 
-    def set_aside(remark: shards.Remark, picture: Image.Image | None) -> None:
+    def set_aside(remark: Remark, picture: Image.Image | None) -> None:
         rejected.append(remark)
         if len(thumbnails) < report.MAX_LISTED:
             thumbnails.append(report.thumbnail(picture) if picture else None)
@@ -50,15 +51,14 @@ def run(params: Params, paths: Paths) -> None:
                 options.samples_per_shard,
                 progress.advance,
                 max_pixels=options.max_pixels,
+                max_rejected=options.max_rejected,
                 set_aside=set_aside,
             )
-            used = sum(contents.samples for contents in manifest.splits.values())
-            aside.check(options.source, used, rejected, options.max_rejected)
-    except shards.Unusable as error:
+    except Unusable as error:
         if not rejected:
             raise
         write_atomic(paths.rejected, aside.table(rejected))
-        raise UserError(f"{error}; {paths.rejected} lists the files that were set aside") from None
+        raise UserError(f"{error}; {paths.rejected} lists all that were set aside") from None
     paths.rejected.unlink(missing_ok=True)
     write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
@@ -72,14 +72,21 @@ def run(params: Params, paths: Paths) -> None:
         counts = ", ".join(f"{each.images} of {each.second} resemble one of {each.first}" for each in similar)
         say(f"shard: near-duplicates in different splits: {counts}; see {paths.data_report}")
     per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
+    used = sum(contents.samples for contents in manifest.splits.values())
     say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), used)}")
+    trained_on = dict(zip(manifest.classes, manifest.splits["train"].per_class, strict=True))
+    if unseen := [name for name, images in trained_on.items() if not images]:
+        say(
+            f"shard: classes without an image to train on: {', '.join(unseen[: shards.SHOWN_CLASSES])}; add images, or "
+            "decrease shard.val_fraction or shard.test_fraction"
+        )
     say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
     say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files skipped")
 
 
-def _say_files(what: str, remarks: Sequence[shards.Remark]) -> None:
+def _say_files(what: str, remarks: Sequence[Remark]) -> None:
     for remark in remarks[:MAX_LISTED]:
         say(f"shard: {what}: {remark.file}: {remark.reason}")
     if len(remarks) > MAX_LISTED:
