@@ -17,6 +17,7 @@ from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
 from diffusion.sources.arrays import Arrays
+from diffusion.sources.images import MAX_PIXELS
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
@@ -64,20 +65,21 @@ def import_data(
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
+    before = read(paths.params) if paths.params.exists() else None
+    max_pixels = MAX_PIXELS if before is None else validate(before, str(paths.params)).shard.max_pixels
     source = open_source(path, reading)
-    description, findings = _description(source), inspecting.look_at(source)
+    description, findings = _description(source), inspecting.look_at(source, max_pixels)
     target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
     place = target.relative_to(paths.root).as_posix()
     shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
     changes = {"shard": shard} | findings.parameters(size)
     changes["pairs"] |= pairs or {}
-    before = read(paths.params) if paths.params.exists() else None
     document = None if before is None else lay_over(copy.deepcopy(before), changes)
     if document is None:
         fit = Pairs(**changes["pairs"]).fit
     else:
         fit = validate(document, f"{paths.params} with what was found").pairs.fit
-    content = inspecting.contact_sheet(source, fit)
+    content = inspecting.contact_sheet(source, fit, max_pixels)
     with writing(paths.state):
         paths.state.mkdir(exist_ok=True)
     # One import at a time, so that undoing a failed one cannot affect another.

@@ -84,7 +84,7 @@ def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
     shards, pairs = paths.shards / "manifest.json", paths.pairs / "manifest.json"
     weights = paths.model / "model.safetensors"
     read, wrote = {
-        "shard": ((), (shards,)),
+        "shard": ((), (shards, paths.data_report)),
         "pairs": ((shards,), (pairs,)),
         "train": ((pairs,), (weights, paths.train_report)),
         "evaluate": ((pairs, weights), (paths.evaluate_report, paths.report)),

@@ -29,6 +29,7 @@ from diffusion.sections import (
     Positive,
     Section,
 )
+from diffusion.sources.images import MAX_PIXELS
 from diffusion.sources.reading import Layout
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_format_1
@@ -114,6 +115,12 @@ class Shard(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the images held out for testing, chosen by a hash of their pixels; ignored if the data set has a
     test split."""
+    max_pixels: Positive = MAX_PIXELS
+    """Maximum number of pixels, width times height, of an image file. A larger one is set aside without decoding it,
+    since a small file can decode to more than fits into memory (a decompression bomb)."""
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Maximum share of the images that may be set aside because they cannot be used; more of them stop the stage.
+    Files that are no images, and copies of images in the data set's own test split, do not count."""
     samples_per_shard: Positive = 10000
     """Maximum number of images per tar file."""
 

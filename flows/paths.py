@@ -15,6 +15,8 @@ class Paths:
         self.raw = data / "raw"
         # shard
         self.shards = data / "shards"
+        self.data_report = reports / "data.html"
+        self.rejected = reports / "rejected.csv"
         # pairs
         self.pairs = data / "pairs"
         # train

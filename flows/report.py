@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffusion.sources import aside
+from diffusion.sources.shards import MANIFEST, Manifest
 from flows.paths import Paths
 from flows.summary import Summary
 
@@ -51,6 +53,8 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         _bands(Paths(directory).evaluation / "bands.csv"),
         "## ONNX models",
         _precisions(Paths(directory).export_report),
+        "## Data",
+        _data(Paths(directory)),
         "## Stages",
         _table(
             ["stage", "seconds", "outcome"],
@@ -60,6 +64,16 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         f"- ONNX model: `{summary.onnx}`\n- workspace: `{directory}`",
     ]
     return "\n\n".join(parts)
+
+
+def _data(paths: Paths) -> str:
+    """The images in each split, those set aside by reason, and near-duplicates."""
+    manifest = Manifest.read(paths.shards / MANIFEST)
+    lines = [", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items()) + " images"]
+    lines += [f"set aside: {count}, {reason}" for reason, count in aside.reasons(manifest.rejected)]
+    for each in manifest.near_duplicates or ():
+        lines.append(f"near-duplicates: {each.images} of {each.second} resemble one of {each.first}")
+    return "\n".join(f"- {line}" for line in [*lines, f"all of this with pictures: `{paths.data_report}`"])
 
 
 def _metrics(summary: Summary, last: Summary | None) -> str:

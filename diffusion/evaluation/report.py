@@ -22,7 +22,11 @@ PAGE = """<!doctype html>
 </style>
 <h1>Evaluation</h1>
 <p>Noise prediction on {{ overall.pairs }} held-out pairs from {{ overall.images }} test images, which were not used in
-training. Intervals are 95 % bootstrap confidence intervals over images.</p>
+training (<a href="data.html">the data report</a>). {% if overall.images > 1 -%}
+Intervals are 95 % bootstrap confidence intervals over images.
+{%- else -%}
+A single image gives no interval: both limits are its own figure.
+{%- endif %}</p>
 <table>
   <tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
   {% for name, label in names.items() %}

@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion.errors import UserError, shortened
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import Picture
+from diffusion.sources.images import MAX_PIXELS, Picture
 from diffusion.sources.reading import DEFAULTS, Layout, Reading
 from diffusion.sources.rows import classes_of, label_of, rows
 from diffusion.sources.shards import Sample
@@ -167,7 +167,7 @@ def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["chann
     return "channels-first" if first else "channels-last"
 
 
-def _decode(pixels: NDArray[Any], value_range: tuple[float, float]) -> Picture:
+def _decode(pixels: NDArray[Any], value_range: tuple[float, float], _: int = MAX_PIXELS) -> Picture:
     """An image of pixels (H, W) or (H, W, C) of any type."""
     eight, clipped = _eight_bits(pixels, value_range)
     if eight.shape[2:] == (1,):

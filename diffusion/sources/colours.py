@@ -16,6 +16,11 @@ CLOSE_TO_SRGB = 2
 class Unreadable(Exception):
     """An image cannot be used; the message is one line that does not name the file."""
 
+    def __init__(self, reason: str, thumbnail: Image.Image | None = None) -> None:
+        super().__init__(reason)
+        self.thumbnail = thumbnail
+        """A small picture of it, where one can be made."""
+
 
 def from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.Image, Image.Image | None]:
     """Split 16-bit pixels into colour, in mode I;16 from 0 to 65535, and alpha."""

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import Picture, digest
+from diffusion.sources.duplicates import perceptual_hash
+from diffusion.sources.images import MAX_PIXELS, THUMBNAIL, Picture, digest
 from diffusion.storage.executors import TRIES, Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -38,16 +40,32 @@ class Converted(NamedTuple):
     """Width and height."""
     several: bool
     warnings: tuple[str, ...]
+    perceptual_hash: bytes | None
+    """See `duplicates.perceptual_hash`."""
+
+    @property
+    def thumbnail(self) -> bytes:
+        return thumbnail(decode(*self.content.values()))
 
 
-def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", Converted | str]]:
+class Rejected(NamedTuple):
+    """An image that cannot be used."""
+
+    reason: str
+    thumbnail: bytes | None = None
+    """A small PNG of it, where one can be made."""
+
+
+def convert(
+    source: "Source", executor: Executor, max_pixels: int = MAX_PIXELS
+) -> Generator[tuple["Sample", Converted | Rejected]]:
     """Each sample of a source, in order, with its converted image, or the reason for rejecting it.
 
     Raises:
         UserError: the process that decodes an image is killed each time.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
+    with closing(executor.map(partial(_convert, max_pixels), _chunks(source), _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -75,17 +93,29 @@ def _bytes(chunk: Sequence["Sample"]) -> int:
     return sum(sample.size for sample in chunk)
 
 
-def _convert(chunk: Sequence["Sample"]) -> list[Converted | str]:
-    return [sample.left_out or _converted(sample.decode) for sample in chunk]
+def _convert(max_pixels: int, chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
+    return [
+        Rejected(sample.left_out) if sample.left_out else _converted(partial(sample.decode, max_pixels))
+        for sample in chunk
+    ]
 
 
-def _converted(decode: Callable[[], Picture]) -> Converted | str:
+def _converted(decode: Callable[[], Picture]) -> Converted | Rejected:
     try:
         image, mode, several, warnings = decode()
     except Unreadable as error:
-        return str(error)
+        return Rejected(str(error), thumbnail(error.thumbnail) if error.thumbnail else None)
     histogram = np.array(image.histogram())
-    return Converted(encode(image), digest(image), histogram, image.mode, mode, image.size, several, warnings)
+    return Converted(
+        encode(image), digest(image), histogram, image.mode, mode, image.size, several, warnings, perceptual_hash(image)
+    )
+
+
+def thumbnail(image: Image.Image | Bands) -> bytes:
+    """A small PNG of an image, on white; of separate channels, the first one."""
+    small = (image.bands[0] if isinstance(image, Bands) else image).convert("RGBA")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return encode(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))["png"]
 
 
 def encode(image: Image.Image | Bands) -> dict[str, bytes]:
@@ -99,7 +129,7 @@ def encode(image: Image.Image | Bands) -> dict[str, bytes]:
 
 
 def decode(content: bytes) -> Image.Image | Bands:
-    """The inverse of `encode`."""
+    """The image that `encode` encoded."""
     file = io.BytesIO(content)
     if content.startswith(np.lib.format.MAGIC_PREFIX):
         return Bands.of(np.lib.format.read_array(file, allow_pickle=False))

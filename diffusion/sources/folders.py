@@ -9,7 +9,15 @@ from typing import Self
 
 from diffusion.errors import UserError
 from diffusion.sources import labels
-from diffusion.sources.images import CAMERA_RAW, NO_IMAGE, RAW, File, Picture, is_image, raise_read_errors
+from diffusion.sources.images import (
+    MAX_PIXELS,
+    OTHER_FILE,
+    File,
+    Picture,
+    is_image,
+    raise_read_errors,
+    unsupported,
+)
 from diffusion.sources.labels import Parts
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -179,20 +187,20 @@ def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
     return (parts for parts in files if parts[: len(folder)] == folder)
 
 
-def _nothing() -> Picture:
+def _nothing(_: int = MAX_PIXELS) -> Picture:
     raise AssertionError("a sample that is left out is not decoded")
 
 
 def rejection_reason(file: File) -> str | None:
     """Why a file can be rejected without decoding it, or None; raises SystemFault like `is_image`."""
-    if RAW.fullmatch(file.suffix):
-        return CAMERA_RAW
+    if reason := unsupported(file.suffix):
+        return reason
     if is_image(file):
         return None
     if isinstance(file, Path):
         with reading(file), file.open("rb") as content:
             raise_read_errors(content)
-    return NO_IMAGE
+    return OTHER_FILE
 
 
 def _text(name: str) -> str:

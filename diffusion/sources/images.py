@@ -10,7 +10,7 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Protocol
@@ -29,12 +29,22 @@ RAW = re.compile(
     re.IGNORECASE,
 )
 """Suffixes of camera raw files, of which Pillow only reads the preview."""
+OTHERS = re.compile(r"\.(heic|heif|hif|jxl|jxr|svgz?|exr|psb|xcf|eps|wmf|emf)", re.IGNORECASE)
+"""Suffixes of other pictures that Pillow does not read, unless a plugin of it does."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow recognizes but does not decode itself. For EPS it would even run the PostScript program."""
 RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 """Formats in which black is 0 and white 65535 in mode I;16; PPM has mode I instead."""
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
+OTHER_FILE = "not an image by its name or content"
+MAX_PIXELS = 89_478_485
+"""Default maximum of width times height of an image file: Pillow's, against decompression bombs."""
+THUMBNAIL = 96
+"""Maximum side of a thumbnail."""
+MAX_REDUCTION = 8
+"""Maximum factor by which a JPEG file, which can be reduced while it is decoded, may exceed the maximum of pixels and
+still get a thumbnail."""
 PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """Chromaticities (x, y) of white, red, green and blue in sRGB."""
 
@@ -73,17 +83,23 @@ class Picture(NamedTuple):
     """Warnings of the decoder, one line each."""
 
 
-def read_image(path: File) -> Picture:
-    """Decode an image file, the first page or frame if it has several.
+class Decode(Protocol):
+    """Decodes an image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
+
+    def __call__(self, max_pixels: int = MAX_PIXELS, /) -> Picture: ...
+
+
+def read_image(path: File, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode an image file of at most `max_pixels`, the first page or frame if it has several.
 
     Raises:
-        Unreadable: the file is not an image, or cannot be decoded correctly.
+        Unreadable: the file is not an image, is too large, or cannot be decoded correctly.
         SystemFault: the operating system cannot read the file.
     """
     if path.exists() and not path.is_file():
         raise Unreadable("not a file")  # reading a pipe would block
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, pixel_limit(max_pixels):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -91,7 +107,7 @@ def read_image(path: File) -> Picture:
     except (MemoryError, SystemFault):
         raise
     except Exception as error:  # decoders raise arbitrary exceptions
-        raise Unreadable(_reason(error)) from error
+        raise Unreadable(_reason(error, max_pixels), _thumbnail(path, max_pixels)) from error
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
@@ -101,7 +117,7 @@ def is_image(path: File) -> bool:
     Raises SystemFault if the operating system cannot read the file.
     """
     with _reading(path):
-        if path.suffix.lower() in _suffixes() or RAW.fullmatch(path.suffix):
+        if path.suffix.lower() in _suffixes() or unsupported(path.suffix):
             return not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode)
         try:
             with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
@@ -111,6 +127,26 @@ def is_image(path: File) -> bool:
             if isinstance(error, OSError) and error.errno:
                 raise
             return isinstance(error, Image.DecompressionBombError)
+
+
+def unsupported(suffix: str) -> str | None:
+    """Why pictures with such a suffix cannot be read; None for all other files."""
+    if RAW.fullmatch(suffix):
+        return CAMERA_RAW
+    if OTHERS.fullmatch(suffix) and suffix.lower() not in _suffixes():
+        return f"{suffix[1:].upper()}, which Pillow cannot read; convert it to PNG or JPEG"
+    return None
+
+
+@contextmanager
+def pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Set Pillow's limit for a block. It is global, and also holds for images inside of others (ICO, GIF)."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextmanager
@@ -142,9 +178,12 @@ def digest(image: Image.Image | Bands) -> int:
     return int.from_bytes(content.digest())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, max_pixels: int) -> str:
     if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
         return NO_IMAGE
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        pixels = re.findall(r"\d+", str(error))[0]
+        return f"{pixels} pixels, more than shard.max_pixels ({max_pixels}); increase it if this is no mistake"
     return _line(str(error)) or type(error).__name__
 
 
@@ -163,9 +202,26 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, format in Image.registered_extensions().items() if format in _formats()}
 
 
+def _thumbnail(path: File, max_pixels: int) -> Image.Image | None:
+    """A small picture of a file that cannot be used, as Pillow sees it; None if that fails, too."""
+    with suppress(Exception), warnings.catch_warnings(), path.open("rb") as file:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        jpeg = file.read(2) == b"\xff\xd8"
+        file.seek(0)
+        with pixel_limit(MAX_REDUCTION * max_pixels if jpeg else max_pixels):
+            image = Image.open(file, formats=["JPEG"] if jpeg else _formats())
+            if "progressive" not in image.info:  # such a JPEG file needs its whole size in memory
+                image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            if image.width * image.height <= max_pixels:
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+                return image.convert("RGB")
+    return None
+
+
 def _read(path: File) -> Picture:
-    if RAW.fullmatch(path.suffix):
-        raise Unreadable(CAMERA_RAW)
+    if reason := unsupported(path.suffix):
+        raise Unreadable(reason)
     with _reading(path), path.open("rb") as file:
         try:
             Image.open(file, formats=_formats())

@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.sources import aside, duplicates
+from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.bands import Bands
-from diffusion.sources.convert import Converted, convert, decode
-from diffusion.sources.images import Picture, Unreadable
+from diffusion.sources.convert import Converted, Rejected, convert, decode
+from diffusion.sources.images import MAX_PIXELS, Decode, Unreadable, pixel_limit
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import reading, sha256, write_json, write_sums
@@ -44,11 +45,9 @@ class Sample(NamedTuple):
     label: int | None
     split: Split | None
     """The source's own split, where it has one."""
-    decode: Callable[[], Picture]
-    """Decodes the image, also in another process, so it is picklable.
-
-    Raises Unreadable, or SystemFault if the operating system cannot read the file.
-    """
+    decode: Decode
+    """Decodes the image, also in another process, so it is picklable; a file with more pixels than asked for is
+    Unreadable."""
     left_out: str | None = None
     """Reason for rejecting the image without decoding it."""
     size: int = 0
@@ -92,13 +91,6 @@ class Statistics(Facts):
     std: tuple[float, ...]
 
 
-class Remark(Facts):
-    """A file of the source, with the reason for rejecting it or a warning of its decoder."""
-
-    file: str
-    reason: str
-
-
 class Manifest(Facts):
     """manifest.json of data/shards."""
 
@@ -119,6 +111,8 @@ class Manifest(Facts):
     """Files that were used despite a warning of their decoder."""
     copies: int
     """Number of images with the same visible pixels as an earlier one."""
+    near_duplicates: tuple[duplicates.Between, ...] | None
+    """Similar images in different splits; None if the images are too small to tell."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""
 
@@ -173,33 +167,46 @@ def write(
     samples_per_shard: int,
     advance: Callable[[int], None] = lambda _: None,
     executor: Executor = OWN_PROCESS,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_rejected: float = 1.0,
+    set_aside: Callable[[Remark, bytes | None], None] = lambda *_: None,
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
     `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
-    split, are listed as rejected in the manifest. `executor` decodes and encodes the images. Raises UserError if no
-    image can be read, a split is empty, or images cannot be decoded without the process being killed.
+    split, are listed as rejected in the manifest, and `set_aside` is called with each and a thumbnail (PNG), where one
+    can be made. `executor` decodes and encodes the images. Raises Unusable if no image can be used, more than the share
+    `max_rejected` cannot be used, or a split is empty; and UserError if images cannot be decoded without the process
+    being killed.
     """
+    hashes = {split: duplicates.Hashes() for split in SPLITS}
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
         }
-        for sample, image in stack.enter_context(closing(convert(source, executor))):
+        for sample, image in stack.enter_context(closing(convert(source, executor, max_pixels))):
             advance(1)
             try:
-                if isinstance(image, str):
-                    raise Unreadable(image)
+                if isinstance(image, Rejected):
+                    raise Unreadable(image.reason)
                 split = splitter(sample.split, image.digest)
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
+                set_aside(rejected[-1], image.thumbnail)
                 continue
+            hashes[split].add(image.perceptual_hash)
             tally.add(sample, image, split)
             writers[split].add(sample.key, _record(sample, image, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
-    _check_counts(name, {split: contents.samples for split, contents in splits.items()}, rejected)
+    counts = {split: contents.samples for split, contents in splits.items()}
+    aside.check(name, sum(counts.values()), rejected, max_rejected)
+    _check_counts(name, counts, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
+    found = duplicates.search(hashes)
+    similar = {split: Images(directory, splits[split]) for each in found if each.pairs for split in each.splits}
     manifest = Manifest(
         source=name,
         classes=source.classes,
@@ -211,6 +218,7 @@ def write(
         rejected=tuple(rejected),
         warnings=tuple(tally.warnings),
         copies=splitter.seen.copies(),
+        near_duplicates=duplicates.describe(found, lambda split, number: similar[split].source(number)),
         multipage=tally.multipage,
     )
     write_json(directory / MANIFEST, manifest.model_dump())
@@ -235,16 +243,18 @@ def _record(sample: Sample, image: Converted, classes: Sequence[str]) -> dict[st
     return {"json": json.dumps(record).encode()} | image.content
 
 
-def _check_counts(name: str, counts: Mapping[Split, int], rejected: Sequence[Remark]) -> None:
+def _check_counts(name: str, counts: Mapping[Split, int], own: Mapping[Split, str]) -> None:
     total = sum(counts.values())
-    if not total:
-        why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
-        raise UserError(f"{name}: none of its {len(rejected)} images can be used{why}")
-    if empty := [split for split, count in counts.items() if not count]:
-        raise UserError(
-            f"{name}: none of the {total} images fell into the split {empty[0]}; add images, or increase "
-            "shard.val_fraction or shard.test_fraction"
-        )
+    for split in (split for split, count in counts.items() if not count):
+        if split in own:
+            raise Unusable(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
+        if total < len(SPLITS):
+            advice = "add images, since train, val and test need at least one each"
+        elif split == "train":
+            advice = "decrease shard.val_fraction or shard.test_fraction, or add images"
+        else:
+            advice = f"increase shard.{split}_fraction, or add images"
+        raise Unusable(f"{name}: none of the {total} images fell into the split {split}; {advice}")
 
 
 def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
@@ -297,10 +307,18 @@ class Images:
         read, label = self.reader(index)
         return read(), label
 
+    def source(self, index: int) -> str:
+        """Name of an image's file in the source."""
+        return str(self._record(index)["source"])
+
+    def _record(self, index: int) -> dict[str, Any]:
+        number, offset, size = self._json[index].tolist()
+        record: dict[str, Any] = json.loads(self._maps[number][offset : offset + size])
+        return record
+
     def reader(self, index: int) -> tuple[Callable[[], Image.Image | Bands], int | None]:
         """How to read an image, in any process, and its label, or None."""
-        number, offset, size = self._json[index].tolist()
-        label: int | None = json.loads(self._maps[number][offset : offset + size])["label"]
+        label: int | None = self._record(index)["label"]
         number, offset, size = self._image[index].tolist()
         return partial(_stored, self._paths[number], offset, size), label
 
@@ -309,4 +327,5 @@ def _stored(path: Path, offset: int, size: int) -> Image.Image | Bands:
     """An image of a shard; raises SystemFault if the operating system cannot read it."""
     with reading(path), path.open("rb") as file:
         file.seek(offset)
-        return decode(file.read(size))
+        with pixel_limit(None):  # as large as the stage allowed
+            return decode(file.read(size))

@@ -18,6 +18,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Names of splits, case-insensitive."""
+COPY_OF_TEST = "a copy of an image in the source's test split"
 ORDER: tuple[Split, ...] = ("test", "val", "train")
 """Held-out splits first: see Source."""
 
@@ -96,7 +97,7 @@ class Splitter:
         if split in self.digests:
             self.digests[split].add(pixels)
         if split != "test" and pixels in self.digests["test"]:
-            raise Unreadable("a copy of an image in the source's test split")
+            raise Unreadable(COPY_OF_TEST)
         if split in ("val", "test"):
             return split
         if pixels in self.digests["val"]:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
 from diffusion.errors import UserError
-from diffusion.sources.images import File, Picture, Unreadable, read_image
+from diffusion.sources.images import Decode, File, Unreadable, read_image
 from diffusion.storage.files import reading
 
 SYSTEM = frozenset(
@@ -106,7 +106,7 @@ class Member(NamedTuple):
         return True
 
 
-def decoder(file: File) -> tuple[Callable[[], Picture], int]:
+def decoder(file: File) -> tuple[Decode, int]:
     """How to decode an image file in any process, and its size in bytes.
 
     Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, is_image
+from diffusion.sources.images import NO_IMAGE, is_image, unsupported
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
     key: str
     image: str
-    """The first member that is an image; if there is none, the first member."""
+    """The first image, if possible one that Pillow reads; if there is none, the first member."""
     label: str
     """The name of its class; empty for none."""
     left_out: str | None
@@ -86,10 +86,11 @@ def _groups(tar: Tar) -> Iterator[Group]:
         path = PurePosixPath(name)
         found.setdefault(str(path.parent / path.name.partition(".")[0]), []).append(name)
     for key, members in found.items():
-        image = next((name for name in members if is_image(tar.file(name))), None)
-        if image is None:
+        images = [name for name in members if is_image(tar.file(name))]
+        if not images:
             yield Group(key, members[0], "", NO_IMAGE)
             continue
+        image = min(images, key=lambda name: unsupported(PurePosixPath(name).suffix) is not None)  # the first
         try:
             yield Group(key, image, _label(tar, members), None)
         except (Unreadable, *BROKEN) as error:

@@ -74,6 +74,12 @@ def run(params: Params, paths: Paths) -> None:
         write_sums(temporary)
     write_atomic(paths.report, page.encode())
     made_with.write(paths, "evaluate", params)
+    for split in (val, pairs):
+        if split.images == 1:
+            say(
+                f"evaluate: {split.split} has a single image, whose figures have no interval; add images, or increase "
+                f"shard.{split.split}_fraction"
+            )
     with working("evaluate: recording the results in MLflow"):
         tracking.record(params, paths)
     say(

@@ -6,12 +6,13 @@ import numpy as np
 
 from diffusion.errors import UserError
 from diffusion.progress import Progress, say
-from diffusion.sources import shards
+from diffusion.sources import aside, report, shards
+from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
-from diffusion.storage.files import new_directory
+from diffusion.storage.files import new_directory, write_atomic
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
@@ -22,25 +23,46 @@ MAX_LISTED = 5
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write data/shards; raises UserError if the source has an unknown format, is too small, or has linked folders."""
-    path = paths.root / params.shard.source
+    """Write data/shards and the data report.
+
+    Raises UserError if the source has an unknown format, is too small, or has linked folders, or too many of its images
+    cannot be used; these are then in reports/rejected.csv.
+    """
+    path, options = paths.root / params.shard.source, params.shard
     if linked := linked_folders(path):
         raise UserError(
             f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "
             "the linked files"
         )
-    shard = params.shard
-    source = open_source(path, Reading(shard.split_names_as_classes, shard.layout, shard.value_range))
-    with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
-        manifest = shards.write(
-            source,
-            params.shard.source,
-            directory,
-            Fractions(params.shard.val_fraction, params.shard.test_fraction),
-            params.shard.samples_per_shard,
-            progress.advance,
-            executor(len(source)),
-        )
+    source = open_source(path, Reading(options.split_names_as_classes, options.layout, options.value_range))
+    rejected, thumbnails = list[Remark](), list[bytes | None]()
+
+    def set_aside(remark: Remark, thumbnail: bytes | None) -> None:
+        rejected.append(remark)
+        if len(thumbnails) < report.MAX_LISTED:
+            thumbnails.append(thumbnail)
+
+    try:
+        with new_directory(paths.shards) as directory, Progress("shard", len(source), "images") as progress:
+            manifest = shards.write(
+                source,
+                options.source,
+                directory,
+                Fractions(options.val_fraction, options.test_fraction),
+                options.samples_per_shard,
+                progress.advance,
+                executor(len(source)),
+                max_pixels=options.max_pixels,
+                max_rejected=options.max_rejected,
+                set_aside=set_aside,
+            )
+    except Unusable as error:
+        if not rejected:
+            raise
+        write_atomic(paths.rejected, aside.table(rejected))
+        raise UserError(f"{error}; {paths.rejected} lists all that were set aside") from None
+    paths.rejected.unlink(missing_ok=True)
+    write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
     _say_files("skipped", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
@@ -48,16 +70,25 @@ def run(params: Params, paths: Paths) -> None:
         say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
     if manifest.copies:
         say(f"shard: exact copies of other images: {manifest.copies}; all copies of an image are in the same split")
+    if similar := [each for each in manifest.near_duplicates or () if each.images]:
+        counts = ", ".join(f"{each.images} of {each.second} resemble one of {each.first}" for each in similar)
+        say(f"shard: near-duplicates in different splits: {counts}; see {paths.data_report}")
     per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
-    samples = sum(contents.samples for contents in manifest.splits.values())
-    say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), samples)}")
+    used = sum(contents.samples for contents in manifest.splits.values())
+    say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), used)}")
+    trained_on = dict(zip(manifest.classes, manifest.splits["train"].per_class, strict=True))
+    if unseen := [name for name, images in trained_on.items() if not images]:
+        say(
+            f"shard: classes without an image to train on: {', '.join(unseen[: shards.SHOWN_CLASSES])}; add images, or "
+            "decrease shard.val_fraction or shard.test_fraction"
+        )
     say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
     say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files skipped")
 
 
-def _say_files(what: str, remarks: Sequence[shards.Remark]) -> None:
+def _say_files(what: str, remarks: Sequence[Remark]) -> None:
     for remark in remarks[:MAX_LISTED]:
         say(f"shard: {what}: {remark.file}: {remark.reason}")
     if len(remarks) > MAX_LISTED:

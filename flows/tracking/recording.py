@@ -180,12 +180,14 @@ def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
 
 
 def _log_parameters(run: TrackedRun, found: Results) -> None:
-    """All parameters, and params.yaml as it was read: the file may have been edited since."""
+    """All parameters, params.yaml as it was read (the file may have been edited since), and the data report."""
     run.parameters(made_with.flat(found.params))
     text = StringIO()
     YAML(typ="safe", pure=True).dump(found.params.model_dump(mode="json"), text)
     run.client.log_text(run.id, text.getvalue(), "params.yaml")
     run.dataset(_data(found), found.pairs, found.paths.pairs, "training")
+    if found.paths.data_report.exists():
+        run.client.log_artifact(run.id, str(found.paths.data_report), "data")
 
 
 def _log_training(run: TrackedRun, found: Results, *, curves: bool) -> None:

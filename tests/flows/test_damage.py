@@ -28,6 +28,7 @@ READERS = {
     "data/pairs/test-000000.tar": ["evaluate", "export"],
     "models/ddpm/config.json": ["evaluate", "export", "sample", "export-diffusers out", "track"],
     "models/ddpm/model.safetensors": ["evaluate", "export", "sample", "export-diffusers out", "track"],
+    "reports/data.html": ["track"],
     "reports/train.json": ["track"],
     "reports/train_curves/loss.csv": ["evaluate", "track"],
     "reports/train_curves/heldout.csv": ["evaluate", "track"],

@@ -88,7 +88,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Classes: 2 classes: cat 3, dog 2\n"
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
-        "Skipped: Train/dog/notes.txt: not an image, or of a kind that Pillow cannot read\n"
+        "Skipped: Train/dog/notes.txt: not an image by its name or content\n"
         "Skipped: cover.png: outside the folders of the splits\n"
         "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
         "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them\n\n"

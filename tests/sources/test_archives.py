@@ -153,7 +153,7 @@ def test_what_cannot_be_read_in_a_zip_is_rejected_by_itself(tmp_path: Path, monk
     assert found["a/2.png"].startswith("Unreadable: ")
     assert found["a/3.png"] == "Unreadable: encrypted; unpack the archive with its password first"
     assert found["a/4.png"].startswith("Unreadable: damaged, or compressed in a way that Python cannot read")
-    assert found["a/plain"] == "not an image, or of a kind that Pillow cannot read"
+    assert found["a/plain"] == "not an image by its name or content"
     monkeypatch.setattr(trees, "MAX_MEMBER_BYTES", 50)
     assert "bytes when uncompressed, more than 50" in reasons(path)["a/1.png"]
 

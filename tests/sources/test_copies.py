@@ -176,7 +176,7 @@ class Many:
         for index in range(self.count):
             yield Sample(f"{index:07d}", str(index), None, None, partial(self._decode, index))
 
-    def _decode(self, index: int) -> Picture:
+    def _decode(self, index: int, _: int = 0) -> Picture:
         return Picture(Image.frombytes("L", (4, 1), struct.pack(">I", index)), "L")
 
 

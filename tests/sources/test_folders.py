@@ -130,7 +130,7 @@ def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert {sample.file: sample.left_out for sample in source} == {
         "a/1.png": None, "a/2.nef": "camera raw; develop it to TIFF, PNG or JPEG first",
-        "a/notes.txt": "not an image, or of a kind that Pillow cannot read", "a/picture": None,
+        "a/notes.txt": "not an image by its name or content", "a/picture": None,
     }  # fmt: skip
 
 

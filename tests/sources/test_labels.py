@@ -87,7 +87,7 @@ def test_a_table_without_labels_leaves_the_folders_names(tmp_path: Path, name: s
     pictures(tmp_path, "cat/1.png", "dog/2.png")
     (tmp_path / name).write_text(text)
     assert labelled(tmp_path) == {
-        "cat/1.png": "cat", "dog/2.png": "dog", name: "not an image, or of a kind that Pillow cannot read",
+        "cat/1.png": "cat", "dog/2.png": "dog", name: "not an image by its name or content",
     }  # fmt: skip
 
 

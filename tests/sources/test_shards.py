@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.sources.aside import Unusable
 from diffusion.sources.shards import MANIFEST, Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
@@ -162,8 +163,9 @@ def test_damaged_images_are_listed_with_their_reason(tmp_path: Path, pictures: P
     reasons = {rejected.file: rejected.reason for rejected in manifest.rejected}
     assert list(reasons) == ["a/cut.png", "a/notes.txt", "b/bomb", "b/bomb.png", "b/float.tif"]
     assert "truncated" in reasons["a/cut.png"] or "broken" in reasons["a/cut.png"]
-    assert reasons["a/notes.txt"] == "not an image, or of a kind that Pillow cannot read"
-    assert "decompression bomb" in reasons["b/bomb"] == reasons["b/bomb.png"]
+    assert reasons["a/notes.txt"] == "not an image by its name or content"
+    assert reasons["b/bomb"].startswith("3600000000 pixels, more than shard.max_pixels (89478485); increase")
+    assert reasons["b/bomb"] == reasons["b/bomb.png"]
     assert "32 bits" in reasons["b/float.tif"]
     assert sum(contents.samples for contents in manifest.splits.values()) == 40
 
@@ -199,9 +201,31 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
         shard(tmp_path / "source", tmp_path / "shards")
 
 
-def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none of the 2 images fell into the split .*shard\.val_fraction"):
-        shard(npz(tmp_path / "a.npz", 2), tmp_path / "shards")
+@pytest.mark.parametrize(
+    ("images", "fractions", "message"),
+    [
+        (
+            1,
+            (0.1, 0.1),
+            "the 1 images fell into the split val; add images, since train, val and test need at least one",
+        ),
+        (9, (0.001, 0.5), "the 9 images fell into the split val; increase shard.val_fraction, or add images"),
+        (9, (0.5, 0.001), "the 9 images fell into the split test; increase shard.test_fraction, or add images"),
+        (9, (0.5, 0.499), "the 9 images fell into the split train; decrease shard.val_fraction or shard.test_fraction"),
+    ],
+)
+def test_an_empty_split_is_an_error(tmp_path: Path, images: int, fractions: tuple[float, float], message: str) -> None:
+    with pytest.raises(Unusable, match=f"^name: none of {message}"):
+        shard(npz(tmp_path / "a.npz", images), tmp_path / "shards", fractions=Fractions(*fractions))
+
+
+def test_an_own_split_without_a_usable_image_is_an_error(tmp_path: Path, pictures: Path) -> None:
+    (pictures / "a").rename(pictures / "train")
+    (pictures / "b").rename(pictures / "val")
+    for path in (pictures / "val").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(Unusable, match=r"^name: no image of the source's split val \(val/\) can be used$"):
+        shard(pictures, tmp_path / "shards")
 
 
 def test_random_access(tmp_path: Path, webdataset_samples: Reader) -> None:

@@ -187,5 +187,5 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (4, 4)).save(buffer, "EPS")
     (tmp_path / "a.eps").write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="no images in a supported format"):
-        open_source(tmp_path)
+    (sample,) = open_source(tmp_path)
+    assert sample.left_out == "EPS, which Pillow cannot read; convert it to PNG or JPEG"

@@ -1,0 +1,63 @@
+"""Files that could not be used: set aside with their reasons, and too many of them stop the work."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+
+from diffusion.errors import UserError, shortened
+from diffusion.sources.images import OTHER_FILE
+from diffusion.sources.splits import COPY_OF_TEST
+from diffusion.storage.tar import Facts
+
+EXPECTED = frozenset({OTHER_FILE, COPY_OF_TEST})
+"""Reasons that are no loss: such files may be any number."""
+MAX_REASONS = 5
+"""Maximum number of reasons in a message."""
+
+
+class Unusable(UserError):
+    """Too few images of a source can be used."""
+
+
+class Remark(Facts):
+    """A file of the source, with the reason for rejecting it or a warning of its decoder."""
+
+    file: str
+    reason: str
+
+
+def reasons(rejected: Sequence[Remark]) -> list[tuple[str, int]]:
+    """The reasons with their numbers of files, the most frequent ones first."""
+    return Counter(remark.reason for remark in rejected).most_common()
+
+
+def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float) -> None:
+    """Raise Unusable if no image could be used, or more than the share `max_rejected` could not be used.
+
+    Files that are no images, and copies of images in the source's own test split, do not count.
+    """
+    if not used:
+        why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
+        raise Unusable(f"{name}: none of its {len(rejected)} images can be used{why}")
+    lost = [remark for remark in rejected if remark.reason not in EXPECTED]
+    if len(lost) <= max_rejected * (len(lost) + used):
+        return
+    first = {remark.reason: remark.file for remark in reversed(lost)}
+    found = [
+        f"{shortened(first[reason])}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+        for reason, count in reasons(lost)
+    ]
+    raise Unusable(
+        f"{name}: {len(lost)} of {len(lost) + used} images cannot be used, more than shard.max_rejected "
+        f"({max_rejected:g}) allows: mend or remove them, or increase it; {'; '.join(found[:MAX_REASONS])}"
+    )
+
+
+def table(rejected: Sequence[Remark]) -> bytes:
+    """The files and reasons as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [("file", "reason"), *((each.file, each.reason) for each in rejected)]
+    )
+    return text.getvalue().encode()

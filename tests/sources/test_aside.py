@@ -1,0 +1,199 @@
+"""What could not be used: its reasons, how much is too much, and its thumbnails."""
+
+import csv
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from diffusion.sources import aside, images, report
+from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources.convert import thumbnail
+from diffusion.sources.images import MAX_PIXELS, OTHER_FILE, THUMBNAIL, Unreadable, read_image
+from diffusion.sources.shards import Images, Manifest, write
+from diffusion.sources.sources import open_source
+from diffusion.sources.splits import COPY_OF_TEST, Fractions
+
+
+def remarks(**counts: int) -> list[Remark]:
+    return [Remark(file=f"{reason}/{n}.png", reason=reason) for reason, count in counts.items() for n in range(count)]
+
+
+def test_the_share_of_images_that_cannot_be_used_is_limited() -> None:
+    aside.check("name", 95, remarks(damaged=5), 0.05)
+    aside.check("name", 1, remarks(damaged=500), 1.0)
+    with pytest.raises(Unusable) as caught:
+        aside.check("name", 94, [*remarks(damaged=1), *remarks(raw=5)], 0.05)
+    assert str(caught.value) == (
+        "name: 6 of 100 images cannot be used, more than shard.max_rejected (0.05) allows: mend or remove them, or "
+        "increase it; 'raw/0.png' and 4 more: raw; 'damaged/0.png': damaged"
+    )
+    with pytest.raises(Unusable, match=r"^name: 1 of 1001 images .*\(0\)"):
+        aside.check("name", 1000, remarks(damaged=1), 0)
+
+
+def test_what_is_no_loss_does_not_count() -> None:
+    aside.check("name", 1, [*remarks(**{OTHER_FILE: 50}), *remarks(**{COPY_OF_TEST: 50})], 0)
+
+
+def test_the_table_can_be_read_by_a_spreadsheet() -> None:
+    content = aside.table([Remark(file='a, "b".png', reason="über\nall")]).decode()
+    assert list(csv.reader(io.StringIO(content))) == [["file", "reason"], ['a, "b".png', "über\nall"]]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures, and a class of which Pillow reads none."""
+    for number in range(3):
+        path = tmp_path / "pictures" / "png" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 3), number).save(path)
+    for number in range(9):
+        path = tmp_path / "pictures" / "phone" / f"IMG_{number}.HEIC"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\0\0\x18ftypheic")
+    (path.parent / "film.mov").write_bytes(b"")
+    return tmp_path / "pictures"
+
+
+def test_pictures_that_pillow_does_not_read_are_not_overlooked(tmp_path: Path, pictures: Path) -> None:
+    source = open_source(pictures)
+    assert source.classes == ("phone", "png")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(Unusable, match=r"^name: 9 of 12 .*'phone/IMG_0.HEIC' and 8 more: HEIC, which Pillow cannot"):
+        write(source, "name", tmp_path / "shards", Fractions(0.1, 0.1), 100, max_rejected=0.5)
+
+
+def test_a_plugin_of_pillow_may_read_them(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_suffixes", lambda: {".heic", ".png"})
+    assert images.unsupported(".HEIC") is None
+    assert {sample.left_out for sample in open_source(pictures)} == {None, OTHER_FILE}
+
+
+def of_each_kind(folder: Path) -> dict[str, Path]:
+    """A picture of 5x4 pixels by itself, in archives and in a table."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(buffer, "PNG")
+    content, found = buffer.getvalue(), {name: folder / name for name in ("folder", "a.zip", "a.tar", "a.parquet")}
+    found["folder"].mkdir()
+    (found["folder"] / "1.png").write_bytes(content)
+    with zipfile.ZipFile(found["a.zip"], "w") as archive:
+        archive.writestr("1.png", content)
+    for name, others in (("a.tar", {}), ("b.tar", {"1.cls": b"0"})):
+        with tarfile.open(folder / name, "w") as tar:
+            for member, text in ({"1.png": content} | others).items():
+                info = tarfile.TarInfo(member)
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    parquet.write_table(pa.table({"image": [content]}), found["a.parquet"])
+    return found | {"b.tar": folder / "b.tar"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "a.zip", "a.tar", "b.tar", "a.parquet"])
+def test_every_reader_of_files_has_the_limit_of_pixels(tmp_path: Path, kind: str) -> None:
+    (sample,) = open_source(of_each_kind(tmp_path)[kind])
+    assert sample.decode(20).image.size == sample.decode().image.size == (5, 4)
+    with pytest.raises(Unreadable, match=r"^20 pixels, more than shard\.max_pixels \(19\); increase it if"):
+        sample.decode(19)
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
+
+
+def test_pillows_own_limit_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file to the shards and back."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 5, 4), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
+    manifest = write(open_source(tmp_path / "in"), "name", tmp_path / "out", Fractions(0.2, 0.2), 100)
+    image, _ = Images(tmp_path / "out", manifest.splits["train"])[0]
+    assert image.size == (4, 5)
+    assert manifest.rejected == ()
+
+
+def test_an_image_inside_of_another_has_the_same_limit(tmp_path: Path) -> None:
+    """An ICO file of 16x16 pixels, by its own account, that contains a PNG file of 40x40."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(buffer, "ICO", sizes=[(40, 40)])
+    content = bytearray(buffer.getvalue())
+    content[6:8] = 16, 16
+    (tmp_path / "a.ico").write_bytes(content)
+    assert read_image(tmp_path / "a.ico", 1600)
+    with pytest.raises(Unreadable, match=r"^1600 pixels, more than shard\.max_pixels \(1599\)"):
+        read_image(tmp_path / "a.ico", 1599)
+
+
+def large(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 300), "red").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "max_pixels", "drawn"),
+    [
+        (lambda: large("JPEG"), 30_000, True),
+        (lambda: large("JPEG"), 29_999, False),  # halved, it would be larger
+        (lambda: large("JPEG", progressive=True), 30_000, False),
+        (lambda: large("PNG"), 20_000, False),
+        (lambda: large("PNG")[:-40], 200_000, False),
+        (lambda: large("PNG"), 119_999, False),
+    ],
+)
+def test_a_thumbnail_never_needs_the_memory_of_the_whole(
+    tmp_path: Path, content: Callable[[], bytes], max_pixels: int, drawn: bool
+) -> None:
+    (tmp_path / "a").write_bytes(content())
+    with pytest.raises(Unreadable) as caught:
+        read_image(tmp_path / "a", max_pixels)
+    picture = caught.value.thumbnail
+    assert (picture is not None) == drawn
+    assert picture is None or (max(picture.size), picture.mode) == (THUMBNAIL, "RGB")
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
+
+
+def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) -> None:
+    for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
+        for number in numbers:
+            path = tmp_path / "in" / split / "<b>" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng(number)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).resize((40, 40)).save(path)
+    Image.open(tmp_path / "in" / "train" / "<b>" / "2.png").save(path.with_name("again.jpg"), quality=90)
+    (path.parents[2] / "train" / "<b>" / "copy.bmp").write_bytes(path.read_bytes())
+    Image.new("LAB", (30, 90)).save(path.parents[2] / "train" / "<b>" / "lab.tif")
+    path.with_name("cut.png").write_bytes(path.read_bytes()[:100])
+    (tmp_path / "out").mkdir()
+    seen = list[tuple[str, tuple[int, int] | None]]()
+
+    def note(remark: Remark, png: bytes | None) -> None:
+        seen.append((remark.file, Image.open(io.BytesIO(png)).size if png else None))
+
+    source = open_source(tmp_path / "in")
+    manifest = write(source, "name", tmp_path / "out", Fractions(0.1, 0.1), 100, set_aside=note)
+    assert seen == [
+        ("test/<b>/cut.png", None), ("train/<b>/copy.bmp", (40, 40)), ("train/<b>/lab.tif", (30, 90)),
+    ]  # fmt: skip
+    page = report.page(manifest, tmp_path / "out", [None, thumbnail(Image.new("RGBA", (300, 20))), b"png"])
+    for text in (
+        "<td>train/&lt;b&gt;/copy.bmp</td><td>a copy of an image in the source&#39;s test split</td>",
+        '<img alt="" src="data:image/png;base64,cG5n">',
+        "<p>1 images of test resemble one of train.</p>",
+        "<td>test/&lt;b&gt;/again.jpg</td>",
+        "12 images of name, 40x40 to 40x40 pixels",
+    ):
+        assert text in page
+    assert page.count("<img") == 2 + 2
+    assert page == report.page(manifest, tmp_path / "out", [None, thumbnail(Image.new("RGBA", (300, 20))), b"png"])
+    nothing = manifest.model_copy(update={"rejected": (), "near_duplicates": None})
+    assert "Every file was used." in report.page(nothing, tmp_path / "out", [])
+    assert isinstance(Manifest.read(tmp_path / "out" / "manifest.json"), Manifest)
