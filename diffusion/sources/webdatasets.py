@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, is_image, read_image
+from diffusion.sources.images import NO_IMAGE, File, Picture, is_image, read_image
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -25,13 +25,15 @@ class Group(NamedTuple):
     key: str
     image: str
     """The first member that is an image; if there is none, the first member."""
-    label: str
+    others: tuple[str, ...] = ()
+    """Its other images, which are not used."""
+    label: str = ""
     """The name of its class; empty for none."""
-    left_out: str | None
+    left_out: str | None = None
 
 
 class WebDataset:
-    """One shard, or a folder of shards. The first image of a sample is used.
+    """One shard, or a folder of shards. The first image of a sample is used, with a warning if there are more.
 
     Its class is the text of `.cls`, or `class`, `label` or `cls` in `.json`. The shards' names may state splits. A
     sample whose label cannot be read is rejected.
@@ -75,7 +77,7 @@ class WebDataset:
             tar = Tar(path)
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
             for group in groups:
-                decode = partial(read_image, tar.file(group.image))
+                decode = partial(_read, tar.file(group.image), group.others)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
                 yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out)
 
@@ -87,14 +89,23 @@ def _groups(tar: Tar) -> Iterator[Group]:
         path = PurePosixPath(name)
         found.setdefault(str(path.parent / path.name.partition(".")[0]), []).append(name)
     for key, members in found.items():
-        image = next((name for name in members if is_image(tar.file(name))), None)
-        if image is None:
-            yield Group(key, members[0], "", NO_IMAGE)
+        images = [name for name in members if is_image(tar.file(name))]
+        if not images:
+            yield Group(key, members[0], left_out=NO_IMAGE)
             continue
         try:
-            yield Group(key, image, _label(tar, members), None)
+            yield Group(key, images[0], tuple(images[1:]), _label(tar, members))
         except (Unreadable, *BROKEN) as error:
-            yield Group(key, image, "", f"its label cannot be read ({error})")
+            yield Group(key, images[0], left_out=f"its label cannot be read ({error})")
+
+
+def _read(file: File, others: tuple[str, ...]) -> Picture:
+    """Decode an image of a sample, with a warning that names its `others`."""
+    picture = read_image(file)
+    if not others:
+        return picture
+    ignored = f"the first image of its sample is used, not {', '.join(others)}"
+    return picture._replace(warnings=(*picture.warnings, ignored))
 
 
 def _label(tar: Tar, members: list[str]) -> str:

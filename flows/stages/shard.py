@@ -1,12 +1,14 @@
 """Stage shard: convert raw images to webdataset shards."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from diffusion.errors import UserError
 from diffusion.progress import Progress, say
 from diffusion.sources import shards
+from diffusion.sources.locations import locate, resolved
 from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
@@ -21,8 +23,12 @@ MAX_LISTED = 5
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write data/shards; raises UserError if the source has an unknown format, is too small, or has linked folders."""
-    path = paths.root / params.shard.source
+    """Write data/shards; raises UserError if the source is missing, unknown or too small, or has linked folders."""
+    with locate(resolved(params.shard.source, paths.root)).at_hand("shard", paths.state) as path:
+        _write(path, params, paths)
+
+
+def _write(path: Path, params: Params, paths: Paths) -> None:
     if linked := linked_folders(path):
         raise UserError(
             f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "
