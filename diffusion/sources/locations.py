@@ -6,6 +6,8 @@ a tar archive several times, and needs the space for the shards anyway.
 
 import errno
 import glob
+import math
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from diffusion.storage.files import writing
 
 MAX_FILES = 100_000
 """Maximum number of files in a brace range."""
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MB = 10**6
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,12 +69,12 @@ class Location(NamedTuple):
         if self.fs is None:
             yield Path(self.source)
             return
-        if within is not None:
-            with writing(within):
-                within.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=within, prefix=".remote.") as temporary:
-            folder = Path(temporary).absolute()
-            path = folder / (self.name or "files")
+        within = within or Path(tempfile.gettempdir())
+        with writing(within):
+            within.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(dir=within, prefix=".remote.")
+        with temporary as folder:
+            path = Path(folder).absolute() / (self.name or "files")
             if self.folder is None:
                 targets = {self.files[0]: path}
             else:
@@ -94,20 +97,20 @@ class Location(NamedTuple):
             for file, target in targets.items():
                 target.symlink_to(file)
             return
-        with Progress(stage, -(-sum(size for _, size in facts.values()) // MB), "MB") as progress:
+        sizes = {file: known["size"] or 0 for file, known in facts.items()}  # None if the server does not say it
+        with Progress(stage, -(-sum(sizes.values()) // MB), "MB") as progress:
             advance = _Advance(progress)
             for file, target in targets.items():
                 with asking(_url(self.fs, file), target):
                     self.fs.get_file(file, str(target), callback=advance)
-                size = facts[file][1]
-                if self._facts(file) != facts[file] or (size and size != target.stat().st_size):
+                if self._facts(file) != facts[file] or sizes[file] not in (0, target.stat().st_size):
                     raise UserError(f"{_url(self.fs, file)}: changed while it was downloaded; try again")
 
-    def _facts(self, file: str) -> tuple[str, int]:
-        """The identity of a file's present content, and its size in bytes (0 if the server does not say it)."""
+    def _facts(self, file: str) -> dict[str, Any]:
+        """What the file system knows of a file at present, such as its size and etag."""
         with asking(_url(self.fs, file)):
             self.fs.invalidate_cache()
-            return self.fs.ukey(file), int(self.fs.info(file)["size"] or 0)
+            return dict(self.fs.info(file))
 
 
 class _Advance(Callback):  # type: ignore[misc] # fsspec has no types
@@ -183,7 +186,9 @@ def _info(fs: Any, path: str) -> dict[str, Any] | None:
     """Facts about a file or folder; None if it is not there."""
     try:
         facts: dict[str, Any] = fs.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None  # of a web server that does not answer
         return None
     return facts
 
@@ -194,9 +199,11 @@ def _is_pattern(path: str) -> bool:
 
 def _expand(fs: Any, pattern: str) -> Iterator[str]:
     """The files of a pattern, all of a brace range and those that match a glob."""
-    paths = list(islice(braceexpand(pattern), MAX_FILES + 1))
-    if len(paths) > MAX_FILES:
-        raise UserError(f"{pattern}: more than {MAX_FILES} files")
+    # braceexpand holds the numbers of all ranges in memory.
+    numbers = math.prod(abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(pattern))
+    paths = list(islice(braceexpand(pattern), MAX_FILES + 1)) if numbers <= MAX_FILES else []
+    if max(numbers, len(paths)) > MAX_FILES:
+        raise UserError(f"{_url(fs, pattern)}: more than {MAX_FILES} files")
     for path in paths:
         if not glob.has_magic(path):
             yield path
