@@ -154,7 +154,7 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
     before = ignored.read_bytes() if ignored.exists() else None
     try:
         _transfer(path, target, transfer)
-        _dvc_add(target, paths.root, links=transfer is _link)
+        _dvc_add(target, paths.root, transfer is _link)
         if origin is not None:
             record = read_yaml(tracked)
             record["desc"] = f"imported from {origin}"
@@ -212,9 +212,9 @@ def _transfer(path: Path, target: Path, transfer: Transfer) -> None:
         content.replace(target)
 
 
-def _dvc_add(target: Path, root: Path, links: bool) -> None:
+def _dvc_add(target: Path, root: Path, link: bool) -> None:
     command = [sys.executable, "-m", "dvc", "add", target.relative_to(root).as_posix()]
-    if links:
+    if link:
         command.append("--no-relink")  # else DVC replaces the links with copies from its cache
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:

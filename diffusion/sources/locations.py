@@ -25,7 +25,7 @@ from diffusion.errors import UserError, WriteFault
 from diffusion.progress import Progress
 from diffusion.storage.files import writing
 
-MAX_FILES = 100_000
+MAX_FILES = 10_000
 """Maximum number of files in a brace range."""
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MB = 10**6

@@ -96,11 +96,8 @@ def test_files_of_several_folders_keep_their_places(shards: Path, tmp_path: Path
         ("memory://nothing.zip", "memory://nothing.zip: no such file or folder"),
         ("memory://data/train-{0001..0003}.tar", "memory://data/train-0003.tar: no such file"),
         ("memory://data/x*.tar", "memory://data/x*.tar: matches no file"),
-        ("memory://data/{1..999999999}.tar", "memory://data/{1..999999999}.tar: more than 100000 files"),
-        (
-            "memory://data/{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}",
-            "memory://",
-        ),
+        ("memory://data/{1..999999999}.tar", "memory://data/{1..999999999}.tar: more than 10000 files"),
+        ("memory://data/" + 14 * "{a,b}", "memory://data/" + 14 * "{a,b}" + ": more than 10000 files"),
         ("memory://data/broken.zip", "memory://data/broken.zip: not a readable zip archive (File is not a zip file)"),
         ("memory://data/{train-broken,train-0001}.tar", "memory://data/train-broken.tar: not a readable tar archive ("),
         ("memory://data/notes.txt", "memory://data/notes.txt: no images in a supported format"),
