@@ -36,6 +36,8 @@ MAX_LISTED = 5
 """Maximum number of skipped files to list on the terminal."""
 MAX_SIZE = 4096
 """Maximum of `--size`."""
+VERSIONS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}
+"""Headers by which DVC notices that what is at a web address has changed."""
 Transfer = Callable[[Path, Path], Any]
 """Puts a file at a new path: a copy, a link, or the file itself."""
 
@@ -122,15 +124,16 @@ def _check_watched(where: Location, root: Path) -> None:
 
     url = where.source
     if where.pattern:
-        raise UserError(f"{url}: a range of files, which DVC cannot watch; leave out --link to copy them")
+        raise UserError(f"{url}: several files, which DVC cannot watch; leave out --link to copy them")
     try:
         with Repo(str(root)) as repo:
             fs, path = parse_external_url(url, config=repo.config)
-            found = fs.exists(path)
+            facts = fs.info(path)
     except Exception as error:  # each storage backend has its own exceptions
-        raise UserError(f"{url}: DVC cannot watch it ({' '.join(str(error).split())}); leave out --link") from None
-    if not found:
-        raise UserError(f"{url}: DVC does not find it; set its endpoint or leave out --link to copy it")
+        line = " ".join(str(error).split())
+        raise UserError(f"{url}: DVC cannot watch it ({line}); leave out --link to copy it") from None
+    if url.startswith("http") and not facts.keys() & VERSIONS:
+        raise UserError(f"{url}: its server does not say when it changes; leave out --link to copy it")
 
 
 def _check_free(target: Path) -> None:

@@ -41,7 +41,7 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3, **
     """Load the images of any source, such as a folder, at one size.
 
     Args:
-        path: a folder, .zip or .tar of images, an .npz file, or another source that `ddpm import` accepts.
+        path: a folder, .zip or .tar of images, an .npz file, or another source that `ddpm import` accepts, also at a URL.
         height: of the images returned, in pixels.
         width: of the images returned, in pixels.
         channels: 1, 3 or 4 for pictures; otherwise, that of the arrays.

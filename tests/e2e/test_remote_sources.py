@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import chdir
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +25,7 @@ from tests.command import ddpm
 from tests.e2e.conftest import wait_for
 from tests.e2e.test_dvc import call, git_clone, ran
 from tests.machine import free_port
+from tests.sources.test_locations import serving
 from tests.sources.test_webdatasets import samples, save
 from tests.training import trees
 
@@ -158,8 +161,11 @@ def test_what_cannot_be_read_or_watched_is_refused(tree: Path, server: dict[str,
     for source, message in (
         ("s3://images/nothing.zip", "no such file or folder"),
         ("s3://nothing/own.zip", "no such file or folder"),
-        ("s3://images/{own,own}.zip", "a range of files, which DVC cannot watch; leave out --link"),
-        ("memory://own.zip", "DVC cannot watch it (config file error: Unsupported URL type memory://); leave out"),
+        ("s3://images/{own,own}.zip", "several files, which DVC cannot watch; leave out --link"),
+        (
+            "memory://own.zip",
+            "DVC cannot watch it (config file error: Unsupported URL type memory://); leave out --link",
+        ),
     ):
         with fsspec.open("memory://own.zip", "wb") as file:
             file.write((originals / "pictures.zip").read_bytes())
@@ -167,3 +173,20 @@ def test_what_cannot_be_read_or_watched_is_refused(tree: Path, server: dict[str,
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"ddpm import: error: {source}: {message}")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_web_server_has_to_say_when_a_file_changes(tree: Path, originals: Path, dated: bool) -> None:
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+        def send_header(self, keyword: str, value: str) -> None:
+            if dated or keyword != "Last-Modified":
+                super().send_header(keyword, value)
+
+    with serving(partial(Handler, directory=str(originals))) as address:
+        url = f"{address}/pictures.zip"
+        done = ddpm(tree, "import", url, "--name", "x", "--link", "--size", "8", environment={})
+    assert done.returncode == (0 if dated else 1), done.stderr
+    refused = f"{url}: its server does not say when it changes; leave out --link to copy it"
+    assert (refused in done.stderr) == (not dated)

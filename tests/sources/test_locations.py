@@ -3,7 +3,8 @@
 import errno
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -182,22 +183,28 @@ def test_a_full_disk_is_told_from_a_lost_connection(
     assert not list(tmp_path.iterdir())
 
 
+@contextmanager
+def serving(handler: Callable[..., SimpleHTTPRequestHandler]) -> Iterator[str]:
+    """A web server's address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_a_web_server(shards: Path) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            assert contents(f"{url}/train-0001.tar?download=true") == contents(str(shards / "train-0001.tar"))
-            assert contents(f"{url}/train-{{0000..0002}}.tar") == contents(f"{shards}/train-{{0000..0002}}.tar")
-            with pytest.raises(UserError, match=r"none.tar: no such file or folder$"):
-                locate(f"{url}/none.tar")
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(partial(Quiet, directory=str(shards))) as url:
+        assert contents(f"{url}/train-0001.tar?download=true") == contents(str(shards / "train-0001.tar"))
+        assert contents(f"{url}/train-{{0000..0002}}.tar") == contents(f"{shards}/train-{{0000..0002}}.tar")
+        with pytest.raises(UserError, match=r"none.tar: no such file or folder$"):
+            locate(f"{url}/none.tar")
 
 
 def test_progress_in_megabytes_reaches_its_total(memory: Any, capsys: pytest.CaptureFixture[str]) -> None:
