@@ -2,7 +2,6 @@
 
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Group, Parameter
@@ -61,7 +60,7 @@ def preset(name: Annotated[Literal[NAMES] if NAMES else str, Parameter(help="A f
 
 @app.command(name="import", group=INPUTS)
 def import_data(
-    path: Path,
+    images: str,
     /,
     *,
     name: str,
@@ -77,8 +76,8 @@ def import_data(
     """Add your own images to data/raw and DVC, and set the parameters for training on them.
 
     Args:
-        path: A folder, .zip or .tar of images, Parquet files, webdataset shards, an .npz or .npy file, or a folder of
-            idx or CIFAR files.
+        images: A folder, .zip or .tar of images, Parquet files, webdataset shards, an .npz or .npy file, or a folder of
+            idx or CIFAR files; or a URL such as s3://bucket/pictures.zip; or several, such as train-{0000..0009}.tar.
         name: Name below data/raw.
         size: Side of the square images to train on; by default found by looking at some of them, at most 64.
         channels: 1, 3, or 4 to train on transparency, too; by default 1 or 3, or the channels of arrays.
@@ -86,7 +85,7 @@ def import_data(
         background: Colour behind transparent pixels and beside padded images; by default as in params.yaml.
         layout: Order of the axes of arrays, if it is ambiguous.
         value_range: The values of black and white of arrays, if their type does not say.
-        link: Link to the files instead of copying them.
+        link: Link to the files instead of copying them; what is at a URL stays there.
         split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
     """
     from diffusion.sources.reading import Reading
@@ -94,7 +93,7 @@ def import_data(
 
     given = {"channels": channels, "resize": resize, "background": background}
     importing.import_data(
-        path,
+        images,
         name,
         Paths(),
         link=link,

@@ -29,6 +29,7 @@ _TRACEBACK_END = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _PASSING = re.compile(
     r"[Uu]nable to acquire (the |file )?lock|is busy, it is being blocked by|Temporary failure in name resolution"
     r"|ConnectionError|Connection (refused|reset|aborted|timed out)|RemoteDisconnected|ConnectTimeout|ReadTimeout"
+    r"|Could not connect to the endpoint"
 )
 
 

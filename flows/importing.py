@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusion.progress import Progress
 from diffusion.sources import shards
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.images import MAX_PIXELS
+from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
@@ -30,15 +31,20 @@ from flows.dvc_output import reason
 from flows.made_with import leaves
 from flows.params import Pairs, read, validate
 from flows.paths import Paths
+from flows.yaml_files import read_yaml, write_yaml
 
 MAX_LISTED = 5
 """Maximum number of skipped files to list on the terminal."""
 MAX_SIZE = 4096
 """Maximum of `--size`."""
+VERSIONS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}
+"""Headers by which DVC notices that what is at a web address has changed."""
+Transfer = Callable[[Path, Path], Any]
+"""Puts a file at a new path: a copy, a link, or the file itself."""
 
 
 def import_data(
-    path: Path,
+    images: str | Path,
     name: str,
     paths: Paths,
     link: bool,
@@ -49,10 +55,10 @@ def import_data(
     """Copy or link images to data/raw/NAME (a file to data/raw/NAME.npz, .zip and so on) and add them to DVC.
 
     Args:
-        path: the images, in any supported format.
+        images: their path or URL, in any supported format, or a brace range or glob.
         name: name below data/raw.
         paths: paths of the working tree.
-        link: whether to create symbolic links instead of copies.
+        link: whether to create symbolic links instead of copies; what is at a URL stays there.
         reading: how to read what the files leave open.
         size: side of the images to train on; by default found by looking at some of them.
         pairs: other parameters of the section `pairs`.
@@ -65,53 +71,99 @@ def import_data(
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
+    where = locate(images)
+    target = paths.raw / f"{name}{ending(Path(where.name))}"
+    if in_place := link and where.remote:
+        _check_watched(where, paths.root)
+    else:
+        _check_free(target)
+    place = where.source if in_place else target.relative_to(paths.root).as_posix()
     before = read(paths.params) if paths.params.exists() else None
     max_pixels = MAX_PIXELS if before is None else validate(before, str(paths.params)).shard.max_pixels
-    source = open_source(path, reading)
-    description, findings = _description(source), inspecting.look_at(source, max_pixels)
-    target = paths.raw / (f"{name}{ending(path)}" if path.is_file() else name)
-    place = target.relative_to(paths.root).as_posix()
-    shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
-    changes = {"shard": shard} | findings.parameters(size)
-    changes["pairs"] |= pairs or {}
-    document = None if before is None else lay_over(copy.deepcopy(before), changes)
-    if document is None:
-        fit = Pairs(**changes["pairs"]).fit
-    else:
-        fit = validate(document, f"{paths.params} with what was found").pairs.fit
-    content = inspecting.contact_sheet(source, fit, max_pixels)
-    with writing(paths.state):
-        paths.state.mkdir(exist_ok=True)
-    # One import at a time, so that undoing a failed one cannot affect another.
-    with FileLock(paths.state / "import.lock"):
-        ignored = _copy_into_dvc(path, target, paths, link)
+    with where.at_hand("import", paths.state) as path:
+        source = open_source(path, reading)
+        description, findings = _description(source), inspecting.look_at(source, max_pixels)
+        shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
+        changes = {"shard": shard} | findings.parameters(size)
+        changes["pairs"] |= pairs or {}
+        document = None if before is None else lay_over(copy.deepcopy(before), changes)
+        if document is None:
+            fit = Pairs(**changes["pairs"]).fit
+        else:
+            fit = validate(document, f"{paths.params} with what was found").pairs.fit
+        values = source.describe_values() if isinstance(source, Arrays) else ""
+        content = inspecting.contact_sheet(source, fit, max_pixels)
+        with writing(paths.state):
+            paths.state.mkdir(exist_ok=True)
+        if not in_place:
+            # One import at a time, so that undoing a failed one cannot affect another.
+            with FileLock(paths.state / "import.lock"):
+                transfer = _link if link else shutil.move if where.remote else shutil.copyfile
+                _add_to_dvc(path, target, paths, transfer, where.source if where.remote else None)
     sheet = paths.state / "imports" / f"{name}.png"
     write_atomic(sheet, content)
     print(description)
     print(f"Pixels: {findings.describe(fit)}")
-    if isinstance(source, Arrays) and (values := source.describe_values()):
+    if values:
         print(f"Values: {values}")
     print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some images as the network will see them\n")
     if document is not None:
         write_changes(paths.params, before, document)
     else:
         print(f"{paths.params}: not there; set {', '.join(name for name, _ in leaves(changes))} where you train")
-    print(f"\nTo train on them, and to keep their DVC file in git:\n\n    git add {place}.dvc {ignored}")
+    if in_place:
+        print("\nTo train on them; they stay where they are, and DVC notices when they change:\n")
+    else:
+        print("\nTo train on them, and to keep their DVC file in git:\n")
+        print(f"    git add {place}.dvc {_ignored(paths).relative_to(paths.root).as_posix()}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
 
 
-def _copy_into_dvc(path: Path, target: Path, paths: Paths, link: bool) -> str:
-    """Copy or link a source and add it to DVC; returns the path of .gitignore relative to the root."""
-    tracked = target.with_name(f"{target.name}.dvc")
-    for existing in (target, tracked):
+def _check_watched(where: Location, root: Path) -> None:
+    """Raise UserError if a URL cannot be a dependency of DVC."""
+    from dvc.fs import parse_external_url  # imported here, since it takes a second
+    from dvc.repo import Repo
+
+    url = where.source
+    if where.pattern:
+        raise UserError(f"{url}: several files, which DVC cannot watch; leave out --link to copy them")
+    try:
+        with Repo(str(root)) as repo:
+            fs, path = parse_external_url(url, config=repo.config)
+            facts = fs.info(path)
+    except Exception as error:  # each storage backend has its own exceptions
+        line = " ".join(str(error).split())
+        raise UserError(f"{url}: DVC cannot watch it ({line}); leave out --link to copy it") from None
+    if url.startswith("http") and not facts.keys() & VERSIONS:
+        raise UserError(f"{url}: its server does not say when it changes; leave out --link to copy it")
+
+
+def _check_free(target: Path) -> None:
+    """Raise UserError if a name below data/raw is taken."""
+    for existing in (target, target.with_name(f"{target.name}.dvc")):
         if existing.exists() or existing.is_symlink():
             raise UserError(f"{existing}: already exists; choose another --name, or delete it first")
+
+
+def _ignored(paths: Paths) -> Path:
+    """Where DVC lists its files for git."""
+    return paths.raw / ".gitignore"
+
+
+def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, origin: str | None) -> None:
+    """Transfer a source to `target` and add it to DVC, with the URL it came from as a description."""
+    _check_free(target)
+    tracked = target.with_name(f"{target.name}.dvc")
     paths.raw.mkdir(parents=True, exist_ok=True)
-    ignored = paths.raw / ".gitignore"
+    ignored = _ignored(paths)
     before = ignored.read_bytes() if ignored.exists() else None
     try:
-        _copy_or_link(path, target, link)
-        _dvc_add(target, paths.root, link)
+        _transfer(path, target, transfer)
+        _dvc_add(target, paths.root, transfer is _link)
+        if origin is not None:
+            record = read_yaml(tracked)
+            record["desc"] = f"imported from {origin}"
+            write_yaml(tracked, record)
     except BaseException:
         _remove(target)
         tracked.unlink(missing_ok=True)
@@ -120,7 +172,6 @@ def _copy_into_dvc(path: Path, target: Path, paths: Paths, link: bool) -> str:
         else:
             ignored.unlink(missing_ok=True)
         raise
-    return ignored.relative_to(paths.root).as_posix()
 
 
 def _description(source: Source) -> str:
@@ -144,8 +195,12 @@ def _description(source: Source) -> str:
     return "\n".join(lines)
 
 
-def _copy_or_link(path: Path, target: Path, link: bool) -> None:
-    """Copy or link the files of `path` to `target`, all or none."""
+def _link(file: Path, target: Path) -> None:
+    target.symlink_to(file.resolve(strict=True))
+
+
+def _transfer(path: Path, target: Path, transfer: Transfer) -> None:
+    """Copy, move or link the files of `path` to `target`, all or none."""
     files = list(files_below(path)) if path.is_dir() else [path]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         content = Path(temporary) / target.name
@@ -155,10 +210,7 @@ def _copy_or_link(path: Path, target: Path, link: bool) -> None:
                 try:
                     with writing(copy):
                         copy.parent.mkdir(parents=True, exist_ok=True)
-                        if link:
-                            copy.symlink_to(file.resolve(strict=True))
-                        else:
-                            shutil.copyfile(file, copy)
+                        transfer(file, copy)
                 except OSError as error:
                     raise UserError(f"{file}: cannot be imported ({error.strerror or error})") from None
                 progress.advance(1)

@@ -100,7 +100,7 @@ class Shard(Section):
 
     source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
     """Data set: a folder, .zip or .tar of images, whose sub-folders are splits or classes; Parquet files; webdataset
-    shards; an .npz or .npy file; a folder of idx or CIFAR files."""
+    shards; an .npz or .npy file; a folder of idx or CIFAR files. A path, or a URL such as s3://bucket/pictures.zip."""
     split_names_as_classes: bool = False
     """Treat folders named like a split (train, test, ...) as classes, or as parts of one."""
     layout: Layout = "auto"

@@ -257,11 +257,12 @@ def _configure_dvc(workspace: Path) -> None:
 
 
 def _checkout_raw_data(workspace: Path) -> None:
-    """Check out the raw data from the DVC cache, unless they are in git."""
+    """Check out the raw data from the DVC cache, unless they are in git or at a URL."""
+    from diffusion.sources.locations import is_url
     from flows.params import load
 
     source = load(Paths(workspace).params).shard.source
-    if (workspace / source).exists():
+    if is_url(source) or (workspace / source).exists():
         return
     for tracked in sorted(Paths(workspace).raw.glob("*.dvc")):
         if (workspace / source).is_relative_to(tracked.with_suffix("")):

@@ -12,6 +12,7 @@ from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import BlockedImages
 from diffusion.pairs.pixels import Fit
 from diffusion.sources.images import Unreadable
+from diffusion.sources.locations import locate
 from diffusion.sources.sources import open_source
 
 
@@ -40,7 +41,7 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3, **
     """Load the images of any source, such as a folder, at one size.
 
     Args:
-        path: a folder, .zip or .tar of images, an .npz file, or another source that `ddpm import` accepts.
+        path: a folder, .zip or .tar of images, an .npz file, or another source that `ddpm import` accepts; or a URL.
         height: of the images returned, in pixels.
         width: of the images returned, in pixels.
         channels: 1, 3 or 4 for pictures; otherwise, that of the arrays.
@@ -49,7 +50,12 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3, **
     Raises:
         UserError: no supported images were found, or one cannot be read; the message names it.
     """
-    fit, source = Fit(channels, height, width, **options), open_source(Path(path))
+    with locate(path).at_hand("load_images") as place:
+        return _load(place, Fit(channels, height, width, **options))
+
+
+def _load(path: Path, fit: Fit) -> Images:
+    source = open_source(path)
     pixels, y = [], []
     for sample in source:
         if sample.left_out is not None:

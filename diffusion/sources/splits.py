@@ -21,6 +21,8 @@ SPLIT_NAMES: dict[str, Split] = {
 COPY_OF_TEST = "a copy of an image in the source's test split"
 ORDER: tuple[Split, ...] = ("test", "val", "train")
 """Held-out splits first: see Source."""
+MAX_NAMES = 3
+"""Maximum number of a split's files that are listed by name."""
 
 
 def by_file_name(root: Path, files: Sequence[Path]) -> tuple[list[tuple[Split | None, Path]], dict[Split, str]]:
@@ -41,11 +43,14 @@ def by_file_name(root: Path, files: Sequence[Path]) -> tuple[list[tuple[Split | 
     found: list[tuple[Split | None, Path]] = [
         (split, file) for split in ORDER for file, splits in sorted(named.items()) if split in splits
     ]
-    return found, {
-        split: " and ".join(file.relative_to(root).as_posix() for each, file in found if each == split)
-        for split in reversed(ORDER)
-        if any(each == split for each, _ in found)
-    }
+    names = {split: [file.relative_to(root).as_posix() for each, file in found if each == split] for split in ORDER}
+    return found, {split: _listed(names[split]) for split in reversed(ORDER) if names[split]}
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MAX_NAMES:
+        return f"{names[0]} to {names[-1]} ({len(names)} files)"
+    return " and ".join(names)
 
 
 def _words(path: Path) -> set[str]:

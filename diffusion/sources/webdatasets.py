@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, is_image, unsupported
+from diffusion.sources.images import MAX_PIXELS, NO_IMAGE, Decode, Picture, is_image, unsupported
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -24,13 +25,15 @@ class Group(NamedTuple):
     key: str
     image: str
     """The first image, if possible one that Pillow reads; if there is none, the first member."""
-    label: str
+    others: tuple[str, ...] = ()
+    """Its other images, which are not used."""
+    label: str = ""
     """The name of its class; empty for none."""
-    left_out: str | None
+    left_out: str | None = None
 
 
 class WebDataset:
-    """One shard, or a folder of shards. The first image of a sample is used.
+    """One shard, or a folder of shards. The first image of a sample is used, with a warning if there are more.
 
     Its class is the text of `.cls`, or `class`, `label` or `cls` in `.json`. The shards' names may state splits. A
     sample whose label cannot be read is rejected.
@@ -75,6 +78,7 @@ class WebDataset:
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
             for group in groups:
                 decode, size = decoder(tar.file(group.image))
+                decode = partial(_read, decode, group.others)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
                 yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out, size)
 
@@ -88,13 +92,23 @@ def _groups(tar: Tar) -> Iterator[Group]:
     for key, members in found.items():
         images = [name for name in members if is_image(tar.file(name))]
         if not images:
-            yield Group(key, members[0], "", NO_IMAGE)
+            yield Group(key, members[0], left_out=NO_IMAGE)
             continue
         image = min(images, key=lambda name: unsupported(PurePosixPath(name).suffix) is not None)  # the first
         try:
-            yield Group(key, image, _label(tar, members), None)
+            others = tuple(name for name in images if name != image)
+            yield Group(key, image, others, _label(tar, members))
         except (Unreadable, *BROKEN) as error:
-            yield Group(key, image, "", f"its label cannot be read ({error})")
+            yield Group(key, image, left_out=f"its label cannot be read ({error})")
+
+
+def _read(decode: Decode, others: tuple[str, ...], max_pixels: int = MAX_PIXELS) -> Picture:
+    """Decode an image of a sample, with a warning that names its `others`."""
+    picture = decode(max_pixels)
+    if not others:
+        return picture
+    ignored = f"the first image of its sample is used, not {', '.join(others)}"
+    return picture._replace(warnings=(*picture.warnings, ignored))
 
 
 def _label(tar: Tar, members: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Stage shard: convert raw images to webdataset shards."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from diffusion.errors import UserError
 from diffusion.progress import Progress, say
 from diffusion.sources import aside, report, shards
 from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources.locations import locate, resolved
 from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
@@ -25,10 +27,15 @@ MAX_LISTED = 5
 def run(params: Params, paths: Paths) -> None:
     """Write data/shards and the data report.
 
-    Raises UserError if the source has an unknown format, is too small, or has linked folders, or too many of its images
-    cannot be used; these are then in reports/rejected.csv.
+    Raises UserError if the source is missing, has an unknown format, is too small, or has linked folders, or too many
+    of its images cannot be used; these are then in reports/rejected.csv.
     """
-    path, options = paths.root / params.shard.source, params.shard
+    with locate(resolved(params.shard.source, paths.root)).at_hand("shard", paths.state) as path:
+        _write(path, params, paths)
+
+
+def _write(path: Path, params: Params, paths: Paths) -> None:
+    options = params.shard
     if linked := linked_folders(path):
         raise UserError(
             f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "

@@ -223,12 +223,12 @@ def test_a_concurrent_import_of_the_same_name_is_rejected(tree: Path, monkeypatc
         dvc_add(target, root, link)
 
     monkeypatch.setattr(importing, "_dvc_add", slow)
-    first = threading.Thread(target=importing.import_data, args=(tree / "elsewhere", "own", Paths(tree), False))
+    first = threading.Thread(target=importing.import_data, args=(str(tree / "elsewhere"), "own", Paths(tree), False))
     first.start()
     assert reached.wait(60)
     threading.Timer(0.5, go_on.set).start()
     with pytest.raises(UserError, match="already exists"):
-        importing.import_data(tree / "elsewhere" / "a", "own", Paths(tree), link=False)
+        importing.import_data(str(tree / "elsewhere" / "a"), "own", Paths(tree), link=False)
     first.join()
     assert sorted(path.name for path in (tree / "data/raw/own").rglob("*.png")) == ["1.png", "2.png"]
     assert (tree / "data/raw/own.dvc").exists()

@@ -210,6 +210,11 @@ def test_raw_data_tracked_by_dvc_come_from_the_cache() -> None:
 
 
 @pytest.mark.usefixtures("repository")
+def test_images_at_a_url_stay_there() -> None:
+    assert make("one", {"shard": {"source": "s3://bucket/pictures.zip"}}).is_dir()
+
+
+@pytest.mark.usefixtures("repository")
 def test_untracked_raw_data_are_rejected() -> None:
     Path("mine/.gitignore").parent.mkdir()
     Path("mine/.gitignore").write_text("*\n")

@@ -89,7 +89,9 @@ def test_the_first_image_of_several_counts_and_a_sample_without_is_rejected(tmp_
         ],
     )
     first, second = open_source(path)
-    np.testing.assert_array_equal(np.asarray(first.decode().image), PIXELS[1])
+    picture = first.decode()
+    np.testing.assert_array_equal(np.asarray(picture.image), PIXELS[1])
+    assert picture.warnings == ("the first image of its sample is used, not x/1.mask.png",)
     assert first.left_out is None
     assert (second.file, second.left_out) == ("a.tar: x/2.cls", "not an image, or of a kind that Pillow cannot read")
 
