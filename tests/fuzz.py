@@ -1,6 +1,6 @@
 """Read thousands of damaged data sets: each must be refused in one line, or read with every image accounted for.
 
-    python tests/fuzz.py                        # 6,600 inputs, some seconds
+    python tests/fuzz.py                        # 7,200 inputs, some seconds
     python tests/fuzz.py --count 50 --only zip  # fewer, of one kind
     python tests/fuzz.py --only png --first 17 --count 1    # input 17 alone, to look into a failure
 
@@ -111,6 +111,12 @@ def an_npz() -> bytes:
     return buffer.getvalue()
 
 
+def an_npy(dtype: str) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, (np.arange(400).reshape(5, 5, 4, 4) / 399).astype(dtype))
+    return buffer.getvalue()
+
+
 IDX = bytes([0, 0, 8, 3]) + struct.pack(">3I", 5, 4, 3) + bytes(range(60))
 CIFAR = b"".join(bytes([number]) + bytes(3072) for number in range(2))
 CSV = b'file_name,label,text\n0.png,cat,x\n1.png,dog,"a, b"\n2.png,,\n'
@@ -140,6 +146,8 @@ KINDS: dict[str, Kind] = {
     "tar.gz": Kind("x.tar.gz", a_tar("w:gz"), whole=True),
     "parquet": Kind("x.parquet", a_parquet(), whole=True),
     "npz": Kind("x.npz", an_npz(), whole=True),
+    "npy": Kind("x.npy", an_npy("<f4"), whole=True),
+    "npy16": Kind("x.npy", an_npy(">u2"), whole=True),
     "idx": Kind("train-images-idx3-ubyte", IDX),
     "idx.gz": Kind("train-images-idx3-ubyte.gz", zlib.compress(IDX, wbits=31)),
     "cifar": Kind("data_batch_1.bin", CIFAR, CIFAR_FILES | {"batches.meta.txt": b"a\nb\n"}),

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Literal, Self
 
 import numpy as np
@@ -54,8 +55,11 @@ class Arrays:
                     raise UserError(f"{path}: contains no array `images` (found: {shortened(names)})")
             with self._open() as file:
                 self.shape, self.dtype = self._header(file)
-        except (TypeError, KeyError, *BROKEN) as error:
+                size, rest = math.prod(self.shape) * self.dtype.itemsize, self._size() - file.tell()
+        except (TypeError, KeyError, TokenError, *BROKEN) as error:
             raise UserError(f"{path}: not a readable {path.suffix} file ({error})") from None
+        if rest != size:
+            raise UserError(f"{path}: contains {rest} bytes for {self.dtype} of shape {self.shape}, which needs {size}")
         self.layout = _layout(path, self.shape, reading.layout)
         self._given_range = reading.value_range
         if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
@@ -71,6 +75,13 @@ class Arrays:
             return self.path.open("rb")
         with zipfile.ZipFile(self.path) as archive:  # the file stays open until the member is closed
             return archive.open("images.npy")
+
+    def _size(self) -> int:
+        """Size of the .npy data in bytes."""
+        if self.path.suffix == ".npy":
+            return self.path.stat().st_size
+        with zipfile.ZipFile(self.path) as archive:
+            return archive.getinfo("images.npy").file_size
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Read the shape and the type, and check them."""
@@ -183,7 +194,8 @@ def _eight_bits(pixels: NDArray[Any], value_range: tuple[float, float]) -> tuple
     """Scale values linearly to 0 to 255, rounding halves to even; and a warning if some were clipped."""
     if pixels.dtype.name == "uint8" and value_range == FULL_RANGE["uint8"]:
         return pixels, ()
-    values = pixels.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN may be a signalling one
+        values = pixels.astype(np.float64)
     if not np.isfinite(values).all():
         raise Unreadable("contains values that are not finite numbers")
     low, high = value_range

@@ -144,3 +144,12 @@ def test_the_values_are_described(tmp_path: Path) -> None:
         "uint16 from 12 to 4095, brought to 8 bits: 0 becomes 0, 4095 255"
     )
     assert Arrays(save(tmp_path / "b.npy", deep.astype(np.uint8))).describe_values() == ""
+
+
+@pytest.mark.parametrize(("change", "right"), [(-1, 15), (1, 17)])
+def test_the_size_of_the_file_is_checked_first(tmp_path: Path, change: int, right: int) -> None:
+    path = save(tmp_path / "a.npy", np.zeros((4, 2, 2), np.uint8))
+    content = path.read_bytes()
+    path.write_bytes(content[:change] if change < 0 else content + bytes(change))
+    with pytest.raises(UserError, match=rf"contains {right} bytes for uint8 of shape \(4, 2, 2\), which needs 16$"):
+        Arrays(path)
