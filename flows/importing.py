@@ -162,7 +162,7 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
         _dvc_add(target, paths.root, transfer is _link)
         if origin is not None:
             record = read_yaml(tracked)
-            record["desc"] = f"imported from {origin}"
+            record["desc"] = f"imported from {origin.partition('?')[0]}"  # what follows may be a secret
             write_yaml(tracked, record)
     except BaseException:
         _remove(target)

@@ -28,12 +28,13 @@ from diffusion.storage.files import writing
 MAX_FILES = 10_000
 """Maximum number of files in a brace range."""
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+"""Numbers in braces, with an optional step."""
 MB = 10**6
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Location(NamedTuple):
-    """Files that exist."""
+    """The files of a source."""
 
     source: str
     fs: Any
@@ -53,7 +54,7 @@ class Location(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the single file; empty for a folder."""
-        return "" if self.folder is not None else _path(self.files[0]).name
+        return "" if self.folder is not None else _path(self.files[0]).name.removeprefix("..")
 
     @contextmanager
     def at_hand(self, stage: str, within: Path | None = None) -> Iterator[Path]:
@@ -92,7 +93,8 @@ class Location(NamedTuple):
         """Download or link files, creating the folders of the targets."""
         facts = {file: self._facts(file) for file in targets}
         for target in targets.values():
-            target.parent.mkdir(parents=True, exist_ok=True)
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
         if not self.remote:
             for file, target in targets.items():
                 target.symlink_to(file)
@@ -101,14 +103,14 @@ class Location(NamedTuple):
         with Progress(stage, -(-sum(sizes.values()) // MB), "MB") as progress:
             advance = _Advance(progress)
             for file, target in targets.items():
-                with asking(_url(self.fs, file), target):
+                with _asking(_url(self.fs, file), target):
                     self.fs.get_file(file, str(target), callback=advance)
                 if self._facts(file) != facts[file] or sizes[file] not in (0, target.stat().st_size):
                     raise UserError(f"{_url(self.fs, file)}: changed while it was downloaded; try again")
 
     def _facts(self, file: str) -> dict[str, Any]:
         """What the file system knows of a file at present, such as its size and etag."""
-        with asking(_url(self.fs, file)):
+        with _asking(_url(self.fs, file)):
             self.fs.invalidate_cache()
             return dict(self.fs.info(file))
 
@@ -144,7 +146,7 @@ def locate(source: str | Path) -> Location:
         if not Path(source).exists():
             raise UserError(f"{source}: no such file or folder")
         return _here(source)
-    with asking(source):
+    with _asking(source):
         fs, path = url_to_fs(source)
         found = _info(fs, path)
         if found is None:
@@ -164,7 +166,7 @@ def _here(path: str) -> Location:
 
 
 @contextmanager
-def asking(url: str, target: Path | None = None) -> Iterator[None]:
+def _asking(url: str, target: Path | None = None) -> Iterator[None]:
     """Convert the errors of any file system to UserError with one line that names `url`, or the `target` on this disk.
 
     Each file system raises the exceptions of its own library.

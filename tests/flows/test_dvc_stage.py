@@ -89,6 +89,7 @@ def test_of_dvcs_own_error_the_message_says_what_happened_and_not_where_to_get_h
         ("Unable to acquire lock. Most likely another DVC process is running", True),
         ("ConnectionError: connection lost", True),
         ("requests.exceptions.ReadTimeout: 10 s", True),
+        ('s3://a/b.zip: cannot be read (Could not connect to the endpoint URL: "http://127.0.0.1:1/")', True),
         ("ValueError: wrong shape", False),
         ("ddpm train: error: params.yaml: train.steps: no such parameter", False),
     ],

@@ -142,6 +142,14 @@ def test_names_that_lead_out_of_the_folder_are_refused(memory: Any, tmp_path: Pa
         where._replace(files=("/data/a//b", "/data/a/b")).at_hand("test", tmp_path),
     ):
         pass
+    memory.pipe({"/data/..": b"x", f"/data/{'x' * 300}/a.png": b"x"})
+    with locate("memory://data")._replace(files=("/data/..",), folder=None).at_hand("test", tmp_path) as path:
+        assert path.name == "files"
+    with (
+        pytest.raises(WriteFault, match="choose a shorter name"),
+        where._replace(fs=memory, files=(f"/data/{'x' * 300}/a.png",)).at_hand("test", tmp_path),
+    ):
+        pass
     assert not list(tmp_path.iterdir())
 
 
