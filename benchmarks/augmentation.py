@@ -73,12 +73,13 @@ def nearest(pixels: Pixels, training: Pixels) -> NDArray[np.float64]:
 
 def train(training: Pixels, held_out: Pixels, options: TrainOptions, seed: int) -> tuple[list[Row], Row, Pixels]:
     """Train; returns errors during training, figures at the end, and samples."""
+    augment = options.augmentation(len(training))
     model = Model.new((3, SIDE, SIDE), UNetOptions(patch_size=2, channel_multipliers=(1, 2), dropout=0.1), seed=seed)
-    state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule)  # type: ignore[arg-type]
+    state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule, augmented=augment > 0)  # type: ignore[arg-type]
     model = Model(state.average, model.process, model.config)
     T = model.process.schedule.num_timesteps
     seen, unseen = in_memory(training, seed, T), in_memory(held_out, 0, T)
-    fetch = Batches(seen, seed, options.batch_size, augment=options.augment)
+    fetch = Batches(seen, seed, options.batch_size, augment=augment)
     trainer = loop.Trainer(options, seed, model.process.loss, fetch, state.net)
     curve, began = [], time.perf_counter()
     for step in range(1, options.steps + 1):
@@ -90,7 +91,7 @@ def train(training: Pixels, held_out: Pixels, options: TrainOptions, seed: int) 
     distance, usual = nearest(samples, training), nearest(held_out, training)
     figures = {
         "images": len(training),
-        "augment": options.augment,
+        "augment": augment,
         "seed": seed,
         "best_mse": best(curve)["mse"],
         "best_step": best(curve)["step"],

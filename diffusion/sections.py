@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -140,6 +141,18 @@ LARGEST = 2**53
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _fraction_or_auto(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 <= value < 1):
+        expected = "'auto' or a number from 0 to below 1"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return value
+
+
+_OR_AUTO = {"anyOf": [{"type": "string", "enum": ["auto"]}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}]}
+AutoFraction = Annotated[float | Literal["auto"], BeforeValidator(_fraction_or_auto), WithJsonSchema(_OR_AUTO)]
 Channels = Annotated[int, Field(ge=8, le=LARGEST, multiple_of=8)]
 
 

@@ -75,10 +75,10 @@ def training(where: Where, params: Params) -> list[Tensor]:
         rng = np.random.default_rng(step)
         x_0, eps = (rng.standard_normal((8, *SHAPE), dtype=np.float32) for _ in range(2))
         t, y, u = rng.integers(0, 100, 8), rng.integers(-1, 3, 8), rng.random(8)
-        return Batch(x_0.clip(-1, 1), t, eps, y, u, rng.random((8, 8 if params.train.augment else 0), np.float32))
+        return Batch(x_0.clip(-1, 1), t, eps, y, u, rng.random((8, 8 if augmented else 0), np.float32))
 
-    model = model_on(where, params)
-    state = new_state(model.net.train(), params.train, model.process.schedule)  # type: ignore[arg-type]
+    model, augmented = model_on(where, params), params.train.augmentation(1000) > 0
+    state = new_state(model.net.train(), params.train, model.process.schedule, augmented=augmented)  # type: ignore[arg-type]
     trainer = loop.Trainer(params.train, 0, model.process.loss, fetch, state.net)
     for _ in range(3):
         loop.step(state, trainer)

@@ -40,9 +40,11 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
             f"expects shape {model.shape} and classes {model.config.classes}"
         )
     device = next(model.net.parameters()).device
-    state = new_state(model.net.train().requires_grad_(True), options, model.process.schedule)
+    augment = options.augmentation(len(images))
+    trained = model.net.train().requires_grad_(True)
+    state = new_state(trained, options, model.process.schedule, augmented=augment > 0)
     blocks = Blocks(images, seed, model.process.schedule.num_timesteps)
-    fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout, options.augment)
+    fetch = Batches(blocks, seed, options.batch_size, options.flip, options.class_dropout, augment)
     total = options.steps * options.batch_size
     with (
         prefetched(fetch, device) as batches,
@@ -50,7 +52,7 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
         torch.enable_grad(),
         ExitStack() as at_the_end,
     ):
-        if options.augment:
+        if augment:
             at_the_end.callback(state.net.conditions.drop_augmentation)
         compiling = should_compile(options, device, lambda: count(state.net, images.shape).flops)
         net = runnable(state.net, options, World(), compiling)

@@ -167,11 +167,15 @@ def new_state(
     options: TrainOptions,
     schedule: Schedule,
     shard_weights: Callable[[Network], Network] = lambda net: net,
+    augmented: bool = False,
 ) -> State:
-    """The state of a training run at step 0; `shard_weights` shards a network over the processes."""
+    """The state of a training run at step 0; `shard_weights` shards a network over the processes.
+
+    With `augmented`, the network gets a layer for augmentation, which the averaged weights, and so the model, lack.
+    """
     device = float64_device(next(net.parameters()).device)
     average = shard_weights(ema.average_of(net))
-    if options.augment:  # the average, which becomes the model, is of unaugmented images
+    if augmented:
         net.conditions.accept_augmentation(PARAMETERS)
     net = shard_weights(net)
     return State(

@@ -131,10 +131,10 @@ class Training:
     def run(self) -> tuple[Model, State]:
         """Train to the end; returns the model and the final state."""
         params, options, world, seed = self.params, self.params.train, self.world, self.params.seed
-        counts = self.counts
+        counts, augment = self.counts, options.augmentation(self.pairs.images)
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
         shard_weights = partial(distributed.shard_weights, options=options, world=world)
-        state = new_state(self.net, options, self.process.schedule, shard_weights)
+        state = new_state(self.net, options, self.process.schedule, shard_weights, augmented=augment > 0)
         checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
         checkpoints.restore(state)
         model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
@@ -144,7 +144,7 @@ class Training:
             options.batch_size,
             options.flip,
             options.class_dropout,
-            options.augment,
+            augment,
             world.rank,
             world.size,
         )
@@ -155,6 +155,7 @@ class Training:
                     f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
                     + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
                     + f", {self.pairs.images} images"
+                    + (f", augmented ({augment:g})" if augment else "")
                     + (f", resuming from step {state.step}" if state.step else "")
                 )
                 live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))

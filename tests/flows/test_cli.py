@@ -139,6 +139,7 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     expected = {
         "train.steps": "train.steps = 7 (default 1000)   integer, at least 1",
         "train.decay": "train.decay = cosine (default linear)   constant | linear | cosine",
+        "train.augment": "train.augment = auto (default)   auto | number, at least 0 and below 1",
         "train.compile": "train.compile = auto (default)   true | false | auto",
         "process.loss": "process.loss = mse (default)   mse | l1 | huber",
         "process.weighting.gamma": "process.weighting.gamma (default 5.0)   number, above 0",

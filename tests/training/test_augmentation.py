@@ -26,8 +26,8 @@ def new_model() -> Model:
 
 def started() -> tuple[State, loop.Trainer]:
     model = new_model()
-    state = new_state(model.net.train().requires_grad_(True), OPTIONS, model.process.schedule)  # type: ignore[arg-type]
-    batches = Batches(Blocks(images(), 3, 100), 3, OPTIONS.batch_size, augment=OPTIONS.augment)
+    state = new_state(model.net.train().requires_grad_(True), OPTIONS, model.process.schedule, augmented=True)  # type: ignore[arg-type]
+    batches = Batches(Blocks(images(), 3, 100), 3, OPTIONS.batch_size, augment=0.4)
     return state, loop.Trainer(OPTIONS, 3, model.process.loss, batches, state.net)
 
 
@@ -70,13 +70,22 @@ def test_resumed_training_is_the_same(tmp_path: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_few_images_are_augmented_by_default() -> None:
+    default = TrainOptions()
+    assert [default.augmentation(images) for images in (1, 999, 1000)] == [0.12, 0.12, 0]
+    assert OPTIONS.augmentation(10**6) == 0.4
+    fitted = [
+        fit(new_model(), images(), OPTIONS.model_copy(update={"augment": augment})) for augment in ("auto", 0.12, 0.0)
+    ]
+    same = [all(map(torch.equal, weights(fitted[0]), weights(other))) for other in fitted[1:]]
+    assert same == [True, False]
+
+
 def test_fitting_leaves_no_layer_behind(tmp_path: Path) -> None:
     model = new_model()
     fitted = fit(model, images(), OPTIONS)
     fitted.save(tmp_path / "model")
     assert Model.load(tmp_path / "model").net.state_dict().keys() == model.net.state_dict().keys()
-    plain = fit(new_model(), images(), OPTIONS.model_copy(update={"augment": 0.0}))
-    assert any(not torch.equal(ours, theirs) for ours, theirs in zip(*map(weights, (fitted, plain)), strict=True))
     with pytest.raises(UserError, match="not finite"):
         fit(model, images(), OPTIONS.model_copy(update={"learning_rate": 1e38}))
     assert LAYER not in model.net.state_dict()
