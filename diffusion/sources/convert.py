@@ -1,15 +1,14 @@
 """Conversion of a source's images to what the shards store of them, by an executor."""
 
-import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.sources import png
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.images import Picture, digest
 from diffusion.storage.executors import TRIES, Executor, LostWorker
@@ -79,15 +78,17 @@ def _convert(chunk: Sequence["Sample"]) -> list[Converted | str]:
 
 def _converted(decode: Callable[[], Picture]) -> Converted | str:
     try:
-        image, mode, several, warnings = decode()
+        picture = decode()
     except Unreadable as error:
         return str(error)
-    histogram = np.array(image.histogram())
-    return Converted(png(image), digest(image), histogram, image.mode, mode, image.size, several, warnings)
-
-
-def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG, deterministically; with fast compression, since the images are small."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    image = picture.image
+    return Converted(
+        png=picture.png or png.encode(image),
+        digest=digest(image),
+        histogram=np.array(image.histogram()),
+        stored_mode=image.mode,
+        mode=picture.mode,
+        size=image.size,
+        several=picture.several,
+        warnings=picture.warnings,
+    )

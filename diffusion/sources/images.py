@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from diffusion.errors import SystemFault
 from diffusion.sources.colours import Unreadable as Unreadable
 from diffusion.sources.colours import from_16_bits, join, separate, to_srgb
+from diffusion.sources.png import is_plain
 from diffusion.storage.files import reading
 
 RAW = re.compile(
@@ -70,6 +71,8 @@ class Picture(NamedTuple):
     """Whether the file has more pages or frames than this first one."""
     warnings: tuple[str, ...] = ()
     """Warnings of the decoder, one line each."""
+    png: bytes | None = None
+    """The file, if it is a PNG with these pixels and nothing else."""
 
 
 def read_image(path: File) -> Picture:
@@ -133,8 +136,11 @@ def raise_read_errors(file: IO[bytes]) -> None:
 def digest(image: Image.Image) -> int:
     """64-bit digest, equal for images of the same size with the same colour in all visible pixels."""
     pixels = np.array(image.convert("RGBA"))
-    pixels[pixels[..., 3] == 0] = 0
-    content = hashlib.blake2b(np.array(pixels.shape, "<u8").tobytes() + pixels.tobytes(), digest_size=8)
+    content = hashlib.blake2b(np.array(pixels.shape, "<u8"), digest_size=8)
+    if image.mode == "RGBA":
+        whole = pixels.view("<u4")
+        whole[whole < 2**24] = 0  # alpha, the last byte, is 0
+    content.update(pixels)
     return int.from_bytes(content.digest())
 
 
@@ -151,7 +157,8 @@ def _line(text: str) -> str:
 @lru_cache
 def _formats() -> list[str]:
     Image.init()
-    return sorted(Image.OPEN.keys() - NOT_DECODED)
+    # Pillow tries them in turn; the first are recognized by their first bytes alone, and are the most frequent ones.
+    return ["PNG", "JPEG", *sorted(Image.OPEN.keys() - NOT_DECODED - {"PNG", "JPEG"})]
 
 
 @lru_cache
@@ -191,7 +198,8 @@ def _read(path: File) -> Picture:
         colour, alpha = from_16_bits(image, 4095 if bits == 12 else 65535, negative)
     else:
         colour, alpha = separate(image)
-    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several)
+    as_it_is = content if is_plain(content) else None
+    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several, png=as_it_is)
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:

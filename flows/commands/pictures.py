@@ -15,8 +15,7 @@ from diffusion.errors import UsageError, UserError
 from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
-from diffusion.sources import images
-from diffusion.sources.convert import png
+from diffusion.sources import images, png
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
@@ -98,7 +97,7 @@ def _npz(path: Path, pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -
 def _folder(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture[0] if len(picture) == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
-        yield path / _numbered(number), png(image)
+        yield path / _numbered(number), png.encode(image)
 
 
 def _numbered(number: int) -> str:
