@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError
+from diffusion.sources import png
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
@@ -102,12 +103,20 @@ def _convert(max_pixels: int, chunk: Sequence["Sample"]) -> list[Converted | Rej
 
 def _converted(decode: Callable[[], Picture]) -> Converted | Rejected:
     try:
-        image, mode, several, warnings = decode()
+        picture = decode()
     except Unreadable as error:
         return Rejected(str(error), thumbnail(error.thumbnail) if error.thumbnail else None)
-    histogram = np.array(image.histogram())
+    image = picture.image
     return Converted(
-        encode(image), digest(image), histogram, image.mode, mode, image.size, several, warnings, perceptual_hash(image)
+        content={"png": picture.png} if picture.png else encode(image),
+        digest=digest(image),
+        histogram=np.array(image.histogram()),
+        stored_mode=image.mode,
+        mode=picture.mode,
+        size=image.size,
+        several=picture.several,
+        warnings=picture.warnings,
+        perceptual_hash=perceptual_hash(image),
     )
 
 
@@ -115,17 +124,16 @@ def thumbnail(image: Image.Image | Bands) -> bytes:
     """A small PNG of an image, on white; of separate channels, the first one."""
     small = (image.bands[0] if isinstance(image, Bands) else image).convert("RGBA")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return encode(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))["png"]
+    return png.encode(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))
 
 
 def encode(image: Image.Image | Bands) -> dict[str, bytes]:
-    """Encode an image deterministically: as `png`, with fast compression, or as `npy` where PNG has no such mode."""
+    """Encode an image deterministically: as `png`, or as `npy` where PNG has no such mode."""
+    if not isinstance(image, Bands):
+        return {"png": png.encode(image)}
     buffer = io.BytesIO()
-    if isinstance(image, Bands):
-        np.lib.format.write_array(buffer, image.pixels(), allow_pickle=False)
-        return {"npy": buffer.getvalue()}
-    image.save(buffer, "PNG", compress_level=1)
-    return {"png": buffer.getvalue()}
+    np.lib.format.write_array(buffer, image.pixels(), allow_pickle=False)
+    return {"npy": buffer.getvalue()}
 
 
 def decode(content: bytes) -> Image.Image | Bands:

@@ -22,6 +22,7 @@ from diffusion.errors import SystemFault
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable as Unreadable
 from diffusion.sources.colours import from_16_bits, join, separate, to_srgb
+from diffusion.sources.png import is_plain
 from diffusion.storage.files import reading
 
 RAW = re.compile(
@@ -81,6 +82,8 @@ class Picture(NamedTuple):
     """Whether the file has more pages or frames than this first one."""
     warnings: tuple[str, ...] = ()
     """Warnings of the decoder, one line each."""
+    png: bytes | None = None
+    """The file, if it is a PNG with these pixels and nothing else."""
 
 
 class Decode(Protocol):
@@ -169,12 +172,12 @@ def raise_read_errors(file: IO[bytes]) -> None:
 
 def digest(image: Image.Image | Bands) -> int:
     """64-bit digest, equal for images of the same size with the same colour in all visible pixels."""
-    if isinstance(image, Bands):
-        pixels = image.pixels()
-    else:
-        pixels = np.array(image.convert("RGBA"))
-        pixels[pixels[..., 3] == 0] = 0
-    content = hashlib.blake2b(np.array(pixels.shape, "<u8").tobytes() + pixels.tobytes(), digest_size=8)
+    pixels = image.pixels() if isinstance(image, Bands) else np.array(image.convert("RGBA"))
+    content = hashlib.blake2b(np.array(pixels.shape, "<u8").data, digest_size=8)
+    if image.mode == "RGBA":
+        whole = pixels.view("<u4")
+        whole[whole < 2**24] = 0  # alpha, the last byte, is 0
+    content.update(pixels.data)
     return int.from_bytes(content.digest())
 
 
@@ -194,7 +197,8 @@ def _line(text: str) -> str:
 @lru_cache
 def _formats() -> list[str]:
     Image.init()
-    return sorted(Image.OPEN.keys() - NOT_DECODED)
+    # Pillow tries them in turn; the first are recognized by their first bytes alone, and are the most frequent ones.
+    return ["PNG", "JPEG", *sorted(Image.OPEN.keys() - NOT_DECODED - {"PNG", "JPEG"})]
 
 
 @lru_cache
@@ -251,7 +255,8 @@ def _read(path: File) -> Picture:
         colour, alpha = from_16_bits(image, 4095 if bits == 12 else 65535, negative)
     else:
         colour, alpha = separate(image)
-    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several)
+    as_it_is = content if is_plain(content) else None
+    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several, png=as_it_is)
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:

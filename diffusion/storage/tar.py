@@ -5,13 +5,12 @@ A split consists of `SPLIT-000000.tar`, `SPLIT-000001.tar`, ...; a sample is a g
 """
 
 import hashlib
-import io
 import mmap
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -66,7 +65,7 @@ class Writer:
         self.directory, self.split = directory, split
         self.max_samples, self.max_bytes = max_samples, max_bytes
         self.tars: list[Tar] = []
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Any = None
         self._samples = 0
 
     def __enter__(self) -> Self:
@@ -78,15 +77,16 @@ class Writer:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append a sample, given as contents by extension."""
         size = sum(map(len, members.values()))
-        if self._tar and (self._samples == self.max_samples or self._tar.offset + size > self.max_bytes):
+        if self._tar and (self._samples == self.max_samples or self._tar.tarstream.offset + size > self.max_bytes):
             self._finish()
         with writing(self._path()):
             if self._tar is None:
-                self._tar = tarfile.open(self._path(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see _finish)
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")  # its defaults: mtime 0, uid and gid 0, mode 0644
-                info.size = len(content)
-                self._tar.addfile(info, io.BytesIO(content))
+                from webdataset import TarWriter  # it imports torch, which worker processes do without
+
+                self._file = self._path().open("wb")
+                self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
+            for extension, content in members.items():  # one by one, since it would sort them
+                self._tar.write({"__key__": key, extension: content})
         self._samples += 1
 
     def _path(self) -> Path:
@@ -96,7 +96,7 @@ class Writer:
         if self._tar is None:
             return
         path = self._path()
-        with writing(path):
+        with writing(path), self._file:
             self._tar.close()
         self.tars.append(Tar(name=path.name, samples=self._samples, bytes=path.stat().st_size, sha256=sha256(path)))
         self._tar, self._samples = None, 0

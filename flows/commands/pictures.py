@@ -15,9 +15,8 @@ from diffusion.errors import UsageError, UserError
 from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
-from diffusion.sources import images
+from diffusion.sources import images, png
 from diffusion.sources.bands import Bands
-from diffusion.sources.convert import encode
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
@@ -103,7 +102,7 @@ def _npz(path: Path, pictures: NDArray[np.uint8], y: NDArray[np.int64] | None) -
 def _folder(path: Path, pictures: NDArray[np.uint8], _: NDArray[np.int64] | None) -> Iterator[tuple[Path, bytes]]:
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture[0] if len(picture) == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
-        yield path / _numbered(number), encode(image)["png"]
+        yield path / _numbered(number), png.encode(image)
 
 
 def _numbered(number: int) -> str:
