@@ -64,8 +64,8 @@ def draw_samples(
     return to_uint8(x_t.cpu().numpy())
 
 
-def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
-    """Encode images (N, C, H, W) as a PNG with a nearly square grid.
+def grid_png(images: NDArray[np.uint8], side: int = 512, columns: int | None = None) -> bytes:
+    """Encode images (N, C, H, W) as a PNG with a grid, by default a nearly square one.
 
     Of images with other than 1, 3 or 4 channels, `visible` chooses some. Images smaller than MIN_CELL are enlarged by
     an integer factor with nearest-neighbour interpolation, at least to MIN_CELL and up to a grid of `side` pixels,
@@ -73,7 +73,7 @@ def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
     """
     images = visible(images)
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     longest, line = max(height, width), 1
     scale = max(math.ceil(MIN_CELL / longest), side // (columns * longest)) if longest < MIN_CELL else 1
@@ -88,6 +88,6 @@ def grid_png(images: NDArray[np.uint8], side: int = 512) -> bytes:
     return buffer.getvalue()
 
 
-def save_grid(images: NDArray[np.uint8], path: str | Path, side: int = 512) -> None:
+def save_grid(images: NDArray[np.uint8], path: str | Path, side: int = 512, columns: int | None = None) -> None:
     """Write images (N, C, H, W) to a PNG file as a grid; see `grid_png`."""
-    write_atomic(Path(path), grid_png(images, side))
+    write_atomic(Path(path), grid_png(images, side, columns))
