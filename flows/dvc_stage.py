@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -41,12 +41,15 @@ class PassingStageError(StageError):
     """A transient error, worth retrying: a busy lock, a lost connection."""
 
 
-def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
+def run(
+    stage: str, workspace: Path, on_line: Callable[[str], None], settings: Mapping[str, str] | None = None
+) -> Outcome:
     """Bring one stage up to date in a workspace, as `dvc repro --single-item` does.
 
     Every line of output but DVC's advice goes to `on_line` as it is written. An exception that
     interrupts the wait (from a signal, from `on_line`) stops the stage's processes and is raised again; if this process
     is killed, they stop by themselves (see flows/parent.py).
+    `settings` are environment variables for the stage.
 
     Raises: StageError, or PassingStageError if retrying may help.
     """
@@ -56,6 +59,7 @@ def run(stage: str, workspace: Path, on_line: Callable[[str], None]) -> Outcome:
         "PYTHONUNBUFFERED": "1",
         "DVC_NO_ANALYTICS": "true",
         STOP_WITH: "stdin",
+        **(settings or {}),
     }
     command = [str(python), "-m", "flows.repro", "--single-item", stage]
     process = subprocess.Popen(

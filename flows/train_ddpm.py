@@ -36,13 +36,14 @@ from flows.dvc_stage import Outcome
 from flows.parameters import NOTHING, Part, PartOf, Preset, described, given
 from flows.remedies import with_remedy
 from flows.stages import STAGES
+from flows.workers import SCHEDULER
 
 GPU_LIMIT = "gpu"
 """Global concurrency limit in which training occupies a slot, if the limit exists."""
 
 
-def run_stage(stage: str, workspace: Path) -> State[Outcome]:
-    """The body of all five tasks: runs one stage and logs its output."""
+def run_stage(stage: str, workspace: Path, scheduler: str | None = None) -> State[Outcome]:
+    """The body of all five tasks: runs one stage, with this Dask scheduler if any, and logs its output."""
     log = get_run_logger()
     show_progress = ProgressArtifact()
     warned = False
@@ -60,7 +61,7 @@ def run_stage(stage: str, workspace: Path) -> State[Outcome]:
 
     try:
         with concurrency(GPU_LIMIT) if stage == "train" and limit_exists(GPU_LIMIT) else nullcontext():
-            outcome = dvc_stage.run(stage, workspace, on_line)
+            outcome = dvc_stage.run(stage, workspace, on_line, {SCHEDULER: str(scheduler)} if scheduler else None)
     except dvc_stage.StageError as error:
         return Failed(message=str(error), data=error)  # raised, it would be logged with a traceback
     except TerminationSignal:
@@ -140,6 +141,7 @@ def train_ddpm(
     evaluate: Annotated[Part, PartOf("evaluate")] = NOTHING,
     export: Annotated[Part, PartOf("export")] = NOTHING,
     tracking: Annotated[Part, PartOf("tracking")] = NOTHING,
+    dask_scheduler: str | None = None,
 ) -> State[Any]:
     """Train a denoising diffusion model and export it: shard, pairs, train, evaluate, export.
 
@@ -159,13 +161,15 @@ def train_ddpm(
         evaluate: {evaluate}
         export: {export}
         tracking: {tracking}
+        dask_scheduler: Address of a Dask scheduler whose workers do the work of shard and pairs, such as
+            tcp://10.0.0.1:8786. The results do not depend on it.
     """
-    changes = given({name: value for name, value in locals().items() if name != "preset"})
+    changes = given({name: value for name, value in locals().items() if name not in ("preset", "dask_scheduler")})
     log = get_run_logger()
 
     def stage(name: str, directory: Path) -> Outcome:
         # A task that returns a State gives that State.
-        state = TASKS[name](name, directory)
+        state = TASKS[name](name, directory, dask_scheduler)
         if state.is_cancelled():
             raise TerminationSignal(signal.SIGTERM)  # as the task was interrupted, so is the flow
         return state.result()

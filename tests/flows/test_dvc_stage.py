@@ -56,6 +56,12 @@ def test_says_whether_a_stage_was_run_or_cached_and_passes_its_lines_on(reposito
     assert dvc_stage.run("shard", repository, lines.append) == "cached"
 
 
+def test_settings_reach_the_stage(repository: Path) -> None:
+    (repository / "stage.py").write_text("import os; raise SystemExit(os.environ['DDPM_DASK_SCHEDULER'])")
+    with pytest.raises(dvc_stage.StageError, match=r"^tcp://x:1$"):
+        dvc_stage.run("shard", repository, print, {"DDPM_DASK_SCHEDULER": "tcp://x:1"})
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

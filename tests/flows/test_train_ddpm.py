@@ -92,6 +92,18 @@ def test_a_stage_that_is_interrupted_is_cancelled_only_if_its_run_is(
             train_ddpm.run_stage("shard", Path())
 
 
+@pytest.mark.parametrize(("scheduler", "settings"), [("tcp://x:1", {"DDPM_DASK_SCHEDULER": "tcp://x:1"}), (None, None)])
+def test_a_scheduler_is_passed_on_to_the_stage(
+    monkeypatch: pytest.MonkeyPatch, scheduler: str | None, settings: dict[str, str] | None
+) -> None:
+    given = list[object]()
+    monkeypatch.setattr(dvc_stage, "run", lambda *arguments: given.extend(arguments) or "run")
+    monkeypatch.setattr(train_ddpm, "get_run_logger", lambda: logging.getLogger("test"))
+    assert train_ddpm.run_stage("shard", Path(), scheduler).is_completed()
+    assert given[0] == "shard"
+    assert given[3] == settings
+
+
 def test_a_run_whose_server_is_unreachable_is_not_being_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise httpx.ConnectError("refused")
