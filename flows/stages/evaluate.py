@@ -77,8 +77,8 @@ def run(params: Params, paths: Paths) -> None:
     for split in (val, pairs):
         if split.images == 1:
             say(
-                f"evaluate: {split.split} has a single image, whose figures have no interval; add images, or increase "
-                f"shard.{split.split}_fraction"
+                f"evaluate: {split.split} has one image, whose figures have no interval; give it more (for example by "
+                f"shard.{split.split}_fraction)"
             )
     with working("evaluate: recording the results in MLflow"):
         tracking.record(params, paths)

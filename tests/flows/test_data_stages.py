@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from diffusion.pairs.pairs import Pairs
 from diffusion.process import build
 from flows.params import Params
+from flows.stages import STAGES
 from tests.training import trees
 
 
@@ -75,6 +77,70 @@ def test_the_contents_of_a_folder_are_summarized(digits_tree: Path) -> None:
     assert manifest["rejected"] == [{"file": f"a/note{number}.txt", "reason": reason} for number in range(7)]
     assert (manifest["copies"], manifest["multipage"], manifest["own_splits"]) == (1, 1, {})
     assert np.sum([part["per_class"] for part in manifest["splits"].values()], axis=0).tolist() == [22, 20]
+
+
+def own(tree: Path, **numbers: range) -> Path:
+    """A folder of digits in sub-folders, to be the source; `__` stands for `/`."""
+    images, folder = np.load(tree / "data" / "raw" / "digits.npz")["images"], tree / "data" / "raw" / "own"
+    for name, found in numbers.items():
+        for index in found:
+            path = folder / name.replace("__", "/") / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[index]).save(path)
+    trees.change(tree, {"shard": {"source": "data/raw/own"}})
+    return folder
+
+
+def test_a_stage_that_would_lose_most_images_stops(digits_tree: Path) -> None:
+    folder = own(digits_tree, a=range(40))
+    for index in range(4):
+        (folder / "a" / f"{index}.heic").write_bytes(b"")
+    shards, reports = digits_tree / "data" / "shards", digits_tree / "reports"
+    shards.mkdir()
+    done = trees.run(digits_tree, "shard")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ddpm shard: error: data/raw/own: 4 of 44 images cannot be used, more than shard.max_rejected (0.05) allows: "
+        "mend or remove them, or increase it; 'a/0.heic' and 3 more: HEIC, which Pillow cannot read; convert it to PNG "
+        "or JPEG; reports/rejected.csv lists all that were set aside\n",
+    )
+    assert (reports / "rejected.csv").read_text().count(".heic") == 4
+    assert ([*shards.iterdir()], [path.name for path in reports.iterdir()]) == ([], ["rejected.csv"])
+    trees.change(digits_tree, {"shard": {"max_rejected": 0.1}})
+    assert trees.run(digits_tree, "shard").returncode == 0
+    assert {path.name for path in reports.iterdir()} == {"data.html", "made_with"}
+    assert (reports / "data.html").read_text().count("<td>HEIC, which") == 1 + 4
+
+
+def test_near_duplicates_and_classes_that_are_not_trained_on_are_named(digits_tree: Path) -> None:
+    folder = own(digits_tree, train__a=range(4), val__a=range(4, 6), test__b=range(6, 8))
+    for split in ("train", "test"):
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 200, (40, 40), dtype=np.uint8) + (split == "test")  # one grey level lighter
+        Image.fromarray(pixels).save(folder / split / "ab"[split == "test"] / "large.png")
+    Image.fromarray(pixels[::-1]).save(folder / "val" / "a" / "large.png")
+    done = trees.run(digits_tree, "shard")
+    assert (
+        "shard: near-duplicates in different splits: 1 of test resemble one of train; see reports/data.html\n"
+    ) in done.stderr
+    assert "shard: classes without an image to train on: b; add images, or decrease shard.val_fraction" in done.stderr
+
+
+@pytest.mark.slow
+def test_three_images_in_all_are_enough_for_every_stage(digits_tree: Path) -> None:
+    own(digits_tree, train=range(1), val=range(1, 2), test=range(2, 3))
+    trees.change(digits_tree, trees.TINY)
+    train = {"steps": 2, "preview_every": 2, "log_every": 2}
+    trees.change(
+        digits_tree, {"process": {"num_timesteps": 10}, "train": train, "export": {"variants": [], "steps": 4}}
+    )
+    for stage in STAGES:
+        done = trees.run(digits_tree, stage)
+        assert done.returncode == 0, done.stderr
+        for split in ("val", "test"):
+            told = f"evaluate: {split} has one image, whose figures have no interval; give it more" in done.stderr
+            assert told == (stage == "evaluate")
+    assert "A single image gives no interval" in (digits_tree / "reports" / "report.html").read_text()
 
 
 def test_a_linked_folder_is_rejected(digits_tree: Path) -> None:

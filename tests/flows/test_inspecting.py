@@ -95,3 +95,9 @@ def test_the_contact_sheet_shows_what_the_network_will_see(tmp_path: Path) -> No
     colours = {tuple(colour) for colour in sheet.reshape(-1, 3).tolist()} - {(128, 128, 128)}
     assert len(colours) == 12
     assert colours < {(number, 0, 9) for number in range(30)}
+
+
+def test_larger_images_than_allowed_are_not_looked_at(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "1.png")
+    with pytest.raises(UserError, match=r"none of 1 files can be read; .*more than shard\.max_pixels \(15\)"):
+        look_at(open_source(tmp_path), max_pixels=15)

@@ -12,7 +12,11 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.samples import grid_png
-from diffusion.storage.files import write_json
+from diffusion.sources.aside import Remark
+from diffusion.sources.duplicates import Between
+from diffusion.sources.shards import MANIFEST, Contents, Manifest
+from diffusion.storage.files import write_json, write_sums
+from diffusion.storage.tar import SPLITS, Split
 from flows import report, summary, workspace
 from flows.summary import StageSummary, Summary
 
@@ -83,6 +87,21 @@ def test_a_run_that_is_not_finished_has_none() -> None:
         summary.show("bad")
 
 
+def write_manifest(directory: Path) -> None:
+    splits: dict[Split, Contents] = {
+        split: Contents(samples=samples, per_class=(), shards=())
+        for split, samples in zip(SPLITS, (8, 1, 1), strict=True)
+    }
+    rejected = tuple(Remark(file="a", reason=reason) for reason in ("HEIC", "damaged", "damaged"))
+    manifest = Manifest(
+        source="data/raw/a", classes=(), splits=splits, statistics={}, smallest=(1, 1), largest=(1, 1), own_splits={},
+        rejected=rejected, warnings=(), copies=0, multipage=0,
+        near_duplicates=(Between(first="train", second="test", images=3, pairs=()),),
+    )  # fmt: skip
+    write_json(directory / MANIFEST, manifest.model_dump())
+    write_sums(directory)
+
+
 def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: Path) -> None:
     evaluation = tmp_path / "reports" / "evaluation"
     evaluation.mkdir(parents=True)
@@ -91,7 +110,10 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     exported = {"denoiser": {"mse": 0.25}, "sampler": {"images": 64}, "int8": {"mse": 0.255, "loss": 0.02}}
     sizes = {"denoiser": 3_000_000, "sampler": 3_170_000, "sampler_int8": 1_000_000}
     write_json(tmp_path / "reports" / "export.json", exported | {"bytes": sizes})
+    write_manifest(tmp_path / "data" / "shards")
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
+    assert "- 8 train, 1 val, 1 test images\n- set aside: 2, damaged\n- set aside: 1, HEIC\n- near-duplicates: " in text
+    assert "- near-duplicates: 3 of test resemble one of train\n- all of this with pictures: `" in text
     assert "| held-out MSE | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
     assert "| test images | 190 |  | 190 | +0 |" in text
     assert "| bits/dim (bound) | 4.5000 | 4.4020 to 4.5980 | 4.5000 | +0 |" in text

@@ -39,6 +39,8 @@ def write_tree(paths: Paths) -> None:
     write_json(paths.pairs / "manifest.json", {"splits": {"train": {"images": 1452}}})
     write_sums(paths.pairs)
     shutil.copyfile(REPOSITORY / "params.yaml", paths.params)
+    paths.data_report.parent.mkdir(parents=True, exist_ok=True)
+    paths.data_report.write_text("<h1>Data</h1>")
     (paths.root / "dvc.lock").write_text("schema: '2.0'\n")
 
 
