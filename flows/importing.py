@@ -17,7 +17,6 @@ from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
 from diffusion.sources import shards
 from diffusion.sources.arrays import Arrays
-from diffusion.sources.images import MAX_PIXELS
 from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
@@ -79,10 +78,11 @@ def import_data(
         _check_free(target)
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
     before = read(paths.params) if paths.params.exists() else None
-    max_pixels = MAX_PIXELS if before is None else validate(before, str(paths.params)).shard.max_pixels
+    if before is not None:
+        reading = reading._replace(max_pixels=validate(before, str(paths.params)).shard.max_pixels)
     with where.at_hand("import", paths.state) as path:
         source = open_source(path, reading)
-        description, findings = _description(source), inspecting.look_at(source, max_pixels)
+        description, findings = _description(source), inspecting.look_at(source, reading)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
         changes["pairs"] |= pairs or {}
@@ -92,7 +92,7 @@ def import_data(
         else:
             fit = validate(document, f"{paths.params} with what was found").pairs.fit
         values = source.describe_values() if isinstance(source, Arrays) else ""
-        content = inspecting.contact_sheet(source, fit, max_pixels)
+        content = inspecting.contact_sheet(source, fit, reading)
         with writing(paths.state):
             paths.state.mkdir(exist_ok=True)
         if not in_place:

@@ -29,8 +29,7 @@ from diffusion.sections import (
     Positive,
     Section,
 )
-from diffusion.sources.images import MAX_PIXELS
-from diffusion.sources.reading import Layout
+from diffusion.sources.reading import MAX_PIXELS, Layout, Reading
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_format_1
 from flows.yaml_files import read_yaml
@@ -107,8 +106,9 @@ class Shard(Section):
     """Order of the axes of arrays. channels-first: (N, C, H, W); channels-last: (N, H, W, C); auto: whichever has fewer
     channels than rows and columns."""
     value_range: Annotated[tuple[float, ...], LIST, AfterValidator(_range)] = ()
-    """The values of black and white of arrays, which are brought to 8 bits; values beyond are clipped. []: those of the
-    type, 0 to 255 and 0 to 65535 for 8 and 16 bits without sign; 0 to 1, or -1 to 1, for floats in this range."""
+    """The values of black and white of arrays, and of greyscale pictures with more than 8 bits; they are brought to 8
+    bits, and values beyond are clipped. []: those of the type, 0 to 255 and 0 to 65535 for 8 and 16 bits without sign;
+    0 to 1, or -1 to 1, for floats in this range."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the images held out for validation, chosen by a hash of their pixels; ignored if the data set has a
     validation split."""
@@ -123,6 +123,11 @@ class Shard(Section):
     Files that are no images, and copies of images in the data set's own test split, do not count."""
     samples_per_shard: Positive = 10000
     """Maximum number of images per tar file."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the source is read."""
+        return Reading(**self.model_dump(include=set(Reading._fields)))
 
 
 class Pairs(Section):

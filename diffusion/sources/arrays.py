@@ -15,8 +15,8 @@ from PIL import Image
 
 from diffusion.errors import UserError, shortened
 from diffusion.sources.bands import Bands
-from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import MAX_PIXELS, Picture
+from diffusion.sources.colours import scale
+from diffusion.sources.images import Picture
 from diffusion.sources.reading import DEFAULTS, Layout, Reading
 from diffusion.sources.rows import classes_of, label_of, rows
 from diffusion.sources.shards import Sample
@@ -178,7 +178,7 @@ def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["chann
     return "channels-first" if first else "channels-last"
 
 
-def _decode(pixels: NDArray[Any], value_range: tuple[float, float], _: int = MAX_PIXELS) -> Picture:
+def _decode(pixels: NDArray[Any], value_range: tuple[float, float], _: Reading = DEFAULTS) -> Picture:
     """An image of pixels (H, W) or (H, W, C) of any type."""
     eight, clipped = _eight_bits(pixels, value_range)
     if eight.shape[2:] == (1,):
@@ -191,15 +191,8 @@ def _decode(pixels: NDArray[Any], value_range: tuple[float, float], _: int = MAX
 
 
 def _eight_bits(pixels: NDArray[Any], value_range: tuple[float, float]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Scale values linearly to 0 to 255, rounding halves to even; and a warning if some were clipped."""
+    """Values as 0 to 255, and a warning if some were clipped."""
     if pixels.dtype.name == "uint8" and value_range == FULL_RANGE["uint8"]:
         return pixels, ()
-    with np.errstate(invalid="ignore"):  # NaN may be a signalling one
-        values = pixels.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise Unreadable("contains values that are not finite numbers")
-    low, high = value_range
-    eight = np.rint((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
-    if outside := int(((values < low) | (values > high)).sum()):
-        return eight, (f"{outside} of {values.size} values lie outside {low:g} to {high:g} and were clipped",)
-    return eight, ()
+    scaled, clipped = scale(pixels, value_range, 255)
+    return scaled.astype(np.uint8), (clipped,) if clipped else ()

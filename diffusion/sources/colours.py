@@ -1,8 +1,10 @@
 """Conversion of an image's colours to 8-bit sRGB, in mode L, RGB or RGBA."""
 
 import io
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,10 @@ from PIL import Image, ImageCms
 SRGB = ImageCms.createProfile("sRGB")
 CLOSE_TO_SRGB = 2
 """Tolerance in grey levels (of 255): a profile that changes no colour by more is treated as sRGB, unconverted."""
+
+
+DEEP_GREY = frozenset({"I;16", "I;16B", "I;16L", "I", "F"})
+"""Pillow's modes of greyscale pixels with more than 8 bits."""
 
 
 class Unreadable(Exception):
@@ -31,6 +37,35 @@ def from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.
     return Image.fromarray((65535 - values if negative else values).astype(np.uint16)), alpha
 
 
+def from_range(
+    image: Image.Image, value_range: tuple[float, ...], negative: bool
+) -> tuple[Image.Image, Image.Image | None]:
+    """As `from_16_bits`, for pixels of any type, of which `value_range` are the values of black and white."""
+    values = np.asarray(image)
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    scaled, clipped = scale(values, value_range, 65535)
+    if clipped:
+        warnings.warn(clipped, stacklevel=2)
+    return Image.fromarray((65535 - scaled if negative else scaled).astype(np.uint16)), alpha
+
+
+def scale(values: NDArray[Any], value_range: tuple[float, ...], top: int) -> tuple[NDArray[np.float64], str]:
+    """Scale values linearly to 0 to `top`, rounding halves to even; and say, in words, how many had to be clipped.
+
+    Raises Unreadable if one is not finite.
+    """
+    with np.errstate(invalid="ignore"):  # NaN may be a signalling one
+        values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise Unreadable("contains values that are not finite numbers")
+    low, high = value_range
+    scaled = np.rint((values.clip(low, high) - low) * (top / (high - low)))
+    if outside := int(((values < low) | (values > high)).sum()):
+        return scaled, f"{outside} of {values.size} values lie outside {low:g} to {high:g} and were clipped"
+    return scaled, ""
+
+
 def separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Split an image into colour, in mode L, RGB or CMYK, and alpha."""
     if image.mode in ("La", "RGBa"):
@@ -47,7 +82,7 @@ def separate(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         raise Unreadable(
             "8-bit L*a*b* pixels, which are too coarse for sRGB; convert it to sRGB with the program that made it"
         )
-    raise Unreadable(f"mode {image.mode}: pixels of 32 bits have no known black and white")
+    raise Unreadable(f"mode {image.mode}: pixels of 32 bits have no known black and white; set shard.value_range")
 
 
 def to_srgb(colour: Image.Image, profile: bytes | None, deep: bool) -> Image.Image:

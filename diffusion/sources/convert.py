@@ -15,7 +15,8 @@ from diffusion.sources import png
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
-from diffusion.sources.images import MAX_PIXELS, THUMBNAIL, Picture, digest
+from diffusion.sources.images import THUMBNAIL, Picture, digest
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.storage.executors import TRIES, Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Rejected(NamedTuple):
 
 
 def convert(
-    source: "Source", executor: Executor, max_pixels: int = MAX_PIXELS
+    source: "Source", executor: Executor, reading: Reading = DEFAULTS
 ) -> Generator[tuple["Sample", Converted | Rejected]]:
     """Each sample of a source, in order, with its converted image, or the reason for rejecting it.
 
@@ -66,7 +67,7 @@ def convert(
         UserError: the process that decodes an image is killed each time.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(partial(_convert, max_pixels), _chunks(source), _bytes)) as done:
+    with closing(executor.map(partial(_convert, reading), _chunks(source), _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -94,9 +95,9 @@ def _bytes(chunk: Sequence["Sample"]) -> int:
     return sum(sample.size for sample in chunk)
 
 
-def _convert(max_pixels: int, chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
+def _convert(reading: Reading, chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
     return [
-        Rejected(sample.left_out) if sample.left_out else _converted(partial(sample.decode, max_pixels))
+        Rejected(sample.left_out) if sample.left_out else _converted(partial(sample.decode, reading))
         for sample in chunk
     ]
 

@@ -10,7 +10,6 @@ from typing import Self
 from diffusion.errors import UserError
 from diffusion.sources import labels
 from diffusion.sources.images import (
-    MAX_PIXELS,
     OTHER_FILE,
     File,
     Picture,
@@ -19,7 +18,7 @@ from diffusion.sources.images import (
     unsupported,
 )
 from diffusion.sources.labels import Parts
-from diffusion.sources.reading import Reading
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
 from diffusion.sources.trees import Tree, decoder, open_tree
@@ -187,7 +186,7 @@ def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
     return (parts for parts in files if parts[: len(folder)] == folder)
 
 
-def _nothing(_: int = MAX_PIXELS) -> Picture:
+def _nothing(_: Reading = DEFAULTS) -> Picture:
     raise AssertionError("a sample that is left out is not decoded")
 
 

@@ -20,9 +20,10 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 
 from diffusion.errors import SystemFault
 from diffusion.sources.bands import Bands
+from diffusion.sources.colours import DEEP_GREY, from_16_bits, from_range, join, separate, to_srgb
 from diffusion.sources.colours import Unreadable as Unreadable
-from diffusion.sources.colours import from_16_bits, join, separate, to_srgb
 from diffusion.sources.png import is_plain
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.storage.files import reading
 
 RAW = re.compile(
@@ -39,8 +40,6 @@ RANGE_OF_16_BITS = frozenset({"PNG", "TIFF", "JPEG2000"})
 CAMERA_RAW = "camera raw; develop it to TIFF, PNG or JPEG first"
 NO_IMAGE = "not an image, or of a kind that Pillow cannot read"
 OTHER_FILE = "not an image by its name or content"
-MAX_PIXELS = 89_478_485
-"""Default maximum of width times height of an image file: Pillow's, against decompression bombs."""
 THUMBNAIL = 96
 """Maximum side of a thumbnail."""
 MAX_REDUCTION = 8
@@ -89,11 +88,11 @@ class Picture(NamedTuple):
 class Decode(Protocol):
     """Decodes an image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
 
-    def __call__(self, max_pixels: int = MAX_PIXELS, /) -> Picture: ...
+    def __call__(self, reading: Reading = DEFAULTS, /) -> Picture: ...
 
 
-def read_image(path: File, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decode an image file of at most `max_pixels`, the first page or frame if it has several.
+def read_image(path: File, reading: Reading = DEFAULTS) -> Picture:
+    """Decode an image file, the first page or frame if it has several.
 
     Raises:
         Unreadable: the file is not an image, is too large, or cannot be decoded correctly.
@@ -102,15 +101,15 @@ def read_image(path: File, max_pixels: int = MAX_PIXELS) -> Picture:
     if path.exists() and not path.is_file():
         raise Unreadable("not a file")  # reading a pipe would block
     try:
-        with warnings.catch_warnings(record=True) as caught, pixel_limit(max_pixels):
+        with warnings.catch_warnings(record=True) as caught, pixel_limit(reading.max_pixels):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = _read(path)
+            picture = _read(path, reading.value_range)
     except (MemoryError, SystemFault):
         raise
     except Exception as error:  # decoders raise arbitrary exceptions
-        raise Unreadable(_reason(error, max_pixels), _thumbnail(path, max_pixels)) from error
+        raise Unreadable(_reason(error, reading.max_pixels), _thumbnail(path, reading.max_pixels)) from error
     return picture._replace(warnings=tuple(dict.fromkeys(_line(str(warning.message)) for warning in caught)))
 
 
@@ -223,7 +222,7 @@ def _thumbnail(path: File, max_pixels: int) -> Image.Image | None:
     return None
 
 
-def _read(path: File) -> Picture:
+def _read(path: File, value_range: tuple[float, ...]) -> Picture:
     if reason := unsupported(path.suffix):
         raise Unreadable(reason)
     with _reading(path), path.open("rb") as file:
@@ -249,7 +248,9 @@ def _read(path: File) -> Picture:
             _mend_transparency(opened, bits)
         image = ImageOps.exif_transpose(opened)
         profile = _profile(opened, content)
-    if mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
+    if value_range and mode in DEEP_GREY:
+        colour, alpha = from_range(image, value_range, negative)
+    elif mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
         if opened.format not in RANGE_OF_16_BITS | {"PPM"}:
             raise Unreadable(f"16-bit pixels in {opened.format}, whose black and white are not known")
         colour, alpha = from_16_bits(image, 4095 if bits == 12 else 65535, negative)

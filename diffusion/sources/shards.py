@@ -24,7 +24,8 @@ from diffusion.sources import aside, duplicates
 from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.bands import Bands
 from diffusion.sources.convert import Converted, Rejected, convert, decode
-from diffusion.sources.images import MAX_PIXELS, Decode, Unreadable, pixel_limit
+from diffusion.sources.images import Decode, Unreadable, pixel_limit
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import reading, sha256, write_json, write_sums
@@ -46,8 +47,8 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Decode
-    """Decodes the image, also in another process, so it is picklable; a file with more pixels than asked for is
-    Unreadable."""
+    """Decodes the image, also in another process, so it is picklable; with the choices that
+    the source was opened with."""
     left_out: str | None = None
     """Reason for rejecting the image without decoding it."""
     size: int = 0
@@ -168,7 +169,7 @@ def write(
     advance: Callable[[int], None] = lambda _: None,
     executor: Executor = OWN_PROCESS,
     *,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading = DEFAULTS,
     max_rejected: float = 1.0,
     set_aside: Callable[[Remark, bytes | None], None] = lambda *_: None,
 ) -> Manifest:
@@ -186,7 +187,7 @@ def write(
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
         }
-        for sample, image in stack.enter_context(closing(convert(source, executor, max_pixels))):
+        for sample, image in stack.enter_context(closing(convert(source, executor, reading))):
             advance(1)
             try:
                 if isinstance(image, Rejected):

@@ -8,9 +8,9 @@ from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import MAX_PIXELS, NO_IMAGE, Decode, Picture, is_image, unsupported
+from diffusion.sources.images import NO_IMAGE, Decode, Picture, is_image, unsupported
 from diffusion.sources.labels import class_name, in_order
-from diffusion.sources.reading import Reading
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
 from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, decoder, ending, files_below
@@ -102,9 +102,9 @@ def _groups(tar: Tar) -> Iterator[Group]:
             yield Group(key, image, left_out=f"its label cannot be read ({error})")
 
 
-def _read(decode: Decode, others: tuple[str, ...], max_pixels: int = MAX_PIXELS) -> Picture:
+def _read(decode: Decode, others: tuple[str, ...], reading: Reading = DEFAULTS) -> Picture:
     """Decode an image of a sample, with a warning that names its `others`."""
-    picture = decode(max_pixels)
+    picture = decode(reading)
     if not others:
         return picture
     ignored = f"the first image of its sample is used, not {', '.join(others)}"

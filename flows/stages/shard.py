@@ -10,7 +10,6 @@ from diffusion.progress import Progress, say
 from diffusion.sources import aside, report, shards
 from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.locations import locate, resolved
-from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -41,7 +40,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
             f"{linked[0]}: a link to a folder, whose changes DVC would not notice; use `ddpm import`, which copies "
             "the linked files"
         )
-    source = open_source(path, Reading(options.split_names_as_classes, options.layout, options.value_range))
+    source = open_source(path, options.reading)
     rejected, thumbnails = list[Remark](), list[bytes | None]()
 
     def set_aside(remark: Remark, thumbnail: bytes | None) -> None:
@@ -59,7 +58,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
                 options.samples_per_shard,
                 progress.advance,
                 executor(len(source)),
-                max_pixels=options.max_pixels,
+                reading=options.reading,
                 max_rejected=options.max_rejected,
                 set_aside=set_aside,
             )

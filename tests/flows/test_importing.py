@@ -171,7 +171,9 @@ def test_without_params_the_parameters_are_named(tree: Path) -> None:
     (tree / "params.yaml").unlink()
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 0, done.stderr
-    fields = "shard.source, shard.split_names_as_classes, shard.layout, shard.value_range, pairs.height,"
+    fields = (
+        "shard.source, shard.split_names_as_classes, shard.layout, shard.value_range, shard.max_pixels, pairs.height,"
+    )
     assert f"params.yaml: not there; set {fields}" in done.stdout
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import Fit
+from diffusion.sources.reading import Reading
 from diffusion.sources.sources import open_source
 from flows.inspecting import Findings, contact_sheet, look_at
 
@@ -100,4 +101,4 @@ def test_the_contact_sheet_shows_what_the_network_will_see(tmp_path: Path) -> No
 def test_larger_images_than_allowed_are_not_looked_at(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "1.png")
     with pytest.raises(UserError, match=r"none of 1 files can be read; .*more than shard\.max_pixels \(15\)"):
-        look_at(open_source(tmp_path), max_pixels=15)
+        look_at(open_source(tmp_path), Reading(max_pixels=15))

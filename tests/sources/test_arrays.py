@@ -12,7 +12,7 @@ from diffusion.errors import UserError
 from diffusion.pairs.pixels import Fit
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
-from diffusion.sources.images import Picture, Unreadable, digest
+from diffusion.sources.images import Picture, Unreadable, digest, read_image
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Images, write
 from diffusion.sources.splits import Fractions
@@ -153,3 +153,24 @@ def test_the_size_of_the_file_is_checked_first(tmp_path: Path, change: int, righ
     path.write_bytes(content[:change] if change < 0 else content + bytes(change))
     with pytest.raises(UserError, match=rf"contains {right} bytes for uint8 of shape \(4, 2, 2\), which needs 16$"):
         Arrays(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "float.tif", "int.tif"])
+def test_the_range_holds_for_greyscale_pictures_with_more_than_8_bits(tmp_path: Path, name: str) -> None:
+    values = np.array([[90, 100, 2148], [4195, 4196, 60000]])
+    dtype = {"float.tif": np.float32, "int.tif": np.int32}.get(name, np.uint16)
+    Image.fromarray(values.astype(dtype)).save(tmp_path / name)
+    picture = read_image(tmp_path / name, Reading(value_range=(100, 4196)))
+    assert isinstance(picture.image, Image.Image)
+    assert np.asarray(picture.image).tolist() == [[0, 0, 128], [255, 255, 255]]  # 2048 / 4096 of 255 is 127.5
+    assert picture.warnings == ("2 of 6 values lie outside 100 to 4196 and were clipped",)
+
+
+def test_the_range_does_not_hold_for_other_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2), (0, 7, 255)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", Reading(value_range=(5, 9))) == read_image(tmp_path / "a.png")
+    Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(Unreadable, match=r"^contains values that are not finite numbers$"):
+        read_image(tmp_path / "nan.tif", Reading(value_range=(5, 9)))
+    with pytest.raises(Unreadable, match=r"^mode F: pixels of 32 bits .*; set shard\.value_range$"):
+        read_image(tmp_path / "nan.tif")

@@ -17,7 +17,8 @@ from pyarrow import parquet
 from diffusion.sources import aside, images, report
 from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.convert import thumbnail
-from diffusion.sources.images import MAX_PIXELS, OTHER_FILE, THUMBNAIL, Unreadable, read_image
+from diffusion.sources.images import OTHER_FILE, THUMBNAIL, Unreadable, read_image
+from diffusion.sources.reading import MAX_PIXELS, Reading
 from diffusion.sources.shards import Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import COPY_OF_TEST, Fractions
@@ -100,9 +101,9 @@ def of_each_kind(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["folder", "a.zip", "a.tar", "b.tar", "a.parquet"])
 def test_every_reader_of_files_has_the_limit_of_pixels(tmp_path: Path, kind: str) -> None:
     (sample,) = open_source(of_each_kind(tmp_path)[kind])
-    assert sample.decode(20).image.size == sample.decode().image.size == (5, 4)
+    assert sample.decode(Reading(max_pixels=20)).image.size == sample.decode().image.size == (5, 4)
     with pytest.raises(Unreadable, match=r"^20 pixels, more than shard\.max_pixels \(19\); increase it if"):
-        sample.decode(19)
+        sample.decode(Reading(max_pixels=19))
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
 
 
@@ -127,9 +128,9 @@ def test_an_image_inside_of_another_has_the_same_limit(tmp_path: Path) -> None:
     content = bytearray(buffer.getvalue())
     content[6:8] = 16, 16
     (tmp_path / "a.ico").write_bytes(content)
-    assert read_image(tmp_path / "a.ico", 1600)
+    assert read_image(tmp_path / "a.ico", Reading(max_pixels=1600))
     with pytest.raises(Unreadable, match=r"^1600 pixels, more than shard\.max_pixels \(1599\)"):
-        read_image(tmp_path / "a.ico", 1599)
+        read_image(tmp_path / "a.ico", Reading(max_pixels=1599))
 
 
 def large(kind: str, **options: Any) -> bytes:
@@ -154,7 +155,7 @@ def test_a_thumbnail_never_needs_the_memory_of_the_whole(
 ) -> None:
     (tmp_path / "a").write_bytes(content())
     with pytest.raises(Unreadable) as caught:
-        read_image(tmp_path / "a", max_pixels)
+        read_image(tmp_path / "a", Reading(max_pixels=max_pixels))
     picture = caught.value.thumbnail
     assert (picture is not None) == drawn
     assert picture is None or (max(picture.size), picture.mode) == (THUMBNAIL, "RGB")
