@@ -63,7 +63,8 @@ def time_to_quality(bench: Bench) -> Iterator[Facts]:
     if not source.exists():
         yield {"skipped": f"{source}: not found; set --fashion-mnist to the folder with its four idx files"}
         return
-    importlib.import_module("cyclopts")  # needed by the commands
+    for package in ("cyclopts", "braceexpand", "fsspec", "imagehash", "jinja2"):  # needed by the commands
+        importlib.import_module(package)
     params = presets.load(ROOT / "presets" / f"{preset}.yaml").model_dump(mode="json")
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
