@@ -7,9 +7,10 @@
 Measurements are printed and written as JSON lines as soon as they are available, the most important ones first; a table
 follows at the end. No measurement starts after --minutes, and the run may be interrupted at any time. Required: torch
 (2.11 or later), numpy, pydantic, ruamel.yaml, pillow, safetensors and tqdm. Optional: pytest to run tests/gpu,
-diffusers for comparison, onnx, onnxscript and ONNX Runtime for sampler.onnx, cyclopts, braceexpand, fsspec, imagehash
-and jinja2 for `time_to_quality` and matplotlib for its stage `evaluate`; a line says what is skipped because a package is missing. Networks are trained on
-random pixels in memory, except in `time_to_quality`, which runs the stages' commands.
+diffusers for comparison, onnx, onnxscript and ONNX Runtime for sampler.onnx; for `time_to_quality`, cyclopts,
+braceexpand, fsspec, imagehash and jinja2, and matplotlib for its stage `evaluate`. A line says what is skipped because
+a package is missing. Networks are trained on random pixels in memory, except in `time_to_quality`, which runs the
+stages' commands.
 """
 
 import argparse
