@@ -15,8 +15,9 @@ from filelock import FileLock
 
 from diffusion.errors import UsageError, UserError
 from diffusion.progress import Progress
-from diffusion.sources import shards
+from diffusion.sources import aside, shards
 from diffusion.sources.arrays import Arrays
+from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
@@ -28,7 +29,7 @@ from flows import inspecting
 from flows.changes import lay_over, write_changes
 from flows.dvc_output import reason
 from flows.made_with import leaves
-from flows.params import Pairs, read, validate
+from flows.params import Pairs, Shard, read, validate
 from flows.paths import Paths
 from flows.yaml_files import read_yaml, write_yaml
 
@@ -78,11 +79,12 @@ def import_data(
         _check_free(target)
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
     before = read(paths.params) if paths.params.exists() else None
-    if before is not None:
-        reading = reading._replace(max_pixels=validate(before, str(paths.params)).shard.max_pixels)
+    limits = Shard() if before is None else validate(before, str(paths.params)).shard
+    reading = reading._replace(max_pixels=limits.max_pixels)
     with where.at_hand("import", paths.state) as path:
         source = open_source(path, reading)
-        description, findings = _description(source), inspecting.look_at(source, reading)
+        description = _description(source, str(images), limits.max_rejected)
+        findings = inspecting.look_at(source, reading)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
         changes["pairs"] |= pairs or {}
@@ -174,12 +176,12 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
         raise
 
 
-def _description(source: Source) -> str:
+def _description(source: Source, name: str, max_rejected: float) -> str:
     """Summarize files, classes, splits and skipped files; no image is decoded."""
-    splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[str]()
+    splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[Remark]()
     for sample in source:
         if sample.left_out:
-            left_out.append(f"{sample.file}: {sample.left_out}")
+            left_out.append(Remark(file=sample.file, reason=sample.left_out))
             continue
         splits[sample.split] += 1
         labels[sample.label] += 1
@@ -189,9 +191,13 @@ def _description(source: Source) -> str:
     files = f"Imported {images} images{f' ({counts})' if counts else ''}; the shard stage will decode them."
     classes = shards.describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Skipped: {line}" for line in left_out[:MAX_LISTED]]
+    lines += [f"Skipped: {remark.file}: {remark.reason}" for remark in left_out[:MAX_LISTED]]
     if len(left_out) > MAX_LISTED:
         lines.append(f"Skipped: {len(left_out) - MAX_LISTED} more files")
+    try:
+        aside.check(name, images, left_out, max_rejected)
+    except Unusable as error:
+        lines.append(f"The shard stage will stop: {error}")
     return "\n".join(lines)
 
 

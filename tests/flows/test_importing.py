@@ -90,6 +90,8 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "pixels\n"
         "Skipped: Train/dog/notes.txt: not an image by its name or content\n"
         "Skipped: cover.png: outside the folders of the splits\n"
+        "The shard stage will stop: set: 1 of 6 images cannot be used, more than shard.max_rejected (0.05) allows: "
+        "mend or remove them, or increase it; 'cover.png': outside the folders of the splits\n"
         "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
         "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them\n\n"
     )
