@@ -1,6 +1,6 @@
 """Training on few emoji with and without augmentation: held-out error, and samples that copy training images.
 
-    python benchmarks/augmentation.py data/raw/emoji.zip --images 300 --seeds 3 --out reports/augmentation
+    python benchmarks/augmentation.py data/raw/emoji.zip --images 300 500 --out reports/augmentation
 
 writes a grid of samples of each training, and prints a table and a JSON line. The archive is that of `make emoji`.
 Pictures with a skin tone are left out: they are near-copies of others, and would be so across training and held-out
@@ -9,6 +9,7 @@ images. The held-out images are the same for all trainings; the training images 
 
 import argparse
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from nearest import nearest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from diffusion.model import Model
 from diffusion.nn.unet import UNetOptions
 from diffusion.pairs.memory import Blocks, Images
+from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Batches
 from diffusion.pairs.pixels import Fit, to_x_0
 from diffusion.process.parameterization import split
@@ -55,20 +58,13 @@ def mse(model: Model, images: Blocks, draws: int = 2) -> float:
     """Noise MSE of unaugmented images, at the same timesteps and noise for every model."""
     total = 0.0
     for draw in range(draws):
-        for block in range(-(-images.images // 64)):
+        for block in range(math.ceil(images.images / BLOCK)):
             t, eps = (torch.from_numpy(array) for array in images.recipe(block, draw))
             x_t = model.process.schedule.diffuse(torch.from_numpy(to_x_0(images.x_0(block), np.float32)), t, eps)
             out, _ = split(model.net(x_t, t), len(eps[0]))
             error = model.process.parameterization.to_eps(out, x_t, t) - eps
             total += float(error.square().mean(dim=(1, 2, 3)).sum())
     return total / (draws * images.images)
-
-
-def nearest(pixels: Pixels, training: Pixels) -> NDArray[np.float64]:
-    """RMS distance of each image to the nearest training image, in 0..255, (N,)."""
-    x, y = (each.reshape(len(each), -1).astype(np.float64) for each in (pixels, training))
-    squares = np.square(x).sum(axis=1)[:, None] - 2 * x @ y.T + np.square(y).sum(axis=1)
-    return np.sqrt(squares.min(axis=1).clip(0) / x.shape[1])
 
 
 def train(training: Pixels, held_out: Pixels, options: TrainOptions, seed: int) -> tuple[list[Row], Row, Pixels]:
@@ -88,7 +84,7 @@ def train(training: Pixels, held_out: Pixels, options: TrainOptions, seed: int) 
             curve.append({"step": step, "mse": mse(model, unseen), "training_mse": mse(model, seen)})
     seconds = time.perf_counter() - began
     samples = model.sample(SAMPLES, seed=seed, sampler="dpm-solver++", steps=25)
-    distance, usual = nearest(samples, training), nearest(held_out, training)
+    (_, distance), (_, usual) = nearest(samples, seen), nearest(held_out, seen)
     figures = {
         "images": len(training),
         "augment": augment,

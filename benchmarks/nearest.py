@@ -8,6 +8,7 @@ channels, in grey levels; those of test images, to which no model has adapted, a
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))  # in case the project is not installed
 
 from diffusion.errors import UserError
-from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import BlockedImages, Pairs
 from diffusion.samples import save_grid
 
 COLUMNS = 10
 
 
-def nearest(images: NDArray[np.uint8], train: Pairs) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def nearest(images: NDArray[np.uint8], train: BlockedImages) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The training image nearest to each of `images` (n, C, H, W), (n, C, H, W), and its distance, (n,)."""
     flat = images.reshape(len(images), -1).astype(np.float32)
     found, least = np.empty_like(images), np.full(len(images), np.inf, np.float32)
-    for block in range(train.blocks):
+    for block in range(math.ceil(train.images / BLOCK)):
         candidates = train.x_0(block)
         others = candidates.reshape(len(candidates), -1).astype(np.float32)
         squares = (flat**2).sum(1)[:, None] + (others**2).sum(1) - 2 * flat @ others.T

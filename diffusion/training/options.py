@@ -57,8 +57,8 @@ class TrainOptions(Section):
     """Random horizontal flips."""
     augment: AutoFraction = "auto"
     """Probability of each geometric augmentation: flip, scaling, rotation, stretching and translation. The network is
-    conditioned on them, so that samples do not show them (Karras et al. 2022, app. F.2). auto: 0.12 with fewer than
-    1,000 training images, otherwise 0."""
+    conditioned on them, so that samples do not show them (Karras et al. 2022, app. F.2). auto: 0.12 with fewer than 500
+    training images, otherwise 0."""
     class_dropout: Fraction = 0.1
     """Probability of dropping the class label, to train the unconditional model for classifier-free guidance (Ho &
     Salimans 2022)."""
@@ -88,5 +88,5 @@ class TrainOptions(Section):
     def augmentation(self, images: int) -> float:
         """The probability that `augment` is for this number of training images."""
         if self.augment == "auto":
-            return 0.12 if images < 1000 else 0.0
+            return 0.12 if images < 500 else 0.0
         return self.augment
