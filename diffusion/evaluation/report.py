@@ -27,6 +27,7 @@ Intervals are 95 % bootstrap confidence intervals over images.
 {%- else -%}
 A single image gives no interval: both limits are its own figure.
 {%- endif %}</p>
+<p>{{ resized }}</p>
 <table>
   <tr><th>metric</th><th>value</th><th>95 % interval</th></tr>
   {% for name, label in names.items() %}
@@ -82,10 +83,13 @@ estimates from it.</p>
 """
 
 
-def page(overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, how: str, variance: str) -> str:
+def page(
+    overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, how: str, variance: str, resized: str
+) -> str:
     """Render the page from overall metrics, a row per band of t, and PNG images by name.
 
-    how: description of how the samples were made; variance: of the reverse step in the bound.
+    how: description of how the samples were made; variance: of the reverse step in the bound; resized: how the images
+    of the data set were brought to their size.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
@@ -94,6 +98,7 @@ def page(overall: Row, bands: Sequence[Row], pictures: Mapping[str, bytes], *, h
         pictures=pictures,
         how=how,
         variance=variance,
+        resized=resized,
         names={"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"},
         bounds={"bits_per_dim": "Bound, estimated", "bits_per_dim_exact": "Bound, exact"},
         parts={

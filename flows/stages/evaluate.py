@@ -13,7 +13,7 @@ from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pairs import Manifest, Pairs
 from diffusion.pairs.pixels import visible
 from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
@@ -61,7 +61,9 @@ def run(params: Params, paths: Paths) -> None:
         if curves:
             pictures["training"] = plots.training(*curves)
     how = describe(params.sample, params.seed, model.num_classes)
-    page = report.page(overall, tables["bands"], pictures, how=how, variance=params.sample.variance)
+    page = report.page(
+        overall, tables["bands"], pictures, how=how, variance=params.sample.variance, resized=_resized(pairs.manifest)
+    )
     write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
     with new_directory(paths.evaluation) as temporary:
         for name, rows in tables.items():
@@ -121,6 +123,11 @@ def score(
         "vlb_by_t": likelihood.curve(exact),
         "val_errors": [{"image": image, "mse": mse} for image, mse in enumerate(val_errors.tolist())],
     }
+
+
+def _resized(manifest: Manifest) -> str:
+    done = manifest.fit.describe(manifest.cropped, manifest.cropped_area, manifest.enlarged)
+    return f"All images have {manifest.width}x{manifest.height} pixels; {done or 'none was cropped or enlarged'}."
 
 
 def describe(options: SampleOptions, seed: int, num_classes: int) -> str:

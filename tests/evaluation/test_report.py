@@ -48,7 +48,10 @@ def test_the_page_holds_all_figures_and_pictures() -> None:
         "bits_per_dim_diffusion": 3.2109,
         "bits_per_dim_decoder": 1.2098,
     }
-    page = report.page(overall, [], dict.fromkeys(PICTURES, b"png"), how="Somehow < 5", variance="analytic")
+    page = report.page(
+        overall, [], dict.fromkeys(PICTURES, b"png"), how="Somehow < 5", variance="analytic", resized="3 & 4 cropped"
+    )
+    assert "<p>3 &amp; 4 cropped</p>" in page
     for text in ("4.4321", "0.0123", "3.2109", "1.2098", "<td>16</td>", "Somehow &lt; 5", "reverse step: analytic;"):
         assert text in page
     assert page.count('src="data:image/png;base64,cG5n"') == len(PICTURES)
