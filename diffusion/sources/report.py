@@ -27,7 +27,8 @@ PAGE = """<!doctype html>
   img { display: block; max-width: none }
 </style>
 <h1>Data</h1>
-<p>{{ total }} images of {{ manifest.source }}, {{ size(manifest.smallest) }} to {{ size(manifest.largest) }} pixels;
+<p>{{ total }} images of {{ manifest.source }}, {{ size(manifest.smallest) }}
+{%- if manifest.largest != manifest.smallest %} to {{ size(manifest.largest) }}{% endif %} pixels;
 {{ manifest.copies }} are exact copies of others.</p>
 <table>
   <tr><th></th>{% for split in manifest.splits %}<th>{{ split }}</th>{% endfor %}</tr>

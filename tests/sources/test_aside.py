@@ -190,7 +190,7 @@ def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) 
         '<img alt="" src="data:image/png;base64,cG5n">',
         "<p>1 images of test resemble one of train.</p>",
         "<td>test/&lt;b&gt;/again.jpg</td>",
-        "12 images of name, 40x40 to 40x40 pixels",
+        "12 images of name, 40x40 pixels;",
     ):
         assert text in page
     assert page.count("<img") == 2 + 2
