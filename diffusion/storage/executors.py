@@ -62,6 +62,7 @@ class Executor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class OwnProcess:
     """Does one task after the other in this process."""
 
