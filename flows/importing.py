@@ -84,7 +84,7 @@ def import_data(
     with where.at_hand("import", paths.state) as path:
         source = open_source(path, reading)
         description = _description(source, str(images), limits.max_rejected)
-        findings = inspecting.look_at(source, reading)
+        findings = inspecting.look_at(source)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
         changes["pairs"] |= pairs or {}
@@ -94,7 +94,7 @@ def import_data(
         else:
             fit = validate(document, f"{paths.params} with what was found").pairs.fit
         values = source.describe_values() if isinstance(source, Arrays) else ""
-        content = inspecting.contact_sheet(source, fit, reading)
+        content = inspecting.contact_sheet(source, fit)
         with writing(paths.state):
             paths.state.mkdir(exist_ok=True)
         if not in_place:

@@ -14,7 +14,6 @@ from diffusion.pairs.pixels import Fit
 from diffusion.samples import grid_png
 from diffusion.sources.bands import Bands
 from diffusion.sources.images import Picture, Unreadable
-from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Source
 
 LOOKED_AT = 100
@@ -69,19 +68,19 @@ class Findings(NamedTuple):
         return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
 
 
-def look_at(source: Source, reading: Reading = DEFAULTS) -> Findings:
+def look_at(source: Source) -> Findings:
     """Decode some images of a source; raises UserError with the first reason if none can be read."""
     rejected = list[str]()
-    looks = [_look(picture.image) for picture in _decoded(source, LOOKED_AT, reading, rejected)]
+    looks = [_look(picture.image) for picture in _decoded(source, LOOKED_AT, rejected)]
     if not looks:
         raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
     sizes, colour, transparent, bands = zip(*looks, strict=True)
     return Findings(list(sizes), any(colour), len(source.classes) > 1, sum(transparent), max(bands))
 
 
-def contact_sheet(source: Source, fit: Fit, reading: Reading = DEFAULTS) -> bytes:
+def contact_sheet(source: Source, fit: Fit) -> bytes:
     """A grid of some images as the network will see them, as a PNG; `look_at` must have found at least one."""
-    some = list(_decoded(source, SHOWN, reading, [])) or list(islice(_decoded(source, LOOKED_AT, reading, []), 1))
+    some = list(_decoded(source, SHOWN, [])) or list(islice(_decoded(source, LOOKED_AT, []), 1))
     return grid_png(np.stack([fit(picture.image) for picture in some]))
 
 
@@ -94,7 +93,7 @@ def _look(image: Image.Image | Bands) -> tuple[tuple[int, int], bool, bool, int]
     return image.size, colour, transparent, 0
 
 
-def _decoded(source: Source, count: int, reading: Reading, rejected: list[str]) -> Iterator[Picture]:
+def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
     """`count` images of a source at random, always the same ones, or all; adds those that fail to `rejected`."""
     usable = list[int]()
     for index, sample in enumerate(source):
@@ -106,6 +105,6 @@ def _decoded(source: Source, count: int, reading: Reading, rejected: list[str]) 
     for index, sample in enumerate(source):
         if index in chosen:
             try:
-                yield sample.decode(reading)
+                yield sample.decode()
             except Unreadable as error:
                 rejected.append(f"{sample.file}: {error}")

@@ -178,7 +178,7 @@ def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["chann
     return "channels-first" if first else "channels-last"
 
 
-def _decode(pixels: NDArray[Any], value_range: tuple[float, float], _: Reading = DEFAULTS) -> Picture:
+def _decode(pixels: NDArray[Any], value_range: tuple[float, float]) -> Picture:
     """An image of pixels (H, W) or (H, W, C) of any type."""
     eight, clipped = _eight_bits(pixels, value_range)
     if eight.shape[2:] == (1,):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.sources.images import Picture
-from diffusion.sources.reading import DEFAULTS, Reading
+from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
@@ -90,7 +90,7 @@ class Cifar:
         return Sample(key, name, label, split, partial(_picture, pixels), size=pixels.nbytes)
 
 
-def _picture(pixels: NDArray[np.uint8], _: Reading = DEFAULTS) -> Picture:
+def _picture(pixels: NDArray[np.uint8]) -> Picture:
     """The picture of planes uint8 (3, 32, 32)."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     return Picture(image, image.mode)

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
 from diffusion.sources.images import THUMBNAIL, Picture, digest
-from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.storage.executors import TRIES, Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -58,16 +56,14 @@ class Rejected(NamedTuple):
     """A small PNG of it, where one can be made."""
 
 
-def convert(
-    source: "Source", executor: Executor, reading: Reading = DEFAULTS
-) -> Generator[tuple["Sample", Converted | Rejected]]:
+def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", Converted | Rejected]]:
     """Each sample of a source, in order, with its converted image, or the reason for rejecting it.
 
     Raises:
         UserError: the process that decodes an image is killed each time.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(partial(_convert, reading), _chunks(source), _bytes)) as done:
+    with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -95,11 +91,8 @@ def _bytes(chunk: Sequence["Sample"]) -> int:
     return sum(sample.size for sample in chunk)
 
 
-def _convert(reading: Reading, chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
-    return [
-        Rejected(sample.left_out) if sample.left_out else _converted(partial(sample.decode, reading))
-        for sample in chunk
-    ]
+def _convert(chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
+    return [Rejected(sample.left_out) if sample.left_out else _converted(sample.decode) for sample in chunk]
 
 
 def _converted(decode: Callable[[], Picture]) -> Converted | Rejected:

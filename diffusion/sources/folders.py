@@ -54,14 +54,15 @@ class Folder:
         tree = open_tree(path)
         if tree is None:
             return None
-        folder = cls(tree, reading.split_names_as_classes)
+        folder = cls(tree, reading)
         return folder if folder.holds_images else None
 
-    def __init__(self, tree: Tree, split_names_as_classes: bool = False) -> None:
+    def __init__(self, tree: Tree, how: Reading = DEFAULTS) -> None:
         """Raises UserError if a class, or a folder inside one, is named like a split, or a table of labels is wrong.
 
-        `split_names_as_classes` confirms that these are not splits.
+        `how.split_names_as_classes` confirms that these are not splits.
         """
+        self._how = how
         self.tree = tree
         every = [tuple(name.split("/")) for name in tree.names()]
         self._unsafe = [parts for parts in every if ".." in parts]
@@ -90,7 +91,7 @@ class Folder:
         self._table = labels.read(tree, self._files, list(dict.fromkeys(passed)))
         self._folders = top
         self.classes = tuple(map(_text, top)) if self._table is None else self._table.classes
-        if not split_names_as_classes:
+        if not how.split_names_as_classes:
             self._check_names()
         if self._table:
             self._check_table(self._table)
@@ -147,7 +148,7 @@ class Folder:
                 continue
             file = self._file(parts)
             reason = rejection_reason(file)
-            decode, size = (_nothing, 0) if reason else decoder(file)
+            decode, size = (_nothing, 0) if reason else decoder(file, self._how)
             yield Sample(sample_key(name), _text(name), label, split, decode, reason, size)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
@@ -186,7 +187,7 @@ def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
     return (parts for parts in files if parts[: len(folder)] == folder)
 
 
-def _nothing(_: Reading = DEFAULTS) -> Picture:
+def _nothing() -> Picture:
     raise AssertionError("a sample that is left out is not decoded")
 
 

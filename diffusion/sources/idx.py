@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.sources.images import Picture, is_image
-from diffusion.sources.reading import DEFAULTS, Reading
+from diffusion.sources.reading import Reading
 from diffusion.sources.rows import classes_of, label_of, rows
 from diffusion.sources.shards import Sample
 from diffusion.sources.trees import files_below
@@ -107,6 +107,6 @@ def _idx_header(file: IO[bytes], path: Path, magic: int) -> tuple[int, ...]:
     return shape
 
 
-def _picture(pixels: NDArray[np.uint8], _: Reading = DEFAULTS) -> Picture:
+def _picture(pixels: NDArray[np.uint8]) -> Picture:
     image = Image.fromarray(pixels)
     return Picture(image, image.mode)

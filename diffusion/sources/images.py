@@ -85,12 +85,6 @@ class Picture(NamedTuple):
     """The file, if it is a PNG with these pixels and nothing else."""
 
 
-class Decode(Protocol):
-    """Decodes an image; raises Unreadable, or SystemFault if the operating system cannot read the file."""
-
-    def __call__(self, reading: Reading = DEFAULTS, /) -> Picture: ...
-
-
 def read_image(path: File, reading: Reading = DEFAULTS) -> Picture:
     """Decode an image file, the first page or frame if it has several.
 

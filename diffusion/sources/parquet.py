@@ -10,7 +10,7 @@ from typing import Any, Self
 from diffusion.errors import UserError, shortened
 from diffusion.sources.images import Unreadable, is_image, read_image
 from diffusion.sources.labels import class_name, in_order
-from diffusion.sources.reading import Reading
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
 from diffusion.sources.trees import TAR_ENDINGS, Member, ending, files_below
@@ -30,18 +30,19 @@ class Parquet:
     """
 
     @classmethod
-    def at(cls, path: Path, reading: Reading) -> Self | None:  # noqa: ARG003
+    def at(cls, path: Path, reading: Reading) -> Self | None:
         """The source at `path`, a file or a folder; None if there are no Parquet files, or images beside them."""
         if path.is_file():
-            return cls(path, [path]) if ending(path) == ".parquet" else None
+            return cls(path, [path], reading) if ending(path) == ".parquet" else None
         every = list(files_below(path)) if path.is_dir() else []
         files = [file for file in every if ending(file) == ".parquet"]
         if files and (others := [file for file in every if ending(file) in (".zip", *TAR_ENDINGS)]):
             raise UserError(f"{path}: contains Parquet files and archives ({others[0].name}); keep one kind")
-        return cls(path, files) if files and not any(is_image(file) for file in every) else None
+        return cls(path, files, reading) if files and not any(is_image(file) for file in every) else None
 
-    def __init__(self, path: Path, files: list[Path]) -> None:
+    def __init__(self, path: Path, files: list[Path], how: Reading = DEFAULTS) -> None:
         """Raises UserError if a file cannot be read, has other columns than the first, or a wrong label."""
+        self._how = how
         self.path, self._root = path, path if path.is_dir() else path.parent
         self._files, self.own_splits = by_file_name(self._root, files)
         schema = _open(files[0]).schema_arrow
@@ -94,7 +95,8 @@ class Parquet:
         member = Member(file, path, partial(_content, content))
         place = f"{file.relative_to(self._root).as_posix()}/" if len(self._files) > 1 else ""
         key = sample_key(f"{place}{index:07d}")
-        return Sample(key, name, self._numbers.get(label), split, partial(read_image, member), size=len(content or b""))
+        decode = partial(read_image, member, self._how)
+        return Sample(key, name, self._numbers.get(label), split, decode, size=len(content or b""))
 
 
 def _content(content: bytes | None) -> io.BytesIO:

@@ -24,8 +24,7 @@ from diffusion.sources import aside, duplicates
 from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.bands import Bands
 from diffusion.sources.convert import Converted, Rejected, convert, decode
-from diffusion.sources.images import Decode, Unreadable, pixel_limit
-from diffusion.sources.reading import DEFAULTS, Reading
+from diffusion.sources.images import Picture, Unreadable, pixel_limit
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import reading, sha256, write_json, write_sums
@@ -46,9 +45,11 @@ class Sample(NamedTuple):
     label: int | None
     split: Split | None
     """The source's own split, where it has one."""
-    decode: Decode
-    """Decodes the image, also in another process, so it is picklable; with the choices that
-    the source was opened with."""
+    decode: Callable[[], Picture]
+    """Decodes the image, also in another process, so it is picklable.
+
+    Raises Unreadable, or SystemFault if the operating system cannot read the file.
+    """
     left_out: str | None = None
     """Reason for rejecting the image without decoding it."""
     size: int = 0
@@ -169,7 +170,6 @@ def write(
     advance: Callable[[int], None] = lambda _: None,
     executor: Executor = OWN_PROCESS,
     *,
-    reading: Reading = DEFAULTS,
     max_rejected: float = 1.0,
     set_aside: Callable[[Remark, bytes | None], None] = lambda *_: None,
 ) -> Manifest:
@@ -187,7 +187,7 @@ def write(
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
         }
-        for sample, image in stack.enter_context(closing(convert(source, executor, reading))):
+        for sample, image in stack.enter_context(closing(convert(source, executor))):
             advance(1)
             try:
                 if isinstance(image, Rejected):

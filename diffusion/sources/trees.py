@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
 from diffusion.errors import UserError
-from diffusion.sources.images import Decode, File, Unreadable, read_image
+from diffusion.sources.images import File, Picture, Unreadable, read_image
+from diffusion.sources.reading import Reading
 from diffusion.storage.files import reading
 
 SYSTEM = frozenset(
@@ -106,22 +107,22 @@ class Member(NamedTuple):
         return True
 
 
-def decoder(file: File) -> tuple[Decode, int]:
+def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
     """How to decode an image file in any process, and its size in bytes.
 
     Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot
     be read, are passed to them.
     """
     if not isinstance(file, Member):
-        return partial(read_image, file), file.stat().st_size if isinstance(file, Path) else 0
+        return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
     try:
         with file.open("rb") as opened:
             content = opened.read()
     except MemoryError:
         raise
     except Exception as error:  # readers of archives raise arbitrary exceptions
-        return partial(read_image, file._replace(opener=partial(_fail, error))), 0
-    return partial(read_image, file._replace(opener=partial(io.BytesIO, content))), len(content)
+        return partial(read_image, file._replace(opener=partial(_fail, error)), how), 0
+    return partial(read_image, file._replace(opener=partial(io.BytesIO, content)), how), len(content)
 
 
 def _fail(error: Exception) -> IO[bytes]:

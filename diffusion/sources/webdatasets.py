@@ -1,14 +1,14 @@
 """Shards in WebDataset format as a source: tar files in which the members of a sample share a key."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, Decode, Picture, is_image, unsupported
+from diffusion.sources.images import NO_IMAGE, Picture, is_image, unsupported
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -40,14 +40,14 @@ class WebDataset:
     """
 
     @classmethod
-    def at(cls, path: Path, reading: Reading) -> Self | None:  # noqa: ARG003
+    def at(cls, path: Path, reading: Reading) -> Self | None:
         """The source at `path`: a folder with tar files but without images, or a tar file with labelled samples."""
         if path.is_dir():
             files = list(files_below(path))
             tars = [file for file in files if ending(file) in TAR_ENDINGS]
             if not tars or any(is_image(file) for file in files):
                 return None
-            source = cls(path, tars)
+            source = cls(path, tars, reading)
             if not source.classes and source.folders:
                 raise UserError(
                     f"{path}: its tar files contain folders, but no labels (.cls or .json); choose one of them, which "
@@ -56,11 +56,12 @@ class WebDataset:
             return source
         if ending(path) not in TAR_ENDINGS:
             return None
-        source = cls(path, [path])
+        source = cls(path, [path], reading)
         return source if source.classes else None
 
-    def __init__(self, path: Path, files: list[Path]) -> None:
+    def __init__(self, path: Path, files: list[Path], how: Reading = DEFAULTS) -> None:
         """Raises UserError if a shard cannot be read, or only some names state a split."""
+        self._how = how
         self._root = path if path.is_dir() else path.parent
         self._shards, self.own_splits = by_file_name(self._root, files)
         self._groups = [list(_groups(Tar(file))) for _, file in self._shards]  # one is open at a time
@@ -77,7 +78,7 @@ class WebDataset:
             tar = Tar(path)
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
             for group in groups:
-                decode, size = decoder(tar.file(group.image))
+                decode, size = decoder(tar.file(group.image), self._how)
                 decode = partial(_read, decode, group.others)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
                 yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out, size)
@@ -102,9 +103,9 @@ def _groups(tar: Tar) -> Iterator[Group]:
             yield Group(key, image, left_out=f"its label cannot be read ({error})")
 
 
-def _read(decode: Decode, others: tuple[str, ...], reading: Reading = DEFAULTS) -> Picture:
+def _read(decode: Callable[[], Picture], others: tuple[str, ...]) -> Picture:
     """Decode an image of a sample, with a warning that names its `others`."""
-    picture = decode(reading)
+    picture = decode()
     if not others:
         return picture
     ignored = f"the first image of its sample is used, not {', '.join(others)}"

@@ -58,7 +58,6 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
                 options.samples_per_shard,
                 progress.advance,
                 executor(len(source)),
-                reading=options.reading,
                 max_rejected=options.max_rejected,
                 set_aside=set_aside,
             )

@@ -101,4 +101,4 @@ def test_the_contact_sheet_shows_what_the_network_will_see(tmp_path: Path) -> No
 def test_larger_images_than_allowed_are_not_looked_at(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "1.png")
     with pytest.raises(UserError, match=r"none of 1 files can be read; .*more than shard\.max_pixels \(15\)"):
-        look_at(open_source(tmp_path), Reading(max_pixels=15))
+        look_at(open_source(tmp_path, Reading(max_pixels=15)))

@@ -20,7 +20,6 @@ from pyarrow import parquet
 from diffusion.errors import SystemFault, UserError
 from diffusion.sources import convert
 from diffusion.sources.images import Picture
-from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
@@ -133,7 +132,7 @@ class Fatal:
             yield Sample(f"{index}", f"{index}.png", None, None, partial(fatal, index, self.mark))
 
 
-def fatal(index: int, mark: Path | None, _: Reading = DEFAULTS) -> Picture:
+def fatal(index: int, mark: Path | None) -> Picture:
     if index == 70 and (mark is None or not mark.exists()):
         if mark is not None:
             mark.touch()
