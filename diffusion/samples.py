@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.pairs.noise import Purpose, stream
-from diffusion.pairs.pixels import MODES, to_uint8, visible
+from diffusion.pairs.pixels import to_uint8, visible
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import Noise, trajectory
+from diffusion.sources.bands import MODES
 from diffusion.storage.files import write_atomic
 
 if TYPE_CHECKING:

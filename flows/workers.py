@@ -17,10 +17,9 @@ SMALL = 1500
 
 def executor(images: int) -> Executor:
     """The executor for a number of images; raises UserError if a variable has no valid value."""
-    workers: int = setting(WORKERS, usable_cores(), Annotated[int, Field(ge=1)])
-    scheduler: str = setting(SCHEDULER, "", str)
-    if images <= SMALL:
-        return OWN_PROCESS
-    if scheduler:
+    workers: int | None = setting(WORKERS, None, Annotated[int, Field(ge=1)])
+    if scheduler := setting(SCHEDULER, "", str):
         return Dask(scheduler)
+    if workers is None:
+        workers = 1 if images <= SMALL else usable_cores()
     return Processes(workers) if workers > 1 else OWN_PROCESS

@@ -8,13 +8,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
 from diffusion.errors import UserError
-from diffusion.sources.bands import Bands
+from diffusion.sources.bands import MODES, Bands
 
 Real = TypeVar("Real", bound=np.floating[Any])
 Resize = Literal["crop", "pad", "stretch"]
 Filter = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode of pictures by number of channels."""
 
 
 class Fit(NamedTuple):

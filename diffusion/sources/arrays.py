@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion.errors import UserError, shortened
-from diffusion.sources.bands import Bands
+from diffusion.sources.bands import MODES, Bands
 from diffusion.sources.colours import scale
 from diffusion.sources.images import Picture
 from diffusion.sources.reading import DEFAULTS, Layout, Reading
@@ -23,8 +23,6 @@ from diffusion.sources.shards import Sample
 from diffusion.sources.trees import BROKEN
 from diffusion.storage.tar import Split
 
-PICTURES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode by number of channels; 4 channels only of 8 bits: those of other types have no alpha."""
 FULL_RANGE: dict[str, tuple[float, float]] = {"uint8": (0, 255), "uint16": (0, 65535)}
 """Values of black and white by type, where all values are used. Floats: see `Arrays.value_range`."""
 
@@ -45,12 +43,11 @@ class Arrays:
 
     def __init__(self, path: Path, reading: Reading = DEFAULTS) -> None:
         self.path = path
-        labels = None
+        names = list[str]()
         try:
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    names = list(arrays)
-                    labels = arrays["labels"] if "labels" in names else None
+                with zipfile.ZipFile(path) as archive:
+                    names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "images" not in names:
                     raise UserError(f"{path}: contains no array `images` (found: {shortened(names)})")
             with self._open() as file:
@@ -62,19 +59,14 @@ class Arrays:
             raise UserError(f"{path}: contains {rest} bytes for {self.dtype} of shape {self.shape}, which needs {size}")
         self.layout = _layout(path, self.shape, reading.layout)
         self._given_range = reading.value_range
-        if labels is not None and (labels.shape != self.shape[:1] or labels.dtype.kind not in "iu"):
-            raise UserError(
-                f"{path}: labels must be integers of shape ({self.shape[0]},), one for each image "
-                f"(got {labels.dtype} of shape {labels.shape})"
-            )
-        values, self.labels = classes_of(labels)
+        values, self.labels = classes_of(self._read_labels() if "labels" in names else None)
         self.classes = tuple(map(str, values))
 
-    def _open(self) -> IO[bytes]:
+    def _open(self, name: str = "images") -> IO[bytes]:
         if self.path.suffix == ".npy":
             return self.path.open("rb")
         with zipfile.ZipFile(self.path) as archive:  # the file stays open until the member is closed
-            return archive.open("images.npy")
+            return archive.open(f"{name}.npy")
 
     def _size(self) -> int:
         """Size of the .npy data in bytes."""
@@ -83,19 +75,35 @@ class Arrays:
         with zipfile.ZipFile(self.path) as archive:
             return archive.getinfo("images.npy").file_size
 
+    def _read_labels(self) -> NDArray[np.integer[Any]]:
+        try:
+            with self._open("labels") as file:
+                shape, _, dtype = _read_header(file)
+                if shape != self.shape[:1] or dtype.kind not in "iu":  # before they fill the memory
+                    raise UserError(
+                        f"{self.path}: labels must be integers of shape ({self.shape[0]},), one for each image "
+                        f"(got {dtype} of shape {shape})"
+                    )
+                return np.array(list(rows(file, self.path, shape, dtype)))
+        except (TypeError, KeyError, TokenError, *BROKEN) as error:
+            raise UserError(f"{self.path}: not a readable .npz file ({error})") from None
+
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Read the shape and the type, and check them."""
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+        """Read the shape and the type of the images, and check them."""
+        shape, fortran_order, dtype = _read_header(file)
         if dtype.kind not in "iuf" or len(shape) not in (3, 4) or 0 in shape:
             raise UserError(
                 f"{self.path}: images must be numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W) "
                 f"(got {dtype} of shape {shape})"
             )
+        if len(shape) == 3 and shape[2] in (3, 4) and min(shape[:2]) > 4:
+            raise UserError(
+                f"{self.path}: images of shape {shape} are probably a single picture; save images[None] instead, or "
+                f"images[..., None] if they are {shape[0]} greyscale images"
+            )
         if fortran_order:
             raise UserError(f"{self.path}: images are in Fortran order; save np.ascontiguousarray(images) instead")
-        return tuple(shape), dtype
+        return shape, dtype
 
     @cached_property
     def value_range(self) -> tuple[float, float]:
@@ -115,8 +123,9 @@ class Arrays:
                 if least <= low and high <= 1:
                     return least, 1
         raise UserError(
-            f"{self.path}: {name} values from {low:g} to {high:g}, of which black and white are not known; set "
-            f"shard.value_range (ddpm import: --value-range), for instance to {low:g} and {high:g}"
+            f"{self.path}: {name} values from {low:.9g} to {high:.9g}, whose black and white levels are unknown; set "
+            "shard.value_range (ddpm import: --value-range)"
+            + (f", for instance to {low:.9g} and {high:.9g}" if low < high else "")
         )
 
     @cached_property
@@ -156,10 +165,19 @@ class Arrays:
             return ""
         low, high = self.value_range
         least, greatest = self.extremes
-        line = f"{self.dtype.name} from {least:g} to {greatest:g}, brought to 8 bits: {low:g} becomes 0, {high:g} 255"
-        if greatest - least < (high - low) / 2:
-            line += f"; --value-range {least:g} {greatest:g} (or shard.value_range) would use all 8 bits"
+        line = (
+            f"{self.dtype.name} from {least:.9g} to {greatest:.9g}, brought to 8 bits: {low:g} becomes 0, {high:g} 255"
+        )
+        if 0 < greatest - least < (high - low) / 2:
+            line += f"; --value-range {least:.9g} {greatest:.9g} (or shard.value_range) would use all 8 bits"
         return line
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the order of the values is Fortran's, and type."""
+    read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    return tuple(shape), fortran_order, dtype
 
 
 def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["channels-first", "channels-last"]:
@@ -169,7 +187,7 @@ def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["chann
     if asked != "auto":
         return asked
     _, a, b, c = shape
-    first, last = a < min(b, c), c < min(a, b) or c in PICTURES
+    first, last = a < min(b, c), c < min(a, b) or c in MODES
     if first == last:
         raise UserError(
             f"{path}: images of shape {shape} may be (N, H, W, C) or (N, C, H, W); set shard.layout (ddpm import: "
@@ -184,7 +202,8 @@ def _decode(pixels: NDArray[Any], value_range: tuple[float, float]) -> Picture:
     if eight.shape[2:] == (1,):
         eight = eight[..., 0]
     channels, name = math.prod(eight.shape[2:]), pixels.dtype.name
-    if channels not in PICTURES or (channels == 4 and name != "uint8"):
+    # Four channels of another type have no alpha.
+    if channels not in MODES or (channels == 4 and name != "uint8"):
         return Picture(Bands.of(eight), name, warnings=clipped)
     image = Image.fromarray(np.ascontiguousarray(eight))
     return Picture(image, image.mode if name == "uint8" else name, warnings=clipped)

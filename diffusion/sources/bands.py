@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode of pictures by number of channels."""
+
 
 class Bands(NamedTuple):
     """An image of separate 8-bit channels, for instance spectral ones; the methods are those of Pillow's images."""

@@ -113,7 +113,7 @@ class Manifest(Facts):
     """Files that were used despite a warning of their decoder."""
     copies: int
     """Number of images with the same visible pixels as an earlier one."""
-    near_duplicates: tuple[duplicates.Between, ...] | None
+    near_duplicates: tuple[duplicates.Between, ...] | None = None
     """Similar images in different splits; None if the images are too small to tell."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""

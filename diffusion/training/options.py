@@ -23,6 +23,10 @@ class MuonOptions(Choice):
     """Peak learning rate of Muon; AdamW has train.learning_rate."""
 
 
+FEW_IMAGES, PROBABILITY = 500, 0.12
+"""`augment: auto` augments fewer images, with this probability (benchmarks/README.md)."""
+
+
 class TrainOptions(Section):
     """Training: optimizer, EMA, batches and hardware."""
 
@@ -88,5 +92,5 @@ class TrainOptions(Section):
     def augmentation(self, images: int) -> float:
         """The probability that `augment` is for this number of training images."""
         if self.augment == "auto":
-            return 0.12 if images < 500 else 0.0
+            return PROBABILITY if images < FEW_IMAGES else 0.0
         return self.augment

@@ -16,7 +16,7 @@ from diffusion.pairs import pixels
 from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images, png
-from diffusion.sources.bands import Bands
+from diffusion.sources.bands import MODES, Bands
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
@@ -65,7 +65,7 @@ def writer(out: str, count: int, channels: int) -> Write:
     kind = "/" if out.endswith("/") or path.is_dir() else path.suffix.lower()
     if kind not in FILES:
         raise UsageError(f"--out: {out!r} must end in .png, in .npz, or in / for a folder")
-    if kind == "/" and channels not in pixels.MODES:
+    if kind == "/" and channels not in MODES:
         raise UsageError(f"--out: no picture has {channels} channels; choose a file that ends in .npz")
     prepare_folder("--out", path if kind == "/" else path.parent)
     if kind == "/" and (others := {file.name for file in path.iterdir()} - {_numbered(i) for i in range(count)}):

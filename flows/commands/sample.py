@@ -19,7 +19,7 @@ from diffusion.evaluation.filmstrip import frames
 from diffusion.model import Model, load_model
 from diffusion.nn import build as networks
 from diffusion.nn.build import Device
-from diffusion.pairs.pixels import MODES, to_uint8
+from diffusion.pairs.pixels import to_uint8
 from diffusion.process.schedule import Schedule, double
 from diffusion.progress import Progress, say
 from diffusion.samples import classes_in_turn, noise_for
@@ -28,6 +28,7 @@ from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.editing import image_to_image, inpaint, mix, repaint_path
 from diffusion.sampling.sampler import SAMPLER_OPTIONS, Draw, Noise, Previous, Sampler, sample
 from diffusion.sections import COMPLETE, NonNegative, OneOf, Section
+from diffusion.sources.bands import MODES
 from diffusion.storage.files import write_atomic
 from flows.changes import lay_over
 from flows.commands.pictures import prepare_folder, read_image, read_mask, to_x_0, writer

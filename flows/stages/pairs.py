@@ -3,10 +3,10 @@
 from diffusion.errors import UserError
 from diffusion.pairs import pairs
 from diffusion.pairs.noise import BLOCK
-from diffusion.pairs.pixels import MODES
 from diffusion.process import build
 from diffusion.progress import Progress, say
 from diffusion.sources import shards
+from diffusion.sources.bands import MODES
 from diffusion.storage.files import new_directory
 from flows import made_with
 from flows.params import Params

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import Fit
+from diffusion.sources import arrays
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
 from diffusion.sources.images import Picture, Unreadable, digest, read_image
@@ -53,10 +54,11 @@ def test_values_are_brought_to_8_bits(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([0, 1.5, 2, 3]), "float64 values from 0 to 3, of which black and white are not known; set shard"),
-        (np.array([-0.5, 0, 1, 1.25]), "float64 values from -0.5 to 1.25, of which"),
+        (np.array([0, 1.5, 2, 3]), "float64 values from 0 to 3, whose black and white levels are unknown; set shard"),
+        (np.array([-0.5, 0, 1, 1.25]), "float64 values from -0.5 to 1.25, whose"),
         (np.array([-5, 0, 1, 7], "i2"), r"int16 values from -5 to 7, .* for instance to -5 and 7$"),
         (np.array([0, 1, 2, 3], "u4"), "uint32 values from 0 to 3"),
+        (np.full(4, 5.0), r"float64 values from 5 to 5, .* --value-range\)$"),
         (np.full(4, np.nan), "contains no finite values"),
     ],
 )
@@ -174,3 +176,17 @@ def test_the_range_does_not_hold_for_other_pictures(tmp_path: Path) -> None:
         read_image(tmp_path / "nan.tif", Reading(value_range=(5, 9)))
     with pytest.raises(Unreadable, match=r"^mode F: pixels of 32 bits .*; set shard\.value_range$"):
         read_image(tmp_path / "nan.tif")
+
+
+def test_one_picture_is_not_taken_for_many(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"probably a single picture; save images\[None\] instead, or images\["
+    ):
+        Arrays(save(tmp_path / "a.npy", np.zeros((64, 64, 3), np.uint8)))
+
+
+def test_labels_are_checked_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((2, 5, 5), np.uint8), labels=np.zeros(10**6, np.int64))
+    monkeypatch.setattr(arrays, "rows", None)
+    with pytest.raises(UserError, match=r"one for each image \(got int64 of shape \(1000000,\)\)$"):
+        Arrays(tmp_path / "a.npz")
