@@ -12,7 +12,7 @@ WORKERS = "DDPM_WORKERS"
 SCHEDULER = "DDPM_DASK_SCHEDULER"
 """Address of a Dask scheduler whose workers do the tasks instead."""
 SMALL = 1500
-"""Number of images up to which starting processes costs more time than it saves (benchmarks/README.md)."""
+"""Number of images up to which starting processes takes longer than it saves, about (benchmarks/README.md)."""
 
 
 def executor(images: int) -> Executor:
