@@ -68,6 +68,7 @@ def import_data(
     channels: Integer | None = None,
     resize: Literal["crop", "pad", "stretch"] | None = None,
     background: str | None = None,
+    filter: Literal["nearest", "box", "bilinear", "bicubic", "lanczos"] | None = None,
     layout: Literal["auto", "channels-first", "channels-last"] = "auto",
     value_range: tuple[float, float] | None = None,
     link: bool = False,
@@ -83,6 +84,7 @@ def import_data(
         channels: 1, 3, or 4 to train on transparency, too; by default 1 or 3, or the channels of arrays.
         resize: Crop images of another aspect ratio, pad them, or stretch them; by default as in params.yaml.
         background: Colour behind transparent pixels and beside padded images; by default as in params.yaml.
+        filter: Filter for resizing; by default as in params.yaml.
         layout: Order of the axes of arrays, if it is ambiguous.
         value_range: The values of black and white of arrays, if their type does not say.
         link: Link to the files instead of copying them; what is at a URL stays there.
@@ -91,7 +93,7 @@ def import_data(
     from diffusion.sources.reading import Reading
     from flows import importing
 
-    given = {"channels": channels, "resize": resize, "background": background}
+    given = {"channels": channels, "resize": resize, "background": background, "filter": filter}
     importing.import_data(
         images,
         name,

@@ -79,12 +79,14 @@ def import_data(
         _check_free(target)
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
     before = read(paths.params) if paths.params.exists() else None
-    limits = Shard() if before is None else validate(before, str(paths.params)).shard
+    present = None if before is None else validate(before, str(paths.params))
+    limits = Shard() if present is None else present.shard
+    background = (pairs or {}).get("background") or (Pairs() if present is None else present.pairs).background
     reading = reading._replace(max_pixels=limits.max_pixels)
     with where.at_hand("import", paths.state) as path:
         source = open_source(path, reading)
         description = _description(source, str(images), limits.max_rejected)
-        findings = inspecting.look_at(source)
+        findings = inspecting.look_at(source, background)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
         changes["pairs"] |= pairs or {}
@@ -127,6 +129,8 @@ def _check_watched(where: Location, root: Path) -> None:
     from dvc.repo import Repo
 
     url = where.source
+    if "?" in url:
+        raise UserError(f"{url.partition('?')[0]}: its query may be secret, and --link would record it; omit --link")
     if where.pattern:
         raise UserError(f"{url}: several files, which DVC cannot watch; leave out --link to copy them")
     try:

@@ -68,10 +68,13 @@ class Findings(NamedTuple):
         return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
 
 
-def look_at(source: Source) -> Findings:
-    """Decode some images of a source; raises UserError with the first reason if none can be read."""
+def look_at(source: Source, background: str = "white") -> Findings:
+    """Decode some images of a source, transparent ones on `background`.
+
+    Raises UserError with the first reason if none can be read.
+    """
     rejected = list[str]()
-    looks = [_look(picture.image) for picture in _decoded(source, LOOKED_AT, rejected)]
+    looks = [_look(picture.image, background) for picture in _decoded(source, LOOKED_AT, rejected)]
     if not looks:
         raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
     sizes, colour, transparent, bands = zip(*looks, strict=True)
@@ -84,12 +87,13 @@ def contact_sheet(source: Source, fit: Fit) -> bytes:
     return grid_png(np.stack([fit(picture.image) for picture in some]))
 
 
-def _look(image: Image.Image | Bands) -> tuple[tuple[int, int], bool, bool, int]:
+def _look(image: Image.Image | Bands, background: str) -> tuple[tuple[int, int], bool, bool, int]:
     """Size, whether red, green and blue differ anywhere, whether a pixel is transparent, and the number of bands."""
     if isinstance(image, Bands):
         return image.size, False, False, len(image.bands)
-    colour = image.mode != "L" and bool(np.ptp(np.asarray(image.convert("RGB")), axis=2).any())
     transparent = image.mode == "RGBA" and image.getchannel("A").histogram()[255] < image.width * image.height
+    seen = Fit(3, image.height, image.width, background=background)(image)
+    colour = bool(np.ptp(seen, axis=0).any())
     return image.size, colour, transparent, 0
 
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from diffusion.errors import SystemFault, UserError, describe
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
-from diffusion.pairs.pixels import Filter, Fit, Resize
+from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize
 from diffusion.process.build import ProcessOptions
 from diffusion.sampling.build import SampleOptions, SamplerChoice, SpacingName
 from diffusion.sections import (
@@ -157,7 +157,7 @@ class Pairs(Section):
     @property
     def fit(self) -> Fit:
         """How images are brought to one size."""
-        return Fit(**self.model_dump(include=set(Fit._fields)))
+        return Fit(**self.model_dump(include=set(FIELDS)))
 
 
 class Evaluate(Section):

@@ -14,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
 from diffusion.pairs.pixels import to_x_0
 from diffusion.sources.bands import Bands
-from diffusion.storage.executors import TRIES, Executor, LostWorker
+from diffusion.storage.executors import Executor, LostWorker
 from diffusion.storage.tar import SPLITS, Split
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def make(
             yield from done
         except LostWorker as lost:
             raise UserError(
-                f"block {lost.task.number} of {lost.task.split}: the process that made it was killed {TRIES} times; "
-                "use fewer processes (DDPM_WORKERS) to save memory"
+                f"block {lost.task.number} of {lost.task.split}: the process that makes it is killed each time; give "
+                "it more memory, or use fewer processes (DDPM_WORKERS)"
             ) from None
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +9,11 @@ from numpy.typing import NDArray
 from diffusion.errors import UserError
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import BlockedImages
-from diffusion.pairs.pixels import Fit
+from diffusion.pairs.pixels import Filter, Fit, Resize
 from diffusion.sources.images import Unreadable
 from diffusion.sources.locations import locate
+from diffusion.sources.reading import Reading
+from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 
 
@@ -37,7 +38,17 @@ class Images:
         return len(self.pixels)
 
 
-def load_images(path: str | Path, height: int, width: int, channels: int = 3, **options: Any) -> Images:
+def load_images(
+    path: str | Path,
+    height: int,
+    width: int,
+    channels: int = 3,
+    *,
+    resize: Resize = "crop",
+    background: str = "white",
+    filter: Filter = "bicubic",
+    value_range: tuple[float, float] | None = None,
+) -> Images:
     """Load the images of any source, such as a folder, at one size.
 
     Args:
@@ -45,17 +56,19 @@ def load_images(path: str | Path, height: int, width: int, channels: int = 3, **
         height: of the images returned, in pixels.
         width: of the images returned, in pixels.
         channels: 1, 3 or 4 for pictures; otherwise, that of the arrays.
-        options: `resize`, "crop" (default), "pad" or "stretch"; `background`, a colour; `filter`: see
-            [pairs](parameters.md).
+        resize: how images of another aspect ratio are resized.
+        background: colour behind transparent pixels and beside padded images.
+        filter: Pillow's filter for resizing.
+        value_range: the values of black and white of arrays, if their type does not say.
     Raises:
         UserError: no supported images were found, or one cannot be read; the message names it.
     """
     with locate(path).at_hand("load_images") as place:
-        return _load(place, Fit(channels, height, width, **options))
+        fit = Fit(channels, height, width, resize, background, filter)
+        return _load(open_source(place, Reading(value_range=value_range or ())), fit)
 
 
-def _load(path: Path, fit: Fit) -> Images:
-    source = open_source(path)
+def _load(source: Source, fit: Fit) -> Images:
     pixels, y = [], []
     for sample in source:
         if sample.left_out is not None:

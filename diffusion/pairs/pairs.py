@@ -24,7 +24,7 @@ from diffusion.errors import UserError
 from diffusion.pairs import augmentation, blocks
 from diffusion.pairs.blocks import LabelledImages
 from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream, timesteps
-from diffusion.pairs.pixels import Filter, Fit, Resize, to_x_0
+from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize, to_x_0
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
@@ -66,7 +66,7 @@ class Settings(Facts):
     @property
     def fit(self) -> Fit:
         """How the images were brought to one size."""
-        return Fit(**self.model_dump(include=set(Fit._fields)))
+        return Fit(**self.model_dump(include=set(FIELDS)))
 
 
 class Manifest(Settings):

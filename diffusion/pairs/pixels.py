@@ -1,7 +1,8 @@
 """Conversion of images to arrays of a fixed size, to [-1, 1] and back."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,9 @@ Resize = Literal["crop", "pad", "stretch"]
 Filter = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 
-class Fit(NamedTuple):
-    """How images are brought to one size and number of channels."""
+@dataclass(frozen=True)
+class Fit:
+    """How images are brought to one size and number of channels; raises UserError for unknown names."""
 
     channels: int
     """1: greyscale; 3: RGB; 4: RGB and alpha, not premultiplied. Other numbers: the channels of an array."""
@@ -28,6 +30,15 @@ class Fit(NamedTuple):
     """Colour behind transparent pixels and beside padded images, in CSS notation; as grey where there is no colour."""
     filter: Filter = "bicubic"
     """Pillow's filter, antialiased except nearest."""
+
+    def __post_init__(self) -> None:
+        for name, names in (("resize", get_args(Resize)), ("filter", get_args(Filter))):
+            if getattr(self, name) not in names:
+                raise UserError(f"{name}: must be {', '.join(names)} (got {getattr(self, name)!r})")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise UserError(f"background: must be a colour (got {self.background!r})") from None
 
     def __call__(self, image: Image.Image | Bands) -> NDArray[np.uint8]:
         """Convert an image to (C, H, W).
@@ -85,6 +96,9 @@ class Fit(NamedTuple):
         parts = [f"{cropped} cropped by {cropped_area:.0%} of their area on average"] if cropped else []
         parts += [f"{enlarged} enlarged"] if enlarged else []
         return f"{' and '.join(parts)} (pairs.resize: {self.resize})" if parts else ""
+
+
+FIELDS = frozenset(field.name for field in fields(Fit))
 
 
 def visible(images: NDArray[np.uint8], shown: tuple[int, ...] = ()) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """Conversion of a source's images to what the shards store of them, by an executor."""
 
 import io
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,13 +15,15 @@ from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
 from diffusion.sources.images import THUMBNAIL, Picture, digest
-from diffusion.storage.executors import TRIES, Executor, LostWorker
+from diffusion.storage.executors import Executor, LostWorker
 
 if TYPE_CHECKING:
     from diffusion.sources.shards import Sample, Source
 
 CHUNK, CHUNK_BYTES = 64, 2**18
 """Maximum number of images in a task, and the number of bytes at which it is complete."""
+EXPANSION = 16
+"""Bytes of a PNG file per byte of the file that it was made of, at most about; JPEG photographs come near it."""
 
 
 class Converted(NamedTuple):
@@ -69,8 +71,8 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
                 yield from zip(chunk, images, strict=True)
         except LostWorker as lost:
             raise UserError(
-                f"{lost.task[0].file}: the process that read the files from here to {lost.task[-1].file} was killed "
-                f"{TRIES} times; use fewer processes (DDPM_WORKERS) to save memory, or remove the file at fault"
+                f"{lost.task[0].file}: the process that reads the files from here to {lost.task[-1].file} is killed "
+                "each time; give it more memory, use fewer processes (DDPM_WORKERS), or remove the file at fault"
             ) from None
 
 
@@ -88,18 +90,26 @@ def _chunks(source: "Source") -> Iterator[tuple["Sample", ...]]:
 
 
 def _bytes(chunk: Sequence["Sample"]) -> int:
-    return sum(sample.size for sample in chunk)
+    return EXPANSION * sum(sample.size for sample in chunk)
 
 
 def _convert(chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
-    return [Rejected(sample.left_out) if sample.left_out else _converted(sample.decode) for sample in chunk]
+    return [Rejected(sample.left_out) if sample.left_out else _converted(sample) for sample in chunk]
 
 
-def _converted(decode: Callable[[], Picture]) -> Converted | Rejected:
+def _converted(sample: "Sample") -> Converted | Rejected:
     try:
-        picture = decode()
+        return _stored(sample.decode())
     except Unreadable as error:
         return Rejected(str(error), thumbnail(error.thumbnail) if error.thumbnail else None)
+    except MemoryError:
+        raise UserError(
+            f"{sample.file}: out of memory; use fewer processes (DDPM_WORKERS), or decrease shard.max_pixels, so that "
+            "it is set aside"
+        ) from None
+
+
+def _stored(picture: Picture) -> Converted:
     image = picture.image
     return Converted(
         content={"png": picture.png} if picture.png else encode(image),

@@ -29,6 +29,8 @@ MAX_FILES = 10_000
 """Maximum number of files in a brace range."""
 RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 """Numbers in braces, with an optional step."""
+ACCESSED = frozenset({"time", "atime", "st_atime", "last_access_time", "access_time"})
+"""Facts that reading a file changes, in some file systems."""
 MB = 10**6
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -112,7 +114,7 @@ class Location(NamedTuple):
         """What the file system knows of a file at present, such as its size and etag."""
         with _asking(_url(self.fs, file)):
             self.fs.invalidate_cache()
-            return dict(self.fs.info(file))
+            return {name: value for name, value in self.fs.info(file).items() if name.lower() not in ACCESSED}
 
 
 class _Advance(Callback):  # type: ignore[misc] # fsspec has no types

@@ -31,6 +31,8 @@ from diffusion.storage.files import reading, sha256, write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
+MAX_WARNINGS = 1000
+"""Maximum number of warnings that are listed; there may be one for each image."""
 SHOWN_CLASSES = 20
 """Maximum number of classes listed on the terminal."""
 
@@ -110,7 +112,9 @@ class Manifest(Facts):
     rejected: tuple[Remark, ...]
     """Rejected files: unreadable images, and copies of images in the source's own test split."""
     warnings: tuple[Remark, ...]
-    """Files that were used despite a warning of their decoder."""
+    """Files that were used despite a warning of their decoder, the first MAX_WARNINGS."""
+    more_warnings: int = 0
+    """Number of further warnings."""
     copies: int
     """Number of images with the same visible pixels as an earlier one."""
     near_duplicates: tuple[duplicates.Between, ...] | None = None
@@ -133,7 +137,7 @@ class _Tally:
         self.histograms: dict[str, NDArray[np.int64]] = {}
         self.sizes: NDArray[np.int64] | None = None
         self.per_class = {split: np.zeros(classes, np.int64) for split in SPLITS}
-        self.warnings = list[Remark]()
+        self.warnings, self.more_warnings = list[Remark](), 0
         self.multipage = 0
 
     def add(self, sample: Sample, image: Converted, split: Split) -> None:
@@ -144,7 +148,9 @@ class _Tally:
         self.sizes = np.array([np.minimum(least, size), np.maximum(most, size)])
         if sample.label is not None:
             self.per_class[split][sample.label] += 1
-        self.warnings += [Remark(file=sample.file, reason=warning) for warning in image.warnings]
+        room = MAX_WARNINGS - len(self.warnings)
+        self.warnings += [Remark(file=sample.file, reason=warning) for warning in image.warnings[:room]]
+        self.more_warnings += len(image.warnings[room:])
         self.multipage += image.several
 
     def statistics(self) -> dict[str, Statistics]:
@@ -218,6 +224,7 @@ def write(
         own_splits=dict(source.own_splits),
         rejected=tuple(rejected),
         warnings=tuple(tally.warnings),
+        more_warnings=tally.more_warnings,
         copies=splitter.seen.copies(),
         near_duplicates=duplicates.describe(found, lambda split, number: similar[split].source(number)),
         multipage=tally.multipage,

@@ -12,16 +12,17 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor, wait
 from contextlib import chdir
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 from PIL import features
 
 from diffusion.errors import UserError
@@ -30,6 +31,8 @@ SECONDS_TO_ANSWER = 10
 """How long a Dask scheduler may take to answer, and to name its first worker."""
 MAX_BYTES = 2**29
 """Memory for the tasks in flight and their results; a task that needs more is in flight alone."""
+DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "jpg_2000", "webp", "avif", "littlecms2")
+"""Libraries of Pillow, by its names, on which pixels and stored bytes depend."""
 TRIES = 3
 """How often a task is tried whose worker is killed."""
 Task = TypeVar("Task")
@@ -127,7 +130,7 @@ def _end_with_pipe(pipe: Connection) -> None:
 class Dask:
     """Does tasks on the workers of a Dask cluster; needs the extra `cluster`.
 
-    Workers need the same software, and the same files in the same place. A worker that joins later is used as well.
+    Workers need the same software, and the same files in the same place.
     """
 
     address: str
@@ -189,10 +192,10 @@ class Remote(Generic[Task, Result]):
     def __call__(self, task: Task) -> Result:
         """Raises UserError if that machine lacks the folder, or has other software."""
         machine, own = platform.node(), software()
-        for name, version in self.software.items():
-            if own.get(name) != version:
+        for name, wanted in self.software.items():
+            if own.get(name) != wanted:
                 raise UserError(
-                    f"the Dask worker on {machine} has {name} {own.get(name)}, but {version} is used here; install the "
+                    f"the Dask worker on {machine} has {name} {own.get(name)}, but {wanted} is used here; install the "
                     "same there, and start the worker again"
                 )
         if not Path(self.folder).is_dir():
@@ -211,8 +214,9 @@ def software() -> dict[str, str]:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
-    libraries = {name: str(features.version(name)) for name in sorted(features.get_supported())}
-    return {"numpy": np.__version__, **libraries, "the package diffusion with digest": code.hexdigest()[:12]}
+    packages = {name: version(name) for name in ("numpy", "pillow", "scipy", "imagehash")}
+    decoders = {name: str(features.version(name)) for name in DECODERS if features.check(name)}
+    return packages | decoders | {"the package diffusion with digest": code.hexdigest()[:12]}
 
 
 def ordered_map(
@@ -225,12 +229,18 @@ def ordered_map(
 ) -> Generator[tuple[Task, Result]]:
     """Submit tasks, at most `most` ahead of the results; if `result` raises `lost`, they are submitted again.
 
-    Raises LostWorker after TRIES losses without a result in between.
+    After a loss, which may be any task's fault, the first one is alone until it is done. Raises LostWorker, which names
+    the task at fault, after TRIES losses without a result in between.
     """
-    remaining, in_flight = iter(tasks), deque[tuple[Task, Future[Result]]]()
+    remaining: Iterator[Task] = iter(tasks)
+    in_flight = deque[tuple[Task, Future[Result]]]()
     room, losses = MAX_BYTES, 0
     while True:
-        while len(in_flight) < most and (room > 0 or not in_flight) and (task := next(remaining, None)) is not None:
+        while (
+            len(in_flight) < (1 if losses else most)
+            and (room > 0 or not in_flight)
+            and (task := next(remaining, None)) is not None
+        ):
             in_flight.append((task, submit(task)))
             room -= size(task)
         if not in_flight:
@@ -242,7 +252,9 @@ def ordered_map(
             losses += 1
             if losses == TRIES:
                 raise LostWorker(first) from None
-            in_flight = deque((task, submit(task)) for task, _ in in_flight)
+            remaining = chain([task for task, _ in in_flight], remaining)
+            room += sum(size(task) for task, _ in in_flight)
+            in_flight.clear()
             continue
         del in_flight[0], future
         room, losses = room + size(first), 0

@@ -102,3 +102,11 @@ def test_larger_images_than_allowed_are_not_looked_at(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "1.png")
     with pytest.raises(UserError, match=r"none of 1 files can be read; .*more than shard\.max_pixels \(15\)"):
         look_at(open_source(tmp_path, Reading(max_pixels=15)))
+
+
+def test_colour_is_what_is_seen(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((1, 1), (7, 7, 7, 255))
+    image.save(tmp_path / "hidden.png")
+    assert look_at(open_source(tmp_path)) == Findings([(4, 4)], colour=False, classes=False, transparent=1)
+    assert look_at(open_source(tmp_path), "#204080").colour

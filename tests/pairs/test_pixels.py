@@ -106,3 +106,10 @@ def test_channels_shown() -> None:
     assert visible(images).ravel().tolist() == [0, 1, 2]
     assert visible(images[:, :2]).ravel().tolist() == [0]
     assert visible(images, (4, 0, 2)).ravel().tolist() == [4, 0, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"resize": "fill"}, {"filter": "sinc"}, {"background": "rot"}])
+def test_unknown_names_are_refused_at_once(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=rf"^{name}: must be .* \(got '{wrong[name]}'\)$"):
+        Fit(3, 2, 2, **wrong)

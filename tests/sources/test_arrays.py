@@ -10,12 +10,12 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import Fit
-from diffusion.sources import arrays
+from diffusion.sources import arrays, shards
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
 from diffusion.sources.images import Picture, Unreadable, digest, read_image
 from diffusion.sources.reading import Reading
-from diffusion.sources.shards import Images, write
+from diffusion.sources.shards import Images
 from diffusion.sources.splits import Fractions
 
 
@@ -124,7 +124,7 @@ def test_channels_survive_the_shards(tmp_path: Path) -> None:
     images[39] = images[0]
     source = Arrays(save(tmp_path / "a.npy", images))
     (tmp_path / "shards").mkdir()
-    manifest = write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
+    manifest = shards.write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
     assert manifest.copies == 1
     statistics = manifest.statistics["5 channels"]
     np.testing.assert_allclose(statistics.mean, images.mean((0, 2, 3)) / 255, atol=1e-9)
@@ -179,9 +179,7 @@ def test_the_range_does_not_hold_for_other_pictures(tmp_path: Path) -> None:
 
 
 def test_one_picture_is_not_taken_for_many(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"probably a single picture; save images\[None\] instead, or images\["
-    ):
+    with pytest.raises(UserError, match=r"probably a single picture; save images\[None\] instead, or images\["):
         Arrays(save(tmp_path / "a.npy", np.zeros((64, 64, 3), np.uint8)))
 
 
@@ -190,3 +188,12 @@ def test_labels_are_checked_before_they_are_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(arrays, "rows", None)
     with pytest.raises(UserError, match=r"one for each image \(got int64 of shape \(1000000,\)\)$"):
         Arrays(tmp_path / "a.npz")
+
+
+def test_warnings_are_listed_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_WARNINGS", 30)
+    images = np.random.default_rng(0).integers(0, 9, (40, 5, 6))
+    (tmp_path / "shards").mkdir()
+    source = Arrays(save(tmp_path / "a.npy", images), Reading(value_range=(1, 7)))
+    manifest = shards.write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
+    assert (len(manifest.warnings), manifest.more_warnings) == (30, 10)

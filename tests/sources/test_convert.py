@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pyarrow import parquet
 from diffusion.errors import SystemFault, UserError
 from diffusion.sources import convert
 from diffusion.sources.images import Picture
-from diffusion.sources.shards import Sample, write
+from diffusion.sources.shards import Sample, Source, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.storage.executors import OWN_PROCESS, Executor, Processes
@@ -147,7 +147,7 @@ def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_kills_every_worker_is_reported(tmp_path: Path) -> None:
-    message = r"^64\.png: the process that read the files from here to 99\.png was killed 3 times; use fewer processes"
+    message = r"^64\.png: the process that reads the files from here to 99\.png is killed each time; give it"
     with pytest.raises(UserError, match=message):
         written(Fatal(None), tmp_path / "found", Processes(2))
 
@@ -164,3 +164,15 @@ def test_a_file_that_cannot_be_read_stops_the_stage(tmp_path: Path) -> None:
 
     with pytest.raises(SystemFault, match=r"b/31\.img: cannot be read \(No such file or directory\)$"):
         written(Listed(None), tmp_path / "found", Processes(2))
+
+
+def test_an_image_for_which_memory_does_not_suffice_is_named() -> None:
+    def decode() -> Picture:
+        raise MemoryError
+
+    class One:
+        def __iter__(self) -> Iterator[Sample]:
+            yield Sample("a", "a.png", None, None, decode)
+
+    with pytest.raises(UserError, match=r"^a\.png: out of memory; .*DDPM_WORKERS.*shard\.max_pixels"):
+        list(convert.convert(cast(Source, One()), OWN_PROCESS))
