@@ -86,7 +86,8 @@ def import_data(
         background: Colour behind transparent pixels and beside padded images; by default as in params.yaml.
         filter: Filter for resizing; by default as in params.yaml.
         layout: Order of the axes of arrays, if it is ambiguous.
-        value_range: The values of black and white of arrays, if their type does not say.
+        value_range: The values of black and white of arrays and of greyscale pictures with more than 8 bits, if not
+            those of their type.
         link: Link to the files instead of copying them; what is at a URL stays there.
         split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
     """

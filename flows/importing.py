@@ -34,7 +34,7 @@ from flows.paths import Paths
 from flows.yaml_files import read_yaml, write_yaml
 
 MAX_LISTED = 5
-"""Maximum number of skipped files to list on the terminal."""
+"""Maximum number of files set aside to list on the terminal."""
 MAX_SIZE = 4096
 """Maximum of `--size`."""
 VERSIONS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}
@@ -181,7 +181,7 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
 
 
 def _description(source: Source, name: str, max_rejected: float) -> str:
-    """Summarize files, classes, splits and skipped files; no image is decoded."""
+    """Summarize files, classes, splits and files set aside; no image is decoded."""
     splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[Remark]()
     for sample in source:
         if sample.left_out:
@@ -195,9 +195,9 @@ def _description(source: Source, name: str, max_rejected: float) -> str:
     files = f"Imported {images} images{f' ({counts})' if counts else ''}; the shard stage will decode them."
     classes = shards.describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Skipped: {remark.file}: {remark.reason}" for remark in left_out[:MAX_LISTED]]
+    lines += [f"Set aside: {remark.file}: {remark.reason}" for remark in left_out[:MAX_LISTED]]
     if len(left_out) > MAX_LISTED:
-        lines.append(f"Skipped: {len(left_out) - MAX_LISTED} more files")
+        lines.append(f"Set aside: {len(left_out) - MAX_LISTED} more files")
     try:
         aside.check(name, images, left_out, max_rejected)
     except Unusable as error:

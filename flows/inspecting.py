@@ -36,7 +36,7 @@ class Findings(NamedTuple):
     transparent: int = 0
     """Number of images with transparent pixels."""
     bands: int = 0
-    """Number of channels of images that are no pictures; otherwise 0."""
+    """Number of separate channels; 0 if the images are greyscale or in colour."""
 
     def size(self, side: int | None) -> tuple[int, int]:
         """Height and width to train at: `side`, else that of all images, else a square by the median."""

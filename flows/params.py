@@ -120,7 +120,7 @@ class Shard(Section):
     since a small file can decode to more than fits into memory (a decompression bomb)."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Maximum share of the images that may be set aside because they cannot be used; more of them stop the stage.
-    Files that are no images, and copies of images in the data set's own test split, do not count."""
+    Files that are not images, and copies of images in the data set's own test split, do not count."""
     samples_per_shard: Positive = 10000
     """Maximum number of images per tar file."""
 

@@ -60,6 +60,7 @@ class Network(nn.Module):
     """The network's options; the default of `kind` is its name in the parameters."""
 
     conditions: "Conditions"
+    """What embeds timestep, class and augmentation; `train.augment` needs it."""
 
     def blocks(self) -> list[nn.Module]:
         """The blocks between the first and last layers, which hold nearly all the weights."""

@@ -1,4 +1,4 @@
-"""Files that could not be used: set aside with their reasons, and too many of them stop the work."""
+"""Files that cannot be used: they are set aside with their reasons, and too many of them stop the stage."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from diffusion.sources.splits import COPY_OF_TEST
 from diffusion.storage.tar import Facts
 
 EXPECTED = frozenset({OTHER_FILE, COPY_OF_TEST})
-"""Reasons that are no loss: such files may be any number."""
+"""Reasons that do not count; there may be any number of such files."""
 MAX_REASONS = 5
 """Maximum number of reasons in a message."""
 
@@ -35,7 +35,7 @@ def reasons(rejected: Sequence[Remark]) -> list[tuple[str, int]]:
 def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float) -> None:
     """Raise Unusable if no image could be used, or more than the share `max_rejected` could not be used.
 
-    Files that are no images, and copies of images in the source's own test split, do not count.
+    Files that are not images, and copies of images in the source's own test split, do not count.
     """
     if not used:
         why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
@@ -50,7 +50,7 @@ def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float)
     ]
     raise Unusable(
         f"{name}: {len(lost)} of {len(lost) + used} images cannot be used, more than shard.max_rejected "
-        f"({max_rejected:g}) allows: mend or remove them, or increase it; {'; '.join(found[:MAX_REASONS])}"
+        f"({max_rejected:g}) allows: repair or remove them, or increase it; {'; '.join(found[:MAX_REASONS])}"
     )
 
 

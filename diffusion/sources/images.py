@@ -74,7 +74,7 @@ class Picture(NamedTuple):
     """One decoded image."""
 
     image: Image.Image | Bands
-    """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha; or channels that are no such picture."""
+    """Upright, in sRGB, in mode L, RGB or RGBA with straight alpha; or separate channels."""
     mode: str
     """Pillow's mode of the file, or the type of an array."""
     several: bool = False
@@ -179,7 +179,7 @@ def _reason(error: Exception, max_pixels: int) -> str:
         return NO_IMAGE
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         pixels = re.findall(r"\d+", str(error))[0]
-        return f"{pixels} pixels, more than shard.max_pixels ({max_pixels}); increase it if this is no mistake"
+        return f"{pixels} pixels, more than shard.max_pixels ({max_pixels}); increase it if the size is intended"
     return _line(str(error)) or type(error).__name__
 
 

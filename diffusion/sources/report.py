@@ -65,9 +65,9 @@ all:{% endif %}</p>
 <p>Not counted: the images are too small to tell copies from images that are only similar.</p>
 {% else %}
 <p>Images in different splits whose perceptual hashes differ in at most {{ max_bits }} of 256 bits. A model that has
-learned one of them by heart scores too well on the other.</p>
+memorized one of them scores too well on the other.</p>
 {% for between in manifest.near_duplicates %}
-<p>{{ between.images }} images of {{ between.second }} resemble one of {{ between.first }}.</p>
+<p>Images of {{ between.second }} that resemble one of {{ between.first }}: {{ between.images }}.</p>
 {% if between.pairs %}
 <table>
   <tr><th></th><th>{{ between.second }}</th><th></th><th>{{ between.first }}</th><th>bits</th></tr>

@@ -147,7 +147,9 @@ class Dask:
             from distributed import Client, KilledWorker
             from distributed.comm.core import CommClosedError
         except ModuleNotFoundError as error:
-            raise UserError(f"{self.address}: Dask is not installed ({error}); run `pip install distributed`") from None
+            raise UserError(
+                f"{self.address}: Dask is not installed ({error}); install the extra: `pip install -e '.[cluster]'`"
+            ) from None
         for name in logging.root.manager.loggerDict:
             if name.startswith(("distributed", "tornado")):
                 logging.getLogger(name).setLevel(logging.CRITICAL)  # hide tracebacks when a connection is lost

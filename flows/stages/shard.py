@@ -69,7 +69,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     paths.rejected.unlink(missing_ok=True)
     write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
-    _say_files("skipped", manifest.rejected)
+    _say_files("set aside", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:
         say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
@@ -90,7 +90,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files skipped")
+    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files set aside")
 
 
 def _say_files(what: str, remarks: Sequence[Remark]) -> None:

@@ -25,7 +25,7 @@ def test_the_pairs_of_the_digits_are_reproducible(digits_tree: Path, params: Par
     for _ in range(2):  # the second run overwrites the results of the first
         shard, pairs = trees.run(digits_tree, "shard"), trees.run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
-            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 files skipped"
+            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 files set aside"
         ), shard.stderr
         assert pairs.stderr.splitlines()[-1] == (
             "pairs: 1452 train, 163 val, 182 test images of 1x8x8 in blocks of 64"
@@ -66,8 +66,8 @@ def test_the_contents_of_a_folder_are_summarized(digits_tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     reason = "not an image by its name or content"
     assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
-        *(f"shard: skipped: a/note{number}.txt: {reason}" for number in range(5)),
-        "shard: skipped: 2 more, listed in data/shards/manifest.json",
+        *(f"shard: set aside: a/note{number}.txt: {reason}" for number in range(5)),
+        "shard: set aside: 2 more, listed in data/shards/manifest.json",
         "shard: files with several pages or frames, of which only the first is used: 1",
         "shard: exact copies of other images: 1; all copies of an image are in the same split",
         "shard: 2 classes: a 22, b 20",

@@ -34,7 +34,7 @@ def test_the_share_of_images_that_cannot_be_used_is_limited() -> None:
     with pytest.raises(Unusable) as caught:
         aside.check("name", 94, [*remarks(damaged=1), *remarks(raw=5)], 0.05)
     assert str(caught.value) == (
-        "name: 6 of 100 images cannot be used, more than shard.max_rejected (0.05) allows: mend or remove them, or "
+        "name: 6 of 100 images cannot be used, more than shard.max_rejected (0.05) allows: repair or remove them, or "
         "increase it; 'raw/0.png' and 4 more: raw; 'damaged/0.png': damaged"
     )
     with pytest.raises(Unusable, match=r"^name: 1 of 1001 images .*\(0\)"):
@@ -190,7 +190,7 @@ def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) 
     for text in (
         "<td>train/&lt;b&gt;/copy.bmp</td><td>a copy of an image in the source&#39;s test split</td>",
         '<img alt="" src="data:image/png;base64,cG5n">',
-        "<p>1 images of test resemble one of train.</p>",
+        "<p>Images of test that resemble one of train: 1.</p>",
         "<td>test/&lt;b&gt;/again.jpg</td>",
         "12 images of name, 40x40 pixels;",
     ):

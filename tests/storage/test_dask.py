@@ -85,5 +85,5 @@ def test_a_scheduler_that_is_not_there_gives_one_line() -> None:
 
 def test_without_dask_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(UserError, match=r"^tcp://x: Dask is not installed \(.+\); run `pip install distributed`$"):
+    with pytest.raises(UserError, match=r"^tcp://x: Dask is not installed \(.+\); install the extra: `pip install"):
         next(Dask("tcp://x").map(none, range(3), none))
