@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from pydantic import ValidationError
 
-from diffusion.errors import UsageError, UserError
+from diffusion.errors import UsageError, UserError, describe
 from diffusion.progress import Progress
 from diffusion.sources import aside, shards
 from diffusion.sources.arrays import Arrays
@@ -71,6 +72,10 @@ def import_data(
         raise UsageError(
             f"--name: must start with a letter or digit and contain only letters, digits, - and _ (got {name!r})"
         )
+    try:
+        Shard(value_range=reading.value_range)
+    except ValidationError as error:
+        raise UsageError(describe(error, name=lambda _: "--value-range")) from None
     where = locate(images)
     target = paths.raw / f"{name}{ending(Path(where.name))}"
     if in_place := link and where.remote:
@@ -84,17 +89,22 @@ def import_data(
     background = (pairs or {}).get("background") or (Pairs() if present is None else present.pairs).background
     reading = reading._replace(max_pixels=limits.max_pixels)
     with where.at_hand("import", paths.state) as path:
+        _check_names(path)
         source = open_source(path, reading)
         description = _description(source, str(images), limits.max_rejected)
         findings = inspecting.look_at(source, background)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
         changes["pairs"] |= pairs or {}
+        if present is not None and present.evaluate.shown_channels:  # of the former images
+            changes["evaluate"] = {"shown_channels": []}
         document = None if before is None else lay_over(copy.deepcopy(before), changes)
         if document is None:
             fit = Pairs(**changes["pairs"]).fit
         else:
             fit = validate(document, f"{paths.params} with what was found").pairs.fit
+        if reading.value_range and not findings.deep:
+            raise UsageError("--value-range: for arrays, and greyscale pictures with more than 8 bits; these have 8")
         values = source.describe_values() if isinstance(source, Arrays) else ""
         content = inspecting.contact_sheet(source, fit)
         with writing(paths.state):
@@ -121,6 +131,17 @@ def import_data(
         print("\nTo train on them, and to keep their DVC file in git:\n")
         print(f"    git add {place}.dvc {_ignored(paths).relative_to(paths.root).as_posix()}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
+
+
+def _check_names(path: Path) -> None:
+    """Raise UserError if a file has a name that DVC cannot track."""
+    for file in files_below(path) if path.is_dir() else ():
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{str(file)!a}: DVC cannot track a name that is not in UTF-8; rename the file, or import an archive"
+            ) from None
 
 
 def _check_watched(where: Location, root: Path) -> None:

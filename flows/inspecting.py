@@ -12,7 +12,9 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.pairs.pixels import Fit
 from diffusion.samples import grid_png
+from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
+from diffusion.sources.colours import DEEP_GREY
 from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.shards import Source
 
@@ -35,6 +37,10 @@ class Findings(NamedTuple):
     """Whether there are at least two classes."""
     transparent: int = 0
     """Number of images with transparent pixels."""
+    deep: bool = False
+    """Whether one of them has a range of values to choose: an array, or a greyscale picture with more than 8 bits."""
+    rejected: tuple[str, ...] = ()
+    """Files looked at that cannot be read, each with the reason."""
     bands: int = 0
     """Number of separate channels; 0 if the images are greyscale or in colour."""
 
@@ -65,6 +71,8 @@ class Findings(NamedTuple):
             becomes = "kept" if fit.channels == 4 else f"on {fit.background}"
             found += f", {self.transparent} with transparent pixels ({becomes})"
         done = fit.describe(**fit.tally(Counter(self.sizes))) or "none is cropped or enlarged"
+        if self.rejected:
+            found += f"; {len(self.rejected)} of those looked at cannot be read, such as {self.rejected[0]}"
         return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
 
 
@@ -74,11 +82,16 @@ def look_at(source: Source, background: str = "white") -> Findings:
     Raises UserError with the first reason if none can be read.
     """
     rejected = list[str]()
-    looks = [_look(picture.image, background) for picture in _decoded(source, LOOKED_AT, rejected)]
+    deep, looks = isinstance(source, Arrays), []
+    for picture in _decoded(source, LOOKED_AT, rejected):
+        deep |= picture.mode in DEEP_GREY
+        looks.append(_look(picture.image, background))
     if not looks:
+        rejected = [f"{sample.file}: {sample.left_out}" for sample in source if sample.left_out] + rejected
         raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
     sizes, colour, transparent, bands = zip(*looks, strict=True)
-    return Findings(list(sizes), any(colour), len(source.classes) > 1, sum(transparent), max(bands))
+    classes = len(source.classes) > 1
+    return Findings(list(sizes), any(colour), classes, sum(transparent), deep, tuple(rejected), max(bands))
 
 
 def contact_sheet(source: Source, fit: Fit) -> bytes:
@@ -99,12 +112,7 @@ def _look(image: Image.Image | Bands, background: str) -> tuple[tuple[int, int],
 
 def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
     """`count` images of a source at random, always the same ones, or all; adds those that fail to `rejected`."""
-    usable = list[int]()
-    for index, sample in enumerate(source):
-        if sample.left_out:
-            rejected.append(f"{sample.file}: {sample.left_out}")
-        else:
-            usable.append(index)
+    usable = [index for index, sample in enumerate(source) if not sample.left_out]
     chosen = set(np.random.default_rng(0).permutation(usable)[:count].tolist())
     for index, sample in enumerate(source):
         if index in chosen:

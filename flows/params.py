@@ -6,6 +6,7 @@ hashes the values in the file, and must see everything that affects a result.
 
 import copy
 import errno
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,7 +73,7 @@ def _exports_its_variance(params: "Params") -> None:
 
 
 def _range(values: tuple[float, ...]) -> tuple[float, ...]:
-    if values and not (len(values) == 2 and values[0] < values[1]):
+    if values and not (len(values) == 2 and 0 < values[1] - values[0] < math.inf):
         raise ValueError("must be empty or two numbers, the smaller one first")
     return values
 

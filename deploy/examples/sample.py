@@ -13,6 +13,8 @@ from PIL import Image
 if len(sys.argv) != 3:
     sys.exit("usage: python sample.py sampler.onnx images.png")
 sampler = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+if (names := [each.name for each in sampler.get_inputs()]) != ["noise", "steps"]:
+    sys.exit(f"{sys.argv[1]}: has the inputs {', '.join(names)}; ONNX.md describes them")
 channels, height, width = sampler.get_inputs()[0].shape[1:]
 noise = np.random.default_rng(7).standard_normal((16, channels, height, width), np.float32)
 (images,) = sampler.run(["images"], {"noise": noise, "steps": np.array([0])})  # 0: the exported number of steps

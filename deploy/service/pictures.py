@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from deploy.service.models import Feeds, Model
 from deploy.service.protocol import Invalid
 from diffusion.export import golden
-from diffusion.pairs.pixels import visible
 
 MAX_SIDE = 4096
 """Maximum pixels along the longer side of a grid."""
@@ -97,7 +96,8 @@ def png(images: NDArray[Any], scale: int) -> bytes:
 
     Of images with other than 1, 3 or 4 channels, the first three are shown, or the first of two.
     """
-    images = visible(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    if images.shape[3] not in (1, 3, 4):
+        images = images[..., : 3 if images.shape[3] > 3 else 1]
     count, height, width, channels = images.shape
     columns, rows = layout(count)
     height, width = height * scale + 1, width * scale + 1

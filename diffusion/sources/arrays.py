@@ -23,15 +23,15 @@ from diffusion.sources.shards import Sample
 from diffusion.sources.trees import BROKEN
 from diffusion.storage.tar import Split
 
-FULL_RANGE: dict[str, tuple[float, float]] = {"uint8": (0, 255), "uint16": (0, 65535)}
+FULL_RANGE: dict[str, tuple[float, float]] = {"bool": (0, 1), "uint8": (0, 255), "uint16": (0, 65535)}
 """Values of black and white by type, where all values are used. Floats: see `Arrays.value_range`."""
 
 
 class Arrays:
     """An .npz file with `images` and optionally `labels`, integers (N,), or an .npy file of images.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), of any integer or floating-point type, and are brought to 8
-    bits. A label of -1 means no label.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), of type bool or any integer or floating-point type, and are
+    brought to 8 bits. A label of -1 means no label.
     """
 
     own_splits: Mapping[Split, str] = {}
@@ -47,17 +47,20 @@ class Arrays:
         try:
             if path.suffix == ".npz":
                 with zipfile.ZipFile(path) as archive:
-                    names = [name.removesuffix(".npy") for name in archive.namelist()]
+                    names = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
                 if "images" not in names:
                     raise UserError(f"{path}: contains no array `images` (found: {shortened(names)})")
             with self._open() as file:
                 self.shape, self.dtype = self._header(file)
                 size, rest = math.prod(self.shape) * self.dtype.itemsize, self._size() - file.tell()
         except (TypeError, KeyError, TokenError, *BROKEN) as error:
-            raise UserError(f"{path}: not a readable {path.suffix} file ({error})") from None
+            raise UserError(f"{path}: not a readable {path.suffix} file ({_reason(error)})") from None
         if rest != size:
             raise UserError(f"{path}: contains {rest} bytes for {self.dtype} of shape {self.shape}, which needs {size}")
         self.layout = _layout(path, self.shape, reading.layout)
+        first = self.layout == "channels-first"
+        if (pixels := math.prod(self.shape[2:4] if first else self.shape[1:3])) > reading.max_pixels:
+            raise UserError(f"{path}: images of {pixels} pixels, more than shard.max_pixels ({reading.max_pixels})")
         self._given_range = reading.value_range
         values, self.labels = classes_of(self._read_labels() if "labels" in names else None)
         self.classes = tuple(map(str, values))
@@ -86,12 +89,12 @@ class Arrays:
                     )
                 return np.array(list(rows(file, self.path, shape, dtype)))
         except (TypeError, KeyError, TokenError, *BROKEN) as error:
-            raise UserError(f"{self.path}: not a readable .npz file ({error})") from None
+            raise UserError(f"{self.path}: not a readable .npz file ({_reason(error)})") from None
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Read the shape and the type of the images, and check them."""
         shape, fortran_order, dtype = _read_header(file)
-        if dtype.kind not in "iuf" or len(shape) not in (3, 4) or 0 in shape:
+        if dtype.kind not in "biuf" or len(shape) not in (3, 4) or min(shape) < 1:
             raise UserError(
                 f"{self.path}: images must be numbers of shape (N, H, W), (N, H, W, C) or (N, C, H, W) "
                 f"(got {dtype} of shape {shape})"
@@ -147,7 +150,7 @@ class Arrays:
                 self._header(file)
                 yield from rows(file, self.path, self.shape, self.dtype)
         except BROKEN as error:
-            raise UserError(f"{self.path}: not a readable {self.path.suffix} file ({error})") from None
+            raise UserError(f"{self.path}: not a readable {self.path.suffix} file ({_reason(error)})") from None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -160,9 +163,7 @@ class Arrays:
             yield Sample(f"{index:07d}", file, label, None, decode, size=row.nbytes)
 
     def describe_values(self) -> str:
-        """The type and the values that become 8 bits, in one line; empty if they have 8 bits."""
-        if self.dtype == np.uint8 and not self._given_range:
-            return ""
+        """The type and the values that become 8 bits, in one line; empty if they have 8 bits and use them."""
         low, high = self.value_range
         least, greatest = self.extremes
         line = (
@@ -170,7 +171,14 @@ class Arrays:
         )
         if 0 < greatest - least < (high - low) / 2:
             line += f"; --value-range {least:.9g} {greatest:.9g} (or shard.value_range) would use all 8 bits"
+        elif self.dtype == np.uint8 and not self._given_range:
+            return ""
         return line
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read; NumPy's messages about headers may contain memory addresses, or the whole header."""
+    return str(error) if isinstance(error, (OSError, zipfile.BadZipFile)) else "its header is damaged"
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -38,11 +38,9 @@ def from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.
 
 
 def from_range(
-    image: Image.Image, value_range: tuple[float, ...], negative: bool
+    values: NDArray[Any], transparent: int | None, value_range: tuple[float, ...], negative: bool
 ) -> tuple[Image.Image, Image.Image | None]:
-    """As `from_16_bits`, for pixels of any type, of which `value_range` are the values of black and white."""
-    values = np.asarray(image)
-    transparent = image.info.get("transparency")
+    """As `from_16_bits`, for pixels (H, W) of any type, of which `value_range` are the values of black and white."""
     alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     scaled, clipped = scale(values, value_range, 65535)
     if clipped:

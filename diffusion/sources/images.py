@@ -231,11 +231,12 @@ def _read(path: File, value_range: tuple[float, ...]) -> Picture:
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
         several = opened.format != "PSD" and bool(getattr(opened, "is_animated", False))  # PSD has layers
-        bits, negative = content[24] if opened.format == "PNG" else 8, False
+        bits, negative, unsigned = content[24] if opened.format == "PNG" else 8, False, False
         if isinstance(opened, TiffImagePlugin.TiffImageFile):
             _check_tiff(opened, content)
             bits = opened.tag_v2.get(258, (1,))[0]
-            negative = mode.startswith("I;16") and opened.tag_v2.get(262, 0) == 0
+            negative = mode in DEEP_GREY and opened.tag_v2.get(262, 0) == 0
+            unsigned = mode == "I" and bits == 32 and opened.tag_v2.get(339, (1,))[0] == 1
         _check_colour(opened, content)
         opened.load()
         if opened.format == "PNG":
@@ -243,7 +244,10 @@ def _read(path: File, value_range: tuple[float, ...]) -> Picture:
         image = ImageOps.exif_transpose(opened)
         profile = _profile(opened, content)
     if value_range and mode in DEEP_GREY:
-        colour, alpha = from_range(image, value_range, negative)
+        if content[:2] == b"MM" and mode in ("I", "F"):
+            raise Unreadable("signed or 32-bit pixels in big-endian order, which Pillow misreads; save them otherwise")
+        values = np.asarray(image).view(np.uint32) if unsigned else np.asarray(image)
+        colour, alpha = from_range(values, image.info.get("transparency"), value_range, negative)
     elif mode.startswith("I;16") or (mode == "I" and opened.format == "PPM"):
         if opened.format not in RANGE_OF_16_BITS | {"PPM"}:
             raise Unreadable(f"16-bit pixels in {opened.format}, whose black and white are not known")

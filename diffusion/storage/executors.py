@@ -101,12 +101,13 @@ class Processes:
 
         def submit(task: Task) -> Future[Result]:
             nonlocal pool
-            try:
-                return pool.submit(function, task)
-            except BrokenExecutor:  # a worker was killed
-                pool.shutdown()
-                pool = start()
-                return pool.submit(function, task)
+            for _ in range(TRIES):
+                try:
+                    return pool.submit(function, task)
+                except (BrokenExecutor, OSError):  # a worker was killed, or the server
+                    pool.shutdown()
+                    pool = start()
+            return pool.submit(function, task)
 
         try:
             yield from ordered_map(submit, Future.result, tasks, size, 2 * self.workers, BrokenExecutor)

@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,17 @@ from diffusion.progress import say
 from diffusion.samples import grid_png
 from diffusion.sources import images, png
 from diffusion.sources.bands import MODES, Bands
+from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.storage.files import write_atomic, writing
 
 Write = Callable[[NDArray[np.uint8], NDArray[np.int64] | None], None]
 """Writes pictures (N, C, H, W) and their classes (N,), if they have any; raises UserError if it cannot."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, reading: Reading = DEFAULTS) -> Image.Image:
     """An image file, upright, in sRGB, in mode L, RGB or RGBA; raises UserError if it cannot be read."""
     try:
-        picture = images.read_image(path)
+        picture = images.read_image(path, reading)
     except images.Unreadable as error:
         raise UserError(f"{path}: not a readable image ({error})") from None
     assert not isinstance(picture.image, Bands)  # a file, not an array
@@ -37,13 +39,13 @@ def read_image(path: Path) -> Image.Image:
     return picture.image
 
 
-def to_x_0(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """An image as (1, C, H, W) in [-1, 1], cropped and resized to `shape` (C, H, W) if need be."""
-    return torch.from_numpy(pixels.to_x_0(pixels.Fit(*shape)(image), np.float32))[None]
+def to_x_0(image: Image.Image, fit: pixels.Fit) -> Tensor:
+    """An image as (1, C, H, W) in [-1, 1], resized if need be."""
+    return torch.from_numpy(pixels.to_x_0(fit(image), np.float32))[None]
 
 
-def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """1 where the mask of an image is dark, 0 where it is light, (1, 1, H, W) float; fitted to `shape` as the image is.
+def read_mask(path: Path, image: Image.Image, fit: pixels.Fit) -> Tensor:
+    """1 where the mask of an image is dark, 0 where it is light, (1, 1, H, W) float; resized as the image is.
 
     Raises UserError if it has not the image's size.
     """
@@ -52,7 +54,7 @@ def read_mask(path: Path, image: Image.Image, shape: tuple[int, int, int]) -> Te
         raise UserError(
             f"{path}: the mask has {mask.width}x{mask.height} pixels, but its image {image.width}x{image.height}"
         )
-    return (to_x_0(mask, (1, *shape[1:])) < 0).float()
+    return (to_x_0(mask, replace(fit, channels=1, background="white")) < 0).float()
 
 
 def writer(out: str, count: int, channels: int) -> Write:

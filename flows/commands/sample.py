@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ from flows.changes import lay_over
 from flows.commands.pictures import prepare_folder, read_image, read_mask, to_x_0, writer
 from flows.commands.types import Integer, Number
 from flows.fields import plain, takes
-from flows.params import advice, read
+from flows.params import Pairs, Shard, advice, read
 from flows.paths import Paths
 
 BATCH = 64
@@ -56,6 +56,10 @@ class Settings(Section):
     seed: NonNegative = 0
     device: Device = "auto"
     sample: SampleOptions = SampleOptions()
+    shard: Shard = Shard()
+    """How images are read, which also holds for those to edit."""
+    pairs: Pairs = Pairs()
+    """How images are resized."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def run(
     if options.steps > (limit := loaded.process.schedule.num_timesteps):
         text = f"must be at most {limit}, the model's number of timesteps (got {options.steps})"
         raise UsageError(f"--steps: {text}") if "steps" in given else UserError(f"{paths.params}: sample.steps {text}")
-    generated = task(editing, options, loaded, device)
+    generated = task(editing, settings, options, loaded, device)
     write = writer(out, options.count, loaded.shape[0])
     if filmstrip is not None:
         prepare_folder("--filmstrip", filmstrip.parent)
@@ -194,6 +198,7 @@ def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
     """params.yaml, if there is one, overridden by the options given."""
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     document: dict[str, Any] = {"device": "auto"}
+    document |= {name: kind().model_dump(mode="json") for name, kind in (("shard", Shard), ("pairs", Pairs))}
     if os.path.lexists(paths.params):
         document |= {name: value for name, value in read(paths.params).items() if name in Settings.model_fields}
         try:
@@ -240,7 +245,7 @@ def class_numbers(names: Sequence[str], model: Model) -> list[int]:
     return numbers
 
 
-def task(editing: Editing, options: SampleOptions, model: Model, device: torch.device) -> Task:
+def task(editing: Editing, settings: Settings, options: SampleOptions, model: Model, device: torch.device) -> Task:
     """The task that the options describe."""
     schedule = model.process.schedule
     timesteps = sampling.sampling_timesteps(options, schedule)
@@ -258,10 +263,12 @@ def task(editing: Editing, options: SampleOptions, model: Model, device: torch.d
             raise UsageError(f"--{name}: must be from 1 to {MAX_REPAINT} (got {given})")
     if editing.images and model.shape[0] not in MODES:
         raise UsageError(f"--from: the model's images have {model.shape[0]} channels, which no picture has")
-    pictures = [read_image(path) for path in editing.images]
-    x_0 = [to_x_0(picture, model.shape).to(device) for picture in pictures]
+    channels, height, width = model.shape
+    fit = replace(settings.pairs.fit, channels=channels, height=height, width=width)
+    pictures = [read_image(path, settings.shard.reading) for path in editing.images]
+    x_0 = [to_x_0(picture, fit).to(device) for picture in pictures]
     if editing.mask is not None:
-        keep = read_mask(editing.mask, pictures[0], model.shape).to(device)
+        keep = read_mask(editing.mask, pictures[0], fit).to(device)
         jump, rounds = (REPAINT if given is None else given for given in (editing.jump, editing.rounds))
         return inpainting(schedule, repaint_path(timesteps, jump, rounds), x_0[0], keep)
     if not pictures:

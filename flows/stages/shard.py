@@ -95,6 +95,11 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
 
 def _say_files(what: str, remarks: Sequence[Remark]) -> None:
     for remark in remarks[:MAX_LISTED]:
-        say(f"shard: {what}: {remark.file}: {remark.reason}")
+        say(f"shard: {what}: {_printable(remark.file)}: {remark.reason}")
     if len(remarks) > MAX_LISTED:
         say(f"shard: {what}: {len(remarks) - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")
+
+
+def _printable(name: str) -> str:
+    """A file's name without the control characters that a terminal would obey."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)

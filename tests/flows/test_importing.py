@@ -1,6 +1,7 @@
 """`ddpm import`, run from the command line with the real DVC."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
         "Set aside: Train/dog/notes.txt: not an image by its name or content\n"
         "Set aside: cover.png: outside the folders of the splits\n"
         "The shard stage will stop: set: 1 of 6 images cannot be used, more than shard.max_rejected (0.05) allows: "
-        "mend or remove them, or increase it; 'cover.png': outside the folders of the splits\n"
+        "repair or remove them, or increase it; 'cover.png': outside the folders of the splits\n"
         "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
         "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them\n\n"
     )
@@ -254,3 +255,38 @@ def test_sigterm_undoes_an_import(tree: Path) -> None:
     assert said.splitlines()[-1] == "ddpm import: stopped by SIGTERM"
     assert process.returncode == 128 + signal.SIGTERM
     assert status(tree) == before
+
+
+@pytest.mark.parametrize(("low", "high"), [("0", "0"), ("9", "1"), ("nan", "1"), ("-1e308", "1e308")])
+def test_a_range_of_values_is_checked_first(tree: Path, low: str, high: str) -> None:
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", "--value-range", low, high)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddpm import: error: --value-range: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_range_of_values_is_for_more_than_8_bits(tree: Path) -> None:
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", "--value-range", "0", "1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddpm import: error: --value-range: for arrays, and greyscale pictures with more")
+    assert "own" not in {path.name for path in (tree / "data/raw").iterdir()}
+
+
+def test_what_was_chosen_for_other_images_is_reset(tree: Path) -> None:
+    run(tree, "flows", "set", "pairs.channels=5", "evaluate.shown_channels=[4]")
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert "evaluate.shown_channels: []" in done.stdout
+
+
+def test_a_name_that_dvc_cannot_track_is_named(tree: Path) -> None:
+    (tree / "elsewhere" / "a" / os.fsdecode(b"\xff.png")).write_bytes((tree / "elsewhere/a/1.png").read_bytes())
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "udcff.png': DVC cannot track a name that is not in UTF-8; rename the file" in done.stderr
+
+
+def test_files_looked_at_that_cannot_be_read_are_told(tree: Path) -> None:
+    (tree / "elsewhere" / "a" / "9.png").write_bytes(b"damaged")
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
+    assert "; 1 of those looked at cannot be read, such as a/9.png: not an image" in done.stdout

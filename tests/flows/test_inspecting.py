@@ -79,7 +79,8 @@ def test_grey_images_in_colour_files_are_grey_and_one_class_is_none(tmp_path: Pa
 def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path / "few", ["L", "L", "RGB"]))
     (tmp_path / "few" / "001.png").write_bytes(b"")
-    assert look_at(source) == Findings([(4, 4)] * 2, colour=True, classes=False)
+    reason = "001.png: not an image, or of a kind that Pillow cannot read"
+    assert look_at(source) == Findings([(4, 4)] * 2, colour=True, classes=False, rejected=(reason,))
 
 
 @pytest.mark.parametrize("name", ["000.png", "000.nef"])

@@ -1,6 +1,7 @@
 """Arrays of any type, number of channels and order of axes."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusion.sources.images import Picture, Unreadable, digest, read_image
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Images
 from diffusion.sources.splits import Fractions
+from tests.sources.encoders import tiff
 
 
 def save(path: Path, images: NDArray[np.generic]) -> Path:
@@ -197,3 +199,62 @@ def test_warnings_are_listed_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.M
     source = Arrays(save(tmp_path / "a.npy", images), Reading(value_range=(1, 7)))
     manifest = shards.write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
     assert (len(manifest.warnings), manifest.more_warnings) == (30, 10)
+
+
+RAMP = np.array([[0, 1000], [3000, 4000]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "kind", "photometric", "right"),
+    [
+        ("<i2", 1, 2, 1, [[0, 64], [191, 255]]),
+        ("<i4", 1, 2, 1, [[0, 64], [191, 255]]),
+        ("<u4", 10**6, 1, 1, [[0, 64], [191, 255]]),  # beyond what a signed integer holds
+        ("<f4", 1, 3, 1, [[0, 64], [191, 255]]),
+        ("<f4", 1, 3, 0, [[255, 191], [64, 0]]),  # white is 0
+        (">u2", 1, 1, 1, [[0, 64], [191, 255]]),
+        (">i2", 1, 2, 1, None),
+        (">i4", 1, 2, 1, None),
+        (">f4", 1, 3, 1, None),
+    ],
+)
+def test_tiff_files_of_any_type_are_read_right_or_refused(
+    tmp_path: Path, dtype: str, factor: int, kind: int, photometric: int, right: list[list[int]] | None
+) -> None:
+    pixels = (RAMP * factor).astype(dtype)
+    content = tiff(2, 2, [pixels.tobytes()], [8 * pixels.itemsize], photometric, {339: (3, [kind])}, dtype[0])
+    (tmp_path / "a.tif").write_bytes(content)
+    reading = Reading(value_range=(0, 4000 * factor))
+    if right is None:
+        with pytest.raises(Unreadable, match=r"big-endian order, which Pillow misreads"):
+            read_image(tmp_path / "a.tif", reading)
+        return
+    picture = read_image(tmp_path / "a.tif", reading)
+    assert isinstance(picture.image, Image.Image)
+    assert np.asarray(picture.image).tolist() == right
+
+
+def test_masks_of_0_and_1(tmp_path: Path) -> None:
+    mask = np.array([[[False, True]] * 2] * 3)
+    (first, *_) = decoded(Arrays(save(tmp_path / "bool.npy", mask)))
+    assert isinstance(first.image, Image.Image)
+    assert np.asarray(first.image).tolist() == [[0, 255]] * 2
+    assert Arrays(save(tmp_path / "a.npy", mask.astype(np.uint8))).describe_values() == (
+        "uint8 from 0 to 1, brought to 8 bits: 0 becomes 0, 255 255; "
+        "--value-range 0 1 (or shard.value_range) would use all 8 bits"
+    )
+
+
+def test_arrays_have_the_limit_of_pixels(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", np.zeros((2, 3, 7, 8), np.uint8))
+    assert len(Arrays(path, Reading(max_pixels=56))) == 2
+    with pytest.raises(UserError, match=r"images of 56 pixels, more than shard\.max_pixels \(55\)$"):
+        Arrays(path, Reading(max_pixels=55))
+
+
+def test_labels_that_are_no_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 5, 5), np.uint8))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("labels.npy", b"no array")
+    with pytest.raises(UserError, match=r"not a readable \.npz file \(its header is damaged\)$"):
+        Arrays(tmp_path / "a.npz")

@@ -21,6 +21,8 @@ from diffusion.sampling.sampler import DdimOptions
 from flows import yaml_files
 from flows.__main__ import main
 from flows.commands import sample
+from flows.params import Pairs, Shard
+from flows.yaml_files import read_yaml, write_yaml
 from tests.nn.networks import network, options, randomize
 
 ROOT = Path(__file__).parents[3]
@@ -199,6 +201,21 @@ def test_images_and_masks_are_fitted_to_the_model(tree: Path) -> None:
     kept = np.asarray(Image.open(tree / "mask.png")) == 0
     assert (made[:, kept, 0] == image[kept]).all()
     assert not same(made[0, ~kept, 0], image[~kept])
+
+
+def test_images_to_edit_are_read_and_resized_as_in_training(tree: Path) -> None:
+    sections = {"pairs": Pairs(resize="pad", background="#808080"), "shard": Shard(value_range=(0, 4095))}
+    document = read_yaml(tree / "params.yaml")
+    document |= {name: section.model_dump(mode="json") for name, section in sections.items()}
+    write_yaml(tree / "params.yaml", document)
+    image = np.zeros((8, 16), np.uint16)
+    image[:, 8:] = 4095
+    Image.fromarray(image).save(tree / "deep.png")
+    Image.new("L", (16, 8), 255).save(tree / "light.png")
+    (made,) = pictures("--from", "deep.png", "--mask", "light.png", "--rounds", "1", "--count", "1")[:1]
+    expected = Fit(1, 8, 8, "pad", "#808080")(Image.fromarray((image // 4095 * 255).astype(np.uint8)))[0]
+    assert (expected[0] == 128).all()
+    np.testing.assert_array_equal(made[..., 0], expected)
 
 
 def test_the_filmstrip(tree: Path) -> None:
