@@ -45,7 +45,7 @@ def to_x_0(image: Image.Image, fit: pixels.Fit) -> Tensor:
 
 
 def read_mask(path: Path, image: Image.Image, fit: pixels.Fit) -> Tensor:
-    """1 where the mask of an image is dark, 0 where it is light, (1, 1, H, W) float; resized as the image is.
+    """1 where the mask of an image is dark, or padded, and 0 where it is light, (1, 1, H, W) float; resized as the image.
 
     Raises UserError if it has not the image's size.
     """
@@ -54,7 +54,7 @@ def read_mask(path: Path, image: Image.Image, fit: pixels.Fit) -> Tensor:
         raise UserError(
             f"{path}: the mask has {mask.width}x{mask.height} pixels, but its image {image.width}x{image.height}"
         )
-    return (to_x_0(mask, replace(fit, channels=1, background="white")) < 0).float()
+    return (to_x_0(mask, replace(fit, channels=1, background="black")) < 0).float()
 
 
 def writer(out: str, count: int, channels: int) -> Write:

@@ -211,8 +211,8 @@ def test_images_to_edit_are_read_and_resized_as_in_training(tree: Path) -> None:
     image = np.zeros((8, 16), np.uint16)
     image[:, 8:] = 4095
     Image.fromarray(image).save(tree / "deep.png")
-    Image.new("L", (16, 8), 255).save(tree / "light.png")
-    (made,) = pictures("--from", "deep.png", "--mask", "light.png", "--rounds", "1", "--count", "1")[:1]
+    Image.new("L", (16, 8), 0).save(tree / "dark.png")
+    (made,) = pictures("--from", "deep.png", "--mask", "dark.png", "--rounds", "1", "--count", "1")[:1]
     expected = Fit(1, 8, 8, "pad", "#808080")(Image.fromarray((image // 4095 * 255).astype(np.uint8)))[0]
     assert (expected[0] == 128).all()
     np.testing.assert_array_equal(made[..., 0], expected)
