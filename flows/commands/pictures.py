@@ -45,7 +45,7 @@ def to_x_0(image: Image.Image, fit: pixels.Fit) -> Tensor:
 
 
 def read_mask(path: Path, image: Image.Image, fit: pixels.Fit) -> Tensor:
-    """1 where the mask of an image is dark, or padded, and 0 where it is light, (1, 1, H, W) float; resized as the image.
+    """1 where the mask of an image is dark or padded, 0 where it is light, (1, 1, H, W) float; resized as the image is.
 
     Raises UserError if it has not the image's size.
     """
