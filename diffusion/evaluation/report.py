@@ -22,7 +22,7 @@ PAGE = """<!doctype html>
 </style>
 <h1>Evaluation</h1>
 <p>Noise prediction on {{ overall.pairs }} held-out pairs from {{ overall.images }} test images, which were not used in
-training (<a href="data.html">the data report</a>). {% if overall.images > 1 -%}
+training (reports/data.html shows the data). {% if overall.images > 1 -%}
 Intervals are 95 % bootstrap confidence intervals over images.
 {%- else -%}
 A single image gives no interval: both limits are its own figure.

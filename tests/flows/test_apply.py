@@ -9,6 +9,7 @@ import pytest
 
 from diffusion.errors import UserError
 from flows import apply, dvc_stage, params, workspace
+from flows.__main__ import main
 from tests.flows.conftest import git, new_repository
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,9 @@ def test_parameters_of_an_earlier_version_are_converted(run: Path, root: Path) -
     old = root / "tests" / "format_1" / "params.yaml"
     (run / "params.yaml").write_text(old.read_text(encoding="utf-8").replace("\n  steps: 1000", "\n  steps: 7"))
     apply.apply("one", force=False)
+    with pytest.raises(UserError, match=r"shard\.layout: missing; .*; `ddpm params --update` adds what is missing$"):
+        params.load(Path("params.yaml"))
+    assert main(["params", "--update"]) == 0
     applied = params.load(Path("params.yaml"))
     assert applied.train.steps == 7
     assert applied.train.optimizer.learning_rate == 0.01

@@ -101,8 +101,8 @@ def test_a_stage_that_would_lose_most_images_stops(digits_tree: Path) -> None:
     assert (done.returncode, done.stderr) == (
         1,
         "ddpm shard: error: data/raw/own: 4 of 44 images cannot be used, more than shard.max_rejected (0.05) allows: "
-        "mend or remove them, or increase it; 'a/0.heic' and 3 more: HEIC, which Pillow cannot read; convert it to PNG "
-        "or JPEG; reports/rejected.csv lists all that were set aside\n",
+        "repair or remove them, or increase it; 'a/0.heic' and 3 more: HEIC, which Pillow cannot read; convert it to "
+        "PNG or JPEG; reports/rejected.csv lists all that were set aside\n",
     )
     assert (reports / "rejected.csv").read_text().count(".heic") == 4
     assert ([*shards.iterdir()], [path.name for path in reports.iterdir()]) == ([], ["rejected.csv"])

@@ -204,7 +204,7 @@ def test_a_resumed_training_gives_the_same_bytes(pairs_tree: Path, whole_tree: P
     assert again.returncode == 0, again.stderr
     assert "resuming from step 21" in again.stderr
     records = tuple(f"reports/made_with/{stage}" for stage in ("shard", "pairs", "train"))
-    made = ("models/ddpm", "reports/train", "reports/prev", *records)
+    made = ("models/ddpm", "reports/data", "reports/train", "reports/prev", *records)
     trained = trees.digests(whole_tree, "models", "reports")
     assert trees.digests(tree, "models", "reports") == {
         name: digest for name, digest in trained.items() if name.startswith(made)

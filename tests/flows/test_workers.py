@@ -25,11 +25,9 @@ def test_the_executor_depends_on_the_environment(monkeypatch: pytest.MonkeyPatch
     assert executor(SMALL + 1) == (Processes(usable_cores()) if usable_cores() > 1 else OWN_PROCESS)
     for workers, expected in (("1", OWN_PROCESS), ("5", Processes(5))):
         monkeypatch.setenv(WORKERS, workers)
-        assert executor(SMALL + 1) == expected
-        assert executor(SMALL) == OWN_PROCESS
+        assert executor(SMALL + 1) == executor(1) == expected
     monkeypatch.setenv(SCHEDULER, ADDRESS)
-    assert executor(SMALL + 1) == Dask(ADDRESS)
-    assert executor(SMALL) == OWN_PROCESS
+    assert executor(SMALL + 1) == executor(1) == Dask(ADDRESS)
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "many", "", "1.5"])

@@ -53,7 +53,7 @@ def test_the_gradient_is_that_of_the_cpu(start: Start, device: torch.device) -> 
     state, trainer = start()
     gradients = []
     for where, net in ((device, state.net), (torch.device("cpu"), copy.deepcopy(state.net).cpu())):
-        x_0, t, eps, y, _ = (torch.from_numpy(array).to(where) for array in batch(0))
+        x_0, t, eps, y, *_ = (torch.from_numpy(array).to(where) for array in batch(0))
         trainer.loss(net.eval(), x_0, t, eps, y).mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten().cpu() for parameter in net.parameters()]))  # type: ignore[union-attr]
     found, expected = gradients
