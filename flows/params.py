@@ -10,14 +10,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from PIL import ImageColor
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion.errors import SystemFault, UserError, describe
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
-from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize
+from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize, opaque
 from diffusion.process.build import ProcessOptions
 from diffusion.sampling.build import SampleOptions, SamplerChoice, SpacingName
 from diffusion.sections import (
@@ -84,15 +83,6 @@ def _shows_channels_that_exist(params: "Params") -> None:
         raise ValueError(f"evaluate.shown_channels must be one or three numbers below pairs.channels ({channels})")
 
 
-def _colour(name: str) -> str:
-    try:
-        if len(ImageColor.getrgb(name)) == 3:
-            return name
-    except ValueError:
-        pass
-    raise ValueError("must be an opaque colour, such as white or #ffffff")
-
-
 class Shard(Section):
     """Conversion of raw images to webdataset shards, and the split into train, val and test."""
 
@@ -144,7 +134,7 @@ class Pairs(Section):
     resize: Resize = "crop"
     """How images of another aspect ratio are resized. crop: cut off what exceeds it, equally at both ends; pad: add
     `background` at both sides; stretch: distort the image."""
-    background: Annotated[str, AfterValidator(_colour)] = "white"
+    background: Annotated[str, AfterValidator(opaque)] = "white"
     """Colour behind transparent pixels, and beside padded images, as a CSS name or `#rrggbb`; in greyscale and arrays,
     its luminance. With 4 channels, pixels stay transparent, and invisible ones have this colour."""
     filter: Filter = "bicubic"

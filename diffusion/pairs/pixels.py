@@ -16,6 +16,16 @@ Resize = Literal["crop", "pad", "stretch"]
 Filter = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 
+def opaque(colour: str) -> str:
+    """The colour itself; raises ValueError if it is none, or transparent."""
+    try:
+        if len(ImageColor.getrgb(colour)) == 3:
+            return colour
+    except ValueError:
+        pass
+    raise ValueError("must be an opaque colour, such as white or #ffffff")
+
+
 @dataclass(frozen=True)
 class Fit:
     """How images are brought to one size and number of channels; raises UserError for unknown names."""
@@ -36,9 +46,9 @@ class Fit:
             if getattr(self, name) not in names:
                 raise UserError(f"{name}: must be {', '.join(names)} (got {getattr(self, name)!r})")
         try:
-            ImageColor.getrgb(self.background)
-        except ValueError:
-            raise UserError(f"background: must be a colour (got {self.background!r})") from None
+            opaque(self.background)
+        except ValueError as error:
+            raise UserError(f"background: {error} (got {self.background!r})") from None
 
     def __call__(self, image: Image.Image | Bands) -> NDArray[np.uint8]:
         """Convert an image to (C, H, W).
@@ -56,7 +66,7 @@ class Fit:
             image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
         pixels = self._resized(image.convert(MODES[self.channels]))
         if self.channels == 4:
-            pixels[pixels[..., 3] == 0, :3] = ImageColor.getrgb(self.background)[:3]
+            pixels[pixels[..., 3] == 0, :3] = ImageColor.getrgb(self.background)
         return pixels.reshape(self.height, self.width, self.channels).transpose(2, 0, 1)
 
     def _resized(self, image: Image.Image) -> NDArray[np.uint8]:

@@ -31,8 +31,7 @@ class Unreadable(Exception):
 def from_16_bits(image: Image.Image, white: int, negative: bool) -> tuple[Image.Image, Image.Image | None]:
     """Split 16-bit pixels into colour, in mode I;16 from 0 to 65535, and alpha."""
     values = np.asarray(image).astype(np.int64)
-    transparent = image.info.get("transparency")
-    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    alpha = _alpha(values, image.info.get("transparency"))
     values = (values * 65535 + white // 2) // white
     return Image.fromarray((65535 - values if negative else values).astype(np.uint16)), alpha
 
@@ -41,11 +40,15 @@ def from_range(
     values: NDArray[Any], transparent: int | None, value_range: tuple[float, ...], negative: bool
 ) -> tuple[Image.Image, Image.Image | None]:
     """As `from_16_bits`, for pixels (H, W) of any type, of which `value_range` are the values of black and white."""
-    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    alpha = _alpha(values, transparent)
     scaled, clipped = scale(values, value_range, 65535)
     if clipped:
         warnings.warn(clipped, stacklevel=2)
     return Image.fromarray((65535 - scaled if negative else scaled).astype(np.uint16)), alpha
+
+
+def _alpha(values: NDArray[Any], transparent: int | None) -> Image.Image | None:
+    return None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
 
 
 def scale(values: NDArray[Any], value_range: tuple[float, ...], top: int) -> tuple[NDArray[np.float64], str]:

@@ -62,7 +62,7 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
     """Each sample of a source, in order, with its converted image, or the reason for rejecting it.
 
     Raises:
-        UserError: the process that decodes an image is killed each time.
+        UserError: the process that decodes an image is killed each time, or memory does not suffice.
         SystemFault: the operating system cannot read a file.
     """
     with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
