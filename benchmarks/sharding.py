@@ -98,7 +98,8 @@ def by_us(source: Path, target: Path, workers: int) -> None:
     from diffusion.sources.shards import write
     from diffusion.sources.sources import open_source
     from diffusion.sources.splits import Fractions
-    from diffusion.storage.executors import OWN_PROCESS, Processes
+    from diffusion.storage.executors import OWN_PROCESS
+    from diffusion.storage.processes import Processes
 
     executor = Processes(workers) if workers > 1 else OWN_PROCESS
     write(open_source(source), "images", target, Fractions(0.1, 0.1), 10_000, executor=executor)

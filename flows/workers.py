@@ -4,7 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from diffusion.storage.executors import OWN_PROCESS, Dask, Executor, Processes, usable_cores
+from diffusion.storage.dask import Dask
+from diffusion.storage.executors import OWN_PROCESS, Executor, usable_cores
+from diffusion.storage.processes import Processes
 from flows.environment import setting
 
 WORKERS = "DDPM_WORKERS"

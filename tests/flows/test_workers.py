@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from diffusion.errors import UserError
-from diffusion.storage.executors import OWN_PROCESS, Dask, Processes, usable_cores
+from diffusion.storage.dask import Dask
+from diffusion.storage.executors import OWN_PROCESS, usable_cores
+from diffusion.storage.processes import Processes
 from flows.workers import SCHEDULER, SMALL, WORKERS, executor
 from tests.flows.test_data_stages import digests
 from tests.training import trees

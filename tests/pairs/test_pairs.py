@@ -18,7 +18,8 @@ from diffusion.errors import UserError
 from diffusion.pairs import pairs as module
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Batches, Manifest, Pairs, Settings, write
-from diffusion.storage.executors import OWN_PROCESS, Executor, Processes
+from diffusion.storage.executors import OWN_PROCESS, Executor
+from diffusion.storage.processes import Processes
 from diffusion.storage.tar import SPLITS, Split
 
 SIZES: dict[Split, int] = {"train": 150, "val": 70, "test": 64}

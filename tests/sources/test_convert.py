@@ -23,7 +23,8 @@ from diffusion.sources.images import Picture
 from diffusion.sources.shards import Sample, Source, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
-from diffusion.storage.executors import OWN_PROCESS, Executor, Processes
+from diffusion.storage.executors import OWN_PROCESS, Executor
+from diffusion.storage.processes import Processes
 
 COUNT = 45
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import SystemFault, UserError
-from diffusion.storage.executors import Dask
+from diffusion.storage.dask import Dask
 from tests.storage.test_executors import failing, killed_once, none
 
 pytest.importorskip("distributed")
