@@ -32,12 +32,12 @@ from diffusion.nn.counting import count
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.progress import Progress
+from diffusion.signals import StopSignals
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import precision, prefetched, runnable, should_compile
 from diffusion.training.hooks import Hooks, preview_options
 from diffusion.training.state import new_state
-from diffusion.training.stop import StopSignals
 from flows import params as parameters
 from flows import tracking
 from flows.paths import Paths

@@ -17,10 +17,10 @@ from diffusion.process.build import ProcessOptions
 from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
+from diffusion.signals import StopSignals
 from diffusion.storage.files import write_atomic
 from diffusion.training.loop import Trainer
 from diffusion.training.state import State
-from diffusion.training.stop import StopSignals
 
 
 class TrainingLogger(Protocol):

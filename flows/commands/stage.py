@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from diffusion.errors import UserError
+from diffusion.signals import deferred
 from flows import yaml_files
 from flows.parent import stop_with_parent
 from flows.paths import Paths
@@ -17,12 +18,14 @@ def run(stage: str) -> None:
     # Every tar file of a large data set stays open while it is read.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    from flows.params import load
+    with deferred():  # PyTorch goes on without NumPy if a signal interrupts its import of it
+        from flows.params import load
 
+        module = importlib.import_module(f"flows.stages.{stage}")
     paths = Paths()
     params = load(paths.params)
     check_untracked(stage)
-    importlib.import_module(f"flows.stages.{stage}").run(params, paths)
+    module.run(params, paths)
 
 
 def check_untracked(stage: str) -> None:

@@ -26,6 +26,7 @@ from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build as processes
 from diffusion.process.build import Process
 from diffusion.progress import Progress, say, working
+from diffusion.signals import StopSignals
 from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
 from diffusion.training import curves, distributed, loop
 from diffusion.training.checkpoints import Checkpoints
@@ -34,7 +35,6 @@ from diffusion.training.hardware import precision, prefetched, runnable, should_
 from diffusion.training.hooks import Hooks, preview_options, preview_path
 from diffusion.training.options import TrainOptions
 from diffusion.training.state import State, new_state
-from diffusion.training.stop import StopSignals
 from flows import launching, made_with, tracking
 from flows.environment import setting
 from flows.fingerprint import exclusive, training_facts, training_fingerprint

@@ -16,11 +16,11 @@ from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
+from diffusion.signals import StopSignals
 from diffusion.training import loop
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.hooks import Hooks, preview_options, preview_path
 from diffusion.training.state import State
-from diffusion.training.stop import StopSignals
 from flows.params import Params, load
 from tests.training.test_loop import changed, fresh_state
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from diffusion.training.stop import StopSignals
+from diffusion.signals import StopSignals
 from flows import yaml_files
 from flows.changes import lay_over
 from flows.stages.train import CHECKPOINT_SECONDS

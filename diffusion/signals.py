@@ -1,6 +1,8 @@
-"""Graceful shutdown on SIGTERM or SIGINT, at a point where the state can be saved."""
+"""SIGTERM and SIGINT, handled at a point where nothing is lost."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -32,3 +34,15 @@ class StopSignals:
         """Raise Stopped if a signal has been received."""
         if self._received:
             raise Stopped(self._received)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A block that SIGTERM and SIGINT do not interrupt: they are handled at its end."""
+    stop = StopSignals()
+    try:
+        with stop:
+            yield
+    finally:
+        if number := stop.received():
+            signal.raise_signal(number)
