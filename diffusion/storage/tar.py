@@ -117,10 +117,8 @@ def open_map(directory: Path, tar: Tar) -> mmap.mmap:
 
 def members(mapped: mmap.mmap) -> Iterator[Member]:
     """Iterate over the members of a tar file, reading only their headers."""
-    position = 0
-    while position < len(mapped) and mapped[position]:  # a zero block marks the end
-        header = mapped[position : position + tarfile.BLOCKSIZE]
-        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
-        key, _, extension = info.name.partition(".")
-        yield Member(key, extension, position + tarfile.BLOCKSIZE, info.size)
-        position += tarfile.BLOCKSIZE * (1 + -(-info.size // tarfile.BLOCKSIZE))
+    with tarfile.open(fileobj=mapped, mode="r:") as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            yield Member(key, extension, info.offset_data, info.size)
+            tar.members = []  # type: ignore[attr-defined] # or it would keep every header
