@@ -119,8 +119,8 @@ def _read(decode: Callable[[], Picture], others: tuple[str, ...]) -> Picture:
 
 def _label(tar: Tar, members: list[str]) -> str:
     """The class of a sample, empty for none; raises ValueError or Unreadable if it cannot be read."""
-    longest_first = sorted(members, key=len, reverse=True)  # KEY.json counts before KEY.meta.json
-    by_ending = {PurePosixPath(name).suffix.lower(): name for name in longest_first}
+    simplest_last = sorted(members, key=lambda name: name.count("."), reverse=True)  # KEY.json after KEY.meta.json
+    by_ending = {PurePosixPath(name).suffix.lower(): name for name in simplest_last}
     if ".cls" in by_ending:
         return _text(tar, by_ending[".cls"]).strip()
     if ".json" not in by_ending:
