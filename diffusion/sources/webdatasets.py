@@ -88,7 +88,8 @@ def _groups(tar: Tar) -> Iterator[Group]:
     """The samples of a shard: members that share their path up to the first dot of the name.
 
     Only the division of names is webdataset's. Its iterators drop links and names without a dot, separate members that
-    are not adjacent, and take a damaged header for the end of the shard; here, each of these is used or reported.
+    are not adjacent, take a damaged header for the end of the shard, and read members of any size into memory; here,
+    each of these is used or reported.
     """
     from webdataset.tariterators import base_plus_ext  # it imports torch, which worker processes do without
 

@@ -13,6 +13,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from diffusion.errors import UserError
+from diffusion.sources import trees
 from diffusion.sources.folders import Folder
 from diffusion.sources.images import Unreadable
 from diffusion.sources.sources import open_source
@@ -167,7 +168,7 @@ def as_webdataset_reads(path: Path) -> list[dict[str, Any]]:
 
 
 def test_well_formed_shards_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
-    keys = ["b/2", "b/10", "v1.0/1", "a", "\u732b/x"]
+    keys = ["b/2", "b/10", "v1.0/1", "v1.0/2", "a", "\u732b/x"]
     extensions = ("JPG", "cls", "gif", "input.cls", "txt")
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:
@@ -229,6 +230,16 @@ def test_damage_that_webdataset_takes_for_the_end_is_refused(tmp_path: Path, dam
     assert [each["__key__"] for each in as_webdataset_reads(path)] == ["0"]
     with pytest.raises(UserError, match=r"a.tar: not a readable tar archive \(truncated: its end is missing\)"):
         open_source(path)
+
+
+def test_a_member_too_large_for_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """webdataset reads any member, since its `select_files` is given nothing but the name."""
+    save_members(tmp_path / "a.tar", "0.png", "0.cls")
+    monkeypatch.setattr(trees, "MAX_MEMBER_BYTES", 50)
+    ((theirs,), (ours,)) = as_webdataset_reads(tmp_path / "a.tar"), open_source(tmp_path / "a.tar")
+    assert theirs["png"] == IMAGES["png"]
+    with pytest.raises(Unreadable, match="bytes when uncompressed, more than 50"):
+        ours.decode()
 
 
 def test_the_label_is_in_the_member_named_like_the_sample(tmp_path: Path) -> None:
