@@ -85,11 +85,17 @@ class WebDataset:
 
 
 def _groups(tar: Tar) -> Iterator[Group]:
-    """The samples of a shard: members that share their path up to the first dot of the name."""
+    """The samples of a shard: members that share their path up to the first dot of the name.
+
+    Only the division of names is webdataset's. Its iterators drop links and names without a dot, separate members that
+    are not adjacent, take a damaged header for the end of the shard, and read members of any size into memory; here,
+    each of these is used or reported.
+    """
+    from webdataset.tariterators import base_plus_ext  # it imports torch, which worker processes do without
+
     found: dict[str, list[str]] = {}
     for name in tar.in_order():
-        path = PurePosixPath(name)
-        found.setdefault(str(path.parent / path.name.partition(".")[0]), []).append(name)
+        found.setdefault(base_plus_ext(name)[0] or name, []).append(name)
     for key, members in found.items():
         images = [name for name in members if is_image(tar.file(name))]
         if not images:
@@ -114,7 +120,8 @@ def _read(decode: Callable[[], Picture], others: tuple[str, ...]) -> Picture:
 
 def _label(tar: Tar, members: list[str]) -> str:
     """The class of a sample, empty for none; raises ValueError or Unreadable if it cannot be read."""
-    by_ending = {PurePosixPath(name).suffix.lower(): name for name in members}
+    simplest_last = sorted(members, key=lambda name: name.count("."), reverse=True)  # KEY.json after KEY.meta.json
+    by_ending = {PurePosixPath(name).suffix.lower(): name for name in simplest_last}
     if ".cls" in by_ending:
         return _text(tar, by_ending[".cls"]).strip()
     if ".json" not in by_ending:

@@ -1,7 +1,8 @@
 """Tar shards in WebDataset format: written byte-reproducibly, with random access through memory maps.
 
 A split consists of `SPLIT-000000.tar`, `SPLIT-000001.tar`, ...; a sample is a group of consecutive members
-`KEY.EXTENSION`, where KEY contains no dot. File contents do not depend on time, place or user.
+`KEY.EXTENSION`, where KEY contains no dot. File contents do not depend on time, place or user. Any sample can be read
+without those before it, which webdataset's pipelines cannot do: benchmarks/README.md compares them.
 """
 
 import hashlib
@@ -117,10 +118,9 @@ def open_map(directory: Path, tar: Tar) -> mmap.mmap:
 
 def members(mapped: mmap.mmap) -> Iterator[Member]:
     """Iterate over the members of a tar file, reading only their headers."""
-    position = 0
-    while position < len(mapped) and mapped[position]:  # a zero block marks the end
-        header = mapped[position : position + tarfile.BLOCKSIZE]
-        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
-        key, _, extension = info.name.partition(".")
-        yield Member(key, extension, position + tarfile.BLOCKSIZE, info.size)
-        position += tarfile.BLOCKSIZE * (1 + -(-info.size // tarfile.BLOCKSIZE))
+    mapped.seek(0)
+    with tarfile.open(fileobj=mapped, mode="r:") as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            yield Member(key, extension, info.offset_data, info.size)
+            tar.members = []  # type: ignore[attr-defined] # or it would keep every header

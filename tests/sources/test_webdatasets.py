@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from diffusion.errors import UserError
+from diffusion.sources import trees
 from diffusion.sources.folders import Folder
+from diffusion.sources.images import Unreadable
 from diffusion.sources.sources import open_source
 from diffusion.sources.webdatasets import WebDataset
 from tests.fuzz import IMAGES
@@ -145,6 +148,104 @@ def test_keys_differ_where_names_do(tmp_path: Path) -> None:
     found = {sample.key for sample in open_source(tmp_path / "set")}
     assert len(found) == 10
     assert max(map(len, found)) < 80
+
+
+def save_members(path: Path, *names: str) -> bytes:
+    """Write a tar file; members have the content that their names suggest. Returns the file."""
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member, content = tarfile.TarInfo(name), b"5" if name.endswith(".cls") else IMAGES["png"]
+            if "link" in name:
+                member.type, member.linkname, content = tarfile.SYMTYPE, "/etc/hostname", b""
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def as_webdataset_reads(path: Path) -> list[dict[str, Any]]:
+    with path.open("rb") as stream:  # its WebDataset leaves files open
+        return list(group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}])))
+
+
+def test_well_formed_shards_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
+    keys = ["b/2", "b/10", "v1.0/1", "v1.0/2", "a", "\u732b/x"]
+    extensions = ("JPG", "cls", "gif", "input.cls", "txt")
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for number, key in enumerate(keys):
+            for extension in extensions:
+                content = IMAGES.get(extension.lower(), f"{number}{extension}".removesuffix("cls").encode())
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    theirs = as_webdataset_reads(path)
+    source = open_source(path)
+    assert [sample["__key__"] for sample in theirs] == keys
+    assert [sample.file for sample in source] == [f"a.tar: {sample['__key__']}.JPG" for sample in theirs]
+    assert [source.classes[sample.label or 0] for sample in source] == [each["cls"].decode() for each in theirs]
+    for ours, each in zip(source, theirs, strict=True):
+        with Image.open(io.BytesIO(each["jpg"])) as image:
+            assert ours.decode().image.size == image.size[::-1]  # its EXIF data turn it
+
+
+@pytest.mark.parametrize(
+    ("names", "reasons"),
+    [
+        (("0.png", "link.png"), [None, "a link or device in an archive; only regular files are read"]),
+        (("0.png", "plain"), [None, None]),
+        (("0.png", "__a__/1.png"), [None, None]),
+        (("0.png", "__a__"), [None, None]),
+    ],
+)
+def test_members_that_webdataset_drops_are_used_or_reported(
+    tmp_path: Path, names: tuple[str, ...], reasons: list[str | None]
+) -> None:
+    save_members(tmp_path / "a.tar", *names, "0.cls")
+    assert len(as_webdataset_reads(tmp_path / "a.tar")) < len(names)
+    found = []
+    for sample in open_source(tmp_path / "a.tar"):
+        try:
+            sample.decode()
+            found.append(sample.left_out)
+        except Unreadable as error:
+            found.append(str(error))
+    assert found == reasons
+
+
+def test_members_that_webdataset_separates_are_one_sample(tmp_path: Path) -> None:
+    save_members(tmp_path / "a.tar", "0.png", "1.png", "0.cls", "1.cls")
+    assert [each["__key__"] for each in as_webdataset_reads(tmp_path / "a.tar")] == ["0", "1", "0", "1"]
+    assert [(sample.file, sample.label) for sample in open_source(tmp_path / "a.tar")] == [
+        ("a.tar: 0.png", 0),
+        ("a.tar: 1.png", 0),
+    ]
+
+
+@pytest.mark.parametrize("damage", ["cut between members", "a damaged header"])
+def test_damage_that_webdataset_takes_for_the_end_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.tar"
+    content = save_members(path, "0.cls", "0.png", "1.cls", "1.png")
+    second = content.index(b"1.cls")
+    path.write_bytes(content[:second] + (b"" if damage.startswith("cut") else b"x" * 512 + content[second + 512 :]))
+    assert [each["__key__"] for each in as_webdataset_reads(path)] == ["0"]
+    with pytest.raises(UserError, match=r"a.tar: not a readable tar archive \(truncated: its end is missing\)"):
+        open_source(path)
+
+
+def test_a_member_too_large_for_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """webdataset reads any member, since its `select_files` is given nothing but the name."""
+    save_members(tmp_path / "a.tar", "0.png", "0.cls")
+    monkeypatch.setattr(trees, "MAX_MEMBER_BYTES", 50)
+    ((theirs,), (ours,)) = as_webdataset_reads(tmp_path / "a.tar"), open_source(tmp_path / "a.tar")
+    assert theirs["png"] == IMAGES["png"]
+    with pytest.raises(Unreadable, match="bytes when uncompressed, more than 50"):
+        ours.decode()
+
+
+def test_the_label_is_in_the_member_named_like_the_sample(tmp_path: Path) -> None:
+    members = {"json": {"label": "cat"}, "meta.json": {"label": None}, "a.meta.json": {"label": "no"}}
+    path = save(tmp_path / "a.tar", [{"__key__": "0", "png": Image.fromarray(PIXELS[0])} | members])
+    assert open_source(path).classes == ("cat",)
 
 
 def test_one_shard_is_open_at_a_time(tmp_path: Path) -> None:
