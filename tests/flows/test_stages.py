@@ -266,7 +266,7 @@ def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) ->
             {"process": {"schedule": {"kind": "given", "beta": [0.9] * 20}, "num_timesteps": 20}},
             "beta destroys the image before the last timestep",
         ),
-        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr-plus-one', "),
+        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'vlb-large', "),
         ({"network": {"conditioning": "token"}}, "network.conditioning: input should be 'add' or 'film' (got 'token')"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (100)"),
