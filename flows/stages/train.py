@@ -125,12 +125,17 @@ class Training:
         )
 
     @cached_property
+    def options(self) -> TrainOptions:
+        """The training options, with the number of steps also if epochs are given."""
+        return self.params.train.for_images(self.pairs.images)
+
+    @cached_property
     def counts(self) -> Counts:
         return count(self.net, self.pairs.shape)
 
     def run(self) -> tuple[Model, State]:
         """Train to the end; returns the model and the final state."""
-        params, options, world, seed = self.params, self.params.train, self.world, self.params.seed
+        params, options, world, seed = self.params, self.options, self.world, self.params.seed
         counts, augment = self.counts, options.augmentation(self.pairs.images)
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
         shard_weights = partial(distributed.shard_weights, options=options, world=world)
@@ -155,6 +160,7 @@ class Training:
                     f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
                     + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
                     + f", {self.pairs.images} images"
+                    + (f", {options.epochs} epochs ({options.steps} steps)" if options.epochs else "")
                     + (f", augmented ({augment:g})" if augment else "")
                     + (f", resuming from step {state.step}" if state.step else "")
                 )

@@ -44,7 +44,7 @@ GLOSSARY = """\
 def training(params: Params, paths: Paths) -> str:
     """The description of a run whose training has no results yet."""
     return (
-        f"Training of {_network(params)} on {_data(params, paths)}: at most {params.train.steps:,} steps of "
+        f"Training of {_network(params)} on {_data(params, paths)}: at most {_steps(params, paths):,} steps of "
         f"{params.train.batch_size:,} images.\n\nNo results have been recorded yet."
     )
 
@@ -108,7 +108,8 @@ def _trained(found: Results, trained_in: str) -> str:
     report, params = found.training, found.params
     size = f" ({report['parameters']:,} parameters)" if "parameters" in report else ""
     steps = report["steps"]
-    ended = f"{steps:,} steps" + (f" (of at most {params.train.steps:,})" if steps < params.train.steps else "")
+    most = _steps(params, found.paths)
+    ended = f"{steps:,} steps" + (f" (of at most {most:,})" if steps < most else "")
     text = (
         f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of "
         f"{params.train.batch_size:,} images."
@@ -127,12 +128,21 @@ def _network(params: Params) -> str:
     return f"network `{params.network.kind}`"
 
 
-def _data(params: Params, paths: Paths) -> str:
+def _images(paths: Paths) -> int:
+    """Number of training images."""
     manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
+    return int(manifest["splits"]["train"]["images"])
+
+
+def _steps(params: Params, paths: Paths) -> int:
+    return params.train.for_images(_images(paths)).steps
+
+
+def _data(params: Params, paths: Paths) -> str:
     channels, name = params.pairs.channels, Path(params.shard.source).stem
     colours = {1: "greyscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
     size = f"{params.pairs.height}x{params.pairs.width}"
-    return f"**{name}**, {manifest['splits']['train']['images']:,} {colours} images of {size} pixels"
+    return f"**{name}**, {_images(paths):,} {colours} images of {size} pixels"
 
 
 def _figures(report: Mapping[str, float]) -> str:

@@ -38,7 +38,7 @@ CHOICES: dict[str, list[Any]] = {
     "schedule": list(SCHEDULES),
     "loss": list(LOSSES),
     "learned_variance": [False, True],
-    "optimizer": ["adamw", "muon"],
+    "optimizer": ["adamw", "muon", "sgd"],
     "precision": [torch.float32, torch.bfloat16],
     "classes": [False, True],
 }
