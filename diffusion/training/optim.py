@@ -138,12 +138,11 @@ def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOption
 
 
 def sgd(groups: list[dict[str, Any]], learning_rate: float, options: SgdOptions) -> torch.optim.SGD:
-    """SGD: b <- momentum b + g, weight <- weight - learning_rate b, or with Nesterov (g + momentum b) for b.
+    """SGD: b <- momentum b + gradient, weight <- weight - learning_rate b; Polyak 1964, as PyTorch writes it.
 
-    Sutskever et al. 2013, section 2, as PyTorch writes it. b starts at zero here, since PyTorch's fused kernel leaves
-    it uninitialized if the first step is skipped.
+    b starts at zero here, since PyTorch's fused kernel leaves it uninitialized if the first step is skipped.
     """
-    made = torch.optim.SGD(groups, learning_rate, options.momentum, nesterov=options.nesterov, fused=True)
+    made = torch.optim.SGD(groups, learning_rate, options.momentum, fused=True)
     for group in made.param_groups if options.momentum else ():
         for parameter in group["params"]:
             made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

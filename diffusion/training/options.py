@@ -27,11 +27,6 @@ def _can_be_sharded(train: "TrainOptions") -> None:
         raise ValueError("sharding: weights needs an optimizer other than sgd: use adamw or muon")
 
 
-def _has_momentum_to_look_ahead(sgd: "SgdOptions") -> None:
-    if sgd.nesterov and not sgd.momentum:
-        raise ValueError("nesterov needs a momentum above 0")
-
-
 class MuonOptions(Choice):
     """Muon (Jordan et al. 2024) for the hidden layers' weight matrices and kernels, AdamW for all other parameters."""
 
@@ -42,16 +37,12 @@ class MuonOptions(Choice):
 
 
 class SgdOptions(Choice):
-    """Stochastic gradient descent with momentum (Polyak 1964; Sutskever et al. 2013)."""
-
-    rules = (_has_momentum_to_look_ahead,)
+    """Stochastic gradient descent with momentum (Polyak 1964)."""
 
     kind: Literal["sgd"] = "sgd"
     """Name of the optimizer."""
     momentum: Fraction = 0.9
     """Share of the previous update that is kept; 0 for plain gradient descent."""
-    nesterov: bool = False
-    """Nesterov's momentum: the gradient counts as if one step further; needs momentum above 0."""
 
 
 class PowerOptions(Choice):

@@ -133,22 +133,17 @@ def stepped(options: TrainOptions, gradients: np.ndarray, rates: list[float]) ->
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd_is_its_recursion(momentum: float, nesterov: bool, weight_decay: float) -> None:
-    """v <- mu v - rate g, w <- w + v; Sutskever et al. 2013, eq. 1 and 2, or with g at w + mu v, eq. 3 and 4.
-
-    Nesterov's is written for the point w + mu v, of which the gradient is taken and which PyTorch keeps as the weight.
-    """
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_its_recursion(momentum: float, weight_decay: float) -> None:
+    """w_{n+1} = w_n - rate (g + decay w_n) + momentum (w_n - w_{n-1}); the heavy ball of Polyak 1964."""
     gradients, rate = np.random.default_rng(0).standard_normal((20, 3)), 0.05
-    chosen = SgdOptions(momentum=momentum, nesterov=nesterov)
-    options = TrainOptions(optimizer=chosen, learning_rate=2 * rate, weight_decay=weight_decay)
+    options = TrainOptions(optimizer=SgdOptions(momentum=momentum), learning_rate=2 * rate, weight_decay=weight_decay)
     found = stepped(options, gradients, [0.5] * 20)
-    weight, velocity = np.ones(3), np.zeros(3)
+    weight = before = np.ones(3)
     for gradient, after in zip(gradients, found, strict=True):
-        ahead = weight + momentum * velocity if nesterov else weight
-        velocity = momentum * velocity - rate * (gradient + weight_decay * ahead)
-        weight = weight + velocity
-        np.testing.assert_allclose(after, weight + momentum * velocity if nesterov else weight, rtol=1e-12)
+        step = momentum * (weight - before) - rate * (gradient + weight_decay * weight)
+        before, weight = weight, weight + step
+        np.testing.assert_allclose(after, weight, rtol=1e-12)
 
 
 def test_adamw_without_weight_decay_is_adam() -> None:
