@@ -38,7 +38,7 @@ CHOICES: dict[str, list[Any]] = {
     "schedule": list(SCHEDULES),
     "loss": list(LOSSES),
     "learned_variance": [False, True],
-    "optimizer": ["adamw", "muon", "sgd"],
+    "optimizer": ["adamw", "muon"],  # not sgd, whose steps are as small as the gradients of the first steps
     "precision": [torch.float32, torch.bfloat16],
     "classes": [False, True],
 }
