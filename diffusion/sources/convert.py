@@ -114,7 +114,7 @@ def _stored(picture: Picture) -> Converted:
     return Converted(
         content={"png": picture.png} if picture.png else encode(image),
         digest=digest(image),
-        histogram=np.array(image.histogram()),
+        histogram=np.array(image.histogram(), np.int64),
         stored_mode=image.mode,
         mode=picture.mode,
         size=image.size,

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -67,7 +67,7 @@ class Folder:
         every = [tuple(name.split("/")) for name in tree.names()]
         self._unsafe = [parts for parts in every if ".." in parts]
         self._files = [parts for parts in every if ".." not in parts]
-        self._images = [parts for parts in self._files if is_image(self._file(parts))]
+        self._images = dict.fromkeys(parts for parts in self._files if is_image(self._file(parts)))
         self.holds_images = bool(self._images)
         (root,), (top,) = self._unwrap([()])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
@@ -147,7 +147,7 @@ class Folder:
                 yield Sample(sample_key(name), _text(name), label, split, _nothing, left_out)
                 continue
             file = self._file(parts)
-            reason = rejection_reason(file)
+            reason = unsupported(file.suffix) if parts in self._images else rejection_reason(file)
             decode, size = (_nothing, 0) if reason else decoder(file, self._how)
             yield Sample(sample_key(name), _text(name), label, split, decode, reason, size)
 
@@ -182,7 +182,7 @@ class Folder:
         return (inner, deeper) if any(deeper) else (folders, inside)
 
 
-def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
+def _below(folder: Parts, files: Iterable[Parts]) -> Iterator[Parts]:
     """The files below a folder."""
     return (parts for parts in files if parts[: len(folder)] == folder)
 

@@ -72,7 +72,8 @@ class Directory:
         self.path = path
 
     def names(self) -> list[str]:
-        return [path.relative_to(self.path).as_posix() for path in files_below(self.path)]
+        depth = len(self.path.parts)
+        return ["/".join(path.parts[depth:]) for path in files_below(self.path)]
 
     def file(self, name: str) -> File:
         return self.path / name
@@ -114,7 +115,8 @@ def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
     be read, are passed to them.
     """
     if not isinstance(file, Member):
-        return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
+        with reading(file):
+            return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
     try:
         with file.open("rb") as opened:
             content = opened.read()
@@ -272,16 +274,20 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
     """
     try:
         status = folder.stat()
-        paths = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for path in paths:
-        if not is_visible(path.name):
+    for name, regular in found:
+        if not is_visible(name):
             continue
-        if path.is_dir():
+        path = folder / name
+        if regular:
+            yield path
+        elif path.is_dir():
             yield from files_below(path, above | {here})
         elif _is_file(path):
             yield path
