@@ -156,9 +156,11 @@ def _by_parts(a: Words, b: Words) -> NDArray[np.int64]:
     for part in range(MAX_BITS + 1):
         # Neighbouring frequencies are similar; bits from all over make more different parts.
         mask = np.packbits(np.arange(SIDE**2) % (MAX_BITS + 1) == part).view(np.uint64)[:, None]
-        ours, theirs = np.bitwise_or.reduce(a & mask), np.bitwise_or.reduce(b & mask)  # no two bits in one place
+        ours: NDArray[np.uint64] = np.bitwise_or.reduce(a & mask)  # no two bits in one place
+        theirs: NDArray[np.uint64] = np.bitwise_or.reduce(b & mask)
         order = np.argsort(ours)
-        start, end = (np.searchsorted(ours[order], theirs, side) for side in ("left", "right"))
+        ours = ours[order]
+        start, end = np.searchsorted(ours, theirs), np.searchsorted(ours, theirs, "right")
         until = np.cumsum(end - start)  # number of pairs up to each hash of b
         if until[-1] > MAX_SHARE * size * len(best):
             return _by_all(a, b)

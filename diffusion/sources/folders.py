@@ -21,7 +21,7 @@ from diffusion.sources.labels import Parts
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
-from diffusion.sources.trees import Tree, decoder, open_tree
+from diffusion.sources.trees import Decoder, Tree, open_tree
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
 
@@ -148,8 +148,11 @@ class Folder:
                 continue
             file = self._file(parts)
             reason = unsupported(file.suffix) if parts in self._images else rejection_reason(file)
-            decode, size = (_nothing, 0) if reason else decoder(file, self._how)
-            yield Sample(sample_key(name), _text(name), label, split, decode, reason, size)
+            if reason:
+                yield Sample(sample_key(name), _text(name), label, split, _nothing, reason)
+                continue
+            decode = Decoder(file, self._how)
+            yield Sample(sample_key(name), _text(name), label, split, decode, size=decode.size)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
         """Each file with its split, the name of its top-level folder, and why it is rejected because of its place."""

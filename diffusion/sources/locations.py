@@ -1,7 +1,7 @@
 """Where images are: a path, a URL that fsspec opens, or several files by a brace range or glob of either.
 
-A reader needs its files on this machine. Remote files are downloaded once into a temporary folder: a reader passes over
-a tar archive several times, and needs the space for the shards anyway.
+A reader needs its files on this machine. Remote files are downloaded once into a temporary folder: a reader seeks in
+its files, and needs the space for the shards anyway.
 """
 
 import errno

@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Decodes the image, also in another process, so it is picklable.
+    """Decodes the image, also in another process, so it is picklable; a `trees.Decoder` once it is `portable`.
 
     Raises Unreadable, or SystemFault if the operating system cannot read the file.
     """

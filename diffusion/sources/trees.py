@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
@@ -86,6 +87,8 @@ class Member(NamedTuple):
     path: PurePosixPath
     opener: Callable[[], IO[bytes]]
     """Raises Unreadable if the file cannot be read."""
+    size: int = 0
+    """Bytes when uncompressed, as the archive states it."""
 
     @property
     def name(self) -> str:
@@ -108,23 +111,40 @@ class Member(NamedTuple):
         return True
 
 
-def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
-    """How to decode an image file in any process, and its size in bytes.
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes an image file in this process, one in an archive while that is open."""
 
-    Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot
-    be read, are passed to them.
-    """
-    if not isinstance(file, Member):
-        with reading(file):
-            return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
-    try:
-        with file.open("rb") as opened:
-            content = opened.read()
-    except MemoryError:
-        raise
-    except Exception as error:  # readers of archives raise arbitrary exceptions
-        return partial(read_image, file._replace(opener=partial(_fail, error)), how), 0
-    return partial(read_image, file._replace(opener=partial(io.BytesIO, content)), how), len(content)
+    file: File
+    how: Reading
+    remarks: tuple[str, ...] = ()
+    """Warnings to add to those of the decoder."""
+
+    def __call__(self) -> Picture:
+        picture = read_image(self.file, self.how)
+        return picture._replace(warnings=(*picture.warnings, *self.remarks))
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes, as its archive states it; raises SystemFault if it is gone from the disk."""
+        if isinstance(self.file, Member):
+            return self.file.size
+        with reading(self.file):
+            return self.file.stat().st_size if isinstance(self.file, Path) else 0
+
+    def portable(self) -> "Decoder":
+        """The same for any process: with the content of a file in an archive, or the reason why it cannot be read."""
+        if not isinstance(self.file, Member):
+            return self
+        opener: Callable[[], IO[bytes]]
+        try:
+            with self.file.open("rb") as opened:
+                opener = partial(io.BytesIO, opened.read())
+        except MemoryError:
+            raise
+        except Exception as error:  # readers of archives raise arbitrary exceptions
+            opener = partial(_fail, error)
+        return replace(self, file=self.file._replace(opener=opener))
 
 
 def _fail(error: Exception) -> IO[bytes]:
@@ -149,7 +169,8 @@ class Zip:
         return _visible(self._infos)
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._infos[name]))
+        info = self._infos[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, info), info.file_size)
 
     def _open(self, info: zipfile.ZipInfo) -> IO[bytes]:
         if info.flag_bits & 1:
@@ -191,7 +212,8 @@ class Tar:
         return [name for name in self._members if all(map(is_visible, name.split("/")))]
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._members[name]))
+        member = self._members[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, member), member.size)
 
     def _open(self, member: tarfile.TarInfo) -> IO[bytes]:
         if not member.isreg():
