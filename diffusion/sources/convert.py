@@ -15,6 +15,7 @@ from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
 from diffusion.sources.images import THUMBNAIL, Picture, digest
+from diffusion.sources.trees import Decoder
 from diffusion.storage.executors import Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def _chunks(source: "Source") -> Iterator[tuple["Sample", ...]]:
     """The samples in groups, the tasks of an executor."""
     chunk, size = list["Sample"](), 0
     for sample in source:
-        chunk.append(sample)
+        decode = sample.decode
+        chunk.append(sample._replace(decode=decode.portable()) if isinstance(decode, Decoder) else sample)
         size += sample.size
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:
             yield tuple(chunk)
@@ -114,7 +116,7 @@ def _stored(picture: Picture) -> Converted:
     return Converted(
         content={"png": picture.png} if picture.png else encode(image),
         digest=digest(image),
-        histogram=np.array(image.histogram()),
+        histogram=np.array(image.histogram(), np.int64),
         stored_mode=image.mode,
         mode=picture.mode,
         size=image.size,

@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Decodes the image, also in another process, so it is picklable.
+    """Decodes the image, also in another process, so it is picklable; a `trees.Decoder` once it is `portable`.
 
     Raises Unreadable, or SystemFault if the operating system cannot read the file.
     """
@@ -213,7 +213,8 @@ def write(
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
     found = duplicates.search(hashes)
-    similar = {split: Images(directory, splits[split]) for each in found if each.pairs for split in each.splits}
+    named = {split for each in found if each.pairs for split in each.splits}
+    similar = {split: Images(directory, splits[split], verify=False) for split in named}
     manifest = Manifest(
         source=name,
         classes=source.classes,
@@ -294,12 +295,12 @@ def manifest_sha256(directory: Path) -> str:
 class Images:
     """Random access to the images of a split, in the order written; needs 48 bytes of memory per image.
 
-    Raises UserError if a shard is missing or corrupt.
+    Raises UserError if a shard is missing or, unless `verify` is false because this process wrote it, corrupt.
     """
 
-    def __init__(self, directory: Path, contents: Contents) -> None:
+    def __init__(self, directory: Path, contents: Contents, verify: bool = True) -> None:
         self._paths = [directory / tar.name for tar in contents.shards]
-        self._maps = [open_map(directory, tar) for tar in contents.shards]
+        self._maps = [open_map(directory, tar, verify) for tar in contents.shards]
         places = {"image": array("q"), "json": array("q")}
         for number, mapped in enumerate(self._maps):
             for member in members(mapped):

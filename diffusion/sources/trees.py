@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
@@ -72,7 +73,8 @@ class Directory:
         self.path = path
 
     def names(self) -> list[str]:
-        return [path.relative_to(self.path).as_posix() for path in files_below(self.path)]
+        depth = len(self.path.parts)
+        return ["/".join(path.parts[depth:]) for path in files_below(self.path)]
 
     def file(self, name: str) -> File:
         return self.path / name
@@ -85,6 +87,8 @@ class Member(NamedTuple):
     path: PurePosixPath
     opener: Callable[[], IO[bytes]]
     """Raises Unreadable if the file cannot be read."""
+    size: int = 0
+    """Bytes when uncompressed, as the archive states it."""
 
     @property
     def name(self) -> str:
@@ -107,22 +111,40 @@ class Member(NamedTuple):
         return True
 
 
-def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
-    """How to decode an image file in any process, and its size in bytes.
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes an image file in this process, one in an archive while that is open."""
 
-    Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot
-    be read, are passed to them.
-    """
-    if not isinstance(file, Member):
-        return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
-    try:
-        with file.open("rb") as opened:
-            content = opened.read()
-    except MemoryError:
-        raise
-    except Exception as error:  # readers of archives raise arbitrary exceptions
-        return partial(read_image, file._replace(opener=partial(_fail, error)), how), 0
-    return partial(read_image, file._replace(opener=partial(io.BytesIO, content)), how), len(content)
+    file: File
+    how: Reading
+    remarks: tuple[str, ...] = ()
+    """Warnings to add to those of the decoder."""
+
+    def __call__(self) -> Picture:
+        picture = read_image(self.file, self.how)
+        return picture._replace(warnings=(*picture.warnings, *self.remarks))
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes, as its archive states it; raises SystemFault if it is gone from the disk."""
+        if isinstance(self.file, Member):
+            return self.file.size
+        with reading(self.file):
+            return self.file.stat().st_size if isinstance(self.file, Path) else 0
+
+    def portable(self) -> "Decoder":
+        """The same for any process: with the content of a file in an archive, or the reason why it cannot be read."""
+        if not isinstance(self.file, Member):
+            return self
+        opener: Callable[[], IO[bytes]]
+        try:
+            with self.file.open("rb") as opened:
+                opener = partial(io.BytesIO, opened.read())
+        except MemoryError:
+            raise
+        except Exception as error:  # readers of archives raise arbitrary exceptions
+            opener = partial(_fail, error)
+        return replace(self, file=self.file._replace(opener=opener))
 
 
 def _fail(error: Exception) -> IO[bytes]:
@@ -147,7 +169,8 @@ class Zip:
         return _visible(self._infos)
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._infos[name]))
+        info = self._infos[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, info), info.file_size)
 
     def _open(self, info: zipfile.ZipInfo) -> IO[bytes]:
         if info.flag_bits & 1:
@@ -189,7 +212,8 @@ class Tar:
         return [name for name in self._members if all(map(is_visible, name.split("/")))]
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._members[name]))
+        member = self._members[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, member), member.size)
 
     def _open(self, member: tarfile.TarInfo) -> IO[bytes]:
         if not member.isreg():
@@ -272,16 +296,20 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
     """
     try:
         status = folder.stat()
-        paths = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for path in paths:
-        if not is_visible(path.name):
+    for name, regular in found:
+        if not is_visible(name):
             continue
-        if path.is_dir():
+        path = folder / name
+        if regular:
+            yield path
+        elif path.is_dir():
             yield from files_below(path, above | {here})
         elif _is_file(path):
             yield path

@@ -1,7 +1,11 @@
 """What `ddpm import` finds out about images."""
 
 import io
+import shutil
+import tarfile
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +69,29 @@ def test_some_images_are_looked_at_whatever_lies_between_them(tmp_path: Path) ->
     assert found.colour
     assert found == look_at(open_source(path))
     assert Image.open(io.BytesIO(contact_sheet(open_source(path), Fit(3, 4, 4)))).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("kind", "of"), [("zip", zipfile.ZipFile), ("tar", tarfile.TarFile), ("shard", tarfile.TarFile)]
+)
+def test_only_what_is_looked_at_is_read_from_an_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, of: type
+) -> None:
+    path = folder(tmp_path / "many", ["L", "RGB"] * 60)
+    if kind == "shard":
+        for image in list(path.iterdir()):
+            image.with_suffix(".cls").write_text(f"{int(image.stem) % 2}")
+    archive = shutil.make_archive(str(tmp_path / "a"), kind.replace("shard", "tar"), path)
+    source, opened = open_source(Path(archive)), list[Any]()
+    name = "open" if kind == "zip" else "extractfile"
+    original = getattr(of, name)
+    monkeypatch.setattr(of, name, lambda self, member: (opened.append(member), original(self, member))[1])
+    monkeypatch.setattr(of, "__init__", None)  # the archive is not opened again
+    assert len(list(source)) == 120
+    assert not opened
+    found = look_at(source)
+    assert len(found.sizes) == len(opened) == 100
+    assert found == look_at(open_source(path))._replace(classes=kind == "shard")
 
 
 def test_grey_images_in_colour_files_are_grey_and_one_class_is_none(tmp_path: Path) -> None:
