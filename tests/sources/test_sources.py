@@ -102,7 +102,7 @@ def test_idx_files_without_labels_or_test_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("channels", "mode"), [((), "L"), ((1,), "L"), ((3,), "RGB"), ((4,), "RGBA")])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: bool) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, *channels), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 5, *channels), dtype=np.uint8)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", images=images, labels=[5, 3, 5])
     source = open_source(tmp_path / "a.npz")
     assert isinstance(source, Arrays)
