@@ -14,13 +14,13 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from diffusion.errors import UsageError, UserError, describe
+from diffusion.errors import UsageError, UserError, counted, describe
 from diffusion.progress import Progress
-from diffusion.sources import aside, shards
+from diffusion.sources import rejections, shards
 from diffusion.sources.arrays import Arrays
-from diffusion.sources.aside import Remark, Unusable
 from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
@@ -35,7 +35,7 @@ from flows.paths import Paths
 from flows.yaml_files import read_yaml, write_yaml
 
 MAX_LISTED = 5
-"""Maximum number of files set aside to list on the terminal."""
+"""Maximum number of rejected files to list on the terminal."""
 MAX_SIZE = 4096
 """Maximum of `--size`."""
 VERSIONS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}
@@ -202,26 +202,26 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
 
 
 def _description(source: Source, name: str, max_rejected: float) -> str:
-    """Summarize files, classes, splits and files set aside; no image is decoded."""
-    splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[Remark]()
+    """Summarize files, classes, splits and rejected files; no image is decoded."""
+    splits, labels, rejected = Counter[Split | None](), Counter[int | None](), list[Remark]()
     for sample in source:
-        if sample.left_out:
-            left_out.append(Remark(file=sample.file, reason=sample.left_out))
+        if sample.rejected:
+            rejected.append(Remark(file=sample.file, reason=sample.rejected))
             continue
         splits[sample.split] += 1
         labels[sample.label] += 1
     images = splits.total()
     per_class = [labels[number] for number in range(len(source.classes))]
     counts = ", ".join(f"{count} {split}" for split, count in splits.items() if split)
-    files = f"Imported {images} images{f' ({counts})' if counts else ''}; the shard stage will decode them."
+    files = f"Imported {counted(images, 'image')}{f' ({counts})' if counts else ''}; the shard stage will decode them."
     classes = shards.describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Set aside: {remark.file}: {remark.reason}" for remark in left_out[:MAX_LISTED]]
-    if len(left_out) > MAX_LISTED:
-        lines.append(f"Set aside: {len(left_out) - MAX_LISTED} more files")
+    lines += [f"Rejected: {remark.file}: {remark.reason}" for remark in rejected[:MAX_LISTED]]
+    if len(rejected) > MAX_LISTED:
+        lines.append(f"Rejected: {counted(len(rejected) - MAX_LISTED, 'more file')}")
     try:
-        aside.check(name, images, left_out, max_rejected)
-    except Unusable as error:
+        rejections.check(name, images, rejected, max_rejected)
+    except TooFewImages as error:
         lines.append(f"The shard stage will stop: {error}")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError, shortened
+from diffusion.errors import UserError, counted, shortened
 from diffusion.sources.bands import MODES, Bands
 from diffusion.sources.colours import scale
 from diffusion.sources.images import Picture
@@ -56,7 +56,9 @@ class Arrays:
         except (TypeError, KeyError, TokenError, *BROKEN) as error:
             raise UserError(f"{path}: not a readable {path.suffix} file ({_reason(error)})") from None
         if rest != size:
-            raise UserError(f"{path}: contains {rest} bytes for {self.dtype} of shape {self.shape}, which needs {size}")
+            raise UserError(
+                f"{path}: contains {counted(rest, 'byte')} for {self.dtype} of shape {self.shape}, which needs {size}"
+            )
         self.layout = _layout(path, self.shape, reading.layout)
         first = self.layout == "channels-first"
         if (pixels := math.prod(self.shape[2:4] if first else self.shape[1:3])) > reading.max_pixels:
@@ -191,8 +193,8 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["channels-first", "channels-last"]:
     """The order of the axes: `asked`, or else the more plausible one.
 
-    Raises UserError if both are equally plausible, or neither is: (N, 10, 12, 13) may be 10 channels of 12x13 pixels, or
-    13 of 10x12.
+    Raises UserError if both are equally plausible, or neither is: (N, 10, 12, 13) may be 10 channels of 12x13 pixels,
+    or 13 channels of 10x12.
     """
     if len(shape) == 3:
         return "channels-last"
@@ -211,8 +213,8 @@ def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["chann
 def _plausibility(channels: int, sides: tuple[int, int]) -> int:
     """0 to 2, for an image with so many channels, height and width.
 
-    0 is not plausible. Plausible are the channels of a picture, at most half as many channels as pixels along each side,
-    and fewer channels than pixels along the sides of a square. 2 is for squares, since most data sets consist of them.
+    0 is not plausible. Plausible are 1, 3 and 4 channels, at most half as many channels as pixels along each side, and
+    fewer channels than pixels along the sides of a square. 2 is for squares, of which most data sets consist.
     """
     square, shorter = sides[0] == sides[1], min(sides)
     plausible = channels in MODES or channels <= shorter / 2 or (square and channels < shorter)

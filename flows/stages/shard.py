@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.progress import Progress, say
-from diffusion.sources import aside, report, shards
-from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources import rejections, report, shards
 from diffusion.sources.locations import locate, resolved
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -43,7 +43,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     source = open_source(path, options.reading)
     rejected, thumbnails = list[Remark](), list[bytes | None]()
 
-    def set_aside(remark: Remark, thumbnail: bytes | None) -> None:
+    def on_rejected(remark: Remark, thumbnail: bytes | None) -> None:
         rejected.append(remark)
         if len(thumbnails) < report.MAX_LISTED:
             thumbnails.append(thumbnail)
@@ -59,17 +59,17 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
                 progress.advance,
                 executor(len(source)),
                 max_rejected=options.max_rejected,
-                set_aside=set_aside,
+                on_rejected=on_rejected,
             )
-    except Unusable as error:
+    except TooFewImages as error:
         if not rejected:
             raise
-        write_atomic(paths.rejected, aside.table(rejected))
-        raise UserError(f"{error}; {paths.rejected} lists all that were set aside") from None
+        write_atomic(paths.rejected, rejections.table(rejected))
+        raise UserError(f"{error}; {paths.rejected} lists all rejected files") from None
     paths.rejected.unlink(missing_ok=True)
     write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
-    _say_files("set aside", manifest.rejected)
+    _say_files("rejected", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:
         say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
@@ -90,7 +90,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files set aside")
+    say(f"shard: {counts} images in {files} shards; {counted(len(manifest.rejected), 'file')} rejected")
 
 
 def _say_files(what: str, remarks: Sequence[Remark]) -> None:

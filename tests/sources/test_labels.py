@@ -30,7 +30,7 @@ def pictures(folder: Path, *names: str) -> Path:
 def labelled(folder: Path) -> dict[str, str | None]:
     source = open_source(folder)
     return {
-        sample.file: sample.left_out or (None if sample.label is None else source.classes[sample.label])
+        sample.file: sample.rejected or (None if sample.label is None else source.classes[sample.label])
         for sample in source
     }
 
@@ -138,7 +138,7 @@ def test_a_table_above_or_beside_the_images_counts(tmp_path: Path, place: str) -
 def test_a_table_of_some_images_in_folders_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "train/cat/1.png", "test/cat/2.png")
     (tmp_path / "train" / "metadata.csv").write_text("file_name,label\ncat/1.png,x\n")
-    with pytest.raises(UserError, match=r"labels 1 images, but not test/cat/2.png, whose folder could be its class"):
+    with pytest.raises(UserError, match=r"labels 1 image, but not test/cat/2.png, whose folder could be its class"):
         open_source(tmp_path)
 
 

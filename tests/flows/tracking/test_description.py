@@ -161,9 +161,9 @@ def test_loss_and_heldout_error_are_in_the_first_section_of_charts(paths: Paths)
         {"evaluate/mse": 0.25, "evaluate/intervals/mse_low": 0.2},
         {"evaluated.images": 190, "evaluated.bits_per_dim_images": 10, "evaluated.pairs": 1520},
     )
-    assert names.figures("train", {"kept_step": 3, "rollbacks": 0}) == (
+    assert names.figures("train", {"kept_step": 3, "augment": 0.12, "rollbacks": 0}) == (
         {"train/rollbacks": 0},
-        {"trained.kept_step": 3},
+        {"trained.kept_step": 3, "trained.augment": 0.12},
     )
 
 
