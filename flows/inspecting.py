@@ -15,8 +15,9 @@ from diffusion.samples import grid_png
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import DEEP_GREY
+from diffusion.sources.descriptions import describe_sizes
 from diffusion.sources.images import Picture, Unreadable
-from diffusion.sources.shards import Source, describe_sizes
+from diffusion.sources.shards import Source
 
 LOOKED_AT = 100
 """Number of images that are decoded."""
@@ -70,9 +71,10 @@ class Findings(NamedTuple):
             becomes = "kept" if fit.channels == 4 else f"on {fit.background}"
             found += f", {self.transparent} with transparent pixels ({becomes})"
         done = fit.describe(**fit.tally(Counter(self.sizes))) or "none is cropped or enlarged"
+        looked_at = f"{counted(len(self.sizes) + len(self.rejected), 'image')} looked at"
         if self.rejected:
-            found += f"; {len(self.rejected)} of those looked at cannot be read, such as {self.rejected[0]}"
-        return f"{found} ({counted(len(self.sizes), 'image')} looked at); at {fit.width}x{fit.height}, {done}"
+            looked_at += f", of which {len(self.rejected)} cannot be read, such as {self.rejected[0]}"
+        return f"{found} ({looked_at}); at {fit.width}x{fit.height}, {done}"
 
 
 def look_at(source: Source, background: str = "white") -> Findings:

@@ -9,7 +9,8 @@ from jinja2 import Environment, StrictUndefined
 from diffusion.errors import counted
 from diffusion.sources import duplicates, rejections
 from diffusion.sources.convert import thumbnail
-from diffusion.sources.shards import Images, Manifest, describe_sizes
+from diffusion.sources.descriptions import describe_sizes
+from diffusion.sources.shards import Images, Manifest
 from diffusion.storage.tar import Split
 
 MAX_LISTED = 100

@@ -34,8 +34,6 @@ from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, mem
 MANIFEST = "manifest.json"
 MAX_WARNINGS = 1000
 """Maximum number of warnings that are listed; there may be one for each image."""
-SHOWN_CLASSES = 20
-"""Maximum number of classes listed on the terminal."""
 
 
 class Sample(NamedTuple):
@@ -252,49 +250,25 @@ def _record(sample: Sample, image: Converted, classes: Sequence[str]) -> dict[st
     return {"json": json.dumps(record).encode()} | image.content
 
 
+def check_number(name: str, images: int) -> None:
+    """Raise TooFewImages if so many images leave a split empty in any case."""
+    if images < len(SPLITS):
+        raise TooFewImages(
+            f"{name}: only {counted(images, 'image')}; add some, since train, val and test need at least one each"
+        )
+
+
 def _check_counts(name: str, counts: Mapping[Split, int], own: Mapping[Split, str]) -> None:
-    total = sum(counts.values())
-    for split in (split for split, count in counts.items() if not count):
-        if split in own:
-            raise TooFewImages(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
-        if total < len(SPLITS):
-            advice = "add images, since train, val and test need at least one each"
-        elif split == "train":
+    empty, total = [split for split, count in counts.items() if not count], sum(counts.values())
+    for split in (split for split in empty if split in own):
+        raise TooFewImages(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
+    check_number(name, total)
+    for split in empty:
+        if split == "train":
             advice = "decrease shard.val_fraction or shard.test_fraction, or add images"
         else:
             advice = f"increase shard.{split}_fraction, or add images"
         raise TooFewImages(f"{name}: {counted(total, 'image')}, of which none fell into the split {split}; {advice}")
-
-
-def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
-    """Classes with numbers of images in one line, such as `2 classes: cat 30, dog 20; 5 images without a class`."""
-    if not classes:
-        return f"no classes, {counted(images, 'image')}"
-    shown = [f"{name} {count}" for name, count in zip(classes, per_class, strict=True)][:SHOWN_CLASSES]
-    more = [f"and {len(classes) - SHOWN_CLASSES} more"] if len(classes) > SHOWN_CLASSES else []
-    line = f"{counted(len(classes), 'class', 'classes')}: {', '.join(shown + more)}"
-    without = images - sum(per_class)
-    return f"{line}; {counted(without, 'image')} without a class" if without else line
-
-
-def describe_sizes(smallest: tuple[int, int], largest: tuple[int, int]) -> str:
-    """Widths and heights in words, given the minimum and the maximum of each."""
-    if smallest == largest:
-        return f"{smallest[0]}x{smallest[1]}"
-    width, height = (
-        f"{low}" if low == high else f"{low} to {high}" for low, high in zip(smallest, largest, strict=True)
-    )
-    return f"{width} wide and {height} high"
-
-
-def describe_splits(own: Mapping[Split, str]) -> str:
-    """Describe the origin of the splits in one line."""
-    given = [f"{split} is {own[split]} of the source" for split in SPLITS if split in own]
-    hashed = [split for split in SPLITS if split not in own]
-    if not given:
-        return "train, val and test by a hash of each image's pixels"
-    parts = f"{' and '.join(hashed)} {'is' if len(hashed) == 1 else 'are'} taken from train by a hash of the pixels"
-    return ", ".join([*given, parts] if hashed else given)
 
 
 def manifest_sha256(directory: Path) -> str:

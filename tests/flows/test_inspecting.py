@@ -44,6 +44,17 @@ def test_what_will_be_done_to_the_images_is_described() -> None:
     assert found.parameters(48) == {
         "pairs": {"height": 48, "width": 48, "channels": 3}, "network": {"classes": True},
     }  # fmt: skip
+    found = Findings(MIXED, colour=True, classes=True, rejected=("a.png: damaged", "b.png: damaged"))
+    assert "colour (5 images looked at, of which 2 cannot be read, such as a.png: damaged); at 48x48" in found.describe(
+        Fit(3, 48, 48)
+    )
+    found = Findings([(4000, 1), (1, 4000)], colour=False, classes=False)
+    assert found.describe(Fit(1, 8, 8)) == (
+        "1 to 4000 wide and 1 to 4000 high, greyscale (2 images looked at); at 8x8, "
+        "2 cropped by over 99% of their area on average and 2 enlarged (pairs.resize: crop)"
+    )
+    found = Findings(SAME[:1], colour=False, classes=False)
+    assert "(1 image looked at)" in found.describe(Fit(1, 6, 8))
     found = Findings(SAME, colour=False, classes=False)
     assert found.describe(Fit(1, 6, 8)) == "8x6, greyscale (3 images looked at); at 8x6, none is cropped or enlarged"
     assert found.parameters(None)["pairs"] == {"height": 6, "width": 8, "channels": 1}

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import UserError, counted
+from diffusion.sources.descriptions import describe_classes, describe_sizes
 from diffusion.sources.rejections import TooFewImages
-from diffusion.sources.shards import MANIFEST, Images, Manifest, describe_classes, describe_sizes, write
+from diffusion.sources.shards import MANIFEST, Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.storage.files import sha256, write_sums
@@ -204,7 +205,6 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "fractions", "message"),
     [
-        (1, (0.1, 0.1), "split val; add images, since train, val and test need at least one"),
         (
             9,
             (0.001, 0.5),
@@ -225,6 +225,12 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
 def test_an_empty_split_is_an_error(tmp_path: Path, images: int, fractions: tuple[float, float], message: str) -> None:
     with pytest.raises(TooFewImages, match=f"^name: {counted(images, 'image')}, of which none fell into the {message}"):
         shard(npz(tmp_path / "a.npz", images), tmp_path / "shards", fractions=Fractions(*fractions))
+
+
+@pytest.mark.parametrize(("images", "counted"), [(1, "1 image"), (2, "2 images")])
+def test_fewer_images_than_splits_are_an_error(tmp_path: Path, images: int, counted: str) -> None:
+    with pytest.raises(TooFewImages, match=f"^name: only {counted}; add some, since train, val and test need at least"):
+        shard(npz(tmp_path / "a.npz", images), tmp_path / "shards")
 
 
 def test_an_own_split_without_a_usable_image_is_an_error(tmp_path: Path, pictures: Path) -> None:
