@@ -269,4 +269,4 @@ def check_devices(params: Params, device: torch.device) -> None:
     if device.type == "cuda" and params.device not in ("auto", "cuda"):
         raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
     if device.type == "cuda" and processes > gpus:
-        raise UserError(f"train.processes: each of the {processes} needs a GPU (available: {gpus}); set it to {gpus}")
+        raise UserError(f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}")

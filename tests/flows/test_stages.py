@@ -49,6 +49,7 @@ def test_outputs_of_train(whole_tree: Path) -> None:
     report = json.loads((whole_tree / "reports/train.json").read_text())
     assert report["steps"] == 40
     assert report["images"] == 40 * 32
+    assert report["augment"] == 0  # `auto`, of many images
     loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
     assert [row["step"] for row in loss] == [15, 30, 40]
     assert loss[-1]["loss"] < loss[0]["loss"]
