@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, StrictUndefined
 
+from diffusion.errors import counted
 from diffusion.evaluation.histograms import LABELS, verdict
 
 Row = Mapping[str, float]
@@ -23,8 +24,9 @@ PAGE = """<!doctype html>
   img { max-width: 100% }
 </style>
 <h1>Evaluation</h1>
-<p>Noise prediction on {{ overall.pairs }} held-out pairs from {{ overall.images }} test images, which were not used in
-training (reports/data.html shows the data). {% if overall.images > 1 -%}
+<p>Noise prediction on {{ counted(overall.pairs, "held-out pair") }} from
+{{ counted(overall.images, "test image") }}, not used in training (reports/data.html shows the data).
+{% if overall.images > 1 -%}
 Intervals are 95 % bootstrap confidence intervals over images.
 {%- else -%}
 A single image gives no interval: both limits are its own figure.
@@ -101,6 +103,7 @@ def page(
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
+        counted=counted,
         overall=overall,
         bands=bands,
         pictures=pictures,

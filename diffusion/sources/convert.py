@@ -96,7 +96,7 @@ def _bytes(chunk: Sequence["Sample"]) -> int:
 
 
 def _convert(chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
-    return [Rejected(sample.left_out) if sample.left_out else _converted(sample) for sample in chunk]
+    return [Rejected(sample.rejected) if sample.rejected else _converted(sample) for sample in chunk]
 
 
 def _converted(sample: "Sample") -> Converted | Rejected:
@@ -107,7 +107,7 @@ def _converted(sample: "Sample") -> Converted | Rejected:
     except MemoryError:
         raise UserError(
             f"{sample.file}: out of memory; use fewer processes (DDPM_WORKERS), or decrease shard.max_pixels, so that "
-            "it is set aside"
+            "it is rejected"
         ) from None
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.sources import labels
 from diffusion.sources.images import (
     OTHER_FILE,
@@ -102,7 +102,7 @@ class Folder:
             for parts in _below(root, self._images):
                 if len(parts) > len(root) + 1 and parts not in table.labels:
                     raise UserError(
-                        f"{self.tree.path}: {table.name} labels {len(table.labels)} images, but not "
+                        f"{self.tree.path}: {table.name} labels {counted(len(table.labels), 'image')}, but not "
                         f"{_text('/'.join(parts))}, whose folder could be its class; complete the table, or delete it"
                     )
 
@@ -140,11 +140,11 @@ class Folder:
 
     def __iter__(self) -> Iterator[Sample]:
         folders = {name: label for label, name in enumerate(self._folders)}
-        for parts, split, top, left_out in self._entries():
+        for parts, split, top, rejected in self._entries():
             name, table = "/".join(parts), self._table
             label = folders.get(top) if table is None else table.labels.get(parts)
-            if left_out:
-                yield Sample(sample_key(name), _text(name), label, split, _nothing, left_out)
+            if rejected:
+                yield Sample(sample_key(name), _text(name), label, split, _nothing, rejected)
                 continue
             file = self._file(parts)
             reason = unsupported(file.suffix) if parts in self._images else rejection_reason(file)
@@ -191,7 +191,7 @@ def _below(folder: Parts, files: Iterable[Parts]) -> Iterator[Parts]:
 
 
 def _nothing() -> Picture:
-    raise AssertionError("a sample that is left out is not decoded")
+    raise AssertionError("a rejected sample is not decoded")
 
 
 def rejection_reason(file: File) -> str | None:

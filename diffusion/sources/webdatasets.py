@@ -29,7 +29,7 @@ class Group(NamedTuple):
     """Its other images, which are not used."""
     label: str = ""
     """The name of its class; empty for none."""
-    left_out: str | None = None
+    rejected: str | None = None
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class WebDataset:
             for group in groups:
                 decode = Decoder(tar.file(group.image), self._how, group.remarks)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
-                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out, decode.size)
+                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.rejected, decode.size)
 
 
 def _groups(tar: Tar) -> Iterator[Group]:
@@ -103,14 +103,14 @@ def _groups(tar: Tar) -> Iterator[Group]:
     for key, members in found.items():
         images = [name for name in members if is_image(tar.file(name))]
         if not images:
-            yield Group(key, members[0], left_out=NO_IMAGE)
+            yield Group(key, members[0], rejected=NO_IMAGE)
             continue
         image = min(images, key=lambda name: unsupported(PurePosixPath(name).suffix) is not None)  # the first
         try:
             others = tuple(name for name in images if name != image)
             yield Group(key, image, others, _label(tar, members))
         except (Unreadable, *BROKEN) as error:
-            yield Group(key, image, left_out=f"its label cannot be read ({error})")
+            yield Group(key, image, rejected=f"its label cannot be read ({error})")
 
 
 def _label(tar: Tar, members: list[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from diffusion.errors import counted
 from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
@@ -86,10 +87,10 @@ def run(params: Params, paths: Paths) -> None:
         tracking.record(params, paths)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
-        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs "
-        f"(val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
+        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on "
+        f"{counted(overall['pairs'], 'test pair')} (val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
-        f"on {overall['bits_per_dim_images']} images, {histograms.verdict(overall)}"
+        f"on {counted(overall['bits_per_dim_images'], 'image')}, {histograms.verdict(overall)}"
     )
 
 
@@ -143,7 +144,7 @@ def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
     parts = [
         f"Sampler {sampler.pop('kind')}",
         *(f"{name} {value}" for name, value in sampler.items()),
-        f"{options.steps} steps, spacing {options.spacing}",
+        f"{counted(options.steps, 'step')}, spacing {options.spacing}",
         f"threshold {options.threshold}",
         *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),
         "EMA weights",

@@ -156,12 +156,26 @@ def test_dvc_notices_a_changed_object(tree: Path, server: dict[str, str], origin
     assert not list((tree / ".ddpm").glob(".remote.*"))
 
 
+def test_dvc_notices_a_change_of_any_file_of_a_folder(tree: Path, server: dict[str, str], originals: Path) -> None:
+    upload(server, originals / "shards", "set")
+    done = ddpm(tree, "import", "s3://images/set", "--name", "own", "--link", "--size", "8", environment=server)
+    assert done.returncode == 0, done.stderr
+    assert ran(dvc(tree, server, "repro", "shard")) == ["shard"]
+    assert changed(tree, server) == {}
+    last = max((originals / "shards").iterdir())
+    upload(server, min((originals / "shards").iterdir()), f"set/{last.name}")
+    assert changed(tree, server) == {"shard": [{"changed deps": {"s3://images/set": "modified"}}]}
+
+
 def test_what_cannot_be_read_or_watched_is_refused(tree: Path, server: dict[str, str], originals: Path) -> None:
     upload(server, originals / "pictures.zip", "own.zip")
     for source, message in (
         ("s3://images/nothing.zip", "no such file or folder"),
         ("s3://nothing/own.zip", "no such file or folder"),
-        ("s3://images/{own,own}.zip", "several files, which DVC cannot watch; leave out --link"),
+        (
+            "s3://images/{own,own}.zip",
+            "several files, which DVC cannot watch; leave out --link to copy them, or name their folder, which",
+        ),
         (
             "memory://own.zip",
             "DVC cannot watch it (config file error: Unsupported URL type memory://); leave out --link",

@@ -81,7 +81,7 @@ def table(path: Path) -> None:
 
 
 def arrays(path: Path) -> None:
-    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (COUNT, 4, 5, 3), dtype=np.uint8))
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8))
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
@@ -109,7 +109,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path, name: str, monkeyp
 
 def test_tasks_are_limited_in_number_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays(tmp_path / "a.npz")
-    source, size = open_source(tmp_path / "a.npz"), 4 * 5 * 3
+    source, size = open_source(tmp_path / "a.npz"), 6 * 5 * 3
     for images, limit, expected in ((20, 2**20, [20, 20, 5]), (64, 10 * size, [10, 10, 10, 10, 5]), (64, 1, [1] * 45)):
         monkeypatch.setattr(convert, "CHUNK", images)
         monkeypatch.setattr(convert, "CHUNK_BYTES", limit)
