@@ -1,7 +1,7 @@
 """Conversion of a source's images to what the shards store of them, by an executor."""
 
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +15,7 @@ from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
 from diffusion.sources.images import THUMBNAIL, Picture, digest
+from diffusion.sources.trees import OnDisk
 from diffusion.storage.executors import Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
         UserError: the process that decodes an image is killed each time, or memory does not suffice.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
+    samples = source if executor.shares_files else map(_carried, source)
+    with closing(executor.map(_convert, _chunks(samples), _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -76,10 +78,15 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
             ) from None
 
 
-def _chunks(source: "Source") -> Iterator[tuple["Sample", ...]]:
+def _carried(sample: "Sample") -> "Sample":
+    """The sample with the contents of its file; raises SystemFault if the file cannot be read."""
+    return sample._replace(decode=sample.decode.carried()) if isinstance(sample.decode, OnDisk) else sample
+
+
+def _chunks(samples: Iterable["Sample"]) -> Iterator[tuple["Sample", ...]]:
     """The samples in groups, the tasks of an executor."""
     chunk, size = list["Sample"](), 0
-    for sample in source:
+    for sample in samples:
         chunk.append(sample)
         size += sample.size
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:

@@ -12,8 +12,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
 from diffusion.errors import UserError
@@ -79,10 +80,11 @@ class Directory:
 
 
 class Member(NamedTuple):
-    """A file in an archive; it answers what `diffusion.sources.images` asks a Path."""
+    """A file in an archive, or in memory; it answers what `diffusion.sources.images` asks a Path."""
 
-    archive: Path
-    path: PurePosixPath
+    archive: Path | None
+    """None for a file in memory."""
+    path: PurePath
     opener: Callable[[], IO[bytes]]
     """Raises Unreadable if the file cannot be read."""
 
@@ -95,7 +97,7 @@ class Member(NamedTuple):
         return self.path.suffix
 
     def __str__(self) -> str:
-        return f"{self.archive}: {self.path}"
+        return f"{self.archive}: {self.path}" if self.archive else str(self.path)
 
     def open(self, mode: str = "rb") -> IO[bytes]:  # noqa: ARG002 (as in Path.open)
         return self.opener()
@@ -107,14 +109,40 @@ class Member(NamedTuple):
         return True
 
 
+@dataclass(frozen=True)
+class OnDisk:
+    """Decodes an image file, in any process that can open it."""
+
+    path: Path
+    how: Reading
+
+    def __call__(self) -> Picture:
+        return read_image(self.path, self.how)
+
+    def carried(self) -> Callable[[], Picture]:
+        """The same with the contents of the file, for any machine.
+
+        Raises UserError if the file is too large to be sent, and SystemFault if it cannot be read.
+        """
+        with reading(self.path):
+            if (size := self.path.stat().st_size) > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{self.path}: {size} bytes, too many to send to a Dask worker; unset DDPM_DASK_SCHEDULER, or move "
+                    "the file elsewhere"
+                )
+            content = self.path.read_bytes()
+        return partial(read_image, Member(None, self.path, partial(io.BytesIO, content)), self.how)
+
+
 def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
     """How to decode an image file in any process, and its size in bytes.
 
     Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot
     be read, are passed to them.
     """
-    if not isinstance(file, Member):
-        return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
+    if isinstance(file, Path):
+        return OnDisk(file, how), file.stat().st_size
+    assert isinstance(file, Member)
     try:
         with file.open("rb") as opened:
             content = opened.read()

@@ -6,17 +6,16 @@ import platform
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import chdir
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic
+from typing import ClassVar, Generic
 
 from PIL import features
 
 from diffusion.errors import UserError
-from diffusion.storage.executors import Result, Task, ordered_map
+from diffusion.storage.executors import MAX_BYTES, Result, Task, ordered_map
 
 SECONDS_TO_ANSWER = 10
 """How long a Dask scheduler may take to answer, and to name its first worker."""
@@ -28,11 +27,12 @@ DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "jpg_2000", "w
 class Dask:
     """Does tasks on the workers of a Dask cluster; needs the extra `cluster`.
 
-    Workers need the same software, and the same files in the same place.
+    Workers need the same software, but no files.
     """
 
     address: str
     """That of the scheduler, such as tcp://10.0.0.1:8786."""
+    shares_files: ClassVar[bool] = False
 
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task], size: Callable[[Task], int]
@@ -42,6 +42,7 @@ class Dask:
         Raises UserError if the extra is not installed, or if the scheduler or the workers cannot be used.
         """
         try:
+            import dask
             from distributed import Client, KilledWorker
             from distributed.comm.core import CommClosedError
         except ModuleNotFoundError as error:
@@ -55,8 +56,8 @@ class Dask:
             client = Client(self.address, timeout=SECONDS_TO_ANSWER)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.address}: no Dask scheduler answers ({error})") from None
-        with client:
-            executor, remote = client.get_executor(pure=False), Remote(function, str(Path.cwd()), software())
+        with client, dask.config.set({"distributed.admin.large-graph-warning-threshold": MAX_BYTES}):
+            executor, remote = client.get_executor(pure=False), Remote(function, software())
 
             def submit(task: Task) -> Future[Result]:
                 return executor.submit(partial(remote, task))  # Dask would look for its own objects in an argument
@@ -83,14 +84,13 @@ class Dask:
 
 @dataclass(frozen=True)
 class Remote(Generic[Task, Result]):
-    """A function to call on another machine; relative paths mean the same there."""
+    """A function to call on another machine."""
 
     function: Callable[[Task], Result]
-    folder: str
     software: Mapping[str, str]
 
     def __call__(self, task: Task) -> Result:
-        """Raises UserError if that machine lacks the folder, or has other software."""
+        """Raises UserError if that machine has other software."""
         machine, own = platform.node(), software()
         for name, wanted in self.software.items():
             if own.get(name) != wanted:
@@ -98,14 +98,12 @@ class Remote(Generic[Task, Result]):
                     f"the Dask worker on {machine} has {name} {own.get(name)}, but {wanted} is used here; install the "
                     "same there, and start the worker again"
                 )
-        if not Path(self.folder).is_dir():
-            raise UserError(f"{self.folder}: the Dask worker on {machine} has no such folder; share it between them")
-        with _ALONE, chdir(self.folder):
+        with _ALONE:
             return self.function(task)
 
 
 _ALONE = threading.Lock()
-"""Held while a task is done: the current folder and the decoders' warnings belong to the whole process."""
+"""Held while a task is done: the decoders' warnings belong to the whole process."""
 
 
 @cache
