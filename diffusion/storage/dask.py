@@ -54,7 +54,7 @@ class Dask:
                 logging.getLogger(name).setLevel(logging.CRITICAL)  # hide tracebacks when a connection is lost
         try:
             client = Client(self.address, timeout=SECONDS_TO_ANSWER)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two for a key that is missing
             raise UserError(f"{self.address}: no Dask scheduler answers ({error})") from None
         with client, dask.config.set({"distributed.admin.large-graph-warning-threshold": MAX_BYTES}):
             executor, remote = client.get_executor(pure=False), Remote(function, software())

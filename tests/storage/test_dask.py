@@ -45,9 +45,12 @@ def test_a_killed_worker_costs_nothing_but_time(address: str, tmp_path: Path) ->
     assert (tmp_path / "mark").exists()
 
 
-def test_a_scheduler_that_is_not_there_gives_one_line() -> None:
-    with pytest.raises(UserError, match=r"^nowhere://x: no Dask scheduler answers \(unknown address scheme"):
-        next(Dask("nowhere://x").map(none, range(3), none))
+@pytest.mark.parametrize(
+    ("address", "reason"), [("nowhere://x", "unknown address scheme"), ("tls://127.0.0.1:9", "TLS expects")]
+)
+def test_a_scheduler_that_cannot_be_reached_gives_one_line(address: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"^{address}: no Dask scheduler answers \({reason}"):
+        next(Dask(address).map(none, range(3), none))
 
 
 def test_without_dask_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
