@@ -19,6 +19,11 @@ from diffusion.storage.executors import MAX_BYTES, Result, Task, ordered_map
 
 SECONDS_TO_ANSWER = 10
 """How long a Dask scheduler may take to answer, and to name its first worker."""
+SETTINGS = {
+    "distributed.admin.large-graph-warning-threshold": MAX_BYTES,
+    "distributed.admin.low-level-log-length": 10,  # messages, which include those tasks that are smaller than 1 MB
+}
+"""Settings of Dask, in which tasks usually carry no data."""
 DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "jpg_2000", "webp", "avif", "littlecms2")
 """Libraries of Pillow, by its names, on which pixels and stored bytes depend."""
 
@@ -52,11 +57,12 @@ class Dask:
         for name in logging.root.manager.loggerDict:
             if name.startswith(("distributed", "tornado")):
                 logging.getLogger(name).setLevel(logging.CRITICAL)  # hide tracebacks when a connection is lost
+        dask.config.set(SETTINGS)
         try:
             client = Client(self.address, timeout=SECONDS_TO_ANSWER)
         except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two for a key that is missing
             raise UserError(f"{self.address}: no Dask scheduler answers ({error})") from None
-        with client, dask.config.set({"distributed.admin.large-graph-warning-threshold": MAX_BYTES}):
+        with client:
             executor, remote = client.get_executor(pure=False), Remote(function, software())
 
             def submit(task: Task) -> Future[Result]:

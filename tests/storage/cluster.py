@@ -17,6 +17,7 @@ DASK = str(Path(sys.executable).with_name("dask"))
 class Cluster(NamedTuple):
     address: str
     """Of the scheduler."""
+    scheduler: subprocess.Popen[bytes]
     workers: tuple[subprocess.Popen[bytes], ...]
     """Their names are their numbers."""
 
@@ -25,6 +26,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a command of Dask in a new directory."""
     directory.mkdir()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "10"}  # see deploy/dask/README.md
     command = [DASK, *arguments, "--no-dashboard"]
     return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
 
@@ -44,7 +46,7 @@ def cluster(directory: Path, workers: int, options: Sequence[str] = ()) -> Itera
             worker = ("worker", address, "--host=127.0.0.1", "--nthreads=1", "--no-nanny", f"--name={number}")
             local = f"--local-directory={directory}/local{number}"
             processes.append(start(directory / f"worker{number}", *worker, local, *options))
-        yield Cluster(address, tuple(processes[1:]))
+        yield Cluster(address, processes[0], tuple(processes[1:]))
     finally:
         for process in processes:
             process.kill()

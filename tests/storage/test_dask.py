@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from diffusion.errors import SystemFault, UserError
 from diffusion.storage.dask import Dask
-from tests.storage.cluster import cluster
+from tests.storage.cluster import Cluster, cluster
 from tests.storage.test_executors import failing, killed_once, none
 
 pytest.importorskip("distributed")
@@ -18,9 +20,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("cluster"), 2) as found:
-        yield found.address
+        yield found
+
+
+@pytest.fixture
+def address(started: Cluster) -> str:
+    return started.address
+
+
+def same(content: bytes) -> bytes:
+    return content
 
 
 def doubled(content: bytes) -> tuple[int, bytes]:
@@ -32,6 +43,15 @@ def test_tasks_are_done_elsewhere(address: str) -> None:
     found = list(Dask(address).map(doubled, (2 * task for task in tasks), len))
     assert [result for _, (_, result) in found] == [4 * task for task in tasks]
     assert os.getpid() not in {process for _, (process, _) in found}
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks(started: Cluster) -> None:
+    def memory() -> list[int]:
+        return [psutil.Process(process).memory_info().rss for process in (os.getpid(), started.scheduler.pid)]
+
+    done = Dask(started.address).map(same, (bytes(900_000) for _ in range(300)), len)
+    used = [memory() for _ in done]
+    assert np.ptp(used[20:], axis=0).max() < 100_000_000  # all tasks have 270 MB
 
 
 def test_errors_of_a_task_are_raised_here(address: str) -> None:
