@@ -87,10 +87,10 @@ def test_workers_without_the_images_write_the_same_files(
 def test_a_killed_worker_costs_nothing_but_time(tree: Path, workers: Cluster, stage: str) -> None:
     before = written(tree)
     trees.change(tree, CHANGES)
-    number = next(number for number, worker in enumerate(workers.workers) if worker.poll() is None)
-    killed = workers.workers[number]
+    alive = [number for number, worker in enumerate(workers.workers) if worker.poll() is None]
+    number, killed = alive[0], workers.workers[alive[0]]
     with distributed.Client(workers.address) as client:
-        client.wait_for_workers(2)
+        client.wait_for_workers(len(alive))
         addresses = {facts["name"]: address for address, facts in client.scheduler_info()["workers"].items()}
         killed.send_signal(signal.SIGSTOP)  # so that it has tasks that it will not finish
         running = trees.start(tree, sys.executable, "-m", "flows", stage, **{SCHEDULER: workers.address})
