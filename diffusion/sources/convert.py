@@ -66,7 +66,8 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
         UserError: the process that decodes an image is killed each time, or memory does not suffice.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
+    chunks = _chunks(source, executor.shares_files)
+    with closing(executor.map(_convert, chunks, _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -77,12 +78,13 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
             ) from None
 
 
-def _chunks(source: "Source") -> Iterator[tuple["Sample", ...]]:
+def _chunks(source: "Source", shares_files: bool) -> Iterator[tuple["Sample", ...]]:
     """The samples in groups, the tasks of an executor."""
     chunk, size = list["Sample"](), 0
     for sample in source:
-        decode = sample.decode
-        chunk.append(sample._replace(decode=decode.portable()) if isinstance(decode, Decoder) else sample)
+        if isinstance(decode := sample.decode, Decoder):
+            decode = decode.portable() if shares_files else decode.carried()
+        chunk.append(sample._replace(decode=decode))
         size += sample.size
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:
             yield tuple(chunk)

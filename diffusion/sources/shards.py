@@ -12,7 +12,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,12 +22,13 @@ from PIL import Image
 from diffusion.errors import counted
 from diffusion.sources import duplicates, rejections
 from diffusion.sources.bands import Bands
-from diffusion.sources.convert import Converted, Rejected, convert, decode
-from diffusion.sources.images import Picture, Unreadable, pixel_limit
+from diffusion.sources.convert import Converted, Rejected, convert
+from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.splits import Fractions, Splitter
+from diffusion.sources.stored import Stored
 from diffusion.storage.executors import OWN_PROCESS, Executor
-from diffusion.storage.files import reading, sha256, write_json, write_sums
+from diffusion.storage.files import sha256, write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
@@ -298,8 +298,8 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
-        read, label = self.reader(index)
-        return read(), label
+        reader = self.reader(index)
+        return reader.read(), reader.label
 
     def source(self, index: int) -> str:
         """Name of an image's file in the source."""
@@ -310,16 +310,8 @@ class Images:
         record: dict[str, Any] = json.loads(self._maps[number][offset : offset + size])
         return record
 
-    def reader(self, index: int) -> tuple[Callable[[], Image.Image | Bands], int | None]:
-        """How to read an image, in any process, and its label, or None."""
+    def reader(self, index: int) -> Stored:
+        """An image and its label, to be read in any process."""
         label: int | None = self._record(index)["label"]
         number, offset, size = self._image[index].tolist()
-        return partial(_stored, self._paths[number], offset, size), label
-
-
-def _stored(path: Path, offset: int, size: int) -> Image.Image | Bands:
-    """An image of a shard; raises SystemFault if the operating system cannot read it."""
-    with reading(path), path.open("rb") as file:
-        file.seek(offset)
-        with pixel_limit(None):  # as large as the stage allowed
-            return decode(file.read(size))
+        return Stored(self._paths[number], offset, size, label)

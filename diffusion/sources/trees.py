@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
 from diffusion.errors import UserError
@@ -81,10 +81,11 @@ class Directory:
 
 
 class Member(NamedTuple):
-    """A file in an archive; it answers what `diffusion.sources.images` asks a Path."""
+    """A file in an archive, or in memory; it answers what `diffusion.sources.images` asks a Path."""
 
-    archive: Path
-    path: PurePosixPath
+    archive: Path | None
+    """None for a file in memory."""
+    path: PurePath
     opener: Callable[[], IO[bytes]]
     """Raises Unreadable if the file cannot be read."""
     size: int = 0
@@ -99,7 +100,7 @@ class Member(NamedTuple):
         return self.path.suffix
 
     def __str__(self) -> str:
-        return f"{self.archive}: {self.path}"
+        return f"{self.archive}: {self.path}" if self.archive else str(self.path)
 
     def open(self, mode: str = "rb") -> IO[bytes]:  # noqa: ARG002 (as in Path.open)
         return self.opener()
@@ -132,8 +133,24 @@ class Decoder:
         with reading(self.file):
             return self.file.stat().st_size if isinstance(self.file, Path) else 0
 
+    def carried(self) -> "Decoder":
+        """The same for any machine: with the content of the file.
+
+        Raises UserError if the file is too large to be sent, and SystemFault if it cannot be read.
+        """
+        if not isinstance(self.file, Path):
+            return self.portable()
+        with reading(self.file):
+            if (size := self.file.stat().st_size) > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{self.file}: {size} bytes, too many to send to a Dask worker; unset DDPM_DASK_SCHEDULER, or move "
+                    "the file elsewhere"
+                )
+            opener = partial(io.BytesIO, self.file.read_bytes())
+        return replace(self, file=Member(None, self.file, opener))
+
     def portable(self) -> "Decoder":
-        """The same for any process: with the content of a file in an archive, or the reason why it cannot be read."""
+        """The same for any process here: with the content of a file in an archive, or why it cannot be read."""
         if not isinstance(self.file, Member):
             return self
         opener: Callable[[], IO[bytes]]
