@@ -151,7 +151,7 @@ def test_tasks_are_limited_in_number_and_size(tmp_path: Path, monkeypatch: pytes
     for images, limit, expected in ((20, 2**20, [20, 20, 5]), (64, 10 * size, [10, 10, 10, 10, 5]), (64, 1, [1] * 45)):
         monkeypatch.setattr(convert, "CHUNK", images)
         monkeypatch.setattr(convert, "CHUNK_BYTES", limit)
-        assert [len(chunk) for chunk in convert._chunks(source)] == expected
+        assert [len(chunk) for chunk in convert._chunks(source, True)] == expected
 
 
 @dataclass
