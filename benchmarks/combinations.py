@@ -72,7 +72,7 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
     began = time.perf_counter()
     model = train(params, paths)
     seconds, test = time.perf_counter() - began, Pairs(paths.pairs, "test")
-    mse = quick_mse(model, test, CPU, nothing)
+    mse = quick_mse(model, test, CPU, nothing).mse
     draws = likelihood.Draws(images, likelihood.strata(params.process.num_timesteps), params.seed)
     values = values_of(Pairs(paths.pairs, split) for split in SPLITS)
     rows = []

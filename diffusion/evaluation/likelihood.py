@@ -24,7 +24,6 @@ BATCH = 256
 """Batch size, in pairs of image and timestep."""
 
 Array = NDArray[np.float64]
-EIGHT_BITS = np.arange(256, dtype=np.uint8)
 Edges = NDArray[np.int64]
 """First timestep of each stratum, followed by T: (strata + 1,), ascending from 0."""
 
@@ -86,13 +85,13 @@ def measure(
     draws: Draws,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
-    values: NDArray[np.uint8] = EIGHT_BITS,
+    values: NDArray[np.uint8] | None = None,
 ) -> Terms:
     """Compute the bound for images of a split, given their classes; `advance` receives the number of terms done.
 
-    values: those that occur in the data set, ascending (V,).
+    values: those that occur in the data set, ascending (V,); by default all 8-bit values.
     """
-    levels = torch.from_numpy(to_x_0(values, np.float64))
+    levels = None if values is None else torch.from_numpy(to_x_0(values, np.float64)).to(float64_device(device))
     seed, edges = draws.seed, draws.edges
     T, count = int(edges[-1]), len(edges) - 1
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))

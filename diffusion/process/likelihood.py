@@ -20,8 +20,6 @@ from diffusion.process.variance import Variance
 
 BITS = 1 / math.log(2)
 """Bits per nat."""
-EIGHT_BITS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-"""All 8-bit values, scaled to [-1, 1]."""
 
 
 def normal_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Tensor) -> Tensor:
@@ -30,18 +28,23 @@ def normal_kl(mean_1: Tensor, variance_1: Tensor, mean_2: Tensor, variance_2: Te
     return 0.5 * (ratio - 1 - ratio.log() + (mean_1 - mean_2) ** 2 / variance_2)
 
 
-def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor, values: Tensor = EIGHT_BITS) -> Tensor:
+def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor, values: Tensor | None = None) -> Tensor:
     """Negative log of the probability that N(mean, variance) assigns to the bin of each value of x_0, in nats.
 
     The bins of the `values` (V,), which x_0 consists of, meet halfway between neighbours; the outer ones extend to
-    infinity. With all 8-bit values, Ho et al. 2020, eq. 13.
+    infinity. By default, all 8-bit values; Ho et al. 2020, eq. 13.
     """
-    values = values.to(x_0)
-    inner = (values[1:] + values[:-1]) / 2
-    outer = torch.full_like(values[:1], torch.inf)
-    edges, bin_ = torch.cat([-outer, inner, outer]), torch.searchsorted(inner, x_0.contiguous())
     scale = variance.rsqrt()
-    below, above = (torch.special.ndtr((edges[at] - mean) * scale) for at in (bin_, bin_ + 1))
+    if values is None:
+        first, last = x_0 < -0.999, x_0 > 0.999
+        low, high = x_0 - 1 / 255, x_0 + 1 / 255
+    else:
+        edges = torch.cat([values[:1], (values[1:] + values[:-1]) / 2, values[-1:]])
+        bins = torch.bucketize(x_0.contiguous(), edges[1:-1])
+        first, last = bins == 0, bins == len(values) - 1
+        low, high = edges[bins], edges[bins + 1]
+    below = torch.where(first, 0, torch.special.ndtr((low - mean) * scale))
+    above = torch.where(last, 1, torch.special.ndtr((high - mean) * scale))
     return -(above - below).clamp(min=1e-12).log()
 
 
@@ -59,7 +62,7 @@ def term(
     t: Tensor,
     x_0_hat: Tensor,
     variance: Tensor,
-    values: Tensor = EIGHT_BITS,
+    values: Tensor | None = None,
 ) -> Tensor:
     """The bound's term at `t` (B,) for each image, in bits per dimension, (B,); L_0 where t = 0.
 
@@ -83,7 +86,7 @@ class Bound:
 
     denoiser: Denoiser
     variance: Variance
-    values: Tensor = EIGHT_BITS
+    values: Tensor | None = None
     """See `decoder_nll`."""
 
     def term(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

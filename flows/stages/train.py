@@ -174,7 +174,9 @@ class Training:
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
-            hooks = Hooks(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
+            hooks = Hooks(
+                trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live, counts.flops
+            )
             with progress or nullcontext():
                 loop.train(
                     state, trainer, checkpoints, report=hooks.report, preview=hooks.preview, stop_signal=stop.received

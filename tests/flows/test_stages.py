@@ -63,7 +63,7 @@ def test_outputs_of_train(whole_tree: Path) -> None:
     assert model.shape == (1, 8, 8)
     # The saved model has the EMA weights of the last held-out measurement.
     heldout = Pairs(Paths(whole_tree).pairs, "val")
-    mse = quick_mse(model, heldout, torch.device("cpu"), lambda: None)
+    mse = quick_mse(model, heldout, torch.device("cpu"), lambda: None).mse
     assert mse == pytest.approx(report["heldout_mse"], rel=1e-6)
     assert not any((whole_tree / ".ddpm/checkpoints").glob("*/"))
 
