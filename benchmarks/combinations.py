@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from diffusion.evaluation import likelihood
 from diffusion.evaluation.heldout import quick_mse, x_0_mse
+from diffusion.evaluation.histograms import values_of
 from diffusion.model import Config, Model, new_network
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
 from diffusion.process.weighting import WEIGHTINGS as NAMES
+from diffusion.storage.tar import SPLITS
 from diffusion.training import loop
 from diffusion.training.state import new_state
 from flows import params as parameters
@@ -70,11 +72,12 @@ def measure(root: Path, images: int, changes: dict[str, Any]) -> list[Row]:
     began = time.perf_counter()
     model = train(params, paths)
     seconds, test = time.perf_counter() - began, Pairs(paths.pairs, "test")
-    mse = quick_mse(model, test, CPU, nothing)
+    mse = quick_mse(model, test, CPU, nothing).mse
     draws = likelihood.Draws(images, likelihood.strata(params.process.num_timesteps), params.seed)
+    values = values_of(Pairs(paths.pairs, split) for split in SPLITS)
     rows = []
     for variance in ["learned"] if params.process.learned_variance else ["fixed-small", "fixed-large", "analytic"]:
-        total = likelihood.measure(model, model.variance(variance), test, draws, CPU).total
+        total = likelihood.measure(model, model.variance(variance), test, draws, CPU, values=values).total
         rows.append(
             {
                 "parameterization": params.process.parameterization,

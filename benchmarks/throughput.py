@@ -100,7 +100,7 @@ def main() -> None:
             Progress("train", options.steps * options.batch_size, "images") as progress,
         ):
             drawing = preview_options(params.process)
-            watch = Hooks(trainer, model, pairs, device, drawing, Path(directory), stop, progress, live)
+            watch = Hooks(trainer, model, pairs, device, drawing, Path(directory), stop, progress, live, counts.flops)
 
             def step_of_stage() -> None:
                 loop.step(state, trainer)

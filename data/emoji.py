@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.sources.trees import BROKEN
 from diffusion.storage.files import write_atomic
 
@@ -71,7 +71,7 @@ def main() -> int:
     except (KeyError, *BROKEN) as error:
         print(f"data/emoji.py: {arguments.package}: not the package emoji-datasource-google ({error})", file=sys.stderr)
         return 1
-    print(f"{arguments.target}: {found} pictures")
+    print(f"{arguments.target}: {counted(found, 'picture')}")
     return 0
 
 

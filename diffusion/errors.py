@@ -108,6 +108,14 @@ def shortened(value: object) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
+def counted(count: float, noun: str, plural: str = "", spec: str = "") -> str:
+    """A number and its noun, such as `1 image` and `2 images`; `plural` is the noun with an s if empty.
+
+    `spec` formats the number: with a comma, such as `1,200 images`.
+    """
+    return f"{count:{spec}} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def dotted(place: tuple[int | str, ...]) -> str:
     """The name of a field, such as train.steps."""
     return ".".join(map(str, place))

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion import upgrade
-from diffusion.errors import FileFault, UserError, describe
+from diffusion.errors import FileFault, UserError, counted, describe
 from diffusion.nn import build as networks
 from diffusion.nn.build import NetworkChoice
 from diffusion.nn.layers import Network, NetworkOptions
@@ -59,7 +59,9 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.x_0_mse is not None and len(self.x_0_mse) != self.process.num_timesteps:
-            raise ValueError(f"x_0_mse has {len(self.x_0_mse)} values for {self.process.num_timesteps} timesteps")
+            raise ValueError(
+                f"x_0_mse has {counted(len(self.x_0_mse), 'value')} for {self.process.num_timesteps} timesteps"
+            )
         return self
 
 

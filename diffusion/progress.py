@@ -107,10 +107,15 @@ def working(text: str) -> Iterator[None]:
         thread.join()
 
 
+def printable(line: str) -> str:
+    """A line without the control characters that a terminal would obey, which names of files may contain."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+
+
 def say(line: str) -> None:
     """Print a line to standard error without breaking a progress bar.
 
     Errors such as a closed pipe or a full disk are ignored, so that they do not stop the work.
     """
     with suppress(OSError):
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)

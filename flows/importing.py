@@ -14,13 +14,14 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from diffusion.errors import UsageError, UserError, describe
-from diffusion.progress import Progress
-from diffusion.sources import aside, shards
+from diffusion.errors import UsageError, UserError, counted, describe
+from diffusion.progress import Progress, printable
+from diffusion.sources import rejections, shards
 from diffusion.sources.arrays import Arrays
-from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources.descriptions import describe_classes, describe_splits
 from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
@@ -35,7 +36,7 @@ from flows.paths import Paths
 from flows.yaml_files import read_yaml, write_yaml
 
 MAX_LISTED = 5
-"""Maximum number of files set aside to list on the terminal."""
+"""Maximum number of rejected files to list on the terminal."""
 MAX_SIZE = 4096
 """Maximum of `--size`."""
 VERSIONS = {"ETag", "Content-MD5", "Digest", "Last-Modified"}
@@ -76,6 +77,8 @@ def import_data(
         Shard(value_range=reading.value_range)
     except ValidationError as error:
         raise UsageError(describe(error, name=lambda _: "--value-range")) from None
+    if not (paths.root / ".dvc").is_dir():
+        raise UserError(f"{paths.root / '.dvc'}: no such folder here; run this in the pipeline's folder")
     where = locate(images)
     target = paths.raw / f"{name}{ending(Path(where.name))}"
     if in_place := link and where.remote:
@@ -120,7 +123,8 @@ def import_data(
     print(f"Pixels: {findings.describe(fit)}")
     if values:
         print(f"Values: {values}")
-    print(f"Contact sheet: {sheet.relative_to(paths.root)} shows some images as the network will see them\n")
+    shown = f"{sheet.relative_to(paths.root)} shows some images as the network will see them"
+    print(f"Contact sheet: {shown}; `ddpm params pairs` lists what changes that\n")
     if document is not None:
         write_changes(paths.params, before, document)
     else:
@@ -153,7 +157,8 @@ def _check_watched(where: Location, root: Path) -> None:
     if "?" in url:
         raise UserError(f"{url.partition('?')[0]}: its query may be secret, and --link would record it; omit --link")
     if where.pattern:
-        raise UserError(f"{url}: several files, which DVC cannot watch; leave out --link to copy them")
+        folder = "" if url.startswith("http") else ", or name their folder, which DVC can watch"
+        raise UserError(f"{url}: several files, which DVC cannot watch; leave out --link to copy them{folder}")
     try:
         with Repo(str(root)) as repo:
             fs, path = parse_external_url(url, config=repo.config)
@@ -202,28 +207,29 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
 
 
 def _description(source: Source, name: str, max_rejected: float) -> str:
-    """Summarize files, classes, splits and files set aside; no image is decoded."""
-    splits, labels, left_out = Counter[Split | None](), Counter[int | None](), list[Remark]()
+    """Summarize files, classes, splits and rejected files; no image is decoded."""
+    splits, labels, rejected = Counter[Split | None](), Counter[int | None](), list[Remark]()
     for sample in source:
-        if sample.left_out:
-            left_out.append(Remark(file=sample.file, reason=sample.left_out))
+        if sample.rejected:
+            rejected.append(Remark(file=sample.file, reason=sample.rejected))
             continue
         splits[sample.split] += 1
         labels[sample.label] += 1
     images = splits.total()
     per_class = [labels[number] for number in range(len(source.classes))]
     counts = ", ".join(f"{count} {split}" for split, count in splits.items() if split)
-    files = f"Imported {images} images{f' ({counts})' if counts else ''}; the shard stage will decode them."
-    classes = shards.describe_classes(source.classes, per_class, images)
-    lines = [files, f"Classes: {classes}", f"Splits: {shards.describe_splits(source.own_splits)}"]
-    lines += [f"Set aside: {remark.file}: {remark.reason}" for remark in left_out[:MAX_LISTED]]
-    if len(left_out) > MAX_LISTED:
-        lines.append(f"Set aside: {len(left_out) - MAX_LISTED} more files")
+    files = f"Imported {counted(images, 'image')}{f' ({counts})' if counts else ''}, for the shard stage to decode."
+    classes = describe_classes(source.classes, per_class, images)
+    lines = [files, f"Classes: {classes}", f"Splits: {describe_splits(source.own_splits)}"]
+    lines += [f"Rejected: {remark.file}: {remark.reason}" for remark in rejected[:MAX_LISTED]]
+    if len(rejected) > MAX_LISTED:
+        lines.append(f"Rejected: {counted(len(rejected) - MAX_LISTED, 'more file')}")
     try:
-        aside.check(name, images, left_out, max_rejected)
-    except Unusable as error:
+        rejections.check(name, images, rejected, max_rejected)
+        shards.check_number(name, images)
+    except TooFewImages as error:
         lines.append(f"The shard stage will stop: {error}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _link(file: Path, target: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.pairs.pixels import Fit
 from diffusion.samples import grid_png
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import DEEP_GREY
+from diffusion.sources.descriptions import describe_sizes
 from diffusion.sources.images import Picture, Unreadable
 from diffusion.sources.shards import Source
 
@@ -64,16 +65,16 @@ class Findings(NamedTuple):
     def describe(self, fit: Fit) -> str:
         """Sizes and colours in one line, and what will be done to the images."""
         widths, heights = zip(*self.sizes, strict=True)
-        same = len(set(self.sizes)) == 1
-        sizes = f"{widths[0]}x{heights[0]}" if same else f"{min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}"
+        sizes = describe_sizes((min(widths), min(heights)), (max(widths), max(heights)))
         found = f"{sizes}, {f'{self.bands} channels' if self.bands else 'colour' if self.colour else 'greyscale'}"
         if self.transparent:
             becomes = "kept" if fit.channels == 4 else f"on {fit.background}"
             found += f", {self.transparent} with transparent pixels ({becomes})"
         done = fit.describe(**fit.tally(Counter(self.sizes))) or "none is cropped or enlarged"
+        looked_at = f"{counted(len(self.sizes) + len(self.rejected), 'image')} looked at"
         if self.rejected:
-            found += f"; {len(self.rejected)} of those looked at cannot be read, such as {self.rejected[0]}"
-        return f"{found} ({len(self.sizes)} images looked at); at {fit.width}x{fit.height}, {done}"
+            looked_at += f", of which {len(self.rejected)} cannot be read, such as {self.rejected[0]}"
+        return f"{found} ({looked_at}); at {fit.width}x{fit.height}, {done}"
 
 
 def look_at(source: Source, background: str = "white") -> Findings:
@@ -87,8 +88,8 @@ def look_at(source: Source, background: str = "white") -> Findings:
         deep |= picture.mode in DEEP_GREY
         looks.append(_look(picture.image, background))
     if not looks:
-        rejected = [f"{sample.file}: {sample.left_out}" for sample in source if sample.left_out] + rejected
-        raise UserError(f"none of {len(rejected)} files can be read; the first: {rejected[0]}")
+        rejected = [f"{sample.file}: {sample.rejected}" for sample in source if sample.rejected] + rejected
+        raise UserError(f"{counted(len(rejected), 'file')}, of which none can be read; the first: {rejected[0]}")
     sizes, colour, transparent, bands = zip(*looks, strict=True)
     classes = len(source.classes) > 1
     return Findings(list(sizes), any(colour), classes, sum(transparent), deep, tuple(rejected), max(bands))
@@ -112,7 +113,7 @@ def _look(image: Image.Image | Bands, background: str) -> tuple[tuple[int, int],
 
 def _decoded(source: Source, count: int, rejected: list[str]) -> Iterator[Picture]:
     """`count` images of a source at random, always the same ones, or all; adds those that fail to `rejected`."""
-    usable = [index for index, sample in enumerate(source) if not sample.left_out]
+    usable = [index for index, sample in enumerate(source) if not sample.rejected]
     chosen = set(np.random.default_rng(0).permutation(usable)[:count].tolist())
     for index, sample in enumerate(source):
         if index in chosen:

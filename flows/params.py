@@ -107,10 +107,10 @@ class Shard(Section):
     """Fraction of the images held out for testing, chosen by a hash of their pixels; ignored if the data set has a
     test split."""
     max_pixels: Positive = MAX_PIXELS
-    """Maximum number of pixels, width times height, of an image file. A larger one is set aside without decoding it,
+    """Maximum number of pixels, width times height, of an image file. A larger one is rejected without decoding it,
     since a small file can decode to more than fits into memory (a decompression bomb)."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Maximum share of the images that may be set aside because they cannot be used; more of them stop the stage.
+    """Maximum share of the images that may be rejected because they cannot be used; more of them stop the stage.
     Files that are not images, and copies of images in the data set's own test split, do not count."""
     samples_per_shard: Positive = 10000
     """Maximum number of images per tar file."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion.sources import aside
+from diffusion.sources import rejections
 from diffusion.sources.shards import MANIFEST, Manifest
 from flows.paths import Paths
 from flows.summary import Summary
@@ -26,12 +26,17 @@ TITLES = {
     "val_mse": "validation MSE",
     "bits_per_dim": "bits/dim (bound)",
     "bits_per_dim_exact": "bits/dim (bound, all timesteps)",
+    "bits_per_dim_uniform": "bits/dim of a uniform distribution over the values present",
+    "bits_per_dim_histogram": "bits/dim of a histogram of all pixels",
+    "bits_per_dim_pixel_histogram": "bits/dim of a histogram of each pixel",
+    "bits_per_dim_gain": "bits/dim below the best of these",
     "bits_per_dim_prior": "bits/dim: prior term",
     "bits_per_dim_diffusion": "bits/dim: diffusion terms",
     "bits_per_dim_decoder": "bits/dim: decoder term",
     "images": "test images",
     "pairs": "test pairs",
     "val_mse_images": "validation images",
+    "bits_per_dim_values": "pixel values that occur",
     "bits_per_dim_images": "images for bits/dim",
     "bits_per_dim_exact_images": "images for bits/dim at all timesteps",
 }
@@ -67,12 +72,14 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
 
 
 def _data(paths: Paths) -> str:
-    """The images in each split, those set aside by reason, and near-duplicates."""
+    """The images in each split, rejected files by reason, near-duplicates, and augmentation in training."""
     manifest = Manifest.read(paths.shards / MANIFEST)
     lines = [", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items()) + " images"]
-    lines += [f"set aside: {count}, {reason}" for reason, count in aside.reasons(manifest.rejected)]
+    lines += [f"rejected: {count}, {reason}" for reason, count in rejections.reasons(manifest.rejected)]
     for each in manifest.near_duplicates or ():
         lines.append(f"near-duplicates: {each.images} of {each.second} resemble one of {each.first}")
+    augment = json.loads(paths.train_report.read_text(encoding="utf-8"))["augment"]
+    lines.append(f"augmented in training with probability {augment:g}" if augment else "not augmented in training")
     return "\n".join(f"- {line}" for line in [*lines, f"all of this with pictures: `{paths.data_report}`"])
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from diffusion.errors import SystemFault, UserError
+from diffusion.errors import SystemFault, UserError, counted
 from diffusion.progress import Progress, say
 from flows import workspace
 
@@ -47,7 +47,8 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"scrub: error: {SystemFault.of(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1
-    print(f"{checked} files checked, {deleted} deleted" + ("; `dvc repro` or `dvc pull` restores them" * bool(deleted)))
+    restored = "; `dvc repro` or `dvc pull` restores them" if deleted else ""
+    print(f"{counted(checked, 'file')} checked, {deleted} deleted{restored}")
     return 0
 
 

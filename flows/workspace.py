@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.progress import say
 from diffusion.storage.files import write_json, writing
 from flows import dvc_output, presets, yaml_files
@@ -165,8 +165,8 @@ def list_runs() -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        f"\nEach new run deletes all but the last {runs} runs (DDPM_KEEP_RUNS) and those that ended more than "
-        f"{days:g} days ago (DDPM_KEEP_DAYS)."
+        f"\nEach new run deletes all but the last {counted(runs, 'run')} (DDPM_KEEP_RUNS) and those that ended more "
+        f"than {counted(days, 'day', spec='g')} ago (DDPM_KEEP_DAYS)."
     )
 
 

@@ -235,13 +235,13 @@ def read(path: Path) -> Counter[str]:
     for sample in source:
         found["images"] += 1
         try:
-            if sample.left_out:
-                raise Unreadable(sample.left_out)
+            if sample.rejected:
+                raise Unreadable(sample.rejected)
             sample.decode()
             found["kept"] += 1
         except Unreadable as error:
             one_line(error)
-            found["set aside"] += 1
+            found["rejected"] += 1
     assert len(source) == found["images"], f"len() is {len(source)}, but {found['images']} images were iterated"
     return found
 
@@ -270,7 +270,7 @@ def run(names: list[str], first: int, count: int) -> int:
     opened, failures = Opened(), 0
     prefixes = [sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "/proc", "/usr", "/lib", "/dev/null"]
     started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{'kind':<14}{'inputs':>8}{'refused':>9}{'images':>9}{'kept':>8}{'set aside':>11}{'slowest':>10}")
+    print(f"{'kind':<14}{'inputs':>8}{'refused':>9}{'images':>9}{'kept':>8}{'rejected':>11}{'slowest':>10}")
     for name in names:
         total, slowest = Counter[str](), 0.0
         for number in range(first, first + count):
@@ -288,7 +288,7 @@ def run(names: list[str], first: int, count: int) -> int:
                 finally:
                     opened.allowed = ()
                 slowest = max(slowest, time.perf_counter() - began)
-        numbers = (total["refused"], total["images"], total["kept"], total["set aside"])
+        numbers = (total["refused"], total["images"], total["kept"], total["rejected"])
         print("{:<14}{:>8}{:>9}{:>9}{:>8}{:>11}{:>8.2f} s".format(name, count, *numbers, slowest), flush=True)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started) // 1024
     if grown > MEGABYTES:

@@ -112,11 +112,14 @@ def sampling(where: Where, params: Params) -> list[Tensor]:
 def evaluation(where: Where, params: Params, tree: Path) -> list[Tensor]:
     """Held-out errors and likelihood."""
     model, pairs = model_on(where, params), Pairs(Paths(tree).pairs, "val")
-    mse = heldout.quick_mse(model, pairs, where, lambda: None, blocks=1)
+    mse = heldout.quick_mse(model, pairs, where, lambda: None, blocks=1).mse
     errors = heldout.x_0_mse(model, pairs, where, 0, lambda: None)
     draws = Draws(images=2, edges=np.array([0, 1, 50, 100]), seed=0)
-    terms = likelihood.measure(model, model.variance(params.sample.variance), pairs, draws, where)
-    return [torch.tensor(mse), torch.tensor(errors), torch.from_numpy(terms.prior), torch.from_numpy(terms.steps)]
+    found = [torch.tensor(mse), torch.tensor(errors)]
+    for values in (None, np.unique(pairs.x_0(0))):
+        terms = likelihood.measure(model, model.variance(params.sample.variance), pairs, draws, where, values=values)
+        found += [torch.from_numpy(terms.prior), torch.from_numpy(terms.steps)]
+    return found
 
 
 def small(params: Params, **sections: dict[str, Any]) -> Params:

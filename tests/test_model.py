@@ -72,7 +72,7 @@ def test_a_variance_that_the_model_does_not_have_is_refused(saved: tuple[Path, M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_0_mse": [0.5]}, "config.json: x_0_mse has 1 values for 1000 timesteps"),
+        ({"x_0_mse": [0.5]}, "config.json: x_0_mse has 1 value for 1000 timesteps"),
         ({"process": {}}, "config.json: process.schedule: missing"),
         ({"more": 1}, "config.json: more: no such parameter"),
         ({"shape": [1, 8]}, "config.json: shape.2: missing"),

@@ -52,3 +52,8 @@ def test_work_without_units_reminds_of_itself(
     assert lines[:2] == ["export: tracing", "export: tracing, 0 s"]
     time.sleep(0.1)
     assert capsys.readouterr().err == ""  # over
+
+
+def test_a_line_is_one_line_and_obeys_no_terminal_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.say("shard: 2 classes: cat\nand dog 4, \x1b[31mfüchse 4, 猫 1")
+    assert capsys.readouterr().err == "shard: 2 classes: cat\\nand dog 4, \\x1b[31mfüchse 4, 猫 1\n"

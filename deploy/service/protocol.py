@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from deploy.service.models import Feeds, Model, Tensor
+from diffusion.errors import counted
 
 VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
     "FP32": (np.float32, {int, float}),
@@ -114,11 +115,15 @@ def _array(given: RequestInput, model: Model, max_images: int) -> NDArray[Any]:
     if not fits:
         raise Invalid(f"{where}: shape must be {list(tensor.shape)}, where -1 is any size from 1 (got {given.shape})")
     if given.name == "noise" and given.shape[0] > max_images:
-        raise Invalid(f"{where}: at most {max_images} images per request (got {given.shape[0]}); send several requests")
+        raise Invalid(
+            f"{where}: at most {counted(max_images, 'image')} per request (got {given.shape[0]}); send several requests"
+        )
     dtype, types = VALUE_TYPES[tensor.datatype]
     values = _flat(given.data, given.shape, where)
     if len(values) != math.prod(given.shape):
-        raise Invalid(f"{where}: shape {given.shape} needs {math.prod(given.shape)} values (got {len(values)})")
+        raise Invalid(
+            f"{where}: shape {given.shape} needs {counted(math.prod(given.shape), 'value')} (got {len(values)})"
+        )
     if not set(map(type, values)) <= types:
         raise Invalid(f"{where}: data must contain only {'numbers' if float in types else 'integers'}")
     try:

@@ -39,14 +39,18 @@ async function download(url) {
   return new Uint8Array(await response.arrayBuffer());
 }
 
+function counted(count, singular, plural) {
+  return `${count} ${Number(count) === 1 ? singular : plural}`;
+}
+
 function describe() {
   const { channels, height, width, classes, facts } = sampler;
   const heldout = JSON.parse(facts.heldout);
   const score = (key, text) => (typeof heldout[key] === "number" ? `${heldout[key].toPrecision(3)} ${text}` : "");
   byId("facts").textContent = [
     `${height} × ${width}, ${{ 1: "grey", 3: "RGB", 4: "RGBA" }[channels] ?? `${channels} channels`}`,
-    classes.length ? `${classes.length} classes` : "",
-    `${facts.sampler}, ${facts.steps} steps`,
+    classes.length ? counted(classes.length, "class", "classes") : "",
+    `${facts.sampler}, ${counted(facts.steps, "step", "steps")}`,
     score("mse", "noise MSE on test pairs"),
     score("bits_per_dim", "bits/dim"),
     `weights ${facts.weights_sha256.slice(0, 12)}`,
@@ -127,7 +131,7 @@ async function showFewerSteps(seed, number, options) {
   const figures = [...counts, options.steps].map((steps) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
-    caption.textContent = steps === 1 ? "1 step" : `${steps} steps`;
+    caption.textContent = counted(steps, "step", "steps");
     const canvas = noisy(figure, caption.textContent, seed, number);
     figure.append(caption);
     return { figure, canvas, steps };

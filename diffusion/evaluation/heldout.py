@@ -41,16 +41,28 @@ def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Pr
             yield Prediction(block * BLOCK + np.arange(len(t)), t, y, x_t, eps, eps_hat.cpu().numpy())
 
 
+class Estimate(NamedTuple):
+    """Noise MSE on a subset of the held-out pairs."""
+
+    mse: float
+    se: float
+    """Standard error over images; 0 for a single one."""
+
+
 def quick_mse(
     model: Model, pairs: Pairs, device: torch.device, check_stop: Callable[[], None], blocks: int = 16
-) -> float:
+) -> Estimate:
     """Noise MSE on the first `blocks` blocks of a split (1,024 pairs by default), a fixed subset."""
-    total, count = 0.0, 0
+    images, errors = list[NDArray[np.int64]](), list[NDArray[np.float64]]()
     for prediction in islice(predictions(model, pairs, device), blocks):
         check_stop()
-        total += float(np.square(prediction.eps_hat - prediction.eps, dtype=np.float64).sum())
-        count += prediction.eps.size
-    return total / count
+        images.append(prediction.images)
+        errors.append(np.square(prediction.eps_hat - prediction.eps, dtype=np.float64).mean(axis=(1, 2, 3)))
+    image, error = np.concatenate(images), np.concatenate(errors)
+    counts = np.bincount(image)
+    of_images = np.bincount(image, error - error.mean())[counts > 0]  # sums, as images with more pairs weigh more
+    n = len(of_images)
+    return Estimate(float(error.mean()), float(np.sqrt(np.square(of_images).sum() * n / max(n - 1, 1)) / len(error)))
 
 
 @torch.inference_mode()

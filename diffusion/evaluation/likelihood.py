@@ -85,8 +85,13 @@ def measure(
     draws: Draws,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
+    values: NDArray[np.uint8] | None = None,
 ) -> Terms:
-    """Compute the bound for images of a split, given their classes; `advance` receives the number of terms done."""
+    """Compute the bound for images of a split, given their classes; `advance` receives the number of terms done.
+
+    values: those that occur in the data set, ascending (V,); by default all 8-bit values.
+    """
+    levels = None if values is None else torch.from_numpy(to_x_0(values, np.float64)).to(float64_device(device))
     seed, edges = draws.seed, draws.edges
     T, count = int(edges[-1]), len(edges) - 1
     priors, steps = np.empty(draws.images), np.empty((draws.images, count))
@@ -105,7 +110,7 @@ def measure(
                 )
                 for image, at in zip(row, t[row, column], strict=True)
             ]
-            bound = Bound(model.process.denoiser(model.net_for(y[row].to(device))), variance)
+            bound = Bound(model.process.denoiser(model.net_for(y[row].to(device))), variance, levels)
             term = bound.term(
                 x_0[row].float().to(device, memory_format=torch.channels_last),
                 torch.from_numpy(t[row, column]).to(float64_device(device)),

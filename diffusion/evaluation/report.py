@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, StrictUndefined
 
+from diffusion.errors import counted
+from diffusion.evaluation.histograms import LABELS, verdict
+
 Row = Mapping[str, float]
 
 PAGE = """<!doctype html>
@@ -21,8 +24,9 @@ PAGE = """<!doctype html>
   img { max-width: 100% }
 </style>
 <h1>Evaluation</h1>
-<p>Noise prediction on {{ overall.pairs }} held-out pairs from {{ overall.images }} test images, which were not used in
-training (reports/data.html shows the data). {% if overall.images > 1 -%}
+<p>Noise prediction on {{ counted(overall.pairs, "held-out pair") }} from
+{{ counted(overall.images, "test image") }}, not used in training (reports/data.html shows the data).
+{% if overall.images > 1 -%}
 Intervals are 95 % bootstrap confidence intervals over images.
 {%- else -%}
 A single image gives no interval: both limits are its own figure.
@@ -55,13 +59,19 @@ A single image gives no interval: both limits are its own figure.
 <p>The variational bound on the negative log-likelihood of test images, in bits per dimension; lower is better. The
 exact bound sums its terms over all timesteps. The estimate uses one timestep per stratum, which is faster and so covers
 more images. Variance of the reverse step: {{ variance }}; the estimated clean image is clipped to [−1, 1]. Intervals
-are 95 % confidence intervals, mean over images ± 1.96 standard errors.</p>
+are 95 % confidence intervals, mean over images ± 1.96 standard errors. All figures are of distributions over the
+{{ overall.bits_per_dim_values }} values that occur in the images. The model is <strong>{{ verdict }}</strong>; the
+histograms count the training images.</p>
 <table>
   <tr><th>quantity</th><th>images</th><th>bits/dim</th><th>standard error</th><th>95 % interval</th></tr>
   {% for name, label in bounds.items() %}
   <tr><td>{{ label }}</td><td>{{ overall[name ~ "_images"] }}</td><td>{{ number(overall[name]) }}</td>
     <td>{{ number(overall[name ~ "_se"]) }}</td>
     <td>{{ number(overall[name ~ "_low"]) }} – {{ number(overall[name ~ "_high"]) }}</td></tr>
+  {% endfor %}
+  {% for name, label in baselines.items() %}
+  <tr><td>{{ label[0] | upper }}{{ label[1:] }}</td><td>{{ overall.bits_per_dim_images }}</td>
+    <td>{{ number(overall["bits_per_dim_" ~ name]) }}</td><td></td><td></td></tr>
   {% endfor %}
   {% for name, label in parts.items() %}
   <tr><td>{{ label }}</td><td></td><td>{{ number(overall[name]) }}</td><td></td><td></td></tr>
@@ -93,6 +103,7 @@ def page(
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(PAGE).render(
+        counted=counted,
         overall=overall,
         bands=bands,
         pictures=pictures,
@@ -106,6 +117,8 @@ def page(
             "bits_per_dim_diffusion": "of which the sum of L_t−1 (denoising steps)",
             "bits_per_dim_decoder": "of which L_0 (decoder, to discrete pixel values)",
         },
+        baselines=LABELS,
+        verdict=verdict(overall),
         number=lambda value: f"{value:.4f}",
         picture=lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
     )

@@ -80,6 +80,7 @@ def unsupported(config: model.Config, sample: SampleOptions) -> list[str]:
     variances = ["learned"] if process.learned_variance else ["fixed-small", "fixed-large", "analytic"]
     wanted: list[tuple[str, object, bool, str]] = [
         ("network.patch_size", network.patch_size, network.patch_size == 1, "1"),
+        ("network.fourier_features", network.fourier_features, not network.fourier_features, "[]"),
         ("network.classes", str(network.classes).lower(), not network.classes, "false"),
         ("pairs.height", height, height % cell == 0, f"a multiple of {cell}"),
         ("pairs.width", width, width % cell == 0, f"a multiple of {cell}"),

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.export import golden, runtime
 from diffusion.model import Model
@@ -126,9 +126,9 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
     share = differing / values
     if largest > 1 or share > MAX_OFF_BY_ONE:
         raise UserError(
-            f"sampler.onnx: {share:.2%} of its pixel values differ from PyTorch's, by up to {largest} grey levels "
-            f"(allowed: {MAX_OFF_BY_ONE:.1%} and 1); no model was written: choose another export.sampler or fewer "
-            "export.steps"
+            f"sampler.onnx: {share:.2%} of its pixel values differ from PyTorch's, by up to "
+            f"{counted(largest, 'grey level')} (allowed: {MAX_OFF_BY_ONE:.1%} and 1); no model was written: choose "
+            "another export.sampler or fewer export.steps"
         )
     return {"images": IMAGES, "values_off_by_one": share}
 

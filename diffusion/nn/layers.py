@@ -46,6 +46,20 @@ def in_full_precision(layers: nn.Module, x: Tensor) -> Tensor:
         return layers(x.to(next(layers.parameters()).dtype))
 
 
+class FourierFeatures(nn.Module):
+    """Append sin(2^n pi x) and cos(2^n pi x) for each of N exponents n: (B, C, H, W) to (B, C (1 + 2 N), H, W).
+
+    They show small differences between values, which the likelihood depends on; Kingma et al. 2021.
+    """
+
+    def __init__(self, exponents: tuple[int, ...]) -> None:
+        super().__init__()
+        self.factors = [2**exponent * math.pi for exponent in exponents]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, *(wave(factor * x) for factor in self.factors for wave in (torch.sin, torch.cos))], dim=1)
+
+
 class NetworkOptions(Choice):
     """The denoising network."""
 

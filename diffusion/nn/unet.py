@@ -8,7 +8,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from diffusion.nn.layers import Conditions, GroupNorm, Network, NetworkOptions, attend, in_full_precision, zero_
+from diffusion.nn.layers import (
+    Conditions,
+    FourierFeatures,
+    GroupNorm,
+    Network,
+    NetworkOptions,
+    attend,
+    in_full_precision,
+    zero_,
+)
 from diffusion.sections import LIST, Channels, Fraction, NonNegative, Positive
 
 
@@ -50,6 +59,9 @@ class UNetOptions(NetworkOptions):
     patch_size: Positive = 1
     """Side of the patches that the first layer rearranges into channels (space-to-depth); 1 for none. Larger is
     faster and coarser."""
+    fourier_features: Annotated[tuple[Annotated[int, Field(ge=0, le=10)], ...], LIST] = ()
+    """Exponents n: the network also sees sin(2^n pi x) and cos(2^n pi x) of the noisy image (Kingma et al. 2021), for
+    details finer than its first convolution resolves. 7 and 8 suit images of 256 values, 3 and 4 those of 16."""
     dropout: Fraction = 0.0
     """Dropout probability in the residual blocks."""
     convention: Literal["ddpm", "ho-2020", "diffusers"] = "ddpm"
@@ -186,7 +198,9 @@ class UNet(Network):
         self.padding = (0, -width % cell, 0, -height % cell)
 
         self.conditions = Conditions(base, 4 * base, num_classes, freq_shift=int(options.convention == "ho-2020"))
-        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, base, 3, padding=1))
+        features = (1 + 2 * len(options.fourier_features)) * channels
+        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(features * patch**2, base, 3, padding=1))
+        self.fourier = FourierFeatures(options.fourier_features)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         current, skips = base, [base]
         for level, width_out in enumerate(widths):
@@ -212,7 +226,7 @@ class UNet(Network):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, augmentation: Tensor | None = None) -> Tensor:
         emb = F.silu(self.conditions(t, y, augmentation).sum(dim=1))
-        x = self.stem(F.pad(x_t, self.padding) if any(self.padding) else x_t)
+        x = self.stem(self.fourier(F.pad(x_t, self.padding) if any(self.padding) else x_t))
         skips = [x]
         for module in self.down:
             x = module(x, emb)

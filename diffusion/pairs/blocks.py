@@ -1,10 +1,11 @@
 """Making of the blocks of pairs, by an executor."""
 
 import io
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,100 +21,163 @@ from diffusion.storage.tar import SPLITS, Split
 if TYPE_CHECKING:
     from diffusion.pairs.pairs import Settings
 
+PART_BYTES = 2**23
+"""Number of bytes of encoded images at which a task that carries them is complete."""
+IMAGE_AXIS = {"x_0": 0, "y": 0, "t": 1, "x_t": 1, "eps": 1}
+"""Axis of a block's images in each array; the noise key is that of the whole block."""
+
+
+class Reader(Protocol):
+    """Reads an image, in any process that can open its file."""
+
+    @property
+    def label(self) -> int | None: ...
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the encoded image."""
+        ...
+
+    def read(self) -> Image.Image | Bands: ...
+
+    def carried(self) -> Self:
+        """The same for any machine, with the encoded image."""
+        ...
+
 
 class LabelledImages(Protocol):
     """Images with labels, by index."""
 
     def __len__(self) -> int: ...
 
-    def reader(self, index: int) -> tuple[Callable[[], Image.Image | Bands], int | None]:
-        """How to read an image, in any process, and its label, or None."""
+    def reader(self, index: int) -> Reader:
+        """An image and its label, to be read in any process."""
         ...
 
 
 class Block(NamedTuple):
-    """A block, to be made."""
+    """A block that was made."""
 
     split: Split
     number: int
-    images: tuple[tuple[Callable[[], Image.Image | Bands], int | None], ...]
-    """A reader and a label for each."""
-
-
-class Made(NamedTuple):
-    """A block that was made."""
-
     files: dict[str, bytes]
     """By extension."""
     sizes: list[tuple[int, int]]
     """Width and height of each image before it was resized."""
 
 
+class _Part(NamedTuple):
+    """Images of a block, the task of an executor."""
+
+    split: Split
+    block: int
+    start: int
+    """Place of the first image in the block."""
+    images: tuple[Reader, ...]
+    carried: int
+    """Bytes of their content, if it is sent to the process that does the task."""
+
+
+class _Made(NamedTuple):
+    """A part that was made."""
+
+    arrays: dict[str, NDArray[np.generic]]
+    sizes: list[tuple[int, int]]
+    """Width and height of each image before it was resized."""
+
+
 def make(
     images: Mapping[Split, LabelledImages], settings: "Settings", alpha_bar: NDArray[np.float64], executor: Executor
-) -> Generator[tuple[Block, Made]]:
+) -> Generator[Block]:
     """Make each block of each split, in order.
 
     alpha_bar: (T,). Raises UserError if the process that makes a block is killed each time.
     """
-    function, size = partial(_contents, settings, alpha_bar), partial(_bytes, settings)
-    with closing(executor.map(function, _blocks(images, settings.seed), size)) as done:
+    tasks = _parts(images, settings.seed, executor.shares_files)
+    with closing(executor.map(partial(_make, settings, alpha_bar), tasks, partial(_bytes, settings))) as done:
         try:
-            yield from done
+            for (split, number), parts in groupby(done, key=lambda each: each[0][:2]):
+                made = [each for _, each in parts]
+                yield Block(split, number, _join(made), [size for each in made for size in each.sizes])
         except LostWorker as lost:
             raise UserError(
-                f"block {lost.task.number} of {lost.task.split}: the process that makes it is killed each time; give "
+                f"block {lost.task.block} of {lost.task.split}: the process that makes it is killed each time; give "
                 "it more memory, or use fewer processes (DDPM_WORKERS)"
             ) from None
 
 
-def _blocks(images: Mapping[Split, LabelledImages], seed: int) -> Iterator[Block]:
+def _parts(images: Mapping[Split, LabelledImages], seed: int, shares_files: bool) -> Iterator[_Part]:
+    """The blocks in one part each, or in several so that the content of the images does not fill the memory."""
     for split in SPLITS:
         source = images[split]
         order = stream(seed, Purpose.SHUFFLE, high=SPLITS.index(split)).permutation(len(source))
-        for number, start in enumerate(range(0, len(source), BLOCK)):
-            yield Block(split, number, tuple(source.reader(int(index)) for index in order[start : start + BLOCK]))
+        for block, first in enumerate(range(0, len(source), BLOCK)):
+            part, start, carried = list[Reader](), 0, 0
+            for index in order[first : first + BLOCK].tolist():
+                image = source.reader(index)
+                part.append(image if shares_files else image.carried())
+                carried += 0 if shares_files else image.size
+                if carried >= PART_BYTES:
+                    yield _Part(split, block, start, tuple(part), carried)
+                    part, start, carried = [], start + len(part), 0
+            if part:
+                yield _Part(split, block, start, tuple(part), carried)
 
 
-def _bytes(settings: "Settings", block: Block) -> int:
-    values = len(block.images) * settings.channels * settings.height * settings.width
-    return values if block.split == "train" else values * (1 + 8 * settings.heldout_draws)
+def _bytes(settings: "Settings", part: _Part) -> int:
+    values = len(part.images) * settings.channels * settings.height * settings.width
+    return part.carried + (values if part.split == "train" else values * (1 + 8 * settings.heldout_draws))
 
 
-def _contents(settings: "Settings", alpha_bar: NDArray[np.float64], block: Block) -> Made:
-    """Make a block; images are resized one by one to save memory."""
-    fit, n, sizes = settings.fit, len(block.images), list[tuple[int, int]]()
+def _make(settings: "Settings", alpha_bar: NDArray[np.float64], part: _Part) -> _Made:
+    """Make a part of a block; images are resized one by one to save memory."""
+    fit, n, sizes = settings.fit, len(part.images), list[tuple[int, int]]()
     x_0, y = np.empty((n, fit.channels, fit.height, fit.width), np.uint8), np.full(n, -1, np.int64)
-    for place, (read, label) in enumerate(block.images):
-        image = read()
+    for place, stored in enumerate(part.images):
+        image = stored.read()
         x_0[place] = fit(image)
         sizes.append(image.size)
-        if label is not None:
-            y[place] = label
+        if stored.label is not None:
+            y[place] = stored.label
     arrays: dict[str, NDArray[np.generic]] = {"x_0": x_0, "y": y}
-    if block.split == "train":
-        arrays |= _train_arrays(settings, block.number, n)
+    rows = slice(part.start, part.start + n)
+    if part.split == "train":
+        arrays |= _train_arrays(settings, part.block, rows)
     else:
-        arrays |= _heldout_arrays(settings, block.split, block.number, x_0, alpha_bar)
-    return Made({f"{name}.npy": _npy(value) for name, value in arrays.items()}, sizes)
+        arrays |= _heldout_arrays(settings, part.split, part.block, rows, x_0, alpha_bar)
+    return _Made(arrays, sizes)
 
 
-def _train_arrays(settings: "Settings", block: int, n: int) -> dict[str, NDArray[np.generic]]:
+def _join(parts: Sequence[_Made]) -> dict[str, bytes]:
+    """The files of a block, of the arrays of its parts."""
+    arrays = dict(parts[0].arrays)
+    for name, axis in IMAGE_AXIS.items():
+        if name in arrays:
+            arrays[name] = np.concatenate([part.arrays[name] for part in parts], axis)
+    return {f"{name}.npy": _npy(value) for name, value in arrays.items()}
+
+
+def _train_arrays(settings: "Settings", block: int, rows: slice) -> dict[str, NDArray[np.generic]]:
     draws = range(settings.draws)
-    t = [timesteps(settings.seed, "train", block, draw, settings.num_timesteps)[:n] for draw in draws]
+    t = [timesteps(settings.seed, "train", block, draw, settings.num_timesteps)[rows] for draw in draws]
     return {"t": np.stack(t), "noise_key": np.stack([eps_key(settings.seed, "train", block, draw) for draw in draws])}
 
 
 def _heldout_arrays(
-    settings: "Settings", split: Split, block: int, x_0: NDArray[np.uint8], alpha_bar: NDArray[np.float64]
+    settings: "Settings",
+    split: Split,
+    block: int,
+    rows: slice,
+    x_0: NDArray[np.uint8],
+    alpha_bar: NDArray[np.float64],
 ) -> dict[str, NDArray[np.generic]]:
-    draws, n = settings.heldout_draws, len(x_0)
-    t = np.empty((draws, n), np.int64)
+    draws = settings.heldout_draws
+    t = np.empty((draws, len(x_0)), np.int64)
     x_t, eps = (np.empty((draws, *x_0.shape), np.float32) for _ in range(2))
     clean = to_x_0(x_0, np.float64)  # float64, like everything up to the final assignment
     for draw in range(draws):
-        t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[:n]
-        eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[:n]
+        t[draw] = timesteps(settings.seed, split, block, draw, settings.num_timesteps)[rows]
+        eps[draw] = eps_from_key(eps_key(settings.seed, split, block, draw), x_0.shape[1:])[rows]
         at = alpha_bar[t[draw]][:, None, None, None]
         x_t[draw] = np.sqrt(at) * clean + np.sqrt(1 - at) * eps[draw]
     return {"t": t, "x_t": x_t, "eps": eps}

@@ -71,8 +71,8 @@ def load_images(
 def _load(source: Source, fit: Fit) -> Images:
     pixels, y = [], []
     for sample in source:
-        if sample.left_out is not None:
-            raise UserError(f"{sample.file}: {sample.left_out}")
+        if sample.rejected is not None:
+            raise UserError(f"{sample.file}: {sample.rejected}")
         try:
             image = sample.decode().image
         except Unreadable as error:

@@ -161,10 +161,10 @@ def write(
     sizes = Counter[tuple[int, int]]()
     with ExitStack() as stack:
         writers = {split: stack.enter_context(Writer(directory, split, max_bytes=MAX_TAR_BYTES)) for split in SPLITS}
-        for block, made in stack.enter_context(closing(blocks.make(images, settings, alpha_bar, executor))):
-            writers[block.split].add(f"{block.number:08d}", made.files)
-            sizes.update(made.sizes)
-            advance(len(block.images))
+        for block in stack.enter_context(closing(blocks.make(images, settings, alpha_bar, executor))):
+            writers[block.split].add(f"{block.number:08d}", block.files)
+            sizes.update(block.sizes)
+            advance(len(block.sizes))
     splits = {
         split: Contents(
             images=len(images[split]), blocks=sum(tar.samples for tar in writer.tars), tars=tuple(writer.tars)

@@ -103,7 +103,8 @@ class Fit:
 
     def describe(self, cropped: int, cropped_area: float, enlarged: int) -> str:
         """How many images were cropped, and by what fraction of their area, and enlarged, in words."""
-        parts = [f"{cropped} cropped by {cropped_area:.0%} of their area on average"] if cropped else []
+        area = f"{cropped_area:.0%}" if cropped_area < 0.995 else "over 99%"
+        parts = [f"{cropped} cropped by {area} of their area on average"] if cropped else []
         parts += [f"{enlarged} enlarged"] if enlarged else []
         return f"{' and '.join(parts)} (pairs.resize: {self.resize})" if parts else ""
 

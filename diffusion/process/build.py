@@ -8,6 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from diffusion.errors import counted
 from diffusion.process.denoiser import Denoiser, Net, Threshold, clip
 from diffusion.process.loss import LOSSES, Loss
 from diffusion.process.parameterization import PARAMETERIZATIONS, Parameterization
@@ -40,7 +41,7 @@ def _has_enough_timesteps(process: "ProcessOptions") -> None:
     if schedule.kind in SCHEDULES and SCHEDULES[schedule.kind](T).max() >= 1:
         raise ValueError(f"the schedule {schedule.kind} needs more than {T} timesteps: some beta would reach 1")
     if isinstance(schedule, Given) and len(schedule.beta) != T:
-        raise ValueError(f"schedule.beta has {len(schedule.beta)} values, but num_timesteps is {T}")
+        raise ValueError(f"schedule.beta has {counted(len(schedule.beta), 'value')}, but num_timesteps is {T}")
 
 
 def _can_predict_at_zero_snr(process: "ProcessOptions") -> None:

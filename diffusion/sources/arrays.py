@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError, shortened
+from diffusion.errors import UserError, counted, shortened
 from diffusion.sources.bands import MODES, Bands
 from diffusion.sources.colours import scale
 from diffusion.sources.images import Picture
@@ -56,7 +56,9 @@ class Arrays:
         except (TypeError, KeyError, TokenError, *BROKEN) as error:
             raise UserError(f"{path}: not a readable {path.suffix} file ({_reason(error)})") from None
         if rest != size:
-            raise UserError(f"{path}: contains {rest} bytes for {self.dtype} of shape {self.shape}, which needs {size}")
+            raise UserError(
+                f"{path}: contains {counted(rest, 'byte')} for {self.dtype} of shape {self.shape}, which needs {size}"
+            )
         self.layout = _layout(path, self.shape, reading.layout)
         first = self.layout == "channels-first"
         if (pixels := math.prod(self.shape[2:4] if first else self.shape[1:3])) > reading.max_pixels:
@@ -189,19 +191,34 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 
 def _layout(path: Path, shape: tuple[int, ...], asked: Layout) -> Literal["channels-first", "channels-last"]:
-    """The order of the axes; channels are fewer than rows and columns, or 1, 3 or 4 in the last place."""
+    """The order of the axes: `asked`, or else the more plausible one.
+
+    Raises UserError if both are equally plausible, or neither is: (N, 10, 12, 13) may be 10 channels of 12x13 pixels,
+    or 13 channels of 10x12.
+    """
     if len(shape) == 3:
         return "channels-last"
     if asked != "auto":
         return asked
     _, a, b, c = shape
-    first, last = a < min(b, c), c < min(a, b) or c in MODES
+    first, last = _plausibility(a, (b, c)), _plausibility(c, (a, b))
     if first == last:
         raise UserError(
             f"{path}: images of shape {shape} may be (N, H, W, C) or (N, C, H, W); set shard.layout (ddpm import: "
             "--layout) to channels-last or channels-first"
         )
-    return "channels-first" if first else "channels-last"
+    return "channels-first" if first > last else "channels-last"
+
+
+def _plausibility(channels: int, sides: tuple[int, int]) -> int:
+    """0 to 2, for an image with so many channels, height and width.
+
+    0 is not plausible. Plausible are 1, 3 and 4 channels, at most half as many channels as pixels along each side, and
+    fewer channels than pixels along the sides of a square. 2 is for squares, of which most data sets consist.
+    """
+    square, shorter = sides[0] == sides[1], min(sides)
+    plausible = channels in MODES or channels <= shorter / 2 or (square and channels < shorter)
+    return int(plausible) + int(plausible and square)
 
 
 def _decode(pixels: NDArray[Any], value_range: tuple[float, float]) -> Picture:

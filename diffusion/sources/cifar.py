@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.sources.images import Picture
 from diffusion.sources.reading import Reading
 from diffusion.sources.shards import Sample
@@ -67,7 +67,7 @@ class Cifar:
                 if not file.is_file():
                     raise UserError(f"{file}: not there; {folder} is not the complete binary version of CIFAR")
                 if file.stat().st_size % self.size or not file.stat().st_size:
-                    raise UserError(f"{file}: {file.stat().st_size} bytes, not a multiple of {self.size}")
+                    raise UserError(f"{file}: {counted(file.stat().st_size, 'byte')}, not a multiple of {self.size}")
             self.files[split] = files
         self.own_splits: dict[Split, str] = {split: " and ".join(parts) for split, parts in version.parts.items()}
 

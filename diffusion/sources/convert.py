@@ -15,6 +15,7 @@ from diffusion.sources.bands import Bands
 from diffusion.sources.colours import Unreadable
 from diffusion.sources.duplicates import perceptual_hash
 from diffusion.sources.images import THUMBNAIL, Picture, digest
+from diffusion.sources.trees import Decoder
 from diffusion.storage.executors import Executor, LostWorker
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
         UserError: the process that decodes an image is killed each time, or memory does not suffice.
         SystemFault: the operating system cannot read a file.
     """
-    with closing(executor.map(_convert, _chunks(source), _bytes)) as done:
+    chunks = _chunks(source, executor.shares_files)
+    with closing(executor.map(_convert, chunks, _bytes)) as done:
         try:
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
@@ -76,11 +78,13 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
             ) from None
 
 
-def _chunks(source: "Source") -> Iterator[tuple["Sample", ...]]:
+def _chunks(source: "Source", shares_files: bool) -> Iterator[tuple["Sample", ...]]:
     """The samples in groups, the tasks of an executor."""
     chunk, size = list["Sample"](), 0
     for sample in source:
-        chunk.append(sample)
+        if isinstance(decode := sample.decode, Decoder):
+            decode = decode.portable() if shares_files else decode.carried()
+        chunk.append(sample._replace(decode=decode))
         size += sample.size
         if len(chunk) == CHUNK or size >= CHUNK_BYTES:
             yield tuple(chunk)
@@ -94,7 +98,7 @@ def _bytes(chunk: Sequence["Sample"]) -> int:
 
 
 def _convert(chunk: Sequence["Sample"]) -> list[Converted | Rejected]:
-    return [Rejected(sample.left_out) if sample.left_out else _converted(sample) for sample in chunk]
+    return [Rejected(sample.rejected) if sample.rejected else _converted(sample) for sample in chunk]
 
 
 def _converted(sample: "Sample") -> Converted | Rejected:
@@ -105,7 +109,7 @@ def _converted(sample: "Sample") -> Converted | Rejected:
     except MemoryError:
         raise UserError(
             f"{sample.file}: out of memory; use fewer processes (DDPM_WORKERS), or decrease shard.max_pixels, so that "
-            "it is set aside"
+            "it is rejected"
         ) from None
 
 
@@ -114,7 +118,7 @@ def _stored(picture: Picture) -> Converted:
     return Converted(
         content={"png": picture.png} if picture.png else encode(image),
         digest=digest(image),
-        histogram=np.array(image.histogram()),
+        histogram=np.array(image.histogram(), np.int64),
         stored_mode=image.mode,
         mode=picture.mode,
         size=image.size,

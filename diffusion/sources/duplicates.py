@@ -26,6 +26,12 @@ SHOWN = 5
 """Maximum number of near-duplicates listed for two splits."""
 ROWS = 16
 """Images compared at once with all of another split."""
+PAIRS = 2**18
+"""Pairs of images with an equal part of their hashes that are compared at once, about."""
+MAX_SHARE = 1 / 200
+"""Share of such pairs among all pairs above which comparing all is faster."""
+Words = NDArray[np.uint64]
+"""Hashes, (4, n)"""
 BETWEEN: tuple[tuple[Split, Split], ...] = (("train", "val"), ("train", "test"), ("val", "test"))
 
 
@@ -121,14 +127,48 @@ def describe(found: list[Found], name: Callable[[Split, int], str]) -> tuple[Bet
 
 def _between(splits: tuple[Split, Split], first: Hashes, second: Hashes) -> Found:
     a, b = first.words, second.words
-    nearest, bits = np.empty(len(second), np.int64), np.empty(len(second), np.int64)
-    for start in range(0, len(second), ROWS):
-        rows = slice(start, start + ROWS)
-        distances = np.zeros((len(nearest[rows]), len(first)), np.uint16)
-        for ours, theirs in zip(a, b, strict=True):
-            distances += np.bitwise_count(ours ^ theirs[rows, None])
-        nearest[rows], bits[rows] = distances.argmin(axis=1), distances.min(axis=1)
+    bits, nearest = np.divmod(_by_parts(a, b), len(first))
     similar = np.flatnonzero(bits <= MAX_BITS)
     chosen = similar[np.argsort(bits[similar], kind="stable")][:SHOWN]
     numbers = first.numbers[nearest[chosen]], second.numbers[chosen], bits[chosen]
     return Found(splits, len(similar), list(zip(*(part.tolist() for part in numbers), strict=True)))
+
+
+def _by_all(a: Words, b: Words) -> NDArray[np.int64]:
+    """For each hash of b, bits * n + j: the fewest bits in which one of the n hashes of a differs, and the first."""
+    best = np.empty(b.shape[1], np.int64)
+    for start in range(0, len(best), ROWS):
+        rows = slice(start, start + ROWS)
+        bits = np.zeros((len(best[rows]), a.shape[1]), np.uint16)
+        for ours, theirs in zip(a, b, strict=True):
+            bits += np.bitwise_count(ours ^ theirs[rows, None])
+        best[rows] = bits.min(axis=1).astype(np.int64) * a.shape[1] + bits.argmin(axis=1)
+    return best
+
+
+def _by_parts(a: Words, b: Words) -> NDArray[np.int64]:
+    """As `_by_all`, where they differ in at most MAX_BITS; elsewhere, some number of more bits.
+
+    Of MAX_BITS + 1 parts of the bits, one is then equal, so that only hashes with an equal part are compared.
+    """
+    size = a.shape[1]
+    best = np.full(b.shape[1], (MAX_BITS + 1) * size)
+    for part in range(MAX_BITS + 1):
+        # Neighbouring frequencies are similar; bits from all over make more different parts.
+        mask = np.packbits(np.arange(SIDE**2) % (MAX_BITS + 1) == part).view(np.uint64)[:, None]
+        ours: NDArray[np.uint64] = np.bitwise_or.reduce(a & mask)  # no two bits in one place
+        theirs: NDArray[np.uint64] = np.bitwise_or.reduce(b & mask)
+        order = np.argsort(ours)
+        ours = ours[order]
+        start, end = np.searchsorted(ours, theirs), np.searchsorted(ours, theirs, "right")
+        until = np.cumsum(end - start)  # number of pairs up to each hash of b
+        if until[-1] > MAX_SHARE * size * len(best):
+            return _by_all(a, b)
+        for rows in np.split(np.arange(len(best)), np.searchsorted(until, np.arange(PAIRS, until[-1], PAIRS))):
+            count = (end - start)[rows]
+            i = np.repeat(rows, count)
+            place = np.arange(len(i)) - np.repeat(np.cumsum(count) - count, count)  # among those of the same i
+            j = order[start[i] + place]
+            bits = sum(np.bitwise_count(x[j] ^ y[i]).astype(np.int64) for x, y in zip(a, b, strict=True))
+            np.minimum.at(best, i, bits * size + j)
+    return best

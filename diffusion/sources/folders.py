@@ -2,12 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.sources import labels
 from diffusion.sources.images import (
     OTHER_FILE,
@@ -21,7 +21,7 @@ from diffusion.sources.labels import Parts
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import ORDER, SPLIT_NAMES
-from diffusion.sources.trees import Tree, decoder, open_tree
+from diffusion.sources.trees import Decoder, Tree, open_tree
 from diffusion.storage.files import reading
 from diffusion.storage.tar import Split
 
@@ -67,7 +67,7 @@ class Folder:
         every = [tuple(name.split("/")) for name in tree.names()]
         self._unsafe = [parts for parts in every if ".." in parts]
         self._files = [parts for parts in every if ".." not in parts]
-        self._images = [parts for parts in self._files if is_image(self._file(parts))]
+        self._images = dict.fromkeys(parts for parts in self._files if is_image(self._file(parts)))
         self.holds_images = bool(self._images)
         (root,), (top,) = self._unwrap([()])
         splits = {name: SPLIT_NAMES.get(name.lower()) for name in top}
@@ -102,7 +102,7 @@ class Folder:
             for parts in _below(root, self._images):
                 if len(parts) > len(root) + 1 and parts not in table.labels:
                     raise UserError(
-                        f"{self.tree.path}: {table.name} labels {len(table.labels)} images, but not "
+                        f"{self.tree.path}: {table.name} labels {counted(len(table.labels), 'image')}, but not "
                         f"{_text('/'.join(parts))}, whose folder could be its class; complete the table, or delete it"
                     )
 
@@ -140,16 +140,19 @@ class Folder:
 
     def __iter__(self) -> Iterator[Sample]:
         folders = {name: label for label, name in enumerate(self._folders)}
-        for parts, split, top, left_out in self._entries():
+        for parts, split, top, rejected in self._entries():
             name, table = "/".join(parts), self._table
             label = folders.get(top) if table is None else table.labels.get(parts)
-            if left_out:
-                yield Sample(sample_key(name), _text(name), label, split, _nothing, left_out)
+            if rejected:
+                yield Sample(sample_key(name), _text(name), label, split, _nothing, rejected)
                 continue
             file = self._file(parts)
-            reason = rejection_reason(file)
-            decode, size = (_nothing, 0) if reason else decoder(file, self._how)
-            yield Sample(sample_key(name), _text(name), label, split, decode, reason, size)
+            reason = unsupported(file.suffix) if parts in self._images else rejection_reason(file)
+            if reason:
+                yield Sample(sample_key(name), _text(name), label, split, _nothing, reason)
+                continue
+            decode = Decoder(file, self._how)
+            yield Sample(sample_key(name), _text(name), label, split, decode, size=decode.size)
 
     def _entries(self) -> Iterator[tuple[Parts, Split | None, str, str | None]]:
         """Each file with its split, the name of its top-level folder, and why it is rejected because of its place."""
@@ -182,13 +185,13 @@ class Folder:
         return (inner, deeper) if any(deeper) else (folders, inside)
 
 
-def _below(folder: Parts, files: list[Parts]) -> Iterator[Parts]:
+def _below(folder: Parts, files: Iterable[Parts]) -> Iterator[Parts]:
     """The files below a folder."""
     return (parts for parts in files if parts[: len(folder)] == folder)
 
 
 def _nothing() -> Picture:
-    raise AssertionError("a sample that is left out is not decoded")
+    raise AssertionError("a rejected sample is not decoded")
 
 
 def rejection_reason(file: File) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.sources.images import Picture, is_image
 from diffusion.sources.reading import Reading
 from diffusion.sources.rows import classes_of, label_of, rows
@@ -77,7 +77,8 @@ class Idx:
         with self._open(path) as file:
             shape = _idx_header(file, path, LABELS_IDX)
             if shape != (images,):
-                raise UserError(f"{path}: {shape[0]} labels for the {images} images of {self.files[part, 'images']}")
+                labels, of = counted(shape[0], "label"), f"{counted(images, 'image')} of {self.files[part, 'images']}"
+                raise UserError(f"{path}: {labels} for {of}")
             return np.array(list(rows(file, path, shape, np.dtype(np.uint8))), dtype=np.uint8)
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from diffusion.errors import SystemFault
 from diffusion.sources.bands import Bands
 from diffusion.sources.colours import DEEP_GREY, from_16_bits, from_range, join, separate, to_srgb
 from diffusion.sources.colours import Unreadable as Unreadable
-from diffusion.sources.png import is_plain
+from diffusion.sources.png import SIGNATURE, is_plain
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.storage.files import reading
 
@@ -148,7 +148,7 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
 @contextmanager
 def _reading(path: File) -> Iterator[None]:
     """As `reading`, except for places outside of the file that a damaged image refers to."""
-    with reading(Path(str(path))):
+    with reading(path):
         try:
             yield
         except OSError as error:
@@ -220,13 +220,18 @@ def _read(path: File, value_range: tuple[float, ...]) -> Picture:
     if reason := unsupported(path.suffix):
         raise Unreadable(reason)
     with _reading(path), path.open("rb") as file:
-        try:
-            Image.open(file, formats=_formats())
-        except Exception:
-            raise_read_errors(file)
-            raise
+        if file.read(len(SIGNATURE)) != SIGNATURE:
+            file.seek(0)
+            try:
+                Image.open(file, formats=_formats())
+            except Exception:
+                raise_read_errors(file)
+                raise
         file.seek(0)
         content = file.read()  # only images, never a video, are read into memory
+    if is_plain(content):  # the pixels need no conversion
+        image = join(Image.open(io.BytesIO(content), formats=["PNG"]), None)
+        return Picture(image, image.mode, png=content)
     # Not by path: Pillow may memory-map an uncompressed file, and then scrambles rotated ones.
     with Image.open(io.BytesIO(content), formats=_formats()) as opened:
         mode = opened.mode
@@ -254,8 +259,7 @@ def _read(path: File, value_range: tuple[float, ...]) -> Picture:
         colour, alpha = from_16_bits(image, 4095 if bits == 12 else 65535, negative)
     else:
         colour, alpha = separate(image)
-    as_it_is = content if is_plain(content) else None
-    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several, png=as_it_is)
+    return Picture(join(to_srgb(colour, profile, bits > 8), alpha), mode, several)
 
 
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:

@@ -47,10 +47,11 @@ class Table(NamedTuple):
 def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table | None:
     """The labels in the tables at `places` of a tree; None if no table there labels any of its files.
 
-    Raises UserError naming the table and the line if a table is wrong, or a file has several labels.
+    Raises UserError naming the table and the line if a table is wrong, names only files that are not there, or gives a
+    file several labels.
     """
     known = {_composed(parts): parts for parts in files} | {parts: parts for parts in files}
-    texts, tables, missing = dict[Parts, str](), list[Parts](), dict[Parts, None]()
+    texts, tables, missing, named = dict[Parts, str](), list[Parts](), dict[Parts, None](), False
     for place in places:
         here = [(*place, name) for name in READERS if (*place, name) in known]
         found = [(path, rows) for path in here if (rows := _rows(tree, path)) is not None]
@@ -63,11 +64,17 @@ def read(tree: Tree, files: Collection[Parts], places: Iterable[Parts]) -> Table
                 if wanted == place:
                     raise UserError(f"{_in(tree, path)}, {line}: {name!r} is not a file")
                 parts = known.get(wanted) or known.get(_composed(wanted))
+                named = named or parts is not None
                 text = _label(label, f"{_in(tree, path)}, {line}")
                 if parts is None:
                     missing[wanted] = None
                 elif text and texts.setdefault(parts, text) != text:
                     raise UserError(f"{_in(tree, path)}, {line}: {name} has the labels {texts[parts]} and {text}")
+    if missing and not named:
+        raise UserError(
+            f"{_in(tree, tables[0])}: names only files that are not there, such as {'/'.join(next(iter(missing)))}; "
+            "correct the names, or remove the table"
+        )
     if not texts:
         return None
     classes = tuple(sorted(set(texts.values()), key=in_order))

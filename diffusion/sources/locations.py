@@ -1,7 +1,7 @@
 """Where images are: a path, a URL that fsspec opens, or several files by a brace range or glob of either.
 
-A reader needs its files on this machine. Remote files are downloaded once into a temporary folder: a reader passes over
-a tar archive several times, and needs the space for the shards anyway. webdataset's `gopen` is not used: it streams
+A reader needs its files on this machine. Remote files are downloaded once into a temporary folder: a reader seeks in
+its files, and needs the space for the shards anyway. webdataset's `gopen` is not used: it streams
 through `curl` or `aws`, which must be installed, and runs what follows `pipe:` in a shell.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from diffusion.errors import UserError, shortened
-from diffusion.sources.images import Unreadable, is_image, read_image
+from diffusion.sources.images import is_image, read_image
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
@@ -18,6 +18,8 @@ from diffusion.storage.tar import Split
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label", "class")
 """Names of the columns, the preferred ones first."""
+ONLY_PATH = "its bytes are not in the file, only its path; save the data set with its images"
+NO_IMAGE = "its row has no image"
 BATCH = 64
 """Rows read at once."""
 
@@ -92,17 +94,12 @@ class Parquet:
         content = image.get("bytes") if isinstance(image, Mapping) else image
         inside = image.get("path") if isinstance(image, Mapping) else None
         path = PurePosixPath(inside if isinstance(inside, str) and inside else str(index))
-        member = Member(file, path, partial(_content, content))
+        member = Member(file, path, partial(io.BytesIO, content or b""))
         place = f"{file.relative_to(self._root).as_posix()}/" if len(self._files) > 1 else ""
         key = sample_key(f"{place}{index:07d}")
         decode = partial(read_image, member, self._how)
-        return Sample(key, name, self._numbers.get(label), split, decode, size=len(content or b""))
-
-
-def _content(content: bytes | None) -> io.BytesIO:
-    if content is None:
-        raise Unreadable("its bytes are not in the file, only its path; save the data set with its images")
-    return io.BytesIO(content)
+        rejected = None if content is not None else ONLY_PATH if inside else NO_IMAGE
+        return Sample(key, name, self._numbers.get(label), split, decode, rejected, size=len(content or b""))
 
 
 def _open(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The data report, a self-contained HTML page: splits, classes, near-duplicates, and the files that were set aside."""
+"""The data report, a self-contained HTML page: splits, classes, near-duplicates, and the rejected files."""
 
 import base64
 from collections.abc import Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from diffusion.sources import aside, duplicates
+from diffusion.errors import counted
+from diffusion.sources import duplicates, rejections
 from diffusion.sources.convert import thumbnail
+from diffusion.sources.descriptions import describe_sizes
 from diffusion.sources.shards import Images, Manifest
 from diffusion.storage.tar import Split
 
@@ -27,9 +29,8 @@ PAGE = """<!doctype html>
   img { display: block; max-width: none }
 </style>
 <h1>Data</h1>
-<p>{{ total }} images of {{ manifest.source }}, {{ size(manifest.smallest) }}
-{%- if manifest.largest != manifest.smallest %} to {{ size(manifest.largest) }}{% endif %} pixels;
-{{ manifest.copies }} are exact copies of others.</p>
+<p>{{ counted(total, "image") }} of {{ manifest.source }}; size in pixels: {{ sizes }}; exact copies of others:
+{{ manifest.copies }}.</p>
 <table>
   <tr><th></th>{% for split in manifest.splits %}<th>{{ split }}</th>{% endfor %}</tr>
   <tr><td>images</td>
@@ -39,9 +40,9 @@ PAGE = """<!doctype html>
     {% for part in manifest.splits.values() %}<td class="number">{{ part.per_class[number] }}</td>{% endfor %}</tr>
   {% endfor %}
 </table>
-<h2>Set aside</h2>
+<h2>Rejected files</h2>
 {% if manifest.rejected %}
-<p>{{ manifest.rejected | length }} files were not used:</p>
+<p>{{ counted(manifest.rejected | length, "file") }} could not be used:</p>
 <table>
   <tr><th>files</th><th>reason</th></tr>
   {% for reason, count in reasons %}
@@ -85,8 +86,11 @@ memorized one of them scores too well on the other.</p>
 
 
 def page(manifest: Manifest, directory: Path, thumbnails: Sequence[bytes | None]) -> str:
-    """Render the page of the shards in a directory; `thumbnails` are PNGs of the first rejected files, in order."""
-    images = {split: Images(directory, manifest.splits[split]) for split in _shown(manifest)}
+    """Render the page of the shards that were just written to a directory.
+
+    `thumbnails` are PNGs of the first rejected files, in order.
+    """
+    images = {split: Images(directory, manifest.splits[split], verify=False) for split in _shown(manifest)}
 
     def uri(png: bytes) -> str:
         return f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -95,8 +99,9 @@ def page(manifest: Manifest, directory: Path, thumbnails: Sequence[bytes | None]
     return template.from_string(PAGE).render(
         manifest=manifest,
         total=sum(contents.samples for contents in manifest.splits.values()),
-        size=lambda size: "x".join(map(str, size)),
-        reasons=aside.reasons(manifest.rejected),
+        counted=counted,
+        sizes=describe_sizes(manifest.smallest, manifest.largest),
+        reasons=rejections.reasons(manifest.rejected),
         listed=list(zip(manifest.rejected, thumbnails, strict=False)),
         max_bits=duplicates.MAX_BITS,
         uri=uri,

@@ -12,7 +12,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,21 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusion.sources import aside, duplicates
-from diffusion.sources.aside import Remark, Unusable
+from diffusion.errors import counted
+from diffusion.sources import duplicates, rejections
 from diffusion.sources.bands import Bands
-from diffusion.sources.convert import Converted, Rejected, convert, decode
-from diffusion.sources.images import Picture, Unreadable, pixel_limit
+from diffusion.sources.convert import Converted, Rejected, convert
+from diffusion.sources.images import Picture, Unreadable
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.splits import Fractions, Splitter
+from diffusion.sources.stored import Stored
 from diffusion.storage.executors import OWN_PROCESS, Executor
-from diffusion.storage.files import reading, sha256, write_json, write_sums
+from diffusion.storage.files import sha256, write_json, write_sums
 from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
 
 MANIFEST = "manifest.json"
 MAX_WARNINGS = 1000
 """Maximum number of warnings that are listed; there may be one for each image."""
-SHOWN_CLASSES = 20
-"""Maximum number of classes listed on the terminal."""
 
 
 class Sample(NamedTuple):
@@ -48,12 +47,12 @@ class Sample(NamedTuple):
     split: Split | None
     """The source's own split, where it has one."""
     decode: Callable[[], Picture]
-    """Decodes the image, also in another process, so it is picklable.
+    """Decodes the image, also in another process, so it is picklable; a `trees.Decoder` once it is `portable`.
 
     Raises Unreadable, or SystemFault if the operating system cannot read the file.
     """
-    left_out: str | None = None
-    """Reason for rejecting the image without decoding it."""
+    rejected: str | None = None
+    """Why the image is rejected without decoding it."""
     size: int = 0
     """Bytes of the image in the source, about; 0 if unknown. Samples are divided among tasks by it."""
 
@@ -177,15 +176,15 @@ def write(
     executor: Executor = OWN_PROCESS,
     *,
     max_rejected: float = 1.0,
-    set_aside: Callable[[Remark, bytes | None], None] = lambda *_: None,
+    on_rejected: Callable[[Remark, bytes | None], None] = lambda *_: None,
 ) -> Manifest:
     """Write the shards and manifest of a source into an empty directory.
 
     `advance` is called for each image. Images that cannot be read, or are copies of images in the source's own test
-    split, are listed as rejected in the manifest, and `set_aside` is called with each and a thumbnail (PNG), where one
-    can be made. `executor` decodes and encodes the images. Raises Unusable if no image can be used, more than the share
-    `max_rejected` cannot be used, or a split is empty; and UserError if images cannot be decoded without the process
-    being killed.
+    split, are rejected: they are listed in the manifest, and `on_rejected` is called with each and a thumbnail (PNG),
+    where one can be made. `executor` decodes and encodes the images. Raises TooFewImages if no image can be used, more
+    than the share `max_rejected` cannot be used, or a split is empty; and UserError if images cannot be decoded without
+    the process being killed.
     """
     hashes = {split: duplicates.Hashes() for split in SPLITS}
     tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
@@ -201,19 +200,20 @@ def write(
                 split = splitter(sample.split, image.digest)
             except Unreadable as error:
                 rejected.append(Remark(file=sample.file, reason=str(error)))
-                set_aside(rejected[-1], image.thumbnail)
+                on_rejected(rejected[-1], image.thumbnail)
                 continue
             hashes[split].add(image.perceptual_hash)
             tally.add(sample, image, split)
             writers[split].add(sample.key, _record(sample, image, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
     counts = {split: contents.samples for split, contents in splits.items()}
-    aside.check(name, sum(counts.values()), rejected, max_rejected)
+    rejections.check(name, sum(counts.values()), rejected, max_rejected)
     _check_counts(name, counts, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
     found = duplicates.search(hashes)
-    similar = {split: Images(directory, splits[split]) for each in found if each.pairs for split in each.splits}
+    named = {split for each in found if each.pairs for split in each.splits}
+    similar = {split: Images(directory, splits[split], verify=False) for split in named}
     manifest = Manifest(
         source=name,
         classes=source.classes,
@@ -251,39 +251,25 @@ def _record(sample: Sample, image: Converted, classes: Sequence[str]) -> dict[st
     return {"json": json.dumps(record).encode()} | image.content
 
 
+def check_number(name: str, images: int) -> None:
+    """Raise TooFewImages if so many images leave a split empty in any case."""
+    if images < len(SPLITS):
+        raise TooFewImages(
+            f"{name}: only {counted(images, 'image')}; add some, since train, val and test need at least one each"
+        )
+
+
 def _check_counts(name: str, counts: Mapping[Split, int], own: Mapping[Split, str]) -> None:
-    total = sum(counts.values())
-    for split in (split for split, count in counts.items() if not count):
-        if split in own:
-            raise Unusable(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
-        if total < len(SPLITS):
-            advice = "add images, since train, val and test need at least one each"
-        elif split == "train":
+    empty, total = [split for split, count in counts.items() if not count], sum(counts.values())
+    for split in (split for split in empty if split in own):
+        raise TooFewImages(f"{name}: no image of the source's split {split} ({own[split]}) can be used")
+    check_number(name, total)
+    for split in empty:
+        if split == "train":
             advice = "decrease shard.val_fraction or shard.test_fraction, or add images"
         else:
             advice = f"increase shard.{split}_fraction, or add images"
-        raise Unusable(f"{name}: none of the {total} images fell into the split {split}; {advice}")
-
-
-def describe_classes(classes: Sequence[str], per_class: Sequence[int], images: int) -> str:
-    """Classes with numbers of images in one line, such as `2 classes: cat 30, dog 20; 5 images without a class`."""
-    if not classes:
-        return f"no classes, {images} images"
-    shown = [f"{name} {count}" for name, count in zip(classes, per_class, strict=True)][:SHOWN_CLASSES]
-    more = [f"and {len(classes) - SHOWN_CLASSES} more"] if len(classes) > SHOWN_CLASSES else []
-    line = f"{len(classes)} {'class' if len(classes) == 1 else 'classes'}: {', '.join(shown + more)}"
-    without = images - sum(per_class)
-    return f"{line}; {without} images without a class" if without else line
-
-
-def describe_splits(own: Mapping[Split, str]) -> str:
-    """Describe the origin of the splits in one line."""
-    given = [f"{split} is {own[split]} of the source" for split in SPLITS if split in own]
-    hashed = [split for split in SPLITS if split not in own]
-    if not given:
-        return "train, val and test by a hash of each image's pixels"
-    parts = f"{' and '.join(hashed)} {'is' if len(hashed) == 1 else 'are'} taken from train by a hash of the pixels"
-    return ", ".join([*given, parts] if hashed else given)
+        raise TooFewImages(f"{name}: {counted(total, 'image')}, of which none fell into the split {split}; {advice}")
 
 
 def manifest_sha256(directory: Path) -> str:
@@ -294,12 +280,12 @@ def manifest_sha256(directory: Path) -> str:
 class Images:
     """Random access to the images of a split, in the order written; needs 48 bytes of memory per image.
 
-    Raises UserError if a shard is missing or corrupt.
+    Raises UserError if a shard is missing or, unless `verify` is false because this process wrote it, corrupt.
     """
 
-    def __init__(self, directory: Path, contents: Contents) -> None:
+    def __init__(self, directory: Path, contents: Contents, verify: bool = True) -> None:
         self._paths = [directory / tar.name for tar in contents.shards]
-        self._maps = [open_map(directory, tar) for tar in contents.shards]
+        self._maps = [open_map(directory, tar, verify) for tar in contents.shards]
         places = {"image": array("q"), "json": array("q")}
         for number, mapped in enumerate(self._maps):
             for member in members(mapped):
@@ -312,8 +298,8 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
-        read, label = self.reader(index)
-        return read(), label
+        reader = self.reader(index)
+        return reader.read(), reader.label
 
     def source(self, index: int) -> str:
         """Name of an image's file in the source."""
@@ -324,16 +310,8 @@ class Images:
         record: dict[str, Any] = json.loads(self._maps[number][offset : offset + size])
         return record
 
-    def reader(self, index: int) -> tuple[Callable[[], Image.Image | Bands], int | None]:
-        """How to read an image, in any process, and its label, or None."""
+    def reader(self, index: int) -> Stored:
+        """An image and its label, to be read in any process."""
         label: int | None = self._record(index)["label"]
         number, offset, size = self._image[index].tolist()
-        return partial(_stored, self._paths[number], offset, size), label
-
-
-def _stored(path: Path, offset: int, size: int) -> Image.Image | Bands:
-    """An image of a shard; raises SystemFault if the operating system cannot read it."""
-    with reading(path), path.open("rb") as file:
-        file.seek(offset)
-        with pixel_limit(None):  # as large as the stage allowed
-            return decode(file.read(size))
+        return Stored(self._paths[number], offset, size, label)

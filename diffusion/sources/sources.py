@@ -30,6 +30,8 @@ def open_source(path: Path, reading: Reading = DEFAULTS) -> Source:
         raise UserError(f"{path}: no such file or folder")
     for find in SOURCES.values():
         if (source := find(path, reading)) is not None:
+            if not len(source):
+                raise UserError(f"{path}: contains no images")
             return source
     *first, last = SOURCES
     raise UserError(f"{path}: no images in a supported format; expected {', '.join(first)}, or {last}")

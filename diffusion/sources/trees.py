@@ -12,8 +12,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, NamedTuple, Protocol, cast
 
 from diffusion.errors import UserError
@@ -72,19 +73,23 @@ class Directory:
         self.path = path
 
     def names(self) -> list[str]:
-        return [path.relative_to(self.path).as_posix() for path in files_below(self.path)]
+        depth = len(self.path.parts)
+        return ["/".join(path.parts[depth:]) for path in files_below(self.path)]
 
     def file(self, name: str) -> File:
         return self.path / name
 
 
 class Member(NamedTuple):
-    """A file in an archive; it answers what `diffusion.sources.images` asks a Path."""
+    """A file in an archive, or in memory; it answers what `diffusion.sources.images` asks a Path."""
 
-    archive: Path
-    path: PurePosixPath
+    archive: Path | None
+    """None for a file in memory."""
+    path: PurePath
     opener: Callable[[], IO[bytes]]
     """Raises Unreadable if the file cannot be read."""
+    size: int = 0
+    """Bytes when uncompressed, as the archive states it."""
 
     @property
     def name(self) -> str:
@@ -95,7 +100,7 @@ class Member(NamedTuple):
         return self.path.suffix
 
     def __str__(self) -> str:
-        return f"{self.archive}: {self.path}"
+        return f"{self.archive}: {self.path}" if self.archive else str(self.path)
 
     def open(self, mode: str = "rb") -> IO[bytes]:  # noqa: ARG002 (as in Path.open)
         return self.opener()
@@ -107,22 +112,56 @@ class Member(NamedTuple):
         return True
 
 
-def decoder(file: File, how: Reading) -> tuple[Callable[[], Picture], int]:
-    """How to decode an image file in any process, and its size in bytes.
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes an image file in this process, one in an archive while that is open."""
 
-    Other processes open a file on disk by its path; the contents of a file in an archive, or the reason why it cannot
-    be read, are passed to them.
-    """
-    if not isinstance(file, Member):
-        return partial(read_image, file, how), file.stat().st_size if isinstance(file, Path) else 0
-    try:
-        with file.open("rb") as opened:
-            content = opened.read()
-    except MemoryError:
-        raise
-    except Exception as error:  # readers of archives raise arbitrary exceptions
-        return partial(read_image, file._replace(opener=partial(_fail, error)), how), 0
-    return partial(read_image, file._replace(opener=partial(io.BytesIO, content)), how), len(content)
+    file: File
+    how: Reading
+    remarks: tuple[str, ...] = ()
+    """Warnings to add to those of the decoder."""
+
+    def __call__(self) -> Picture:
+        picture = read_image(self.file, self.how)
+        return picture._replace(warnings=(*picture.warnings, *self.remarks))
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes, as its archive states it; raises SystemFault if it is gone from the disk."""
+        if isinstance(self.file, Member):
+            return self.file.size
+        with reading(self.file):
+            return self.file.stat().st_size if isinstance(self.file, Path) else 0
+
+    def carried(self) -> "Decoder":
+        """The same for any machine: with the content of the file.
+
+        Raises UserError if the file is too large to be sent, and SystemFault if it cannot be read.
+        """
+        if not isinstance(self.file, Path):
+            return self.portable()
+        with reading(self.file):
+            if (size := self.file.stat().st_size) > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{self.file}: {size} bytes, too many to send to a Dask worker; unset DDPM_DASK_SCHEDULER, or move "
+                    "the file elsewhere"
+                )
+            opener = partial(io.BytesIO, self.file.read_bytes())
+        return replace(self, file=Member(None, self.file, opener))
+
+    def portable(self) -> "Decoder":
+        """The same for any process here: with the content of a file in an archive, or why it cannot be read."""
+        if not isinstance(self.file, Member):
+            return self
+        opener: Callable[[], IO[bytes]]
+        try:
+            with self.file.open("rb") as opened:
+                opener = partial(io.BytesIO, opened.read())
+        except MemoryError:
+            raise
+        except Exception as error:  # readers of archives raise arbitrary exceptions
+            opener = partial(_fail, error)
+        return replace(self, file=self.file._replace(opener=opener))
 
 
 def _fail(error: Exception) -> IO[bytes]:
@@ -147,7 +186,8 @@ class Zip:
         return _visible(self._infos)
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._infos[name]))
+        info = self._infos[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, info), info.file_size)
 
     def _open(self, info: zipfile.ZipInfo) -> IO[bytes]:
         if info.flag_bits & 1:
@@ -189,7 +229,8 @@ class Tar:
         return [name for name in self._members if all(map(is_visible, name.split("/")))]
 
     def file(self, name: str) -> File:
-        return Member(self.path, PurePosixPath(name), partial(self._open, self._members[name]))
+        member = self._members[name]
+        return Member(self.path, PurePosixPath(name), partial(self._open, member), member.size)
 
     def _open(self, member: tarfile.TarInfo) -> IO[bytes]:
         if not member.isreg():
@@ -272,16 +313,20 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
     """
     try:
         status = folder.stat()
-        paths = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for path in paths:
-        if not is_visible(path.name):
+    for name, regular in found:
+        if not is_visible(name):
             continue
-        if path.is_dir():
+        path = folder / name
+        if regular:
+            yield path
+        elif path.is_dir():
             yield from files_below(path, above | {here})
         elif _is_file(path):
             yield path

@@ -1,19 +1,19 @@
 """Shards in WebDataset format as a source: tar files in which the members of a sample share a key."""
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
 
 from diffusion.errors import UserError
 from diffusion.sources.colours import Unreadable
-from diffusion.sources.images import NO_IMAGE, Picture, is_image, unsupported
+from diffusion.sources.images import NO_IMAGE, is_image, unsupported
 from diffusion.sources.labels import class_name, in_order
 from diffusion.sources.reading import DEFAULTS, Reading
 from diffusion.sources.shards import Sample, sample_key
 from diffusion.sources.splits import by_file_name
-from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Tar, decoder, ending, files_below
+from diffusion.sources.trees import BROKEN, TAR_ENDINGS, Decoder, Tar, ending, files_below
 
 LABEL_KEYS = ("class", "label", "cls")
 """Keys in a sample's .json member that may hold its class, the preferred ones first."""
@@ -29,7 +29,11 @@ class Group(NamedTuple):
     """Its other images, which are not used."""
     label: str = ""
     """The name of its class; empty for none."""
-    left_out: str | None = None
+    rejected: str | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (f"the first image of its sample is used, not {', '.join(self.others)}",) if self.others else ()
 
 
 class WebDataset:
@@ -64,7 +68,8 @@ class WebDataset:
         self._how = how
         self._root = path if path.is_dir() else path.parent
         self._shards, self.own_splits = by_file_name(self._root, files)
-        self._groups = [list(_groups(Tar(file))) for _, file in self._shards]  # one is open at a time
+        self._tar = lru_cache(maxsize=1)(Tar)  # one is open at a time
+        self._groups = [list(_groups(self._tar(file))) for _, file in self._shards]
         every = [group for groups in self._groups for group in groups]
         self.folders = any("/" in group.key for group in every)
         self.classes = tuple(sorted({group.label for group in every if group.label}, key=in_order))
@@ -75,13 +80,12 @@ class WebDataset:
     def __iter__(self) -> Iterator[Sample]:
         numbers = {name: label for label, name in enumerate(self.classes)}
         for (split, path), groups in zip(self._shards, self._groups, strict=True):
-            tar = Tar(path)
+            tar = self._tar(path)
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
             for group in groups:
-                decode, size = decoder(tar.file(group.image), self._how)
-                decode = partial(_read, decode, group.others)
+                decode = Decoder(tar.file(group.image), self._how, group.remarks)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
-                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.left_out, size)
+                yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.rejected, decode.size)
 
 
 def _groups(tar: Tar) -> Iterator[Group]:
@@ -99,23 +103,14 @@ def _groups(tar: Tar) -> Iterator[Group]:
     for key, members in found.items():
         images = [name for name in members if is_image(tar.file(name))]
         if not images:
-            yield Group(key, members[0], left_out=NO_IMAGE)
+            yield Group(key, members[0], rejected=NO_IMAGE)
             continue
         image = min(images, key=lambda name: unsupported(PurePosixPath(name).suffix) is not None)  # the first
         try:
             others = tuple(name for name in images if name != image)
             yield Group(key, image, others, _label(tar, members))
         except (Unreadable, *BROKEN) as error:
-            yield Group(key, image, left_out=f"its label cannot be read ({error})")
-
-
-def _read(decode: Callable[[], Picture], others: tuple[str, ...]) -> Picture:
-    """Decode an image of a sample, with a warning that names its `others`."""
-    picture = decode()
-    if not others:
-        return picture
-    ignored = f"the first image of its sample is used, not {', '.join(others)}"
-    return picture._replace(warnings=(*picture.warnings, ignored))
+            yield Group(key, image, rejected=f"its label cannot be read ({error})")
 
 
 def _label(tar: Tar, members: list[str]) -> str:

@@ -6,20 +6,24 @@ import platform
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import chdir
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic
+from typing import ClassVar, Generic
 
 from PIL import features
 
 from diffusion.errors import UserError
-from diffusion.storage.executors import Result, Task, ordered_map
+from diffusion.storage.executors import MAX_BYTES, Result, Task, ordered_map
 
 SECONDS_TO_ANSWER = 10
 """How long a Dask scheduler may take to answer, and to name its first worker."""
+SETTINGS = {
+    "distributed.admin.large-graph-warning-threshold": MAX_BYTES,
+    "distributed.admin.low-level-log-length": 10,  # messages, which include those tasks that are smaller than 1 MB
+}
+"""Settings of Dask, in which tasks usually carry no data."""
 DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "jpg_2000", "webp", "avif", "littlecms2")
 """Libraries of Pillow, by its names, on which pixels and stored bytes depend."""
 
@@ -28,11 +32,12 @@ DECODERS = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "libtiff", "jpg_2000", "w
 class Dask:
     """Does tasks on the workers of a Dask cluster; needs the extra `cluster`.
 
-    Workers need the same software, and the same files in the same place.
+    Workers need the same software, but no files.
     """
 
     address: str
     """That of the scheduler, such as tcp://10.0.0.1:8786."""
+    shares_files: ClassVar[bool] = False
 
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task], size: Callable[[Task], int]
@@ -42,6 +47,7 @@ class Dask:
         Raises UserError if the extra is not installed, or if the scheduler or the workers cannot be used.
         """
         try:
+            import dask
             from distributed import Client, KilledWorker
             from distributed.comm.core import CommClosedError
         except ModuleNotFoundError as error:
@@ -51,12 +57,13 @@ class Dask:
         for name in logging.root.manager.loggerDict:
             if name.startswith(("distributed", "tornado")):
                 logging.getLogger(name).setLevel(logging.CRITICAL)  # hide tracebacks when a connection is lost
+        dask.config.set(SETTINGS)
         try:
             client = Client(self.address, timeout=SECONDS_TO_ANSWER)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two for a key that is missing
             raise UserError(f"{self.address}: no Dask scheduler answers ({error})") from None
         with client:
-            executor, remote = client.get_executor(pure=False), Remote(function, str(Path.cwd()), software())
+            executor, remote = client.get_executor(pure=False), Remote(function, software())
 
             def submit(task: Task) -> Future[Result]:
                 return executor.submit(partial(remote, task))  # Dask would look for its own objects in an argument
@@ -83,14 +90,13 @@ class Dask:
 
 @dataclass(frozen=True)
 class Remote(Generic[Task, Result]):
-    """A function to call on another machine; relative paths mean the same there."""
+    """A function to call on another machine."""
 
     function: Callable[[Task], Result]
-    folder: str
     software: Mapping[str, str]
 
     def __call__(self, task: Task) -> Result:
-        """Raises UserError if that machine lacks the folder, or has other software."""
+        """Raises UserError if that machine has other software."""
         machine, own = platform.node(), software()
         for name, wanted in self.software.items():
             if own.get(name) != wanted:
@@ -98,14 +104,12 @@ class Remote(Generic[Task, Result]):
                     f"the Dask worker on {machine} has {name} {own.get(name)}, but {wanted} is used here; install the "
                     "same there, and start the worker again"
                 )
-        if not Path(self.folder).is_dir():
-            raise UserError(f"{self.folder}: the Dask worker on {machine} has no such folder; share it between them")
-        with _ALONE, chdir(self.folder):
+        with _ALONE:
             return self.function(task)
 
 
 _ALONE = threading.Lock()
-"""Held while a task is done: the current folder and the decoders' warnings belong to the whole process."""
+"""Held while a task is done: the decoders' warnings belong to the whole process."""
 
 
 @cache

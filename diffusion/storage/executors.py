@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 MAX_BYTES = 2**29
 """Memory for the tasks in flight and their results; a task that needs more is in flight alone."""
@@ -32,6 +32,9 @@ class LostWorker(Exception):
 class Executor(Protocol):
     """Does tasks, in this process or in others."""
 
+    shares_files: ClassVar[bool]
+    """Whether tasks can open this machine's files; otherwise they have to carry the contents."""
+
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task], size: Callable[[Task], int]
     ) -> Generator[tuple[Task, Result]]:
@@ -50,6 +53,8 @@ class Executor(Protocol):
 @dataclass(frozen=True)
 class OwnProcess:
     """Does one task after the other in this process."""
+
+    shares_files: ClassVar[bool] = True
 
     def map(
         self,

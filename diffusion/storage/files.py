@@ -19,8 +19,8 @@ SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Convert the operating system's errors to SystemFault naming `path`; decoders' errors pass unchanged.
+def reading(path: object) -> Iterator[None]:
+    """Convert the operating system's errors to SystemFault naming `path`, by its text; decoders' errors pass unchanged.
 
     Decoders also raise OSError, but without an error number.
     """
@@ -29,7 +29,7 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise SystemFault(path, error, "cannot be read ({})") from None
+        raise SystemFault(Path(str(path)), error, "cannot be read ({})") from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion.errors import UserError
 from diffusion.storage.executors import Result, Task, ordered_map
@@ -28,6 +28,7 @@ class Processes:
     """
 
     workers: int
+    shares_files: ClassVar[bool] = True
 
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task], size: Callable[[Task], int]

@@ -103,24 +103,27 @@ class Writer:
         self._tar, self._samples = None, 0
 
 
-def open_map(directory: Path, tar: Tar) -> mmap.mmap:
-    """Memory-map a tar file; raises FileFault if it does not match the manifest."""
+def open_map(directory: Path, tar: Tar, verify: bool = True) -> mmap.mmap:
+    """Memory-map a tar file; raises FileFault if it cannot be read, or (`verify`) does not match the manifest."""
     path = directory / tar.name
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise FileFault(path, f"cannot be read ({error})") from None
-    if hashlib.sha256(mapped).hexdigest() != tar.sha256:
+    if verify and hashlib.sha256(mapped).hexdigest() != tar.sha256:
         raise Damaged(path, "it does not match its digest in manifest.json")
     return mapped
 
 
 def members(mapped: mmap.mmap) -> Iterator[Member]:
-    """Iterate over the members of a tar file, reading only their headers."""
-    mapped.seek(0)
-    with tarfile.open(fileobj=mapped, mode="r:") as tar:
-        for info in tar:
-            key, _, extension = info.name.partition(".")
-            yield Member(key, extension, info.offset_data, info.size)
-            tar.members = []  # type: ignore[attr-defined] # or it would keep every header
+    """Iterate over the members of a tar file that `Writer` wrote, reading only their headers.
+
+    Only the name and the size are read, in place: tarfile takes ten times as long.
+    """
+    position = 0
+    while position < len(mapped) and mapped[position]:  # a zero block marks the end
+        name, size = mapped[position : position + 100], int(mapped[position + 124 : position + 135], 8)
+        key, _, extension = name.rstrip(b"\0").decode().partition(".")
+        yield Member(key, extension, position + tarfile.BLOCKSIZE, size)
+        position += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.model import Model
 from diffusion.nn.counting import count
 from diffusion.nn.layers import Network
@@ -36,8 +36,8 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
         raise TypeError("fit only trains networks of diffusion.nn; for your own, write a training loop with Model.loss")
     if not len(images) or images.shape != model.shape or (model.num_classes and images.classes != model.config.classes):
         raise ValueError(
-            f"fit: got {len(images)} images of shape {images.shape} with classes {images.classes}, but the model "
-            f"expects shape {model.shape} and classes {model.config.classes}"
+            f"fit: got {counted(len(images), 'image')} of shape {images.shape} with classes {images.classes}, but the "
+            f"model expects shape {model.shape} and classes {model.config.classes}"
         )
     device = next(model.net.parameters()).device
     augment = options.augmentation(len(images))

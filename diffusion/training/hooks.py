@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from diffusion.errors import Stopped
-from diffusion.evaluation.heldout import quick_mse
+from diffusion.evaluation.heldout import Estimate, quick_mse
 from diffusion.model import Model
 from diffusion.pairs.pairs import Pairs
 from diffusion.process.build import ProcessOptions
@@ -39,11 +39,15 @@ def preview_path(directory: Path, step: int) -> Path:
 
 
 def preview_options(process: ProcessOptions) -> SampleOptions:
-    """Sampling options of previews; independent of the section `sample`, so that changing it does not retrain."""
+    """Sampling options of previews; independent of the section `sample`, so that changing it does not retrain.
+
+    Deterministic, so that the same noise shows the progress of the training, and with few steps: previews should take
+    a small part of its time.
+    """
     return SampleOptions(
-        sampler="ddpm",
-        steps=min(250, process.num_timesteps),
-        spacing="linspace",
+        sampler="dpm-solver++",
+        steps=min(20, process.num_timesteps),
+        spacing="quadratic",
         variance="learned" if process.learned_variance else "fixed-small",
         threshold="clip",
         guidance=1.0,
@@ -66,6 +70,8 @@ class Hooks:
     progress: Progress | None
     """None in all but the main process, like `logger`."""
     logger: TrainingLogger | None
+    flops: int
+    """Of a forward pass, per image; a training step takes three times as many."""
     timed_steps: int = field(default=0, init=False)
     """Steps since `timed_from`, for a throughput that excludes previews."""
     timed_from: float = field(default_factory=time.monotonic, init=False)
@@ -85,16 +91,17 @@ class Hooks:
             if self.logger and row:
                 point = {name: value for name, value in row.items() if name != "step"}
                 rate = self.timed_steps * options.batch_size / max(time.monotonic() - self.timed_from, 1e-9)
-                self.logger.metrics(point | {"images_per_second": rate}, state.step)
+                rates = {"images_per_second": rate, "tflop_per_second": 3e-12 * self.flops * rate}
+                self.logger.metrics(point | rates, state.step)
                 self._restart_clock()
 
     def preview(self, state: State) -> None:
         """Measure the held-out error and draw samples."""
         state.copy_average_into(self.model.net)
-        mse, signum = math.nan, 0.0
+        mse, se, signum = math.nan, math.nan, 0.0
         if self.trainer.world.main:
             try:
-                mse = self._measure(state)
+                mse, se = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
         mse, signum = self.trainer.world.broadcast([mse, signum])
@@ -102,8 +109,8 @@ class Hooks:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
         if self.logger:
-            say(f"train: step {state.step}: held-out MSE {mse:.4f}")
-            self.logger.metrics({"heldout_mse": mse, "skipped_steps": state.skipped}, state.step)
+            say(f"train: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}")
+            self.logger.metrics({"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": state.skipped}, state.step)
             if math.isfinite(mse):
                 self.logger.image(preview_path(self.previews, state.step), state.step)
         self._restart_clock()
@@ -111,15 +118,15 @@ class Hooks:
     def _restart_clock(self) -> None:
         self.timed_steps, self.timed_from = 0, time.monotonic()
 
-    def _measure(self, state: State) -> float:
+    def _measure(self, state: State) -> Estimate:
         def check_stop() -> None:
             self.stop.check()
             if self.progress:
                 self.progress.advance(0, "measuring the held-out error and drawing a preview")
 
-        mse = quick_mse(self.model, self.heldout, self.device, check_stop)
-        if not math.isfinite(mse):
-            return mse  # samples of a diverged network are meaningless
+        found = quick_mse(self.model, self.heldout, self.device, check_stop)
+        if not math.isfinite(found.mse):
+            return found  # samples of a diverged network are meaningless
         images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)
         write_atomic(preview_path(self.previews, state.step), grid_png(images))
-        return mse
+        return found

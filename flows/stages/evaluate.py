@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from diffusion.evaluation import likelihood, noise_prediction, plots, report, wiener
+from diffusion.errors import counted
+from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, report, wiener
 from diffusion.evaluation.filmstrip import frames
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
@@ -37,14 +38,14 @@ def run(params: Params, paths: Paths) -> None:
     """Score the model and the baselines on all held-out pairs, bound its likelihood, and generate samples."""
     device = networks.device(params.device)
     model = load_model(paths.model, device)
-    pairs, val = Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
+    train, pairs, val = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "test"), Pairs(paths.pairs, "val")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
     steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
     with working("evaluate: fitting the linear baseline"):
-        baseline = wiener.fit(Pairs(paths.pairs, "train"))
-    overall, tables = score(params, model, device, pairs, val, baseline)
+        baseline = wiener.fit(train)
+    overall, tables = score(params, model, device, pairs, val, train, baseline)
     with Progress("evaluate", steps, "steps") as progress:
         samples = draw_samples(
             model, params.sample, params.seed, device, lambda: progress.advance(1, "drawing samples")
@@ -86,15 +87,15 @@ def run(params: Params, paths: Paths) -> None:
         tracking.record(params, paths)
     say(
         f"evaluate: noise MSE {overall['mse']:.4f} ({overall['mse_low']:.4f} – {overall['mse_high']:.4f}), "
-        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on {overall['pairs']} test pairs "
-        f"(val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
+        f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on "
+        f"{counted(overall['pairs'], 'test pair')} (val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
-        f"on {overall['bits_per_dim_images']} images"
+        f"on {counted(overall['bits_per_dim_images'], 'image')}, {histograms.verdict(overall)}"
     )
 
 
 def score(
-    params: Params, model: Model, device: torch.device, test: Pairs, val: Pairs, baseline: wiener.Wiener
+    params: Params, model: Model, device: torch.device, test: Pairs, val: Pairs, train: Pairs, baseline: wiener.Wiener
 ) -> tuple[dict[str, float], dict[str, list[dict[str, float]]]]:
     """Compute the metrics of the report from the held-out pairs and the terms of the bound, and its tables by name."""
     T, options = model.process.schedule.num_timesteps, params.evaluate
@@ -102,6 +103,9 @@ def score(
     cheap = Draws(min(options.likelihood_images, test.images), likelihood.strata(T), params.seed)
     whole = Draws(min(options.exact_likelihood_images, test.images), likelihood.every_timestep(T), params.seed)
     scored = (test.images + val.images) * test.manifest.heldout_draws
+    with working("evaluate: counting the values of the images"):
+        values = histograms.values_of((train, val, test))
+        baselines = histograms.bits(train, test, cheap.images, values)
     with Progress("evaluate", scored + cheap.terms + whole.terms, "pairs") as progress:
 
         def counted(split: Pairs) -> Iterator[Prediction]:
@@ -112,11 +116,13 @@ def score(
         sums = noise_prediction.collect(counted(test), test.images, model.process.schedule, baseline)
         val_errors = noise_prediction.by_image(counted(val), val.images)
         estimate, exact = (
-            likelihood.measure(model, variance, test, draws, device, progress.advance) for draws in (cheap, whole)
+            likelihood.measure(model, variance, test, draws, device, progress.advance, values)
+            for draws in (cheap, whole)
         )
     with working("evaluate: bootstrapping the confidence intervals"):
         overall, bands = noise_prediction.summarize(sums, params.seed, options.resamples, T)
     overall |= likelihood.mean("val_mse", val_errors) | likelihood.summarize(estimate, exact)
+    overall |= histograms.compare(estimate.total, baselines) | {"bits_per_dim_values": len(values)}
     return overall, {
         "bands": bands,
         "mse_by_t": noise_prediction.curve(sums, T),
@@ -138,7 +144,7 @@ def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
     parts = [
         f"Sampler {sampler.pop('kind')}",
         *(f"{name} {value}" for name, value in sampler.items()),
-        f"{options.steps} steps, spacing {options.spacing}",
+        f"{counted(options.steps, 'step')}, spacing {options.spacing}",
         f"threshold {options.threshold}",
         *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),
         "EMA weights",

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion.errors import Damaged, UserError
+from diffusion.errors import Damaged, UserError, counted
 from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
@@ -82,7 +82,7 @@ def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict
     largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
     say(
         f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each); maximum difference from PyTorch "
-        f"{largest:.1e} on {pairs} held-out pairs ({provider})"
+        f"{largest:.1e} on {counted(pairs, 'held-out pair')} ({provider})"
     )
     for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])

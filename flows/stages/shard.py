@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.progress import Progress, say
-from diffusion.sources import aside, report, shards
-from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources import rejections, report, shards
+from diffusion.sources.descriptions import SHOWN_CLASSES, describe_classes, describe_splits
 from diffusion.sources.locations import locate, resolved
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -43,7 +44,7 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     source = open_source(path, options.reading)
     rejected, thumbnails = list[Remark](), list[bytes | None]()
 
-    def set_aside(remark: Remark, thumbnail: bytes | None) -> None:
+    def on_rejected(remark: Remark, thumbnail: bytes | None) -> None:
         rejected.append(remark)
         if len(thumbnails) < report.MAX_LISTED:
             thumbnails.append(thumbnail)
@@ -59,17 +60,17 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
                 progress.advance,
                 executor(len(source)),
                 max_rejected=options.max_rejected,
-                set_aside=set_aside,
+                on_rejected=on_rejected,
             )
-    except Unusable as error:
+    except TooFewImages as error:
         if not rejected:
             raise
-        write_atomic(paths.rejected, aside.table(rejected))
-        raise UserError(f"{error}; {paths.rejected} lists all that were set aside") from None
+        write_atomic(paths.rejected, rejections.table(rejected))
+        raise UserError(f"{error}; {paths.rejected} lists all rejected files") from None
     paths.rejected.unlink(missing_ok=True)
     write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
-    _say_files("set aside", manifest.rejected)
+    _say_files("rejected", manifest.rejected)
     _say_files("decoder warning", manifest.warnings)
     if manifest.multipage:
         say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
@@ -80,26 +81,21 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
         say(f"shard: near-duplicates in different splits: {counts}; see {paths.data_report}")
     per_class = np.sum([contents.per_class for contents in manifest.splits.values()], axis=0)
     used = sum(contents.samples for contents in manifest.splits.values())
-    say(f"shard: {shards.describe_classes(manifest.classes, per_class.tolist(), used)}")
+    say(f"shard: {describe_classes(manifest.classes, per_class.tolist(), used)}")
     trained_on = dict(zip(manifest.classes, manifest.splits["train"].per_class, strict=True))
     if unseen := [name for name, images in trained_on.items() if not images]:
         say(
-            f"shard: classes without an image to train on: {', '.join(unseen[: shards.SHOWN_CLASSES])}; add images, or "
+            f"shard: classes without an image to train on: {', '.join(unseen[:SHOWN_CLASSES])}; add images, or "
             "decrease shard.val_fraction or shard.test_fraction"
         )
-    say(f"shard: splits: {shards.describe_splits(manifest.own_splits)}")
+    say(f"shard: splits: {describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    say(f"shard: {counts} images in {files} shards, {len(manifest.rejected)} files set aside")
+    say(f"shard: {counts} images in {files} shards; {counted(len(manifest.rejected), 'file')} rejected")
 
 
 def _say_files(what: str, remarks: Sequence[Remark]) -> None:
     for remark in remarks[:MAX_LISTED]:
-        say(f"shard: {what}: {_printable(remark.file)}: {remark.reason}")
+        say(f"shard: {what}: {remark.file}: {remark.reason}")
     if len(remarks) > MAX_LISTED:
         say(f"shard: {what}: {len(remarks) - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")
-
-
-def _printable(name: str) -> str:
-    """A file's name without the control characters that a terminal would obey."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)

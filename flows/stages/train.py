@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from diffusion.errors import AlreadyReported, UserError
+from diffusion.errors import AlreadyReported, UserError, counted
 from diffusion.evaluation.heldout import x_0_mse
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
@@ -85,8 +85,8 @@ def run(params: Params, paths: Paths) -> None:
             with working("train: writing the model and its curves, recording them in MLflow"):
                 training.write(model, state)
                 tracking.record(params, paths, state.run_id)
-            last = state.heldout_curve[-1]["mse"]
-            say(f"train: {state.step} steps, loss {state.loss_curve[-1]['loss']:.4f}, held-out MSE {last:.4f}")
+            loss, mse = state.loss_curve[-1]["loss"], state.heldout_curve[-1]["mse"]
+            say(f"train: {counted(state.step, 'step')}, loss {loss:.4f}, held-out MSE {mse:.4f}")
             shutil.rmtree(training.checkpoints)
 
 
@@ -133,10 +133,15 @@ class Training:
     def counts(self) -> Counts:
         return count(self.net, self.pairs.shape)
 
+    @property
+    def augment(self) -> float:
+        """The probability of each augmentation, which depends on the number of images if it is `auto`."""
+        return self.params.train.augmentation(self.pairs.images)
+
     def run(self) -> tuple[Model, State]:
         """Train to the end; returns the model and the final state."""
         params, options, world, seed = self.params, self.options, self.world, self.params.seed
-        counts, augment = self.counts, options.augmentation(self.pairs.images)
+        counts, augment = self.counts, self.augment
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
         shard_weights = partial(distributed.shard_weights, options=options, world=world)
         state = new_state(self.net, options, self.process.schedule, shard_weights, augmented=augment > 0)
@@ -159,9 +164,9 @@ class Training:
                 say(
                     f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
                     + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
-                    + f", {self.pairs.images} images"
-                    + (f", {options.epochs} epochs ({options.steps} steps)" if options.epochs else "")
-                    + (f", augmented ({augment:g})" if augment else "")
+                    + f", {counted(self.pairs.images, 'image')}"
+                    + (f", {counted(options.epochs, 'epoch')} ({options.steps} steps)" if options.epochs else "")
+                    + (f", augmented with probability {augment:g}" if augment else ", not augmented")
                     + (f", resuming from step {state.step}" if state.step else "")
                 )
                 live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))
@@ -175,7 +180,9 @@ class Training:
             dtype = precision(options, self.device)
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
-            hooks = Hooks(trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live)
+            hooks = Hooks(
+                trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live, counts.flops
+            )
             with progress or nullcontext():
                 loop.train(
                     state, trainer, checkpoints, report=hooks.report, preview=hooks.preview, stop_signal=stop.received
@@ -215,6 +222,7 @@ class Training:
         facts = {
             "steps": state.step,
             "images": state.step * self.params.train.batch_size,
+            "augment": self.augment,
             "parameters": self.counts.parameters,
             "flops_per_image": self.counts.flops,
             "loss": state.loss_curve[-1]["loss"],

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, counted
 from diffusion.progress import say
 from diffusion.storage.files import SUMS, read_checked
 from flows.params import Params
@@ -105,7 +105,7 @@ def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champi
     mean, margin = compare(new, errors)
     told = (
         f"val MSE {mse:.4f}, version {champion}'s is {errors.mean():.4f}; the difference, {mean:+.4g} ± {margin:.2g} "
-        f"(95 %, {len(new)} images)"
+        f"(95 %, {counted(len(new), 'image')})"
     )
     if mean + margin < 0:
         return Verdict(True, f"{told}, is below zero")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion.errors import counted
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import pages
@@ -44,8 +45,8 @@ GLOSSARY = """\
 def training(params: Params, paths: Paths) -> str:
     """The description of a run whose training has no results yet."""
     return (
-        f"Training of {_network(params)} on {_data(params, paths)}: at most {_steps(params, paths):,} steps of "
-        f"{params.train.batch_size:,} images.\n\nNo results have been recorded yet."
+        f"Training of {_network(params)} on {_data(params, paths)}: at most "
+        f"{_steps(_most(params, paths))} of {_images(params)}.\n\nNo results have been recorded yet."
     )
 
 
@@ -108,15 +109,14 @@ def _trained(found: Results, trained_in: str) -> str:
     report, params = found.training, found.params
     size = f" ({report['parameters']:,} parameters)" if "parameters" in report else ""
     steps = report["steps"]
-    most = _steps(params, found.paths)
-    ended = f"{steps:,} steps" + (f" (of at most {most:,})" if steps < most else "")
-    text = (
-        f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of "
-        f"{params.train.batch_size:,} images."
-    )
+    most = _most(params, found.paths)
+    ended = _steps(steps) + (f" (of at most {most:,})" if steps < most else "")
+    text = f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of {_images(params)}."
     text = _capital(text)
     if report.get("kept_step", steps) != steps:
         text += f" The weights are those of step {report['kept_step']:,}, which had the lowest held-out error."
+    if report.get("augment"):
+        text += f" The images were augmented with probability {report['augment']:g}."
     return f"{text} The weights were trained in {trained_in} and are reused here." if trained_in else text
 
 
@@ -124,25 +124,34 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _steps(count: int) -> str:
+    return counted(count, "step", spec=",")
+
+
+def _images(params: Params) -> str:
+    """Those of a batch."""
+    return counted(params.train.batch_size, "image", spec=",")
+
+
 def _network(params: Params) -> str:
     return f"network `{params.network.kind}`"
 
 
-def _images(paths: Paths) -> int:
-    """Number of training images."""
+def _training_images(paths: Paths) -> int:
     manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
     return int(manifest["splits"]["train"]["images"])
 
 
-def _steps(params: Params, paths: Paths) -> int:
-    return params.train.for_images(_images(paths)).steps
+def _most(params: Params, paths: Paths) -> int:
+    """The number of steps, unless training stops early."""
+    return params.train.for_images(_training_images(paths)).steps
 
 
 def _data(params: Params, paths: Paths) -> str:
     channels, name = params.pairs.channels, Path(params.shard.source).stem
     colours = {1: "greyscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
     size = f"{params.pairs.height}x{params.pairs.width}"
-    return f"**{name}**, {_images(paths):,} {colours} images of {size} pixels"
+    return f"**{name}**, {counted(_training_images(paths), f'{colours} image', spec=',')} of {size} pixels"
 
 
 def _figures(report: Mapping[str, float]) -> str:

@@ -39,8 +39,8 @@ def curve(column: str) -> str:
     return f"train/{column}"
 
 
-def figures(stage: str, report: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
-    """The numbers in a stage's report: metrics, and the counts and sizes that become MLflow parameters.
+def figures(stage: str, report: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """The numbers in a stage's report: metrics, and those that become MLflow parameters.
 
     A report `train` gives `train/rollbacks` and `trained.images`, say, and the report's part `export/denoiser`
     `export/denoiser/mse` and `exported.denoiser.pairs`.
@@ -55,7 +55,7 @@ def figures(stage: str, report: Mapping[str, Any]) -> tuple[dict[str, float], di
     return metrics, constants
 
 
-_CONSTANT = ("parameters", "flops_per_image", "steps", "kept_step", "images", "pairs")
+_CONSTANT = ("parameters", "flops_per_image", "steps", "kept_step", "images", "pairs", "augment")
 
 
 def _metric(stage: str, key: str) -> str:

@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import httpx
 import psutil
 import pytest
 
@@ -83,6 +85,43 @@ def services(run: Command) -> Iterator[Command]:
         yield run
     finally:
         run("python", "-m", "flows.services", "down")
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An S3 server with the bucket `images`; gives the environment that finds it."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: _answers(url), 60)
+        httpx.put(f"{url}/images").raise_for_status()
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(tmp_path_factory.mktemp("aws") / "none"),
+        }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def upload(server: Mapping[str, str], path: Path, key: str) -> None:
+    """Upload a file, or a folder with what is in it."""
+    endpoint = {"endpoint_url": server["AWS_ENDPOINT_URL"], "region_name": server["AWS_DEFAULT_REGION"]}
+    s3 = fsspec.filesystem(
+        "s3", key=server["AWS_ACCESS_KEY_ID"], secret=server["AWS_SECRET_ACCESS_KEY"], client_kwargs=endpoint
+    )
+    s3.put(str(path), f"images/{key}", recursive=True)
 
 
 def api(clone: Path, path: str) -> Any:

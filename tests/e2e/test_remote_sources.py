@@ -2,9 +2,8 @@
 
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import chdir
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
@@ -13,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import fsspec
-import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,42 +20,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.command import ddpm
-from tests.e2e.conftest import wait_for
+from tests.e2e.conftest import upload
 from tests.e2e.test_dvc import call, git_clone, ran
-from tests.machine import free_port
 from tests.sources.test_locations import serving
 from tests.sources.test_webdatasets import samples, save
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An S3 server with the bucket `images`; gives the environment that finds it."""
-    url = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: _answers(url), 60)
-        httpx.put(f"{url}/images").raise_for_status()
-        yield {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": str(tmp_path_factory.mktemp("aws") / "none"),
-        }
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +50,6 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         save(folder / "shards" / f"{number:04}.tar", samples(range(10 * number, 10 * number + 10), cls=lambda n: n % 2))
     return folder
-
-
-def upload(server: Mapping[str, str], path: Path, key: str) -> None:
-    """Upload a file, or a folder with what is in it."""
-    endpoint = {"endpoint_url": server["AWS_ENDPOINT_URL"], "region_name": server["AWS_DEFAULT_REGION"]}
-    s3 = fsspec.filesystem(
-        "s3", key=server["AWS_ACCESS_KEY_ID"], secret=server["AWS_SECRET_ACCESS_KEY"], client_kwargs=endpoint
-    )
-    s3.put(str(path), f"images/{key}", recursive=True)
 
 
 def dvc(tree: Path, server: Mapping[str, str], *arguments: str) -> str:
@@ -156,12 +116,26 @@ def test_dvc_notices_a_changed_object(tree: Path, server: dict[str, str], origin
     assert not list((tree / ".ddpm").glob(".remote.*"))
 
 
+def test_dvc_notices_a_change_of_any_file_of_a_folder(tree: Path, server: dict[str, str], originals: Path) -> None:
+    upload(server, originals / "shards", "set")
+    done = ddpm(tree, "import", "s3://images/set", "--name", "own", "--link", "--size", "8", environment=server)
+    assert done.returncode == 0, done.stderr
+    assert ran(dvc(tree, server, "repro", "shard")) == ["shard"]
+    assert changed(tree, server) == {}
+    last = max((originals / "shards").iterdir())
+    upload(server, min((originals / "shards").iterdir()), f"set/{last.name}")
+    assert changed(tree, server) == {"shard": [{"changed deps": {"s3://images/set": "modified"}}]}
+
+
 def test_what_cannot_be_read_or_watched_is_refused(tree: Path, server: dict[str, str], originals: Path) -> None:
     upload(server, originals / "pictures.zip", "own.zip")
     for source, message in (
         ("s3://images/nothing.zip", "no such file or folder"),
         ("s3://nothing/own.zip", "no such file or folder"),
-        ("s3://images/{own,own}.zip", "several files, which DVC cannot watch; leave out --link"),
+        (
+            "s3://images/{own,own}.zip",
+            "several files, which DVC cannot watch; leave out --link to copy them, or name their folder, which",
+        ),
         (
             "memory://own.zip",
             "DVC cannot watch it (config file error: Unsupported URL type memory://); leave out --link",

@@ -43,6 +43,12 @@ def test_the_page_holds_all_figures_and_pictures() -> None:
         "val_mse_low": 0.1246,
         "val_mse_high": 0.1468,
         "bits_per_dim": 4.4321,
+        "bits_per_dim_values": 17,
+        "bits_per_dim_uniform": 4.0875,
+        "bits_per_dim_histogram": 2.9817,
+        "bits_per_dim_pixel_histogram": 2.4300,
+        "bits_per_dim_gain_low": -2.1,
+        "bits_per_dim_gain_high": -1.9,
         "bits_per_dim_exact_images": 16,
         "bits_per_dim_prior": 0.0123,
         "bits_per_dim_diffusion": 3.2109,
@@ -52,8 +58,20 @@ def test_the_page_holds_all_figures_and_pictures() -> None:
         overall, [], dict.fromkeys(PICTURES, b"png"), how="Somehow < 5", variance="analytic", resized="3 & 4 cropped"
     )
     assert "<p>3 &amp; 4 cropped</p>" in page
-    for text in ("4.4321", "0.0123", "3.2109", "1.2098", "<td>16</td>", "Somehow &lt; 5", "reverse step: analytic;"):
+    for text in (
+        "4.4321",
+        "0.0123",
+        "3.2109",
+        "1.2098",
+        "<td>16</td>",
+        "Somehow &lt; 5",
+        "reverse step: analytic;",
+        "over the\n17 values",
+    ):
         assert text in page
+    assert "<strong>worse than the histogram of each pixel (2.4300)</strong>" in page
+    for baseline in ("A uniform distribution", "4.0875", "The histogram of all pixels", "2.9817"):
+        assert baseline in page
     assert page.count('src="data:image/png;base64,cG5n"') == len(PICTURES)
 
 

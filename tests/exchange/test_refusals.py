@@ -17,6 +17,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
         "network": {"kind": "uvit", "conditioning": "token", "base_channels": 16}
     },
     "network.patch_size is 2, but must be 1": {"network": {"patch_size": 2}},
+    "network.fourier_features is (7, 8), but must be []": {"network": {"fourier_features": [7, 8]}},
     "network.classes is true, but must be false": {"network": {"classes": True}},
     "pairs.height is 7, but must be a multiple of 2; pairs.width is 9, but must be a multiple of 2": {
         "pairs": {"height": 7, "width": 9}

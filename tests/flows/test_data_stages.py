@@ -25,7 +25,7 @@ def test_the_pairs_of_the_digits_are_reproducible(digits_tree: Path, params: Par
     for _ in range(2):  # the second run overwrites the results of the first
         shard, pairs = trees.run(digits_tree, "shard"), trees.run(digits_tree, "pairs")
         assert shard.stderr.splitlines()[-1] == (
-            "shard: 1452 train, 163 val, 182 test images in 3 shards, 0 files set aside"
+            "shard: 1452 train, 163 val, 182 test images in 3 shards; 0 files rejected"
         ), shard.stderr
         assert pairs.stderr.splitlines()[-1] == (
             "pairs: 1452 train, 163 val, 182 test images of 1x8x8 in blocks of 64"
@@ -66,8 +66,8 @@ def test_the_contents_of_a_folder_are_summarized(digits_tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     reason = "not an image by its name or content"
     assert [line for line in done.stderr.splitlines() if not re.match(r"shard: \d+/", line)][:-1] == [
-        *(f"shard: set aside: a/note{number}.txt: {reason}" for number in range(5)),
-        "shard: set aside: 2 more, listed in data/shards/manifest.json",
+        *(f"shard: rejected: a/note{number}.txt: {reason}" for number in range(5)),
+        "shard: rejected: 2 more, listed in data/shards/manifest.json",
         "shard: files with several pages or frames, of which only the first is used: 1",
         "shard: exact copies of other images: 1; all copies of an image are in the same split",
         "shard: 2 classes: a 22, b 20",
@@ -102,7 +102,7 @@ def test_a_stage_that_would_lose_most_images_stops(digits_tree: Path) -> None:
         1,
         "ddpm shard: error: data/raw/own: 4 of 44 images cannot be used, more than shard.max_rejected (0.05) allows: "
         "repair or remove them, or increase it; 'a/0.heic' and 3 more: HEIC, which Pillow cannot read; convert it to "
-        "PNG or JPEG; reports/rejected.csv lists all that were set aside\n",
+        "PNG or JPEG; reports/rejected.csv lists all rejected files\n",
     )
     assert (reports / "rejected.csv").read_text().count(".heic") == 4
     assert ([*shards.iterdir()], [path.name for path in reports.iterdir()]) == ([], ["rejected.csv"])

@@ -85,16 +85,17 @@ def test_classes_and_splits_are_printed(tree: Path) -> None:
     done = run(tree, "flows", "import", "set", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
-        "Imported 5 images (2 val, 3 train); the shard stage will decode them.\n"
+        "Imported 5 images (2 val, 3 train), for the shard stage to decode.\n"
         "Classes: 2 classes: cat 3, dog 2\n"
         "Splits: train is Train/ of the source, val is valid/ of the source, test is taken from train by a hash of the "
         "pixels\n"
-        "Set aside: Train/dog/notes.txt: not an image by its name or content\n"
-        "Set aside: cover.png: outside the folders of the splits\n"
+        "Rejected: Train/dog/notes.txt: not an image by its name or content\n"
+        "Rejected: cover.png: outside the folders of the splits\n"
         "The shard stage will stop: set: 1 of 6 images cannot be used, more than shard.max_rejected (0.05) allows: "
         "repair or remove them, or increase it; 'cover.png': outside the folders of the splits\n"
         "Pixels: 3x3, greyscale (5 images looked at); at 3x3, none is cropped or enlarged\n"
-        "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them\n\n"
+        "Contact sheet: .ddpm/imports/own.png shows some images as the network will see them; `ddpm params pairs` "
+        "lists what changes that\n\n"
     )
     copy = tree / "data" / "raw" / "own"
     assert {str(path.relative_to(copy)) for path in copy.rglob("*.png")} == {
@@ -200,6 +201,24 @@ def test_invalid_imports_give_one_line_and_leave_nothing(tree: Path, path: str, 
     assert status(tree) == before
 
 
+def test_outside_of_the_pipeline_nothing_is_created(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    done = run(tmp_path / "outside", "flows", "import", str(tree / "elsewhere"), "--name", "own")
+    message = "ddpm import: error: .dvc: no such folder here; run this in the pipeline's folder\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_names_of_classes_are_printed_in_one_line(tree: Path) -> None:
+    for name in ("cat\nand dog", "fox\x1b[31m"):
+        (tree / "set" / name).mkdir(parents=True)
+        Image.new("L", (3, 3), 7).save(tree / "set" / name / "1.png")
+    done = run(tree, "flows", "import", "set", "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert "\nClasses: 2 classes: cat\\nand dog 1, fox\\x1b[31m 1\n" in done.stdout
+    assert "\nThe shard stage will stop: set: only 2 images; add some, since train, val and test need" in done.stdout
+
+
 def test_if_dvc_fails_its_error_is_shown_and_nothing_is_left(tree: Path) -> None:
     before = status(tree)
     (tree / ".dvc" / "config").write_text("no section\n")
@@ -289,4 +308,4 @@ def test_a_name_that_dvc_cannot_track_is_named(tree: Path) -> None:
 def test_files_looked_at_that_cannot_be_read_are_told(tree: Path) -> None:
     (tree / "elsewhere" / "a" / "9.png").write_bytes(b"damaged")
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
-    assert "; 1 of those looked at cannot be read, such as a/9.png: not an image" in done.stdout
+    assert " looked at, of which 1 cannot be read, such as a/9.png: not an image" in done.stdout

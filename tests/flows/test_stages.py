@@ -49,6 +49,7 @@ def test_outputs_of_train(whole_tree: Path) -> None:
     report = json.loads((whole_tree / "reports/train.json").read_text())
     assert report["steps"] == 40
     assert report["images"] == 40 * 32
+    assert report["augment"] == 0  # `auto`, of many images
     loss = read_csv(whole_tree / "reports/train_curves/loss.csv")
     assert [row["step"] for row in loss] == [15, 30, 40]
     assert loss[-1]["loss"] < loss[0]["loss"]
@@ -62,7 +63,7 @@ def test_outputs_of_train(whole_tree: Path) -> None:
     assert model.shape == (1, 8, 8)
     # The saved model has the EMA weights of the last held-out measurement.
     heldout = Pairs(Paths(whole_tree).pairs, "val")
-    mse = quick_mse(model, heldout, torch.device("cpu"), lambda: None)
+    mse = quick_mse(model, heldout, torch.device("cpu"), lambda: None).mse
     assert mse == pytest.approx(report["heldout_mse"], rel=1e-6)
     assert not any((whole_tree / ".ddpm/checkpoints").glob("*/"))
 
@@ -147,7 +148,8 @@ def test_the_stages_support_other_choices(pairs_tree: Path, tmp_path: Path) -> N
     for stage in ("pairs", "train", "evaluate", "export"):
         done = trees.run(tree, stage)
         assert done.returncode == 0, done.stderr
-        assert (" images, augmented (0.3)\n" in done.stderr) == (stage == "train")
+        assert (" images, augmented with probability 0.3\n" in done.stderr) == (stage == "train")
+    assert json.loads((tree / "reports/train.json").read_text())["augment"] == 0.3
     report = json.loads((tree / "reports/evaluate.json").read_text())
     assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
     assert report["bits_per_dim_prior"] == 0  # zero terminal SNR: nothing of the image remains

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.samples import grid_png
-from diffusion.sources.aside import Remark
 from diffusion.sources.duplicates import Between
+from diffusion.sources.rejections import Remark
 from diffusion.sources.shards import MANIFEST, Contents, Manifest
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import SPLITS, Split
@@ -110,10 +110,12 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     exported = {"denoiser": {"mse": 0.25}, "sampler": {"images": 64}, "int8": {"mse": 0.255, "loss": 0.02}}
     sizes = {"denoiser": 3_000_000, "sampler": 3_170_000, "sampler_int8": 1_000_000}
     write_json(tmp_path / "reports" / "export.json", exported | {"bytes": sizes})
+    write_json(tmp_path / "reports" / "train.json", {"augment": 0.12})
     write_manifest(tmp_path / "data" / "shards")
     text = report.markdown(tmp_path, finished("two", METRICS), finished("one", METRICS | {"mse": 0.3}))
-    assert "- 8 train, 1 val, 1 test images\n- set aside: 2, damaged\n- set aside: 1, HEIC\n- near-duplicates: " in text
-    assert "- near-duplicates: 3 of test resemble one of train\n- all of this with pictures: `" in text
+    assert "- 8 train, 1 val, 1 test images\n- rejected: 2, damaged\n- rejected: 1, HEIC\n- near-duplicates: " in text
+    assert "- near-duplicates: 3 of test resemble one of train\n- augmented in training with probability 0.12\n" in text
+    assert "\n- all of this with pictures: `" in text
     assert "| held-out MSE | 0.2500 | 0.2000 to 0.3000 | 0.3000 | -0.05 |" in text
     assert "| test images | 190 |  | 190 | +0 |" in text
     assert "| bits/dim (bound) | 4.5000 | 4.4020 to 4.5980 | 4.5000 | +0 |" in text
@@ -123,12 +125,14 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     assert "| sampler.onnx | 3.17 | 0.2500 |  |\n| sampler_int8.onnx | 1.00 | 0.2550 | +2.00% |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text
     assert "[Open in MLflow](http://m/run)" in text
+    write_json(tmp_path / "reports" / "train.json", {"augment": 0.0})
     alone = report.markdown(tmp_path, replace(finished("two", METRICS | {"new_figure": 0.5}), mlflow=""), None)
     assert (
         "| metric | value | 95 % interval |\n| --- | --- | --- |\n| held-out MSE | 0.2500 | 0.2000 to 0.3000 |" in alone
     )
     assert "| new_figure | 0.5000 |" in alone
     assert "`ddpm track two`" in alone
+    assert "\n- not augmented in training\n" in alone
 
 
 def test_a_picture_of_noise_is_shrunk_until_prefect_can_keep_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ OPTIONS: dict[str, object] = {
     "conditioning": "film",
     "head_channels": 8,
     "patch_size": 1,
+    "fourier_features": [],
     "dropout": 0.0,
     "classes": False,
     "convention": "ddpm",

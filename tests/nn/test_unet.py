@@ -37,6 +37,19 @@ def test_padding_inside_is_the_same_as_zeros_around_the_image(convention: str) -
     torch.testing.assert_close(odd(x_t, t), even(padded, t)[:, :, :7, :9])
 
 
+def test_fourier_features_are_waves_of_the_noisy_image() -> None:
+    plain, other = (network((2, 4, 6), "unet", "film", fourier_features=exponents) for exponents in ([], [0, 3]))
+    assert (plain.stem[1].in_channels, other.stem[1].in_channels) == (2, 10)
+    x = noise(3, 2, 4, 6)
+    channels = [x, *(wave(k * torch.pi * x) for k in (1, 8) for wave in (torch.sin, torch.cos))]
+    torch.testing.assert_close(other.fourier(x), torch.cat(channels, dim=1))
+    assert plain.fourier(x).equal(x)
+    seen = []
+    other.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    other(x, torch.tensor([0, 1, 2]))
+    assert seen[0].equal(other.fourier(x))
+
+
 def test_conventions_share_their_weights_but_not_their_output() -> None:
     ddpm, diffusers = (randomize(network((1, 8, 8), "unet", "film", convention=name)) for name in ("ddpm", "diffusers"))
     x_t, t = noise(1, 1, 8, 8), torch.tensor([3])

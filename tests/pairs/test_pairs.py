@@ -3,11 +3,10 @@
 import io
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pytest
@@ -16,9 +15,10 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.pairs import pairs as module
+from diffusion.pairs.blocks import PART_BYTES
 from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Batches, Manifest, Pairs, Settings, write
-from diffusion.storage.executors import OWN_PROCESS, Executor
+from diffusion.storage.executors import OWN_PROCESS, Executor, OwnProcess
 from diffusion.storage.processes import Processes
 from diffusion.storage.tar import SPLITS, Split
 
@@ -40,10 +40,28 @@ class Noise:
     def __len__(self) -> int:
         return self.n
 
-    def reader(self, index: int) -> tuple[Callable[[], Image.Image], int | None]:
-        pixels = np.random.default_rng(index).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        pixels[0, 0, 0] = index
-        return partial(Image.fromarray, pixels), index if index else None
+    def reader(self, index: int) -> "Numbered":
+        return Numbered(index)
+
+
+class Numbered(NamedTuple):
+    """The random image with a number."""
+
+    number: int
+    size: int = PART_BYTES // 3
+    here: bool = True
+
+    @property
+    def label(self) -> int | None:
+        return self.number or None
+
+    def carried(self) -> Self:
+        return self._replace(here=False)
+
+    def read(self) -> Image.Image:
+        pixels = np.random.default_rng(self.number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        pixels[0, 0, 0] = self.number
+        return Image.fromarray(pixels)
 
 
 def make(directory: Path, settings: Settings = SETTINGS, executor: Executor = OWN_PROCESS) -> Manifest:
@@ -65,6 +83,29 @@ def numbers(x_0: NDArray[Any]) -> list[int]:
     return [round(float(v)) for v in (first if x_0.dtype == np.uint8 else (first + 1) * 127.5)]
 
 
+class Elsewhere(OwnProcess):
+    """A machine without the images."""
+
+    shares_files = False
+    tasks = 0
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Iterable[Any], size: Callable[[Any], int]
+    ) -> Generator[tuple[Any, Any]]:
+        for task in tasks:
+            assert not any(image.here for image in task.images)
+            assert PART_BYTES < size(task) < 2 * PART_BYTES or len(task.images) < 4
+            Elsewhere.tasks += 1
+            yield task, function(task)
+
+
+def test_a_machine_without_the_images_gets_parts_of_blocks(tmp_path: Path, directory: Path) -> None:
+    make(tmp_path / "again", executor=Elsewhere())
+    assert Elsewhere.tasks == sum(-(-size // 4) for n in SIZES.values() for size in [64] * (n // 64) + [n % 64])
+    for path in directory.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("executor", [OWN_PROCESS, Processes(2), Processes(3)], ids=str)
 def test_same_images_same_bytes(tmp_path: Path, directory: Path, executor: Executor) -> None:
     make(tmp_path / "again", executor=executor)
@@ -82,8 +123,8 @@ def test_every_image_is_there_once_with_its_label(directory: Path, split: Split)
     for block in range(pairs.blocks):
         x_0 = pairs.x_0(block)
         for image, number, label in zip(x_0, numbers(x_0), pairs.labels(block), strict=True):
-            read, _ = Noise(256).reader(number)
-            np.testing.assert_array_equal(image.transpose(1, 2, 0), np.asarray(read()))
+            read = Noise(256).reader(number).read()
+            np.testing.assert_array_equal(image.transpose(1, 2, 0), np.asarray(read))
             assert label == (number or -1)
         seen += numbers(x_0)
     assert sorted(seen) == list(range(SIZES[split]))

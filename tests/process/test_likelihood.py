@@ -1,6 +1,8 @@
 """The bound against an independent implementation from the paper, and against the likelihood of Gaussian data."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +127,15 @@ def test_the_decoders_masses_over_all_bins_add_up_to_one(mean: float, std: float
     assert nll.exp().reciprocal().sum().item() == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.parametrize("levels", [[-1.0], [-1.0, 1.0], [-0.9, -0.1, 0.0, 0.7]])
+def test_bins_of_few_values_meet_halfway(levels: list[float]) -> None:
+    values = torch.tensor(levels, dtype=torch.float64)
+    x_0 = values[:, None, None, None]
+    nll = likelihood.decoder_nll(x_0, torch.full_like(x_0, 0.2), torch.full_like(x_0, 0.25), values)
+    edges = [-np.inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), np.inf]
+    np.testing.assert_allclose(nll.flatten(), -np.log(np.diff(stats.norm(0.2, 0.5).cdf(edges))), rtol=1e-9)
+
+
 def test_the_decoders_bins_are_2_255_wide_and_open_at_the_ends() -> None:
     normal = stats.norm(0.2, 0.5)
     values = BINS.flatten().numpy()
@@ -169,6 +180,8 @@ def test_the_bound_uses_the_estimate_kept_in_range() -> None:
 def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) -> tuple[Tensor, float]:
     """Terms at every t, (T,), for N(0, std^2) and its optimal denoiser; and L_T less the data's own likelihood.
 
+    The data are quantiles, each in a bin of its own.
+
     The denoiser is linear, so that all terms but L_0 depend only on second moments; noise and data are constructed to
     match them exactly, without sampling error.
     """
@@ -177,11 +190,13 @@ def gaussian_terms(variance: str, T: int, std: float = 0.2, values: int = 4000) 
     found = bound(made, net, variance, gaussian_x_0_mse(made.schedule, std))
     x_0 = torch.special.ndtri((torch.arange(values, dtype=torch.float64) + 0.5) / values)
     x_0 = x_0 / x_0.square().mean().sqrt()
+    found = replace(found, values=std * x_0)
     eps = randn(T, 1, 1, values)
     eps = eps - (eps * x_0).mean(dim=-1, keepdim=True) * x_0
     eps = eps / eps.square().mean(dim=-1, keepdim=True).sqrt()
     terms = found.term((std * x_0).expand(T, 1, 1, -1), torch.arange(T), eps)
-    nll = -stats.norm(0, std).logpdf(std * x_0.numpy()).mean() / math.log(2) - math.log2(2 / 255)
+    edges = np.concatenate([[-np.inf], (x_0[1:] + x_0[:-1]).numpy() / 2, [np.inf]])
+    nll = -np.log2(np.diff(stats.norm.cdf(edges))).mean()
     return terms, float(likelihood.prior(made.schedule, std * x_0.view(1, 1, 1, -1)) - nll)
 
 

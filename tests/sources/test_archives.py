@@ -94,7 +94,7 @@ def test_names_that_lead_out_of_the_archive_are_rejected(
 ) -> None:
     names = ["cat/1.png", "../out.png", "cat/../../out.png"]
     source = open_source(save(tmp_path / ("a.zip" if save is save_zip else "a.tar"), contents(names)))
-    found = {sample.file: sample.left_out for sample in source}
+    found = {sample.file: sample.rejected for sample in source}
     assert found.pop("cat/1.png") is None
     assert len(found) == 2
     assert set(found.values()) == {"its name is empty, or leads out of the archive"}
@@ -128,8 +128,8 @@ def reasons(path: Path) -> dict[str, str]:
     found = {}
     for sample in open_source(path):
         try:
-            found[sample.file] = sample.left_out or ""
-            if not sample.left_out:
+            found[sample.file] = sample.rejected or ""
+            if not sample.rejected:
                 sample.decode()
         except Exception as error:
             found[sample.file] = f"{type(error).__name__}: {error}"

@@ -84,15 +84,28 @@ def test_clipped_values_are_warned_of_and_others_than_numbers_refused(tmp_path: 
     ("shape", "layout", "right"),
     [
         ((2, 6, 8, 3), "auto", "channels-last"),
-        ((2, 3, 6, 8), "auto", "channels-first"),
-        ((2, 1, 6, 8), "auto", "channels-first"),
-        ((2, 4, 4, 4), "auto", "channels-last"),
-        ((2, 13, 16, 16), "auto", "channels-first"),
+        ((2, 32, 32, 3), "auto", "channels-last"),
+        ((2, 64, 64, 13), "auto", "channels-last"),
         ((2, 16, 16, 13), "auto", "channels-last"),
+        ((2, 12, 14, 6), "auto", "channels-last"),
+        ((2, 4, 4, 3), "auto", "channels-last"),  # four channels of 4x3 pixels are less plausible
+        ((2, 3, 4, 4), "auto", "channels-first"),
+        ((2, 3, 6, 8), "auto", "channels-first"),
+        ((2, 3, 32, 32), "auto", "channels-first"),
+        ((2, 1, 28, 28), "auto", "channels-first"),
+        ((2, 4, 64, 64), "auto", "channels-first"),
+        ((2, 13, 64, 64), "auto", "channels-first"),
+        ((2, 13, 16, 16), "auto", "channels-first"),
+        ((2, 6, 12, 14), "auto", "channels-first"),
         ((2, 6, 8, 8), "channels-last", "channels-last"),
         ((2, 6, 5, 5), "channels-first", "channels-first"),
+        ((2, 10, 12, 13), "auto", None),
+        ((2, 13, 12, 10), "auto", None),
+        ((2, 7, 12, 14), "auto", None),
         ((2, 6, 5, 5), "auto", None),
         ((2, 8, 8, 8), "auto", None),
+        ((2, 4, 4, 4), "auto", None),
+        ((2, 3, 32, 3), "auto", None),
         ((2, 1, 5, 3), "auto", None),
     ],
 )
@@ -124,7 +137,7 @@ def test_four_channels_are_alpha_in_8_bits_only(tmp_path: Path) -> None:
 def test_channels_survive_the_shards(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (40, 5, 6, 7), dtype=np.uint8)
     images[39] = images[0]
-    source = Arrays(save(tmp_path / "a.npy", images))
+    source = Arrays(save(tmp_path / "a.npy", images), Reading(layout="channels-first"))
     (tmp_path / "shards").mkdir()
     manifest = shards.write(source, "a", tmp_path / "shards", Fractions(0.2, 0.2), 100)
     assert manifest.copies == 1

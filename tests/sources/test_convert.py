@@ -2,14 +2,15 @@
 
 import io
 import os
+import pickle
 import signal
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,7 @@ def table(path: Path) -> None:
 
 
 def arrays(path: Path) -> None:
-    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (COUNT, 4, 5, 3), dtype=np.uint8))
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8))
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
@@ -107,13 +108,50 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path, name: str, monkeyp
         assert expected == written(open_source(tmp_path / name), tmp_path / f"{images}", Processes(workers))
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Another machine, which does not have the images."""
+
+    images: Path
+    shares_files: ClassVar[bool] = False
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Iterable[Any], _: Callable[[Any], int]
+    ) -> Generator[tuple[Any, Any]]:
+        for task in tasks:
+            sent = pickle.dumps(partial(function, task))
+            hidden = self.images.rename(self.images.with_name("hidden"))
+            result = pickle.loads(sent)()
+            hidden.rename(self.images)
+            yield task, result
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_same_bytes_on_a_machine_without_the_images(tmp_path: Path, name: str) -> None:
+    MAKERS[name](tmp_path / name)
+    expected = written(open_source(tmp_path / name), tmp_path / "expected", OWN_PROCESS)
+    assert expected == written(open_source(tmp_path / name), tmp_path / "there", Elsewhere(tmp_path / name))
+
+
+def test_files_that_cannot_be_sent_are_named(tmp_path: Path) -> None:
+    folder(tmp_path / "pictures")
+    source, large = open_source(tmp_path / "pictures"), tmp_path / "pictures" / "b" / "43.img"
+    with large.open("ab") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(UserError, match=rf"^{large}: 1073741825 bytes, too many to send to a Dask worker; unset DDPM"):
+        written(source, tmp_path / "there", Elsewhere(tmp_path / "pictures"))
+    large.unlink()
+    with pytest.raises(SystemFault, match=rf"^{large}: cannot be read \(No such file or directory\)"):
+        written(source, tmp_path / "again", Elsewhere(tmp_path / "pictures"))
+
+
 def test_tasks_are_limited_in_number_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays(tmp_path / "a.npz")
-    source, size = open_source(tmp_path / "a.npz"), 4 * 5 * 3
+    source, size = open_source(tmp_path / "a.npz"), 6 * 5 * 3
     for images, limit, expected in ((20, 2**20, [20, 20, 5]), (64, 10 * size, [10, 10, 10, 10, 5]), (64, 1, [1] * 45)):
         monkeypatch.setattr(convert, "CHUNK", images)
         monkeypatch.setattr(convert, "CHUNK_BYTES", limit)
-        assert [len(chunk) for chunk in convert._chunks(source)] == expected
+        assert [len(chunk) for chunk in convert._chunks(source, True)] == expected
 
 
 @dataclass

@@ -90,7 +90,7 @@ def test_new_names_and_new_images_move_nothing(tmp_path: Path) -> None:
     assert {f"renamed-{name}": split for name, split in before.items()}.items() <= after.items()
 
 
-def test_a_copy_of_an_own_test_image_is_left_out_and_one_of_val_goes_to_val(tmp_path: Path) -> None:
+def test_a_copy_of_an_own_test_image_is_rejected_and_one_of_val_goes_to_val(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for index in range(30):
         picture(source / "train" / f"{index}.png", index)

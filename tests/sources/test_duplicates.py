@@ -75,6 +75,46 @@ def test_the_nearest_are_found_and_numbered_as_the_images_are() -> None:
     assert found["val", "test"].pairs == [(0, 1, 1), (0, 0, 2)]
 
 
+def many(kind: str) -> tuple[list[bytes], list[bytes]]:
+    """Hashes of two splits."""
+    train = hashes(300)
+    if kind == "random":  # and one near-duplicate at each distance
+        return train, [changed(train[bits], bits) for bits in range(30)] + hashes(200)
+    if kind == "ties":  # the first of the nearest counts
+        return train * 2, [changed(train[number], number % 5) for number in range(100)]
+    if kind == "equal":
+        return [train[0]] * 40, [train[0]] * 50
+    if kind == "a part":  # all agree in one part of the bits, whichever it is
+        values = np.unpackbits(np.frombuffer(b"".join(train), np.uint8)).reshape(-1, 256)
+        values[:, int(RNG.integers(17)) :: 17] = 0
+        train = [np.packbits(each).tobytes() for each in values]
+        return train, [changed(each, 10) for each in train]
+    spread = list[bytes]()  # a bit in each part but one
+    for each in train[:170]:
+        values = np.unpackbits(np.frombuffer(each, np.uint8))
+        for part in {*range(17)} - {len(spread) % 17}:
+            values[RNG.choice(np.arange(part, 256, 17))] ^= 1
+        spread.append(np.packbits(values).tobytes())
+    return train, spread
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "a part", "spread"])
+@pytest.mark.parametrize(("pairs", "share"), [(1, 1.0), (100, 1.0), (2**18, 1 / 200), (2**18, 0.0)])
+def test_those_found_are_those_of_comparing_all(
+    monkeypatch: pytest.MonkeyPatch, kind: str, pairs: int, share: float
+) -> None:
+    monkeypatch.setattr(duplicates, "PAIRS", pairs)
+    monkeypatch.setattr(duplicates, "MAX_SHARE", share)
+    train, val = many(kind)
+    a, b = (np.unpackbits(np.frombuffer(b"".join(each), np.uint8)).reshape(-1, 256) for each in (train, val))
+    distance = (a[None] != b[:, None]).sum(axis=2)  # (val, train)
+    nearest, bits = distance.argmin(axis=1), distance.min(axis=1)
+    expected = sorted((bits[number], number) for number in range(len(val)) if bits[number] <= MAX_BITS)
+    (found,) = duplicates.search({"train": collected([*train]), "val": collected([*val]), "test": Hashes()})
+    assert found.images == len(expected) > 0
+    assert found.pairs == [(nearest[number], number, fewest) for fewest, number in expected[:SHOWN]]
+
+
 def test_all_are_counted_but_few_are_named() -> None:
     train = hashes(3)
     val = [changed(train[number % 3], number % 4) for number in range(50)]

@@ -120,7 +120,7 @@ def test_images_outside_of_the_splits_are_refused_by_name(tmp_path: Path) -> Non
     source = folder(tmp_path, "train/a/1.png", "test/a/2.png", "sample.png", "README.txt")
     outside = [sample for sample in source if sample.split is None]
     assert [sample.file for sample in outside] == ["sample.png"]
-    assert outside[0].left_out == "outside the folders of the splits"
+    assert outside[0].rejected == "outside the folders of the splits"
 
 
 def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_is_no_image_is_known_before_it_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "a" / "picture.png").rename(tmp_path / "a" / "picture")
     (tmp_path / "a" / "2.nef").write_bytes(b"")
     source = open_source(tmp_path)
-    assert {sample.file: sample.left_out for sample in source} == {
+    assert {sample.file: sample.rejected for sample in source} == {
         "a/1.png": None, "a/2.nef": "camera raw; develop it to TIFF, PNG or JPEG first",
         "a/notes.txt": "not an image by its name or content", "a/picture": None,
     }  # fmt: skip
@@ -261,7 +261,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("link", ["train/dog", "train/dog/1.png", "val", "test", "cover.png", "x.png"])
-def test_a_link_to_nowhere_is_not_left_out(tmp_path: Path, link: str) -> None:
+def test_a_link_to_nowhere_is_not_rejected(tmp_path: Path, link: str) -> None:
     """Otherwise a class or a split would be missing."""
     save(tmp_path / "train" / "cat" / "1.png")
     (tmp_path / link).parent.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def test_a_link_to_nowhere_is_not_left_out(tmp_path: Path, link: str) -> None:
         found(folder(tmp_path))
 
 
-def test_pipes_are_left_out(tmp_path: Path) -> None:
+def test_pipes_are_rejected(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")

@@ -30,7 +30,7 @@ def pictures(folder: Path, *names: str) -> Path:
 def labelled(folder: Path) -> dict[str, str | None]:
     source = open_source(folder)
     return {
-        sample.file: sample.left_out or (None if sample.label is None else source.classes[sample.label])
+        sample.file: sample.rejected or (None if sample.label is None else source.classes[sample.label])
         for sample in source
     }
 
@@ -72,7 +72,6 @@ def test_files_that_are_not_there_are_reported(tmp_path: Path) -> None:
     [
         ("metadata.csv", "file_name,text\n1.png,a cat\n"),
         ("metadata.csv", "file_name,label\ncat/1.png,\ndog/2.png,\n"),
-        ("metadata.csv", "file_name,label\n1,x\n2,y\n"),  # names without their ending
         ("labels.csv", "ClassId,Name\n0,cat\n"),
         ("labels.csv", "id,breed\n1,poodle\n"),
         ("dataset.json", '{"labels": null}'),
@@ -138,7 +137,7 @@ def test_a_table_above_or_beside_the_images_counts(tmp_path: Path, place: str) -
 def test_a_table_of_some_images_in_folders_is_refused(tmp_path: Path) -> None:
     pictures(tmp_path, "train/cat/1.png", "test/cat/2.png")
     (tmp_path / "train" / "metadata.csv").write_text("file_name,label\ncat/1.png,x\n")
-    with pytest.raises(UserError, match=r"labels 1 images, but not test/cat/2.png, whose folder could be its class"):
+    with pytest.raises(UserError, match=r"labels 1 image, but not test/cat/2.png, whose folder could be its class"):
         open_source(tmp_path)
 
 
@@ -186,4 +185,19 @@ def test_a_table_that_is_no_text_gets_one_line(tmp_path: Path) -> None:
     pictures(tmp_path, "1.png")
     (tmp_path / "metadata.csv").write_bytes("file_name,label\n1.png,ä\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"metadata.csv: not UTF-8 text \(byte 0\); save it as UTF-8"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,label\n1,x\n2,y\n"),  # names without their ending
+        ("labels.csv", "image,class\n1,x\n"),
+        ("dataset.json", '{"labels": [["1", 6]]}'),
+    ],
+)
+def test_labels_of_other_files_are_not_ignored(tmp_path: Path, name: str, text: str) -> None:
+    pictures(tmp_path, "cat/1.png", "dog/2.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: names only files that are not there, such as 1; correct the names"):
         open_source(tmp_path)

@@ -129,12 +129,19 @@ def test_bytes_alone_and_no_labels(tmp_path: Path) -> None:
 
 def test_an_image_of_which_only_the_path_is_there_is_rejected(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    parquet.write_table(
-        pa.table({"image": pa.array([{"bytes": None, "path": "/etc/a.png"}], kind)}), tmp_path / "a.parquet"
-    )
-    (sample,) = open_source(tmp_path / "a.parquet")
-    with pytest.raises(Exception, match="its bytes are not in the file, only its path"):
-        sample.decode()
+    images = pa.array([{"bytes": None, "path": "/etc/a.png"}, None, {"bytes": png(0), "path": None}], kind)
+    parquet.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    assert [sample.rejected for sample in open_source(tmp_path / "a.parquet")] == [
+        "its bytes are not in the file, only its path; save the data set with its images",
+        "its row has no image",
+        None,
+    ]
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: contains no images$"):
+        open_source(tmp_path / "a.parquet")
 
 
 def test_what_cannot_be_used_gets_one_line(tmp_path: Path) -> None:

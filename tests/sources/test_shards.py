@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.errors import UserError
-from diffusion.sources.aside import Unusable
+from diffusion.errors import UserError, counted
+from diffusion.sources.descriptions import describe_classes, describe_sizes
+from diffusion.sources.rejections import TooFewImages
 from diffusion.sources.shards import MANIFEST, Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
@@ -197,7 +198,7 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "bomb.png").write_bytes(bomb())
     Image.new("F", (3, 3)).save(tmp_path / "source" / "float.tif")
-    with pytest.raises(UserError, match=r"name: none of its 2 images can be used; the first: bomb\.png: "):
+    with pytest.raises(UserError, match=r"name: 2 images, of which none can be used; the first: bomb\.png: "):
         shard(tmp_path / "source", tmp_path / "shards")
 
 
@@ -205,18 +206,31 @@ def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     ("images", "fractions", "message"),
     [
         (
-            1,
-            (0.1, 0.1),
-            "the 1 images fell into the split val; add images, since train, val and test need at least one",
+            9,
+            (0.001, 0.5),
+            "split val; increase shard.val_fraction, or add images",
         ),
-        (9, (0.001, 0.5), "the 9 images fell into the split val; increase shard.val_fraction, or add images"),
-        (9, (0.5, 0.001), "the 9 images fell into the split test; increase shard.test_fraction, or add images"),
-        (9, (0.5, 0.499), "the 9 images fell into the split train; decrease shard.val_fraction or shard.test_fraction"),
+        (
+            9,
+            (0.5, 0.001),
+            "split test; increase shard.test_fraction, or add images",
+        ),
+        (
+            9,
+            (0.5, 0.499),
+            "split train; decrease shard.val_fraction or shard.test_fraction",
+        ),
     ],
 )
 def test_an_empty_split_is_an_error(tmp_path: Path, images: int, fractions: tuple[float, float], message: str) -> None:
-    with pytest.raises(Unusable, match=f"^name: none of {message}"):
+    with pytest.raises(TooFewImages, match=f"^name: {counted(images, 'image')}, of which none fell into the {message}"):
         shard(npz(tmp_path / "a.npz", images), tmp_path / "shards", fractions=Fractions(*fractions))
+
+
+@pytest.mark.parametrize(("images", "counted"), [(1, "1 image"), (2, "2 images")])
+def test_fewer_images_than_splits_are_an_error(tmp_path: Path, images: int, counted: str) -> None:
+    with pytest.raises(TooFewImages, match=f"^name: only {counted}; add some, since train, val and test need at least"):
+        shard(npz(tmp_path / "a.npz", images), tmp_path / "shards")
 
 
 def test_an_own_split_without_a_usable_image_is_an_error(tmp_path: Path, pictures: Path) -> None:
@@ -224,7 +238,7 @@ def test_an_own_split_without_a_usable_image_is_an_error(tmp_path: Path, picture
     (pictures / "b").rename(pictures / "val")
     for path in (pictures / "val").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(Unusable, match=r"^name: no image of the source's split val \(val/\) can be used$"):
+    with pytest.raises(TooFewImages, match=r"^name: no image of the source's split val \(val/\) can be used$"):
         shard(pictures, tmp_path / "shards")
 
 
@@ -285,3 +299,23 @@ def test_a_manifest_states_its_format(tmp_path: Path) -> None:
         match=r"manifest\.json: not in format 1, .*: format: input should be 1 \(got 2\)$",
     ):
         Manifest.read(directory / MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "right"),
+    [
+        ((8, 6), (8, 6), "8x6"),
+        ((1, 1), (4000, 4000), "1 to 4000 wide and 1 to 4000 high"),  # of 4000x1 and 1x4000; none has 4000x4000
+        ((320, 240), (640, 240), "320 to 640 wide and 240 high"),
+        ((320, 240), (320, 480), "320 wide and 240 to 480 high"),
+    ],
+)
+def test_sizes_are_described_by_axis(smallest: tuple[int, int], largest: tuple[int, int], right: str) -> None:
+    assert describe_sizes(smallest, largest) == right
+
+
+def test_one_of_a_kind_is_described_in_the_singular() -> None:
+    assert describe_classes((), (), 1) == "no classes, 1 image"
+    assert describe_classes((), (), 2) == "no classes, 2 images"
+    assert describe_classes(("cat",), (1,), 2) == "1 class: cat 1; 1 image without a class"
+    assert describe_classes(("cat", "dog"), (1, 3), 6) == "2 classes: cat 1, dog 3; 2 images without a class"

@@ -87,7 +87,7 @@ def test_an_idx_file_of_another_kind_is_named(tmp_path: Path) -> None:
 def test_idx_labels_that_do_not_match_are_named(tmp_path: Path) -> None:
     folder = mnist(tmp_path / "m")
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([1, 2, 3], np.uint8)))
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte: 3 labels for the 2 images of"):
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte: 3 labels for 2 images of"):
         open_source(folder)
 
 
@@ -102,7 +102,7 @@ def test_idx_files_without_labels_or_test_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("channels", "mode"), [((), "L"), ((1,), "L"), ((3,), "RGB"), ((4,), "RGBA")])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz(tmp_path: Path, channels: tuple[int, ...], mode: str, compressed: bool) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, *channels), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 5, *channels), dtype=np.uint8)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", images=images, labels=[5, 3, 5])
     source = open_source(tmp_path / "a.npz")
     assert isinstance(source, Arrays)
@@ -188,4 +188,4 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(buffer, "EPS")
     (tmp_path / "a.eps").write_bytes(buffer.getvalue())
     (sample,) = open_source(tmp_path)
-    assert sample.left_out == "EPS, which Pillow cannot read; convert it to PNG or JPEG"
+    assert sample.rejected == "EPS, which Pillow cannot read; convert it to PNG or JPEG"

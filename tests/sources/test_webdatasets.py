@@ -95,8 +95,8 @@ def test_the_first_image_of_several_counts_and_a_sample_without_is_rejected(tmp_
     picture = first.decode()
     np.testing.assert_array_equal(np.asarray(picture.image), PIXELS[1])
     assert picture.warnings == ("the first image of its sample is used, not x/1.mask.png",)
-    assert first.left_out is None
-    assert (second.file, second.left_out) == ("a.tar: x/2.cls", "not an image, or of a kind that Pillow cannot read")
+    assert first.rejected is None
+    assert (second.file, second.rejected) == ("a.tar: x/2.cls", "not an image, or of a kind that Pillow cannot read")
 
 
 def test_our_own_shards_are_a_source(pairs_tree: Path) -> None:
@@ -135,9 +135,9 @@ def test_a_tar_file_without_labels_of_samples_is_a_folder(tmp_path: Path, others
 def test_a_sample_whose_label_cannot_be_read_is_rejected(tmp_path: Path, wrong: bytes) -> None:
     path = save(tmp_path / "a.tar", samples(range(2), json=lambda number: wrong if number else {"label": 5}))
     first, second = open_source(path)
-    assert (first.label, first.left_out) == (0, None)
-    assert second.left_out is not None
-    assert second.left_out.startswith("its label cannot be read (")
+    assert (first.label, first.rejected) == (0, None)
+    assert second.rejected is not None
+    assert second.rejected.startswith("its label cannot be read (")
 
 
 def test_keys_differ_where_names_do(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_members_that_webdataset_drops_are_used_or_reported(
     for sample in open_source(tmp_path / "a.tar"):
         try:
             sample.decode()
-            found.append(sample.left_out)
+            found.append(sample.rejected)
         except Unreadable as error:
             found.append(str(error))
     assert found == reasons

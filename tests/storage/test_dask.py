@@ -1,70 +1,57 @@
-"""A Dask cluster: a scheduler and two workers that share nothing with this process but the file system."""
+"""Tasks on the workers of a Dask cluster."""
 
-import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from diffusion.errors import SystemFault, UserError
 from diffusion.storage.dask import Dask
+from tests.storage.cluster import Cluster, cluster
 from tests.storage.test_executors import failing, killed_once, none
 
 pytest.importorskip("distributed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed")]
-ROOT = Path(__file__).parents[2]
-
-
-def start(directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    directory.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"distributed.cli.dask_{arguments[0]}", *arguments[1:], "--no-dashboard"]
-    return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = tmp_path_factory.mktemp("cluster")
-    facts = directory / "scheduler.json"
-    processes = [
-        start(directory / "scheduler", "scheduler", "--host=127.0.0.1", "--port=0", f"--scheduler-file={facts}")
-    ]
-    while not facts.exists():
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    options = (
-        f"--scheduler-file={facts}",
-        "--nthreads=1",
-        "--no-nanny",
-        "--host=127.0.0.1",
-        f"--local-directory={directory}",
-    )
-    processes += [start(directory / f"worker{number}", "worker", *options) for number in range(2)]
-    yield json.loads(facts.read_text())["address"]
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait(timeout=30)
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("cluster"), 2) as found:
+        yield found
 
 
-def content(name: str) -> tuple[int, str]:
-    return os.getpid(), Path(name).read_text()
+@pytest.fixture
+def address(started: Cluster) -> str:
+    return started.address
 
 
-def test_tasks_are_done_elsewhere_in_the_same_folder(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for number in range(30):
-        Path(f"{number}.txt").write_text(f"text {number}")
-    found = list(Dask(address).map(content, (f"{number}.txt" for number in range(30)), none))
-    assert [(name, text) for name, (_, text) in found] == [(f"{n}.txt", f"text {n}") for n in range(30)]
+def same(content: bytes) -> bytes:
+    return content
+
+
+def doubled(content: bytes) -> tuple[int, bytes]:
+    return os.getpid(), 2 * content
+
+
+def test_tasks_are_done_elsewhere(address: str) -> None:
+    tasks = [bytes([number]) * 6_000_000 for number in range(6)]  # Dask warns of tasks of more than 10 MB
+    found = list(Dask(address).map(doubled, (2 * task for task in tasks), len))
+    assert [result for _, (_, result) in found] == [4 * task for task in tasks]
     assert os.getpid() not in {process for _, (process, _) in found}
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks(started: Cluster) -> None:
+    def memory() -> list[int]:
+        return [psutil.Process(process).memory_info().rss for process in (os.getpid(), started.scheduler.pid)]
+
+    done = Dask(started.address).map(same, (bytes(900_000) for _ in range(300)), len)
+    used = [memory() for _ in done]
+    assert np.ptp(used[20:], axis=0).max() < 100_000_000  # all tasks have 270 MB
 
 
 def test_errors_of_a_task_are_raised_here(address: str) -> None:
@@ -78,9 +65,12 @@ def test_a_killed_worker_costs_nothing_but_time(address: str, tmp_path: Path) ->
     assert (tmp_path / "mark").exists()
 
 
-def test_a_scheduler_that_is_not_there_gives_one_line() -> None:
-    with pytest.raises(UserError, match=r"^nowhere://x: no Dask scheduler answers \(unknown address scheme"):
-        next(Dask("nowhere://x").map(none, range(3), none))
+@pytest.mark.parametrize(
+    ("address", "reason"), [("nowhere://x", "unknown address scheme"), ("tls://127.0.0.1:9", "TLS expects")]
+)
+def test_a_scheduler_that_cannot_be_reached_gives_one_line(address: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"^{address}: no Dask scheduler answers \({reason}"):
+        next(Dask(address).map(none, range(3), none))
 
 
 def test_without_dask_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

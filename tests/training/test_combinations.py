@@ -25,7 +25,7 @@ UVIT: dict[str, Any] = {"kind": "uvit", "base_channels": 8}
 NETWORKS: dict[str, dict[str, Any]] = {
     "unet": UNET | {"channel_multipliers": (1, 2), "attention_levels": (1,)},
     "unet-add": UNET | {"conditioning": "add", "head_channels": 4, "convention": "diffusers"},
-    "unet-film": UNET | {"conditioning": "film", "patch_size": 2},
+    "unet-film": UNET | {"conditioning": "film", "patch_size": 2, "fourier_features": (3, 7)},
     "uvit-token": UVIT | {"conditioning": "token", "depth": 3, "patch_size": 2, "head_channels": 8},
     "uvit-adaln": UVIT | {"conditioning": "adaln", "depth": 1, "patch_size": 4},
 }

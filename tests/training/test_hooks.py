@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusion.errors import Stopped
-from diffusion.evaluation.heldout import quick_mse
+from diffusion.evaluation.heldout import Estimate, quick_mse
 from diffusion.model import Config, Model
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
@@ -69,7 +69,16 @@ def watch(
     model = Model(state.average, process, config)
     progress: object = recorder
     return Hooks(
-        trainer, model, Pairs(directory, "val"), CPU, drawing, previews, stop or StopSignals(), progress, recorder
+        trainer,
+        model,
+        Pairs(directory, "val"),
+        CPU,
+        drawing,
+        previews,
+        stop or StopSignals(),
+        progress,
+        recorder,
+        10**9,
     )  # type: ignore[arg-type]
 
 
@@ -78,7 +87,7 @@ def test_the_metrics_logged_during_training(
 ) -> None:
     state, recorder = fresh_state(params), Recorder()
     hooks = watch(params, state, pairs_tree, recorder, tmp_path)
-    measured = list[float]()
+    measured = list[Estimate]()
 
     def preview(state: State) -> None:
         measured.append(quick_mse(hooks.model, hooks.heldout, CPU, lambda: None))
@@ -88,14 +97,17 @@ def test_the_metrics_logged_during_training(
     losses = [(step, point) for step, point in recorder.points if "loss" in point]
     assert [step for step, _ in losses] == [5, 10, 12]
     for (_, point), row in zip(losses, state.loss_curve, strict=True):
-        assert point.pop("images_per_second") > 0
+        assert point.pop("images_per_second") == pytest.approx(point.pop("tflop_per_second") / 3e-3)
         assert point == {name: value for name, value in row.items() if name != "step"}
     assert [(step, point) for step, point in recorder.points if "loss" not in point] == [
-        (step, {"heldout_mse": mse, "skipped_steps": 0}) for step, mse in zip((8, 12), measured, strict=True)
+        (step, {"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": 0})
+        for step, (mse, se) in zip((8, 12), measured, strict=True)
     ]
-    assert [(row["step"], row["mse"]) for row in state.heldout_curve] == [*zip((8, 12), measured, strict=True)]
+    assert [row["mse"] for row in state.heldout_curve] == [found.mse for found in measured]
+    assert [row["step"] for row in state.heldout_curve] == [8, 12]
     assert capsys.readouterr().err.splitlines() == [
-        f"train: step {step}: held-out MSE {mse:.4f}" for step, mse in zip((8, 12), measured, strict=True)
+        f"train: step {step}: held-out MSE {mse:.4f} ± {se:.4f}"
+        for step, (mse, se) in zip((8, 12), measured, strict=True)
     ]
     drawn = grid_png(draw_samples(hooks.model, hooks.sample_options, 3, CPU))
     assert [step for step, _ in recorder.pictures] == [8, 12]
@@ -127,9 +139,9 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
     clock = [0.0]
     monkeypatch.setattr("diffusion.training.hooks.time.monotonic", lambda: clock[0])
 
-    def slow(*_: object) -> float:
+    def slow(*_: object) -> Estimate:
         clock[0] += 100
-        return 0.5
+        return Estimate(0.5, 0.1)
 
     monkeypatch.setattr("diffusion.training.hooks.quick_mse", slow)
     state, recorder = fresh_state(params), Recorder()
@@ -166,9 +178,9 @@ def test_a_stop_interrupts_sampling(
 ) -> None:
     state, stop = fresh_state(params), StopSignals()
 
-    def measured(*_: object) -> float:
+    def measured(*_: object) -> Estimate:
         stop._note(signal.SIGTERM, None)
-        return 0.5
+        return Estimate(0.5, 0.1)
 
     monkeypatch.setattr("diffusion.training.hooks.quick_mse", measured)
     with pytest.raises(Stopped):
@@ -190,11 +202,11 @@ def test_without_anyone_to_tell_it_measures_all_the_same(params: Params, pairs_t
 @pytest.mark.parametrize(
     ("process", "steps", "variance"),
     [
-        (ProcessOptions(), 250, "fixed-small"),
-        (ProcessOptions(num_timesteps=40, learned_variance=True), 40, "learned"),
+        (ProcessOptions(), 20, "fixed-small"),
+        (ProcessOptions(num_timesteps=10, learned_variance=True), 10, "learned"),
     ],
 )
-def test_previews_are_drawn_by_ancestral_sampling(process: ProcessOptions, steps: int, variance: str) -> None:
+def test_previews_are_drawn_in_few_steps(process: ProcessOptions, steps: int, variance: str) -> None:
     chosen = preview_options(process)
-    assert (chosen.sampler.kind, chosen.steps, chosen.spacing) == ("ddpm", steps, "linspace")
+    assert (chosen.sampler.kind, chosen.steps, chosen.spacing) == ("dpm-solver++", steps, "quadratic")
     assert (chosen.variance, chosen.threshold, chosen.guidance, chosen.count) == (variance, "clip", 1.0, 36)

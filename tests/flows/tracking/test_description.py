@@ -32,7 +32,7 @@ def test_a_run_says_what_was_trained_on_what_and_how_well(paths: Paths) -> None:
     trained, verdict, figures, glossary = note(client, live.run_id).split("\n\n")
     assert trained == (
         "Network `unet` trained on **digits**, 1,452 greyscale images of 8x8 pixels: 100 steps (of at most 1,000) of "
-        "128 images."
+        "128 images. The images were augmented with probability 0.12."
     )
     assert figures == (
         "Held-out MSE 0.3000 (0.2900 to 0.3100); R² 0.7000; val MSE 0.2000. In parentheses: 95 % confidence intervals."
@@ -41,7 +41,10 @@ def test_a_run_says_what_was_trained_on_what_and_how_well(paths: Paths) -> None:
         "**Verdict on [ddpm version 1](/#/models/ddpm/versions/1?workflowType=machine_learning):** Promoted to "
         "champion: the first version whose val MSE, 0.2000, is at most tracking.max_mse, 0.5"
     )
-    metrics = client.get_run(live.run_id).data.metrics
+    assert live.run_id is not None
+    recorded = client.get_run(live.run_id).data
+    assert (recorded.params["train.augment"], recorded.params["trained.augment"]) == ("auto", "0.12")
+    metrics = recorded.metrics
     named = set(re.findall(r"`(evaluate/\w+)`", glossary))
     assert {"evaluate/mse", "evaluate/r2", "evaluate/val_mse"} <= named & set(metrics)
 
@@ -171,9 +174,9 @@ def test_loss_and_heldout_error_are_in_the_first_section_of_charts(paths: Paths)
         {"evaluate/mse": 0.25, "evaluate/intervals/mse_low": 0.2},
         {"evaluated.images": 190, "evaluated.bits_per_dim_images": 10, "evaluated.pairs": 1520},
     )
-    assert names.figures("train", {"kept_step": 3, "rollbacks": 0}) == (
+    assert names.figures("train", {"kept_step": 3, "augment": 0.12, "rollbacks": 0}) == (
         {"train/rollbacks": 0},
-        {"trained.kept_step": 3},
+        {"trained.kept_step": 3, "trained.augment": 0.12},
     )
 
 

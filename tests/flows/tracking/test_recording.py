@@ -45,7 +45,12 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["params"]["network.channel_multipliers"] == "[1, 2]"
     sections = parameters.SECTIONS | {"network": UNetOptions}
     fields = {f"{section}.{key}" for section, model in sections.items() for key in model.model_fields}
-    facts = {"trained.steps": "100", "trained.images": "12800", "exported.sampler.images": "64"}
+    facts = {
+        "trained.steps": "100",
+        "trained.images": "12800",
+        "trained.augment": "0.12",
+        "exported.sampler.images": "64",
+    }
     assert facts.items() <= found["params"].items()
     of_choices = {"train.optimizer.learning_rate", "train.ema.width"}
     assert set(found["params"]) == fields | of_choices | {"seed", "device"} | facts.keys()

@@ -50,7 +50,8 @@ def write_training(paths: Paths, weights: bytes = b"weights", params: Params = P
         directory.mkdir(parents=True, exist_ok=True)
     (paths.model / "model.safetensors").write_bytes(weights)
     write_json(paths.model / "config.json", {"shape": [1, 8, 8]})
-    write_json(paths.train_report, {"steps": 100, "images": 12800, "loss": LOSS[-1]["loss"], "heldout_mse": 0.3})
+    facts = {"steps": 100, "images": 12800, "augment": 0.12, "loss": LOSS[-1]["loss"], "heldout_mse": 0.3}
+    write_json(paths.train_report, facts)
     write_csv(paths.train_curves / "loss.csv", LOSS)
     write_csv(paths.train_curves / "heldout.csv", HELDOUT)
     for row in HELDOUT:

@@ -1,11 +1,11 @@
-"""Files that cannot be used: they are set aside with their reasons, and too many of them stop the stage."""
+"""Rejected files: those that cannot be used, with their reasons. Too many of them stop the stage."""
 
 import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
 
-from diffusion.errors import UserError, shortened
+from diffusion.errors import UserError, counted, shortened
 from diffusion.sources.images import OTHER_FILE
 from diffusion.sources.splits import COPY_OF_TEST
 from diffusion.storage.tar import Facts
@@ -16,7 +16,7 @@ MAX_REASONS = 5
 """Maximum number of reasons in a message."""
 
 
-class Unusable(UserError):
+class TooFewImages(UserError):
     """Too few images of a source can be used."""
 
 
@@ -33,13 +33,13 @@ def reasons(rejected: Sequence[Remark]) -> list[tuple[str, int]]:
 
 
 def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float) -> None:
-    """Raise Unusable if no image could be used, or more than the share `max_rejected` could not be used.
+    """Raise TooFewImages if no image could be used, or more than the share `max_rejected` could not be used.
 
     Files that are not images, and copies of images in the source's own test split, do not count.
     """
     if not used:
         why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
-        raise Unusable(f"{name}: none of its {len(rejected)} images can be used{why}")
+        raise TooFewImages(f"{name}: {counted(len(rejected), 'image')}, of which none can be used{why}")
     lost = [remark for remark in rejected if remark.reason not in EXPECTED]
     if len(lost) <= max_rejected * (len(lost) + used):
         return
@@ -48,7 +48,7 @@ def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float)
         f"{shortened(first[reason])}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
         for reason, count in reasons(lost)
     ]
-    raise Unusable(
+    raise TooFewImages(
         f"{name}: {len(lost)} of {len(lost) + used} images cannot be used, more than shard.max_rejected "
         f"({max_rejected:g}) allows: repair or remove them, or increase it; {'; '.join(found[:MAX_REASONS])}"
     )

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from diffusion.sources import aside, images, report
-from diffusion.sources.aside import Remark, Unusable
+from diffusion.sources import images, rejections, report
 from diffusion.sources.convert import thumbnail
 from diffusion.sources.images import OTHER_FILE, THUMBNAIL, Unreadable, read_image
 from diffusion.sources.reading import MAX_PIXELS, Reading
+from diffusion.sources.rejections import Remark, TooFewImages
 from diffusion.sources.shards import Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import COPY_OF_TEST, Fractions
@@ -29,24 +29,24 @@ def remarks(**counts: int) -> list[Remark]:
 
 
 def test_the_share_of_images_that_cannot_be_used_is_limited() -> None:
-    aside.check("name", 95, remarks(damaged=5), 0.05)
-    aside.check("name", 1, remarks(damaged=500), 1.0)
-    with pytest.raises(Unusable) as caught:
-        aside.check("name", 94, [*remarks(damaged=1), *remarks(raw=5)], 0.05)
+    rejections.check("name", 95, remarks(damaged=5), 0.05)
+    rejections.check("name", 1, remarks(damaged=500), 1.0)
+    with pytest.raises(TooFewImages) as caught:
+        rejections.check("name", 94, [*remarks(damaged=1), *remarks(raw=5)], 0.05)
     assert str(caught.value) == (
         "name: 6 of 100 images cannot be used, more than shard.max_rejected (0.05) allows: repair or remove them, or "
         "increase it; 'raw/0.png' and 4 more: raw; 'damaged/0.png': damaged"
     )
-    with pytest.raises(Unusable, match=r"^name: 1 of 1001 images .*\(0\)"):
-        aside.check("name", 1000, remarks(damaged=1), 0)
+    with pytest.raises(TooFewImages, match=r"^name: 1 of 1001 images .*\(0\)"):
+        rejections.check("name", 1000, remarks(damaged=1), 0)
 
 
 def test_what_is_no_loss_does_not_count() -> None:
-    aside.check("name", 1, [*remarks(**{OTHER_FILE: 50}), *remarks(**{COPY_OF_TEST: 50})], 0)
+    rejections.check("name", 1, [*remarks(**{OTHER_FILE: 50}), *remarks(**{COPY_OF_TEST: 50})], 0)
 
 
 def test_the_table_can_be_read_by_a_spreadsheet() -> None:
-    content = aside.table([Remark(file='a, "b".png', reason="über\nall")]).decode()
+    content = rejections.table([Remark(file='a, "b".png', reason="über\nall")]).decode()
     assert list(csv.reader(io.StringIO(content))) == [["file", "reason"], ['a, "b".png', "über\nall"]]
 
 
@@ -69,14 +69,16 @@ def test_pictures_that_pillow_does_not_read_are_not_overlooked(tmp_path: Path, p
     source = open_source(pictures)
     assert source.classes == ("phone", "png")
     (tmp_path / "shards").mkdir()
-    with pytest.raises(Unusable, match=r"^name: 9 of 12 .*'phone/IMG_0.HEIC' and 8 more: HEIC, which Pillow cannot"):
+    with pytest.raises(
+        TooFewImages, match=r"^name: 9 of 12 .*'phone/IMG_0.HEIC' and 8 more: HEIC, which Pillow cannot"
+    ):
         write(source, "name", tmp_path / "shards", Fractions(0.1, 0.1), 100, max_rejected=0.5)
 
 
 def test_a_plugin_of_pillow_may_read_them(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_suffixes", lambda: {".heic", ".png"})
     assert images.unsupported(".HEIC") is None
-    assert {sample.left_out for sample in open_source(pictures)} == {None, OTHER_FILE}
+    assert {sample.rejected for sample in open_source(pictures)} == {None, OTHER_FILE}
 
 
 def of_each_kind(folder: Path) -> dict[str, Path]:
@@ -164,7 +166,7 @@ def test_a_thumbnail_never_needs_the_memory_of_the_whole(
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
 
 
-def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) -> None:
+def test_the_page_shows_what_was_rejected_and_what_looks_alike(tmp_path: Path) -> None:
     for split, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 11))):
         for number in numbers:
             path = tmp_path / "in" / split / "<b>" / f"{number}.png"
@@ -182,7 +184,7 @@ def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) 
         seen.append((remark.file, Image.open(io.BytesIO(png)).size if png else None))
 
     source = open_source(tmp_path / "in")
-    manifest = write(source, "name", tmp_path / "out", Fractions(0.1, 0.1), 100, set_aside=note)
+    manifest = write(source, "name", tmp_path / "out", Fractions(0.1, 0.1), 100, on_rejected=note)
     assert seen == [
         ("test/<b>/cut.png", None), ("train/<b>/copy.bmp", (40, 40)), ("train/<b>/lab.tif", (30, 90)),
     ]  # fmt: skip
@@ -192,7 +194,8 @@ def test_the_page_shows_what_was_set_aside_and_what_looks_alike(tmp_path: Path) 
         '<img alt="" src="data:image/png;base64,cG5n">',
         "<p>Images of test that resemble one of train: 1.</p>",
         "<td>test/&lt;b&gt;/again.jpg</td>",
-        "12 images of name, 40x40 pixels;",
+        "<p>12 images of name; size in pixels: 40x40; exact copies of others:\n",
+        "<p>3 files could not be used:</p>",
     ):
         assert text in page
     assert page.count("<img") == 2 + 2
