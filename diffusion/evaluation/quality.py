@@ -1,0 +1,263 @@
+"""How good the samples of a model are: distances to the training images, beside those of real images and of noise.
+
+Four sets of n images each are compared with the same m training images: samples, other training images, held-out images
+(val and test) and noise. The training images are split anew into n and m for each of DRAWS draws, so that the spread
+over draws shows what a difference means. All but the samples depend on nothing but the data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.evaluation import distances, memorisation, sets
+from diffusion.evaluation.features import Features, OwnFeatures
+from diffusion.evaluation.memorisation import Nearest
+from diffusion.evaluation.sets import Images
+from diffusion.pairs.noise import Purpose, stream
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import visible
+
+LABELS = {
+    "frechet_distance": "Fréchet distance",
+    "kid": "kernel distance (KID)",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "class_agreement": "class agreement",
+    "nearest_distance": "distance to the nearest training image, in grey levels",
+    "near_copies": "near-copies of training images",
+}
+COMPARED = {"frechet_distance": 1, "kid": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1}
+"""The figures behind the verdict, and the sign of a difference for the worse."""
+PIXELS = "pixels"
+"""What is compared where it is no features."""
+SETS = ("samples", "train", "held-out", "noise")
+
+MIN_IMAGES = 20
+"""Below this number of held-out images, nothing is measured."""
+MAX_REFERENCE = 4096
+"""Number of training images that sets are compared with, unless a set has more images."""
+DRAWS = 10
+"""Number of independent draws of training images."""
+HALVES = 200
+"""Number of random halves of a set, at most."""
+NEAR_COPY = 0.01
+"""An image is a near-copy if it is nearer to a training image than this fraction of the held-out images are."""
+COPYING = 0.05
+"""Share of near-copies above which a model copies."""
+
+NOISE, RESAMPLING, HALVING, DRAWING = range(4)
+"""Purposes of random numbers."""
+
+Interval = tuple[float, float, float]
+"""Value, and lower and upper limit."""
+Array = NDArray[np.float64]
+
+
+class Figure(NamedTuple):
+    """One row of quality.csv."""
+
+    metric: str
+    features: str
+    """Whose features are compared, or PIXELS."""
+    set: str
+    value: float
+    low: float
+    high: float
+    n: int
+    """Number of images in the set."""
+
+    @property
+    def error(self) -> float:
+        """Standard error, from the longer side of the 95 % interval."""
+        return max(self.high - self.value, self.value - self.low) / 1.96
+
+    @property
+    def label(self) -> str:
+        """The metric's name in tables, which says which features it compares."""
+        name = LABELS[self.metric]
+        return name if self.features == PIXELS else f"{name} ({self.features})"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The figures of all sets, and what they mean."""
+
+    figures: list[Figure]
+    reference_images: int
+    """m, the number of training images that all sets are compared with."""
+    picture: bytes
+    """PNG: samples above their nearest training images, then held-out images above theirs."""
+
+    def of(self, metric: str, which: str = "samples") -> Figure | None:
+        return next((figure for figure in self.figures if (figure.metric, figure.set) == (metric, which)), None)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The figures of the samples, for reports/evaluate.json, and what the verdict compares them with."""
+        found: dict[str, Any] = {}
+        for figure in self.figures:
+            name = figure.metric if figure.set == "samples" else f"{figure.metric}_{figure.set.replace('-', '')}"
+            if figure.set == "samples" or (figure.metric, figure.set) == ("frechet_distance", "held-out"):
+                found |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+            if figure.metric == "kid" and figure.set == "samples":
+                found[f"{name}_se"] = figure.error
+        images = {"quality_images": self.figures[0].n, "quality_reference_images": self.reference_images}
+        return found | images | {"quality": self.verdict[0]}
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """`copying`, `good` or `still learning`, and why.
+
+        copying: the share of near-copies among the samples is, beyond its interval, above 5 % and above that among the
+        training images themselves. good: no figure of the samples is worse than that of held-out images by more than
+        2.58 standard errors of the difference, which for equal sets happens in 1 % of the comparisons.
+        """
+        near, near_train = self["near_copies"], self["near_copies", "train"]
+        if near.low > max(COPYING, near_train.high):
+            return "copying", (
+                f"{near.value:.0%} are near-copies of training images, as are {near_train.value:.0%} of the training "
+                "images"
+            )
+        worse = []
+        for metric, sign in COMPARED.items():
+            ours, real = self[metric], self[metric, "held-out"]
+            if sign * (ours.value - real.value) > 2.58 * np.hypot(ours.error, real.error):
+                worse.append(f"{LABELS[metric]} {ours.value:.3g} against {real.value:.3g}")
+        if worse:
+            return "still learning", f"worse than held-out images ({', '.join(worse)}; {self.figures[0].features})"
+        ours, real = self["frechet_distance"], self["frechet_distance", "held-out"]
+        against = f"{ours.value:.3g} against {real.value:.3g}"
+        return "good", f"not told apart from held-out images (Fréchet distance {against}; {ours.features})"
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Figure:
+        found = self.of(*((key,) if isinstance(key, str) else key))
+        if found is None:
+            raise KeyError(key)
+        return found
+
+
+class References(NamedTuple):
+    """The real images that samples are compared with, a function of the data and n alone."""
+
+    train: Pairs
+    pool: Images
+    """n + m training images."""
+    held_out: Images
+    """n images of val and test."""
+
+    @property
+    def n(self) -> int:
+        return len(self.held_out.labels)
+
+    @property
+    def others(self) -> Images:
+        """n training images, that are compared with the m others; samples have their classes."""
+        return self.pool.part(slice(0, self.n))
+
+    def generator(self, purpose: int) -> np.random.Generator:
+        """Random numbers for a purpose, the same for all models."""
+        return stream(sets.data_seed(self.train.manifest), Purpose.QUALITY, high=purpose)
+
+
+def references(wanted: int, train: Pairs, held_out: Sequence[Pairs]) -> References:
+    """The real images, n = `wanted` in each set, or as many as there are held out, or half of the training images."""
+    n = min(wanted, sum(pairs.images for pairs in held_out), train.images // 2)
+    return References(train, sets.chosen([train], n + max(n, MAX_REFERENCE)), sets.chosen(held_out, n))
+
+
+def measure(
+    real: References, samples: Images, features: Features, resamples: int, shown: tuple[int, ...] = ()
+) -> Quality:
+    """Compare n samples and the other sets with the training images.
+
+    Args:
+        real: at least MIN_IMAGES in each set.
+        samples: as many as there are in each set, with the classes they were generated for.
+        features: in which images are compared.
+        resamples: number of bootstrap resamples for means over images.
+        shown: the channels to show in the picture; see `visible`.
+    """
+    noise = sets.noise(real.others, real.n, real.generator(NOISE))
+    compared = {"samples": samples, "held-out": real.held_out, "noise": noise}
+    figures = _feature_figures(features, compared, real, resamples)
+    if isinstance(features, OwnFeatures) and features.supervised:
+        for name in ("samples", "held-out"):
+            if (compared[name].labels >= 0).any():
+                recognized = features.recognized(compared[name])
+                agreement = _mean(recognized.astype(float), resamples, real)
+                figures.append(Figure("class_agreement", features.description, name, *agreement, len(recognized)))
+    compared["train"] = real.others
+    nearest = {name: memorisation.nearest(compared[name].pixels, real.train, name == "train") for name in SETS}
+    threshold = np.quantile(nearest["held-out"].distance, NEAR_COPY)
+    for name in SETS:
+        distance = nearest[name].distance
+        of_images = {"nearest_distance": distance, "near_copies": (distance < threshold).astype(float)}
+        figures += [
+            Figure(metric, PIXELS, name, *_mean(values, resamples, real), real.n)
+            for metric, values in of_images.items()
+        ]
+    order = list(LABELS)
+    figures.sort(key=lambda figure: (order.index(figure.metric), SETS.index(figure.set)))
+    return Quality(figures, len(real.pool.labels) - real.n, _picture(compared, nearest, shown))
+
+
+def _feature_figures(
+    features: Features, compared: Mapping[str, Images], real: References, resamples: int
+) -> list[Figure]:
+    """The figures that compare features: of the sets given, and of draws of training images."""
+    n, of_pool = real.n, features(real.pool.pixels)
+    figures = []
+    halves = np.tile(np.arange(n) < n // 2, (min(resamples, HALVES), 1))
+    counts = np.concatenate([np.ones((1, n), bool), real.generator(HALVING).permuted(halves, axis=1)])
+    for name, images in compared.items():
+        x, y = features(images.pixels), of_pool[n:]
+        found = {
+            "frechet_distance": _spread(distances.frechet(x, y, counts), least=0.0),
+            "kid": _spread(distances.kid(x, y, counts)),
+        }
+        for metric, values in distances.neighbours(x, y)._asdict().items():
+            found[metric] = _mean(values, resamples, real)
+        figures += [Figure(metric, features.description, name, *interval, n) for metric, interval in found.items()]
+    drawn: dict[str, list[float]] = {}
+    draws = real.generator(DRAWING)
+    for _ in range(DRAWS):
+        order = draws.permutation(len(of_pool))
+        x, y = of_pool[order[:n]], of_pool[order[n:]]
+        both = {"frechet_distance": distances.frechet(x, y), "kid": distances.kid(x, y)}
+        for metric, values in (both | distances.neighbours(x, y)._asdict()).items():
+            drawn.setdefault(metric, []).append(float(values.mean()))
+    return figures + [
+        Figure(metric, features.description, "train", float(np.mean(values)), min(values), max(values), n)
+        for metric, values in drawn.items()
+    ]
+
+
+def _spread(values: Array, least: float = -np.inf) -> Interval:
+    """A distance and its 95 % interval, ± 1.96 standard errors, from that of the set and those of random halves of it.
+
+    Without replacement, the spread over halves is the standard error of the whole set (Shao & Wu 1989). In bootstrap
+    resamples, copies of images would raise both distances.
+    """
+    value, error = float(values[0]), 1.96 * float(values[1:].std())
+    return value, max(value - error, least), value + error
+
+
+def _mean(values: Array, resamples: int, real: References) -> Interval:
+    """The mean over images, and its 95 % bootstrap interval."""
+    counts = real.generator(RESAMPLING).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
+    low, high = np.quantile(counts @ values / len(values), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def _picture(compared: Mapping[str, Images], nearest: Mapping[str, Nearest], shown: tuple[int, ...]) -> bytes:
+    rows = [
+        visible(images, shown)[: 2 * memorisation.COLUMNS]
+        for name in ("samples", "held-out")
+        for images in (compared[name].pixels, nearest[name].images)
+    ]
+    return memorisation.picture(np.concatenate(rows[::2]), np.concatenate(rows[1::2]))
