@@ -93,8 +93,8 @@ class OwnFeatures:
 
     def __init__(self, net: Network, supervised: bool) -> None:
         self.net, self.supervised = net.eval(), supervised
-        task = "a classifier" if supervised else "a network that recognizes rotations,"
-        self.description = f"features of {task} trained on this data"
+        net_of = "a classifier trained on this data" if supervised else "a network trained on this data's rotations"
+        self.description = f"features of {net_of}"
 
     def __call__(self, images: Uint8) -> Array:
         return self._outputs(images)[0].astype(np.float64)

@@ -44,7 +44,7 @@ def test_without_classes_rotations_are_recognized(
     monkeypatch.setattr(Pairs, "labels", lambda self, block: np.full(self.size(block), -1))
     found = trained_features(train, tmp_path)
     held_out = chosen([Pairs(pairs_tree / "data/pairs", split) for split in ("val", "test")], 1000)
-    assert found.description == "features of a network that recognizes rotations, trained on this data"
+    assert found.description == "features of a network trained on this data's rotations"
     assert found.recognized(held_out).mean() > 0.5  # by chance 0.25
 
 

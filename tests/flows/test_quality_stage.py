@@ -61,9 +61,7 @@ def test_images_without_classes(digits_tree: Path) -> None:
     trees.change(digits_tree, {"shard": {"source": "data/raw/plain.npz"}, "train": {"steps": 2, "preview_every": 2}})
     run_stages(digits_tree, "shard", "pairs", "train", "evaluate")
     found = table(digits_tree)
-    assert found["frechet_distance", "samples"][0] == (
-        "features of a network that recognizes rotations; trained on this data"
-    )
+    assert found["frechet_distance", "samples"][0] == "features of a network trained on this data's rotations"
     assert not [metric for metric, _ in found if metric == "class_agreement"]
 
 
