@@ -51,7 +51,7 @@ def frechet(x: Array, y: Array, counts: NDArray[np.integer | np.bool_] | None = 
 
 
 def kid(x: Array, y: Array, counts: NDArray[np.integer | np.bool_] | None = None) -> Array:
-    """Kernel distance, the squared maximum mean discrepancy with the kernel (a b / D + 1)^3; Binkowski et al. 2018.
+    """Kernel distance, the squared maximum mean discrepancy with the kernel (a b / D + 1)^3; Bińkowski et al. 2018.
 
     The estimate is unbiased, so negative values are possible. It is the mean over disjoint subsets of at most
     KID_SUBSET images of x: with as many images or fewer, all pairs of images count.
