@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.integer | np.bool_]
 
 PRECISION_NEIGHBOURS = 3
 """k of precision and recall, as in Kynkäänniemi et al. 2019."""
@@ -21,7 +22,7 @@ ROWS = 1024
 """Number of rows of a matrix of distances that are in memory at once."""
 
 
-def frechet(x: Array, y: Array, counts: NDArray[np.integer | np.bool_] | None = None) -> Array:
+def frechet(x: Array, y: Array, counts: Counts | None = None) -> Array:
     """Fréchet distance between the normal distributions with the sets' moments; Heusel et al. 2017, eq. 6.
 
     |mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_y^1/2 S_x S_y^1/2)^1/2). It is biased upwards, the more the fewer images.
@@ -50,7 +51,7 @@ def frechet(x: Array, y: Array, counts: NDArray[np.integer | np.bool_] | None = 
     return found
 
 
-def kid(x: Array, y: Array, counts: NDArray[np.integer | np.bool_] | None = None) -> Array:
+def kid(x: Array, y: Array, counts: Counts | None = None) -> Array:
     """Kernel distance, the squared maximum mean discrepancy with the kernel (a b / D + 1)^3; Bińkowski et al. 2018.
 
     The estimate is unbiased, so negative values are possible. It is the mean over disjoint subsets of at most
@@ -79,35 +80,39 @@ def _kernel(a: Array, b: Array) -> Array:
 
 
 class Neighbours(NamedTuple):
-    """What holds for each image; the means are the figures."""
+    """What holds for each image of x, whose means are the figures, and for the images of y together."""
 
     precision: Array
     """(n,): whether an image of x is as near to one of y as its third-nearest neighbour in y (Kynkäänniemi et al.
     2019, eq. 2)."""
     recall: Array
-    """(m,): the same for the images of y, with those of x."""
+    """(B,): share of the images of y for which the same holds with the sets exchanged."""
     density: Array
     """(n,): the number of images of y that have this image of x among their surroundings, up to the fifth-nearest
     neighbour in y, divided by 5; 1 on average for equal distributions (Naeem et al. 2020, eq. 3)."""
     coverage: Array
-    """(m,): whether an image of y has one of x in its surroundings (Naeem et al. 2020, eq. 4)."""
+    """(B,): share of the images of y that have one of x in their surroundings (Naeem et al. 2020, eq. 4)."""
 
 
-def neighbours(x: Array, y: Array) -> Neighbours:
-    """Precision, recall, density and coverage of each image; both sets need more than DENSITY_NEIGHBOURS."""
-    radii = _neighbour_distances(y, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))
-    near, wide = radii
+def neighbours(x: Array, y: Array, counts: Counts | None = None) -> Neighbours:
+    """Precision, recall, density and coverage; both sets need more than DENSITY_NEIGHBOURS images.
+
+    counts: as in `frechet`; the distances to the neighbours in x remain those in all of x.
+    """
+    counts = (np.ones((1, len(x)), bool) if counts is None else counts).astype(np.float32)
+    near, wide = _neighbour_distances(y, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))
     (of_x,) = _neighbour_distances(x, (PRECISION_NEIGHBOURS,))
     precision, density = np.empty(len(x)), np.empty(len(x))
-    recall, coverage = np.zeros(len(y), bool), np.zeros(len(y), bool)
+    recalled, covered = (np.zeros((len(counts), len(y)), np.float32) for _ in range(2))
     for first in range(0, len(x), ROWS):
         rows = slice(first, first + ROWS)
         squares = squared_distances(x[rows], y)
         precision[rows] = (squares <= near).any(axis=1)
         density[rows] = (squares <= wide).sum(axis=1) / DENSITY_NEIGHBOURS
-        recall |= (squares <= of_x[rows, None]).any(axis=0)
-        coverage |= (squares <= wide).any(axis=0)
-    return Neighbours(precision, recall.astype(np.float64), density, coverage.astype(np.float64))
+        recalled += counts[:, rows] @ (squares <= of_x[rows, None]).astype(np.float32)
+        covered += counts[:, rows] @ (squares <= wide).astype(np.float32)
+    recall, coverage = ((found > 0).mean(axis=1) for found in (recalled, covered))
+    return Neighbours(precision, recall, density, coverage)
 
 
 def _neighbour_distances(values: Array, ranks: tuple[int, ...]) -> list[Array]:

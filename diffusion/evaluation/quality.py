@@ -43,14 +43,14 @@ MAX_REFERENCE = 4096
 """Number of training images that sets are compared with, unless a set has more images."""
 DRAWS = 10
 """Number of independent draws of training images."""
-HALVES = 200
-"""Number of random halves of a set, at most."""
+SUBSETS, KEPT = 200, 0.8
+"""Number of random subsets of a set, at most, and the share of its images in each."""
 NEAR_COPY = 0.01
 """An image is a near-copy if it is nearer to a training image than this fraction of the held-out images are."""
 COPYING = 0.05
 """Share of near-copies above which a model copies."""
 
-NOISE, RESAMPLING, HALVING, DRAWING = range(4)
+NOISE, RESAMPLING, LEAVING_OUT, DRAWING = range(4)
 """Purposes of random numbers."""
 
 Interval = tuple[float, float, float]
@@ -212,16 +212,19 @@ def _feature_figures(
     """The figures that compare features: of the sets given, and of draws of training images."""
     n, of_pool = real.n, features(real.pool.pixels)
     figures = []
-    halves = np.tile(np.arange(n) < n // 2, (min(resamples, HALVES), 1))
-    counts = np.concatenate([np.ones((1, n), bool), real.generator(HALVING).permuted(halves, axis=1)])
+    kept = np.tile(np.arange(n) < int(KEPT * n), (min(resamples, SUBSETS), 1))
+    counts = np.concatenate([np.ones((1, n), bool), real.generator(LEAVING_OUT).permuted(kept, axis=1)])
     for name, images in compared.items():
         x, y = features(images.pixels), of_pool[n:]
+        near = distances.neighbours(x, y, counts)
         found = {
-            "frechet_distance": _spread(distances.frechet(x, y, counts), least=0.0),
-            "kid": _spread(distances.kid(x, y, counts)),
+            "frechet_distance": _spread(distances.frechet(x, y, counts), n, least=0.0),
+            "kid": _spread(distances.kid(x, y, counts), n),
+            "precision": _mean(near.precision, resamples, real),
+            "recall": _spread(near.recall, n, least=0.0, most=1.0),
+            "density": _mean(near.density, resamples, real),
+            "coverage": _spread(near.coverage, n, least=0.0, most=1.0),
         }
-        for metric, values in distances.neighbours(x, y)._asdict().items():
-            found[metric] = _mean(values, resamples, real)
         figures += [Figure(metric, features.description, name, *interval, n) for metric, interval in found.items()]
     drawn: dict[str, list[float]] = {}
     draws = real.generator(DRAWING)
@@ -237,14 +240,15 @@ def _feature_figures(
     ]
 
 
-def _spread(values: Array, least: float = -np.inf) -> Interval:
-    """A distance and its 95 % interval, ± 1.96 standard errors, from that of the set and those of random halves of it.
+def _spread(values: Array, n: int, least: float = -np.inf, most: float = np.inf) -> Interval:
+    """A figure of a set of n images and its 95 % interval, ± 1.96 standard errors, within the limits given.
 
-    Without replacement, the spread over halves is the standard error of the whole set (Shao & Wu 1989). In bootstrap
-    resamples, copies of images would raise both distances.
+    values: the figure of the set, then those of random subsets with KEPT of it, whose spread is half the standard error
+    (the delete-d jackknife, Shao & Wu 1989). In bootstrap resamples, copies of images would shift these figures.
     """
-    value, error = float(values[0]), 1.96 * float(values[1:].std())
-    return value, max(value - error, least), value + error
+    kept = int(KEPT * n)
+    value, error = float(values[0]), 1.96 * float(values[1:].std()) * float(np.sqrt(kept / (n - kept)))
+    return value, max(value - error, least), min(value + error, most)
 
 
 def _mean(values: Array, resamples: int, real: References) -> Interval:

@@ -79,10 +79,12 @@ def test_neighbours_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = np.array([[0.5], [4.5], [30]]), np.array([[0.0], [1], [3], [10]])
     found = distances.neighbours(x, y)
     np.testing.assert_array_equal(found.precision, [1, 1, 0])
-    np.testing.assert_array_equal(found.recall, [1, 1, 1, 1])  # 10 is within 25.5 of 30
+    np.testing.assert_array_equal(found.recall, [1])  # 10 is within 25.5 of 30
     np.testing.assert_array_equal(found.density, [2, 2, 0])  # 4.5 is within 2 of 3 and within 7 of 10
-    np.testing.assert_array_equal(found.coverage, [1, 1, 1, 1])
-    np.testing.assert_array_equal(distances.neighbours(x[[0, 2]], y).coverage, [1, 1, 0, 0])
+    np.testing.assert_array_equal(found.coverage, [1])
+    subsets = distances.neighbours(x, y, np.array([[1, 0, 1], [0, 2, 0], [0, 0, 1]]))
+    np.testing.assert_array_equal(subsets.coverage, [0.5, 0.5, 0])  # 0 and 1; 3 and 10
+    np.testing.assert_array_equal(subsets.recall, [1, 0.5, 0.25])  # all; 1 and 3; 10
 
 
 def test_neighbours_by_their_definition() -> None:
@@ -96,9 +98,9 @@ def test_neighbours_by_their_definition() -> None:
 
     found = distances.neighbours(x, y)
     np.testing.assert_array_equal(found.precision, (between <= radius(y, 3)).any(axis=1))
-    np.testing.assert_array_equal(found.recall, (radius(x, 3) >= between.T).any(axis=1))
+    np.testing.assert_allclose(found.recall, (radius(x, 3) >= between.T).any(axis=1).mean())
     np.testing.assert_array_equal(found.density, (between <= radius(y, 5)).sum(axis=1) / 5)
-    np.testing.assert_array_equal(found.coverage, between.min(axis=0) <= radius(y, 5))
+    np.testing.assert_allclose(found.coverage, (between.min(axis=0) <= radius(y, 5)).mean())
     assert 0 < found.precision.mean() < 1
     assert 0 < found.recall.mean() < 1
     assert 0 < found.coverage.mean() < 1

@@ -114,7 +114,7 @@ def test_the_figures_of_every_set(real: References) -> None:
         assert found[metric] == found[metric, "held-out"]._replace(set="samples")
     x, y = (Pixels()(images) for images in (real.held_out.pixels, real.pool.pixels[N:]))
     assert found["frechet_distance"].value == pytest.approx(distances.frechet(x, y)[0])
-    assert found["recall"].value == pytest.approx(distances.neighbours(x, y).recall.mean())
+    assert found["recall"].value == pytest.approx(distances.neighbours(x, y).recall[0])
     assert found["frechet_distance", "noise"].low > 5 * found["frechet_distance", "held-out"].high
     assert found.reference_images == len(real.pool.labels) - N
     assert found["near_copies", "held-out"].value == 0.01  # 1 % by definition
@@ -187,15 +187,24 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error(real: References) 
     assert [low, high] == pytest.approx([0.4 - error, 0.4 + error], abs=0.004)
 
 
-def test_random_halves_have_the_spread_of_independent_sets() -> None:
+def test_random_subsets_show_the_spread_of_independent_sets() -> None:
     generator = np.random.default_rng(0)
-    y = generator.standard_normal((500, 8))
-    drawn = [generator.standard_normal((60, 8)) + 0.5 for _ in range(150)]
-    halves = generator.permuted(np.tile(np.arange(60) < 30, (200, 1)), axis=1)
-    for metric in (distances.frechet, distances.kid):
-        spread = np.std([metric(x, y)[0] for x in drawn])
-        estimates = [quality._spread(np.concatenate([metric(x, y), metric(x, y, halves)])) for x in drawn[:20]]
-        assert np.mean([(high - value) / 1.96 for value, _, high in estimates]) == pytest.approx(spread, rel=0.25)
+    y = generator.standard_normal((500, 4))
+    drawn = [generator.standard_normal((60, 4)) * 0.9 + 0.5 for _ in range(150)]
+    kept = generator.permuted(np.tile(np.arange(60) < 48, (200, 1)), axis=1)
+    counts = np.concatenate([np.ones((1, 60), bool), kept])
+
+    def both(x: NDArray[np.float64], counts: NDArray[np.bool_] | None = None) -> dict[str, NDArray[np.float64]]:
+        near = distances.neighbours(x, y, counts)
+        found = {"frechet": distances.frechet(x, y, counts), "kid": distances.kid(x, y, counts)}
+        return found | {"recall": near.recall, "coverage": near.coverage}
+
+    of_sets, estimates = [both(x) for x in drawn], [both(x, counts) for x in drawn[:20]]
+    for metric in of_sets[0]:
+        spread = np.std([found[metric][0] for found in of_sets])
+        errors = [(high - value) / 1.96 for value, _, high in (quality._spread(e[metric], 60) for e in estimates)]
+        assert np.mean(errors) == pytest.approx(spread, rel=0.3), metric
+    assert quality._spread(np.array([0.95, 0.7, 1.0]), 60, least=0.8, most=1.0)[1:] == (0.8, 1.0)
 
 
 def test_the_nearest_training_image_is_not_the_image_itself(splits: Splits, real: References) -> None:
