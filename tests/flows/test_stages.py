@@ -153,6 +153,7 @@ def test_the_stages_support_other_choices(pairs_tree: Path, tmp_path: Path) -> N
     report = json.loads((tree / "reports/evaluate.json").read_text())
     assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
     assert report["bits_per_dim_prior"] == 0  # zero terminal SNR: nothing of the image remains
+    assert 0 < report["class_agreement_low"] <= report["class_agreement"] <= report["class_agreement_high"] <= 1
     assert "guidance 2" in (tree / "reports/report.html").read_text()
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
