@@ -133,6 +133,10 @@ def summary(run: str | None = None, /) -> None:
     summary.show(run)
 
 
+_lazily("report", "report:run", "Show everything about a run's results on one page.", RUNS, "Usage: ddpm report [RUN]")
+_lazily("compare", "compare:run", "Show several runs side by side on one page.", RUNS)
+
+
 @app.command(group=RUNS)
 def apply(run: str, /, *, force: bool = False) -> None:
     """Copy a flow run's parameters and results into the working tree.

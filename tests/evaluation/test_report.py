@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from diffusion.evaluation import plots, report
+from diffusion.evaluation import charts
 from diffusion.sampling.build import SampleOptions
 from flows.stages import evaluate
 
@@ -89,7 +89,7 @@ def test_log_axes_have_plain_decimals(low: float, high: float, labels: list[str]
     axes = Figure().subplots()
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    plots.decimal_ticks(axes.yaxis)
+    charts.decimal_ticks(axes.yaxis)
     ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
     assert [label.get_text() for value, label in ticks if low <= value <= high] == labels
     assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))

@@ -1,0 +1,61 @@
+"""`ddpm compare`: several runs side by side, on one page and as a table on the terminal."""
+
+from pathlib import Path
+
+from diffusion.errors import UsageError, UserError
+from diffusion.storage.files import write_atomic
+from flows import made_with, yaml_files
+from flows.commands.report import find, show
+from flows.comparison import figures
+from flows.comparison.figures import Figure
+from flows.comparison.page import Compared, page
+from flows.pages import contents
+from flows.pages.rendering import number
+from flows.paths import Paths
+
+TREE = "."
+"""The working tree, in place of a run."""
+
+
+def run(*runs: str, out: Path | None = None) -> None:
+    """Compare runs: parameters that differ, figures with their intervals, samples and curves.
+
+    Args:
+        runs: Names of two or more flow runs, or the beginnings of their names (see `ddpm runs`); . is the working tree.
+            Figures are compared with those of the first.
+        out: The page to write; by default reports/compare.html.
+    """
+    if len(runs) < 2:
+        raise UsageError(f"runs: takes two or more (got {len(runs)})")
+    file = Paths().comparison if out is None else out
+    if file.is_dir():
+        raise UserError(f"--out: {file} is a folder; name a file")
+    compared = [_read(find(None if name == TREE else name)) for name in runs]
+    names = [each.name for each in compared]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"runs: {twice} is there twice")
+    found = figures.compare([each.contents for each in compared])
+    write_atomic(file, page(compared, found).encode())
+    print(table(names, found))
+    print(f"\n{file}")
+    show(file)
+
+
+def table(names: list[str], found: list[Figure]) -> str:
+    """The figures as text; differences are from the first run."""
+    rows = [["", *names]]
+    for figure in found:
+        differences = [None, *figure.differences]
+        cells = []
+        for value, difference in zip(figure.values, differences, strict=True):
+            text = number(value.value) if value else ""
+            cells.append(f"{text} ({difference.word}{', paired' * difference.paired})" if difference else text)
+        rows.append([figure.title, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _read(paths: Paths) -> Compared:
+    parameters = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
+    return Compared(paths.root.name or "working tree", parameters, contents.read(paths))
