@@ -39,11 +39,11 @@ def vlb_by_t(curve: Sequence[Row]) -> bytes:
 def filmstrip(frames: Sequence[Frame]) -> bytes:
     """Sampling trajectories from left to right; each image has a row of x_t and a row of x_0_hat below it."""
     rows = [
-        (rf"${name}$", [pictures[image] for pictures in column])
+        (label, [pictures[image] for pictures in columns])
         for image in range(len(frames[0].x_t))
-        for name, column in (
-            ("x_t", [frame.x_t for frame in frames]),
-            (r"\hat{x}_0", [frame.x_0_hat for frame in frames]),
+        for label, columns in (
+            ("$x_t$", [frame.x_t for frame in frames]),
+            (r"$\hat{x}_0$", [frame.x_0_hat for frame in frames]),
         )
     ]
     return _strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 2)

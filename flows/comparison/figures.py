@@ -37,7 +37,7 @@ BETTER = {
 """Figures of reports/evaluation/quality.csv: which direction is better; neither, if not listed."""
 TEST_PAIRS, VAL_PAIRS = "pairs_sha256", "val_pairs_sha256"
 
-Word = Literal["better", "worse", "not told apart", "lower", "higher", "other data"]
+Word = Literal["better", "worse", "not told apart", "equal", "lower", "higher", "other data"]
 
 
 class Value(NamedTuple):
@@ -114,7 +114,7 @@ def _differences(
         first = errors[0]
         by_image = on_same and rows is not None and first is not None and len(rows) == len(first)
         interval = paired(rows or [], first or []) if by_image else independent(new, old)
-        word: Word = _word(interval[1], interval[2], better) if on_same else "other data"
+        word: Word = "other data" if not on_same else "equal" if new == old else _word(*interval[1:], better)
         found.append(Difference(*interval, word, by_image))
     return found
 
