@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -101,7 +101,7 @@ def svg(chart: Chart) -> str:
     return _for_page(buffer.getvalue())
 
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ddpm",  # otherwise ids are random
     "font.size": 11,

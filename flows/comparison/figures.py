@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from diffusion.evaluation.likelihood import mean
-from flows.pages.contents import Contents
+from flows.pages.contents import Contents, Row
 from flows.pages.report import QUALITY
 
 LOWER, HIGHER = "lower", "higher"
@@ -140,7 +140,7 @@ def _errors(run: Contents) -> list[float] | None:
     return [row["mse"] for row in rows] if rows else None
 
 
-def _samples(run: Contents) -> list[dict[str, float]]:
+def _samples(run: Contents) -> list[Row]:
     return [row for row in run.tables.get("quality", []) if row["set"] == "samples"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffusion.evaluation import charts
 from flows.comparison.figures import Figure
 from flows.pages.contents import Contents
-from flows.pages.rendering import number, render
+from flows.pages.rendering import parameter, render
 
 ABSENT = "–"
 """In place of a parameter that a run does not have."""
@@ -52,7 +52,7 @@ def differing(parameters: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
     """The parameters that are not the same in all runs: name, and the value in each."""
     found = []
     for name in sorted({name for each in parameters for name in each}):
-        values = [number(each[name]) if name in each else ABSENT for each in parameters]
+        values = [parameter(each[name]) if name in each else ABSENT for each in parameters]
         if len(set(values)) > 1:
             found.append((name, values))
     return found

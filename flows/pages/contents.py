@@ -51,7 +51,7 @@ def read(paths: Paths) -> Contents:
     """
     figures, manifest = read_json(paths.evaluate_report), paths.shards / pairs.MANIFEST
     config = read_json(paths.model / "config.json")
-    chosen = {name: config[name] for name in ("network", "process") if name in config}
+    chosen: Row = {name: config[name] for name in ("network", "process") if name in config}
     training = read_json(paths.train_report) if paths.train_report.exists() else {}
     record = read_json(paths.made_with("train")) if training and paths.made_with("train").exists() else {}
     tables = {file.stem: _table(file) for file in sorted(paths.evaluation.glob("*.csv"))}

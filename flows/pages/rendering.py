@@ -1,6 +1,8 @@
 """Pages of one file each, which load nothing: templates, and how they show numbers, pictures and charts."""
 
 import base64
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,6 @@ from diffusion.evaluation import charts
 from diffusion.evaluation.charts import Chart
 
 FOLDERS = [Path(__file__).parent, Path(__file__).parents[1] / "comparison"]
-BAR = (120, 14)
-"""Width and height of an interval drawn in a table."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -24,18 +24,28 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "png": png, "chart": chart}
+    environment.filters |= {"number": number, "signed": signed, "png": png, "chart": chart}
     environment.globals |= {"colours": charts.COLOURS}
     return environment.get_template(template).render(**values)
 
 
 def number(value: Any) -> str:
-    """A number for a table: integers whole, others with four digits; a list or text as it is."""
+    """A number for a table, integers whole, others with four decimals or four digits; other values as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(list(value)) if isinstance(value, list | tuple) else str(value)
-    if value == int(value) and (isinstance(value, int) or abs(value) >= 1000):
-        return f"{int(value):,}"
-    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign."""
+    return f"{'-' if value < 0 else '+'}{number(abs(value))}".replace("-", "−")
+
+
+def parameter(value: Any) -> str:
+    """A parameter as in params.yaml."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=list)
 
 
 def png(content: bytes) -> str:
@@ -48,28 +58,22 @@ def chart(drawn: Chart) -> Markup:
     return Markup(charts.svg(drawn))  # matplotlib escapes its labels
 
 
-def bar(value: float, low: float, high: float, least: float, most: float) -> Markup:
-    """An interval with its value as a small picture, on a scale from `least` to `most`; what is beyond is cut off."""
-    width, height = BAR
+def bars(intervals: Sequence[tuple[float, float, float]]) -> Markup:
+    """Intervals (value, low, high) as a small picture, one below the other, on a scale that holds all of them."""
+    width, line = 120, 9
+    least = min(low for _, low, _ in intervals)
+    most = max(high for _, _, high in intervals)
 
     def at(number: float) -> float:
-        share = (min(max(number, least), most) - least) / (most - least) if most > least else 0.5
+        share = (number - least) / (most - least) if most > least else 0.5
         return round(4 + share * (width - 8), 1)
 
-    return Markup(
-        '<svg class="bar" viewBox="0 0 {w} {h}" role="img" aria-label="{label}"><path d="M{a} {m}H{b}"/>'
-        '<circle cx="{x}" cy="{m}" r="3"/></svg>'
-    ).format(
-        w=width,
-        h=height,
-        m=height // 2,
-        a=at(low),
-        b=at(high),
-        x=at(value),
-        label=f"{number_range(low, high)} around {value:.4g}",
+    drawn = Markup("").join(
+        Markup('<g class="series-{c}"><path d="M{a} {y}H{b}"/><circle cx="{x}" cy="{y}" r="3"/></g>').format(
+            c=place, a=at(low), b=at(high), x=at(value), y=line * place + 5
+        )
+        for place, (value, low, high) in enumerate(intervals)
     )
-
-
-def number_range(low: float, high: float) -> str:
-    """An interval."""
-    return f"{number(low)} – {number(high)}"
+    return Markup('<svg class="bars" viewBox="0 0 {w} {h}" aria-hidden="true">{drawn}</svg>').format(
+        w=width, h=line * len(intervals) + 2, drawn=drawn
+    )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from diffusion.evaluation import charts, histograms, noise_prediction
 from flows.pages.contents import Contents, Row
-from flows.pages.rendering import bar, number, render
+from flows.pages.rendering import bars, parameter, render
 
 ERRORS = {
     "mse": "MSE",
@@ -28,8 +28,12 @@ BOUNDS = {
 }
 QUALITY = {"frechet_distance": "Fréchet distance", "kid": "kernel distance (KID)"}
 """Metrics whose names are not simply their identifiers in words."""
-MOODS = {"better": "good", "good": "good", "worse": "bad", "copying": "bad"}
-"""Of the first word of a verdict; others are neutral."""
+SAMPLES = {
+    "good": ("good", "good", "not told apart from held-out images"),
+    "still learning": ("neutral", "still learning", "further from the training images than held-out images are"),
+    "copying": ("bad", "copying", "too many of them are near-copies of training images"),
+}
+"""By the verdict in reports/evaluate.json: mood, verdict, and what it means."""
 COLOURS = {1: "greyscale", 3: "RGB", 4: "RGBA"}
 
 
@@ -53,10 +57,11 @@ class About:
 class Verdict(NamedTuple):
     """What a figure means."""
 
+    subject: str
     mood: str
     """good, bad or neutral."""
-    word: str
-    rest: str
+    words: str
+    more: str
 
 
 def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any], about: About | None = None) -> str:
@@ -73,7 +78,7 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
     figures, tables = contents.figures, contents.tables
     source = data_name(contents, parameters if about is None else about.parameters)
     known = about.parameters if about else parameters | contents.model | contents.trained_with
-    rows = [(name, number(value), number(defaults.get(name, "–"))) for name, value in sorted(known.items())]
+    rows = [(name, parameter(value), parameter(defaults.get(name, "–"))) for name, value in sorted(known.items())]
     same = [name in defaults and _plain(value) == _plain(defaults[name]) for name, value in sorted(known.items())]
     return render(
         "report.html",
@@ -106,24 +111,19 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
 
 def verdicts(figures: dict[str, Any]) -> list[Verdict]:
     """What the figures mean, in words; without those that older evaluations lack."""
-    texts = [("The noise prediction is", noise_prediction.verdict(figures), "")]
+    found = [_against("Noise prediction", noise_prediction.verdict(figures), "")]
     if "bits_per_dim_gain_low" in figures:
-        measured = f", at {number(figures['bits_per_dim'])} bits/dim"
-        texts.append(("The likelihood is", histograms.verdict(figures), measured))
+        found.append(_against("Likelihood", histograms.verdict(figures), f"{figures['bits_per_dim']:.4f} bits/dim"))
     if "quality" in figures:
-        texts.append(("The samples:", _QUALITY_WORDS.get(figures["quality"], figures["quality"]), ""))
-    found = []
-    for subject, text, rest in texts:
-        word, _, more = text.partition(" ")
-        found.append(Verdict(MOODS.get(word.rstrip(":,"), "neutral"), f"{subject} {word}", f"{more}{rest}."))
+        found.append(Verdict("Samples", *SAMPLES.get(figures["quality"], ("neutral", str(figures["quality"]), ""))))
     return found
 
 
-_QUALITY_WORDS = {
-    "good": "good: not told apart from held-out images",
-    "still learning": "still learning: further from the training images than held-out images are",
-    "copying": "copying: too many of them are near-copies of training images",
-}
+def _against(subject: str, text: str, value: str) -> Verdict:
+    """A verdict on a baseline, in words with the baseline's figure in parentheses."""
+    words, _, figure = text.partition(" (")
+    mood = {"better": "good", "worse": "bad"}.get(words.partition(" ")[0], "neutral")
+    return Verdict(subject, mood, words, f"{value} against {figure[:-1]}" if value else figure[:-1])
 
 
 def describe(parameters: dict[str, Any], conditional: bool) -> str:
@@ -153,7 +153,7 @@ def data_name(contents: Contents, parameters: dict[str, Any]) -> str:
 def _summary(contents: Contents, source: str) -> str:
     pairs, training = contents.pairs, contents.training
     colours = COLOURS.get(pairs.channels, f"{pairs.channels}-channel")
-    network = f"A network of the kind {contents.model.get('network.kind', '?')}"
+    network = f"Network {contents.model.get('network.kind', '')}"
     if "parameters" in training:
         network += f" with {training['parameters']:,} parameters"
     steps = f", trained for {training['steps']:,} steps" if "steps" in training else ""
@@ -183,17 +183,18 @@ def _curves(tables: dict[str, list[Row]]) -> list[tuple[charts.Chart, str]]:
 
 
 def _quality(rows: list[Row]) -> dict[str, Any]:
-    """The table of quality.csv: a row for each metric, a cell for each set, and the interval of the samples."""
+    """The table of quality.csv: for each metric, a cell for each set, and the intervals of samples and held-out images.
+
+    Empty if there are no rows.
+    """
     sets = list(dict.fromkeys(row["set"] for row in rows))
     metrics = dict.fromkeys((row["metric"], row["features"]) for row in rows)
     found = []
     for metric, features in metrics:
         cells = {row["set"]: row for row in rows if (row["metric"], row["features"]) == (metric, features)}
         label = QUALITY.get(metric, metric.replace("_", " ")) + (f" ({features})" if features != "pixels" else "")
-        scale = [cell[end] for name, cell in cells.items() if name != "noise" for end in ("low", "high")]
-        samples = cells.get("samples")
-        ends = (min(scale), max(scale)) if scale else (0.0, 1.0)
-        drawn = bar(samples["value"], samples["low"], samples["high"], *ends) if samples else ""
+        shown = [cells[name] for name in ("samples", "held-out") if name in cells]
+        drawn = bars([(cell["value"], cell["low"], cell["high"]) for cell in shown]) if shown else ""
         found.append((label, [cells.get(name) for name in sets], drawn))
     return {"sets": sets, "rows": found} if found else {}
 

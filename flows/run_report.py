@@ -18,16 +18,12 @@ from flows.paths import Paths
 from flows.stages import STAGES
 
 
-def run(run: str | None = None, /) -> None:
-    """Write the report of a flow run and open it in a browser, if there is one.
-
-    Args:
-        run: Name of a flow run, or the beginning of one (see `ddpm runs`); by default the working tree.
-    """
+def show(run: str | None) -> None:
+    """Write the page of a run, or of the working tree for None, print its path and open it."""
     paths = find(run)
     write_atomic(paths.run_report, page(paths, run is not None).encode())
     print(paths.run_report)
-    show(paths.run_report)
+    open_page(paths.run_report)
 
 
 def find(run: str | None) -> Paths:
@@ -56,7 +52,7 @@ def page(paths: Paths, is_run: bool) -> str:
     return report.page(contents.read(paths), parameters, made_with.flat(Params()), about)
 
 
-def show(path: Path) -> None:
+def open_page(path: Path) -> None:
     """Open a page in a browser, if someone is at a terminal with a display."""
     display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.stdout.isatty() and display:

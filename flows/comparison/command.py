@@ -1,29 +1,31 @@
 """`ddpm compare`: several runs side by side, on one page and as a table on the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion.errors import UsageError, UserError
 from diffusion.storage.files import write_atomic
 from flows import made_with, yaml_files
-from flows.commands.report import find, show
 from flows.comparison import figures
 from flows.comparison.figures import Figure
 from flows.comparison.page import Compared, page
 from flows.pages import contents
 from flows.pages.rendering import number
 from flows.paths import Paths
+from flows.run_report import find, open_page
 
 TREE = "."
 """The working tree, in place of a run."""
 
 
-def run(*runs: str, out: Path | None = None) -> None:
-    """Compare runs: parameters that differ, figures with their intervals, samples and curves.
+def show(runs: Sequence[str], out: Path | None) -> None:
+    """Write the page, print the table and the page's path, and open it.
 
     Args:
-        runs: Names of two or more flow runs, or the beginnings of their names (see `ddpm runs`); . is the working tree.
-            Figures are compared with those of the first.
-        out: The page to write; by default reports/compare.html.
+        runs: two or more names of runs; TREE is the working tree.
+        out: the page to write; by default reports/compare.html.
+    Raises:
+        UserError: a run does not exist or has no evaluation, or `out` is a folder.
     """
     if len(runs) < 2:
         raise UsageError(f"runs: takes two or more (got {len(runs)})")
@@ -38,7 +40,7 @@ def run(*runs: str, out: Path | None = None) -> None:
     write_atomic(file, page(compared, found).encode())
     print(table(names, found))
     print(f"\n{file}")
-    show(file)
+    open_page(file)
 
 
 def table(names: list[str], found: list[Figure]) -> str:
