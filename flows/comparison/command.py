@@ -28,14 +28,14 @@ def show(runs: Sequence[str], out: Path | None) -> None:
         UserError: a run does not exist or has no evaluation, or `out` is a folder.
     """
     if len(runs) < 2:
-        raise UsageError(f"runs: takes two or more (got {len(runs)})")
+        raise UsageError(f"takes two or more runs (got {len(runs)})")
     file = Paths().comparison if out is None else out
     if file.is_dir():
         raise UserError(f"--out: {file} is a folder; name a file")
     compared = [_read(find(None if name == TREE else name)) for name in runs]
     names = [each.name for each in compared]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"runs: {twice} is there twice")
+        raise UsageError(f"{twice} is there twice; name different runs")
     found = figures.compare([each.contents for each in compared])
     write_atomic(file, page(compared, found).encode())
     print(table(names, found))
