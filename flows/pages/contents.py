@@ -4,6 +4,7 @@ Those of earlier versions lack some: they had no pictures of held-out images, fo
 """
 
 import csv
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -49,37 +50,55 @@ def read(paths: Paths) -> Contents:
     Raises:
         FileFault: there is no evaluation, or a file is damaged.
     """
-    figures, manifest = read_json(paths.evaluate_report), paths.shards / pairs.MANIFEST
-    config = read_json(paths.model / "config.json")
-    chosen: Row = {name: config[name] for name in ("network", "process") if name in config}
-    training = read_json(paths.train_report) if paths.train_report.exists() else {}
-    record = read_json(paths.made_with("train")) if training and paths.made_with("train").exists() else {}
-    tables = {file.stem: _table(file) for file in sorted(paths.evaluation.glob("*.csv"))}
-    tables |= {file.stem: _table(file) for file in sorted(paths.train_curves.glob("*.csv"))}
+    scored = json.loads(read_checked(paths.evaluation / "scored.json"))
+    tables, inputs = _tables(paths.evaluation), read_inputs(paths)
     return Contents(
-        figures=figures | json.loads(read_checked(paths.evaluation / "scored.json")),
-        tables=tables,
+        figures=read_json(paths.evaluate_report, scored.get("report_sha256")) | scored,
+        tables=tables | inputs.pop("tables"),
         pictures={file.stem: read_checked(file) for file in sorted(paths.evaluation.glob("*.png"))},
-        model=dict(made_with.leaves(chosen)),
-        conditional=bool(config.get("network", {}).get("classes")),
-        training=training,
-        trained_with={key: value for key, value in record.get("params", {}).items() if key.startswith("train.")},
-        pairs=pairs.Manifest.read(paths.pairs / pairs.MANIFEST),
-        shards=json.loads(read_checked(manifest)) if manifest.exists() else {},
+        **inputs,
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON; raises FileFault if the file is missing or damaged."""
+def read_inputs(paths: Paths) -> dict[str, Any]:
+    """The fields of Contents that evaluate does not write; of the tables, those of the training."""
+    config = json.loads(read_checked(paths.model / "config.json"))
+    chosen = {name: config[name] for name in ("network", "process") if name in config}
+    manifest = paths.shards / pairs.MANIFEST
+    training, record = {}, {}
+    if paths.train_report.exists() and paths.made_with("train").exists():
+        record = read_json(paths.made_with("train"))
+        training = read_json(paths.train_report, record.get("wrote", {}).get("reports/train.json"))
+    return {
+        "tables": _tables(paths.train_curves),
+        "model": dict(made_with.leaves(chosen)),
+        "conditional": bool(config.get("network", {}).get("classes")),
+        "training": training,
+        "trained_with": {key: value for key, value in record.get("params", {}).items() if key.startswith("train.")},
+        "pairs": pairs.Manifest.read(paths.pairs / pairs.MANIFEST),
+        "shards": json.loads(read_checked(manifest)) if manifest.exists() else {},
+    }
+
+
+def read_json(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """An object of JSON; raises FileFault if the file is missing, damaged, or has another SHA-256 than `digest`."""
     try:
-        content = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise FileFault(path, error.strerror or str(error)) from None
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise Damaged(path, "it does not match its digest")
+    try:
+        found = json.loads(content)
     except ValueError:
         raise Damaged(path, "it is not valid JSON") from None
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise Damaged(path, "it is not an object of JSON")
-    return content
+    return found
+
+
+def _tables(directory: Path) -> dict[str, list[Row]]:
+    return {file.stem: _table(file) for file in sorted(directory.glob("*.csv"))}
 
 
 def _table(path: Path) -> list[Row]:

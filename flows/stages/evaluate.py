@@ -46,6 +46,7 @@ def run(params: Params, paths: Paths) -> None:
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
+    contents.read_inputs(paths)  # rejects damaged files before scoring
     steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
     with working("evaluate: fitting the linear baseline"):
         baseline = wiener.fit(train)
