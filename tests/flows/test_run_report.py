@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.storage.files import write_json
 from flows import run_report
 from flows.summary import StageSummary, Summary
 from flows.summary import write as write_summary
 from flows.workspace import Run
 from tests.command import ddpm
-from tests.flows.pages.test_report import check_alone
+from tests.flows.pages.test_report import check_alone, write_figures
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -101,9 +100,9 @@ def test_a_page_is_opened_only_where_someone_sees_it(
 
 
 def test_runs_side_by_side(tree: Path) -> None:
-    errors = tree / ".ddpm/runs/calm-bee/reports/evaluate.json"
-    figures = json.loads(errors.read_text())
-    write_json(errors, figures | {name: figures[name] / 2 for name in figures if name.startswith("mse")})
+    other = tree / ".ddpm/runs/calm-bee"
+    figures = json.loads((other / "reports/evaluate.json").read_text())
+    write_figures(other, figures | {name: figures[name] / 2 for name in figures if name.startswith("mse")})
     done = ddpm(tree, "compare", "bold", "calm", ".", environment=ENVIRONMENT)
     assert (done.returncode, done.stderr) == (0, "")
     head, *lines = done.stdout.splitlines()

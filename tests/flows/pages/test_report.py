@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffusion.errors import UserError
-from diffusion.storage.files import write_csv, write_json, write_sums
+from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with
 from flows import params as parameters
 from flows.pages import contents, report
@@ -70,6 +70,14 @@ def rendered(tree: Path, **more: Any) -> str:
     params = parameters.load(tree / "params.yaml")
     flat = made_with.flat(params, "seed", "sample", "evaluate")
     return report.page(contents.read(Paths(tree)), flat, made_with.flat(Params()), **more)
+
+
+def write_figures(tree: Path, figures: dict[str, Any]) -> None:
+    """Write another reports/evaluate.json, as evaluate would."""
+    path, scored = tree / "reports/evaluate.json", tree / "reports/evaluation/scored.json"
+    write_json(path, figures)
+    write_json(scored, json.loads(scored.read_text()) | {"report_sha256": sha256(path)})
+    write_sums(tree / "reports/evaluation")
 
 
 @pytest.fixture
@@ -150,11 +158,9 @@ def test_what_is_missing_is_left_out(tree: Path) -> None:
         shutil.rmtree(tree / part)
     for name in ("heldout.png", "noising.png", "bands.csv"):
         (tree / "reports/evaluation" / name).unlink()
-    write_sums(tree / "reports/evaluation")
     (tree / "reports/train.json").unlink()
     figures = json.loads((tree / "reports/evaluate.json").read_text())
-    kept = {name: value for name, value in figures.items() if not name.startswith("bits_per_dim_gain")}
-    write_json(tree / "reports/evaluate.json", kept)
+    write_figures(tree, {name: figures[name] for name in figures if not name.startswith("bits_per_dim_gain")})
     text = check_alone(rendered(tree))
     for caption in (
         "Real pictures",
@@ -204,7 +210,16 @@ def test_names_are_escaped(tree: Path) -> None:
     assert "Not used: 2 files." in page
 
 
-@pytest.mark.parametrize("name", ["reports/evaluation/samples.png", "reports/evaluation/mse_by_t.csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reports/evaluation/samples.png",
+        "reports/evaluation/mse_by_t.csv",
+        "reports/evaluate.json",
+        "reports/train.json",
+        "data/shards/manifest.json",
+    ],
+)
 def test_damaged_files_are_refused(tree: Path, name: str) -> None:
     with (tree / name).open("ab") as file:
         file.write(b" ")
@@ -213,10 +228,11 @@ def test_damaged_files_are_refused(tree: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]"])
-def test_damaged_figures_are_refused(tree: Path, content: bytes) -> None:
-    (tree / "reports/evaluate.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"evaluate\.json: damaged"):
-        contents.read(Paths(tree))
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "evaluate.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"evaluate\.json: damaged \(it is not"):
+        contents.read_json(path)
 
 
 def test_numbers() -> None:
