@@ -3,12 +3,14 @@
 import base64
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from diffusion.errors import counted
 from diffusion.evaluation import charts
 from diffusion.evaluation.charts import Chart
 
@@ -25,6 +27,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "png": png, "chart": chart}
+    environment.filters["counted"] = partial(counted, spec=",")
     environment.globals |= {"colours": charts.COLOURS}
     return environment.get_template(template).render(**values)
 

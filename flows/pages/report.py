@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion.errors import counted
 from diffusion.evaluation import charts, histograms, noise_prediction
 from flows.pages.contents import Contents, Row
 from flows.pages.rendering import bars, parameter, render
@@ -133,10 +134,10 @@ def describe(parameters: dict[str, Any], conditional: bool) -> str:
     if given.get("sampler") == "ddpm":
         fields["variance"] = given["variance"]
     parts = [
-        f"Sampler {given.get('sampler')}",
+        f"Sampler {given['sampler']}",
         *(f"{name} {value}" for name, value in fields.items()),
-        f"{given.get('steps')} steps, spacing {given.get('spacing')}",
-        f"threshold {given.get('threshold')}",
+        f"{counted(given['steps'], 'step')}, spacing {given['spacing']}",
+        f"threshold {given['threshold']}",
         *([f"classes in turn with guidance {given['guidance']:g}"] if conditional else []),
         "EMA weights",
         f"seed {parameters.get('seed')}",
@@ -155,14 +156,14 @@ def _summary(contents: Contents, source: str) -> str:
     colours = COLOURS.get(pairs.channels, f"{pairs.channels}-channel")
     network = f"Network {contents.model.get('network.kind', '')}"
     if "parameters" in training:
-        network += f" with {training['parameters']:,} parameters"
-    steps = f", trained for {training['steps']:,} steps" if "steps" in training else ""
+        network += f" with {counted(training['parameters'], 'parameter', spec=',')}"
+    steps = f", trained for {counted(training['steps'], 'step', spec=',')}" if "steps" in training else ""
     data = f" on {source}" if source else ""
-    classes = f"; {len(pairs.classes)} classes" if pairs.classes else ""
+    classes = f"; {counted(len(pairs.classes), 'class', 'classes')}" if pairs.classes else ""
     used = "" if not pairs.classes or contents.conditional else ", which the network does not use"
     return (
-        f"{network}{steps}{data}: {pairs.splits['train'].images:,} {colours} images of {pairs.width}x{pairs.height} "
-        f"pixels{classes}{used}."
+        f"{network}{steps}{data}: {counted(pairs.splits['train'].images, f'{colours} image', spec=',')} of "
+        f"{pairs.width}x{pairs.height} pixels{classes}{used}."
     )
 
 

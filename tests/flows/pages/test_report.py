@@ -207,7 +207,7 @@ def test_names_are_escaped(tree: Path) -> None:
     page = rendered(tree, about=about)
     for text in ("<b>&.", '<img src="http', "<script>", "<i>", "<u>", "<s>", "<pre><pre>", "<tt>", "<em>"):
         assert text not in page
-    assert "Not used: 2 files." in page
+    assert "2 files were rejected." in page
 
 
 @pytest.mark.parametrize(
