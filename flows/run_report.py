@@ -40,11 +40,13 @@ def find(run: str | None) -> Paths:
 def page(paths: Paths, is_run: bool) -> str:
     """Render the report with all that the folder says."""
     parameters = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
+    summary = summaries.read(paths.root) if (paths.root / "summary.json").exists() else None
     about = report.About(
         name=paths.root.name if is_run else "",
         when=_when(paths) if is_run else "The results in the working tree.",
         parameters=parameters,
-        stages=list(summaries.read(paths.root).stages) if (paths.root / "summary.json").exists() else [],
+        stages=summary.stages if summary else [],
+        gate=summary.gate if summary else [],
         export=markdown.precisions(paths.export_report) if paths.export_report.exists() else [],
         commands=_commands(paths) if is_run else ["dvc repro"],
         digests=_digests(paths),

@@ -1,8 +1,8 @@
 """Figures of several runs side by side, and whether they differ beyond the noise of the measurement.
 
-The error on the validation pairs is known for each image. If two runs were scored on the same pairs, let d_i be the
-difference of their errors on image i; the interval of the mean of d_i is its mean ± 1.96 standard errors. Of the other
-figures only intervals are known. With half-widths h_1 and h_2, the interval of their difference is ± sqrt(h_1^2 +
+Some figures are known for each image. If two runs were scored on the same pairs, let d_i be the difference of their
+figures on image i; the interval of the mean of d_i is its mean ± 1.96 standard errors. Of the others only intervals are
+known. With half-widths h_1 and h_2, the interval of their difference is ± sqrt(h_1^2 +
 h_2^2), as for independent measurements. Where both runs were measured on the same images, it is too wide, so that
 differences may be missed, but seldom made up. Neither interval covers the variation between trainings with different
 seeds.
@@ -35,6 +35,8 @@ BETTER = {
     **dict.fromkeys(("precision", "recall", "density", "coverage", "class_agreement"), HIGHER),
 }
 """Figures of reports/evaluation/quality.csv: which direction is better; neither, if not listed."""
+BY_IMAGE = {"val_mse": ("val_errors", "mse"), "bits_per_dim": ("bits_per_dim", "bits_per_dim")}
+"""The table of figures with a value for each image, and its column; older evaluations lack the second."""
 TEST_PAIRS, VAL_PAIRS = "pairs_sha256", "val_pairs_sha256"
 
 Word = Literal["better", "worse", "not told apart", "equal", "lower", "higher", "other data"]
@@ -76,7 +78,7 @@ def compare(runs: Sequence[Contents]) -> list[Figure]:
         values = [_value(run, name) for run in runs]
         pairs = VAL_PAIRS if name == "val_mse" else TEST_PAIRS
         same = [run.figures.get(pairs) == runs[0].figures.get(pairs) for run in runs]
-        rows = [_errors(run) if name == "val_mse" else None for run in runs]
+        rows = [_by_image(run, name) for run in runs]
         found.append(Figure(title, values, _differences(values, same, rows, better)))
     for metric, features in dict.fromkeys((row["metric"], row["features"]) for run in runs for row in _samples(run)):
         title = QUALITY.get(metric, metric.replace("_", " ")) + (f" ({features})" if features != "pixels" else "")
@@ -95,7 +97,7 @@ def independent(new: Value, old: Value) -> tuple[float, float, float]:
 
 
 def paired(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """The mean difference of errors on the same images and its interval; a single image tells nothing."""
+    """The mean difference of figures of the same images and its interval; a single image tells nothing."""
     found = mean("d", np.asarray(new) - np.asarray(old))
     if len(new) == 1:
         return found["d"], -np.inf, np.inf
@@ -135,9 +137,9 @@ def _value(run: Contents, name: str) -> Value | None:
         return None
 
 
-def _errors(run: Contents) -> list[float] | None:
-    rows = run.tables.get("val_errors")
-    return [row["mse"] for row in rows] if rows else None
+def _by_image(run: Contents, name: str) -> list[float] | None:
+    table, column = BY_IMAGE.get(name, ("", ""))
+    return [row[column] for row in run.tables.get(table, [])] or None
 
 
 def _samples(run: Contents) -> list[Row]:

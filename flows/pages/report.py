@@ -30,9 +30,9 @@ BOUNDS = {
 QUALITY = {"frechet_distance": "Fréchet distance", "kid": "kernel distance (KID)"}
 """Metrics whose names are not simply their identifiers in words."""
 SAMPLES = {
-    "good": ("good", "good", "not told apart from held-out images"),
-    "still learning": ("neutral", "still learning", "further from the training images than held-out images are"),
-    "copying": ("bad", "copying", "too many of them are near-copies of training images"),
+    "good": ("good", "good", "no figure is worse than that of held-out images by more than the noise"),
+    "still learning": ("neutral", "still learning", "figures are worse than those of held-out images"),
+    "copying": ("bad", "copying", "too many are near-copies of training images"),
 }
 """By the verdict in reports/evaluate.json: mood, verdict, and what it means."""
 COLOURS = {1: "greyscale", 3: "RGB", 4: "RGBA"}
@@ -49,6 +49,8 @@ class About:
     """All of params.yaml, by dotted name."""
     stages: list[Any]
     """`StageSummary` of each stage."""
+    gate: list[Row]
+    """The decision whether the model becomes champion, by rule."""
     export: list[list[str]]
     """Rows of the ONNX files: name, MB, MSE, change."""
     commands: list[str]

@@ -31,7 +31,10 @@ def tree(whole_tree: Path, tmp_path: Path) -> Path:
         Run(name, "id", started, REVISION, name == "bold-ape", "completed", ended).write(workspace)
         trees.change(workspace, {"train": {"steps": steps}})
     stages = [StageSummary("train", 31.84, "run"), StageSummary("evaluate", 10.0, "cached")]
-    write_summary(tree / ".ddpm/runs/bold-ape", Summary("bold-ape", stages, {}, "", "", ""))
+    write_summary(
+        tree / ".ddpm/runs/bold-ape",
+        Summary("bold-ape", stages, {}, "", "", "", [{"rule": "better", "verdict": "met"}]),
+    )
     return tree
 
 
@@ -47,6 +50,7 @@ def test_the_report_of_a_run(tree: Path) -> None:
         "Started 2026-11-27 19:39, ended 2026-11-27 19:40 (UTC); completed; code: revision c866cb9ab911 with",
         "train 31.8 run",
         "evaluate 10.0 cached",
+        "rule verdict better met",
         f"git checkout {REVISION} # it had uncommitted changes: its code is in .ddpm/runs/bold-ape",
         "ddpm apply bold-ape",
         "dvc repro",

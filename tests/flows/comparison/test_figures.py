@@ -58,6 +58,18 @@ def test_the_paired_interval_holds_the_true_difference_in_95_of_100_cases() -> N
     assert held == pytest.approx(950, abs=25)
 
 
+def test_bits_per_dim_are_compared_image_by_image_if_both_runs_have_them() -> None:
+    old, new = run(bits_per_dim=3.0), run(bits_per_dim=2.995)
+    (figure,) = figures.compare([old, new])
+    assert figure.differences[0] is not None
+    assert (figure.differences[0].word, figure.differences[0].paired) == ("not told apart", False)
+    for each, by_image in ((old, [2.0, 3.0, 4.0]), (new, [1.995, 2.995, 3.995])):
+        each.tables["bits_per_dim"] = [{"image": i, "bits_per_dim": bits} for i, bits in enumerate(by_image)]
+    (figure,) = figures.compare([old, new])
+    assert figure.differences[0] is not None
+    assert (figure.differences[0].word, figure.differences[0].paired) == ("better", True)
+
+
 def test_one_image_tells_no_difference() -> None:
     (figure,) = figures.compare([run([0.5]), run([0.1])])
     assert figure.differences[0] is not None

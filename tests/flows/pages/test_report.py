@@ -203,9 +203,9 @@ def test_names_are_escaped(tree: Path) -> None:
     manifest["rejected"] = [{"file": "x", "reason": "<script>"}] * 2
     write_json(tree / "data/shards/manifest.json", manifest)
     write_sums(tree / "data/shards")
-    about = report.About("<i>", "<u>", {"shard.source": "<s>"}, [], [], ["<pre>"], {"<tt>": "<em>"})
+    about = report.About("<i>", "<u>", {"shard.source": "<s>"}, [], [{"a": "<q>"}], [], ["<pre>"], {"<tt>": "<em>"})
     page = rendered(tree, about=about)
-    for text in ("<b>&.", '<img src="http', "<script>", "<i>", "<u>", "<s>", "<pre><pre>", "<tt>", "<em>"):
+    for text in ("<b>&.", '<img src="http', "<script>", "<i>", "<u>", "<s>", "<pre><pre>", "<q>", "<tt>", "<em>"):
         assert text not in page
     assert "2 files were rejected." in page
 
