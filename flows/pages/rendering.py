@@ -61,11 +61,14 @@ def chart(drawn: Chart) -> Markup:
     return Markup(charts.svg(drawn))  # matplotlib escapes its labels
 
 
-def bars(intervals: Sequence[tuple[float, float, float]]) -> Markup:
-    """Intervals (value, low, high) as a small picture, one below the other, on a scale that holds all of them."""
+def bars(intervals: Sequence[tuple[float, float, float] | None]) -> Markup:
+    """Intervals (value, low, high) as a small picture, one below the other, on a scale that holds all of them.
+
+    Each place has its colour, also where it is empty (None).
+    """
     width, line = 120, 9
-    least = min(low for _, low, _ in intervals)
-    most = max(high for _, _, high in intervals)
+    given = [each for each in intervals if each is not None]
+    least, most = min(low for _, low, _ in given), max(high for _, _, high in given)
 
     def at(number: float) -> float:
         share = (number - least) / (most - least) if most > least else 0.5
@@ -73,9 +76,10 @@ def bars(intervals: Sequence[tuple[float, float, float]]) -> Markup:
 
     drawn = Markup("").join(
         Markup('<g class="series-{c}"><path d="M{a} {y}H{b}"/><circle cx="{x}" cy="{y}" r="3"/></g>').format(
-            c=place, a=at(low), b=at(high), x=at(value), y=line * place + 5
+            c=place, a=at(each[1]), b=at(each[2]), x=at(each[0]), y=line * place + 5
         )
-        for place, (value, low, high) in enumerate(intervals)
+        for place, each in enumerate(intervals)
+        if each is not None
     )
     return Markup('<svg class="bars" viewBox="0 0 {w} {h}" aria-hidden="true">{drawn}</svg>').format(
         w=width, h=line * len(intervals) + 2, drawn=drawn

@@ -27,11 +27,18 @@ BOUNDS = {
     "bits_per_dim_decoder": "of which L_0 (decoder, to discrete pixel values)",
     **{f"bits_per_dim_{name}": f"{label[0].upper()}{label[1:]}" for name, label in histograms.LABELS.items()},
 }
-QUALITY = {"frechet_distance": "Fréchet distance", "kid": "kernel distance (KID)"}
+QUALITY = {
+    "frechet_distance": "Fréchet distance",
+    "kid": "kernel distance (KID)",
+    "nearest_distance": "distance to the nearest training image, in grey levels",
+    "near_copies": "near-copies of training images",
+}
 """Metrics whose names are not simply their identifiers in words."""
+PIXELS = "pixels"
+"""In place of features, where the pixels are compared."""
 SAMPLES = {
     "good": ("good", "good", "no figure is worse than that of held-out images by more than the noise"),
-    "still learning": ("neutral", "still learning", "figures are worse than those of held-out images"),
+    "still learning": ("neutral", "still learning", "figures in the table are worse than those of held-out images"),
     "copying": ("bad", "copying", "too many are near-copies of training images"),
 }
 """By the verdict in reports/evaluate.json: mood, verdict, and what it means."""
@@ -195,10 +202,10 @@ def _quality(rows: list[Row]) -> dict[str, Any]:
     found = []
     for metric, features in metrics:
         cells = {row["set"]: row for row in rows if (row["metric"], row["features"]) == (metric, features)}
-        label = QUALITY.get(metric, metric.replace("_", " ")) + (f" ({features})" if features != "pixels" else "")
-        shown = [cells[name] for name in ("samples", "held-out") if name in cells]
-        drawn = bars([(cell["value"], cell["low"], cell["high"]) for cell in shown]) if shown else ""
-        found.append((label, [cells.get(name) for name in sets], drawn))
+        label = QUALITY.get(metric, metric.replace("_", " "))
+        shown = [cells.get(name) for name in ("samples", "held-out")]
+        drawn = bars([cell and (cell["value"], cell["low"], cell["high"]) for cell in shown]) if any(shown) else ""
+        found.append((label, features if features != PIXELS else "", [cells.get(name) for name in sets], drawn))
     return {"sets": sets, "rows": found} if found else {}
 
 

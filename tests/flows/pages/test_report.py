@@ -14,7 +14,7 @@ from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with
 from flows import params as parameters
 from flows.pages import contents, report
-from flows.pages.rendering import number, parameter, signed
+from flows.pages.rendering import bars, number, parameter, signed
 from flows.params import Params
 from flows.paths import Paths
 
@@ -190,10 +190,20 @@ def test_the_quality_of_samples(tree: Path) -> None:
     write_sums(tree / "reports/evaluation")
     page = rendered(tree)
     text = check_alone(page)
-    assert "Fréchet distance (own <features>)" in text
+    assert "Fréchet distance own <features> 21.5" in text
     assert "own &lt;features&gt;" in page
-    for figure in ("21.5", "20 – 23", "3.5000", "near copies", "4.2500", "nearest training image"):
+    for figure in ("21.5", "20 – 23", "3.5000", "near-copies of training images", "4.2500", "nearest training image"):
         assert figure in text
+
+
+def test_intervals_are_drawn_to_scale_in_the_colour_of_their_set() -> None:
+    drawn = bars([(1.0, 0.0, 2.0), (3.0, 2.0, 4.0)])
+    assert re.findall(r'class="series-(\d)"><path d="M([\d.]+) \d+H([\d.]+)"/><circle cx="([\d.]+)"', drawn) == [
+        ("0", "4.0", "60.0", "32.0"),
+        ("1", "60.0", "116.0", "88.0"),
+    ]
+    assert 'class="series-0"' not in bars([None, (1.0, 1.0, 1.0)])
+    assert 'class="series-1"><path d="M60.0 14H60.0"' in bars([None, (1.0, 1.0, 1.0)])
 
 
 def test_names_are_escaped(tree: Path) -> None:
