@@ -204,7 +204,8 @@ def _quality(rows: list[Row]) -> dict[str, Any]:
         cells = {row["set"]: row for row in rows if (row["metric"], row["features"]) == (metric, features)}
         label = QUALITY.get(metric, metric.replace("_", " "))
         shown = [cells.get(name) for name in ("samples", "held-out")]
-        drawn = bars([cell and (cell["value"], cell["low"], cell["high"]) for cell in shown]) if any(shown) else ""
+        intervals = [(cell["value"], cell["low"], cell["high"]) if cell else None for cell in shown]
+        drawn = bars(intervals) if any(shown) else ""
         found.append((label, features if features != PIXELS else "", [cells.get(name) for name in sets], drawn))
     return {"sets": sets, "rows": found} if found else {}
 
