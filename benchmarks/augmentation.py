@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from nearest import nearest
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from diffusion.evaluation.memorisation import nearest
 from diffusion.model import Model
 from diffusion.nn.unet import UNetOptions
 from diffusion.pairs.memory import Blocks, Images
@@ -84,7 +84,7 @@ def train(training: Pixels, held_out: Pixels, options: TrainOptions, seed: int) 
             curve.append({"step": step, "mse": mse(model, unseen), "training_mse": mse(model, seen)})
     seconds = time.perf_counter() - began
     samples = model.sample(SAMPLES, seed=seed, sampler="dpm-solver++", steps=25)
-    (_, distance), (_, usual) = nearest(samples, seen), nearest(held_out, seen)
+    distance, usual = (nearest(images, seen).distance for images in (samples, held_out))
     figures = {
         "images": len(training),
         "augment": augment,

@@ -129,7 +129,7 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "warmup_steps": arguments.steps // 10,
-        "ema_width": 0.05,
+        "ema": {"kind": "power", "width": 0.05},
         "optimizer": "adamw",
         "decay": "cosine",
         "timesteps": "stored",

@@ -7,8 +7,8 @@ Run it in a working tree with a trained and exported model that diffusers suppor
 All take turns, in batches of 1 and 64, so that fluctuations of the machine affect them equally; the median over the
 turns is reported. Before each turn, a pause lets the threads of the previous one go to sleep, and an untimed call wakes
 up the next. In PyTorch, the weights are run by the project's own sampler, with and without torch.compile; in diffusers,
-by DDIMPipeline, with the same number of steps and with 50. Quality is the Fréchet distance of --count images, with a
-classifier trained on the same data.
+by DDIMPipeline, with the same number of steps and with 50. Quality is the Fréchet distance of --count images, in the
+features of a network trained on the same data.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import features
 import numpy as np
 import torch
+from frechet import Frechet
 from numpy.typing import NDArray
 
 from diffusion.exchange.diffusers import export_model
@@ -125,11 +125,11 @@ def main() -> None:
         }
     taken = {batch: seconds(makers, batch, arguments.turns) for batch in speed.BATCHES}
 
-    reference = features.fit_reference(paths)
+    distance_of = Frechet(paths, arguments.count)
     distances = {}
     for name in (name for name in makers if not name.startswith("torch")):
         parts = [makers[name](64, seed) for seed in range(-(-arguments.count // 64))]
-        distances[name] = reference.distance(np.concatenate(parts)[: arguments.count])
+        distances[name] = distance_of(np.concatenate(parts)[: arguments.count])
     print("| | ms, single image | images/s, batch of 64 | Fréchet |\n|---|---|---|---|")
     for name in makers:
         quality = f"{distances[name]:.2f}" if name in distances else ""

@@ -4,9 +4,9 @@ Run it in a working tree with data/pairs and models/ddpm, written by `dvc repro`
 
     python benchmarks/sampling_quality.py --count 1000 --out reports/samplers
 
-Quality is the Fréchet distance to the training images over the features of a small classifier trained on them
-(benchmarks/features.py). It decreases with the number of images, so the distance of as many training images is shown
-for comparison. Heun needs two evaluations per step, so it takes half as many steps.
+Quality is the Fréchet distance to training images in the features of a small network trained on them, as in
+reports/evaluation/quality.csv. It decreases with the number of images, so that of as many other training images is
+shown for comparison. Heun needs two evaluations per step, so it takes half as many steps.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import features
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from frechet import Frechet, Images
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,7 +67,7 @@ class Setting:
         )
 
 
-def draw(model: Model, setting: Setting, count: int, device: torch.device) -> features.Images:
+def draw(model: Model, setting: Setting, count: int, device: torch.device) -> Images:
     parts = [
         draw_samples(model, setting.options(min(BATCH, count - first)), 0, device, first=first)
         for first in range(0, count, BATCH)
@@ -85,9 +85,7 @@ def settings(evaluations: list[int], samplers: list[str], num_timesteps: int) ->
     ]
 
 
-def picture(
-    best: dict[tuple[str, int], features.Images], samplers: list[str], evaluations: list[int], path: Path
-) -> None:
+def picture(best: dict[tuple[str, int], Images], samplers: list[str], evaluations: list[int], path: Path) -> None:
     """Plot nine images of each cell."""
     figure, axes = plt.subplots(
         len(samplers),
@@ -141,16 +139,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     paths, device = Paths(arguments.tree), torch.device("cpu")
-    model, reference = load_model(paths.model, device), features.fit_reference(paths)
-    images, _ = features.split(paths, "train")
-    real = reference.distance(images[: arguments.count])
+    model, distance_of = load_model(paths.model, device), Frechet(paths, arguments.count)
     rows: list[dict[str, Any]] = []
-    best: dict[tuple[str, int], features.Images] = {}
+    best: dict[tuple[str, int], Images] = {}
     progress = tqdm(settings(arguments.evaluations, arguments.samplers, model.process.schedule.num_timesteps))
     for setting in progress:
         began = time.perf_counter()
         images = draw(model, setting, arguments.count, device)
-        seconds, distance = time.perf_counter() - began, reference.distance(images)
+        seconds, distance = time.perf_counter() - began, distance_of(images)
         progress.write(
             f"{setting.evaluations:5} evaluations, {setting.name}, {setting.spacing}: {distance:.2f}", sys.stderr
         )
@@ -176,9 +172,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     picture(best, arguments.samplers, arguments.evaluations, arguments.out.with_suffix(".png"))
-    print(table(rows, arguments.samplers, arguments.evaluations, real))
-    print(f"\nclassifier: {reference.accuracy:.1%} test accuracy")
-    facts = {"count": arguments.count, "real": real, "classifier_accuracy": reference.accuracy, "rows": rows}
+    print(table(rows, arguments.samplers, arguments.evaluations, distance_of.real))
+    print(f"\n{distance_of.description}")
+    facts = {"count": arguments.count, "real": distance_of.real, "features": distance_of.description, "rows": rows}
     print(json.dumps({"benchmark": "sampling_quality", **facts}))
 
 

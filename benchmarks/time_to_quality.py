@@ -24,15 +24,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import features
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from frechet import Frechet, Images
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from diffusion.evaluation import sets
 from diffusion.evaluation.charts import decimal_ticks
 from diffusion.model import Config, Model, new_network
 from diffusion.nn.counting import count
@@ -164,7 +165,7 @@ class Peer(Training):
     name = "diffusers"
     BATCH, RATE, WARMUP = 64, 4e-4, 100
 
-    def __init__(self, reference: Training, images: features.Images, params: Params, decay: str) -> None:
+    def __init__(self, reference: Training, images: Images, params: Params, decay: str) -> None:
         super().__init__()
         self.reference, self.source, self.decay = reference, images, decay
         self.process = build.process(params.process.model_copy(update={"parameterization": "eps"}))
@@ -276,7 +277,7 @@ def plot(trainings: list[Training], path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
 
 
-def pictures(models: dict[str, Model], judge: features.FeatureReference, count: int, path: Path) -> dict[str, float]:
+def pictures(models: dict[str, Model], distance_of: Frechet, count: int, path: Path) -> dict[str, float]:
     """Plot samples of each model by 20 steps of DDIM from the same noise; returns their Fréchet distances."""
     figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.3), dpi=100)
     distances = {}
@@ -285,7 +286,7 @@ def pictures(models: dict[str, Model], judge: features.FeatureReference, count: 
         options = {"sampler": "ddim", "steps": 20, "spacing": "linspace", "variance": "fixed-small"}
         sample = SampleOptions.model_validate(options | {"threshold": "clip", "guidance": 1.0, "count": 64})
         drawn = [draw_samples(model, sample, 0, torch.device("cpu"), first=first) for first in range(0, count, 64)]
-        distances[name] = judge.distance(np.concatenate(drawn))
+        distances[name] = distance_of(np.concatenate(drawn))
         axis.imshow(plt.imread(BytesIO(grid_png(drawn[0][:49], side=400))), cmap="gray")
         axis.set_title(name)
         axis.axis("off")
@@ -314,7 +315,7 @@ def main() -> None:
         PresetTraining(name, params.model_copy(update={"train": params.train.model_copy(update=changes)}), pairs)
         for name, changes in (("this project", {"steps": steps}), ("this project, a tenth of the steps", short))
     )
-    images, _ = features.split(paths, "train")
+    images = sets.chosen([pairs], pairs.images).pixels
     peer = Peer(full, images, params, arguments.peer_decay)
     trainings: list[Training] = [full, tenth, peer]
     while waiting := [training for training in trainings if not training.done()]:
@@ -329,7 +330,7 @@ def main() -> None:
         writer.writerows(rows)
     plot(trainings, arguments.out)
     models = {"diffusers": peer.model(full.config), tenth.name: tenth.model(), full.name: full.model()}
-    distances = pictures(models, features.fit_reference(paths), arguments.count, arguments.out)
+    distances = pictures(models, Frechet(paths, arguments.count), arguments.count, arguments.out)
 
     reached = {training.name: training.best()[-1][1] for training in trainings}
     facts: Row = {"seconds": peer.seconds, "mse": reached, "frechet": distances}

@@ -51,13 +51,15 @@ def draw_samples(
     device: torch.device,
     check_stop: Callable[[], None] = lambda: None,
     first: int = 0,
+    y: torch.Tensor | None = None,
 ) -> NDArray[np.uint8]:
-    """Sample images as `options` describe, uint8 (count, C, H, W), cycling through the classes.
+    """Sample images as `options` describe, uint8 (count, C, H, W).
 
-    Returns images first, first + 1, ... of the seed. `check_stop` is called after each step.
+    Returns images first, first + 1, ... of the seed, of the classes `y` int64 (count,), -1 for none; by default, the
+    classes in turn. `check_stop` is called after each step.
     """
     timesteps = sampling.sampling_timesteps(options, model.process.schedule)
-    sampler = model.sampler(options, classes_in_turn(model, options.count, device, first))
+    sampler = model.sampler(options, classes_in_turn(model, options.count, device, first) if y is None else y)
     noise = noise_for(seed, options.count, model.shape, device, first)
     for point in trajectory(sampler, noise, timesteps):
         check_stop()

@@ -17,6 +17,7 @@ OPTIONS = (
     ("process", "schedule", "given", "beta", "beta"),
     ("process", "weighting", "min-snr", "min_snr_gamma", "gamma"),
     ("train", "optimizer", "muon", "muon_learning_rate", "learning_rate"),
+    ("train", "ema", "power", "ema_width", "width"),
     ("sample", "sampler", "ddim", "eta", "eta"),
 )
 
@@ -34,6 +35,8 @@ def from_format_1(document: MutableMapping[str, Any]) -> list[str]:
     eta = sections.get("sample", {}).get("eta")
     if eta is not None and sections.get("export", {}).get("sampler") == "ddim":
         sections["export"]["sampler"] = {"kind": "ddim", "eta": eta}
+    if "ema_width" in sections.get("train", {}):  # there was one kind of EMA, without a name
+        sections["train"]["ema"] = "power"
     for section, choice, kind, field, name in OPTIONS:
         part = sections.get(section, {})
         if field in part:

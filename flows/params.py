@@ -83,6 +83,13 @@ def _shows_channels_that_exist(params: "Params") -> None:
         raise ValueError(f"evaluate.shown_channels must be one or three numbers below pairs.channels ({channels})")
 
 
+def _names_its_features(evaluate: "Evaluate") -> None:
+    if evaluate.features == "auto" and evaluate.features_sha256:
+        raise ValueError("features_sha256 is the digest of a file, but features is auto; set features_sha256 to ''")
+    if evaluate.features != "auto" and not evaluate.features.endswith(".onnx"):
+        raise ValueError("features must be auto, or an .onnx file")
+
+
 class Shard(Section):
     """Conversion of raw images to webdataset shards, and the split into train, val and test."""
 
@@ -152,7 +159,9 @@ class Pairs(Section):
 
 
 class Evaluate(Section):
-    """Evaluation on held-out images: noise prediction and likelihood."""
+    """Evaluation on held-out images: noise prediction, likelihood, and the quality of samples."""
+
+    rules = (_names_its_features,)
 
     resamples: Annotated[int, Field(ge=100)] = 1000
     """Number of bootstrap resamples (over images) for the 95 % intervals."""
@@ -160,6 +169,16 @@ class Evaluate(Section):
     """Number of test images for the estimated bound in bits/dim, which samples timesteps."""
     exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
     """Number of test images for the exact bound in bits/dim, which sums over all timesteps."""
+    quality_samples: NonNegative = 256
+    """Number of samples to compare with training images, next to as many held-out images, so at most their number; also
+    at most half of the training images. 0: none. Differences between models become smaller than their intervals with
+    few samples."""
+    features: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "auto"
+    """Features in which samples are compared. auto: those of a small network trained on the training images, by class
+    or, without classes, by rotation. Otherwise an ONNX file of your own, such as Inception or DINOv2: it gets float32
+    (N, C, H, W) in [0, 1], and its first output is (N, D)."""
+    features_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """SHA-256 of the file in `features`, so that another file there is noticed."""
     shown_channels: Annotated[tuple[NonNegative, ...], LIST] = ()
     """One or three channels to show in the plots, for images with other than 1, 3 or 4; []: the first three."""
 

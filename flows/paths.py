@@ -39,6 +39,7 @@ class Paths:
         # Working state, ignored by git and not a DVC output. A run's workspace links it to that of the repository.
         self.state = root / ".ddpm"
         self.checkpoints = self.state / "checkpoints"
+        self.features = self.state / "features"
         self.mlflow_database = self.state / "mlflow.db"
         self.mlflow_artifacts = self.state / "mlflow-artifacts"
         self.runs = self.state / "runs"

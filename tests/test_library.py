@@ -46,6 +46,24 @@ def test_the_lines_in_the_readme(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 5), (2, 9), (16, 70)])
+def test_epochs_are_steps_rounded_up(epochs: int, steps: int) -> None:
+    """70 images in batches of 16: 4.375 steps an epoch. The learning rate, too, is that of so many steps."""
+    given = FEW.model_copy(update={"steps": 0, "epochs": epochs})
+    options = given.for_images(70)
+    assert options.steps == steps
+    assert FEW.for_images(70) is FEW
+    if epochs < 3:
+        start = Model.new((1, 8, 8), SMALL, seed=1)
+        ours, theirs = (
+            fit(Model.new((1, 8, 8), SMALL, seed=1), images(), chosen)
+            for chosen in (given, FEW.model_copy(update={"steps": steps}))
+        )
+        for name, weight in ours.net.state_dict().items():
+            assert torch.equal(weight, theirs.net.state_dict()[name]), name
+        assert any(not torch.equal(*pair) for pair in zip(ours.net.parameters(), start.net.parameters(), strict=True))
+
+
 def test_a_model_is_saved_and_loaded_and_draws_the_same(tmp_path: Path) -> None:
     model = fit(Model.new((1, 8, 8), SMALL, classes=("a", "b")), images(), FEW)
     model.save(tmp_path / "model")

@@ -22,8 +22,8 @@ from diffusion.sections import Fraction, Positive
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 VARIANCES = {"fixed-small": "fixed_small", "fixed-large": "fixed_large", "learned": "learned_range"}
 CONDITIONINGS = {"add": "default", "film": "scale_shift"}
-CONVENTIONS = {"ddpm": (0, 1e-6), "diffusers": (1, 1e-5)}
-"""(downsample_padding, norm_eps) by convention."""
+CONVENTIONS = {"ddpm": (0, 1e-6), "ho-2020": (0, 1e-6), "diffusers": (1, 1e-5)}
+"""(downsample_padding, norm_eps) by convention; ddpm and ho-2020 differ in freq_shift, which comes with the weights."""
 NAMED = {
     "linear": schedule.linear,
     "scaled-linear": schedule.scaled_linear,

@@ -1,12 +1,12 @@
 """Conversion of weights between the U-Net and diffusers' UNet2DModel: equal tensors under different names."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.nn.layers import frequencies
 from diffusion.nn.unet import Block, UNet
 
 ENDS: dict[str, tuple[str, ...]] = {
@@ -32,14 +32,6 @@ PARTS: dict[str, tuple[str, ...]] = {
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names of attention layers in diffusers before 2023, and the current ones."""
 FREQUENCIES, FIRST_TIME_LAYER = "conditions.time.frequencies", "conditions.time.layers.0.weight"
-
-
-def frequencies(half: int, freq_shift: int) -> Tensor:
-    """Frequencies of the sinusoidal features of t, (half,): 10000^(-i / (half - freq_shift)).
-
-    The shift is 0 here and by default in diffusers, and 1 in the DDPM authors' code.
-    """
-    return torch.exp(-math.log(10_000) * torch.arange(half) / (half - freq_shift))
 
 
 def freq_shift(net: UNet) -> int:

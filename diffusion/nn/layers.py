@@ -81,17 +81,26 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
+def frequencies(half: int, freq_shift: int = 0) -> Tensor:
+    """Frequencies of the sinusoidal features of t, (half,): 10000^(-i / (half - freq_shift)).
+
+    The shift is 1 in the DDPM authors' code, where the last frequency is 1 / 10000, and 0 by default in diffusers, as
+    in Vaswani et al. 2017.
+    """
+    return torch.exp(-math.log(10_000) * torch.arange(half) / (half - freq_shift))
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of t (Vaswani et al. 2017, sec. 3.5) followed by a two-layer MLP: int64 (B,) to (B, emb).
 
     The frequencies are stored with the weights, since imported weights may use different ones.
     """
 
-    def __init__(self, channels: int, emb: int) -> None:
+    def __init__(self, channels: int, emb: int, freq_shift: int = 0) -> None:
         super().__init__()
         half = channels // 2
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half))
+        self.register_buffer("frequencies", frequencies(half, freq_shift))
         self.layers = nn.Sequential(nn.Linear(2 * half, emb), nn.SiLU(), nn.Linear(emb, emb))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -120,9 +129,9 @@ class Conditions(nn.Module):
     It has no bias, so a network without it is the network of unaugmented images.
     """
 
-    def __init__(self, channels: int, emb: int, num_classes: int | None) -> None:
+    def __init__(self, channels: int, emb: int, num_classes: int | None, freq_shift: int = 0) -> None:
         super().__init__()
-        self.time = TimeEmbedding(channels, emb)
+        self.time = TimeEmbedding(channels, emb, freq_shift)
         self.label = None if num_classes is None else ClassEmbedding(num_classes, emb)
         self.augmentation: nn.Linear | None = None
 

@@ -64,9 +64,10 @@ class UNetOptions(NetworkOptions):
     details finer than its first convolution resolves. 7 and 8 suit images of 256 values, 3 and 4 those of 16."""
     dropout: Fraction = 0.0
     """Dropout probability in the residual blocks."""
-    convention: Literal["ddpm", "diffusers"] = "ddpm"
+    convention: Literal["ddpm", "ho-2020", "diffusers"] = "ddpm"
     """Padding of downsampling layers, and epsilon and number of groups of GroupNorm, as in the DDPM authors' code or in
-    diffusers' defaults. Only matters for exchanging weights."""
+    diffusers' defaults; ho-2020: also the frequencies of the timestep's features as in the authors' code. Only matters
+    for exchanging weights and for reproducing the paper."""
 
 
 def groups(options: UNetOptions) -> int:
@@ -80,7 +81,7 @@ def groups(options: UNetOptions) -> int:
 
 def group_norm(channels: int, options: UNetOptions) -> GroupNorm:
     """GroupNorm for features with this many channels."""
-    return GroupNorm(groups(options), channels, eps=1e-6 if options.convention == "ddpm" else 1e-5)
+    return GroupNorm(groups(options), channels, eps=1e-5 if options.convention == "diffusers" else 1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -145,7 +146,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, convention: str) -> None:
         super().__init__()
-        self.padding = (0, 1, 0, 1) if convention == "ddpm" else (1, 0, 1, 0)
+        self.padding = (1, 0, 1, 0) if convention == "diffusers" else (0, 1, 0, 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # noqa: ARG002
@@ -196,7 +197,7 @@ class UNet(Network):
         self.size = (height, width)
         self.padding = (0, -width % cell, 0, -height % cell)
 
-        self.conditions = Conditions(base, 4 * base, num_classes)
+        self.conditions = Conditions(base, 4 * base, num_classes, freq_shift=int(options.convention == "ho-2020"))
         features = (1 + 2 * len(options.fourier_features)) * channels
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(features * patch**2, base, 3, padding=1))
         self.fourier = FourierFeatures(options.fourier_features)

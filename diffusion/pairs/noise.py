@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     SAMPLE = 48
     BOOTSTRAP = 49
     LIKELIHOOD = 50
+    QUALITY = 51
+    FEATURES = 52
 
 
 def stream(seed: int, purpose: int, high: int = 0, low: int = 0) -> np.random.Generator:

@@ -54,7 +54,7 @@ def _can_predict_at_zero_snr(process: "ProcessOptions") -> None:
 
 def _weights_the_last_timestep(process: "ProcessOptions") -> None:
     zero, weighting = torch.zeros(1), process.weighting
-    if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero):
+    if process.zero_terminal_snr and not WEIGHTINGS[weighting.kind](weighting)(zero, zero) > 0:
         raise ValueError(
             f"zero_terminal_snr needs a weighting other than {weighting.kind}, such as snr-plus-one or truncated-snr: "
             "the last timestep, where sampling starts, must not have zero weight"
@@ -82,8 +82,10 @@ class ProcessOptions(Section):
     2021); allows sample.variance: learned."""
     weighting: Annotated[Any, OneOf(WEIGHTINGS, WEIGHTING_OPTIONS), SNR_IS_SIMPLE] = Choice(kind="simple")
     """Loss weighting as a function of the SNR, independent of the parameterization. simple: uniform in the noise error
-    (Ho et al. 2020; alias: snr); vlb: the variational bound (Ho et al. 2020); snr-plus-one: uniform in the v error;
-    truncated-snr: max(SNR, 1) (both Salimans & Ho 2022); min-snr: Hang et al. 2023; p2: Choi et al. 2022."""
+    (Ho et al. 2020; alias: snr); vlb, vlb-large: the variational bound, with the posterior variance or with beta_t (Ho
+    et al. 2020); posterior-mean: uniform in the error of the posterior mean mu (Ho et al. 2020, table 2); snr-plus-one:
+    uniform in the v error; truncated-snr: max(SNR, 1) (both Salimans & Ho 2022); min-snr: Hang et al. 2023; p2: Choi et
+    al. 2022."""
     loss: Annotated[str, OneOf(LOSSES)] = "mse"
     """Loss function of the weighted error; huber is quadratic up to 1 and linear beyond."""
 

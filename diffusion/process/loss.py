@@ -58,12 +58,13 @@ class Loss:
     def scale(self, t: Tensor) -> Tensor:
         """Factor by which the error of the network's output at `t` is scaled, float64 (B, 1, 1, 1)."""
         snr, previous_snr = self.schedule.snr(t), self.schedule.snr(t - 1)
-        # The SNR at t = -1 is infinite: extrapolate with the ratio SNR_0 / SNR_1.
+        # The SNR at t = -1 is infinite. If so is the weight, extrapolate the SNR with the ratio SNR_0 / SNR_1.
         one = torch.ones_like(t)
         ratio = self.schedule.snr(one - 1) / self.schedule.snr(one)
-        previous_snr = torch.where(previous_snr.isfinite(), previous_snr, snr * ratio)
+        weight = self.weighting(snr, previous_snr)
+        weight = torch.where(weight.isfinite(), weight, self.weighting(snr, snr * ratio))
         _, x_0_per_out = self.parameterization.coefficients(t)
-        return self.weighting(snr, previous_snr).sqrt() * x_0_per_out.abs()
+        return weight.sqrt() * x_0_per_out.abs()
 
 
 LOSSES: dict[str, Penalty] = {

@@ -16,7 +16,7 @@ from diffusion.sections import Choice
 
 class Weighting(Protocol):
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
-        """Weight at `snr` = alpha_bar_t / (1 - alpha_bar_t), same shape; `snr_before` is the SNR at t - 1."""
+        """Weight at `snr` = alpha_bar_t / (1 - alpha_bar_t), same shape; `snr_before`: at t - 1, infinite at t = 0."""
 
 
 class Simple:
@@ -36,6 +36,27 @@ class Vlb:
 
     def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
         return (snr_before - snr) / 2
+
+
+class VlbLarge:
+    """`Vlb` with the variance sigma_t^2 = beta_t; Ho et al. 2020, eq. 12 and section 3.2.
+
+    That of `Vlb` times the ratio of the variances, (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is near 1 except at
+    the first timesteps.
+    """
+
+    def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
+        return (1 - snr / snr_before) / (1 + 1 / snr_before) * (1 + snr) / 2
+
+
+class PosteriorMean:
+    """(1 - SNR_t / SNR_{t-1})^2 / (1 + 1 / SNR_{t-1}), which weights the error of the posterior mean by 1.
+
+    The square of the posterior mean's coefficient of x_0; Ho et al. 2020, eq. 7, and table 2 with mu.
+    """
+
+    def __call__(self, snr: Tensor, snr_before: Tensor) -> Tensor:
+        return (1 - snr / snr_before) ** 2 / (1 + 1 / snr_before)
 
 
 class SnrPlusOne:
@@ -81,6 +102,8 @@ class MinSnrOptions(Choice):
 WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
     "simple": lambda _: Simple(),
     "vlb": lambda _: Vlb(),
+    "vlb-large": lambda _: VlbLarge(),
+    "posterior-mean": lambda _: PosteriorMean(),
     "snr-plus-one": lambda _: SnrPlusOne(),
     "truncated-snr": lambda _: TruncatedSnr(),
     "min-snr": lambda options: MinSnr(options.gamma),

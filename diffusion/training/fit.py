@@ -31,7 +31,7 @@ def fit(model: Model, images: Images, options: TrainOptions | None = None, seed:
         ValueError: the images do not match the network.
         UserError: the loss or gradient was not finite for several steps in a row, or at the end.
     """
-    options = options or TrainOptions()
+    options = (options or TrainOptions()).for_images(len(images))
     if not isinstance(model.net, Network):
         raise TypeError("fit only trains networks of diffusion.nn; for your own, write a training loop with Model.loss")
     if not len(images) or images.shape != model.shape or (model.num_classes and images.classes != model.config.classes):

@@ -81,9 +81,11 @@ class Hooks:
         options = self.trainer.options
         self.timed_steps += 1
         if self.progress:
-            note = f"loss {state.loss_curve[-1]['loss']:.4f}" if state.loss_curve else ""
+            epoch = math.ceil(state.step * options.epochs / options.steps)
+            notes = [f"epoch {epoch} of {options.epochs}"] if options.epochs else []
+            notes += [f"loss {state.loss_curve[-1]['loss']:.4f}"] if state.loss_curve else []
             # The count is negative after a rollback.
-            self.progress.advance(state.step * options.batch_size - self.progress.done, note)
+            self.progress.advance(state.step * options.batch_size - self.progress.done, ", ".join(notes))
         if state.step - state.last_point >= options.log_every or state.step == options.steps:
             row = self.trainer.add_point(state)
             if self.logger and row:

@@ -121,7 +121,7 @@ def step(state: State, trainer: Trainer) -> None:
     norm = gather_full(nn.utils.clip_grad_norm_(state.net.parameters(), options.grad_clip).detach())
     optim.step(state.optimizers, lr_factor(state, state.step, options), norm)
     state.step += 1
-    ema.update(state.average, state.net, state.step, options.ema_width)
+    ema.update(state.average, state.net, state.step, options.ema)
     accumulate(state, loss, norm, batch[1], batch[4], trainer.loss.schedule.num_timesteps)
     if state.timesteps.learns:
         # Observe the losses of the previous step, while the GPU is busy with this one.

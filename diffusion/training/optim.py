@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.training.distributed import gather_full, is_sharded, scatter_like
-from diffusion.training.options import MuonOptions, TrainOptions
+from diffusion.training.options import MuonOptions, SgdOptions, TrainOptions
 
 PEAK = "peak"
 """Key of a parameter group's peak learning rate."""
@@ -107,11 +107,11 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOptions) -> list[torch.optim.Optimizer]:
-    """Build the optimizers: AdamW (Loshchilov & Hutter 2019), or Muon and AdamW with options.optimizer muon.
+    """Build the optimizers: AdamW (Loshchilov & Hutter 2019), SGD, or Muon and AdamW with options.optimizer muon.
 
     Muon takes the matrices and kernels in the `blocks` of `net`; AdamW takes the rest: first and last layers,
-    embeddings, biases and norms. AdamW decays the weights of linear layers and convolutions, but not biases, norms and
-    embeddings.
+    embeddings, biases and norms. AdamW and SGD decay the weights of linear layers and convolutions, but not biases,
+    norms and embeddings.
     """
     layers: list[Any] = [module.weight for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     known = set(layers)
@@ -124,13 +124,29 @@ def optimizers(net: nn.Module, blocks: Iterable[nn.Module], options: TrainOption
         {"params": decaying, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    result: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)]
+    result: list[torch.optim.Optimizer]
+    if isinstance(options.optimizer, SgdOptions):
+        result = [sgd(groups, options.learning_rate, options.optimizer)]
+    else:
+        result = [torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)]
     if muon and matrices:
         result.append(Muon(matrices, lr=muon.learning_rate))
     for optimizer in result:
         for group in optimizer.param_groups:
             group[PEAK] = group["lr"]
     return result
+
+
+def sgd(groups: list[dict[str, Any]], learning_rate: float, options: SgdOptions) -> torch.optim.SGD:
+    """SGD: b <- momentum b + gradient, weight <- weight - learning_rate b; Polyak 1964, as PyTorch writes it.
+
+    b starts at zero here, since PyTorch's fused kernel leaves it uninitialized if the first step is skipped.
+    """
+    made = torch.optim.SGD(groups, learning_rate, options.momentum, fused=True)
+    for group in made.param_groups if options.momentum else ():
+        for parameter in group["params"]:
+            made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return made
 
 
 def step(optimizers: Sequence[torch.optim.Optimizer], share: float, norm: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Training options."""
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -14,6 +15,18 @@ def _divides(train: "TrainOptions") -> None:
         raise ValueError(f"batch_size ({train.batch_size}) must be a multiple of processes x accumulate ({parts})")
 
 
+def _ends_once(train: "TrainOptions") -> None:
+    if train.steps and train.epochs:
+        raise ValueError(f"steps ({train.steps}) and epochs ({train.epochs}) both set the length: set one of them to 0")
+    if not train.steps and not train.epochs:
+        raise ValueError("steps and epochs are both 0: set one of them")
+
+
+def _can_be_sharded(train: "TrainOptions") -> None:
+    if train.sharding == "weights" and train.optimizer.kind == "sgd":
+        raise ValueError("sharding: weights needs an optimizer other than sgd: use adamw or muon")
+
+
 class MuonOptions(Choice):
     """Muon (Jordan et al. 2024) for the hidden layers' weight matrices and kernels, AdamW for all other parameters."""
 
@@ -23,6 +36,33 @@ class MuonOptions(Choice):
     """Peak learning rate of Muon; AdamW has train.learning_rate."""
 
 
+class SgdOptions(Choice):
+    """Stochastic gradient descent with momentum (Polyak 1964)."""
+
+    kind: Literal["sgd"] = "sgd"
+    """Name of the optimizer."""
+    momentum: Fraction = 0.9
+    """Share of the previous update that is kept; 0 for plain gradient descent."""
+
+
+class PowerOptions(Choice):
+    """Power-function EMA of EDM2 (Karras et al. 2024), whose width grows with the number of steps."""
+
+    kind: Literal["power"] = "power"
+    """Name of the average."""
+    width: Annotated[float, Field(ge=0.001, lt=0.288)] = 0.05
+    """Relative width of the average, as a fraction of the steps so far."""
+
+
+class ConstantOptions(Choice):
+    """EMA with a constant decay (Ho et al. 2020)."""
+
+    kind: Literal["constant"] = "constant"
+    """Name of the average."""
+    decay: Fraction = 0.9999
+    """Share of the average that is kept at each step; 0 for no averaging."""
+
+
 FEW_IMAGES, PROBABILITY = 500, 0.12
 """`augment: auto` augments fewer images, with this probability (benchmarks/README.md)."""
 
@@ -30,28 +70,33 @@ FEW_IMAGES, PROBABILITY = 500, 0.12
 class TrainOptions(Section):
     """Training: optimizer, EMA, batches and hardware."""
 
-    rules = (_divides,)
+    rules = (_divides, _ends_once, _can_be_sharded)
 
-    steps: Positive = 1000
-    """Number of optimizer steps."""
+    steps: NonNegative = 1000
+    """Number of optimizer steps; 0 if `epochs` is set instead."""
+    epochs: NonNegative = 0
+    """Number of passes over the training images, instead of `steps`: ceil(epochs * images / batch_size) steps."""
     batch_size: Positive = 128
     """Global batch size, i.e. images per step over all processes."""
-    optimizer: Annotated[Any, OneOf(["adamw", "muon"], {"muon": MuonOptions})] = MuonOptions()
-    """adamw: Loshchilov & Hutter 2019; muon: Muon (Jordan et al. 2024) for the hidden layers' weight matrices and
-    kernels, AdamW for all other parameters."""
+    optimizer: Annotated[Any, OneOf(["adamw", "muon", "sgd"], {"muon": MuonOptions, "sgd": SgdOptions})] = MuonOptions()
+    """adamw: Loshchilov & Hutter 2019, without weight decay Adam (Kingma & Ba 2015); muon: Muon (Jordan et al. 2024)
+    for the hidden layers' weight matrices and kernels, AdamW for all other parameters; sgd: with momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW or SGD."""
     warmup_steps: NonNegative = 100
     """Steps of linear learning rate warmup."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate schedule after warmup; linear and cosine decay to zero at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay of AdamW, for the weights of linear layers and convolutions."""
+    """Weight decay for the weights of linear layers and convolutions: decoupled in AdamW, part of the gradient in
+    SGD."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it."""
-    ema_width: Annotated[float, Field(ge=0.001, lt=0.288)] = 0.05
-    """Relative width of the exponential moving average (EMA) of the weights, as a fraction of the steps so far
-    (power-function EMA of EDM2; Karras et al. 2024). The averaged weights become the model."""
+    ema: Annotated[Any, OneOf(["power", "constant"], {"power": PowerOptions, "constant": ConstantOptions})] = (
+        PowerOptions()
+    )
+    """Exponential moving average (EMA) of the weights, which becomes the model. power: its width is a fraction of the
+    steps so far (EDM2; Karras et al. 2024); constant: with a constant decay (Ho et al. 2020)."""
     timesteps: Annotated[str, OneOf(TIMESTEPS)] = "rms-error"
     """Distribution of the training timesteps. stored: those of data/pairs, uniform and stratified (Kingma et al. 2021);
     uniform: independent draws; rms-error, loss-second-moment: importance sampling by the recent RMS error or by the
@@ -88,6 +133,12 @@ class TrainOptions(Section):
     """Compile the network with torch.compile. auto: on a GPU, if training is long enough to benefit."""
     recompute: bool = False
     """Activation checkpointing: recompute activations in the backward pass. Uses less memory; about a third slower."""
+
+    def for_images(self, images: int) -> Self:
+        """The options for this number of training images, where `steps` is the number that `epochs` takes, if set."""
+        if not self.epochs:
+            return self
+        return self.model_copy(update={"steps": math.ceil(self.epochs * images / self.batch_size)})
 
     def augmentation(self, images: int) -> float:
         """The probability that `augment` is for this number of training images."""

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from diffusion.evaluation import quality
 from diffusion.evaluation.likelihood import mean
 from flows.pages.contents import Contents, Row
-from flows.pages.report import PIXELS, QUALITY
 
 LOWER, HIGHER = "lower", "higher"
 FIGURES = {
@@ -81,7 +81,9 @@ def compare(runs: Sequence[Contents]) -> list[Figure]:
         rows = [_by_image(run, name) for run in runs]
         found.append(Figure(title, values, _differences(values, same, rows, better)))
     for metric, features in dict.fromkeys((row["metric"], row["features"]) for run in runs for row in _samples(run)):
-        title = QUALITY.get(metric, metric.replace("_", " ")) + (f" ({features})" if features != PIXELS else "")
+        title = quality.LABELS.get(metric, metric.replace("_", " ")) + (
+            f" ({features})" if features != quality.PIXELS else ""
+        )
         values = [_quality(run, metric, features) for run in runs]
         same = [run.pairs.shards_sha256 == runs[0].pairs.shards_sha256 for run in runs]
         found.append(Figure(title, values, _differences(values, same, [None] * len(runs), BETTER.get(metric, ""))))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion.errors import counted
-from diffusion.evaluation import charts, histograms, noise_prediction
+from diffusion.evaluation import charts, histograms, noise_prediction, quality
 from flows.pages.contents import Contents, Row
 from flows.pages.rendering import bars, parameter, render
 
@@ -27,15 +27,6 @@ BOUNDS = {
     "bits_per_dim_decoder": "of which L_0 (decoder, to discrete pixel values)",
     **{f"bits_per_dim_{name}": f"{label[0].upper()}{label[1:]}" for name, label in histograms.LABELS.items()},
 }
-QUALITY = {
-    "frechet_distance": "Fréchet distance",
-    "kid": "kernel distance (KID)",
-    "nearest_distance": "distance to the nearest training image, in grey levels",
-    "near_copies": "near-copies of training images",
-}
-"""Metrics whose names are not simply their identifiers in words."""
-PIXELS = "pixels"
-"""In place of features, where the pixels are compared."""
 SAMPLES = {
     "good": ("good", "good", "no figure is worse than that of held-out images by more than the noise"),
     "still learning": ("neutral", "still learning", "figures in the table are worse than those of held-out images"),
@@ -202,11 +193,11 @@ def _quality(rows: list[Row]) -> dict[str, Any]:
     found = []
     for metric, features in metrics:
         cells = {row["set"]: row for row in rows if (row["metric"], row["features"]) == (metric, features)}
-        label = QUALITY.get(metric, metric.replace("_", " "))
+        label = quality.LABELS.get(metric, metric.replace("_", " "))
         shown = [cells.get(name) for name in ("samples", "held-out")]
         intervals = [(cell["value"], cell["low"], cell["high"]) if cell else None for cell in shown]
         drawn = bars(intervals) if any(shown) else ""
-        found.append((label, features if features != PIXELS else "", [cells.get(name) for name in sets], drawn))
+        found.append((label, features if features != quality.PIXELS else "", [cells.get(name) for name in sets], drawn))
     return {"sets": sets, "rows": found} if found else {}
 
 

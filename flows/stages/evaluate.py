@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion.errors import counted
-from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, wiener
+from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, sets, wiener
+from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
 from diffusion.evaluation.filmstrip import frames, noising
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
+from diffusion.evaluation.quality import Quality
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.noise import BLOCK
@@ -34,7 +36,7 @@ from diffusion.storage.files import (
 )
 from flows import made_with, tracking
 from flows.pages import contents, report
-from flows.params import Params
+from flows.params import Evaluate, Params
 from flows.paths import Paths
 
 
@@ -48,6 +50,7 @@ def run(params: Params, paths: Paths) -> None:
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
     contents.read_inputs(paths)  # rejects damaged files before scoring
     steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
+    features = own_features(params.evaluate, paths, model)  # refused before scoring
     with working("evaluate: fitting the linear baseline"):
         baseline = wiener.fit(train)
     overall, tables = score(params, model, device, pairs, val, train, baseline)
@@ -55,6 +58,7 @@ def run(params: Params, paths: Paths) -> None:
         samples = draw_samples(
             model, params.sample, params.seed, device, lambda: progress.advance(1, "drawing samples")
         )
+    measured = compare(params, paths, model, device, (train, val, pairs), features)
     with working("evaluate: drawing the filmstrip and the plots"):
         pictures = {
             "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
@@ -68,10 +72,15 @@ def run(params: Params, paths: Paths) -> None:
         }
         if curves:
             pictures["training"] = plots.training(*curves)
+        if measured:
+            pictures["nearest"] = measured.picture
+            overall |= measured.report
     write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
     with new_directory(paths.evaluation) as temporary:
         for name, rows in tables.items():
             write_csv(temporary / f"{name}.csv", rows)
+        if measured:
+            write_csv(temporary / "quality.csv", [figure._asdict() for figure in measured.figures])
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
@@ -97,6 +106,51 @@ def run(params: Params, paths: Paths) -> None:
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
         f"on {counted(overall['bits_per_dim_images'], 'image')}, {histograms.verdict(overall)}"
     )
+    if measured:
+        word, reason = measured.verdict
+        say(f"evaluate: samples: {word}; {reason}, at {overall['quality_images']} images each")
+
+
+def own_features(options: Evaluate, paths: Paths, model: Model) -> Features | None:
+    """The features in the user's file; None if there is none. Raises UserError if the file cannot be used."""
+    if options.features == "auto" or not options.quality_samples:
+        return None
+    return OnnxFeatures(paths.root / options.features, options.features_sha256, model.shape)
+
+
+def compare(
+    params: Params,
+    paths: Paths,
+    model: Model,
+    device: torch.device,
+    splits: tuple[Pairs, Pairs, Pairs],
+    features: Features | None,
+) -> Quality | None:
+    """Compare samples with real images of train, val and test; None if that is turned off, or there are too few."""
+    wanted, (train, *held_out) = params.evaluate.quality_samples, splits
+    if not wanted:
+        return None
+    with working("evaluate: choosing real images to compare samples with"):
+        real = quality.references(wanted, train, held_out)
+    if real.n < quality.MIN_IMAGES:
+        say(
+            f"evaluate: samples are not compared with real images, which takes {quality.MIN_IMAGES} held-out images "
+            "and twice as many for training"
+        )
+        return None
+    features = features or trained_features(train, paths.features)
+    steps = sets.batches(real.n) * len(sampling_timesteps(params.sample, model.process.schedule))
+    with Progress("evaluate", steps, "steps") as progress:
+        samples = sets.samples(
+            model,
+            params.sample,
+            params.seed,
+            device,
+            real.others.labels,
+            lambda: progress.advance(1, f"drawing {real.n} samples to compare with real images"),
+        )
+    with working("evaluate: comparing samples with real images"):
+        return quality.measure(real, samples, features, params.evaluate.resamples, params.evaluate.shown_channels)
 
 
 def score(

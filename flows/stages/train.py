@@ -125,6 +125,11 @@ class Training:
         )
 
     @cached_property
+    def options(self) -> TrainOptions:
+        """The training options, with the number of steps also if epochs are given."""
+        return self.params.train.for_images(self.pairs.images)
+
+    @cached_property
     def counts(self) -> Counts:
         return count(self.net, self.pairs.shape)
 
@@ -135,7 +140,7 @@ class Training:
 
     def run(self) -> tuple[Model, State]:
         """Train to the end; returns the model and the final state."""
-        params, options, world, seed = self.params, self.params.train, self.world, self.params.seed
+        params, options, world, seed = self.params, self.options, self.world, self.params.seed
         counts, augment = self.counts, self.augment
         undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
         shard_weights = partial(distributed.shard_weights, options=options, world=world)
@@ -160,6 +165,7 @@ class Training:
                     f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
                     + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
                     + f", {counted(self.pairs.images, 'image')}"
+                    + (f", {counted(options.epochs, 'epoch')} ({options.steps} steps)" if options.epochs else "")
                     + (f", augmented with probability {augment:g}" if augment else ", not augmented")
                     + (f", resuming from step {state.step}" if state.step else "")
                 )

@@ -46,7 +46,7 @@ def training(params: Params, paths: Paths) -> str:
     """The description of a run whose training has no results yet."""
     return (
         f"Training of {_network(params)} on {_data(params, paths)}: at most "
-        f"{_steps(params.train.steps)} of {_images(params)}.\n\nNo results have been recorded yet."
+        f"{_steps(_most(params, paths))} of {_images(params)}.\n\nNo results have been recorded yet."
     )
 
 
@@ -109,7 +109,8 @@ def _trained(found: Results, trained_in: str) -> str:
     report, params = found.training, found.params
     size = f" ({report['parameters']:,} parameters)" if "parameters" in report else ""
     steps = report["steps"]
-    ended = _steps(steps) + (f" (of at most {params.train.steps:,})" if steps < params.train.steps else "")
+    most = _most(params, found.paths)
+    ended = _steps(steps) + (f" (of at most {most:,})" if steps < most else "")
     text = f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of {_images(params)}."
     text = _capital(text)
     if report.get("kept_step", steps) != steps:
@@ -136,13 +137,21 @@ def _network(params: Params) -> str:
     return f"network `{params.network.kind}`"
 
 
-def _data(params: Params, paths: Paths) -> str:
+def _training_images(paths: Paths) -> int:
     manifest = json.loads((paths.pairs / "manifest.json").read_bytes())
+    return int(manifest["splits"]["train"]["images"])
+
+
+def _most(params: Params, paths: Paths) -> int:
+    """The number of steps, unless training stops early."""
+    return params.train.for_images(_training_images(paths)).steps
+
+
+def _data(params: Params, paths: Paths) -> str:
     channels, name = params.pairs.channels, Path(params.shard.source).stem
     colours = {1: "greyscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
-    images = manifest["splits"]["train"]["images"]
     size = f"{params.pairs.height}x{params.pairs.width}"
-    return f"**{name}**, {counted(images, f'{colours} image', spec=',')} of {size} pixels"
+    return f"**{name}**, {counted(_training_images(paths), f'{colours} image', spec=',')} of {size} pixels"
 
 
 def _figures(report: Mapping[str, float]) -> str:

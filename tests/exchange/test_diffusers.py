@@ -23,6 +23,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "attention everywhere, in heads": {"network": {"attention_levels": [0, 1], "head_channels": 32}},
     "attention in the middle alone": {"network": {"attention_levels": [], "blocks_per_level": 2}},
     "diffusers' convention, dropout": {"network": {"convention": "diffusers", "dropout": 0.1}},
+    "the authors' frequencies": {"network": {"convention": "ho-2020"}},
     "growing, RGB, not square": {
         "network": {"channel_multipliers": [1, 2]},
         "pairs": {"channels": 3, "height": 4, "width": 6},

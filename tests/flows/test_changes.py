@@ -97,8 +97,8 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("train..steps=5", "'train..steps=5': must be NAME=VALUE in one line"),
         ("shard.source=a\nb", r"'shard.source=a\nb': must be NAME=VALUE in one line"),
         (
-            "train.steps=0",
-            "params.yaml with seed=3 train.steps=0: train.steps: input should be greater",
+            "train.steps=-1",
+            "params.yaml with seed=3 train.steps=-1: train.steps: input should be greater",
         ),
         ("train.stepz=5", "train.stepz: no such parameter"),
         ("network.kind=mlp", "network.kind: input should be 'unet' or 'uvit' (got 'mlp')"),
@@ -111,7 +111,10 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("seed=4", "seed: given twice; give it once, a choice before its fields"),
         ("seed.x=4", "seed"),
         ("sample.eta=0.5", "sample.eta: no such parameter\n"),
-        ("train.optimizer.kind=[muon]", "train.optimizer.kind: input should be 'adamw' or 'muon' (got ['muon'])"),
+        (
+            "train.optimizer.kind=[muon]",
+            "input should be 'adamw', 'muon' or 'sgd' (got ['muon'])",
+        ),
     ],
 )
 def test_ddpm_set_rejects_invalid_changes_and_writes_nothing(
@@ -256,7 +259,7 @@ def test_params_of_format_1_are_reported_and_converted(
     shutil.copy(root / "tests" / "format_1" / "params.yaml", tree)
     assert main(["shard"]) == 1
     error = capsys.readouterr().err
-    old = "process.beta, process.min_snr_gamma, train.muon_learning_rate, sample.eta"
+    old = "process.beta, process.min_snr_gamma, train.muon_learning_rate, train.ema_width, sample.eta"
     assert error == (
         f"ddpm shard: error: params.yaml: of an earlier version (it has {old}); `ddpm params --update` rewrites "
         "params.yaml\n"
@@ -269,6 +272,7 @@ def test_params_of_format_1_are_reported_and_converted(
     assert main(["params", "--update"]) == 0
     shown = capsys.readouterr().out
     assert "train.optimizer.learning_rate: 0.01\n" in shown
+    assert "train.ema.width: 0.05\n" in shown
     assert "network.depth: removed\n" in shown
     assert main(["params", "--update"]) == 0
     assert capsys.readouterr().out == "params.yaml: nothing to change\n"

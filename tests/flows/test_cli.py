@@ -137,8 +137,10 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     assert main(["set", "train.steps=7", "train.decay=cosine", "sample.sampler=ddim", "network.kind=uvit"]) == 0
     capsys.readouterr()
     expected = {
-        "train.steps": "train.steps = 7 (default 1000)   integer, at least 1",
+        "train.steps": "train.steps = 7 (default 1000)   integer, at least 0",
         "train.decay": "train.decay = cosine (default linear)   constant | linear | cosine",
+        "train.ema.width": "train.ema.width = 0.05 (default)   number, at least 0.001 and below 0.288",
+        "train.ema.decay": "train.ema.decay (default 0.9999)   number, at least 0 and below 1",
         "train.augment": "train.augment = auto (default)   auto | number, at least 0 and below 1",
         "train.compile": "train.compile = auto (default)   true | false | auto",
         "process.loss": "process.loss = mse (default)   mse | l1 | huber",
@@ -160,7 +162,7 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     assert main(["params", "train.steps"]) == 1
     shown, error = capsys.readouterr()
     assert "train.steps = -7 (default 1000)" in shown
-    assert "train.steps: input should be greater than or equal to 1 (got -7)" in error
+    assert "train.steps: input should be greater than or equal to 0 (got -7)" in error
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("decay: cosine", "decay: 2020-01-01"))
     assert main(["params", "train.decay"]) == 1
     shown, error = capsys.readouterr()

@@ -55,7 +55,7 @@ def test_all_faults_are_reported_at_once() -> None:
     wrong = {
         "trian": {},
         "seed": "3",
-        "train": {"steps": 0, "stepz": 5, "batch_size": 7, "accumulate": 2},
+        "train": {"steps": -1, "stepz": 5, "batch_size": 7, "accumulate": 2},
         "sample": {"variance": "learned", "steps": 5000},
     }
     with pytest.raises(UserError) as caught:
@@ -64,7 +64,7 @@ def test_all_faults_are_reported_at_once() -> None:
         "sample.steps (5000) exceeds process.num_timesteps (1000)",
         "sample.variance is learned, which needs process.learned_variance: true",
         "seed: input should be a valid integer (got '3')",
-        "train.steps: input should be greater than or equal to 1 (got 0)",
+        "train.steps: input should be greater than or equal to 0 (got -1)",
         "train.stepz: no such parameter",
         "train: batch_size (7) must be a multiple of processes x accumulate (2)",
         "trian: no such parameter",
@@ -103,7 +103,7 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
 @pytest.mark.parametrize(
     ("form", "field", "takes", "value"),
     [
-        ("Train", "steps", "integer, at least 1", "1000"),
+        ("Train", "steps", "integer, at least 0", "1000"),
         ("Train", "decay", "constant | linear | cosine", "linear"),
         ("UNet", "channel_multipliers", "list of integers, each at least 1", "[1, 2]"),
         ("UViT", "depth", "integer, at least 1", None),  # params.yaml has a U-Net
@@ -120,8 +120,9 @@ def test_the_form_says_what_a_field_takes_and_its_present_value(
 def test_the_form_says_so_of_choices_with_fields_and_of_plain_parameters() -> None:
     optimizer = SCHEMA["definitions"]["Train"]["properties"]["optimizer"]["description"]
     assert optimizer.endswith(
-        " Accepts: adamw | muon. In params.yaml at the last `make up`: muon. "
-        "With muon, learning_rate: number, above 0. In params.yaml at the last `make up`: 0.01."
+        " Accepts: adamw | muon | sgd. In params.yaml at the last `make up`: muon. "
+        "With muon, learning_rate: number, above 0. In params.yaml at the last `make up`: 0.01. "
+        "With sgd, momentum: number, at least 0 and below 1."
     )
     assert SCHEMA["properties"]["seed"]["description"] == (
         "Random seed of the whole pipeline. Accepts: integer, at least 0. In params.yaml at the last `make up`: 0."
@@ -139,7 +140,7 @@ def test_no_field_has_a_switch_which_sends_false_unless_it_is_turned_on() -> Non
 
 
 def test_the_form_marks_every_wrong_field() -> None:
-    wrong = {"train": {"steps": 0, "decay": "x", "stepz": 1}, "preset": "none", "device": "tpu", "seed": "3"}
+    wrong = {"train": {"steps": -1, "decay": "x", "stepz": 1}, "preset": "none", "device": "tpu", "seed": "3"}
     errors = validation.validate(wrong, SCHEMA)
     assert {tuple(error.path) for error in errors} == {
         ("train", "steps"),

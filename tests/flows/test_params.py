@@ -160,7 +160,7 @@ def test_a_preset_is_written_and_taken_back(
     assert main(["preset", "cifar"]) == 2
     assert capsys.readouterr().err == (
         'ddpm preset: error: Invalid value "cifar" for NAME. Choose from: "cifar10", "digits", "emoji", '
-        '"fashion-mnist". Did you mean "cifar10"? See `ddpm preset --help`.\n'
+        '"fashion-mnist", "ho-2020". Did you mean "cifar10"? See `ddpm preset --help`.\n'
     )
 
 

@@ -149,6 +149,7 @@ def test_the_stages_support_other_choices(pairs_tree: Path, tmp_path: Path) -> N
     report = json.loads((tree / "reports/evaluate.json").read_text())
     assert 0 < report["bits_per_dim_low"] < report["bits_per_dim"] < report["bits_per_dim_high"]
     assert report["bits_per_dim_prior"] == 0  # zero terminal SNR: nothing of the image remains
+    assert 0 < report["class_agreement_low"] <= report["class_agreement"] <= report["class_agreement_high"] <= 1
     assert "guidance 2" in (tree / "reports/report.html").read_text()
     session = ort.InferenceSession(tree / "models/onnx/denoiser.onnx", providers=["CPUExecutionProvider"])
     model = load_model(tree / "models/ddpm", torch.device("cpu"))
@@ -247,7 +248,16 @@ def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"train": {"stepz": 5}}, "params.yaml: train.stepz: no such parameter"),
-        ({"train": {"steps": 0}}, "params.yaml: train.steps: input should be greater than or equal to 1 (got 0)"),
+        ({"train": {"steps": -1}}, "params.yaml: train.steps: input should be greater than or equal to 0 (got -1)"),
+        ({"train": {"steps": 0}}, "params.yaml: train: steps and epochs are both 0: set one of them"),
+        (
+            {"train": {"epochs": 9}},
+            "params.yaml: train: steps (40) and epochs (9) both set the length: set one of them to 0",
+        ),
+        (
+            {"train": {"sharding": "weights", "optimizer": {"kind": "sgd", "momentum": 0.9}}},
+            "params.yaml: train: sharding: weights needs an optimizer other than sgd: use adamw or muon",
+        ),
         ({"process": {"schedule": "square"}}, "params.yaml: process.schedule: input should be 'linear', "),
         (
             {"process": {"beta": [0.5]}},
@@ -266,7 +276,7 @@ def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) ->
             {"process": {"schedule": {"kind": "given", "beta": [0.9] * 20}, "num_timesteps": 20}},
             "beta destroys the image before the last timestep",
         ),
-        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'snr-plus-one', "),
+        ({"process": {"weighting": "snrr"}}, "process.weighting: input should be 'simple', 'vlb', 'vlb-large', "),
         ({"network": {"conditioning": "token"}}, "network.conditioning: input should be 'add' or 'film' (got 'token')"),
         ({"sample": {"variance": "learned"}}, "params.yaml: sample.variance is learned, which needs process.learned"),
         ({"sample": {"steps": 5000}}, "params.yaml: sample.steps (5000) exceeds process.num_timesteps (100)"),

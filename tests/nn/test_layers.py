@@ -10,14 +10,14 @@ from torch import nn
 
 from diffusion.nn.layers import TimeEmbedding, attend
 from diffusion.nn.unet import Downsample, ResidualBlock, SelfAttention, group_norm
-from tests.nn.networks import noise, options, randomize
+from tests.nn.networks import network, noise, options, randomize
 
 
+@pytest.mark.parametrize("convention", ["ddpm", "ho-2020"])
 @pytest.mark.parametrize(("base", "groups"), [(8, 2), (16, 4), (48, 4), (96, 8), (128, 32), (256, 32)])
-def test_groups_are_as_many_at_every_level(base: int, groups: int) -> None:
-    assert {group_norm(base * by, options("unet", "add", base_channels=base)).num_groups for by in (1, 2, 3)} == {
-        groups
-    }
+def test_groups_are_as_many_at_every_level(base: int, groups: int, convention: str) -> None:
+    chosen = options("unet", "add", base_channels=base, convention=convention)
+    assert {group_norm(base * by, chosen).num_groups for by in (1, 2, 3)} == {groups}
 
 
 @pytest.mark.parametrize(("base", "groups"), [(16, 4), (32, 32), (64, 32), (128, 32), (224, 32)])
@@ -38,7 +38,18 @@ def test_time_embedding_has_diffusers_features_in_their_order() -> None:
     torch.testing.assert_close(time(t), get_timestep_embedding(t, 16, downscale_freq_shift=1), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("convention", "padding"), [("ddpm", 0), ("diffusers", 1)])
+@pytest.mark.parametrize(("convention", "last"), [("ddpm", 10_000 ** (-7 / 8)), ("ho-2020", 1e-4)])
+def test_the_last_frequency_is_that_of_the_convention(convention: str, last: float) -> None:
+    net = network((1, 8, 8), "unet", "add", base_channels=16, convention=convention)
+    own = net.conditions.time.frequencies
+    assert len(own) == 8
+    assert own[0] == 1
+    assert own[-1].item() == pytest.approx(last, rel=1e-5)
+    ratios = own[1:] / own[:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand(7))
+
+
+@pytest.mark.parametrize(("convention", "padding"), [("ddpm", 0), ("ho-2020", 0), ("diffusers", 1)])
 def test_downsampling_pads_as_the_convention_says(convention: str, padding: int) -> None:
     ours, theirs = Downsample(8, convention), Downsample2D(8, use_conv=True, padding=padding)
     theirs.conv.load_state_dict(ours.conv.state_dict())
@@ -55,7 +66,7 @@ def test_attention_is_a_softmax_over_the_keys_of_each_head(heads: int) -> None:
     torch.testing.assert_close(attend(qkv, heads), torch.einsum("bhnm,bmhd->bnhd", shares, v).reshape(2, 5, 8))
 
 
-@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("diffusers", 1e-5)])
+@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("ho-2020", 1e-6), ("diffusers", 1e-5)])
 @pytest.mark.parametrize("head_channels", [0, 8])
 def test_attention_agrees_with_diffusers(convention: str, eps: float, head_channels: int) -> None:
     ours = randomize(SelfAttention(16, options("unet", "add", convention=convention, head_channels=head_channels)))
@@ -75,7 +86,7 @@ def test_attention_agrees_with_diffusers(convention: str, eps: float, head_chann
 
 
 @pytest.mark.parametrize(("conditioning", "theirs_name"), [("add", "default"), ("film", "scale_shift")])
-@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("diffusers", 1e-5)])
+@pytest.mark.parametrize(("convention", "eps"), [("ddpm", 1e-6), ("ho-2020", 1e-6), ("diffusers", 1e-5)])
 def test_residual_block_agrees_with_diffusers(conditioning: str, theirs_name: str, convention: str, eps: float) -> None:
     ours = randomize(ResidualBlock(16, 32, options("unet", conditioning, convention=convention)))
     theirs = ResnetBlock2D(

@@ -16,8 +16,9 @@ from flows import presets
 from tests.nn.networks import network, noise, randomize
 
 
-def test_the_ddpm_papers_cifar10_network_has_its_number_of_parameters() -> None:
-    preset = presets.load(Path("presets/cifar10.yaml"))
+@pytest.mark.parametrize("name", ["cifar10", "ho-2020"])
+def test_the_ddpm_papers_cifar10_network_has_its_number_of_parameters(name: str) -> None:
+    preset = presets.load(Path("presets") / f"{name}.yaml")
     net = build.network((3, 32, 32), 3, 10, preset.network)
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307  # "35.7 million", app. B
 

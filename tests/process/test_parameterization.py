@@ -69,6 +69,19 @@ def test_the_targets_are_the_papers() -> None:
     torch.testing.assert_close(of("v").parameterization.target(x_0, eps, T), a.sqrt() * eps - (1 - a).sqrt() * x_0)
 
 
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_the_mean_is_that_of_eq_11(name: str) -> None:
+    """mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t), from the output as eps; Ho et al. 2020."""
+    made = of(name)
+    x_t, out = randn(*SHAPE), randn(*SHAPE, seed=1)
+    beta, a = made.schedule.beta[T].view(-1, 1, 1, 1), made.schedule.alpha_bar[T].view(-1, 1, 1, 1)
+    eps = made.parameterization.to_eps(out, x_t, T)
+    mu = (x_t - beta / (1 - a).sqrt() * eps) / (1 - beta).sqrt()
+    torch.testing.assert_close(made.parameterization.to_mu(out, x_t, T), mu)
+    if name == "mu":  # the output is the mean itself, so that eps is eq. 11 solved for it
+        torch.testing.assert_close(eps, (x_t - (1 - beta).sqrt() * out) * (1 - a).sqrt() / beta)
+
+
 def test_output_is_split_into_the_parameterized_part_and_the_variance_fraction() -> None:
     out = randn(*SHAPE)
     same, nothing = split(out, 3)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from diffusion.process import build
 from diffusion.process.loss import LOSSES
@@ -42,12 +43,12 @@ def test_a_weighting_is_the_same_loss_for_every_parameterization(schedule: str, 
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-@pytest.mark.parametrize(("weighting", "plain"), [("simple", "eps"), ("snr", "eps"), ("snr-plus-one", "v")])
-def test_simple_is_the_plain_error_of_eps_and_snr_plus_one_that_of_v(
-    weighting: str, plain: str, parameterization: str
-) -> None:
+@pytest.mark.parametrize(
+    ("weighting", "plain"), [("simple", "eps"), ("snr", "eps"), ("snr-plus-one", "v"), ("posterior-mean", "mu")]
+)
+def test_three_weightings_are_the_plain_error_of_an_output(weighting: str, plain: str, parameterization: str) -> None:
     made = process(parameterization=parameterization, weighting=weighting)
-    torch.testing.assert_close(loss_of(made, parameterization), errors(made, plain))
+    torch.testing.assert_close(loss_of(made, parameterization), errors(made, plain), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
@@ -63,6 +64,26 @@ def test_vlb_is_the_divergence_of_the_bound(parameterization: str) -> None:
     # Of the noise it is eq. 12 of Ho et al. 2020, with sigma^2 = beta_tilde.
     weight = (beta**2 / (2 * (1 - before) / (1 - a) * beta * (1 - beta) * (1 - a))).flatten()
     torch.testing.assert_close(loss[1:], (weight * errors(made, "eps"))[1:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("weighting", "variance"), [("vlb", "posterior"), ("vlb-large", "beta")])
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_the_bounds_weightings_are_what_a_wrong_mean_adds_to_the_divergence(
+    parameterization: str, weighting: str, variance: str
+) -> None:
+    """L_{t-1} without C of Ho et al. 2020, eq. 8: the divergence minus that of a model with the true mean."""
+    made = process(parameterization=parameterization, weighting=weighting)
+    x_t, beta, a = made.schedule.diffuse(X_0, T, EPS), made.schedule.beta[T].view(-1, 1, 1, 1), at(made.schedule, T)
+    posterior = (1 - at(made.schedule, T - 1)) / (1 - a) * beta
+    sigma_2 = posterior if variance == "posterior" else beta
+    true, wrong = (mean_of_eq_7(made.schedule, x_0, x_t, T)[1:] for x_0 in (X_0, some_x_0_hat(x_t, T)))
+    q = Normal(true, posterior[1:].sqrt())
+    added = kl_divergence(q, Normal(wrong, sigma_2[1:].sqrt())) - kl_divergence(q, Normal(true, sigma_2[1:].sqrt()))
+    loss = loss_of(made, parameterization)
+    torch.testing.assert_close(loss[1:], added.mean(dim=(1, 2, 3)), rtol=1e-6, atol=0)
+    if variance == "beta":  # eq. 12 of the noise; with beta_t it is finite at t = 0 as well
+        weight = beta**2 / (2 * sigma_2 * (1 - beta) * (1 - a))
+        torch.testing.assert_close(loss, weight.flatten() * errors(made, "eps"), rtol=1e-6, atol=0)
 
 
 def test_before_the_first_timestep_vlb_takes_the_ratio_of_the_second() -> None:

@@ -120,6 +120,18 @@ def test_the_metrics_logged_during_training(
     assert of_steps[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
 
 
+def test_the_progress_counts_epochs_if_these_are_given(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
+    params = changed(params, train={"steps": 0, "epochs": 3, "batch_size": 32, "log_every": 10})
+    params = params.model_copy(update={"train": params.train.for_images(75)})  # ceil(3 * 75 / 32) steps
+    state, recorder = fresh_state(params), Recorder()
+    hooks = watch(params, state, pairs_tree, recorder, tmp_path)
+    for _ in range(params.train.steps):
+        loop.step(state, hooks.trainer)
+        hooks.report(state)
+    epochs = [note.partition(",")[0] for note in recorder.notes]
+    assert epochs == [f"epoch {number} of 3" for number in (1, 1, 2, 2, 2, 3, 3, 3)]
+
+
 def test_the_rate_counts_the_steps_since_the_last_point_alone(
     params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def test_the_curve_has_the_loss_of_each_band_of_timesteps(params: Params, tmp_pa
     assert [name for name in row if name.startswith("loss_t")][:2] == ["loss_t00_02", "loss_t03_05"]
 
 
-@pytest.mark.parametrize(("timesteps", "optimizer"), [*zip(TIMESTEPS, cycle(["muon", "adamw"]), strict=False)])
+@pytest.mark.parametrize(("timesteps", "optimizer"), [*zip(TIMESTEPS, cycle(["muon", "adamw", "sgd"]), strict=False)])
 def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bits(
     params: Params, tmp_path: Path, timesteps: str, optimizer: str
 ) -> None:
@@ -328,7 +328,7 @@ def test_the_average_holds_the_weights_after_every_step(params: Params) -> None:
 
     for step in range(1, 5):
         loop.step(state, trainer)
-        keep = (1 - 1 / step) ** (ema.gamma(params.train.ema_width) + 1)
+        keep = (1 - 1 / step) ** (ema.gamma(params.train.ema.width) + 1)
         expected = flat(state.net) if step == 1 else keep * expected + (1 - keep) * flat(state.net)
         torch.testing.assert_close(flat(state.average), expected, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(flat(state.average), flat(state.net), rtol=1e-4)

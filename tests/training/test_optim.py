@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusion.training import optim
-from diffusion.training.options import MuonOptions, TrainOptions
+from diffusion.training.options import MuonOptions, SgdOptions, TrainOptions
 from flows.params import Params
 from tests.nn.networks import CONDITIONINGS, network
 
@@ -43,7 +43,7 @@ def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> No
 
 
 @pytest.mark.parametrize(("kind", "conditioning"), CONDITIONINGS)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, conditioning: str, optimizer: str) -> None:
     net = network((1, 8, 8), kind, conditioning, classes=True)
     options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
@@ -59,7 +59,7 @@ def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, condi
     inside = ("down.", "middle.", "up.", "first.", "merge.", "last.")
     assert bool(muons) == (optimizer == "muon")
     assert all(name.startswith(inside) for name in muons)
-    assert not any(name.startswith(inside) for name in groups[0]) or optimizer == "adamw"
+    assert not any(name.startswith(inside) for name in groups[0]) or optimizer != "muon"
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (4, 30, 6)])
@@ -95,9 +95,11 @@ def test_all_matrices_are_padded_to_one_bank_where_launches_count() -> None:
     assert optim.group_matrices(large * 2, launched=True) == [[0, 2], [1, 3]]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptions, bad: float) -> None:
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptions, bad: float, optimizer: str) -> None:
     net = network((1, 8, 8), "unet", "film")
+    options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
     made = optim.optimizers(net, net.blocks(), options)
 
     def step(norm: float) -> list[torch.Tensor]:
@@ -116,6 +118,49 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptio
     assert all(one.equal(other) for one, other in zip(first, skipped, strict=True))
     assert not any(one.equal(other) for one, other in zip(skipped, second, strict=True))
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def stepped(options: TrainOptions, gradients: np.ndarray, rates: list[float]) -> np.ndarray:
+    """The weights of a linear layer, which start at 1, after a step with each of the gradients, (steps, n)."""
+    net = nn.Linear(gradients.shape[1], 1, bias=False, dtype=torch.float64)
+    nn.init.ones_(net.weight)
+    made, weights = optim.optimizers(net, [], options), []
+    for gradient, rate in zip(gradients, rates, strict=True):
+        net.weight.grad = torch.from_numpy(gradient)[None].clone()
+        optim.step(made, rate, net.weight.grad.norm())
+        weights.append(net.weight.detach().numpy()[0].copy())
+    return np.stack(weights)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_its_recursion(momentum: float, weight_decay: float) -> None:
+    """w_{n+1} = w_n - rate (g + decay w_n) + momentum (w_n - w_{n-1}); the heavy ball of Polyak 1964."""
+    gradients, rate = np.random.default_rng(0).standard_normal((20, 3)), 0.05
+    options = TrainOptions(optimizer=SgdOptions(momentum=momentum), learning_rate=2 * rate, weight_decay=weight_decay)
+    found = stepped(options, gradients, [0.5] * 20)
+    weight = before = np.ones(3)
+    for gradient, after in zip(gradients, found, strict=True):
+        step = momentum * (weight - before) - rate * (gradient + weight_decay * weight)
+        before, weight = weight, weight + step
+        np.testing.assert_allclose(after, weight, rtol=1e-12)
+
+
+def test_adamw_without_weight_decay_is_adam() -> None:
+    """Kingma & Ba 2015, algorithm 1."""
+    gradients = np.random.default_rng(0).standard_normal((20, 3))
+    options = TrainOptions(optimizer="adamw", learning_rate=0.01, weight_decay=0.0)
+    weight, m, v = np.ones(3), np.zeros(3), np.zeros(3)
+    for step, (g, after) in enumerate(zip(gradients, stepped(options, gradients, [1.0] * 20), strict=True), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        weight = weight - 0.01 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(after, weight, rtol=1e-12)
+
+
+def test_a_first_step_that_is_skipped_leaves_no_momentum() -> None:
+    gradients = np.array([[np.nan, 1.0], [2.0, 4.0]])
+    options = TrainOptions(optimizer="sgd", learning_rate=0.5, weight_decay=0.0)
+    np.testing.assert_array_equal(stepped(options, gradients, [1.0, 1.0]), [[1.0, 1.0], [0.0, -1.0]])
 
 
 def test_muon_is_torchs_own_on_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

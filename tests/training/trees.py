@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
         "timesteps": "rms-error",
     },
     "sample": {"steps": 4, "count": 4},
-    "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2},
+    "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2, "quality_samples": 40},
     "export": {"variants": ["int8"], "max_loss": 1.0},
 }
 TRAIN = (sys.executable, "-m", "flows", "train")

@@ -64,6 +64,16 @@ def test_a_run_that_reuses_weights_says_whose(paths: Paths) -> None:
     assert "reused" not in note(client, first.run_id)
 
 
+def test_epochs_are_described_as_steps(paths: Paths) -> None:
+    params = changed(train={"steps": 0, "epochs": 10})
+    with tracking.live(params, paths, None, "f1") as live:
+        pass
+    assert "at most 114 steps of 128 images" in note(client_of(paths), live.run_id)  # 1,452 images: 11.3 an epoch
+    write_all(paths, params=params)
+    assert tracking.record(params, paths, live.run_id) is not None
+    assert "100 steps (of at most 114) of 128 images" in note(client_of(paths), live.run_id)
+
+
 def test_a_description_that_a_user_edited_or_removed_is_kept(paths: Paths) -> None:
     client = client_of(paths)
     for text in ("my own words", ""):

@@ -52,7 +52,8 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
         "exported.sampler.images": "64",
     }
     assert facts.items() <= found["params"].items()
-    assert set(found["params"]) == fields | {"train.optimizer.learning_rate", "seed", "device"} | facts.keys()
+    of_choices = {"train.optimizer.learning_rate", "train.ema.width"}
+    assert set(found["params"]) == fields | of_choices | {"seed", "device"} | facts.keys()
     assert found["params"]["train.optimizer"] == "muon"
     assert found["tags"]["mlflow.ddpm.weights_sha256"] == weights
     assert found["curves"]["curves/loss"] == [(row["step"], row["loss"]) for row in LOSS]

@@ -1,0 +1,102 @@
+"""evaluate compares samples with real images; with a tiny network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion.evaluation.quality import SETS
+from flows.yaml_files import read_yaml
+from tests.conftest import run_stages
+from tests.evaluation.test_features import pooling
+from tests.training import trees
+
+TRAINED = "features of a classifier trained on this data"
+
+
+def table(tree: Path) -> dict[tuple[str, str], list[str]]:
+    """The rows of quality.csv by metric and set: features, value, low, high, n."""
+    lines = (tree / "reports/evaluation/quality.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "metric,features,set,value,low,high,n"
+    cells = [line.split(",") for line in lines[1:]]
+    return {(metric, which): [features, *rest] for metric, features, which, *rest in cells}
+
+
+def test_evaluate_compares_samples_with_real_images(whole_tree: Path) -> None:
+    found = table(whole_tree)
+    report = json.loads((whole_tree / "reports/evaluate.json").read_text())
+    for metric in ("frechet_distance", "kid", "precision", "recall", "density", "coverage"):
+        for which in SETS:
+            features, *_, n = found[metric, which]
+            assert (features, n) == (TRAINED, "40")
+        for column, suffix in enumerate(("", "_low", "_high"), start=1):
+            assert report[metric + suffix] == float(found[metric, "samples"][column])
+    assert found["near_copies", "samples"][0] == "pixels"
+    assert report["quality"] == "still learning"  # after 40 steps
+    assert report["kid_se"] > 0
+    assert float(found["class_agreement", "held-out"][1]) > 0.8
+    assert ("class_agreement", "samples") not in found  # without classes in the network
+    assert report["quality_images"] == 40
+    assert (whole_tree / "reports/evaluation/nearest.png").stat().st_size > 1000
+    assert len(list((whole_tree / ".ddpm/features").glob("*.safetensors"))) == 1
+
+
+def test_evaluate_writes_the_same_bytes_again(whole_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    shutil.rmtree(tree / ".ddpm/features")
+    done = trees.run(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "evaluate: samples: still learning; worse than held-out images (Fréchet distance " in done.stderr
+    assert "training features" in done.stderr
+    assert trees.digests(tree, "reports") == trees.digests(whole_tree, "reports")
+    assert trees.digests(tree, ".ddpm/features") == trees.digests(whole_tree, ".ddpm/features")
+
+
+def test_images_without_classes(digits_tree: Path) -> None:
+    with np.load(digits_tree / "data/raw/digits.npz") as arrays:
+        np.savez(digits_tree / "data/raw/plain.npz", images=arrays["images"][:400])
+    trees.change(digits_tree, trees.TINY)
+    trees.change(digits_tree, {"shard": {"source": "data/raw/plain.npz"}, "train": {"steps": 2, "preview_every": 2}})
+    run_stages(digits_tree, "shard", "pairs", "train", "evaluate")
+    found = table(digits_tree)
+    assert found["frechet_distance", "samples"][0] == "features of a network trained on this data's rotations"
+    assert not [metric for metric, _ in found if metric == "class_agreement"]
+
+
+def test_features_of_a_file(whole_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    digest = pooling(tree / "pool.onnx", ("N", 1, 8, "W"), outputs=3)
+    trees.change(tree, {"evaluate": {"features": "pool.onnx"}})
+    for changes, message in (
+        ({}, f"pool.onnx has the SHA-256 {digest}, not an empty one"),
+        ({"features_sha256": digest}, "pool.onnx: its first output must be (N, D) and finite (got (32, 1, 8))"),
+        ({"features": "missing.onnx"}, "evaluate.features: missing.onnx: no such file here"),
+    ):
+        before = trees.digests(tree, "reports")
+        trees.change(tree, {"evaluate": changes})
+        done = trees.run(tree, "evaluate")
+        assert done.returncode == 1
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert trees.digests(tree, "reports") == before
+    digest = pooling(tree / "pool.onnx", ("N", 3, 20, 20))
+    trees.change(tree, {"evaluate": {"features": str(tree / "pool.onnx"), "features_sha256": digest}})
+    run_stages(tree, "evaluate")
+    assert table(tree)["kid", "samples"][0] == "features of pool.onnx"
+
+
+@pytest.mark.parametrize(("wanted", "said"), [(0, False), (19, True)])
+def test_nothing_is_compared(whole_tree: Path, tmp_path: Path, wanted: int, said: bool) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    trees.change(tree, {"evaluate": {"quality_samples": wanted}})
+    done = trees.run(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+    assert ("samples are not compared with real images, which takes 20 held-out images" in done.stderr) == said
+    assert "frechet_distance" not in json.loads((tree / "reports/evaluate.json").read_text())
+    assert not (tree / "reports/evaluation/quality.csv").exists()
+
+
+def test_the_features_rerun_evaluate(root: Path) -> None:
+    assert "evaluate" in read_yaml(root / "dvc.yaml")["stages"]["evaluate"]["params"]  # with features_sha256
