@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from diffusion.evaluation import sets
-from diffusion.evaluation.plots import decimal_ticks
+from diffusion.evaluation.charts import decimal_ticks
 from diffusion.model import Config, Model, new_network
 from diffusion.nn.counting import count
 from diffusion.pairs.pairs import Batches, Pairs

@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Group, Parameter
@@ -131,6 +132,32 @@ def summary(run: str | None = None, /) -> None:
     from flows import summary
 
     summary.show(run)
+
+
+@app.command(group=RUNS, usage="Usage: ddpm report [RUN]")
+def report(run: str | None = None, /) -> None:
+    """Write everything about a run's results on one page, and open it in a browser if there is one.
+
+    Args:
+        run: Name of a flow run (see `ddpm runs`); by default the working tree.
+    """
+    from flows import run_report
+
+    run_report.show(run)
+
+
+@app.command(group=RUNS, usage="Usage: ddpm compare RUN RUN... [--out FILE]")
+def compare(*runs: str, out: Path | None = None) -> None:
+    """Show several runs side by side: on one page, and their figures on the terminal.
+
+    Args:
+        runs: Names of two or more flow runs (see `ddpm runs`); . is the working tree. Figures are compared with those
+            of the first.
+        out: The page to write; by default reports/compare.html.
+    """
+    from flows.comparison import command
+
+    command.show(runs, out)
 
 
 @app.command(group=RUNS)

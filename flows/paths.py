@@ -28,6 +28,9 @@ class Paths:
         self.evaluate_report = reports / "evaluate.json"
         self.evaluation = reports / "evaluation"
         self.report = reports / "report.html"
+        # `ddpm report` and `ddpm compare`
+        self.run_report = reports / "run.html"
+        self.comparison = reports / "compare.html"
         # export
         self.onnx = models / "onnx"
         self.denoiser = self.denoiser_in("fp32")

@@ -57,7 +57,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         "## Error by timestep",
         _bands(Paths(directory).evaluation / "bands.csv"),
         "## ONNX models",
-        _precisions(Paths(directory).export_report),
+        _table(["file", "MB", "held-out MSE", "change from sampler.onnx"], precisions(Paths(directory).export_report)),
         "## Data",
         _data(Paths(directory)),
         "## Stages",
@@ -121,15 +121,18 @@ def _bands(file: Path) -> str:
     return _table(["timesteps", "MSE", "95 % interval", "R²", "MSE of a linear denoiser"], rows)
 
 
-def _precisions(file: Path) -> str:
-    """The sampler and its variants; their speeds depend on the machine and are in MLflow."""
+def precisions(file: Path) -> list[list[str]]:
+    """Name, MB, held-out MSE and its change of the sampler and its variants, from reports/export.json.
+
+    Their speeds depend on the machine and are in MLflow.
+    """
     report = json.loads(file.read_text(encoding="utf-8"))
     rows = [["sampler.onnx", _megabytes(report["bytes"]["sampler"]), f"{report['denoiser']['mse']:.4f}", ""]]
     for name, scores in report.items():
         if "loss" in scores:
             size = _megabytes(report["bytes"][f"sampler_{name}"])
             rows.append([f"sampler_{name}.onnx", size, f"{scores['mse']:.4f}", f"{scores['loss']:+.2%}"])
-    return _table(["file", "MB", "held-out MSE", "change from sampler.onnx"], rows)
+    return rows
 
 
 def _megabytes(size: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Summary:
     """Address of the run in Prefect's UI, empty if it ran without a server."""
     mlflow: str
     """Address of the run in MLflow's UI, empty if it could not be recorded."""
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    """The decision whether the model becomes champion, by rule; empty if there was none."""
 
 
 def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
@@ -55,6 +57,7 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
         onnx=str(paths.sampler),
         prefect=page,
         mlflow=tracked["url"] if tracked else "",
+        gate=tracked.get("gate", []) if tracked else [],
     )
 
 

@@ -1,4 +1,4 @@
-"""Sampling trajectories: how images emerge from noise."""
+"""Filmstrips: how images turn to noise, and how they emerge from it."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion.model import Model
-from diffusion.pairs.pixels import to_uint8, visible
+from diffusion.pairs.pairs import Pairs
+from diffusion.pairs.pixels import to_uint8, to_x_0, visible
+from diffusion.process.schedule import Schedule
 from diffusion.samples import classes_in_turn, noise_for
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
@@ -22,6 +24,30 @@ class Frame(NamedTuple):
     x_t: NDArray[np.uint8]
     x_0_hat: NDArray[np.uint8]
     """The network's estimate from this x_t; at the end, the image."""
+
+
+class Noised(NamedTuple):
+    """A few images at one point of the forward process, uint8 (n, C, H, W)."""
+
+    t: int
+    """The timestep of x_t; -1 for the clean images."""
+    x_t: NDArray[np.uint8]
+
+
+def noising(
+    pairs: Pairs, schedule: Schedule, shown: tuple[int, ...] = (), images: int = 4, count: int = 9
+) -> list[Noised]:
+    """The first images of a held-out split at `count` points from clean to t = T - 1, with the noise of their draw 0.
+
+    `shown`: the channels to show; see `visible`.
+    """
+    eps = torch.from_numpy(pairs.heldout(0, 0).eps[:images])
+    x_0 = pairs.x_0(0)[:images]
+    clean = torch.from_numpy(to_x_0(x_0, np.float32))
+    points = np.unique(np.linspace(0, schedule.num_timesteps - 1, count - 1).round().astype(int)).tolist()
+    noised = [schedule.diffuse(clean, torch.full((len(clean),), t), eps) for t in points]
+    frames = [Noised(t, to_uint8(x_t.numpy())) for t, x_t in zip(points, noised, strict=True)]
+    return [Noised(frame.t, visible(frame.x_t, shown)) for frame in (Noised(-1, x_0), *frames)]
 
 
 def frames(

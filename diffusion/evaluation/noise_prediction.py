@@ -1,7 +1,7 @@
 """Metrics of the noise prediction on held-out pairs, overall and by timestep, with intervals and baselines."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -142,6 +142,17 @@ def summarize(
         if sums.pairs[band]
     ]
     return {"images": len(sums.by_image), "pairs": int(sums.pairs.sum())} | row(0), bands
+
+
+def verdict(report: Mapping[str, float]) -> str:
+    """Whether the model is better than the linear baseline, in words."""
+    if report["mse_high"] < report["wiener_mse"]:
+        word = "better than"
+    elif report["mse_low"] > report["wiener_mse"]:
+        word = "worse than"
+    else:
+        word = "no different, within its noise, from"
+    return f"{word} the linear baseline (MSE {report['mse']:.4f} against {report['wiener_mse']:.4f})"
 
 
 def curve(sums: Sums, num_timesteps: int) -> list[dict[str, float]]:

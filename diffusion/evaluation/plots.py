@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
 
-from diffusion.evaluation.filmstrip import Frame
+from diffusion.evaluation.charts import decimal_ticks
+from diffusion.evaluation.filmstrip import Frame, Noised
 
 Row = dict[str, float]
 
@@ -38,25 +38,42 @@ def vlb_by_t(curve: Sequence[Row]) -> bytes:
 
 def filmstrip(frames: Sequence[Frame]) -> bytes:
     """Sampling trajectories from left to right; each image has a row of x_t and a row of x_0_hat below it."""
-    images, _, height, width = frames[0].x_t.shape
-    across, down = len(frames), 2 * images
-    gap = 0.25  # between images, as a fraction of their height
-    bottoms = [row + gap * (row // 2) for row in range(down)]
-    rows = (down + gap * (images - 1)) * height / width
-    figure = Figure(figsize=(across + 0.5, rows + 0.5), dpi=80, layout="constrained")
+    rows = [
+        (label, [pictures[image] for pictures in columns])
+        for image in range(len(frames[0].x_t))
+        for label, columns in (
+            ("$x_t$", [frame.x_t for frame in frames]),
+            (r"$\hat{x}_0$", [frame.x_0_hat for frame in frames]),
+        )
+    ]
+    return _strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 2)
+
+
+def noising(frames: Sequence[Noised]) -> bytes:
+    """The forward process from left to right, a row for each image."""
+    rows = [("$x_t$", [frame.x_t[image] for frame in frames]) for image in range(len(frames[0].x_t))]
+    return _strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 1)
+
+
+def _strip(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], grouped: int) -> bytes:
+    """Labelled rows of images (C, H, W) below the titles of their columns, `grouped` rows at a time."""
+    _, height, width = rows[0][1][0].shape
+    across, down = len(titles), len(rows)
+    gap = 0.25  # between groups, as a fraction of the height of an image
+    bottoms = [row + gap * (row // grouped) for row in range(down)]
+    tall = (down + gap * (down // grouped - 1)) * height / width
+    figure = Figure(figsize=(across + 0.5, tall + 0.5), dpi=80, layout="constrained")
     axes = figure.subplots()
-    for column, frame in enumerate(frames):
-        for index in range(images):
-            for row, picture in ((2 * index, frame.x_t[index]), (2 * index + 1, frame.x_0_hat[index])):
-                extent = (column + 0.02, column + 0.98, bottoms[row] + 0.98, bottoms[row] + 0.02)
-                pixels = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
-                axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent)
+    for bottom, (_, pictures) in zip(bottoms, rows, strict=True):
+        for column, picture in enumerate(pictures):
+            extent = (column + 0.02, column + 0.98, bottom + 0.98, bottom + 0.02)
+            pixels = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent)
     axes.set_xlim(0, across)
     axes.set_ylim(bottoms[-1] + 1, 0)
     axes.set_aspect(height / width)
-    labels = [f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames]
-    axes.set_xticks([column + 0.5 for column in range(across)], labels)
-    axes.set_yticks([bottom + 0.5 for bottom in bottoms], ["$x_t$", r"$\hat{x}_0$"] * images)
+    axes.set_xticks([column + 0.5 for column in range(across)], titles)
+    axes.set_yticks([bottom + 0.5 for bottom in bottoms], [label for label, _ in rows])
     axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     axes.set_frame_on(False)
     return _png(figure)
@@ -82,21 +99,6 @@ def training(loss: Sequence[Row], heldout: Sequence[Row]) -> bytes:
     decimal_ticks(axes.yaxis)
     axes.legend()
     return _png(figure)
-
-
-def decimal_ticks(axis: Axis) -> None:
-    """Label a log axis with plain decimals, such as 0.06, 0.1 and 0.2, also if the data span less than a decade."""
-    low, high = axis.get_view_interval()
-    decades = np.log10(high / low)
-    if decades < 0.4:
-        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    else:
-        digits = {0.9: range(1, 10), 1.6: (1, 2, 4, 6), 3.5: (1, 2, 5), np.inf: (1,)}
-        subs = next(subs for limit, subs in digits.items() if decades < limit)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(lambda value, _: np.format_float_positional(value, precision=10, trim="-"))
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -5,22 +5,25 @@ Models are selected by their validation error; everything reported about the sel
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from diffusion.errors import counted
-from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, report, sets, wiener
+from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, sets, wiener
 from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
-from diffusion.evaluation.filmstrip import frames
+from diffusion.evaluation.filmstrip import frames, noising
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
 from diffusion.evaluation.quality import Quality
 from diffusion.model import WEIGHTS, Model, load_model
 from diffusion.nn import build as networks
-from diffusion.pairs.pairs import Manifest, Pairs
+from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import visible
 from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
-from diffusion.sampling.build import SampleOptions, sampling_timesteps
+from diffusion.sampling.build import sampling_timesteps
 from diffusion.storage.files import (
     new_directory,
     parse_csv,
@@ -32,6 +35,7 @@ from diffusion.storage.files import (
     write_sums,
 )
 from flows import made_with, tracking
+from flows.pages import contents, report
 from flows.params import Evaluate, Params
 from flows.paths import Paths
 
@@ -44,6 +48,7 @@ def run(params: Params, paths: Paths) -> None:
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     names = ("loss.csv", "heldout.csv") if paths.train_curves.exists() else ()  # an imported model has none
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
+    contents.read_inputs(paths)  # rejects damaged files before scoring
     steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
     features = own_features(params.evaluate, paths, model)  # refused before scoring
     with working("evaluate: fitting the linear baseline"):
@@ -59,6 +64,8 @@ def run(params: Params, paths: Paths) -> None:
             "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
             "vlb_by_t": plots.vlb_by_t(tables["vlb_by_t"]),
             "samples": grid_png(visible(samples, params.evaluate.shown_channels)),
+            "heldout": grid_png(visible(first_images(pairs, len(samples)), params.evaluate.shown_channels)),
+            "noising": plots.noising(noising(pairs, model.process.schedule, params.evaluate.shown_channels)),
             "filmstrip": plots.filmstrip(
                 frames(model, params.sample, params.seed, device, params.evaluate.shown_channels)
             ),
@@ -68,10 +75,6 @@ def run(params: Params, paths: Paths) -> None:
         if measured:
             pictures["nearest"] = measured.picture
             overall |= measured.report
-    how = describe(params.sample, params.seed, model.num_classes)
-    page = report.page(
-        overall, tables["bands"], pictures, how=how, variance=params.sample.variance, resized=_resized(pairs.manifest)
-    )
     write_json(paths.evaluate_report, overall)  # before scored.json, which has its digest
     with new_directory(paths.evaluation) as temporary:
         for name, rows in tables.items():
@@ -84,6 +87,8 @@ def run(params: Params, paths: Paths) -> None:
         digests["val_pairs_sha256"] = val.digest
         write_json(temporary / "scored.json", digests | {"report_sha256": sha256(paths.evaluate_report)})
         write_sums(temporary)
+    about = made_with.flat(params, "seed", "sample", "evaluate")
+    page = report.page(contents.read(paths), about, made_with.flat(Params()))
     write_atomic(paths.report, page.encode())
     made_with.write(paths, "evaluate", params)
     for split in (val, pairs):
@@ -186,23 +191,7 @@ def score(
     }
 
 
-def _resized(manifest: Manifest) -> str:
-    done = manifest.fit.describe(manifest.cropped, manifest.cropped_area, manifest.enlarged)
-    return f"All images have {manifest.width}x{manifest.height} pixels; {done or 'none was cropped or enlarged'}."
-
-
-def describe(options: SampleOptions, seed: int, num_classes: int) -> str:
-    """Describe in one sentence how the samples were generated."""
-    sampler = dict(options.sampler)
-    if options.sampler.kind == "ddpm":
-        sampler["variance"] = options.variance
-    parts = [
-        f"Sampler {sampler.pop('kind')}",
-        *(f"{name} {value}" for name, value in sampler.items()),
-        f"{counted(options.steps, 'step')}, spacing {options.spacing}",
-        f"threshold {options.threshold}",
-        *([f"classes in turn with guidance {options.guidance:g}"] if num_classes else []),
-        "EMA weights",
-        f"seed {seed}",
-    ]
-    return f"{', '.join(parts)}; uncurated."
+def first_images(pairs: Pairs, count: int) -> NDArray[np.uint8]:
+    """The first images of a split, (n, C, H, W), at most `count`."""
+    blocks = range(min(pairs.blocks, -(-count // BLOCK)))
+    return np.concatenate([pairs.x_0(block) for block in blocks])[:count]

@@ -101,10 +101,6 @@ def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None
     total = report["bits_per_dim_prior"] + sum(row["bits_per_dim"] for row in by_t)
     assert report["bits_per_dim_exact"] == pytest.approx(total)
     assert (whole_tree / "reports/evaluation/filmstrip.png").stat().st_size > 10_000
-    page = (whole_tree / "reports/report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 5
-    assert 'src="http' not in page
-    assert "href=" not in page
 
 
 def test_the_onnx_model_runs_without_this_code(whole_tree: Path) -> None:
@@ -181,7 +177,9 @@ def test_an_imported_model_can_be_evaluated(whole_tree: Path, tmp_path: Path) ->
     shutil.rmtree(tree / "reports")
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
-    assert "<h2>Training</h2>" not in (tree / "reports/report.html").read_text()
+    page = (tree / "reports/report.html").read_text()
+    assert "<h2>Training</h2>" not in page
+    assert "train.steps" not in page
 
 
 def test_variants_are_exported_next_to_the_model(whole_tree: Path) -> None:

@@ -1,0 +1,92 @@
+"""`ddpm report`: the report of a run, or of the working tree, as one page with everything that is known of it."""
+
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import FileFault, UserError
+from diffusion.storage.files import write_atomic
+from flows import made_with, workspace, yaml_files
+from flows import report as markdown
+from flows import summary as summaries
+from flows.pages import contents, report
+from flows.pages.contents import read_json
+from flows.params import Params
+from flows.paths import Paths
+from flows.stages import STAGES
+
+
+def show(run: str | None) -> None:
+    """Write the page of a run, or of the working tree for None, print its path and open it."""
+    paths = find(run)
+    write_atomic(paths.run_report, page(paths, run is not None).encode())
+    print(paths.run_report)
+    open_page(paths.run_report)
+
+
+def find(run: str | None) -> Paths:
+    """The files of a run, or of the working tree for None; raises UserError if there is no evaluation."""
+    paths = Paths() if run is None else Paths(workspace.find(run))
+    if not paths.evaluate_report.exists():
+        if run is None:
+            raise FileFault(paths.evaluate_report, "missing")
+        state = workspace.state_of(paths.root, workspace.Run.read(paths.root))
+        raise UserError(f"run {paths.root.name!r}: it has no evaluation to show; its state is {state}")
+    return paths
+
+
+def page(paths: Paths, is_run: bool) -> str:
+    """Render the report with all that the folder says."""
+    parameters = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
+    summary = summaries.read(paths.root) if (paths.root / "summary.json").exists() else None
+    about = report.About(
+        name=paths.root.name if is_run else "",
+        when=_when(paths) if is_run else "The results in the working tree.",
+        parameters=parameters,
+        stages=summary.stages if summary else [],
+        gate=summary.gate if summary else [],
+        export=markdown.precisions(paths.export_report) if paths.export_report.exists() else [],
+        commands=_commands(paths) if is_run else ["dvc repro"],
+        digests=_digests(paths),
+    )
+    return report.page(contents.read(paths), parameters, made_with.flat(Params()), about)
+
+
+def open_page(path: Path) -> None:
+    """Open a page in a browser, if someone is at a terminal with a display."""
+    display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.stdout.isatty() and display:
+        webbrowser.open(path.absolute().as_uri())
+
+
+def _when(paths: Paths) -> str:
+    run = workspace.Run.read(paths.root)
+    ended = f", ended {_minute(run.ended)}" if run.ended else ""
+    code = f"revision {run.git_revision[:12]}" + (" with uncommitted changes" if run.git_dirty else "")
+    return f"Started {_minute(run.created)}{ended} (UTC); {workspace.state_of(paths.root, run)}; code: {code}."
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")
+
+
+def _commands(paths: Paths) -> list[str]:
+    run = workspace.Run.read(paths.root)
+    copied = f"  # it had uncommitted changes: its code is in {paths.root}" if run.git_dirty else ""
+    return [
+        f"git checkout {run.git_revision}{copied}",
+        f"ddpm apply {run.name}  # its params.yaml, dvc.lock and results; without them, `dvc repro` makes them again",
+        "dvc repro",
+    ]
+
+
+def _digests(paths: Paths) -> dict[str, str]:
+    """Of the files that the stages read and wrote, by path."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        if paths.made_with(stage).exists():
+            record = read_json(paths.made_with(stage))
+            found |= record.get("read", {}) | record.get("wrote", {})
+    return {name: digest for name, digest in found.items() if isinstance(digest, str)}

@@ -1,0 +1,148 @@
+"""`ddpm report` and `ddpm compare`."""
+
+import json
+import shutil
+import sys
+import webbrowser
+from pathlib import Path
+
+import pytest
+
+from flows import run_report
+from flows.summary import StageSummary, Summary
+from flows.summary import write as write_summary
+from flows.workspace import Run
+from tests.command import ddpm
+from tests.flows.pages.test_report import check_alone, write_figures
+from tests.training import trees
+
+pytestmark = pytest.mark.slow
+REVISION = "c866cb9ab911ed80ac2ffea6334c82d234593b15"
+ENVIRONMENT = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
+
+
+@pytest.fixture
+def tree(whole_tree: Path, tmp_path: Path) -> Path:
+    """A working tree with results, and two finished runs with the same and with other results."""
+    tree = Path(shutil.copytree(whole_tree, tmp_path / "tree"))
+    for name, steps in (("bold-ape", 40), ("calm-bee", 80)):
+        workspace = Path(shutil.copytree(whole_tree, tree / ".ddpm/runs" / name))
+        started, ended = "2026-11-27T19:39:04.380+00:00", "2026-11-27T19:40:05.344+00:00"
+        Run(name, "id", started, REVISION, name == "bold-ape", "completed", ended).write(workspace)
+        trees.change(workspace, {"train": {"steps": steps}})
+    stages = [StageSummary("train", 31.84, "run"), StageSummary("evaluate", 10.0, "cached")]
+    write_summary(
+        tree / ".ddpm/runs/bold-ape",
+        Summary("bold-ape", stages, {}, "", "", "", [{"rule": "better", "verdict": "met"}]),
+    )
+    return tree
+
+
+def test_the_report_of_a_run(tree: Path) -> None:
+    before = (tree / ".ddpm/runs/bold-ape/reports/report.html").read_bytes()
+    done = ddpm(tree, "report", "bold", environment=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    path = tree / done.stdout.strip()
+    assert path == tree / ".ddpm/runs/bold-ape/reports/run.html"
+    text = check_alone(path.read_text())
+    for words in (
+        "Report – digits – bold-ape",
+        "Started 2026-11-27 19:39, ended 2026-11-27 19:40 (UTC); completed; code: revision c866cb9ab911 with",
+        "train 31.8 run",
+        "evaluate 10.0 cached",
+        "rule verdict better met",
+        f"git checkout {REVISION} # it had uncommitted changes: its code is in .ddpm/runs/bold-ape",
+        "ddpm apply bold-ape",
+        "dvc repro",
+        "tracking.max_mse",
+        "sampler_int8.onnx",
+    ):
+        assert words in text
+    record = json.loads((tree / ".ddpm/runs/bold-ape/reports/made_with/export.json").read_text())
+    for name, digest in (record["read"] | record["wrote"]).items():
+        assert f"{name} {digest}" in text
+    assert (tree / ".ddpm/runs/bold-ape/reports/report.html").read_bytes() == before  # which DVC keeps
+
+
+def test_the_report_of_the_working_tree(tree: Path) -> None:
+    done = ddpm(tree, "report", environment=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (0, "reports/run.html\n")
+    text = check_alone((tree / "reports/run.html").read_text())
+    assert "The results in the working tree." in text
+    assert "git checkout" not in text
+
+
+def test_what_cannot_be_shown_is_refused(tree: Path) -> None:
+    done = ddpm(tree, "report", "nobody", environment=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr == "ddpm report: error: run 'nobody': not found; available: bold-ape, calm-bee\n"
+    (tree / ".ddpm/runs/calm-bee/reports/evaluate.json").unlink()
+    done = ddpm(tree, "report", "calm-bee", environment=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr == "ddpm report: error: run 'calm-bee': it has no evaluation to show; its state is completed\n"
+    (tree / "reports/evaluate.json").unlink()
+    done = ddpm(tree, "report", environment=ENVIRONMENT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ddpm report: error: reports/evaluate.json: missing; `dvc repro evaluate` writes it")
+    assert not (tree / "reports/run.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "display", "opened"), [(True, ":0", True), (True, "", False), (False, ":0", False)]
+)
+def test_a_page_is_opened_only_where_someone_sees_it(
+    terminal: bool, display: str, opened: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", asked.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    run_report.open_page(tmp_path / "a page.html")
+    assert asked == [f"file://{tmp_path}/a%20page.html"] * opened
+
+
+def test_runs_side_by_side(tree: Path) -> None:
+    other = tree / ".ddpm/runs/calm-bee"
+    figures = json.loads((other / "reports/evaluate.json").read_text())
+    write_figures(other, figures | {name: figures[name] / 2 for name in figures if name.startswith("mse")})
+    done = ddpm(tree, "compare", "bold", "calm", ".", environment=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["bold-ape", "calm-bee", "working", "tree"]
+    (mse,) = [line for line in lines if line.startswith("MSE on test")]
+    assert f"{figures['mse']:.4f}" in mse
+    assert f"{figures['mse'] / 2:.4f} (better)" in mse
+    assert f"{figures['mse']:.4f} (equal)" in mse
+    assert lines[-1] == "reports/compare.html"
+    text = check_alone((tree / "reports/compare.html").read_text())
+    assert "train.steps 40 80 40" in text
+    assert "train.batch_size" not in text
+    assert "equal (paired)" in text
+    assert "start from the same noise (seed 0)." in text
+    assert (tree / "reports/compare.html").read_text().count('src="data:image/png') == 3
+
+
+def test_a_comparison_can_be_written_elsewhere(tree: Path) -> None:
+    done = ddpm(tree, "compare", "bold", "calm", "--out", "there/page.html", environment=ENVIRONMENT)
+    assert done.returncode == 0
+    check_alone((tree / "there/page.html").read_text())
+    assert not (tree / "reports/compare.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["bold"], 2, "takes two or more runs (got 1)"),
+        (["bold", "bold-ape"], 2, "bold-ape is there twice"),
+        (["bold", "nobody"], 1, "run 'nobody': not found; available: bold-ape, calm-bee"),
+        (["bold", "calm", "--out", "reports"], 1, "--out: reports is a folder; name a file"),
+    ],
+)
+def test_wrong_comparisons_are_refused(tree: Path, arguments: list[str], status: int, words: str) -> None:
+    done = ddpm(tree, "compare", *arguments, environment=ENVIRONMENT)
+    assert done.returncode == status
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tree / "reports/compare.html").exists()
