@@ -1,6 +1,7 @@
 """Zip and tar archives give what the folder gives; what is odd in them is rejected with a reason."""
 
 import io
+import os
 import resource
 import tarfile
 import tempfile
@@ -15,6 +16,7 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.sources import shards, trees
 from diffusion.sources.folders import Folder
+from diffusion.sources.images import Unreadable
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 
@@ -209,6 +211,16 @@ def test_a_truncated_archive_gets_one_line(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[: 6 * 512 if name.endswith(".tar") else -700])
         with pytest.raises(UserError, match=r"not a readable (zip|tar) archive"):
             list(open_source(path))
+
+
+def test_an_archive_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 100).save(buffer, "PNG")
+    path = save_zip(tmp_path / "a.zip", {"a.png": buffer.getvalue()})
+    (sample,) = open_source(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(Unreadable, match=r"^truncated$"):
+        sample.decode()
 
 
 def test_an_archive_that_grows_too_much_is_refused(tmp_path: Path) -> None:
