@@ -180,7 +180,7 @@ def _reason(error: Exception, max_pixels: int) -> str:
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         pixels = re.findall(r"\d+", str(error))[0]
         return f"{pixels} pixels, more than shard.max_pixels ({max_pixels}); increase it if the size is intended"
-    return _line(str(error)) or type(error).__name__
+    return _line(str(error)) or ("truncated" if isinstance(error, EOFError) else type(error).__name__)
 
 
 def _line(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import IO, NamedTuple, Protocol, cast
 from diffusion.errors import UserError
 from diffusion.sources.images import File, Picture, Unreadable, read_image
 from diffusion.sources.reading import Reading
-from diffusion.storage.files import reading
+from diffusion.storage.files import reading, writing
 
 SYSTEM = frozenset(
     {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -296,7 +296,8 @@ def _decompressed(path: Path) -> IO[bytes]:
     try:
         with opener(path) as compressed:
             while block := compressed.read(2**20):
-                content.write(block)
+                with writing(Path(tempfile.gettempdir())):
+                    content.write(block)
                 if content.tell() > limit:
                     raise UserError(f"{path}: more than {MAX_GROWTH} times as large when decompressed; unpack it first")
     except BaseException:

@@ -77,12 +77,16 @@ class _Worker:
         self._pipe: Connection[Any, Any]
 
     def do(self, function: Callable[[Task], Result], task: Task) -> Result:
-        """The result. Raises BrokenExecutor if the process, or the one that forks it, was killed."""
+        """The result.
+
+        Raises BrokenExecutor if the process, or the one that forks it, was killed, and UserError if the system allows
+        no further process.
+        """
         try:
             self._start()
             self._pipe.send((function, task))
             result, error = self._pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # the latter within a message
             self.close()
             raise BrokenExecutor from None
         if error is not None:
@@ -93,12 +97,21 @@ class _Worker:
         with self._lock:
             if self._killed:
                 raise BrokenExecutor
-            if self._process is None:
+            if self._process is not None:
+                return
+            try:
                 self._pipe, other = self._context.Pipe()
                 with other:
                     process = self._context.Process(target=_work, args=(other,), daemon=True)
                     process.start()
-                self._process = process
+            except ConnectionError:
+                raise
+            except OSError as error:
+                raise UserError(
+                    f"no further worker process can be started ({error.strerror}); use fewer (DDPM_WORKERS), or raise "
+                    "the limit (ulimit -n)"
+                ) from None
+            self._process = process
 
     def kill(self) -> None:
         """End the process at once, for good; `do` then raises BrokenExecutor."""

@@ -1,7 +1,10 @@
 """Zip and tar archives give what the folder gives; what is odd in them is rejected with a reason."""
 
 import io
+import os
+import resource
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL import Image
 from diffusion.errors import UserError
 from diffusion.sources import shards, trees
 from diffusion.sources.folders import Folder
+from diffusion.sources.images import Unreadable
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 
@@ -209,10 +213,34 @@ def test_a_truncated_archive_gets_one_line(tmp_path: Path) -> None:
             list(open_source(path))
 
 
+def test_an_archive_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 100).save(buffer, "PNG")
+    path = save_zip(tmp_path / "a.zip", {"a.png": buffer.getvalue()})
+    (sample,) = open_source(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(Unreadable, match=r"^truncated$"):
+        sample.decode()
+
+
 def test_an_archive_that_grows_too_much_is_refused(tmp_path: Path) -> None:
     path = save_tar(tmp_path / "a.tar.gz", {"a.png": bytes(10**7)})
     with pytest.raises(UserError, match=r"a.tar.gz: more than 200 times as large when decompressed"):
         open_source(path)
+
+
+def test_no_room_for_a_decompressed_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the folder that is full, not the archive."""
+    path = save_tar(tmp_path / "a.tar.gz", contents(NAMES))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    (tmp_path / "full").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^\S+/full: cannot be written \(File too large\)"):
+            open_source(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_archives_without_images_are_refused(tmp_path: Path) -> None:

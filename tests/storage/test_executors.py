@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import closing
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -96,6 +98,39 @@ def test_a_worker_may_be_killed_while_it_sends_a_result(tmp_path: Path) -> None:
     found = Processes(2).map(partial(killed_while_it_sends, tmp_path / "mark"), range(10), none)
     assert [(task, result[-1], len(result)) for task, result in found] == [(k, k, 50_000_000) for k in range(10)]
     assert (tmp_path / "mark").exists()
+
+
+def killed_within_a_message(mark: Path, sent: int, number: int) -> int:
+    if number == 5 and not mark.exists():
+        mark.touch()
+
+        def send(self: Connection, content: bytes) -> None:
+            os.write(self.fileno(), content[:sent])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = send  # type: ignore[attr-defined]
+    return -number
+
+
+@pytest.mark.parametrize("sent", [0, 2, 4, 6])
+def test_a_worker_may_be_killed_within_a_message(tmp_path: Path, sent: int) -> None:
+    """Its first 4 bytes are its length."""
+    found = Processes(2).map(partial(killed_within_a_message, tmp_path / "mark", sent), range(10), none)
+    assert list(found) == [(number, -number) for number in range(10)]
+    assert (tmp_path / "mark").exists()
+
+
+def test_too_many_workers_for_the_limit_of_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.open(os.devnull, os.O_RDONLY)
+    os.close(last)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 30, hard))
+    try:
+        with pytest.raises(UserError, match=r"can be started \(Too many open files\); use fewer \(DDPM_WORKERS\)"):
+            list(Processes(30).map(square, range(60), none))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not workers()
 
 
 def killed(tries: Path, number: int) -> int:
