@@ -1,6 +1,7 @@
 """Upgrades of documents written by earlier versions.
 
-Format 1: options of a choice are fields of the section. Format 2 (current): they are nested in the choice.
+Format 1: options of a choice are fields of the section. Format 2 (current): they are nested in the choice. Parameters
+of format 2 may have `tracking.max_mse`, which is now a rule of `tracking.gate`.
 """
 
 from collections.abc import MutableMapping
@@ -47,4 +48,14 @@ def from_format_1(document: MutableMapping[str, Any]) -> list[str]:
     for kind, fields in OTHER_NETWORKS.items():
         for field in fields if network.get("kind") == kind else ():
             network.pop(field, None)
+    return old
+
+
+def from_earlier(document: MutableMapping[str, Any]) -> list[str]:
+    """Convert parameters of any earlier version in place; returns the names of their fields that no longer exist."""
+    old, tracking = from_format_1(document), document.get("tracking")
+    if isinstance(tracking, MutableMapping) and "max_mse" in tracking:
+        limit = {"kind": "limit", "figure": "val_mse", "value": tracking.pop("max_mse")}
+        tracking.setdefault("gate", [limit, {"kind": "better", "figure": "val_mse", "by": 0.0}])
+        old.append("tracking.max_mse")
     return old

@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
 from diffusion.storage.files import write_atomic
-from diffusion.upgrade import from_format_1
+from diffusion.upgrade import from_earlier
 from flows import workspace, yaml_files
 from flows.paths import Paths
 
@@ -77,7 +77,7 @@ def _parameters(source: Path) -> bytes:
     """A run's params.yaml, converted to the current format."""
     path = source / "params.yaml"
     document = yaml_files.read_yaml(path)
-    return yaml_files.content(document) if from_format_1(document) else path.read_bytes()
+    return yaml_files.content(document) if from_earlier(document) else path.read_bytes()
 
 
 def _save_to_cache(source: Path) -> None:

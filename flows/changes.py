@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffusion.sections import OneOf
-from diffusion.upgrade import from_format_1
+from diffusion.upgrade import from_earlier
 from flows.made_with import leaves
 from flows.params import CHOICES, Params
 from flows.yaml_files import fill, keep_alone, overlay, write_yaml
@@ -81,7 +81,7 @@ def update(document: Any) -> None:
 
     Missing fields get their defaults; fields that the chosen kind does not have are removed.
     """
-    from_format_1(document)
+    from_earlier(document)
     kinds: Any = {}
     for place, choice in CHOICES.items():
         if (kind := _kind(_at(document, place))) in choice.names:

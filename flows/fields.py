@@ -91,9 +91,12 @@ def _takes(schema: Mapping[str, Any]) -> str:
         return " | ".join(map(str, schema.get("enum") or schema.get("examples") or [schema["const"]]))
     if schema["type"] == "boolean":
         return "true | false"
+    if schema["type"] == "object":  # the kind of a choice with fields
+        return schema["title"]
     if schema["type"] == "array":
         items, plural = schema["items"], "s, each"
-        return f"list of {_takes(items)}" if "enum" in items else f"list of {_limited(items, plural)}"
+        named = "enum" in items or "anyOf" in items
+        return f"list of {_takes(items)}" if named else f"list of {_limited(items, plural)}"
     return _limited(schema, ",")
 
 

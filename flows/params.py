@@ -31,7 +31,8 @@ from diffusion.sections import (
 )
 from diffusion.sources.reading import MAX_PIXELS, Layout, Reading
 from diffusion.training.options import TrainOptions
-from diffusion.upgrade import from_format_1
+from diffusion.upgrade import from_earlier
+from flows.gate import Better, Gate, Limit
 from flows.yaml_files import read_yaml
 
 
@@ -203,14 +204,17 @@ class Export(Section):
 
 
 class Tracking(Section):
-    """Names in MLflow, and the condition for becoming champion."""
+    """Names in MLflow, and the rules for becoming champion."""
 
     experiment: Annotated[str, Field(min_length=1)] = "ddpm"
     """Name of the MLflow experiment."""
     model_name: Annotated[str, Field(min_length=1, pattern=r"^[^\s/:'\\][^/:'\\\n]*$")] = "ddpm"
     """Name of the registered model; must not contain / : ' or \\, which MLflow rejects or cannot search for."""
-    max_mse: Annotated[float, Field(gt=0)] = 0.5
-    """Maximum noise MSE on the validation pairs for a model version to become champion."""
+    gate: Annotated[Gate, LIST] = (Limit(figure="val_mse", value=0.5), Better(figure="val_mse", by=0.0))
+    """Rules that a version must meet to become champion (docs/mlflow.md). {kind: limit, figure, value}: at most `value`
+    (at least, where higher is better); {kind: better, figure, by}: better than the champion by more than `by`, beyond
+    the noise of the measurement; {kind: not-worse, figure, by}: not worse by more than `by` beyond the noise. Figures:
+    val_mse, bits_per_dim, frechet_distance, kid, precision, recall, density, coverage."""
 
 
 class Params(Section):
@@ -263,7 +267,7 @@ CHOICES = _choices()
 def read(path: Path) -> Any:
     """A file like params.yaml as round-trip data; raises UserError if it is missing, or an earlier version wrote it."""
     document = read_any_format(path)
-    if old := from_format_1(copy.deepcopy(document)):
+    if old := from_earlier(copy.deepcopy(document)):
         raise UserError(
             f"{path}: of an earlier version (it has {', '.join(old)}); `ddpm params --update` rewrites params.yaml"
         )

@@ -182,6 +182,7 @@ def score(
         "mse_by_t": noise_prediction.curve(sums, T),
         "vlb_by_t": likelihood.curve(exact),
         "val_errors": [{"image": image, "mse": mse} for image, mse in enumerate(val_errors.tolist())],
+        "bits_per_dim": [{"image": i, "bits_per_dim": bits} for i, bits in enumerate(estimate.total.tolist())],
     }
 
 

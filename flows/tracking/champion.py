@@ -1,122 +1,149 @@
 """Which registered version is `champion`, and why; `challenger` is the newest.
 
-A version replaces the champion if its error on the validation pairs is lower. Let d_i be the difference between the two
-versions' MSE of the predicted noise on the pairs of validation image i (x_t and eps are stored: both versions saw the
-same ones), dbar its mean over the n images, and
-
-    se = sqrt(sum_i (d_i - dbar)^2 / (n (n - 1))),
-
-The version becomes champion if dbar + 1.96 se < 0, that is, if the 95 % interval of the difference lies below zero. The
-interval covers the noise of measuring on n images, not the variation between trainings with different seeds. Every
-champion, the first included, must have an MSE of at most `tracking.max_mse`. Versions that were scored on different
-pairs cannot be compared: the champion then stays until `ddpm promote`.
+A version that meets all rules of `tracking.gate` becomes champion; see `flows.gate`. The first one needs to meet the
+limits alone. The decision is a table in the run that exported the version (`gate.json`), and a sentence in the
+version's description. A champion whose figures cannot be compared stays until `ddpm promote`.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from diffusion.errors import UserError, counted
+from diffusion.errors import Damaged, UserError
 from diffusion.progress import say
-from diffusion.storage.files import SUMS, read_checked
+from diffusion.storage.files import SUMS, read_checked, sha256
+from flows.gate import NOT_COMPARABLE, Decision, Row, Scores, decide
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import description, names, store
-from flows.tracking.results import ERRORS, Results, errors_of
+from flows.tracking.results import BY_IMAGE, Results, values_by_image
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-Errors = NDArray[np.float64]
-"""MSE on each validation image, (n,)."""
 CHAMPION, CHALLENGER = "champion", "challenger"
-VAL_PAIRS = f"{names.HIDDEN}val_pairs_sha256"
+SCORED = f"{names.HIDDEN}val_pairs_sha256"
+"""Tag: the validation pairs that a version was scored on; its scores are tags, too."""
 JUDGED = f"{names.HIDDEN}judged"
-"""Tag: the value of `tracking.max_mse` at which a version was last judged."""
+"""Tag: the value of `tracking.gate` at which a version was last judged."""
 SCORES = ("val_mse", "val_mse_se", "mse", "r2")
 """Tags of a version: its figures on val, and those on test."""
-
-
-class Verdict(NamedTuple):
-    """Whether a version becomes champion, and a sentence that says why."""
-
-    promoted: bool
-    reason: str
+TABLE = "gate.json"
+"""Artifact of the run that exported a version: the latest decision, one row for each rule."""
 
 
 def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[str]:
     """Tag a version with its scores, give it the aliases that it has earned, and return all its aliases.
 
-    A version is judged once for each value of `tracking.max_mse`, against the champion at that time.
+    A version is judged once for each value of `tracking.gate`, against the champion at that time.
     """
     name, number = found.params.tracking.model_name, str(version.version)
     newest = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
     if str(newest[0].version) == number and _aliases(client, name).get(CHALLENGER) != number:
         client.set_registered_model_alias(name, CHALLENGER, number)
-    gate, champion = str(found.params.tracking.max_mse), _aliases(client, name).get(CHAMPION)
+    gate = json.dumps(found.params.tracking.model_dump(mode="json")["gate"])
+    champion = _aliases(client, name).get(CHAMPION)
     if found.evaluation is None:
         if not version.description:
             _describe(client, version, "Not promoted: it was not evaluated.")
     elif (tags := names.current(version.tags)).get(JUDGED) != gate:
-        if VAL_PAIRS not in tags:
-            report = found.evaluation.report
-            scores = {VAL_PAIRS: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
+        report = found.evaluation.report
+        if SCORED not in tags:
+            scores = {SCORED: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
             for key, value in scores.items():
                 client.set_model_version_tag(name, number, key, value)
         if champion != number:
-            verdict = _verdict(client, found, version, champion)
-            _describe(
-                client, version, f"{'Promoted to champion' if verdict.promoted else 'Not promoted'}: {verdict.reason}"
-            )
-            if verdict.promoted:
-                client.set_registered_model_alias(name, CHAMPION, number)
+            new = Scores(f"version {number}", report, found.evaluation.by_image)
+            old = _scores(client, client.get_model_version(name, champion)) if champion else None
+            _carry_out(client, version, decide(found.params.tracking.gate, new, old), champion)
         client.set_model_version_tag(name, number, JUDGED, gate)
     return sorted(alias for alias, at in _aliases(client, name).items() if at == number)
 
 
-def _verdict(client: MlflowClient, found: Results, version: ModelVersion, champion: str | None) -> Verdict:
-    assert found.evaluation is not None
-    name, number = found.params.tracking.model_name, version.version
-    report, new = found.evaluation.report, found.evaluation.val_errors
-    mse, gate, pairs = report["val_mse"], found.params.tracking.max_mse, report["val_pairs_sha256"]
-    if mse > gate:
-        return Verdict(False, f"val MSE {mse:.4f} exceeds tracking.max_mse, {gate:g}")
-    if champion is None:
-        return Verdict(True, f"the first version whose val MSE, {mse:.4f}, is at most tracking.max_mse, {gate:g}")
-    rival = client.get_model_version(name, champion)
-    scored = names.current(rival.tags).get(VAL_PAIRS)
-    by_hand = f"`ddpm promote {number} --reason TEXT` makes version {number} the champion"
-    if scored != pairs:
-        on = f"val pairs {scored[:12]}" if scored else "no val pairs"
-        line = f"version {champion} was scored on {on}, version {number} on {pairs[:12]}: not comparable; {by_hand}"
-        say(f"MLflow: champion of {name} stays version {champion}: {line}")
-        return Verdict(False, line)
-    errors = _errors_of(client, rival)
-    if isinstance(errors, str):
-        line = f"the per-image errors of version {champion} {errors} ({rival.run_id}); {by_hand}"
-        say(f"MLflow: champion of {name} stays version {champion}: {line}")
-        return Verdict(False, line)
-    mean, margin = compare(new, errors)
-    told = (
-        f"val MSE {mse:.4f}, version {champion}'s is {errors.mean():.4f}; the difference, {mean:+.4g} ± {margin:.2g} "
-        f"(95 %, {counted(len(new), 'image')})"
-    )
-    if mean + margin < 0:
-        return Verdict(True, f"{told}, is below zero")
-    return Verdict(False, f"{told}, is not below zero by more than the measurement noise")
+def _carry_out(client: MlflowClient, version: ModelVersion, decision: Decision, champion: str | None) -> None:
+    """Record a decision, and move the alias; tell the user if it is left to them."""
+    name, number = version.name, str(version.version)
+    verdict, reason = "Promoted to champion" if decision.promoted else "Not promoted", decision.reason
+    failed = [row for row in decision.rows if not row.met]
+    if champion and failed and all(row.verdict == NOT_COMPARABLE for row in failed):
+        reason += f"; `ddpm promote {number} --reason TEXT` makes version {number} the champion"
+        say(f"MLflow: champion of {name} stays version {champion}: {reason}")
+    _log_table(client, version, decision.rows)
+    _describe(client, version, f"{verdict}: {reason}")
+    if decision.promoted:
+        client.set_registered_model_alias(name, CHAMPION, number)
 
 
-def compare(new: Errors, old: Errors) -> tuple[float, float]:
-    """Mean of the paired differences between errors (n,), and half the width of its 95 % interval."""
-    difference = new - old
-    n = len(difference)
-    return float(difference.mean()), float(1.96 * difference.std(ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
+def _log_table(client: MlflowClient, version: ModelVersion, rows: tuple[Row, ...]) -> None:
+    """Log the rows as a table in place of that of an earlier decision, to which MLflow's `log_table` would append."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+    run_id, entry = version.run_id or "", {"path": TABLE, "type": "table"}
+    with suppress(MlflowException):  # the run was deleted
+        client.log_dict(run_id, {"columns": list(Row._fields), "data": [list(row) for row in rows]}, TABLE)
+        tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if entry not in tables:
+            client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
+
+
+def table(client: MlflowClient, version: ModelVersion) -> list[dict[str, Any]]:
+    """The latest decision on a version, with the fields of `Row`; empty if it was never compared."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = _download(client, version, TABLE, directory)
+        if file is None:
+            return []
+        found = json.loads(file.read_bytes())
+        return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+
+
+def _scores(client: MlflowClient, version: ModelVersion) -> Scores:
+    """What the run that exported a version holds of its evaluation, every file checked against its digest."""
+    name, run = f"version {version.version}", f"({version.run_id})"
+    files = ["evaluate.json", "scored.json", *(file for file, _ in BY_IMAGE.values())]
+    with tempfile.TemporaryDirectory() as directory:
+        sums = _download(client, version, f"evaluation/{SUMS}", directory)
+        if sums is None:
+            return Scores(name, {}, {}, f"is not in its run with a {SUMS} {run}")
+        for file in files:
+            _download(client, version, f"evaluation/{file}", directory)
+        evaluation = sums.parent
+        try:
+            scored = json.loads(read_checked(evaluation / "scored.json"))
+            report = _report(evaluation / "evaluate.json", scored)
+            return Scores(name, report | scored, values_by_image(evaluation), f"is not in its run {run}")
+        except UserError:
+            return Scores(name, {}, {}, f"does not match {SUMS} in its run {run}")
+
+
+def _report(file: Path, scored: Mapping[str, str]) -> dict[str, Any]:
+    """evaluate.json, whose digest is in scored.json; empty in runs of earlier versions, which did not log it."""
+    if not file.exists():
+        return {}
+    if sha256(file) != scored.get("report_sha256"):
+        raise Damaged(file, "it does not match its digest in scored.json")
+    return dict(json.loads(file.read_bytes()))
+
+
+def _download(client: MlflowClient, version: ModelVersion, file: str, directory: str) -> Path | None:
+    """An artifact of the run that exported a version, downloaded to a place in `directory` that depends on the store;
+    None if the run does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    run_id, folder = version.run_id or "", file.rpartition("/")[0] or None
+    try:
+        if file in [each.path for each in client.list_artifacts(run_id, folder)]:
+            return Path(client.download_artifacts(run_id, file, directory))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run was deleted for good
+            raise
+    return None
 
 
 def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
@@ -147,24 +174,3 @@ def _describe(client: MlflowClient, version: ModelVersion, sentence: str) -> Non
     before = version.description or ""
     if not before.endswith(sentence):
         client.update_model_version(version.name, str(version.version), "\n\n".join(filter(None, [before, sentence])))
-
-
-def _errors_of(client: MlflowClient, version: ModelVersion) -> Errors | str:
-    """The MSE on each validation image (n,) of a version, from the run that exported it, or why it cannot be used."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        files = [file.path for file in client.list_artifacts(version.run_id or "", "evaluation")]
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        files = []  # the run was deleted for good
-    needed = [f"evaluation/{name}" for name in (ERRORS, SUMS)]
-    if not set(needed) <= set(files):
-        return f"are not in its run with a {SUMS}"
-    with tempfile.TemporaryDirectory() as directory:
-        errors, _ = (Path(client.download_artifacts(version.run_id or "", file, directory)) for file in needed)
-        try:
-            return errors_of(read_checked(errors))
-        except UserError:
-            return f"do not match {SUMS} in its run"

@@ -7,7 +7,7 @@ import json
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ruamel.yaml import YAML
 
@@ -43,6 +43,8 @@ class Recorded(NamedTuple):
     """The registered version of the exported model, if it was exported."""
     aliases: list[str]
     """The version's aliases."""
+    gate: list[dict[str, Any]]
+    """The latest decision on the version: for each rule of `tracking.gate`, the fields of `flows.gate.Row`."""
 
 
 def record(
@@ -80,6 +82,8 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
     if recorded.model_version is not None:
         aliases = ", ".join(recorded.aliases) or "no alias"
         print(f"model    {params.tracking.model_name} version {recorded.model_version} ({aliases})")
+    for row in recorded.gate:
+        print(f"gate     {row['figure']} {row['rule']}: {row['verdict']}")
 
 
 def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[str, float]]) -> Recorded:
@@ -98,9 +102,9 @@ def _record(uri: str, found: Results, run_id: str | None, speed: dict[str, dict[
             with suppress(Exception):
                 _mark_incomplete(mlflow_store, found, run, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-    return Recorded(
-        run.id, _page(uri, run, found.paths), trained_in, str(version.version) if version else None, aliases
-    )
+        gate = champion.table(run.client, version) if version else []
+    number = str(version.version) if version else None
+    return Recorded(run.id, _page(uri, run, found.paths), trained_in, number, aliases, gate)
 
 
 def _describe(
@@ -232,7 +236,8 @@ def _log_evaluation(run: TrackedRun, found: Results, evaluation: Evaluation) -> 
     run.dataset(f"{data}-val", report["val_pairs_sha256"], paths.pairs, "validation")
     run.dataset(f"{data}-test", report["pairs_sha256"], paths.pairs, "test")
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")
-    run.client.log_artifact(run.id, str(paths.report), "evaluation")
+    for file in (paths.report, paths.evaluate_report):
+        run.client.log_artifact(run.id, str(file), "evaluation")
     run.table(evaluation.bands, "evaluation/bands.json")
 
 

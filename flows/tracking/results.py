@@ -16,7 +16,8 @@ from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
 
-ERRORS = "val_errors.csv"
+BY_IMAGE = {"val_mse": ("val_errors.csv", "mse"), "bits_per_dim": ("bits_per_dim.csv", "bits_per_dim")}
+"""File in reports/evaluation, and its column, of each figure that has a value for each held-out image."""
 
 
 class Evaluation(NamedTuple):
@@ -26,8 +27,8 @@ class Evaluation(NamedTuple):
     """reports/evaluate.json, with the digests of the pairs that were scored."""
     bands: list[dict[str, float]]
     """The rows of bands.csv."""
-    val_errors: NDArray[np.float64]
-    """MSE on each validation image, (n,)."""
+    by_image: dict[str, NDArray[np.float64]]
+    """The figures in BY_IMAGE: a value for each image, (n,)."""
 
 
 class Results(NamedTuple):
@@ -103,14 +104,18 @@ def read(params: Params, paths: Paths) -> Results:
 
 def _evaluation(paths: Paths) -> Evaluation:
     check_sums(paths.evaluation)
-    scored, bands, errors = (read_checked(paths.evaluation / name) for name in ("scored.json", "bands.csv", ERRORS))
+    scored, bands = (read_checked(paths.evaluation / name) for name in ("scored.json", "bands.csv"))
     report = json.loads(paths.evaluate_report.read_bytes()) | json.loads(scored)
-    return Evaluation(report, parse_csv(bands), errors_of(errors))
+    return Evaluation(report, parse_csv(bands), values_by_image(paths.evaluation))
 
 
-def errors_of(content: bytes) -> NDArray[np.float64]:
-    """The errors (n,) in a val_errors.csv."""
-    return np.array([row["mse"] for row in parse_csv(content)])
+def values_by_image(evaluation: Path) -> dict[str, NDArray[np.float64]]:
+    """The figures in BY_IMAGE that are in a directory, (n,) each; earlier versions wrote fewer. Raises FileFault."""
+    return {
+        figure: np.array([row[column] for row in parse_csv(read_checked(evaluation / name))])
+        for figure, (name, column) in BY_IMAGE.items()
+        if (evaluation / name).exists()
+    }
 
 
 def _digest(files: list[Path]) -> str:

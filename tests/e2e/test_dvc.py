@@ -81,7 +81,7 @@ def test_changed_parameters_touch_only_their_own_stage(tree: Path) -> None:
         ({"train": {"steps": 21}}, ["train"]),
         ({"sample": {"count": 5}}, ["evaluate"]),
         ({"export": {"tolerance": 0.001}}, ["export"]),
-        ({"tracking": {"max_mse": 0.4}}, []),
+        ({"tracking": {"gate": [{"kind": "limit", "figure": "val_mse", "value": 0.4}]}}, []),
     ]
     path = tree / "params.yaml"
     before = path.read_text()

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from onnx import TensorProto, helper
 from PIL import Image
 
-from diffusion.storage.files import write_csv, write_json, write_sums
+from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with, tracking, yaml_files
 from flows import params as parameters
 from flows.changes import lay_over
@@ -74,15 +74,25 @@ def write_evaluation(
     pairs: str = "a" * 64,
     params: Params = PARAMS,
     val_errors: Sequence[float] | None = None,
+    bits: Sequence[float] = (),
+    figures: Mapping[str, Any] | None = None,
 ) -> None:
-    """What evaluate writes; `mse` is the error on test and, without `val_errors`, on each of the images of val."""
+    """What evaluate writes. `mse` is the error on test and, without `val_errors`, on each of the images of val; `bits`
+    are the bits/dim of each image of test, which earlier versions did not write, and `figures` others in the report."""
     paths.evaluation.mkdir(parents=True, exist_ok=True)
     errors = [mse] * 4 if val_errors is None else val_errors
     scores = {"mse": mse, "mse_low": mse - 0.01, "mse_high": mse + 0.01, "r2": 1 - mse, "zero_mse": 1.0}
-    write_json(paths.evaluate_report, scores | {"val_mse": float(np.mean(errors)), "val_mse_se": 0.01})
+    scores |= {"val_mse": float(np.mean(errors)), "val_mse_se": 0.01} | dict(figures or {})
+    if bits:
+        scores |= {"bits_per_dim": float(np.mean(bits)), "bits_per_dim_values": 17}
+        rows = [{"image": i, "bits_per_dim": bit} for i, bit in enumerate(bits)]
+        write_csv(paths.evaluation / "bits_per_dim.csv", rows)
+    else:
+        (paths.evaluation / "bits_per_dim.csv").unlink(missing_ok=True)
+    write_json(paths.evaluate_report, scores)
     write_csv(paths.evaluation / "val_errors.csv", [{"image": i, "mse": error} for i, error in enumerate(errors)])
     digests = {"weights_sha256": weights, "pairs_sha256": "d" * 64, "val_pairs_sha256": pairs}
-    write_json(paths.evaluation / "scored.json", digests)
+    write_json(paths.evaluation / "scored.json", digests | {"report_sha256": sha256(paths.evaluate_report)})
     bands = [{"t_from": 100 * band, "t_to": 100 * band + 99, "mse": mse, "r2": 1 - mse} for band in range(10)]
     write_csv(paths.evaluation / "bands.csv", bands)
     write_csv(paths.evaluation / "mse_by_t.csv", [{"t": 5.5, "model": mse, "wiener": 0.6}])
@@ -129,9 +139,11 @@ def write_all(
     pairs: str = "a" * 64,
     params: Params = PARAMS,
     val_errors: Sequence[float] | None = None,
+    bits: Sequence[float] = (),
+    figures: Mapping[str, Any] | None = None,
 ) -> str:
     digest = write_training(paths, weights, params)
-    write_evaluation(paths, digest, mse, pairs, params, val_errors)
+    write_evaluation(paths, digest, mse, pairs, params, val_errors, bits, figures)
     write_export(paths, digest, len(weights), params)
     return digest
 
