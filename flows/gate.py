@@ -88,8 +88,8 @@ class Figure(ABC):
         for key in self.same:
             before, now = old.report.get(key), new.report.get(key)
             if now is None or now != before:
-                shown = [f"{scores.version} has {_short(scores.report.get(key))}" for scores in (old, new)]
-                raise NotComparable(f"{self.title} was measured differently: {key}: {', '.join(shown)}")
+                shown = [f"{_short(scores.report.get(key))} for {scores.version}" for scores in (old, new)]
+                raise NotComparable(f"{self.title} is not comparable: {key} is {', '.join(shown)}")
         return self._difference(new, old)
 
     @abstractmethod
@@ -105,9 +105,8 @@ class OfImages(Figure):
                 raise NotComparable(f"{self.title} of each image of {scores.version} {scores.fault}")
         now, before = new.by_image[self.name], old.by_image[self.name]
         if len(now) != len(before):
-            raise NotComparable(
-                f"{self.title} was measured on {len(before)} images for {old.version}, on {len(now)} for {new.version}"
-            )
+            shown = f"{len(before)} for {old.version}, {len(now)} for {new.version}"
+            raise NotComparable(f"{self.title} is not comparable: the number of images is {shown}")
         mean, margin = paired(now, before)
         return Difference(mean, margin, f"{len(now):,} images")
 
@@ -216,7 +215,8 @@ class Limit(Rule):
     def _judge(self, row: Row, figure: Figure, new: Scores, _: Scores | None) -> Row:
         value = figure.value(new)
         met = value >= self.value if figure.higher_is_better else value <= self.value
-        reason = f"{figure.title} {value:.4f} is {'' if met else 'not '}{row.rule}"
+        lies = row.rule if met else f"{'below' if figure.higher_is_better else 'above'} the limit, {self.value:g}"
+        reason = f"{figure.title} {value:.4f} is {lies}"
         return row._replace(challenger=value, verdict=MET if met else NOT_MET, reason=reason)
 
 
@@ -288,5 +288,5 @@ def decide(gate: Sequence[Rule], new: Scores, old: Scores | None) -> Decision:
     rows = tuple(rule.judge(new, old) for rule in gate)
     if failed := [row for row in rows if not row.met]:
         return Decision(False, rows, "; ".join(row.reason for row in failed))
-    reasons = "; ".join(row.reason for row in rows if row.verdict == MET) or "tracking.gate has no rule for it"
+    reasons = "; ".join(row.reason for row in rows if row.verdict == MET) or "tracking.gate has no rules"
     return Decision(True, rows, reasons if old else f"the first version; {reasons}")
