@@ -11,7 +11,7 @@ from diffusion import Model
 from diffusion.errors import UserError
 from diffusion.model import CONFIG, read_config
 from diffusion.storage.files import write_json, write_sums
-from diffusion.upgrade import from_format_1
+from diffusion.upgrade import from_earlier
 from flows import yaml_files
 
 OLD = Path(__file__).parent / "format_1"
@@ -43,7 +43,7 @@ def test_fields_of_format_1_go_to_their_choices_or_away() -> None:
 
 def test_parameters_of_this_format_stay_as_they_are(root: Path) -> None:
     document = yaml_files.read_yaml(root / "params.yaml")
-    assert not from_format_1(document)
+    assert not from_earlier(document)
     assert document == yaml_files.read_yaml(root / "params.yaml")
 
 

@@ -13,6 +13,7 @@ from flows import params as parameters
 from flows import workspace, yaml_files
 from flows.__main__ import main
 from flows.changes import lay_over
+from flows.gate import Better, Limit, NotWorse
 from flows.parameters import given
 from flows.params import Params
 from flows.train_ddpm import _parameters as parameters_of
@@ -110,6 +111,9 @@ def test_ddpm_set_changes_fields_and_kinds(tree: Path, capsys: pytest.CaptureFix
         ("train.steps=5 # five", "train.steps: input should be a valid integer (got '5 # five')"),
         ("seed=4", "seed: given twice; give it once, a choice before its fields"),
         ("seed.x=4", "seed"),
+        ("tracking.gate.kid.by=1", "tracking.gate: must be a list such as"),
+        ("tracking.gate=[{kind: better, figure: fid, by: 0}]", "tracking.gate.0.figure: input should be 'val_mse', "),
+        ("tracking.gate=[{kind: best, figure: kid}]", "tracking.gate.0.kind: input should be 'limit', 'better' or"),
         ("sample.eta=0.5", "sample.eta: no such parameter\n"),
         (
             "train.optimizer.kind=[muon]",
@@ -259,7 +263,7 @@ def test_params_of_format_1_are_reported_and_converted(
     shutil.copy(root / "tests" / "format_1" / "params.yaml", tree)
     assert main(["shard"]) == 1
     error = capsys.readouterr().err
-    old = "process.beta, process.min_snr_gamma, train.muon_learning_rate, train.ema_width, sample.eta"
+    old = "process.beta, process.min_snr_gamma, train.muon_learning_rate, train.ema_width, sample.eta, tracking.max_mse"
     assert error == (
         f"ddpm shard: error: params.yaml: of an earlier version (it has {old}); `ddpm params --update` rewrites "
         "params.yaml\n"
@@ -277,6 +281,32 @@ def test_params_of_format_1_are_reported_and_converted(
     assert main(["params", "--update"]) == 0
     assert capsys.readouterr().out == "params.yaml: nothing to change\n"
     assert read(tree) == yaml_files.read_yaml(root / "params.yaml")
+
+
+def test_the_former_limit_becomes_a_rule_of_the_gate(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tree / "params.yaml"
+    before, gate, _ = path.read_text(encoding="utf-8").partition("  gate:")
+    assert gate
+    path.write_text(f"{before}  max_mse: 0.06\n", encoding="utf-8")
+    assert main(["track"]) == 1
+    assert capsys.readouterr().err == (
+        "ddpm track: error: params.yaml: of an earlier version (it has tracking.max_mse); `ddpm params --update` "
+        "rewrites params.yaml\n"
+    )
+    assert main(["params", "--update"]) == 0
+    assert "tracking.max_mse: removed\n" in capsys.readouterr().out
+    assert parameters.load(path).tracking.gate == (Limit(figure="val_mse", value=0.06), Better(figure="val_mse", by=0))
+
+
+def test_ddpm_set_replaces_the_rules_of_the_gate(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = "[{kind: better, figure: val_mse, by: 0}, {kind: not-worse, figure: kid, by: 0.01}]"
+    assert main(["set", f"tracking.gate={rules}"]) == 0
+    assert capsys.readouterr().out.startswith('tracking.gate: [{"kind": "better", "figure": "val_mse", "by": 0}, {')
+    made = parameters.load(tree / "params.yaml").tracking
+    assert made.gate == (Better(figure="val_mse", by=0), NotWorse(figure="kid", by=0.01))
+    assert "  gate: # rules" in (tree / "params.yaml").read_text(encoding="utf-8")
+    assert main(["set", "tracking.gate=[]"]) == 0
+    assert parameters.load(tree / "params.yaml").tracking.gate == ()
 
 
 def test_an_update_keeps_valid_values_and_adds_missing_fields(tree: Path) -> None:

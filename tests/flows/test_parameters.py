@@ -108,6 +108,13 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
         ("UNet", "channel_multipliers", "list of integers, each at least 1", "[1, 2]"),
         ("UViT", "depth", "integer, at least 1", None),  # params.yaml has a U-Net
         ("Process", "loss", "mse | l1 | huber", "mse"),
+        (
+            "Tracking",
+            "gate",
+            "list of limit | better | not-worse",
+            '[{"kind": "limit", "figure": "val_mse", "value": 0.5}, '
+            '{"kind": "better", "figure": "val_mse", "by": 0.0}]',
+        ),
     ],
 )
 def test_the_form_says_what_a_field_takes_and_its_present_value(
@@ -141,8 +148,10 @@ def test_no_field_has_a_switch_which_sends_false_unless_it_is_turned_on() -> Non
 
 def test_the_form_marks_every_wrong_field() -> None:
     wrong = {"train": {"steps": -1, "decay": "x", "stepz": 1}, "preset": "none", "device": "tpu", "seed": "3"}
+    wrong["tracking"] = {"gate": [{"kind": "better", "figure": "fid"}]}
     errors = validation.validate(wrong, SCHEMA)
-    assert {tuple(error.path) for error in errors} == {
+    assert {tuple(error.path)[:2] for error in errors} == {
+        ("tracking", "gate"),
         ("train", "steps"),
         ("train", "decay"),
         ("train",),
@@ -154,4 +163,5 @@ def test_the_form_marks_every_wrong_field() -> None:
 
 def test_the_form_takes_right_values() -> None:
     right = {"train": {"steps": 5, "decay": "linear"}, "seed": 3, "network": {"attention_levels": []}}
+    right["tracking"] = {"gate": [{"kind": "not-worse", "figure": "kid", "by": 0.5}]}
     assert validation.validate(right, SCHEMA) == []

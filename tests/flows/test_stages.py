@@ -85,6 +85,12 @@ def test_evaluate_scores_the_model_on_the_stored_pairs(whole_tree: Path) -> None
     assert report["val_mse"] == pytest.approx(float(np.concatenate(errors["val"]).mean()), rel=1e-5)
     assert report["pairs"] == 2 * report["images"] == 2 * pairs.images
     assert report["mse_low"] < report["mse"] < report["mse_high"]
+    bits = read_csv(whole_tree / "reports/evaluation/bits_per_dim.csv")
+    assert [row["image"] for row in bits] == list(range(report["bits_per_dim_images"]))
+    assert np.mean([row["bits_per_dim"] for row in bits]) == pytest.approx(report["bits_per_dim"])
+    assert np.std([row["bits_per_dim"] for row in bits], ddof=1) / len(bits) ** 0.5 == pytest.approx(
+        report["bits_per_dim_se"]
+    )
     baseline = wiener.fit(Pairs(Paths(whole_tree).pairs, "train"))
     sums = collect(predictions(model, pairs, torch.device("cpu")), pairs.images, model.process.schedule, baseline)
     assert report["wiener_mse"] == pytest.approx(baselines(sums.by_t.sum(axis=0))["wiener_mse"])

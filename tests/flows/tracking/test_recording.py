@@ -62,8 +62,18 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
     assert found["curves"]["export/denoiser/max_difference"] == [(0, 1e-6)]
     assert image_steps(found["files"]) == [50, 100]
-    evaluation = ("bands.csv", "bands.json", "val_errors.csv", "samples.png", "mse_by_t.png", "report.html")
-    expected = {"params.yaml", "config.json", "data/data.html"} | {f"evaluation/{name}" for name in evaluation}
+    evaluation = (
+        "bands.csv",
+        "bands.json",
+        "val_errors.csv",
+        "samples.png",
+        "mse_by_t.png",
+        "report.html",
+        "evaluate.json",
+    )
+    expected = {"params.yaml", "config.json", "data/data.html", "gate.json"} | {
+        f"evaluation/{name}" for name in evaluation
+    }
     assert expected <= set(found["files"])
     manifest = sha256(paths.pairs / "manifest.json")[:36]
     assert found["datasets"] == [
