@@ -62,18 +62,9 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert found["curves"]["evaluate/mse"] == [(0, 0.3)]
     assert found["curves"]["export/denoiser/max_difference"] == [(0, 1e-6)]
     assert image_steps(found["files"]) == [50, 100]
-    evaluation = (
-        "bands.csv",
-        "bands.json",
-        "val_errors.csv",
-        "samples.png",
-        "mse_by_t.png",
-        "report.html",
-        "evaluate.json",
-    )
-    expected = {"params.yaml", "config.json", "data/data.html", "gate.json"} | {
-        f"evaluation/{name}" for name in evaluation
-    }
+    evaluation = ("bands.csv", "bands.json", "val_errors.csv", "samples.png", "mse_by_t.png")
+    reports = {f"evaluation/{name}" for name in (*evaluation, "report.html", "evaluate.json")}
+    expected = {"params.yaml", "config.json", "data/data.html", "gate.json"} | reports
     assert expected <= set(found["files"])
     manifest = sha256(paths.pairs / "manifest.json")[:36]
     assert found["datasets"] == [
@@ -93,7 +84,7 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert recorded.model_version == "1"
     assert recorded.aliases == ["challenger", "champion"]
     table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
-    assert json.loads(table) == [{"path": "evaluation/bands.json", "type": "table"}]
+    assert json.loads(table) == [{"path": name, "type": "table"} for name in ("evaluation/bands.json", "gate.json")]
 
 
 def test_variants_and_speeds_are_kept_with_the_run_that_exported_them(paths: Paths) -> None:
@@ -230,4 +221,7 @@ def test_track_prints_where_things_are(paths: Paths, capsys: pytest.CaptureFixtu
         f"run      {found['run_id']}",
         f"address  {found['url']}",
         "model    ddpm version 1 (challenger, champion)",
+        "gate     val MSE at most 0.5: met",
+        "gate     val MSE significantly lower: no champion yet",
     ]
+    assert [row["verdict"] for row in found["gate"]] == ["met", "no champion yet"]
