@@ -44,6 +44,15 @@ def test_a_value_means_the_same_as_in_the_file(section: str, field: str, _: str,
         assert workspace.document(None, changes)[section][field] == right
 
 
+def test_the_rules_of_the_gate_are_given_as_a_whole() -> None:
+    gate = [{"kind": "not-worse", "figure": "kid", "by": 0.5}]
+    assert workspace.document(None, given(parameters_of([f"tracking={json.dumps({'gate': gate})}"])))["tracking"] == {
+        "experiment": "ddpm", "model_name": "ddpm", "gate": gate,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"tracking\.gate\.0\.figure: missing; tracking\.gate\.0\.by: missing"):
+        workspace.document(None, given(parameters_of(['tracking={"gate": ["better"]}'])))
+
+
 def test_a_plain_parameter_is_as_strict() -> None:
     for text in ("true", '"3"', "1_0", "1e3", "3.0", "-1"):
         with pytest.raises(UserError, match=r"^parameters of the run: seed: input should be"):
