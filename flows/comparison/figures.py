@@ -10,7 +10,7 @@ seeds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -81,11 +81,10 @@ def compare(runs: Sequence[Contents]) -> list[Figure]:
         rows = [_by_image(run, name) for run in runs]
         found.append(Figure(title, values, _differences(values, same, rows, better)))
     for metric, features in dict.fromkeys((row["metric"], row["features"]) for run in runs for row in _samples(run)):
-        title = quality.LABELS.get(metric, metric.replace("_", " ")) + (
-            f" ({features})" if features != quality.PIXELS else ""
-        )
+        label = quality.LABELS.get(metric, metric.replace("_", " "))
+        title = label if features == quality.PIXELS else f"{label} ({features})"
         values = [_quality(run, metric, features) for run in runs]
-        same = [run.pairs.shards_sha256 == runs[0].pairs.shards_sha256 for run in runs]
+        same = [_compared_with(run) == _compared_with(runs[0]) for run in runs]
         found.append(Figure(title, values, _differences(values, same, [None] * len(runs), BETTER.get(metric, ""))))
     return [figure for figure in found if any(figure.values)]
 
@@ -146,6 +145,11 @@ def _by_image(run: Contents, name: str) -> list[float] | None:
 
 def _samples(run: Contents) -> list[Row]:
     return [row for row in run.tables.get("quality", []) if row["set"] == "samples"]
+
+
+def _compared_with(run: Contents) -> tuple[Any, ...]:
+    """What samples were compared with: the images, and how many; distances depend on their number."""
+    return run.pairs.shards_sha256, *(run.figures.get(f"quality_{name}") for name in ("images", "reference_images"))
 
 
 def _quality(run: Contents, metric: str, features: str) -> Value | None:

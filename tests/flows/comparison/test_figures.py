@@ -133,9 +133,12 @@ def test_the_quality_of_samples(metric: str, word: str) -> None:
     assert figure.values == [Value(1, 0, 2), Value(5, 4, 6)]
     assert figure.differences[0] is not None
     assert figure.differences[0].word == word
-    other_data = figures.compare([run(quality=[row(1.0)]), run(quality=[row(5.0)], shards="t")])[0].differences[0]
-    assert other_data is not None
-    assert other_data.word == "other data"
+    fewer = run(quality=[row(5.0)])
+    fewer.figures["quality_images"] = 20
+    for other in (run(quality=[row(5.0)], shards="t"), fewer):
+        difference = figures.compare([run(quality=[row(1.0)]), other])[0].differences[0]
+        assert difference is not None
+        assert difference.word == "other data"
     apart = figures.compare([run(quality=[row(1.0)]), run(quality=[row(5.0, features="theirs")])])
     assert [figure.values for figure in apart] == [[Value(1, 0, 2), None], [None, Value(5, 4, 6)]]
     assert all(figure.differences == [None] for figure in apart)
