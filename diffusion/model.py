@@ -186,6 +186,7 @@ def read_config(content: bytes) -> Config:
             raise UserError(
                 f"format {written} is newer than this version supports (up to {upgrade.FORMAT}); upgrade ddpm-pipeline"
             )
+        upgrade.complete(document)
     return Config.model_validate(document, context=COMPLETE)
 
 

@@ -44,5 +44,5 @@ def deferred() -> Iterator[None]:
         with stop:
             yield
     finally:
-        if number := stop.received():
+        if number := stop._received:
             signal.raise_signal(number)

@@ -51,6 +51,13 @@ def from_format_1(document: MutableMapping[str, Any]) -> list[str]:
     return old
 
 
+def complete(document: MutableMapping[str, Any]) -> None:
+    """Add fields that are newer than a config.json of the current format, in place, with values that change nothing."""
+    network = document.get("network")
+    if isinstance(network, MutableMapping) and network.get("kind") == "unet":
+        network.setdefault("fourier_features", [])
+
+
 def from_earlier(document: MutableMapping[str, Any]) -> list[str]:
     """Convert parameters of any earlier version in place; returns the names of their fields that no longer exist."""
     old, tracking = from_format_1(document), document.get("tracking")

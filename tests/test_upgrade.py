@@ -28,6 +28,13 @@ def test_a_model_of_format_1_draws_what_it_drew_then(name: str, tmp_path: Path) 
     assert Model.load(tmp_path / "again").config == model.config
 
 
+def test_a_model_from_before_fourier_features_has_none() -> None:
+    document = read_config((OLD / "unet" / CONFIG).read_bytes()).model_dump(mode="json")
+    assert document["format"] == 2
+    assert document["network"].pop("fourier_features") == []
+    assert read_config(json.dumps(document).encode()).network.model_dump()["fourier_features"] == ()
+
+
 def test_fields_of_format_1_go_to_their_choices_or_away() -> None:
     unet, uvit = (read_config((OLD / name / CONFIG).read_bytes()).model_dump(mode="json") for name in ("unet", "uvit"))
     assert unet["process"]["weighting"] == {"kind": "min-snr", "gamma": 3.0}

@@ -269,7 +269,7 @@ def test_a_closed_pipe_does_not_end_a_stage(pairs_tree: Path, tmp_path: Path) ->
             {"process": {"beta": [0.5]}},
             "params.yaml: of an earlier version (it has process.beta); `ddpm params --update` rewrites params.yaml",
         ),
-        ({"process": {"schedule": {"kind": "given", "beta": [0.5]}}}, "process: schedule.beta has 1 values, but num_"),
+        ({"process": {"schedule": {"kind": "given", "beta": [0.5]}}}, "process: schedule.beta has 1 value, but num_"),
         (
             {"process": {"parameterization": "eps", "zero_terminal_snr": True}},
             "needs a parameterization other than eps",
