@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from diffusion.errors import counted
 from diffusion.sections import Choice, OneOf
 
 Z = 1.96
@@ -108,7 +109,7 @@ class OfImages(Figure):
             shown = f"{len(before)} for {old.version}, {len(now)} for {new.version}"
             raise NotComparable(f"{self.title} is not comparable: the number of images is {shown}")
         mean, margin = paired(now, before)
-        return Difference(mean, margin, f"{len(now):,} images")
+        return Difference(mean, margin, counted(len(now), "image", spec=","))
 
 
 class OfSamples(Figure):
@@ -133,10 +134,12 @@ def paired(new: Values, old: Values) -> tuple[float, float]:
 
 
 def _short(value: Any) -> str:
-    return "none" if value is None else f"{value!s:.12}"
+    """A value for a sentence: of a digest, its beginning."""
+    return "none" if value is None else f"{value:.12}" if isinstance(value, str) else str(value)
 
 
-_SAMPLES = ("val_pairs_sha256", "quality_features", "quality_images", "quality_reference_images")
+_SAMPLES = ("quality_images", "quality_reference_images", "frechet_distance_heldout")
+"""The distance of held-out images depends on the data and the features alone, so that it identifies both."""
 FIGURES = {
     figure.name: figure
     for figure in (

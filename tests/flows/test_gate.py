@@ -16,7 +16,7 @@ from flows.params import Params
 from tests.flows.test_params import ROOT
 
 DIGESTS = {"val_pairs_sha256": "a" * 64, "pairs_sha256": "b" * 64, "bits_per_dim_values": 17}
-MEASURED = {"quality_features": "c" * 64, "quality_images": 1000, "quality_reference_images": 4096}
+MEASURED = {"frechet_distance_heldout": 0.75, "quality_images": 1000, "quality_reference_images": 4096}
 
 
 def of_images(version: str, values: Any, figure: str = "val_mse") -> Scores:
@@ -142,8 +142,11 @@ def test_a_single_image_shows_no_difference() -> None:
     [
         ("kid_low", "KID of version 1 has no interval"),
         ("kid", "KID of version 1 was not measured"),
-        ("quality_features", "KID is not comparable: quality_features is none for version 1, cccccccccccc for"),
-        ("val_pairs_sha256", "KID is not comparable: val_pairs_sha256 is none for version 1, aaaaaaaaaaaa for"),
+        ("quality_images", "KID is not comparable: quality_images is none for version 1, 1000 for version 2"),
+        (
+            "frechet_distance_heldout",
+            "KID is not comparable: frechet_distance_heldout is none for version 1, 0.75 for version 2",
+        ),
     ],
 )
 def test_what_is_missing_is_named(missing: str, reason: str) -> None:

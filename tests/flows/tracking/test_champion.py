@@ -207,7 +207,7 @@ def test_the_command_promotes(
 
 
 FRECHET = {"frechet_distance": 2.0, "frechet_distance_low": 1.8, "frechet_distance_high": 2.2}
-SAMPLES = FRECHET | {"quality_features": "f" * 64, "quality_images": 256, "quality_reference_images": 1000}
+SAMPLES = FRECHET | {"frechet_distance_heldout": 0.75, "quality_images": 256, "quality_reference_images": 1000}
 LIMIT = {"kind": "limit", "figure": "val_mse", "value": 0.5}
 BETTER = {"kind": "better", "figure": "val_mse", "by": 0.0}
 BITS = {"kind": "not-worse", "figure": "bits_per_dim", "by": 0.0}
@@ -283,9 +283,8 @@ def test_a_better_version_is_refused_if_another_figure_is_worse(
         ([3.0, 3.2, 3.4], {}, "Fréchet distance of version 2 was not measured"),
         (
             [3.0, 3.2, 3.4],
-            SAMPLES | {"quality_features": "e" * 64},
-            "Fréchet distance is not comparable: quality_features is ffffffffffff for version 1, eeeeeeeeeeee for "
-            "version 2",
+            SAMPLES | {"frechet_distance_heldout": 0.85},
+            "Fréchet distance is not comparable: frechet_distance_heldout is 0.75 for version 1, 0.85 for version 2",
         ),
         (
             [3.0, 3.2, 3.4],
