@@ -47,6 +47,8 @@ READERS = {
     "reports/evaluation/filmstrip.png": ["track"],
     "reports/evaluation/training.png": ["track", "report"],
     "reports/evaluation/heldout.png": ["track"],
+    "reports/evaluation/nearest.png": ["track"],
+    "reports/evaluation/quality.csv": ["track", "report"],
     "reports/evaluation/noising.png": ["track"],
     "reports/export.json": ["track"],
     "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx", "track"],

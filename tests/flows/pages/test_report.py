@@ -95,7 +95,7 @@ def test_the_stage_writes_the_page(whole_tree: Path) -> None:
     assert "Network unet with 12,348 parameters, trained for 40 steps on digits: 1,452 greyscale images of 8x8" in text
     for caption in ("Real pictures", "The forward process", "The reverse process", "Held-out error while training"):
         assert caption in text
-    assert page.count('src="data:image/png;base64,') == 4  # samples, real pictures, both filmstrips
+    assert page.count('src="data:image/png;base64,') == 5  # samples, real ones, nearest ones, filmstrips
     assert len(re.findall(r"<svg viewBox=\"0 0 [\d.]+ [\d.]+\"", page)) - page.count('"0 0 26 10"') == 4  # the curves
     assert "Every file was used." in text
 
