@@ -29,7 +29,7 @@ class Summary:
     run: str
     stages: list[StageSummary]
     metrics: dict[str, float]
-    """All of reports/evaluate.json."""
+    """All numbers of reports/evaluate.json."""
     onnx: str
     """Path of the ONNX model, absolute."""
     prefect: str
@@ -38,6 +38,8 @@ class Summary:
     """Address of the run in MLflow's UI, empty if it could not be recorded."""
     gate: list[dict[str, Any]] = field(default_factory=list)
     """The decision whether the model becomes champion, by rule; empty if there was none."""
+    quality: str = ""
+    """The verdict on the samples; empty if they were not compared with real images."""
 
 
 def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
@@ -50,14 +52,17 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
         tracked: the output of `ddpm track --json`, None if it failed.
     """
     paths = Paths(directory)
+    metrics = json.loads(paths.evaluate_report.read_text())
+    quality = metrics.pop("quality", "")
     return Summary(
         run=directory.name,
         stages=stages,
-        metrics=json.loads(paths.evaluate_report.read_text()),
+        metrics=metrics,
         onnx=str(paths.sampler),
         prefect=page,
         mlflow=tracked["url"] if tracked else "",
         gate=tracked.get("gate", []) if tracked else [],
+        quality=quality,
     )
 
 
@@ -89,6 +94,7 @@ def show(run: str | None) -> None:
         print(f"  {stage.stage:<10}{stage.seconds:>7.1f} s   {stage.outcome}")
     print()
     lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
+    lines |= {"samples": summary.quality} if summary.quality else {}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}
     lines |= {"MLflow": summary.mlflow or f"not recorded; run `ddpm track {summary.run}`"}

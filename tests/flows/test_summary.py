@@ -18,6 +18,7 @@ from diffusion.sources.shards import MANIFEST, Contents, Manifest
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import SPLITS, Split
 from flows import report, summary, workspace
+from flows.paths import Paths
 from flows.summary import StageSummary, Summary
 
 STAGES = [StageSummary("shard", 0.5, "cached"), StageSummary("train", 42.0, "run")]
@@ -30,7 +31,8 @@ METRICS = {"images": 190, "mse": 0.25, "mse_low": 0.2, "mse_high": 0.3, "r2": 0.
 
 
 def finished(run: str, metrics: dict[str, float]) -> Summary:
-    return Summary(run, STAGES, metrics, "/somewhere/sampler.onnx", "http://p/run", "http://m/run")
+    addresses = ("http://p/run", "http://m/run")
+    return Summary(run, STAGES, metrics, "/somewhere/sampler.onnx", *addresses, quality="still learning")
 
 
 @pytest.fixture
@@ -53,6 +55,12 @@ def test_a_run_without_server_and_tracking_has_no_addresses(capsys: pytest.Captu
     assert "http" not in output
 
 
+def test_the_verdict_on_samples_is_no_metric(tmp_path: Path) -> None:
+    write_json(Paths(tmp_path).evaluate_report, {"mse": 0.25, "quality": "good"})
+    found = summary.collect(tmp_path, "", [], None)
+    assert (found.metrics, found.quality) == ({"mse": 0.25}, "good")
+
+
 def test_it_is_read_as_it_was_written(done: Path) -> None:
     assert summary.read(done) == finished("one", METRICS)
 
@@ -67,6 +75,7 @@ def test_the_table_of_the_last_run(capsys: pytest.CaptureFixture[str]) -> None:
         ["held-out", "MSE", "0.2500"],
         ["R²", "0.7500"],
         ["bits/dim", "4.5000"],
+        ["samples", "still", "learning"],
         ["Prefect", "http://p/run"],
         ["MLflow", "http://m/run"],
     ):
