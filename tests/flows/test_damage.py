@@ -46,6 +46,7 @@ READERS = {
     "reports/evaluation/samples.png": ["track"],
     "reports/evaluation/filmstrip.png": ["track"],
     "reports/evaluation/training.png": ["track", "report"],
+    "reports/evaluation/bits_per_dim.csv": ["track", "report"],
     "reports/evaluation/heldout.png": ["track"],
     "reports/evaluation/nearest.png": ["track"],
     "reports/evaluation/quality.csv": ["track", "report"],
