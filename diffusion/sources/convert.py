@@ -72,9 +72,11 @@ def convert(source: "Source", executor: Executor) -> Generator[tuple["Sample", C
             for chunk, images in done:
                 yield from zip(chunk, images, strict=True)
         except LostWorker as lost:
+            first, last = lost.task[0].file, lost.task[-1].file
+            read = "this file" if len(lost.task) == 1 else f"the files from here to {last}"
             raise UserError(
-                f"{lost.task[0].file}: the process that reads the files from here to {lost.task[-1].file} is killed "
-                "each time; give it more memory, use fewer processes (DDPM_WORKERS), or remove the file at fault"
+                f"{first}: the process that reads {read} is killed each time; give it more memory, use fewer "
+                "processes (DDPM_WORKERS), or remove the file at fault"
             ) from None
 
 

@@ -185,8 +185,14 @@ def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
     assert found == written(Fatal(tmp_path / "mark"), tmp_path / "expected", OWN_PROCESS)
 
 
-def test_a_picture_that_kills_every_worker_is_reported(tmp_path: Path) -> None:
-    message = r"^64\.png: the process that reads the files from here to 99\.png is killed each time; give it"
+@pytest.mark.parametrize(
+    ("chunk", "files"), [(64, r"64\.png: .* the files from here to 99\.png"), (1, r"70\.png: .* this file")]
+)
+def test_a_picture_that_kills_every_worker_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, files: str
+) -> None:
+    monkeypatch.setattr(convert, "CHUNK", chunk)
+    message = f"^{files} is killed each time; give it more memory"
     with pytest.raises(UserError, match=message):
         written(Fatal(None), tmp_path / "found", Processes(2))
 
