@@ -54,7 +54,7 @@ def test_the_report_of_a_run(tree: Path) -> None:
         f"git checkout {REVISION} # it had uncommitted changes: its code is in .ddpm/runs/bold-ape",
         "ddpm apply bold-ape",
         "dvc repro",
-        "tracking.max_mse",
+        "tracking.gate",
         "sampler_int8.onnx",
     ):
         assert words in text

@@ -70,6 +70,7 @@ def trained(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_stage_that_cannot_write_says_where(trained: Path, tmp_path: Path, stage: str, limit: int, path: str) -> None:
     tree = trees.copy(trained, tmp_path / "tree")
+    trees.change(tree, {"evaluate": {"quality_samples": 0}})  # whose features would be the first file
     before = entries(tree)
     with largest_file(limit):
         done = trees.run(tree, stage)
