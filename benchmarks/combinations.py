@@ -100,7 +100,7 @@ def table(rows: list[Row]) -> str:
         "| network predicts | weighting | MSE | MSE, learned | " + " | ".join(variances) + " |",
         "|---|---|---|---|" + "---|" * len(variances),
     ]
-    for parameterization, weighting in product(PARAMETERIZATIONS, WEIGHTINGS):
+    for parameterization, weighting in dict.fromkeys((row["parameterization"], row["weighting"]) for row in rows):
         found = {
             row["variance"]: row
             for row in rows
@@ -114,6 +114,8 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--predict", nargs="+", choices=PARAMETERIZATIONS, default=PARAMETERIZATIONS)
+    parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=WEIGHTINGS)
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps per training run")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--images", type=int, default=128, help="test images for bits/dim")
@@ -142,7 +144,7 @@ def main() -> None:
         pairs_stage.run(params, Paths(root))
         combinations = [
             {"parameterization": parameterization, "weighting": weighting, "learned_variance": learned}
-            for parameterization, weighting, learned in product(PARAMETERIZATIONS, WEIGHTINGS, [False, True])
+            for parameterization, weighting, learned in product(arguments.predict, arguments.weightings, [False, True])
         ]
         found = pool.map(partial(measure, root, arguments.images), combinations)
         rows = [row for part in tqdm(found, total=len(combinations), disable=None) for row in part]
