@@ -87,15 +87,22 @@ def test_workers_without_the_images_write_the_same_files(
 def test_a_killed_worker_costs_nothing_but_time(tree: Path, workers: Cluster, stage: str) -> None:
     before = written(tree)
     trees.change(tree, CHANGES)
-    alive = [number for number, worker in enumerate(workers.workers) if worker.poll() is None]
-    number, killed = alive[0], workers.workers[alive[0]]
+    alive = {number: worker for number, worker in enumerate(workers.workers) if worker.poll() is None}
     with distributed.Client(workers.address) as client:
         client.wait_for_workers(len(alive))
-        addresses = {facts["name"]: address for address, facts in client.scheduler_info()["workers"].items()}
-        killed.send_signal(signal.SIGSTOP)  # so that it has tasks that it will not finish
+        numbers = {address: facts["name"] for address, facts in client.scheduler_info()["workers"].items()}
+        for worker in alive.values():
+            worker.send_signal(signal.SIGSTOP)  # so that one has tasks that it will not finish
         running = trees.start(tree, sys.executable, "-m", "flows", stage, **{SCHEDULER: workers.address})
-        wait_for(lambda: client.processing()[addresses[number]], 60)
-    killed.kill()
-    _, said = running.communicate(timeout=120)
-    assert running.returncode == 0, said
+        try:
+            wait_for(lambda: any(client.processing().values()) or running.poll() is not None, 120)
+            busy = [numbers[address] for address, tasks in client.processing().items() if tasks]
+            if busy:
+                alive.pop(busy[0]).kill()
+            for worker in alive.values():
+                worker.send_signal(signal.SIGCONT)
+            _, said = running.communicate(timeout=120)
+        finally:
+            running.kill()
+    assert busy and running.returncode == 0, said
     assert written(tree) == before
