@@ -86,6 +86,7 @@ def test_what_cannot_be_shown_is_refused(tree: Path) -> None:
         done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
         assert (done.returncode, done.stdout) == (1, "")
         assert "bold-ape/reports/export.json: damaged (it is not what export writes)" in done.stderr
+    export.unlink()
     (tree / ".ddpm/runs/bold-ape/reports/evaluation/mse_by_t.csv").unlink()
     done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (1, "")
