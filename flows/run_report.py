@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import FileFault, UserError
+from diffusion.errors import Damaged, FileFault, UserError
 from diffusion.storage.files import write_atomic
 from flows import made_with, workspace, yaml_files
 from flows import report as markdown
@@ -47,7 +47,7 @@ def page(paths: Paths, is_run: bool) -> str:
         parameters=parameters,
         stages=summary.stages if summary else [],
         gate=summary.gate if summary else [],
-        export=markdown.precisions(paths.export_report) if paths.export_report.exists() else [],
+        export=_export(paths),
         commands=_commands(paths) if is_run else ["dvc repro"],
         digests=_digests(paths),
     )
@@ -59,6 +59,16 @@ def open_page(path: Path) -> None:
     display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.stdout.isatty() and display:
         webbrowser.open(path.absolute().as_uri())
+
+
+def _export(paths: Paths) -> list[list[str]]:
+    """The table of the ONNX files; empty if there are none. Raises FileFault if their report is damaged."""
+    if not paths.export_report.exists():
+        return []
+    try:
+        return markdown.precisions(paths.export_report)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Damaged(paths.export_report, "it is not what export writes") from None
 
 
 def _when(paths: Paths) -> str:

@@ -31,7 +31,11 @@ def frechet(x: Array, y: Array, counts: Counts | None = None) -> Array:
     itself, (1,).
     """
     counts = np.ones((1, len(x)), np.int64) if counts is None else counts
-    values, vectors = np.linalg.eigh(np.cov(y, rowvar=False).reshape(y.shape[1], -1))
+    if len(y) < y.shape[1]:  # the covariance has as many eigenvalues above zero as there are images, at most
+        _, singular, rows = np.linalg.svd(y - y.mean(axis=0), full_matrices=False)
+        values, vectors = np.square(singular) / (len(y) - 1), rows.T
+    else:
+        values, vectors = np.linalg.eigh(np.cov(y, rowvar=False).reshape(y.shape[1], -1))
     centred = x - y.mean(axis=0)
     # In these coordinates the covariance of x is S_y^1/2 S_x S_y^1/2. Its eigenvalues do not change under a rotation
     # into the span of the images, which has fewer dimensions if there are fewer images than features.

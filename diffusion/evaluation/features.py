@@ -8,6 +8,7 @@ usual Inception network was trained; distances in them are comparable only on th
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -197,6 +198,8 @@ class OnnxFeatures:
     """
 
     BATCH = 32
+    LARGEST = 1e20
+    """Of a feature; the kernel distance and its spread need powers of it that are finite."""
 
     def __init__(self, path: Path, digest: str, shape: tuple[int, int, int]) -> None:
         import onnxruntime as ort
@@ -212,15 +215,18 @@ class OnnxFeatures:
             )
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised in any case
+        # By default weights are also read from files in the current folder, which the digest does not cover.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:
             self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class
             reason = " ".join(str(error).split())
             raise FileFault(path, f"not an ONNX model that contains its weights ({reason})") from None
-        (self._input, *more), self._path = self._session.get_inputs(), path
-        size = self._input.shape if self._input.type == "tensor(float)" and not more else []
-        if len(size) != 4:
+        inputs, self._path = self._session.get_inputs(), path
+        size = inputs[0].shape if [each.type for each in inputs] == ["tensor(float)"] else []
+        if len(size) != 4 or 0 in size:
             raise FileFault(path, "needs exactly one input, float32 (N, C, H, W)")
+        self._input = inputs[0].name
         self._batch = size[0] if isinstance(size[0], int) else 0
         wanted = [asked if isinstance(asked, int) else own for asked, own in zip(size[1:], shape, strict=True)]
         self._channels, self._size = wanted[0], (wanted[1], wanted[2])
@@ -240,9 +246,13 @@ class OnnxFeatures:
         missing = max(self._batch - len(x), 0)  # of a fixed number of images
         padded = torch.cat([x, x[:1].expand(missing, -1, -1, -1)])
         try:
-            features = self._session.run(None, {self._input.name: padded.contiguous().numpy()})[0]
+            features = np.asarray(self._session.run(None, {self._input: padded.contiguous().numpy()})[0], np.float64)
         except Exception as error:
             raise FileFault(self._path, f"cannot be run ({' '.join(str(error).split())})") from None
-        if features.ndim != 2 or len(features) != len(padded) or not np.isfinite(features).all():
-            raise FileFault(self._path, f"its first output must be (N, D) and finite (got {features.shape})")
-        return features[: len(x)].astype(np.float64)
+        if features.ndim != 2 or len(features) != len(padded) or not features.size:
+            raise FileFault(
+                self._path, f"its first output must be (N, D), here N = {len(padded)} (got {features.shape})"
+            )
+        if not (np.abs(features) <= self.LARGEST).all():
+            raise FileFault(self._path, f"its first output must be finite, and at most {self.LARGEST:g}")
+        return features[: len(x)]

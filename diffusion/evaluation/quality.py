@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.errors import UserError
 from diffusion.evaluation import distances, memorisation, sets
 from diffusion.evaluation.features import Features, OwnFeatures
 from diffusion.evaluation.memorisation import Nearest
@@ -205,6 +206,11 @@ def _feature_figures(
 ) -> list[Figure]:
     """The figures that compare features: of the sets given, and of draws of training images."""
     n, of_pool = real.n, features(real.pool.pixels)
+    if (of_pool == of_pool[0]).all():  # every set would look as good as any other
+        raise UserError(
+            f"evaluate.features: {features.description} are the same for all training images; use another file, or set "
+            "evaluate.quality_samples to 0"
+        )
     figures = []
     kept = np.tile(np.arange(n) < int(KEPT * n), (min(resamples, SUBSETS), 1))
     counts = np.concatenate([np.ones((1, n), bool), real.generator(LEAVING_OUT).permuted(kept, axis=1)])

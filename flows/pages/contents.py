@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion.errors import Damaged, FileFault
 from diffusion.pairs import pairs
-from diffusion.storage.files import read_checked
+from diffusion.storage.files import check_sums, read_checked
 from flows import made_with
 from flows.paths import Paths
 
@@ -51,6 +51,7 @@ def read(paths: Paths) -> Contents:
         FileFault: there is no evaluation, or a file is damaged.
     """
     scored = json.loads(read_checked(paths.evaluation / "scored.json"))
+    check_sums(paths.evaluation)  # files that are listed there, but missing
     tables, inputs = _tables(paths.evaluation), read_inputs(paths)
     return Contents(
         figures=read_json(paths.evaluate_report, scored.get("report_sha256")) | scored,

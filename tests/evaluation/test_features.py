@@ -116,6 +116,32 @@ def pooling(path: Path, shape: tuple[int | str, ...], kind: int = TensorProto.FL
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+MEAN = helper.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=0)
+
+
+def model(path: Path, nodes: list[onnx.NodeProto], inputs: bool = True) -> str:
+    """An ONNX model with output y, whose nodes can use an input x and constants. Returns the file's SHA-256."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ("N", 1, 6, 6))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    constants = {"axes": np.array([2, 3]), "zero": np.array([0, 0]), "ends": np.array([9, 0])}
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    tensors.append(numpy_helper.from_array(np.array([1e25], np.float32), "huge"))
+    graph = helper.make_graph(nodes, "model", [x] if inputs else [], [y], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_weights_outside_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest does not cover them."""
+    monkeypatch.chdir(tmp_path)
+    model(Path("net.onnx"), [MEAN, helper.make_node("Add", ["m", "huge"], ["y"])])
+    graph = onnx.load("net.onnx")
+    onnx.save_model(graph, "net.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    digest = hashlib.sha256(Path("net.onnx").read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=r"^net\.onnx: not an ONNX model that contains its weights \("):
+        OnnxFeatures(Path("net.onnx"), digest, (1, 6, 6))
+
+
 def test_features_of_an_onnx_file(tmp_path: Path) -> None:
     """Values in [0, 1], grey repeated in three channels, a batch of fixed size filled up, and resized images."""
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 6, 6), np.uint8)
@@ -152,7 +178,15 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     double = pooling(file, ("N", 1, 6, 6), TensorProto.DOUBLE)
     assert f"{file}: needs exactly one input, float32 (N, C, H, W)" in refused(double)
     three = pooling(file, ("N", 1, 6, 6), outputs=3)
-    assert re.search(r"its first output must be \(N, D\) and finite \(got \(2, 1, 6\)\)", refused(three))
+    assert re.search(r"its first output must be \(N, D\), here N = 2 \(got \(2, 1, 6\)\)", refused(three))
+    assert f"{file}: needs exactly one input, float32 (N, C, H, W)" in refused(pooling(file, ("N", 1, 0, 6)))
+    no_input = helper.make_node("Constant", [], ["y"], value_float=1.0)
+    assert f"{file}: needs exactly one input" in refused(model(file, [no_input], inputs=False))
+    without = helper.make_node("Slice", ["m", "zero", "ends"], ["y"])
+    assert f"{file}: its first output must be (N, D), here N = 2 (got (2, 0))" in refused(model(file, [MEAN, without]))
+    for operator, second in (("Log", ()), ("Add", ("huge",))):  # of black images
+        infinite = helper.make_node(operator, ["m", *second], ["y"])
+        assert f"{file}: its first output must be finite, and at most 1e+20" in refused(model(file, [MEAN, infinite]))
     file.write_bytes(b"no model")
     digest = hashlib.sha256(b"no model").hexdigest()
     assert f"{file}: not an ONNX model that contains its weights (" in refused(digest)

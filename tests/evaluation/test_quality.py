@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from diffusion.errors import UserError
 from diffusion.evaluation import distances, memorisation, quality, sets
 from diffusion.evaluation.quality import PIXELS, Figure, Quality, References
 from diffusion.evaluation.sets import Images, chosen
@@ -121,6 +122,12 @@ def test_the_figures_of_every_set(real: References) -> None:
     assert found["near_copies"].value == (nearest.distance <= nearest.second / 3).mean()
     assert found["nearest_distance"].value == pytest.approx(nearest.distance.mean())
     assert quality.measure(real, real.held_out, Pixels(), 100) == found
+
+
+def test_features_that_tell_nothing_apart_are_refused(real: References, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pixels, "__call__", lambda _, images: np.ones((len(images), 4)))
+    with pytest.raises(UserError, match=r"^evaluate\.features: .* are the same for all training images; use another"):
+        quality.measure(real, real.held_out, Pixels(), 100)
 
 
 def test_training_images_against_others_are_drawn_anew_each_time(real: References) -> None:

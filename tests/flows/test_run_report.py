@@ -80,6 +80,17 @@ def test_what_cannot_be_shown_is_refused(tree: Path) -> None:
     done = ddpm(tree, "report", "calm-bee", environment=ENVIRONMENT)
     assert done.returncode == 1
     assert done.stderr == "ddpm report: error: run 'calm-bee': it has no evaluation to show; its state is completed\n"
+    export = tree / ".ddpm/runs/bold-ape/reports/export.json"
+    for damaged in (b"", b"[1]", b"{}", b"\xff"):
+        export.write_bytes(damaged)
+        done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "bold-ape/reports/export.json: damaged (it is not what export writes)" in done.stderr
+    export.unlink()
+    (tree / ".ddpm/runs/bold-ape/reports/evaluation/mse_by_t.csv").unlink()
+    done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "bold-ape/reports/evaluation/mse_by_t.csv: No such file or directory" in done.stderr
     (tree / "reports/evaluate.json").unlink()
     done = ddpm(tree, "report", environment=ENVIRONMENT)
     assert done.returncode == 1
