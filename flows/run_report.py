@@ -8,11 +8,10 @@ from typing import Any
 
 from diffusion.errors import Damaged, FileFault, UserError
 from diffusion.storage.files import write_atomic
-from flows import made_with, workspace, yaml_files
+from flows import made_with, workspace
 from flows import report as markdown
 from flows import summary as summaries
 from flows.pages import contents, report
-from flows.pages.contents import read_json
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import STAGES
@@ -39,7 +38,7 @@ def find(run: str | None) -> Paths:
 
 def page(paths: Paths, is_run: bool) -> str:
     """Render the report with all that the folder says."""
-    parameters = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
+    parameters = contents.read_parameters(paths)
     summary = summaries.read(paths.root) if (paths.root / "summary.json").exists() else None
     about = report.About(
         name=paths.root.name if is_run else "",
@@ -96,7 +95,6 @@ def _digests(paths: Paths) -> dict[str, str]:
     """Of the files that the stages read and wrote, by path."""
     found: dict[str, Any] = {}
     for stage in STAGES:
-        if paths.made_with(stage).exists():
-            record = read_json(paths.made_with(stage))
-            found |= record.get("read", {}) | record.get("wrote", {})
+        record = contents.read_record(paths, stage)
+        found |= record["read"] | record["wrote"]
     return {name: digest for name, digest in found.items() if isinstance(digest, str)}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from diffusion.errors import UsageError, UserError
 from diffusion.storage.files import write_atomic
-from flows import made_with, yaml_files
 from flows.comparison import figures
 from flows.comparison.figures import Figure
 from flows.comparison.page import Compared, page
@@ -59,5 +58,4 @@ def table(names: list[str], found: list[Figure]) -> str:
 
 
 def _read(paths: Paths) -> Compared:
-    parameters = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
-    return Compared(paths.root.name or "working tree", parameters, contents.read(paths))
+    return Compared(paths.root.name or "working tree", contents.read_parameters(paths), contents.read(paths))

@@ -14,9 +14,12 @@ from typing import Any
 from diffusion.errors import Damaged, FileFault
 from diffusion.pairs import pairs
 from diffusion.storage.files import check_sums, read_checked
-from flows import made_with
+from flows import dvc_yaml, made_with, yaml_files
 from flows.paths import Paths
+from flows.stages import STAGES
 
+DESCRIBED = tuple(f"sample.{name}" for name in ("sampler", "variance", "steps", "spacing", "threshold", "guidance"))
+"""Parameters without which samples cannot be described."""
 Row = dict[str, Any]
 """Of a table: numbers where they are numbers, otherwise text."""
 
@@ -66,19 +69,56 @@ def read_inputs(paths: Paths) -> dict[str, Any]:
     config = json.loads(read_checked(paths.model / "config.json"))
     chosen = {name: config[name] for name in ("network", "process") if name in config}
     manifest = paths.shards / pairs.MANIFEST
-    training, record = {}, {}
-    if paths.train_report.exists() and paths.made_with("train").exists():
-        record = read_json(paths.made_with("train"))
-        training = read_json(paths.train_report, record.get("wrote", {}).get("reports/train.json"))
+    record = read_record(paths, "train")
+    training = read_json(paths.train_report, record["wrote"].get("reports/train.json")) if record["params"] else {}
     return {
         "tables": _tables(paths.train_curves),
         "model": dict(made_with.leaves(chosen)),
         "conditional": bool(config.get("network", {}).get("classes")),
         "training": training,
-        "trained_with": {key: value for key, value in record.get("params", {}).items() if key.startswith("train.")},
+        "trained_with": {key: value for key, value in record["params"].items() if key.startswith("train.")},
         "pairs": pairs.Manifest.read(paths.pairs / pairs.MANIFEST),
         "shards": json.loads(read_checked(manifest)) if manifest.exists() else {},
     }
+
+
+def read_parameters(paths: Paths) -> dict[str, Any]:
+    """All parameters by dotted name: those that each stage ran with; without its record, those of params.yaml.
+
+    Those of the training are left out if the model was imported.
+
+    Raises:
+        UserError: params.yaml lacks parameters that describe the results, or cannot be read; names the file.
+    """
+    found = dict(made_with.leaves(yaml_files.read_yaml(paths.params)))
+    if not paths.train_report.exists():
+        found = {
+            name: value for name, value in found.items() if not name.startswith(("process.", "network.", "train."))
+        }
+    for stage in sorted(STAGES, key="evaluate".__eq__):  # last, as its parameters describe the results
+        if ran_with := read_record(paths, stage)["params"]:
+            sections = tuple(f"{name}." for name in dvc_yaml.parameters(stage))
+            found = {name: value for name, value in found.items() if not f"{name}.".startswith(sections)} | ran_with
+    if missing := [name for name in DESCRIBED if name not in found]:
+        raise FileFault(paths.params, f"lacks {', '.join(missing)}; restore it (`ddpm params` lists all parameters)")
+    return found
+
+
+def read_record(paths: Paths, stage: str) -> dict[str, dict[str, Any]]:
+    """What a stage ran with: `params`, and digests of what it `read` and `wrote`; all empty without a record.
+
+    The record of a training does not count if its model was replaced by an imported one, which has no report.
+
+    Raises:
+        FileFault: the record is damaged.
+    """
+    path = paths.made_with(stage)
+    replaced = stage == "train" and not paths.train_report.exists()
+    record = read_json(path) if path.exists() and not replaced else {}
+    found = {part: record.get(part, {}) for part in ("params", "read", "wrote")}
+    if not all(isinstance(each, dict) for each in found.values()):
+        raise Damaged(path, "it is not what a stage writes")
+    return found
 
 
 def read_json(path: Path, digest: str | None = None) -> dict[str, Any]:

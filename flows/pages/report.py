@@ -78,7 +78,7 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
     """
     figures, tables = contents.figures, contents.tables
     source = data_name(contents, parameters if about is None else about.parameters)
-    known = about.parameters if about else parameters | contents.model | contents.trained_with
+    known = (about.parameters if about else parameters | contents.trained_with) | contents.model
     rows = [(name, parameter(value), parameter(defaults.get(name, "–"))) for name, value in sorted(known.items())]
     same = [name in defaults and _plain(value) == _plain(defaults[name]) for name, value in sorted(known.items())]
     return render(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import run_report
+from diffusion.storage.files import write_json
+from flows import run_report, yaml_files
 from flows.summary import StageSummary, Summary
 from flows.summary import write as write_summary
 from flows.workspace import Run
@@ -29,7 +30,9 @@ def tree(whole_tree: Path, tmp_path: Path) -> Path:
         workspace = Path(shutil.copytree(whole_tree, tree / ".ddpm/runs" / name))
         started, ended = "2026-11-27T19:39:04.380+00:00", "2026-11-27T19:40:05.344+00:00"
         Run(name, "id", started, REVISION, name == "bold-ape", "completed", ended).write(workspace)
-        trees.change(workspace, {"train": {"steps": steps}})
+        record = workspace / "reports/made_with/train.json"
+        document = json.loads(record.read_text())
+        write_json(record, document | {"params": document["params"] | {"train.steps": steps}})
     stages = [StageSummary("train", 31.84, "run"), StageSummary("evaluate", 10.0, "cached")]
     write_summary(
         tree / ".ddpm/runs/bold-ape",
@@ -72,6 +75,31 @@ def test_the_report_of_the_working_tree(tree: Path) -> None:
     assert "git checkout" not in text
 
 
+def test_a_report_shows_the_parameters_that_the_stages_ran_with(tree: Path) -> None:
+    """params.yaml may have been changed, or lost, since."""
+    before = yaml_files.read_yaml(tree / "params.yaml")["sample"]["steps"]
+    trees.change(tree, {"sample": {"steps": before + 3}, "train": {"optimizer": {"kind": "sgd", "momentum": 0.25}}})
+    for document in ((tree / "params.yaml").read_bytes(), b"{}", b"sample: 1"):
+        (tree / "params.yaml").write_bytes(document)
+        done = ddpm(tree, "report", environment=ENVIRONMENT)
+        assert (done.returncode, done.stderr) == (0, "")
+        text = check_alone((tree / "reports/run.html").read_text())
+        assert f"{before} steps, spacing" in text
+        assert f"sample.steps {before} 50" in text
+        assert "momentum" not in text
+
+
+def test_a_report_of_an_imported_model_shows_no_training(tree: Path) -> None:
+    (tree / "reports/train.json").unlink()
+    shutil.rmtree(tree / "reports/train_curves")
+    done = ddpm(tree, "report", environment=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = check_alone((tree / "reports/run.html").read_text())
+    assert "train.steps" not in text
+    assert "network.base_channels 8" in text
+    assert "trained for" not in text
+
+
 def test_what_cannot_be_shown_is_refused(tree: Path) -> None:
     done = ddpm(tree, "report", "nobody", environment=ENVIRONMENT)
     assert done.returncode == 1
@@ -87,6 +115,18 @@ def test_what_cannot_be_shown_is_refused(tree: Path) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         assert "bold-ape/reports/export.json: damaged (it is not what export writes)" in done.stderr
     export.unlink()
+    record = tree / ".ddpm/runs/bold-ape/reports/made_with/evaluate.json"
+    record.write_text('{"params": []}')
+    done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "bold-ape/reports/made_with/evaluate.json: damaged (it is not what a stage writes)" in done.stderr
+    record.unlink()
+    (tree / ".ddpm/runs/bold-ape/params.yaml").write_text("{}")
+    for command in (["report", "bold-ape"], ["compare", "bold-ape", "."]):
+        done = ddpm(tree, *command, environment=ENVIRONMENT)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "bold-ape/params.yaml: lacks sample.sampler, " in done.stderr
+    shutil.copy(tree / "params.yaml", tree / ".ddpm/runs/bold-ape/params.yaml")
     (tree / ".ddpm/runs/bold-ape/reports/evaluation/mse_by_t.csv").unlink()
     done = ddpm(tree, "report", "bold-ape", environment=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (1, "")
