@@ -35,7 +35,8 @@ NOT_SHAPING = (
 or monitors them."""
 
 DRAWING = ("diffusion.sampling", "diffusion.samples", "diffusion.evaluation.live")
-"""Code that samples previews, and measures their quality. Previews may come from an earlier version of it; the weights do not depend on it."""
+"""Code that samples previews, and measures their quality. Previews may come from an earlier version of it; the
+weights do not depend on it."""
 
 
 def imports(module: str) -> set[str]:
