@@ -307,6 +307,8 @@ def test_ddpm_set_replaces_the_rules_of_the_gate(tree: Path, capsys: pytest.Capt
     made = parameters.load(tree / "params.yaml").tracking
     assert made.gate == (Better(figure="val_mse", by=0), NotWorse(figure="kid", by=0.01))
     assert "  gate: # rules" in (tree / "params.yaml").read_text(encoding="utf-8")
+    assert main(["set", "evaluate.samplers=[{sampler: ddim, steps: 10}]"]) == 0
+    assert capsys.readouterr().out.endswith('evaluate.samplers: [{"sampler": "ddim", "steps": 10}]\n')
     assert main(["set", "tracking.gate=[]"]) == 0
     assert parameters.load(tree / "params.yaml").tracking.gate == ()
 
