@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # in case the project is not installed
 
 from choices import results, sampling, training
@@ -90,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
     of_sample.add_argument("--tree", type=Path, required=True, help="working tree with data/pairs and models/ddpm")
     of_sample.add_argument("--data", required=True, help="name of the data, for the results")
     of_sample.add_argument("--only", nargs="+", choices=sampling.GROUPS, default=sampling.GROUPS, help="groups")
-    of_sample.add_argument("--steps", type=int, nargs="+", default=sampling.STEPS, help="steps of each sampler")
+    of_sample.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=sampling.STEPS,
+        help="steps of each sampler (default %(default)s; above 100 for ddpm alone)",
+    )
     of_sample.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the tree's parameters")
     of_sample.add_argument("--out", type=Path, help="(default benchmarks/results/samplers-DATA.jsonl)")
     of_sample.set_defaults(run=sample)
@@ -99,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
+    torch.set_num_threads(1)  # as in each run, for the same features
     try:
         arguments.run(arguments)
     except UserError as error:

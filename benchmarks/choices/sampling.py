@@ -28,9 +28,10 @@ from flows.paths import Paths
 
 CPU = torch.device("cpu")
 GROUPS = ("sampler", "spacing", "threshold", "guidance", "variance")
-STEPS = (5, 10, 20, 50)
+STEPS = (5, 10, 20, 50, 250)
+MANY = 100
+"""More steps than this are taken by `ddpm` alone."""
 SPACING_STEPS = (10, 20)
-ANCESTRAL_STEPS = 250
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 SHOWN = 8
 """Number of samples in a picture."""
@@ -79,7 +80,8 @@ def settings(
         "sampler": [
             {"sampler": name, "steps": number}
             for name in SAMPLERS
-            for number in [*steps, *([ANCESTRAL_STEPS] if name == "ddpm" else [])]
+            for number in steps
+            if number <= MANY or name == "ddpm"
         ],
         "spacing": [{"spacing": name, "steps": number} for name in SPACINGS for number in few],
         "threshold": [{"threshold": name} for name in THRESHOLDS],

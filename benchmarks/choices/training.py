@@ -106,7 +106,6 @@ def with_assignments(document: object, assignments: str) -> Params:
 
 def prepare(runs: list[Run]) -> None:
     """Make the pairs that the runs need, and the features."""
-    torch.set_num_threads(1)
     for root, params in {run.tree.root: run.params for run in runs}.items():
         paths = Paths(root)
         source = params.shard.model_copy(update={"source": str(ROOT / params.shard.source)})
