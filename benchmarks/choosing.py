@@ -2,9 +2,11 @@
 
     python benchmarks/choosing.py train --seeds 0 1 2
     python benchmarks/choosing.py sample --tree TREE --data digits --seeds 0 1 2
+    python benchmarks/choosing.py page
 
 Each run is a line of benchmarks/results/choosing-digits.jsonl or samplers-DATA.jsonl; those that are there already are
-not repeated. TREE is a working tree in which a preset was trained (`ddpm preset NAME`, `dvc repro`).
+not repeated. TREE is a working tree in which a preset was trained (`ddpm preset NAME`, `dvc repro`). The last command
+makes docs/choosing-well.md and its charts from all results.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # in case the project is not installed
 
-from choices import results, sampling, training
+from choices import page, results, sampling, training
 from choices.results import ROOT
 
 from diffusion.errors import UserError
@@ -102,6 +104,10 @@ def parser() -> argparse.ArgumentParser:
     of_sample.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the tree's parameters")
     of_sample.add_argument("--out", type=Path, help="(default benchmarks/results/samplers-DATA.jsonl)")
     of_sample.set_defaults(run=sample)
+    of_page = commands.add_parser("page", help="write docs/choosing-well.md from the results")
+    of_page.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    of_page.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
+    of_page.set_defaults(run=lambda arguments: page.write(arguments.results, arguments.docs))
     return found
 
 
