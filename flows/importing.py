@@ -101,6 +101,8 @@ def import_data(
         changes["pairs"] |= pairs or {}
         if present is not None and present.evaluate.shown_channels:  # of the former images
             changes["evaluate"] = {"shown_channels": []}
+        if present is not None and getattr(present.network, "fourier_features", ()):  # likewise
+            changes.setdefault("network", {})["fourier_features"] = []
         document = None if before is None else lay_over(copy.deepcopy(before), changes)
         if document is None:
             fit = Pairs(**changes["pairs"]).fit

@@ -38,6 +38,10 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NETWORK = "network.fourier_features: []\nnetwork.classes: true\n"
+"""What an import prints for images with classes that replace the digits."""
+
+
 @pytest.fixture
 def tree(digits_tree: Path, empty: Path) -> Path:
     """A working tree with git and DVC, and a folder of images."""
@@ -58,7 +62,7 @@ def status(tree: Path) -> set[str]:
 def test_a_folder_is_added_to_dvc(tree: Path, link: bool) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own", *(["--link"] if link else []))
     assert done.returncode == 0, done.stderr
-    assert 'shard.source: "data/raw/own"\npairs.height: 3\npairs.width: 3\nnetwork.classes: true\n' in done.stdout
+    assert f'shard.source: "data/raw/own"\npairs.height: 3\npairs.width: 3\n{NETWORK}' in done.stdout
     params = YAML(typ="safe").load(tree / "params.yaml")
     assert (params["shard"]["source"], params["pairs"]["width"]) == ("data/raw/own", 3)
     assert "    git add data/raw/own.dvc data/raw/.gitignore\n" in done.stdout
@@ -152,7 +156,7 @@ def test_an_archive_is_imported_as_a_file_and_read_in_place(tree: Path, name: st
     shutil.make_archive(str(tree / name.removesuffix(f".{ending}")), kind, tree / "elsewhere")
     done = run(tree, "flows", "import", name, "--name", "own", "--size", "8")
     assert done.returncode == 0, done.stderr
-    assert f'shard.source: "data/raw/own.{ending}"\nnetwork.classes: true\n' in done.stdout  # the size is the default
+    assert f'shard.source: "data/raw/own.{ending}"\n{NETWORK}' in done.stdout  # the size is the default
     assert run(tree, "flows", "shard").returncode == 0
     manifest = json.loads((tree / "data" / "shards" / "manifest.json").read_text())
     assert manifest["classes"] == ["a", "b"]
@@ -296,6 +300,7 @@ def test_what_was_chosen_for_other_images_is_reset(tree: Path) -> None:
     done = run(tree, "flows", "import", "elsewhere", "--name", "own")
     assert done.returncode == 0, done.stderr
     assert "evaluate.shown_channels: []" in done.stdout
+    assert "network.fourier_features: []" in done.stdout
 
 
 def test_a_name_that_dvc_cannot_track_is_named(tree: Path) -> None:
