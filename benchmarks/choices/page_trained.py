@@ -18,7 +18,8 @@ TEXTS = {
     "timesteps": ("Training timesteps", "Compared with the default parameters (`train.timesteps=rms-error`)."),
     "network": (
         "Network",
-        "Compared with the default parameters (a U-Net with 32 channels and `fourier_features=[3, 4]`). All are trained for as many steps, not for "
+        "Compared with the default parameters (a U-Net with 32 channels and `fourier_features=[3, 4]`). "
+        "All are trained for as many steps, not for "
         "as long: the last columns show the number of weights and the CPU time of training.",
     ),
 }

@@ -77,7 +77,8 @@ class Cell(NamedTuple):
         found = number(self.mean, places) + ("" if math.isnan(self.sd) else f" ± {number(self.sd, places)}")
         if math.isnan(self.half):
             return found
-        fine = min(max(places, -_magnitude(self.half)), places + 2)  # so that small intervals are not ± 0
+        fine = -_magnitude(self.half)  # decimals with which a small interval is not ± 0
+        fine = fine if places < fine <= places + 2 else places
         against = f"{number(self.difference, fine, '+')} ± {number(self.half, fine)}"
         return f"{found}<br>{f'**{against}**' if self.beyond else against}"
 
@@ -152,7 +153,7 @@ def made_by(command: str, runs: Sequence[Row]) -> str:
     seeds = listed("seed").replace(",", "")
     parts = [f"`python benchmarks/choosing.py {command} --seeds {seeds}`", f"{listed('samples')} samples"]
     parts += [f"{images} test images for bits/dim"] if (images := listed("images")) else []
-    parts += [listed("features"), f"commit {listed('commit')}", f"one thread of an {listed('processor')}"]
+    parts += [listed("features"), f"commit {listed('commit')}", f"one thread, {listed('processor')}"]
     return f"*{'; '.join(parts)}.*\n"
 
 
