@@ -168,6 +168,8 @@ def _failed(entry: Entry) -> str:
 
 def _verdicts(shown: Sequence[tuple[Entry, list[Cell]]], columns: Sequence[Column]) -> list[str]:
     """Which settings are better or worse than their baseline, and in which figures."""
+    if all(math.isnan(each.half) for _, cells in shown for each in cells):
+        return ["Differences have no interval yet: that takes two seeds."]
     lines = []
     for word, sign in (("Better", 1), ("Worse", -1)):
         found = []
