@@ -129,7 +129,8 @@ def measure(draw: Draw) -> Row:
     seconds = time.process_time() - began
     hook.remove()
     found = quality.measure(on.real, drawn, on.features, on.params.evaluate.resamples)
-    base = sample_section(draw.tree, draw.base).model_dump(mode="json", exclude={"count"})
+    tree_options = sample_section(draw.tree, draw.base)
+    base = tree_options.model_dump(mode="json", exclude={"count"}) | {"sampler": tree_options.sampler.kind}
     return {
         "data": draw.data,
         "base": base,
