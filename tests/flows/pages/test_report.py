@@ -93,7 +93,7 @@ def test_the_stage_writes_the_page(whole_tree: Path) -> None:
     figures = json.loads((whole_tree / "reports/evaluate.json").read_text())
     for name in ("mse", "mse_low", "r2", "val_mse", "wiener_mse", "bits_per_dim", "bits_per_dim_pixel_histogram"):
         assert f"{figures[name]:.4f}" in text
-    assert "Network unet with 12,636 parameters, trained for 40 steps on digits: 1,452 greyscale images of 8x8" in text
+    assert "Network unet with 13,500 parameters, trained for 40 steps on digits: 1,452 greyscale images of 8x8" in text
     for caption in ("Real pictures", "The forward process", "The reverse process", "Held-out error while training"):
         assert caption in text
     assert page.count('src="data:image/png;base64,') == 5  # samples, real ones, nearest ones, filmstrips
