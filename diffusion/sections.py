@@ -241,6 +241,36 @@ class OneOf:
             raise ValidationError.from_exception_data(error.title, faults) from None
 
 
+class SomeOf:
+    """Annotation for a mapping with some of a section's fields, by name; annotate such a field as Any.
+
+    Each is validated as in the section, and the others remain absent, which is no error here.
+    """
+
+    def __init__(self, section: type[Section], title: str, without: Collection[str] = ()) -> None:
+        self.section, self.title = section, title
+        self.names = tuple(name for name in section.model_fields if name not in without)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        whole = handler.resolve_ref_schema(handler(self.section.__pydantic_core_schema__))
+        fields = {name: {**whole["properties"][name]} for name in self.names}
+        for field in fields.values():
+            field.pop("default", None)
+        return {"type": "object", "title": self.title, "properties": fields, "additionalProperties": False}
+
+    def _validate(self, given: Any) -> dict[str, Any]:
+        if not isinstance(given, Mapping):
+            raise _fault("model_type", (), given, class_name=self.title)
+        if unknown := [name for name in given if name not in self.names]:
+            faults = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=given[name]) for name in unknown]
+            raise ValidationError.from_exception_data(self.title, faults)
+        valid = self.section.model_validate(dict(given)).model_dump(mode="json")
+        return {name: valid[name] for name in given}
+
+
 def _fault(name: str, at: tuple[str, ...], given: Any, **context: str) -> ValidationError:
     return ValidationError.from_exception_data("", [InitErrorDetails(type=name, loc=at, input=given, ctx=context)])
 

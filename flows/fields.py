@@ -95,7 +95,7 @@ def _takes(schema: Mapping[str, Any]) -> str:
         return schema["title"]
     if schema["type"] == "array":
         items, plural = schema["items"], "s, each"
-        named = "enum" in items or "anyOf" in items
+        named = "enum" in items or "anyOf" in items or items.get("type") == "object"
         return f"list of {_takes(items)}" if named else f"list of {_limited(items, plural)}"
     return _limited(schema, ",")
 

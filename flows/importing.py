@@ -15,6 +15,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from diffusion.errors import UsageError, UserError, counted, describe
+from diffusion.nn.unet import UNetOptions
 from diffusion.progress import Progress, printable
 from diffusion.sources import rejections, shards
 from diffusion.sources.arrays import Arrays
@@ -101,7 +102,7 @@ def import_data(
         changes["pairs"] |= pairs or {}
         if present is not None and present.evaluate.shown_channels:  # of the former images
             changes["evaluate"] = {"shown_channels": []}
-        if present is not None and getattr(present.network, "fourier_features", ()):  # likewise
+        if present is not None and isinstance(present.network, UNetOptions) and present.network.fourier_features:
             changes.setdefault("network", {})["fourier_features"] = []
         document = None if before is None else lay_over(copy.deepcopy(before), changes)
         if document is None:

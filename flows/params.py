@@ -7,6 +7,7 @@ hashes the values in the file, and must see everything that affects a result.
 import copy
 import errno
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from diffusion.sections import (
     OneOf,
     Positive,
     Section,
+    SomeOf,
 )
 from diffusion.sources.reading import MAX_PIXELS, Layout, Reading
 from diffusion.training.options import TrainOptions
@@ -41,9 +43,23 @@ def _leaves_something_to_train_on(shard: "Shard") -> None:
         raise ValueError("val_fraction + test_fraction must be below 1, to leave images to train on")
 
 
+def laid_over(sample: SampleOptions, changes: dict[str, Any]) -> SampleOptions:
+    """The section `sample` with the changes of an entry of `evaluate.samplers`."""
+    fields = {name: getattr(sample, name) for name in SampleOptions.model_fields}
+    return SampleOptions(**fields | changes)
+
+
+def _samplings(params: "Params") -> Iterator[tuple[str, SampleOptions]]:
+    """All settings in which evaluate draws samples, by their place in params.yaml."""
+    yield "sample", params.sample
+    for index, changes in enumerate(params.evaluate.samplers):
+        yield f"evaluate.samplers.{index}", laid_over(params.sample, changes)
+
+
 def _samples_at_timesteps_that_exist(params: "Params") -> None:
-    if (steps := params.sample.steps) > (T := params.process.num_timesteps):
-        raise ValueError(f"sample.steps ({steps}) exceeds process.num_timesteps ({T})")
+    for place, sample in _samplings(params):
+        if sample.steps > (T := params.process.num_timesteps):
+            raise ValueError(f"{place}.steps ({sample.steps}) exceeds process.num_timesteps ({T})")
 
 
 def _exports_timesteps_that_exist(params: "Params") -> None:
@@ -63,8 +79,15 @@ def _draws_the_last_timestep(params: "Params") -> None:
 
 
 def _has_learned_its_variance(params: "Params") -> None:
-    if params.sample.variance == "learned" and not params.process.learned_variance:
-        raise ValueError("sample.variance is learned, which needs process.learned_variance: true")
+    for place, sample in _samplings(params):
+        if sample.variance == "learned" and not params.process.learned_variance:
+            raise ValueError(f"{place}.variance is learned, which needs process.learned_variance: true")
+
+
+def _guides_by_classes(params: "Params") -> None:
+    for index, changes in enumerate(params.evaluate.samplers):
+        if "guidance" in changes and not params.network.classes:
+            raise ValueError(f"evaluate.samplers.{index}.guidance needs classes (network.classes: true); leave it out")
 
 
 def _exports_its_variance(params: "Params") -> None:
@@ -89,6 +112,11 @@ def _names_its_features(evaluate: "Evaluate") -> None:
         raise ValueError("features_sha256 is the digest of a file, but features is auto; set features_sha256 to ''")
     if evaluate.features != "auto" and not evaluate.features.endswith(".onnx"):
         raise ValueError("features must be auto, or an .onnx file")
+
+
+def _draws_samples_to_compare(params: "Params") -> None:
+    if params.evaluate.samplers and not params.evaluate.quality_samples:
+        raise ValueError("evaluate.samplers needs evaluate.quality_samples above 0, such as 256; or set samplers to []")
 
 
 class Shard(Section):
@@ -180,6 +208,11 @@ class Evaluate(Section):
     (N, C, H, W) in [0, 1], and its first output is (N, D)."""
     features_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     """SHA-256 of the file in `features`, so that another file there is noticed."""
+    samplers: Annotated[
+        tuple[Annotated[Any, SomeOf(SampleOptions, "fields of sample", without={"count"})], ...], LIST
+    ] = ()
+    """Settings to compare with that of the section `sample`, in the same figures of quality and from the same noise.
+    Each lists the fields in which it differs: [{sampler: ddim, steps: 10}, {sampler: dpm-solver++, steps: 5}]."""
     shown_channels: Annotated[tuple[NonNegative, ...], LIST] = ()
     """One or three channels to show in the plots, for images with other than 1, 3 or 4; []: the first three."""
 
@@ -227,6 +260,8 @@ class Params(Section):
         _shows_channels_that_exist,
         _draws_the_last_timestep,
         _has_learned_its_variance,
+        _guides_by_classes,
+        _draws_samples_to_compare,
         _exports_its_variance,
     )
 

@@ -34,8 +34,9 @@ NOT_SHAPING = (
 """Code that cannot change what a stage writes: all values are in params.yaml, and the rest checks, passes on
 or monitors them."""
 
-DRAWING = ("diffusion.sampling", "diffusion.samples")
-"""Code that samples previews. Previews may come from an earlier version of it; the weights do not depend on it."""
+DRAWING = ("diffusion.sampling", "diffusion.samples", "diffusion.evaluation.live")
+"""Code that samples previews, and measures their quality. Previews may come from an earlier version of it; the
+weights do not depend on it."""
 
 
 def imports(module: str) -> set[str]:

@@ -31,6 +31,9 @@ class Line(NamedTuple):
     """As in matplotlib: `-`, `--`, `:`, or `o-` with a marker at each point."""
     colour: int = 0
     """Number of its colour; taken modulo COLOURS."""
+    low: Sequence[float] = ()
+    """Lower ends of the intervals of y, and upper ones; none if empty."""
+    high: Sequence[float] = ()
 
 
 class Chart(NamedTuple):
@@ -40,6 +43,7 @@ class Chart(NamedTuple):
     y: str
     lines: tuple[Line, ...]
     log_x: bool = False
+    log_y: bool = True
 
 
 def mse_by_t(runs: Mapping[str, Rows]) -> Chart:
@@ -91,8 +95,11 @@ def svg(chart: Chart) -> str:
         for line in chart.lines:
             colour = SERIES.format(line.colour % COLOURS)
             axes.plot(line.x, line.y, line.style, color=colour, linewidth=1.6, markersize=4)
-        axes.set_yscale("log")
-        decimal_ticks(axes.yaxis)
+            if line.low:
+                axes.vlines(line.x, line.low, line.high, color=colour, linewidth=1.6)
+        if chart.log_y:
+            axes.set_yscale("log")
+            decimal_ticks(axes.yaxis)
         if chart.log_x:
             axes.set_xscale("log")
             decimal_ticks(axes.xaxis)

@@ -121,8 +121,10 @@ class OwnFeatures:
         return [torch.cat(outputs).numpy() for outputs in zip(*parts, strict=True)]
 
 
-def trained_features(train: Pairs, cache: Path) -> OwnFeatures:
+def trained_features(train: Pairs, cache: Path, stage: str = "evaluate") -> OwnFeatures:
     """The features of a data set, trained once and kept in `cache`; a damaged file there is replaced.
+
+    `stage` is the one whose progress it is.
 
     They are a function of the images and classes alone, not of their order, the seed or the process, so that runs on
     the same data have the same features; and, like all training, of the number of threads and the machine's vector
@@ -142,8 +144,8 @@ def trained_features(train: Pairs, cache: Path) -> OwnFeatures:
             net.load_state_dict(load(content))
             return OwnFeatures(net, supervised)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            say(f"evaluate: the features in {path} are corrupt ({error}); training them again")
-    net = _train(_new(train, supervised), images, supervised, data_seed(train.manifest))
+            say(f"{stage}: the features in {path} are corrupt ({error}); training them again")
+    net = _train(_new(train, supervised), images, supervised, data_seed(train.manifest), stage)
     content = save({key: tensor.contiguous() for key, tensor in net.state_dict().items()})
     write_atomic(digest, f"{hashlib.sha256(content).hexdigest()}\n".encode())
     write_atomic(path, content)
@@ -156,14 +158,14 @@ def _new(train: Pairs, supervised: bool) -> Network:
         return Network(train.shape, len(train.manifest.classes) if supervised else TURNS)
 
 
-def _train(net: Network, images: Images, supervised: bool, seed: int) -> Network:
+def _train(net: Network, images: Images, supervised: bool, seed: int, stage: str) -> Network:
     """Train the network to recognize the classes of the images that have one, or random rotations of all."""
     if supervised:
         images = images.part(np.flatnonzero(images.labels >= 0))
     generator, reach = stream(seed, Purpose.FEATURES, high=1), int(net.side * SHIFT)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    with torch.random.fork_rng(devices=[]), Progress("evaluate", STEPS, "steps") as progress:
+    with torch.random.fork_rng(devices=[]), Progress(stage, STEPS, "steps") as progress:
         torch.manual_seed(int(generator.integers(2**63)))  # of dropout
         for _ in range(STEPS):
             batch = generator.integers(len(images.pixels), size=BATCH)

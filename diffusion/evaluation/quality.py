@@ -94,11 +94,18 @@ class Quality:
     """m, the number of training images that all sets are compared with."""
     picture: bytes
     """PNG: samples above their nearest training images, then held-out images above theirs."""
+    others: Sequence[Sequence[Figure]] = ()
+    """The figures of further sets of samples that compare features."""
 
     def __getitem__(self, key: str | tuple[str, str]) -> Figure:
         """The figure of a metric, of the samples or of another set; raises KeyError if there is none."""
         metric, which = (key, "samples") if isinstance(key, str) else key
         return {(figure.metric, figure.set): figure for figure in self.figures}[metric, which]
+
+    @property
+    def of_samples(self) -> list[Figure]:
+        """The figures of the samples that compare features, as in `others`."""
+        return [self[metric] for metric in COMPARED]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -167,7 +174,12 @@ def references(wanted: int, train: Pairs, held_out: Sequence[Pairs]) -> Referenc
 
 
 def measure(
-    real: References, samples: Images, features: Features, resamples: int, shown: tuple[int, ...] = ()
+    real: References,
+    samples: Images,
+    features: Features,
+    resamples: int,
+    shown: tuple[int, ...] = (),
+    others: Sequence[Images] = (),
 ) -> Quality:
     """Compare n samples and the other sets with the training images.
 
@@ -177,10 +189,14 @@ def measure(
         features: in which images are compared.
         resamples: number of bootstrap resamples for means over images.
         shown: the channels to show in the picture; see `visible`.
+        others: further sets of n samples.
     """
     noise = sets.noise(real.others, real.n, real.generator(NOISE))
     compared = {"samples": samples, "held-out": real.held_out, "noise": noise}
-    figures = _feature_figures(features, compared, real, resamples)
+    further = {f"samples {number}": images for number, images in enumerate(others)}
+    figures = _feature_figures(features, compared | further, real, resamples)
+    of_others = [[figure for figure in figures if figure.set == name] for name in further]
+    figures = [figure for figure in figures if figure.set not in further]
     if isinstance(features, OwnFeatures) and features.supervised:
         for name in ("samples", "held-out"):
             if (compared[name].labels >= 0).any():
@@ -198,7 +214,7 @@ def measure(
         ]
     order = list(LABELS)
     figures.sort(key=lambda figure: (order.index(figure.metric), SETS.index(figure.set)))
-    return Quality(figures, len(real.pool.labels) - real.n, _picture(compared, nearest, shown))
+    return Quality(figures, len(real.pool.labels) - real.n, _picture(compared, nearest, shown), of_others)
 
 
 def _feature_figures(

@@ -11,6 +11,7 @@ import torch
 
 from diffusion.errors import Stopped
 from diffusion.evaluation.heldout import Estimate, quick_mse
+from diffusion.evaluation.live import LiveQuality, Measured
 from diffusion.model import Model
 from diffusion.pairs.pairs import Pairs
 from diffusion.process.build import ProcessOptions
@@ -72,6 +73,8 @@ class Hooks:
     logger: TrainingLogger | None
     flops: int
     """Of a forward pass, per image; a training step takes three times as many."""
+    quality: LiveQuality | None = None
+    """Compares samples with training images at every preview; it changes no output. None if that is turned off."""
     timed_steps: int = field(default=0, init=False)
     """Steps since `timed_from`, for a throughput that excludes previews."""
     timed_from: float = field(default_factory=time.monotonic, init=False)
@@ -98,10 +101,10 @@ class Hooks:
     def preview(self, state: State) -> None:
         """Measure the held-out error and draw samples."""
         state.copy_average_into(self.model.net)
-        mse, se, signum = math.nan, math.nan, 0.0
+        mse, se, signum, quality = math.nan, math.nan, 0.0, None
         if self.trainer.world.main:
             try:
-                mse, se = self._measure(state)
+                (mse, se), quality = self._measure(state)
             except Stopped as stopped:
                 signum = stopped.signum
         mse, signum = self.trainer.world.broadcast([mse, signum])
@@ -109,8 +112,14 @@ class Hooks:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
         if self.logger:
-            say(f"train: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}")
-            self.logger.metrics({"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": state.skipped}, state.step)
+            line = f"train: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}"
+            metrics = {"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": state.skipped}
+            if quality:
+                line += f", KID {quality.kid:.4f} ± {quality.kid_se:.4f}"
+                line += f", Fréchet distance {quality.frechet_distance:.3f} ± {quality.frechet_distance_se:.3f}"
+                metrics |= {f"quality_{name}": value for name, value in quality._asdict().items()}
+            say(line)
+            self.logger.metrics(metrics, state.step)
             if math.isfinite(mse):
                 self.logger.image(preview_path(self.previews, state.step), state.step)
         self._restart_clock()
@@ -118,7 +127,7 @@ class Hooks:
     def _restart_clock(self) -> None:
         self.timed_steps, self.timed_from = 0, time.monotonic()
 
-    def _measure(self, state: State) -> Estimate:
+    def _measure(self, state: State) -> tuple[Estimate, Measured | None]:
         def check_stop() -> None:
             self.stop.check()
             if self.progress:
@@ -126,7 +135,9 @@ class Hooks:
 
         found = quick_mse(self.model, self.heldout, self.device, check_stop)
         if not math.isfinite(found.mse):
-            return found  # samples of a diverged network are meaningless
+            return found, None  # samples of a diverged network are meaningless
         images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)
         write_atomic(preview_path(self.previews, state.step), grid_png(images))
-        return found
+        if self.quality is None:
+            return found, None
+        return found, self.quality(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)

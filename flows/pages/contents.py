@@ -139,10 +139,11 @@ def read_json(path: Path, digest: str | None = None) -> dict[str, Any]:
 
 
 def _tables(directory: Path) -> dict[str, list[Row]]:
-    return {file.stem: _table(file) for file in sorted(directory.glob("*.csv"))}
+    return {file.stem: table(file) for file in sorted(directory.glob("*.csv"))}
 
 
-def _table(path: Path) -> list[Row]:
+def table(path: Path) -> list[Row]:
+    """Read a table in a directory with SHA256SUMS; raises FileFault."""
     rows = csv.DictReader(io.StringIO(read_checked(path).decode(), newline=""))
     return [{name: _number(value) for name, value in row.items() if value} for row in rows]
 

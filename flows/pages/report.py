@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion.errors import counted
-from diffusion.evaluation import charts, histograms, noise_prediction, quality
+from diffusion.evaluation import charts, histograms, noise_prediction, quality, samplers
 from flows.pages.contents import Contents, Row
 from flows.pages.rendering import bars, parameter, render
 
@@ -91,7 +91,7 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
         how=describe(parameters, contents.conditional),
         figures=figures,
         quality=_quality(tables.get("quality", [])),
-        samplers=tables.get("samplers"),
+        samplers=_samplers(tables.get("samplers", [])),
         resized=_resized(contents),
         data=contents.shards,
         reasons=Counter(remark["reason"] for remark in contents.shards.get("rejected", [])).most_common(),
@@ -199,6 +199,18 @@ def _quality(rows: list[Row]) -> dict[str, Any]:
         drawn = bars(intervals) if any(shown) else ""
         found.append((label, features if features != quality.PIXELS else "", [cells.get(name) for name in sets], drawn))
     return {"sets": sets, "rows": found} if found else {}
+
+
+def _samplers(rows: list[Row]) -> dict[str, Any]:
+    """The table of samplers.csv, by setting, and its charts over the number of steps; empty if there are no rows."""
+    if not rows:
+        return {}
+    labels = {metric: quality.LABELS[metric] for metric in quality.COMPARED}
+    drawn = [
+        (samplers.chart(rows, metric), f"{labels[metric]} by steps.") for metric in ("frechet_distance", "coverage")
+    ]
+    named = list(zip(samplers.settings(rows), rows, strict=True))
+    return {"rows": named, "labels": labels, "charts": drawn, "n": int(rows[0]["n"]), "features": rows[0]["features"]}
 
 
 def _scored(figures: dict[str, Any]) -> dict[str, str]:

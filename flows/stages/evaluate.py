@@ -4,13 +4,14 @@ Models are selected by their validation error; everything reported about the sel
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from diffusion.errors import counted
-from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, sets, wiener
+from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, samplers, sets, wiener
 from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
 from diffusion.evaluation.filmstrip import frames, noising
 from diffusion.evaluation.heldout import Prediction, predictions
@@ -23,7 +24,7 @@ from diffusion.pairs.pairs import Pairs
 from diffusion.pairs.pixels import visible
 from diffusion.progress import Progress, say, working
 from diffusion.samples import draw_samples, grid_png
-from diffusion.sampling.build import sampling_timesteps
+from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.storage.files import (
     new_directory,
     parse_csv,
@@ -36,7 +37,7 @@ from diffusion.storage.files import (
 )
 from flows import made_with, tracking
 from flows.pages import contents, report
-from flows.params import Evaluate, Params
+from flows.params import Evaluate, Params, laid_over
 from flows.paths import Paths
 
 
@@ -50,6 +51,9 @@ def run(params: Params, paths: Paths) -> None:
     curves = [parse_csv(read_checked(paths.train_curves / name)) for name in names]
     contents.read_inputs(paths)  # rejects damaged files before scoring
     steps = len(sampling_timesteps(params.sample, model.process.schedule))  # rejects invalid options before scoring
+    for options in settings(params):
+        sampling_timesteps(options, model.process.schedule)
+        model.sampler(options)
     features = own_features(params.evaluate, paths, model)  # refused before scoring
     with working("evaluate: fitting the linear baseline"):
         baseline = wiener.fit(train)
@@ -58,7 +62,7 @@ def run(params: Params, paths: Paths) -> None:
         samples = draw_samples(
             model, params.sample, params.seed, device, lambda: progress.advance(1, "drawing samples")
         )
-    measured = compare(params, paths, model, device, (train, val, pairs), features)
+    measured, compared = compare(params, paths, model, device, (train, val, pairs), features)
     with working("evaluate: drawing the filmstrip and the plots"):
         pictures = {
             "mse_by_t": plots.mse_by_t(tables["mse_by_t"]),
@@ -81,6 +85,8 @@ def run(params: Params, paths: Paths) -> None:
             write_csv(temporary / f"{name}.csv", rows)
         if measured:
             write_csv(temporary / "quality.csv", [figure._asdict() for figure in measured.figures])
+        if compared:
+            write_csv(temporary / "samplers.csv", compared)
         for name, png in pictures.items():
             write_atomic(temporary / f"{name}.png", png)
         digests = {"weights_sha256": sha256(paths.model / WEIGHTS), "pairs_sha256": pairs.digest}
@@ -125,32 +131,44 @@ def compare(
     device: torch.device,
     splits: tuple[Pairs, Pairs, Pairs],
     features: Features | None,
-) -> Quality | None:
-    """Compare samples with real images of train, val and test; None if that is turned off, or there are too few."""
+) -> tuple[Quality | None, list[dict[str, Any]]]:
+    """Compare samples with real images of train, val and test; None if that is turned off, or there are too few.
+
+    Also returns the rows of samplers.csv, if `evaluate.samplers` lists settings.
+    """
     wanted, (train, *held_out) = params.evaluate.quality_samples, splits
     if not wanted:
-        return None
+        return None, []
     with working("evaluate: choosing real images to compare samples with"):
         real = quality.references(wanted, train, held_out)
     if real.n < quality.MIN_IMAGES:
         say(
             f"evaluate: samples are not compared with real images, which takes {quality.MIN_IMAGES} held-out images "
             "and twice as many for training"
+            + ("; so evaluate.samplers cannot be compared either" if params.evaluate.samplers else "")
         )
-        return None
+        return None, []
     features = features or trained_features(train, paths.features)
-    steps = sets.batches(real.n) * len(sampling_timesteps(params.sample, model.process.schedule))
-    with Progress("evaluate", steps, "steps") as progress:
-        samples = sets.samples(
-            model,
-            params.sample,
-            params.seed,
-            device,
-            real.others.labels,
-            lambda: progress.advance(1, f"drawing {real.n} samples to compare with real images"),
-        )
+    wanted_settings = settings(params)
+    steps = [len(sampling_timesteps(options, model.process.schedule)) for options in wanted_settings]
+    note = f"drawing {real.n} samples to compare with real images"
+    if len(steps) > 1:
+        note += f", in each of {len(steps)} settings"
+    with Progress("evaluate", sets.batches(real.n) * sum(steps), "steps") as progress:
+        drawn = [
+            samplers.draw(model, options, params.seed, device, real.others.labels, lambda: progress.advance(1, note))
+            for options in wanted_settings
+        ]
     with working("evaluate: comparing samples with real images"):
-        return quality.measure(real, samples, features, params.evaluate.resamples, params.evaluate.shown_channels)
+        first, *others = [each.samples for each in drawn]
+        options = params.evaluate
+        found = quality.measure(real, first, features, options.resamples, options.shown_channels, others)
+    return found, samplers.table(drawn, [found.of_samples, *found.others]) if others else []
+
+
+def settings(params: Params) -> list[SampleOptions]:
+    """The section `sample`, then the settings in `evaluate.samplers`."""
+    return [params.sample, *(laid_over(params.sample, changes) for changes in params.evaluate.samplers)]
 
 
 def score(

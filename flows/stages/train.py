@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from diffusion.errors import AlreadyReported, UserError, counted
 from diffusion.evaluation.heldout import x_0_mse
+from diffusion.evaluation.live import LiveQuality
 from diffusion.model import Config, Model, new_network, save_model
 from diffusion.nn import build as networks
 from diffusion.nn.counting import Counts, count
@@ -44,6 +45,10 @@ from flows.paths import Paths
 
 CHECKPOINT_SECONDS = "DDPM_CHECKPOINT_SECONDS"
 """Seconds between checkpoints. Not a parameter, since it does not affect the result."""
+PREVIEW_QUALITY = "DDPM_PREVIEW_QUALITY"
+"""Number of samples to compare with training images at every preview; 0, the default, is none. It is no parameter,
+either."""
+MIN_SAMPLES = 20
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -147,6 +152,9 @@ class Training:
         state = new_state(self.net, options, self.process.schedule, shard_weights, augmented=augment > 0)
         checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
         checkpoints.restore(state)
+        wanted, quality = preview_quality(), None
+        if world.main and wanted:
+            quality = LiveQuality.prepare(wanted, self.pairs, self.paths.features, "train")
         model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
         fetch = Batches(
             self.pairs,
@@ -181,7 +189,17 @@ class Training:
             trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
             drawing = preview_options(params.process)
             hooks = Hooks(
-                trainer, model, heldout, self.device, drawing, self.previews, stop, progress, live, counts.flops
+                trainer,
+                model,
+                heldout,
+                self.device,
+                drawing,
+                self.previews,
+                stop,
+                progress,
+                live,
+                counts.flops,
+                quality,
             )
             with progress or nullcontext():
                 loop.train(
@@ -269,6 +287,18 @@ def checkpoint_seconds() -> float:
     """Seconds between checkpoints; raises UserError if DDPM_CHECKPOINT_SECONDS is invalid."""
     seconds: float = setting(CHECKPOINT_SECONDS, 60.0, Annotated[float, Field(ge=0)])
     return seconds
+
+
+def preview_quality() -> int:
+    """Number of samples to compare at every preview; raises UserError if DDPM_PREVIEW_QUALITY is invalid."""
+    count: int = setting(PREVIEW_QUALITY, 0, Annotated[int, Field(ge=0, le=100_000), AfterValidator(_enough)])
+    return count
+
+
+def _enough(count: int) -> int:
+    if 0 < count < MIN_SAMPLES:
+        raise ValueError(f"must be 0 or at least {MIN_SAMPLES} (got '{count}')")
+    return count
 
 
 def check_devices(params: Params, device: torch.device) -> None:

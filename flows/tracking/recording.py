@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from diffusion.errors import UserError
 from diffusion.progress import say
 from flows import addresses, made_with
+from flows.pages import contents
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import champion, description, names, pages, registry, results, store
@@ -239,6 +240,8 @@ def _log_evaluation(run: TrackedRun, found: Results, evaluation: Evaluation) -> 
     for file in (paths.report, paths.evaluate_report):
         run.client.log_artifact(run.id, str(file), "evaluation")
     run.table(evaluation.bands, "evaluation/bands.json")
+    if (samplers := paths.evaluation / "samplers.csv").exists():
+        run.table(contents.table(samplers), "evaluation/samplers.json")
 
 
 def _data(found: Results) -> str:

@@ -141,9 +141,12 @@ class TrackedRun:
             self._images[step] = digest
 
     def table(self, rows: list[dict[str, Any]], file: str) -> None:
-        """Log a table, unless there is one with this name (`log_table` would append to it)."""
-        if file not in self.tags.get("mlflow.loggedArtifacts", ""):
-            self.client.log_table(self.id, {key: [row[key] for row in rows] for key in rows[0]}, file)
+        """Log a table as `log_table` does, but replace one with this name, which that would append to."""
+        entry, marker = {"path": file, "type": "table"}, "mlflow.loggedArtifacts"
+        self.client.log_dict(self.id, {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}, file)
+        tables = json.loads(self.client.get_run(self.id).data.tags.get(marker, "[]"))
+        if entry not in tables:
+            self.client.set_tag(self.id, marker, json.dumps([*tables, entry]))
 
     def end(self, status: str) -> None:
         self.client.set_terminated(self.id, status=status)

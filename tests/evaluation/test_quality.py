@@ -130,6 +130,17 @@ def test_features_that_tell_nothing_apart_are_refused(real: References, monkeypa
         quality.measure(real, real.held_out, Pixels(), 100)
 
 
+def test_further_samples_have_the_figures_they_would_have_alone(real: References) -> None:
+    noise = sets.noise(real.others, N, np.random.default_rng(0))
+    both = quality.measure(real, real.held_out, Pixels(), 100, others=[noise, real.held_out])
+    alone = quality.measure(real, noise, Pixels(), 100)
+    assert both.figures == quality.measure(real, real.held_out, Pixels(), 100).figures
+    assert [[figure[3:] for figure in figures] for figures in both.others] == [
+        [figure[3:] for figure in measured.of_samples] for measured in (alone, both)
+    ]
+    assert [figure.metric for figure in both.others[0]] == list(quality.COMPARED)
+
+
 def test_training_images_against_others_are_drawn_anew_each_time(real: References) -> None:
     figure = quality.measure(real, real.held_out, Pixels(), 100)["frechet_distance", "train"]
     generator = np.random.default_rng(0)

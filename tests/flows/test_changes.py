@@ -280,9 +280,8 @@ def test_params_of_format_1_are_reported_and_converted(
     assert "network.depth: removed\n" in shown
     assert main(["params", "--update"]) == 0
     assert capsys.readouterr().out == "params.yaml: nothing to change\n"
-    expected = yaml_files.read_yaml(root / "params.yaml")
-    expected["network"]["fourier_features"] = []  # there were none
-    assert read(tree) == expected
+    digits = yaml_files.read_yaml(root / "params.yaml")
+    assert read(tree) == lay_over(digits, {"network": {"fourier_features": []}})  # there were none
 
 
 def test_the_former_limit_becomes_a_rule_of_the_gate(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +306,8 @@ def test_ddpm_set_replaces_the_rules_of_the_gate(tree: Path, capsys: pytest.Capt
     made = parameters.load(tree / "params.yaml").tracking
     assert made.gate == (Better(figure="val_mse", by=0), NotWorse(figure="kid", by=0.01))
     assert "  gate: # rules" in (tree / "params.yaml").read_text(encoding="utf-8")
+    assert main(["set", "evaluate.samplers=[{sampler: ddim, steps: 10}]"]) == 0
+    assert capsys.readouterr().out.endswith('evaluate.samplers: [{"sampler": "ddim", "steps": 10}]\n')
     assert main(["set", "tracking.gate=[]"]) == 0
     assert parameters.load(tree / "params.yaml").tracking.gate == ()
 

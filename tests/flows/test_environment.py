@@ -8,7 +8,7 @@ from diffusion.errors import UserError
 from flows import services
 from flows.__main__ import main
 from flows.environment import setting
-from flows.stages.train import CHECKPOINT_SECONDS, checkpoint_seconds
+from flows.stages.train import CHECKPOINT_SECONDS, PREVIEW_QUALITY, checkpoint_seconds, preview_quality
 
 MAIN = {
     "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),
@@ -45,6 +45,19 @@ def test_an_invalid_checkpoint_interval_is_rejected_before_training(
     monkeypatch.setenv(CHECKPOINT_SECONDS, value)
     with pytest.raises(UserError, match=rf"^{CHECKPOINT_SECONDS}: .* \(got '{value}'\)$"):
         checkpoint_seconds()
+
+
+@pytest.mark.parametrize("value", ["some", "-1", "1", "19", "2.5"])
+def test_an_invalid_number_of_samples_is_rejected_before_training(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREVIEW_QUALITY, value)
+    with pytest.raises(UserError, match=rf"^{PREVIEW_QUALITY}: .* \(got '{value}'\)$"):
+        preview_quality()
+
+
+def test_previews_are_not_compared_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preview_quality() == 0
+    monkeypatch.setenv(PREVIEW_QUALITY, "20")
+    assert preview_quality() == 20
 
 
 def test_a_setting_is_converted_or_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

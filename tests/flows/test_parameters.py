@@ -117,6 +117,7 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
         ("UNet", "channel_multipliers", "list of integers, each at least 1", "[1, 2]"),
         ("UViT", "depth", "integer, at least 1", None),  # params.yaml has a U-Net
         ("Process", "loss", "mse | l1 | huber", "mse"),
+        ("Evaluate", "samplers", "list of fields of sample", "[]"),
         (
             "Tracking",
             "gate",
@@ -158,9 +159,11 @@ def test_no_field_has_a_switch_which_sends_false_unless_it_is_turned_on() -> Non
 def test_the_form_marks_every_wrong_field() -> None:
     wrong = {"train": {"steps": -1, "decay": "x", "stepz": 1}, "preset": "none", "device": "tpu", "seed": "3"}
     wrong["tracking"] = {"gate": [{"kind": "better", "figure": "fid"}]}
+    wrong["evaluate"] = {"samplers": [{"steps": 5}, {"count": 5}]}
     errors = validation.validate(wrong, SCHEMA)
     assert {tuple(error.path)[:2] for error in errors} == {
         ("tracking", "gate"),
+        ("evaluate", "samplers"),
         ("train", "steps"),
         ("train", "decay"),
         ("train",),
@@ -173,4 +176,5 @@ def test_the_form_marks_every_wrong_field() -> None:
 def test_the_form_takes_right_values() -> None:
     right = {"train": {"steps": 5, "decay": "linear"}, "seed": 3, "network": {"attention_levels": []}}
     right["tracking"] = {"gate": [{"kind": "not-worse", "figure": "kid", "by": 0.5}]}
+    right["evaluate"] = {"samplers": [{"sampler": "heun", "steps": 5}, {"sampler": {"kind": "ddim", "eta": 0.5}}]}
     assert validation.validate(right, SCHEMA) == []

@@ -88,6 +88,11 @@ VALUES: list[tuple[str, str, str, str | None, Any]] = [
     ("tracking", "model_name", '"a\'b"', '"a\'b"', WRONG),
     ("tracking", "model_name", "'a\\'", '"a\\\\"', WRONG),
     ("tracking", "model_name", '" "', '" "', WRONG),
+    ("evaluate", "samplers", "[{steps: 5}]", '[{"steps": 5}]', [{"steps": 5}]),
+    ("evaluate", "samplers", "[{steps: '5'}]", '[{"steps": "5"}]', WRONG),
+    ("evaluate", "samplers", "[{sampler: euler}]", '[{"sampler": "euler"}]', WRONG),
+    ("evaluate", "samplers", "[{count: 5}]", '[{"count": 5}]', WRONG),
+    ("evaluate", "samplers", "[heun]", '["heun"]', WRONG),
     ("tracking", "gate", "[]", "[]", []),
     ("tracking", "gate", "[{kind: best, figure: kid}]", '[{"kind": "best", "figure": "kid"}]', WRONG),
     ("tracking", "gate", "better", '"better"', WRONG),
@@ -288,3 +293,45 @@ def test_pictures_and_arrays_make_sense(field: str, value: Any, message: str) ->
     document = yaml_files.overlay(yaml_files.read_yaml(ROOT / "params.yaml"), {section: {name: value}})
     with pytest.raises(UserError, match=f"{field}.* {message}"):
         parameters.validate(document, "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"samplers": [{"steps": 5}, {"steps": 1001}]},
+            r"evaluate.samplers.1.steps \(1001\) exceeds process.num_timesteps",
+        ),
+        (
+            {"samplers": [{"variance": "learned"}]},
+            "evaluate.samplers.0.variance is learned, which needs process.learned",
+        ),
+        ({"samplers": [{"guidance": 2}]}, "evaluate.samplers.0.guidance needs classes"),
+        ({"samplers": [{"stepz": 2}]}, "evaluate.samplers.0.stepz: no such parameter"),
+        ({"samplers": [{"steps": 0}]}, "evaluate.samplers.0.steps: input should be greater than or equal to 1"),
+        (
+            {"samplers": [{"sampler": {"kind": "ddim", "eta": 2}}]},
+            "evaluate.samplers.0.sampler.eta: input should be less",
+        ),
+        ({"samplers": [5]}, r"evaluate.samplers.0: must be a section with fields \(got 5\)"),
+        (
+            {"samplers": [{"steps": 5}], "quality_samples": 0},
+            "evaluate.samplers needs evaluate.quality_samples above 0",
+        ),
+    ],
+)
+def test_samplers_that_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
+    document = yaml_files.overlay(yaml_files.read_yaml(ROOT / "params.yaml"), {"evaluate": changes})
+    with pytest.raises(UserError, match=f"^params.yaml: {message}[^;]*(; or set samplers to \\[\\]|; leave it out)?$"):
+        parameters.validate(document, "params.yaml")
+
+
+def test_samplers_are_laid_over_the_section_sample() -> None:
+    document = yaml_files.read_yaml(ROOT / "params.yaml")
+    yaml_files.overlay(document, {"evaluate": {"samplers": [{"sampler": "ddim", "guidance": 3}, {}]}})
+    yaml_files.overlay(document, {"sample": {"steps": 7}, "network": {"classes": True}})
+    params = parameters.validate(document, "params.yaml")
+    first, second = (parameters.laid_over(params.sample, changes) for changes in params.evaluate.samplers)
+    assert (first.sampler.model_dump(), first.guidance, first.steps) == ({"kind": "ddim", "eta": 0.0}, 3.0, 7)
+    assert first.spacing == params.sample.spacing
+    assert second == params.sample

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.evaluation.quality import SETS
+from flows.pages import contents
 from flows.yaml_files import read_yaml
 from tests.conftest import run_stages
 from tests.evaluation.test_features import pooling
@@ -96,6 +97,53 @@ def test_nothing_is_compared(whole_tree: Path, tmp_path: Path, wanted: int, said
     assert ("samples are not compared with real images, which takes 20 held-out images" in done.stderr) == said
     assert "frechet_distance" not in json.loads((tree / "reports/evaluate.json").read_text())
     assert not (tree / "reports/evaluation/quality.csv").exists()
+
+
+SETTINGS = [
+    {"steps": 4},  # that of `sample`
+    {"sampler": {"kind": "ddim", "eta": 1.0}, "steps": 3, "spacing": "linspace"},
+    {"sampler": "heun"},
+]
+
+
+def test_other_samplers_are_compared(whole_tree: Path, tmp_path: Path) -> None:
+    tree, alone = (trees.copy(whole_tree, tmp_path / name) for name in ("tree", "alone"))
+    trees.change(tree, {"evaluate": {"samplers": SETTINGS}})
+    trees.change(alone, {"sample": SETTINGS[1]})
+    done = trees.run(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "evaluate: 15/15 steps" in done.stderr
+    assert "drawing 40 samples to compare with real images, in each of 4 settings" in done.stderr
+    first, same, second, third = contents.table(tree / "reports/evaluation/samplers.csv")
+    assert first == same
+    assert (first["sampler"], first["spacing"], first["steps"], first["evaluations"]) == (
+        "dpm-solver++-sde", "log-snr", 4, 4,
+    )  # fmt: skip
+    assert (second["sampler"], second["spacing"], second["steps"], second["n"]) == ("ddim (eta 1)", "linspace", 3, 40)
+    assert (third["sampler"], third["steps"]) == ("heun", 4)
+    assert 4 < third["evaluations"] < 8
+    run_stages(alone, "evaluate")
+    for row, measured in ((first, table(whole_tree)), (second, table(alone))):
+        assert row["features"] == TRAINED
+        for metric in ("frechet_distance", "kid", "precision", "recall", "density", "coverage"):
+            _, value, low, high, _ = measured[metric, "samples"]
+            assert [row[metric + end] for end in ("", "_low", "_high")] == [float(value), float(low), float(high)]
+    assert table(tree) == table(whole_tree)  # the figures of the samples stay as they are
+    assert (tree / "reports/evaluate.json").read_bytes() == (whole_tree / "reports/evaluate.json").read_bytes()
+    page = (tree / "reports/report.html").read_text()
+    for text in ("<h2>Samplers</h2>", "ddim (eta 1), linspace", "heun, log-snr", ">sampling steps</text>"):
+        assert text in page
+    assert "<h2>Samplers</h2>" not in (alone / "reports/report.html").read_text()
+
+
+def test_samplers_need_images_to_be_compared_with(whole_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    trees.change(tree, {"evaluate": {"quality_samples": 19, "samplers": SETTINGS[:1]}})
+    done = trees.run(tree, "evaluate")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "not compared" in line]
+    assert line.endswith("twice as many for training; so evaluate.samplers cannot be compared either")
+    assert not (tree / "reports/evaluation/samplers.csv").exists()
 
 
 def test_the_features_rerun_evaluate(root: Path) -> None:

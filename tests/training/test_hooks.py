@@ -3,6 +3,8 @@
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from diffusion.errors import Stopped
 from diffusion.evaluation.heldout import Estimate, quick_mse
+from diffusion.evaluation.live import Measured
 from diffusion.model import Config, Model
 from diffusion.pairs.pairs import Batches, Pairs
 from diffusion.process import build
@@ -118,6 +121,27 @@ def test_the_metrics_logged_during_training(
     of_steps = [note for note in recorder.notes if note != measuring]
     assert of_steps[:4] == [""] * 4
     assert of_steps[5:9] == [f"loss {state.loss_curve[0]['loss']:.4f}"] * 4
+
+
+def test_the_quality_of_samples_is_logged_if_asked_for(
+    params: Params, pairs_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, recorder = fresh_state(params), Recorder()
+    hooks = watch(params, state, pairs_tree, recorder, tmp_path)
+    quality: Any = Mock(return_value=Measured(0.25, 0.125, 3.0, 0.5))
+    hooks.quality = quality
+    loop.step(state, hooks.trainer)
+    hooks.preview(state)
+    ((step, point),) = recorder.points
+    assert step == 1
+    assert {name: value for name, value in point.items() if name.startswith("quality")} == {
+        "quality_kid": 0.25,
+        "quality_kid_se": 0.125,
+        "quality_frechet_distance": 3.0,
+        "quality_frechet_distance_se": 0.5,
+    }
+    assert capsys.readouterr().err.endswith(", KID 0.2500 ± 0.1250, Fréchet distance 3.000 ± 0.500\n")
+    assert list(state.heldout_curve[0]) == ["step", "mse"]
 
 
 def test_the_progress_counts_epochs_if_these_are_given(params: Params, pairs_tree: Path, tmp_path: Path) -> None:

@@ -120,6 +120,16 @@ def kill(launcher: int, rank: int) -> None:
             worker.kill()
 
 
+def test_one_of_them_compares_the_samples_of_previews(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
+    with trees.start(tree, DDPM_PREVIEW_QUALITY="32") as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert len(re.findall(r"step 40: held-out MSE .*, KID .*, Fréchet distance ", said)) == 1
+    assert said.count("400/400 steps") == 1  # of training the features
+    assert trees.digests(tree, "models", "reports") == trees.digests(two, "models", "reports")
+
+
 def test_a_lost_process_is_replaced_and_the_result_is_the_same(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(pairs_tree, tmp_path / "tree", processes=2)
     with trees.start(tree, **trees.seconds(0)) as process:

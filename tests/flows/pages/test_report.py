@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffusion.errors import UserError
+from diffusion.evaluation import quality
 from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with
 from flows import params as parameters
@@ -92,7 +93,7 @@ def test_the_stage_writes_the_page(whole_tree: Path) -> None:
     figures = json.loads((whole_tree / "reports/evaluate.json").read_text())
     for name in ("mse", "mse_low", "r2", "val_mse", "wiener_mse", "bits_per_dim", "bits_per_dim_pixel_histogram"):
         assert f"{figures[name]:.4f}" in text
-    assert "Network unet with 12,348 parameters, trained for 40 steps on digits: 1,452 greyscale images of 8x8" in text
+    assert "Network unet with 13,500 parameters, trained for 40 steps on digits: 1,452 greyscale images of 8x8" in text
     for caption in ("Real pictures", "The forward process", "The reverse process", "Held-out error while training"):
         assert caption in text
     assert page.count('src="data:image/png;base64,') == 5  # samples, real ones, nearest ones, filmstrips
@@ -185,15 +186,26 @@ def test_the_quality_of_samples(tree: Path) -> None:
         )
     ]
     write_csv(tree / "reports/evaluation/quality.csv", rows)
-    write_csv(tree / "reports/evaluation/samplers.csv", [{"steps": 10, "frechet_distance": 4.25}])
+    settings = [("heun", 10, 18), ("ddim <eta>", 5, 5)]
+    compared: list[Any] = [
+        {"sampler": name, "spacing": "log-snr", "steps": steps, "evaluations": evaluations}
+        | {metric + end: 4.25 + len(end) for metric in quality.COMPARED for end in ("", "_low", "_high")}
+        | {"n": 1100, "features": "own <features>"}
+        for name, steps, evaluations in settings
+    ]
+    write_csv(tree / "reports/evaluation/samplers.csv", compared)
     shutil.copy(tree / "reports/evaluation/samples.png", tree / "reports/evaluation/nearest.png")
     write_sums(tree / "reports/evaluation")
     page = rendered(tree)
     text = check_alone(page)
     assert "Fréchet distance own <features> 21.5" in text
     assert "own &lt;features&gt;" in page
-    for figure in ("21.5", "20 – 23", "3.5000", "near-copies of training images", "4.2500", "nearest training image"):
+    for figure in ("21.5", "20 – 23", "3.5000", "near-copies of training images", "nearest training image"):
         assert figure in text
+    assert "1,100 samples in each setting" in text
+    assert "heun 10 18 4.2500 8.2500 – 9.2500" in text
+    assert "ddim &lt;eta&gt;" in page
+    assert page.count(">sampling steps</text>") == 2
 
 
 def test_intervals_are_drawn_to_scale_in_the_colour_of_their_set() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from diffusion.errors import UserError
 from diffusion.nn.unet import UNetOptions
-from diffusion.storage.files import sha256, write_json
+from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with, tracking
 from flows import params as parameters
 from flows.paths import Paths
@@ -85,6 +85,20 @@ def test_all_that_the_stages_wrote_is_in_one_run(paths: Paths) -> None:
     assert recorded.aliases == ["challenger", "champion"]
     table = client.search_runs([run.info.experiment_id])[0].data.tags["mlflow.loggedArtifacts"]
     assert json.loads(table) == [{"path": name, "type": "table"} for name in ("evaluation/bands.json", "gate.json")]
+
+
+def test_the_comparison_of_samplers_is_a_table(paths: Paths) -> None:
+    write_all(paths)
+    rows: list[Any] = [{"sampler": name, "steps": 5, "kid": 0.25} for name in ("heun", "ddim (eta 1)")]
+    write_csv(paths.evaluation / "samplers.csv", rows)
+    write_sums(paths.evaluation)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded
+    files = content(client_of(paths), recorded.run_id)["files"]
+    assert {"evaluation/samplers.csv", "evaluation/samplers.json"} <= set(files)
+    table = mlflow.artifacts.load_dict(f"runs:/{recorded.run_id}/evaluation/samplers.json")
+    assert table["columns"] == ["sampler", "steps", "kid"]
+    assert table["data"] == [["heun", 5, 0.25], ["ddim (eta 1)", 5, 0.25]]
 
 
 def test_variants_and_speeds_are_kept_with_the_run_that_exported_them(paths: Paths) -> None:
