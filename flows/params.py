@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion.errors import SystemFault, UserError, describe
+from diffusion.evaluation.quality import MIN_IMAGES
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
 from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize, opaque
@@ -99,6 +100,12 @@ def _range(values: tuple[float, ...]) -> tuple[float, ...]:
     if values and not (len(values) == 2 and 0 < values[1] - values[0] < math.inf):
         raise ValueError("must be empty or two numbers, the smaller one first")
     return values
+
+
+def _none_or_enough(samples: int) -> int:
+    if 0 < samples < MIN_IMAGES:
+        raise ValueError(f"must be 0, for none, or at least {MIN_IMAGES} (got {samples})")
+    return samples
 
 
 def _shows_channels_that_exist(params: "Params") -> None:
@@ -198,10 +205,10 @@ class Evaluate(Section):
     """Number of test images for the estimated bound in bits/dim, which samples timesteps."""
     exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
     """Number of test images for the exact bound in bits/dim, which sums over all timesteps."""
-    quality_samples: NonNegative = 256
+    quality_samples: Annotated[NonNegative, AfterValidator(_none_or_enough)] = 256
     """Number of samples to compare with training images, next to as many held-out images, so at most their number; also
-    at most half of the training images. 0: none. Differences between models become smaller than their intervals with
-    few samples."""
+    at most half of the training images. At least 20, or 0: none. Differences between models become smaller than their
+    intervals with few samples."""
     features: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "auto"
     """Features in which samples are compared. auto: those of a small network trained on the training images, by class
     or, without classes, by rotation. Otherwise an ONNX file of your own, such as Inception or DINOv2: it gets float32

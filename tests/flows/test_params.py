@@ -314,16 +314,26 @@ def test_pictures_and_arrays_make_sense(field: str, value: Any, message: str) ->
             "evaluate.samplers.0.sampler.eta: input should be less",
         ),
         ({"samplers": [5]}, r"evaluate.samplers.0: must be a section with fields \(got 5\)"),
+        ({"quality_samples": 1}, r"evaluate.quality_samples: must be 0, for none, or at least 20 \(got 1\)"),
+        ({"quality_samples": 19}, "evaluate.quality_samples: must be 0, for none, or at least 20"),
         (
             {"samplers": [{"steps": 5}], "quality_samples": 0},
             "evaluate.samplers needs evaluate.quality_samples above 0",
         ),
     ],
 )
-def test_samplers_that_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
+def test_samples_that_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     document = yaml_files.overlay(yaml_files.read_yaml(ROOT / "params.yaml"), {"evaluate": changes})
     with pytest.raises(UserError, match=f"^params.yaml: {message}[^;]*(; or set samplers to \\[\\]|; leave it out)?$"):
         parameters.validate(document, "params.yaml")
+
+
+@pytest.mark.parametrize("samples", [0, 20])
+def test_enough_samples_or_none(samples: int) -> None:
+    document = yaml_files.overlay(
+        yaml_files.read_yaml(ROOT / "params.yaml"), {"evaluate": {"quality_samples": samples}}
+    )
+    assert parameters.validate(document, "params.yaml").evaluate.quality_samples == samples
 
 
 def test_samplers_are_laid_over_the_section_sample() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.evaluation import quality
 from diffusion.evaluation.quality import SETS
 from flows.pages import contents
 from flows.yaml_files import read_yaml
@@ -72,7 +73,7 @@ def test_features_of_a_file(whole_tree: Path, tmp_path: Path) -> None:
     trees.change(tree, {"evaluate": {"features": "pool.onnx"}})
     for changes, message in (
         ({}, f"pool.onnx has the SHA-256 {digest}, not an empty one"),
-        ({"features_sha256": digest}, "pool.onnx: its first output must be (N, D) and finite (got (32, 1, 8))"),
+        ({"features_sha256": digest}, "pool.onnx: its first output must be (N, D), here N = 32 (got (32, 1, 8))"),
         ({"features": "missing.onnx"}, "evaluate.features: missing.onnx: no such file here"),
     ):
         before = trees.digests(tree, "reports")
@@ -88,13 +89,16 @@ def test_features_of_a_file(whole_tree: Path, tmp_path: Path) -> None:
     assert table(tree)["kid", "samples"][0] == "features of pool.onnx"
 
 
-@pytest.mark.parametrize(("wanted", "said"), [(0, False), (19, True)])
-def test_nothing_is_compared(whole_tree: Path, tmp_path: Path, wanted: int, said: bool) -> None:
+@pytest.mark.parametrize(("wanted", "said"), [(0, False), (40, True)])
+def test_nothing_is_compared(
+    whole_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int, said: bool
+) -> None:
+    monkeypatch.setattr(quality, "MIN_IMAGES", 41)
     tree = trees.copy(whole_tree, tmp_path / "tree")
     trees.change(tree, {"evaluate": {"quality_samples": wanted}})
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
-    assert ("samples are not compared with real images, which takes 20 held-out images" in done.stderr) == said
+    assert ("samples are not compared with real images, which takes 41 held-out images" in done.stderr) == said
     assert "frechet_distance" not in json.loads((tree / "reports/evaluate.json").read_text())
     assert not (tree / "reports/evaluation/quality.csv").exists()
 
@@ -136,9 +140,12 @@ def test_other_samplers_are_compared(whole_tree: Path, tmp_path: Path) -> None:
     assert "<h2>Samplers</h2>" not in (alone / "reports/report.html").read_text()
 
 
-def test_samplers_need_images_to_be_compared_with(whole_tree: Path, tmp_path: Path) -> None:
+def test_samplers_need_images_to_be_compared_with(
+    whole_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "MIN_IMAGES", 41)
     tree = trees.copy(whole_tree, tmp_path / "tree")
-    trees.change(tree, {"evaluate": {"quality_samples": 19, "samplers": SETTINGS[:1]}})
+    trees.change(tree, {"evaluate": {"samplers": SETTINGS[:1]}})
     done = trees.run(tree, "evaluate")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "not compared" in line]
