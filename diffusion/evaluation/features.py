@@ -9,6 +9,7 @@ usual Inception network was trained; distances in them are comparable only on th
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +41,8 @@ SHIFT = 1 / 8
 """In training, images are shifted by up to this fraction of their side. Without dropout and shifts, the network learns
 its images by heart, whose features then differ from those of other images of the same kind."""
 TURNS = 4
+TOO_NEW = re.compile(r"Opset \d+ is under development|Unsupported model IR version")
+"""In errors of ONNX Runtime."""
 VERSION = 1
 """Raise this when the network or its training changes."""
 
@@ -207,9 +210,8 @@ class OnnxFeatures:
         import onnxruntime as ort
 
         if not path.is_file():
-            raise UserError(
-                f"evaluate.features: {path}: no such file here; give an absolute path, or one tracked by git"
-            )
+            problem = "not a file" if path.exists() else "no such file here"
+            raise UserError(f"evaluate.features: {path}: {problem}; give an absolute path, or one tracked by git")
         if digest != (found := sha256(path)):
             raise UserError(
                 f"evaluate.features_sha256: {path} has the SHA-256 {found}, not {digest or 'an empty one'}; if this is "
@@ -222,8 +224,10 @@ class OnnxFeatures:
         try:
             self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class
-            reason = " ".join(str(error).split())
-            raise FileFault(path, f"not an ONNX model that contains its weights ({reason})") from None
+            if TOO_NEW.search(str(error)):
+                newer = f"its opset or IR version is newer than ONNX Runtime {ort.__version__} supports"
+                raise FileFault(path, f"{newer}; export it for an older one") from None
+            raise FileFault(path, f"not an ONNX model that contains its weights ({_reason(error)})") from None
         inputs, self._path = self._session.get_inputs(), path
         size = inputs[0].shape if [each.type for each in inputs] == ["tensor(float)"] else []
         if len(size) != 4 or 0 in size:
@@ -250,7 +254,7 @@ class OnnxFeatures:
         try:
             features = np.asarray(self._session.run(None, {self._input: padded.contiguous().numpy()})[0], np.float64)
         except Exception as error:
-            raise FileFault(self._path, f"cannot be run ({' '.join(str(error).split())})") from None
+            raise FileFault(self._path, f"cannot be run ({_reason(error)})") from None
         if features.ndim != 2 or len(features) != len(padded) or not features.size:
             raise FileFault(
                 self._path, f"its first output must be (N, D), here N = {len(padded)} (got {features.shape})"
@@ -258,3 +262,9 @@ class OnnxFeatures:
         if not (np.abs(features) <= self.LARGEST).all():
             raise FileFault(self._path, f"its first output must be finite, and at most {self.LARGEST:g}")
         return features[: len(x)]
+
+
+def _reason(error: Exception) -> str:
+    """An error of ONNX Runtime in one line, without its own source file and function."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", " ".join(str(error).split()))
+    return re.sub(r" : /\S+:\d+ .*?\) (?=[A-Z])", ": ", text)

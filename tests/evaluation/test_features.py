@@ -1,11 +1,13 @@
 """The features in which images are compared: trained ones and their cache, and those of ONNX files."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -170,6 +172,12 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
         return str(raised.value)
 
     assert f"evaluate.features: {file}: no such file here" in refused("")
+    file.mkdir()
+    assert f"evaluate.features: {file}: not a file" in refused("")
+    file.rmdir()
+    os.mkfifo(file)
+    assert f"evaluate.features: {file}: not a file" in refused("")
+    file.unlink()
     digest = pooling(file, ("N", 5, 6, 6))
     assert f"{file} has the SHA-256 {digest}, not an empty one; if this is the file to use" in refused("")
     assert f"`ddpm set evaluate.features_sha256={digest}`" in refused("0" * 64)
@@ -187,6 +195,16 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     for operator, second in (("Log", ()), ("Add", ("huge",))):  # of black images
         infinite = helper.make_node(operator, ["m", *second], ["y"])
         assert f"{file}: its first output must be finite, and at most 1e+20" in refused(model(file, [MEAN, infinite]))
+    for opset, ir_version in ((99, 10), (20, 99)):
+        model(file, [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)])
+        newer = onnx.load(file)
+        newer.opset_import[0].version, newer.ir_version = opset, ir_version
+        onnx.save(newer, file)
+        line = refused(hashlib.sha256(file.read_bytes()).hexdigest())
+        assert line.startswith(f"{file}: its opset or IR version is newer than ONNX Runtime {onnxruntime.__version__} ")
+    digest = model(file, [helper.make_node("Unheard", ["x"], ["y"])])
+    line = refused(digest)
+    assert line.startswith(f"{file}: not an ONNX model that contains its weights (INVALID_GRAPH : This is an invalid ")
     file.write_bytes(b"no model")
     digest = hashlib.sha256(b"no model").hexdigest()
     assert f"{file}: not an ONNX model that contains its weights (" in refused(digest)
