@@ -126,11 +126,12 @@ def _state_after(error: BaseException) -> State:
 
 
 def find(run: str) -> Path:
-    """The workspace of a run, by name or unique prefix; raises UserError listing the names."""
-    names = [workspace.name for workspace, _ in _workspaces(Paths().runs)]
+    """The workspace of a run, by name or unique prefix; raises UserError listing the names, or if it is damaged."""
+    names = sorted(file.parent.name for file in Paths().runs.glob("[!.]*/run.json"))
     matches = [run] if run in names else [name for name in names if name.startswith(run)]
     match matches:
         case [name]:
+            Run.read(Paths().runs / name)
             return Paths().runs / name
         case []:
             available = f"available: {', '.join(names)}" if names else "there are no runs yet"

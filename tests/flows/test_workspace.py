@@ -270,8 +270,12 @@ def test_damaged_runs_are_reported_and_the_others_listed(capsys: pytest.CaptureF
     assert "red/run.json: damaged; delete" in output.err
     rows = {line.split()[0]: line.split()[3:] for line in output.out.split("\n\n")[0].splitlines()[1:]}
     assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
-    with pytest.raises(UserError, match="not found; available:"):
-        workspace.find("red")
+    with pytest.raises(UserError, match=r"^\.ddpm/runs/red/run\.json: damaged; delete \.ddpm/runs/red, which"):
+        workspace.find("re")
+    with pytest.raises(UserError, match="not found; available: blue, green, red$"):
+        workspace.find("pink")
+    assert workspace.find("gr") == RUNS / "green"
+    capsys.readouterr()
     (RUNS / "blue" / "summary.json").write_text('{"stages": 1}')
     with pytest.raises(UserError, match=r"blue/summary\.json: damaged"):
         summary.read(RUNS / "blue")
