@@ -121,16 +121,17 @@ class Quality:
     def verdict(self) -> tuple[str, str]:
         """`copying`, `good` or `still learning`, and why.
 
-        copying: the share of near-copies among the samples is, beyond its interval, above 5 % and above that among the
-        training images, each compared with the others. good: no figure of the samples is worse than that of held-out
+        copying: the share of near-copies among the samples is, beyond its interval, above 5 %, above that among the
+        training images, each compared with the others, and above that among the held-out images, which no model has
+        copied: of one pixel, for example, most images occur among the training images. good: no figure of the samples is worse than that of held-out
         images by more than 2.58 standard errors of the difference, which for equal sets happens in 0.5 % of the
         comparisons.
         """
-        near, near_train = self["near_copies"], self["near_copies", "train"]
-        if near.low > max(COPYING, near_train.high):
+        near, *real = (self["near_copies", name] for name in ("samples", "train", "held-out"))
+        if near.low > max(COPYING, *(each.high for each in real)):
             return "copying", (
-                f"{near.value:.0%} are near-copies of training images, as are {near_train.value:.0%} of the training "
-                "images"
+                f"{near.value:.0%} are near-copies of training images, as are {real[0].value:.0%} of the training "
+                f"images and {real[1].value:.0%} of the held-out ones"
             )
         worse = []
         for metric, sign in COMPARED.items():

@@ -165,23 +165,28 @@ def test_unseen_images_are_good_noise_is_not_and_training_images_are_copies(spli
     blurred = Images(np.repeat(real.pool.pixels.mean(axis=0, keepdims=True).astype(np.uint8), N, axis=0), unseen.labels)
     assert quality.measure(real, blurred, Pixels(), 200)["near_copies"].value == 0
     word, reason = copied.verdict
-    assert (word, reason) == ("copying", "100% are near-copies of training images, as are 0% of the training images")
+    assert word == "copying"
+    assert reason == (
+        "100% are near-copies of training images, as are 0% of the training images and 0% of the held-out ones"
+    )
     assert copied.report["near_copies"] == 1
     assert copied.report["quality"] == "copying"
 
 
 def test_few_near_copies_are_no_copying() -> None:
-    """Their share must be above 5 %, and above that among the training images, beyond its interval."""
+    """Their share must be above 5 %, and above that among the training and held-out images, beyond its interval."""
 
-    def verdict(low: float, train_high: float) -> str:
+    def verdict(low: float, train_high: float, held_out_high: float = 0.0) -> str:
         alike = [Figure(metric, "f", which, 1.0, 0.9, 1.1, 9) for metric in quality.COMPARED for which in quality.SETS]
         shares = [
             Figure("near_copies", PIXELS, "samples", 0.5, low, 0.6, 9),
             Figure("near_copies", PIXELS, "train", 0.1, 0.0, train_high, 9),
+            Figure("near_copies", PIXELS, "held-out", 0.1, 0.0, held_out_high, 9),
         ]
         return Quality([*alike, *shares], 9, b"").verdict[0]
 
     assert [verdict(0.06, 0.04), verdict(0.04, 0.01), verdict(0.3, 0.31)] == ["copying", "good", "good"]
+    assert [verdict(0.3, 0.1, 0.29), verdict(0.3, 0.1, 0.31)] == ["copying", "good"]
 
 
 def test_a_difference_counts_beyond_the_intervals() -> None:

@@ -272,7 +272,7 @@ def test_damaged_runs_are_reported_and_the_others_listed(capsys: pytest.CaptureF
     assert rows == {"green": ["completed", "damaged"], "blue": ["completed"]}
     with pytest.raises(UserError, match=r"^\.ddpm/runs/red/run\.json: damaged; delete \.ddpm/runs/red, which"):
         workspace.find("re")
-    with pytest.raises(UserError, match="not found; available: blue, green, red$"):
+    with pytest.raises(UserError, match=r"not found; available: blue, green, red$"):
         workspace.find("pink")
     assert workspace.find("gr") == RUNS / "green"
     capsys.readouterr()
