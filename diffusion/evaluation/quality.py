@@ -123,9 +123,9 @@ class Quality:
 
         copying: the share of near-copies among the samples is, beyond its interval, above 5 %, above that among the
         training images, each compared with the others, and above that among the held-out images, which no model has
-        copied: of one pixel, for example, most images occur among the training images. good: no figure of the samples is worse than that of held-out
-        images by more than 2.58 standard errors of the difference, which for equal sets happens in 0.5 % of the
-        comparisons.
+        copied: images of one pixel, for example, mostly occur among the training images. good: no figure of the samples
+        is worse than that of held-out images by more than 2.58 standard errors of the difference, which for equal sets
+        happens in 0.5 % of the comparisons.
         """
         near, *real = (self["near_copies", name] for name in ("samples", "train", "held-out"))
         if near.low > max(COPYING, *(each.high for each in real)):
