@@ -127,11 +127,11 @@ class Quality:
         is worse than that of held-out images by more than 2.58 standard errors of the difference, which for equal sets
         happens in 0.5 % of the comparisons.
         """
-        near, *real = (self["near_copies", name] for name in ("samples", "train", "held-out"))
-        if near.low > max(COPYING, *(each.high for each in real)):
+        near, train, held_out = (self["near_copies", name] for name in ("samples", "train", "held-out"))
+        if near.low > max(COPYING, train.high, held_out.high):
             return "copying", (
-                f"{near.value:.0%} are near-copies of training images, as are {real[0].value:.0%} of the training "
-                f"images and {real[1].value:.0%} of the held-out ones"
+                f"{near.value:.0%} are near-copies of training images, as are {train.value:.0%} of the training "
+                f"images and {held_out.value:.0%} of the held-out ones"
             )
         worse = []
         for metric, sign in COMPARED.items():
