@@ -289,7 +289,18 @@ class Decision(NamedTuple):
 def decide(gate: Sequence[Rule], new: Scores, old: Scores | None) -> Decision:
     """Judge a challenger by all rules of the gate; `old` is the champion, None if there is none."""
     rows = tuple(rule.judge(new, old) for rule in gate)
+    promoted, reasons = _outcome(rows)
+    return Decision(promoted, rows, f"the first version; {reasons}" if promoted and not old else reasons)
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The decision on a version in a sentence, from the rows of its table."""
+    promoted, reasons = _outcome([Row(**row) for row in rows])
+    return f"{'Promoted to champion' if promoted else 'Not promoted'}: {reasons}."
+
+
+def _outcome(rows: Sequence[Row]) -> tuple[bool, str]:
+    """Whether a version becomes champion, and the reasons."""
     if failed := [row for row in rows if not row.met]:
-        return Decision(False, rows, "; ".join(row.reason for row in failed))
-    reasons = "; ".join(row.reason for row in rows if row.verdict == MET) or "tracking.gate has no rules"
-    return Decision(True, rows, reasons if old else f"the first version; {reasons}")
+        return False, "; ".join(row.reason for row in failed)
+    return True, "; ".join(row.reason for row in rows if row.verdict == MET) or "tracking.gate has no rules"

@@ -5,11 +5,13 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from diffusion.sources import rejections
 from diffusion.sources.shards import MANIFEST, Manifest
+from flows import gate
 from flows.paths import Paths
 from flows.summary import Summary
 
@@ -64,6 +66,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         else f"Not recorded in MLflow; run `ddpm track {summary.run}` to record it.",
         "## Held-out evaluation",
         _metrics(summary, last),
+        *(["## Promotion", gate.sentence(summary.gate), _promotion(summary.gate)] if summary.gate else []),
         "## Samples",
         *([f"Compared with held-out images: **{summary.quality}**."] if summary.quality else []),
         _picture(Paths(directory).evaluation / "samples.png"),
@@ -94,6 +97,19 @@ def _data(paths: Paths) -> str:
     augment = json.loads(paths.train_report.read_text(encoding="utf-8"))["augment"]
     lines.append(f"augmented in training with probability {augment:g}" if augment else "not augmented in training")
     return "\n".join(f"- {line}" for line in [*lines, f"all of this with pictures: `{paths.data_report}`"])
+
+
+def _promotion(rows: list[dict[str, Any]]) -> str:
+    """The figures that the decision on the model compared."""
+    shown = [
+        [row["figure"], row["rule"], *map(_figure, (row["challenger"], row["champion"])), row["verdict"]]
+        for row in rows
+    ]
+    return _table(["figure", "rule", "this model", "champion", "verdict"], shown)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _metrics(summary: Summary, last: Summary | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.errors import Damaged, FileFault, UserError
 from diffusion.storage.files import write_atomic
-from flows import made_with, workspace
+from flows import gate, made_with, workspace
 from flows import report as markdown
 from flows import summary as summaries
 from flows.pages import contents, report
@@ -46,6 +46,7 @@ def page(paths: Paths, is_run: bool) -> str:
         parameters=parameters,
         stages=summary.stages if summary else [],
         gate=summary.gate if summary else [],
+        decision=gate.sentence(summary.gate) if summary and summary.gate else "",
         export=_export(paths),
         commands=_commands(paths) if is_run else ["dvc repro"],
         digests=_digests(paths),

@@ -10,6 +10,7 @@ from diffusion.errors import UserError
 from diffusion.storage.files import write_json
 from flows import workspace
 from flows.dvc_stage import Outcome
+from flows.gate import Row
 from flows.paths import Paths
 
 METRICS = {"mse": "held-out MSE", "r2": "R²", "bits_per_dim": "bits/dim"}
@@ -75,6 +76,8 @@ def read(directory: Path) -> Summary:
     file = directory / "summary.json"
     try:
         content = json.loads(file.read_text())
+        for row in content.get("gate", []):
+            Row(**row)
         return Summary(**content | {"stages": [StageSummary(**stage) for stage in content["stages"]]})
     except FileNotFoundError:
         state = workspace.state_of(directory, workspace.Run.read(directory))
@@ -88,12 +91,16 @@ def show(run: str | None) -> None:
     directory = workspace.newest("completed") if run is None else workspace.find(run)
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
+    from diffusion.evaluation import histograms  # imports torch, which the flow itself does not need
+
     summary = read(directory)
     print(f"run {summary.run}\n")
     for stage in summary.stages:
         print(f"  {stage.stage:<10}{stage.seconds:>7.1f} s   {stage.outcome}")
     print()
     lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
+    if "bits_per_dim_gain_low" in summary.metrics:
+        lines["bits/dim"] += f"   {histograms.verdict(summary.metrics)}"
     lines |= {"samples": summary.quality} if summary.quality else {}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}

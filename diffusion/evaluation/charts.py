@@ -98,7 +98,7 @@ def svg(chart: Chart) -> str:
             if line.low:
                 axes.vlines(line.x, line.low, line.high, color=colour, linewidth=1.6)
         if chart.log_y:
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="mask")
             decimal_ticks(axes.yaxis)
         if chart.log_x:
             axes.set_xscale("log")

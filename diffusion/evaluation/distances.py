@@ -87,8 +87,8 @@ class Neighbours(NamedTuple):
     """What holds for each image of x, whose means are the figures, and for the images of y together."""
 
     precision: Array
-    """(n,): whether an image of x is as near to one of y as its third-nearest neighbour in y (Kynkäänniemi et al.
-    2019, eq. 2)."""
+    """(n,): whether an image of x is as near to some image of y as the third-nearest other image of y is to the latter
+    (Kynkäänniemi et al. 2019, eq. 2)."""
     recall: Array
     """(B,): share of the images of y for which the same holds with the sets exchanged."""
     density: Array

@@ -30,7 +30,7 @@ def mse_by_t(curve: Sequence[Row]) -> bytes:
 def vlb_by_t(curve: Sequence[Row]) -> bytes:
     """Terms of the variational bound over t, on log scales; t = 0 is at 1."""
     figure, axes = _axes("timestep t + 1", "bits per dimension")
-    axes.loglog([row["t"] + 1 for row in curve], [row["bits_per_dim"] for row in curve])
+    axes.loglog([row["t"] + 1 for row in curve], [row["bits_per_dim"] for row in curve], nonpositive="mask")
     decimal_ticks(axes.xaxis)
     decimal_ticks(axes.yaxis)
     return _png(figure)

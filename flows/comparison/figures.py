@@ -76,8 +76,9 @@ def compare(runs: Sequence[Contents]) -> list[Figure]:
     found = []
     for name, (title, better) in FIGURES.items():
         values = [_value(run, name) for run in runs]
-        pairs = VAL_PAIRS if name == "val_mse" else TEST_PAIRS
-        same = [run.figures.get(pairs) == runs[0].figures.get(pairs) for run in runs]
+        keys = [VAL_PAIRS if name == "val_mse" else TEST_PAIRS]
+        keys += ["bits_per_dim_values"] if name.startswith("bits_per_dim") else []  # a likelihood of other values
+        same = [all(run.figures.get(key) == runs[0].figures.get(key) for key in keys) for run in runs]
         rows = [_by_image(run, name) for run in runs]
         found.append(Figure(title, values, _differences(values, same, rows, better)))
     for metric, features in dict.fromkeys((row["metric"], row["features"]) for run in runs for row in _samples(run)):
@@ -148,8 +149,12 @@ def _samples(run: Contents) -> list[Row]:
 
 
 def _compared_with(run: Contents) -> tuple[Any, ...]:
-    """What samples were compared with: the images, and how many; distances depend on their number."""
-    return run.pairs.shards_sha256, *(run.figures.get(f"quality_{name}") for name in ("images", "reference_images"))
+    """What samples were compared with: the images, in which features, and how many; distances depend on their number.
+
+    The distance of held-out images depends on the images, at their size, and on the features alone.
+    """
+    keys = ("quality_images", "quality_reference_images", "frechet_distance_heldout")
+    return run.pairs.shards_sha256, *(run.figures.get(key) for key in keys)
 
 
 def _quality(run: Contents, metric: str, features: str) -> Value | None:

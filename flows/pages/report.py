@@ -49,6 +49,8 @@ class About:
     """`StageSummary` of each stage."""
     gate: list[Row]
     """The decision whether the model becomes champion, by rule."""
+    decision: str
+    """The same in a sentence."""
     export: list[list[str]]
     """Rows of the ONNX files: name, MB, MSE, change."""
     commands: list[str]
@@ -91,6 +93,7 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
         how=describe(parameters, contents.conditional),
         figures=figures,
         quality=_quality(tables.get("quality", [])),
+        draws=quality.DRAWS,
         samplers=_samplers(tables.get("samplers", [])),
         resized=_resized(contents),
         data=contents.shards,

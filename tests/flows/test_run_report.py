@@ -10,6 +10,7 @@ import pytest
 
 from diffusion.storage.files import write_json
 from flows import run_report, yaml_files
+from flows.gate import Row
 from flows.summary import StageSummary, Summary
 from flows.summary import write as write_summary
 from flows.workspace import Run
@@ -34,10 +35,9 @@ def tree(whole_tree: Path, tmp_path: Path) -> Path:
         document = json.loads(record.read_text())
         write_json(record, document | {"params": document["params"] | {"train.steps": steps}})
     stages = [StageSummary("train", 31.84, "run"), StageSummary("evaluate", 10.0, "cached")]
-    write_summary(
-        tree / ".ddpm/runs/bold-ape",
-        Summary("bold-ape", stages, {}, "", "", "", [{"rule": "better", "verdict": "met"}]),
-    )
+    rule = Row("val MSE", "significantly lower", 0.0, 0.125, 0.25, -0.125, -0.2, -0.05, "met", "val MSE is lower")
+    summary = Summary("bold-ape", stages, {}, "", "", "", [rule._asdict()])
+    write_summary(tree / ".ddpm/runs/bold-ape", summary)
     return tree
 
 
@@ -53,7 +53,8 @@ def test_the_report_of_a_run(tree: Path) -> None:
         "Started 2026-11-27 19:39, ended 2026-11-27 19:40 (UTC); completed; code: revision c866cb9ab911 with",
         "train 31.8 run",
         "evaluate 10.0 cached",
-        "rule verdict better met",
+        "Promoted to champion: val MSE is lower.",
+        "val MSE significantly lower 0.1250 0.2500 -0.1250 -0.2000 to -0.0500 met",
         f"git checkout {REVISION} # it had uncommitted changes: its code is in .ddpm/runs/bold-ape",
         "ddpm apply bold-ape",
         "dvc repro",

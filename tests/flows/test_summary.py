@@ -18,6 +18,7 @@ from diffusion.sources.shards import MANIFEST, Contents, Manifest
 from diffusion.storage.files import write_json, write_sums
 from diffusion.storage.tar import SPLITS, Split
 from flows import report, summary, workspace
+from flows.gate import Row
 from flows.paths import Paths
 from flows.summary import StageSummary, Summary
 
@@ -82,6 +83,26 @@ def test_the_table_of_the_last_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert row in rows
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.4, 0.6, "better than"), (-0.6, -0.4, "worse than"), (-0.1, 0.1, "no different, within its noise, from")],
+)
+def test_bits_per_dim_stand_beside_the_best_baseline(
+    done: Path, capsys: pytest.CaptureFixture[str], low: float, high: float, words: str
+) -> None:
+    baselines = {"uniform": 8.0, "histogram": 6.0, "pixel_histogram": 5.0, "gain_low": low, "gain_high": high}
+    figures = METRICS | {f"bits_per_dim_{name}": value for name, value in baselines.items()}
+    summary.write(done, finished("one", figures))
+    summary.show("one")
+    assert f"  bits/dim      4.5000   {words} the histogram of each pixel (5.0000)\n" in capsys.readouterr().out
+
+
+def test_a_damaged_summary_is_named(done: Path) -> None:
+    summary.write(done, replace(finished("one", METRICS), gate=[{"figure": "val MSE", "rules": "better"}]))
+    with pytest.raises(UserError, match=r"summary\.json: damaged; the run's results are in "):
+        summary.show("one")
+
+
 @pytest.mark.usefixtures("repository")
 def test_a_run_that_is_not_finished_has_none() -> None:
     with pytest.raises(UserError, match="no run has finished yet"):
@@ -134,6 +155,13 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     assert "| sampler.onnx | 3.17 | 0.2500 |  |\n| sampler_int8.onnx | 1.00 | 0.2550 | +2.00% |" in text
     assert "![samples](data:image/png;base64,iVBOR" in text
     assert "[Open in MLflow](http://m/run)" in text
+    assert "Promotion" not in text
+    rule = Row(
+        "val MSE", "significantly lower", 0.0, 0.25, 0.3, -0.05, -0.1, -0.01, "not met", "the difference is small"
+    )
+    judged = report.markdown(tmp_path, replace(finished("two", METRICS), gate=[rule._asdict()]), None)
+    assert "## Promotion\n\nNot promoted: the difference is small.\n\n" in judged
+    assert "| val MSE | significantly lower | 0.2500 | 0.3000 | not met |" in judged
     write_json(tmp_path / "reports" / "train.json", {"augment": 0.0})
     alone = report.markdown(tmp_path, replace(finished("two", METRICS | {"new_figure": 0.5}), mlflow=""), None)
     assert (

@@ -68,6 +68,10 @@ def test_bits_per_dim_are_compared_image_by_image_if_both_runs_have_them() -> No
     (figure,) = figures.compare([old, new])
     assert figure.differences[0] is not None
     assert (figure.differences[0].word, figure.differences[0].paired) == ("better", True)
+    old.figures["bits_per_dim_values"], new.figures["bits_per_dim_values"] = 256, 17
+    (figure,) = figures.compare([old, new])
+    assert figure.differences[0] is not None
+    assert figure.differences[0].word == "other data"
 
 
 def test_one_image_tells_no_difference() -> None:

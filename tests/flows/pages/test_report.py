@@ -14,6 +14,7 @@ from diffusion.evaluation import quality
 from diffusion.storage.files import sha256, write_csv, write_json, write_sums
 from flows import made_with
 from flows import params as parameters
+from flows.gate import Row
 from flows.pages import contents, report
 from flows.pages.rendering import bars, number, parameter, signed
 from flows.params import Params
@@ -200,10 +201,10 @@ def test_the_quality_of_samples(tree: Path) -> None:
     text = check_alone(page)
     assert "Fréchet distance own <features> 21.5" in text
     assert "own &lt;features&gt;" in page
-    for figure in ("21.5", "20 – 23", "3.5000", "near-copies of training images", "nearest training image"):
+    for figure in ("21.5", "20 to 23", "3.5000", "near-copies of training images", "nearest training image"):
         assert figure in text
     assert "1,100 samples in each setting" in text
-    assert "heun 10 18 4.2500 8.2500 – 9.2500" in text
+    assert "heun 10 18 4.2500 8.2500 to 9.2500" in text
     assert "ddim &lt;eta&gt;" in page
     assert page.count(">sampling steps</text>") == 2
 
@@ -225,7 +226,8 @@ def test_names_are_escaped(tree: Path) -> None:
     manifest["rejected"] = [{"file": "x", "reason": "<script>"}] * 2
     write_json(tree / "data/shards/manifest.json", manifest)
     write_sums(tree / "data/shards")
-    about = report.About("<i>", "<u>", {"shard.source": "<s>"}, [], [{"a": "<q>"}], [], ["<pre>"], {"<tt>": "<em>"})
+    row = Row("<b>&.", "<script>", 0.0, verdict="<i>")._asdict()
+    about = report.About("<i>", "<u>", {"shard.source": "<s>"}, [], [row], "<q>", [], ["<pre>"], {"<tt>": "<em>"})
     page = rendered(tree, about=about)
     for text in ("<b>&.", '<img src="http', "<script>", "<i>", "<u>", "<s>", "<pre><pre>", "<q>", "<tt>", "<em>"):
         assert text not in page
