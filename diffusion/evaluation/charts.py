@@ -152,4 +152,5 @@ def _for_page(document: str) -> str:
 
 def _line(name: str, rows: Rows, x: str, y: str, style: str = "-", colour: int = 0) -> Line:
     points = [(row[x], row[y]) for row in rows if y in row]
+    style = style.replace("-", "--") if colour >= COLOURS and "--" not in style else style  # where colours repeat
     return Line(name, [point[0] for point in points], [point[1] for point in points], style, colour)

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -25,6 +25,12 @@ def _attends_at_its_levels(network: "UNetOptions") -> None:
     levels = len(network.channel_multipliers)
     if wrong := [level for level in network.attention_levels if level >= levels]:
         raise ValueError(f"attention_levels contains {wrong[0]}, but the levels are 0 to {levels - 1}")
+
+
+def _different(exponents: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [n for n in exponents if exponents.count(n) > 1]:
+        raise ValueError(f"contains {twice[0]} more than once")
+    return exponents
 
 
 def _divides_channels_into_heads(network: "UNetOptions") -> None:
@@ -59,7 +65,7 @@ class UNetOptions(NetworkOptions):
     patch_size: Positive = 1
     """Side of the patches that the first layer rearranges into channels (space-to-depth); 1 for none. Larger is
     faster and coarser."""
-    fourier_features: Annotated[tuple[Annotated[int, Field(ge=0, le=10)], ...], LIST] = ()
+    fourier_features: Annotated[tuple[Annotated[int, Field(ge=0, le=10)], ...], LIST, AfterValidator(_different)] = ()
     """Exponents n: the network also sees sin(2^n pi x) and cos(2^n pi x) of the noisy image (Kingma et al. 2021), for
     details finer than its first convolution resolves. 7 and 8 suit images of 256 values, 3 and 4 those of 16."""
     dropout: Fraction = 0.0

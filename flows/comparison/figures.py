@@ -124,7 +124,7 @@ def _differences(
 
 
 def _word(low: float, high: float, better: str) -> Word:
-    if low <= 0 <= high:
+    if not (low > 0 or high < 0):  # or one is no number
         return "not told apart"
     direction: Word = "lower" if high < 0 else "higher"
     if not better:

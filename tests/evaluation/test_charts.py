@@ -52,6 +52,14 @@ def test_one_run_is_beside_the_baselines_several_are_beside_each_other() -> None
     assert [(line.label, line.colour, len(line.x)) for line in several.lines] == [("a", 0, 5), ("b", 1, 2)]
 
 
+def test_more_runs_than_colours_are_told_apart_by_dashes() -> None:
+    runs = {f"run {number}": [{"t": 0, "step": 0, "model": 0.1, "mse": 0.1}] for number in range(charts.COLOURS + 1)}
+    assert [line.style for line in charts.mse_by_t(runs).lines] == [*["-"] * charts.COLOURS, "--"]
+    chart = charts.heldout(runs)
+    assert [line.style for line in chart.lines] == [*["o-"] * charts.COLOURS, "o--"]
+    assert "stroke-dasharray" in charts.svg(chart)
+
+
 def test_the_first_term_of_the_bound_is_at_one() -> None:
     chart = charts.vlb_by_t({"a": [{"t": t, "bits_per_dim": 1.0 + t} for t in range(3)]})
     assert list(chart.lines[0].x) == [1, 2, 3]

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from pydantic import ValidationError
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from diffusion.nn import build
-from diffusion.nn.unet import SelfAttention
+from diffusion.nn.unet import SelfAttention, UNetOptions
 from flows import presets
 from tests.nn.networks import network, noise, randomize
 
@@ -48,6 +49,12 @@ def test_fourier_features_are_waves_of_the_noisy_image() -> None:
     other.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     other(x, torch.tensor([0, 1, 2]))
     assert seen[0].equal(other.fourier(x))
+
+
+@pytest.mark.parametrize("exponents", [(3, 3), (0, 1, 0)])
+def test_fourier_features_are_different(exponents: tuple[int, ...]) -> None:
+    with pytest.raises(ValidationError, match=f"fourier_features\n.* contains {exponents[0]} more than once"):
+        UNetOptions(fourier_features=exponents)
 
 
 def test_conventions_share_their_weights_but_not_their_output() -> None:

@@ -100,6 +100,7 @@ def test_other_figures_are_compared_by_their_intervals() -> None:
         ("mse", 0.48, "better"),
         ("mse", 0.49, "not told apart"),
         ("mse", 0.5, "equal"),
+        ("mse", float("nan"), "not told apart"),
         ("mse", 0.52, "worse"),
         ("r2", 0.52, "better"),
         ("r2", 0.48, "worse"),
