@@ -169,8 +169,7 @@ def test_a_champion_registered_by_hand_is_only_replaced_by_hand(paths: Paths) ->
     client.create_model_version("ddpm", "/models/of/others")
     client.set_registered_model_alias("ddpm", "champion", "2")
     assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    reason = "Not promoted: val MSE of version 2 is not known, as it was registered without a run; `ddpm promote 3"
-    assert reason in description(paths, "3")
+    assert "val MSE of version 2 is not known, as it was registered without a run; `ddpm p" in description(paths, "3")
 
 
 def test_altered_errors_promote_nothing(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
