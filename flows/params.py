@@ -338,9 +338,8 @@ def validate(document: Any, origin: str) -> Params:
 
 def advice(error: ValidationError) -> str:
     """What to do about an error, where a command does it."""
-    # No command changes an item of a list alone.
-    faults = [fault for fault in error.errors(include_url=False) if all(isinstance(name, str) for name in fault["loc"])]
-    kinds = {fault["type"] for fault in faults}
+    faults = error.errors(include_url=False)  # but no command changes an item of a list alone
+    kinds = {fault["type"] for fault in faults if all(isinstance(name, str) for name in fault["loc"])}
     if OF_ANOTHER_KIND in kinds:
         return "; `ddpm set NAME.kind=KIND` changes a kind together with its fields"
     return "; `ddpm params --update` adds what is missing" if "missing" in kinds else ""

@@ -106,6 +106,8 @@ def table(client: MlflowClient, version: ModelVersion) -> list[dict[str, Any]]:
 def _scores(client: MlflowClient, version: ModelVersion) -> Scores:
     """What the run that exported a version holds of its evaluation, every file checked against its digest."""
     name, run = f"version {version.version}", f"({version.run_id})"
+    if not version.run_id:
+        return Scores(name, {}, {}, "is not known, as it was registered without a run")
     files = ["evaluate.json", "scored.json", *(file for file, _ in BY_IMAGE.values())]
     with tempfile.TemporaryDirectory() as directory:
         sums = _download(client, version, f"evaluation/{SUMS}", directory)

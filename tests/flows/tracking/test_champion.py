@@ -163,6 +163,15 @@ def test_a_champion_without_its_errors_is_only_replaced_manually(
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
 
 
+def test_a_champion_registered_by_hand_is_only_replaced_by_hand(paths: Paths) -> None:
+    version(paths, b"first", FIRST)
+    client = client_of(paths)
+    client.create_model_version("ddpm", "/models/of/others")
+    client.set_registered_model_alias("ddpm", "champion", "2")
+    assert version(paths, b"second", [0.1] * 5) == ["challenger"]
+    assert "val MSE of version 2 is not known, as it was registered without a run; `ddpm p" in description(paths, "3")
+
+
 def test_altered_errors_promote_nothing(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
     version(paths, b"first", [0.3] * 5)
     write_all(paths, b"second", val_errors=[0.4] * 5)
