@@ -43,7 +43,7 @@ GROUPS: dict[str, list[str]] = {
     "timesteps": [f"train.timesteps={name}" for name in ("stored", "uniform", "loss-second-moment", "log-snr-normal")],
     "variance": ["process.learned_variance=true"],
     "network": [
-        "network.fourier_features=[3,4]",
+        "network.fourier_features=[]",
         "network.blocks_per_level=2",
         "network.base_channels=16",
         "network.conditioning=add",
