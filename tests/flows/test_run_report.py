@@ -73,7 +73,15 @@ def test_the_report_of_the_working_tree(tree: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "reports/run.html\n")
     text = check_alone((tree / "reports/run.html").read_text())
     assert "The results in the working tree." in text
+    assert "Changed since" not in text
     assert "git checkout" not in text
+
+
+def test_a_report_of_the_working_tree_names_the_parameters_changed_since(tree: Path) -> None:
+    trees.change(tree, {"train": {"steps": 77}, "sample": {"guidance": 7.5}})
+    assert ddpm(tree, "report", environment=ENVIRONMENT).returncode == 0
+    text = check_alone((tree / "reports/run.html").read_text())
+    assert "The results in the working tree. Changed since in params.yaml: sample.guidance, train.steps." in text
 
 
 def test_a_report_shows_the_parameters_that_the_stages_ran_with(tree: Path) -> None:
