@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.errors import Damaged, FileFault, UserError
 from diffusion.storage.files import write_atomic
-from flows import gate, made_with, workspace
+from flows import gate, made_with, params, workspace
 from flows import report as markdown
 from flows import summary as summaries
 from flows.pages import contents, report
@@ -42,7 +42,7 @@ def page(paths: Paths, is_run: bool) -> str:
     summary = summaries.read(paths.root) if (paths.root / "summary.json").exists() else None
     about = report.About(
         name=paths.root.name if is_run else "",
-        when=_when(paths) if is_run else "The results in the working tree.",
+        when=_when(paths) if is_run else _tree(paths),
         parameters=parameters,
         stages=summary.stages if summary else [],
         gate=summary.gate if summary else [],
@@ -69,6 +69,18 @@ def _export(paths: Paths) -> list[list[str]]:
         return markdown.precisions(paths.export_report)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Damaged(paths.export_report, "it is not what export writes") from None
+
+
+def _tree(paths: Paths) -> str:
+    """A sentence that says what is shown, and one that names the parameters changed since, if there are any."""
+    shown = "The results in the working tree."
+    try:
+        now = made_with.flat(params.load(paths.params))  # validated: a choice may be written in a short form
+    except UserError as error:
+        return f"{shown} params.yaml is not valid now: {error}."
+    records = [contents.read_record(paths, stage)["params"].items() for stage in STAGES]
+    changed = sorted({name for record in records for name, value in record if name in now and now[name] != value})
+    return f"{shown} Changed since in params.yaml: {', '.join(changed)}." if changed else shown
 
 
 def _when(paths: Paths) -> str:

@@ -73,7 +73,27 @@ def test_the_report_of_the_working_tree(tree: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "reports/run.html\n")
     text = check_alone((tree / "reports/run.html").read_text())
     assert "The results in the working tree." in text
+    assert "Changed since" not in text
     assert "git checkout" not in text
+
+
+def test_a_report_of_the_working_tree_names_the_parameters_changed_since(tree: Path) -> None:
+    trees.change(tree, {"train": {"steps": 77}, "sample": {"guidance": 7.5}})
+    assert ddpm(tree, "report", environment=ENVIRONMENT).returncode == 0
+    text = check_alone((tree / "reports/run.html").read_text())
+    assert "The results in the working tree. Changed since in params.yaml: sample.guidance, train.steps." in text
+
+
+def test_a_short_form_of_the_same_parameters_is_no_change(tree: Path) -> None:
+    record = json.loads((tree / "reports/made_with/evaluate.json").read_text())
+    record["params"]["evaluate.samplers"] = [{"sampler": {"kind": "ddim", "eta": 0.0}, "steps": 5}]
+    write_json(tree / "reports/made_with/evaluate.json", record)
+    trees.change(tree, {"evaluate": {"samplers": [{"sampler": "ddim", "steps": 5}]}})
+    assert ddpm(tree, "report", environment=ENVIRONMENT).returncode == 0
+    assert "Changed since" not in (tree / "reports/run.html").read_text()
+    trees.change(tree, {"evaluate": {"samplers": [{"sampler": "ddim", "steps": 6}]}})
+    assert ddpm(tree, "report", environment=ENVIRONMENT).returncode == 0
+    assert "Changed since in params.yaml: evaluate.samplers." in (tree / "reports/run.html").read_text()
 
 
 def test_a_report_shows_the_parameters_that_the_stages_ran_with(tree: Path) -> None:
@@ -88,6 +108,7 @@ def test_a_report_shows_the_parameters_that_the_stages_ran_with(tree: Path) -> N
         assert f"{before} steps, spacing" in text
         assert f"sample.steps {before} 50" in text
         assert "momentum" not in text
+    assert "params.yaml is not valid now" in text
 
 
 def test_a_report_of_an_imported_model_shows_no_training(tree: Path) -> None:
