@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion.sources import rejections
 from diffusion.sources.shards import MANIFEST, Manifest
-from flows import gate
+from flows import baselines, gate
 from flows.paths import Paths
 from flows.summary import Summary
 
@@ -66,6 +66,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         else f"Not recorded in MLflow; run `ddpm track {summary.run}` to record it.",
         "## Held-out evaluation",
         _metrics(summary, last),
+        *([f"Likelihood: **{baselines.verdict(summary.metrics)}**."] if "bits_per_dim_gain" in summary.metrics else []),
         *(["## Promotion", gate.sentence(summary.gate), _promotion(summary.gate)] if summary.gate else []),
         "## Samples",
         *([f"Compared with held-out images: **{summary.quality}**."] if summary.quality else []),

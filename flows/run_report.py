@@ -14,6 +14,7 @@ from flows import summary as summaries
 from flows.pages import contents, report
 from flows.params import Params
 from flows.paths import Paths
+from flows.recorded import read_parameters
 from flows.stages import STAGES
 
 
@@ -38,7 +39,7 @@ def find(run: str | None) -> Paths:
 
 def page(paths: Paths, is_run: bool) -> str:
     """Render the report with all that the folder says."""
-    parameters = contents.read_parameters(paths)
+    parameters = read_parameters(paths)
     summary = summaries.read(paths.root) if (paths.root / "summary.json").exists() else None
     about = report.About(
         name=paths.root.name if is_run else "",

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.errors import UserError
 from diffusion.storage.files import write_json
-from flows import workspace
+from flows import baselines, workspace
 from flows.dvc_stage import Outcome
 from flows.gate import Row
 from flows.paths import Paths
@@ -91,8 +91,6 @@ def show(run: str | None) -> None:
     directory = workspace.newest("completed") if run is None else workspace.find(run)
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
-    from diffusion.evaluation import histograms  # imports torch, which the flow itself does not need
-
     summary = read(directory)
     print(f"run {summary.run}\n")
     for stage in summary.stages:
@@ -100,7 +98,7 @@ def show(run: str | None) -> None:
     print()
     lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
     if "bits_per_dim_gain_low" in summary.metrics:
-        lines["bits/dim"] += f"   {histograms.verdict(summary.metrics)}"
+        lines["bits/dim"] += f"   {baselines.verdict(summary.metrics)}"
     lines |= {"samples": summary.quality} if summary.quality else {}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}

@@ -14,12 +14,6 @@ from diffusion.pairs.pairs import Pairs
 
 PRIOR = 0.5
 """Added to each count, so that no value has probability zero; Krichevsky & Trofimov 1981."""
-LABELS = {
-    "uniform": "a uniform distribution over the values present",
-    "histogram": "the histogram of all pixels",
-    "pixel_histogram": "the histogram of each pixel",
-}
-"""Of the baselines."""
 MAX_BYTES = 2**28
 """Memory for the counts of a group of rows."""
 
@@ -70,18 +64,6 @@ def compare(model: NDArray[np.float64], baselines: Mapping[str, NDArray[np.float
     means = {f"bits_per_dim_{name}": float(bits.mean()) for name, bits in baselines.items()}
     lowest = min(baselines.values(), key=np.mean)
     return means | mean("bits_per_dim_gain", lowest - model)
-
-
-def verdict(report: Mapping[str, float]) -> str:
-    """Whether the model is better than the best baseline, in words."""
-    best = min(LABELS, key=lambda name: report[f"bits_per_dim_{name}"])
-    if report["bits_per_dim_gain_low"] > 0:
-        word = "better than"
-    elif report["bits_per_dim_gain_high"] < 0:
-        word = "worse than"
-    else:
-        word = "no different, within its noise, from"
-    return f"{word} {LABELS[best]} ({report[f'bits_per_dim_{best}']:.4f})"
 
 
 def _blocks(pairs: Pairs, images: int) -> Iterator[tuple[slice, NDArray[np.uint8]]]:

@@ -11,6 +11,7 @@ from flows.comparison.page import Compared, page
 from flows.pages import contents
 from flows.pages.rendering import number
 from flows.paths import Paths
+from flows.recorded import read_parameters
 from flows.run_report import find, open_page
 
 TREE = "."
@@ -58,4 +59,4 @@ def table(names: list[str], found: list[Figure]) -> str:
 
 
 def _read(paths: Paths) -> Compared:
-    return Compared(paths.root.name or "working tree", contents.read_parameters(paths), contents.read(paths))
+    return Compared(paths.root.name or "working tree", read_parameters(paths), contents.read(paths))

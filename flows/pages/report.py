@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion.errors import counted
-from diffusion.evaluation import charts, histograms, noise_prediction, quality, samplers
+from diffusion.evaluation import charts, noise_prediction, quality, samplers
+from flows import baselines
 from flows.pages.contents import Contents, Row
 from flows.pages.rendering import bars, parameter, render
 
@@ -25,7 +26,7 @@ BOUNDS = {
     "bits_per_dim_prior": "of which L_T (prior)",
     "bits_per_dim_diffusion": "of which the sum of L_t−1 (denoising steps)",
     "bits_per_dim_decoder": "of which L_0 (decoder, to discrete pixel values)",
-    **{f"bits_per_dim_{name}": f"{label[0].upper()}{label[1:]}" for name, label in histograms.LABELS.items()},
+    **{f"bits_per_dim_{name}": f"{label[0].upper()}{label[1:]}" for name, label in baselines.LABELS.items()},
 }
 SAMPLES = {
     "good": ("good", "good", "no figure is worse than that of held-out images by more than the noise"),
@@ -117,7 +118,7 @@ def verdicts(figures: dict[str, Any]) -> list[Verdict]:
     """What the figures mean, in words; without those that older evaluations lack."""
     found = [_against("Noise prediction", noise_prediction.verdict(figures), "")]
     if "bits_per_dim_gain_low" in figures:
-        found.append(_against("Likelihood", histograms.verdict(figures), f"{figures['bits_per_dim']:.4f} bits/dim"))
+        found.append(_against("Likelihood", baselines.verdict(figures), f"{figures['bits_per_dim']:.4f} bits/dim"))
     if "quality" in figures:
         found.append(Verdict("Samples", *SAMPLES.get(figures["quality"], ("neutral", str(figures["quality"]), ""))))
     return found

@@ -35,7 +35,7 @@ from diffusion.storage.files import (
     write_json,
     write_sums,
 )
-from flows import made_with, tracking
+from flows import baselines, made_with, tracking
 from flows.pages import contents, report
 from flows.params import Evaluate, Params, laid_over
 from flows.paths import Paths
@@ -110,7 +110,7 @@ def run(params: Params, paths: Paths) -> None:
         f"R² {overall['r2']:.4f}, linear baseline {overall['wiener_mse']:.4f}, on "
         f"{counted(overall['pairs'], 'test pair')} (val {overall['val_mse']:.4f} ± {overall['val_mse_se']:.4f}); "
         f"{overall['bits_per_dim']:.4f} ± {overall['bits_per_dim_se']:.4f} bits/dim (bound, ± standard error) "
-        f"on {counted(overall['bits_per_dim_images'], 'image')}, {histograms.verdict(overall)}"
+        f"on {counted(overall['bits_per_dim_images'], 'image')}, {baselines.verdict(overall)}"
     )
     if measured:
         word, reason = measured.verdict

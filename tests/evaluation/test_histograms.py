@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from diffusion.evaluation import histograms
 from diffusion.pairs.noise import BLOCK
+from flows.baselines import verdict
 
 RNG = np.random.default_rng(0)
 
@@ -64,4 +65,4 @@ def test_the_verdict_compares_with_the_best_baseline(gain: float, words: str) ->
     assert report["bits_per_dim_gain"] == pytest.approx(gain, abs=1e-12)
     assert report["bits_per_dim_uniform"] == 8
     best = report["bits_per_dim_histogram"]
-    assert histograms.verdict(report) == f"{words} the histogram of all pixels ({best:.4f})"
+    assert verdict(report) == f"{words} the histogram of all pixels ({best:.4f})"

@@ -156,6 +156,11 @@ def test_the_report_compares_with_the_last_run_and_shows_the_samples(tmp_path: P
     assert "![samples](data:image/png;base64,iVBOR" in text
     assert "[Open in MLflow](http://m/run)" in text
     assert "Promotion" not in text
+    assert "Likelihood" not in text  # of an older evaluation
+    gain = {"uniform": 8.0, "histogram": 6.0, "pixel_histogram": 5.0, "gain": 0.5, "gain_low": 0.4, "gain_high": 0.6}
+    beside = METRICS | {f"bits_per_dim_{name}": value for name, value in gain.items()}
+    better = report.markdown(tmp_path, finished("two", beside), None)
+    assert "Likelihood: **better than the histogram of each pixel (5.0000)**." in better
     rule = Row(
         "val MSE", "significantly lower", 0.0, 0.25, 0.3, -0.05, -0.1, -0.01, "not met", "the difference is small"
     )
