@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 CHANNELS = 128
 """The smallest with as many groups as diffusers has by default."""
 SMALL: dict[str, Any] = {
-    "network": {"base_channels": CHANNELS, "channel_multipliers": [1, 1], "conditioning": "add"},
+    "network": {
+        "base_channels": CHANNELS,
+        "channel_multipliers": [1, 1],
+        "conditioning": "add",
+        "fourier_features": [],
+    },
     "process": {"schedule": "linear", "parameterization": "eps"},
     "sample": {"sampler": "ddpm", "spacing": "linspace", "variance": "fixed-small"},
 }

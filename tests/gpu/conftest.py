@@ -43,7 +43,8 @@ def params() -> Params:
     """Parameters of the preset digits, with a small network."""
     found = presets.load(Path(__file__).parents[2] / "presets" / "digits.yaml")
     plain = found.model_dump()
-    plain["network"] |= {"base_channels": 16, "dropout": 0.1}
+    # Networks with random weights and Fourier features amplify rounding beyond the tolerances of these tests.
+    plain["network"] |= {"base_channels": 16, "dropout": 0.1, "fourier_features": []}
     plain["train"] |= {"steps": 40, "warmup_steps": 5, "batch_size": BATCH, "log_every": 10, "preview_every": 20}
     return Params.model_validate(plain)
 
