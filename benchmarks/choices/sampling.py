@@ -12,7 +12,7 @@ import torch
 
 from choices.results import Row, of_quality
 from choices.training import with_assignments
-from diffusion.evaluation import quality, sets
+from diffusion.evaluation import quality, samplers, sets
 from diffusion.evaluation.features import Features, trained_features
 from diffusion.model import Model, load_model
 from diffusion.pairs.pairs import Pairs
@@ -117,18 +117,10 @@ def opened(tree: Path, samples: int) -> Measured:
 
 def measure(draw: Draw) -> Row:
     """Draw samples and compare them with real images."""
-    on, options = opened(draw.tree, draw.samples), draw.options
-    evaluated = 0
-
-    def count(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal evaluated
-        evaluated += len(inputs[0])
-
-    hook, began = on.model.net.register_forward_pre_hook(count), time.process_time()
-    drawn = sets.samples(on.model, options, draw.seed, CPU, on.real.others.labels)
+    on, began = opened(draw.tree, draw.samples), time.process_time()
+    drawn = samplers.draw(on.model, draw.options, draw.seed, CPU, on.real.others.labels)
     seconds = time.process_time() - began
-    hook.remove()
-    found = quality.measure(on.real, drawn, on.features, on.params.evaluate.resamples)
+    found = quality.measure(on.real, drawn.samples, on.features, on.params.evaluate.resamples)
     tree_options = sample_section(draw.tree, draw.base)
     base = tree_options.model_dump(mode="json", exclude={"count"}) | {"sampler": tree_options.sampler.kind}
     return {
@@ -137,8 +129,8 @@ def measure(draw: Draw) -> Row:
         "set": draw.base,
         "change": json.loads(draw.change),
         "seed": draw.seed,
-        "samples": len(drawn.labels),
-        "evaluations": evaluated / len(drawn.labels),
+        "samples": len(drawn.samples.labels),
+        "evaluations": drawn.evaluations,
         "cpu_seconds": round(seconds, 1),
         "figures": of_quality(found),
         "held_out": of_quality(found, "held-out"),
