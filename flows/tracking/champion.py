@@ -81,16 +81,11 @@ def _carry_out(client: MlflowClient, version: ModelVersion, decision: Decision, 
 
 
 def _log_table(client: MlflowClient, version: ModelVersion, rows: tuple[Row, ...]) -> None:
-    """Log the rows as a table in place of that of an earlier decision, to which MLflow's `log_table` would append."""
+    """Log the rows as a table, in place of that of an earlier decision."""
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-    run_id, entry = version.run_id or "", {"path": TABLE, "type": "table"}
     with suppress(MlflowException):  # the run was deleted
-        client.log_dict(run_id, {"columns": list(Row._fields), "data": [list(row) for row in rows]}, TABLE)
-        tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-        if entry not in tables:
-            client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
+        store.log_table(client, version.run_id or "", Row._fields, rows, TABLE)
 
 
 def table(client: MlflowClient, version: ModelVersion) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,12 +141,8 @@ class TrackedRun:
             self._images[step] = digest
 
     def table(self, rows: list[dict[str, Any]], file: str) -> None:
-        """Log a table as `log_table` does, but replace one with this name, which that would append to."""
-        entry, marker = {"path": file, "type": "table"}, "mlflow.loggedArtifacts"
-        self.client.log_dict(self.id, {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}, file)
-        tables = json.loads(self.client.get_run(self.id).data.tags.get(marker, "[]"))
-        if entry not in tables:
-            self.client.set_tag(self.id, marker, json.dumps([*tables, entry]))
+        """Log a table; see `log_table`."""
+        log_table(self.client, self.id, list(rows[0]), [list(row.values()) for row in rows], file)
 
     def end(self, status: str) -> None:
         self.client.set_terminated(self.id, status=status)
@@ -282,3 +278,15 @@ def brief(error: BaseException) -> str:
         chain.append(inner)
     first = next((e for e in reversed(chain) if isinstance(e, OSError)), error)
     return (str(first) or type(first).__name__).splitlines()[0]
+
+
+def log_table(
+    client: MlflowClient, run_id: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], file: str
+) -> None:
+    """Log a table as MLflow's `log_table` does, but in place of one with this name, which that would append to."""
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+    client.log_dict(run_id, {"columns": list(columns), "data": [list(row) for row in rows]}, file)
+    tables, entry = client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"), {"path": file, "type": "table"}
+    if entry not in (found := json.loads(tables)):
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*found, entry]))
