@@ -102,7 +102,8 @@ def _range(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-def _none_or_enough(samples: int) -> int:
+def none_or_enough(samples: int) -> int:
+    """A number of samples to compare with real images; raises ValueError if it is too small."""
     if 0 < samples < MIN_IMAGES:
         raise ValueError(f"must be 0, for none, or at least {MIN_IMAGES} (got {samples})")
     return samples
@@ -205,10 +206,9 @@ class Evaluate(Section):
     """Number of test images for the estimated bound in bits/dim, which samples timesteps."""
     exact_likelihood_images: Annotated[int, Field(ge=2)] = 16
     """Number of test images for the exact bound in bits/dim, which sums over all timesteps."""
-    quality_samples: Annotated[NonNegative, AfterValidator(_none_or_enough)] = 256
-    """Number of samples to compare with training images, next to as many held-out images, so at most their number; also
-    at most half of the training images. At least 20, or 0: none. Differences between models become smaller than their
-    intervals with few samples."""
+    quality_samples: Annotated[NonNegative, AfterValidator(none_or_enough)] = 256
+    """Number of samples to compare with training images, beside as many held-out images: at most all of these, and half
+    of the training images. At least 20, or 0: none. Few samples tell only large differences."""
     features: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "auto"
     """Features in which samples are compared. auto: those of a small network trained on the training images, by class
     or, without classes, by rotation. Otherwise an ONNX file of your own, such as Inception or DINOv2: it gets float32

@@ -39,7 +39,7 @@ from diffusion.training.state import State, new_state
 from flows import launching, made_with, tracking
 from flows.environment import setting
 from flows.fingerprint import exclusive, training_facts, training_fingerprint
-from flows.params import Params
+from flows.params import Params, none_or_enough
 from flows.parent import launched
 from flows.paths import Paths
 
@@ -48,7 +48,6 @@ CHECKPOINT_SECONDS = "DDPM_CHECKPOINT_SECONDS"
 PREVIEW_QUALITY = "DDPM_PREVIEW_QUALITY"
 """Number of samples to compare with training images at every preview; 0, the default, is none. It is no parameter,
 either."""
-MIN_SAMPLES = 20
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -291,13 +290,7 @@ def checkpoint_seconds() -> float:
 
 def preview_quality() -> int:
     """Number of samples to compare at every preview; raises UserError if DDPM_PREVIEW_QUALITY is invalid."""
-    count: int = setting(PREVIEW_QUALITY, 0, Annotated[int, Field(ge=0, le=100_000), AfterValidator(_enough)])
-    return count
-
-
-def _enough(count: int) -> int:
-    if 0 < count < MIN_SAMPLES:
-        raise ValueError(f"must be 0 or at least {MIN_SAMPLES} (got '{count}')")
+    count: int = setting(PREVIEW_QUALITY, 0, Annotated[int, Field(ge=0, le=100_000), AfterValidator(none_or_enough)])
     return count
 
 
