@@ -1,4 +1,4 @@
-"""The parameters and code that each stage depends on, according to dvc.yaml."""
+"""The parameters and code that each stage depends on, according to dvc.yaml and distill/dvc.yaml."""
 
 from functools import cache
 from pathlib import Path
@@ -8,11 +8,22 @@ from flows.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 """The folder of dvc.yaml and both packages."""
+DVC_YAML, DISTILLATION = "dvc.yaml", "distill/dvc.yaml"
 
 
 def parameters(stage: str) -> tuple[str, ...]:
     """The parameters of a stage: sections (`train`) or fields (`seed`, `sample.guidance`)."""
     return tuple(_stages()[stage]["params"])
+
+
+def file_of(stage: str) -> str:
+    """The file that describes a stage."""
+    return DVC_YAML if stage in read_yaml(ROOT / DVC_YAML)["stages"] else DISTILLATION
+
+
+def target(stage: str) -> str:
+    """A stage's name for DVC's commands."""
+    return stage if file_of(stage) == DVC_YAML else f"{DISTILLATION}:{stage}"
 
 
 def code(stage: str) -> list[Path]:
@@ -28,5 +39,7 @@ def dependencies(stage: str) -> list[str]:
 
 @cache
 def _stages() -> dict[str, Any]:
-    stages: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
+    stages: dict[str, Any] = {}
+    for file in (DVC_YAML, DISTILLATION):
+        stages |= read_yaml(ROOT / file)["stages"]
     return stages

@@ -13,6 +13,7 @@ import filelock
 import numpy as np
 import torch
 
+from diffusion.model import WEIGHTS
 from diffusion.progress import say
 from diffusion.storage.files import sha256, write_json, writing
 from diffusion.training.checkpoints import newest_step
@@ -25,9 +26,14 @@ KEPT_TRAININGS = 5
 """Number of interrupted training runs whose checkpoints are kept."""
 FACTS = "fingerprint.json"
 """File next to the checkpoints with the facts behind the fingerprint."""
+DETERMINING: dict[str, Any] = {
+    "train": {"seed", "process", "network", "train"},
+    "distill": {"seed": True, "distill": True, "sample": {"threshold"}},
+}
+"""The parameters that determine what a stage trains."""
 SETUP = {
     "device": "device: {}",
-    "processes": "train.processes: {}",
+    "processes": "processes: {}",
     "threads": "OMP_NUM_THREADS={}",
     "instructions": "the instructions {}",
     "torch": "torch=={}",
@@ -36,18 +42,20 @@ SETUP = {
 """Facts that affect only the rounding of a result, and how to set each of them."""
 
 
-def training_facts(params: Params, paths: Paths, device: torch.device, world: World) -> dict[str, Any]:
-    """Everything that determines the result: parameters, data, code, and the hardware setup.
+def training_facts(stage: str, params: Params, paths: Paths, device: torch.device, world: World) -> dict[str, Any]:
+    """Everything that determines the result of `train` or `distill`: parameters, inputs, code, and the hardware setup.
 
     This includes the number of threads and the vector instructions: sums are split among threads and lanes, so the
     weights differ in their last bits after a few steps.
     """
-    determining = params.model_dump(mode="json", include={"seed", "process", "network", "train"})
-    del determining["train"]["processes"]  # recorded below as world.size, which torchrun may set instead
+    determining = params.model_dump(mode="json", include=DETERMINING[stage])
+    del determining[stage]["processes"]  # recorded below as world.size, which torchrun may set instead
+    teacher = {"teacher": sha256(paths.teacher / WEIGHTS)} if stage == "distill" else {}
     return {
         "params": determining,
+        **teacher,
         "pairs": sha256(paths.pairs / "manifest.json"),
-        "code": {str(file.relative_to(dvc_yaml.ROOT)): sha256(file) for file in dvc_yaml.code("train")},
+        "code": {str(file.relative_to(dvc_yaml.ROOT)): sha256(file) for file in dvc_yaml.code(stage)},
         "device": device.type,
         "processes": world.size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

@@ -45,13 +45,14 @@ def divide_threads(processes: int) -> None:
     torch.set_num_threads(int(threads))
 
 
-def launch(processes: int, checkpoints: Path) -> None:
-    """Run `python -m flows train` in several processes on this machine and wait for them.
+def launch(stage: str, processes: int, checkpoints: Path) -> None:
+    """Run a stage, `train` or `distill`, in several processes on this machine and wait for them.
 
     If one is lost, all restart from the latest checkpoint, up to DDPM_MAX_RESTARTS times (default 3). torch's
     `max_restarts` is not used because it would also retry deterministic errors and repeat their messages.
 
     Args:
+        stage: its name.
         processes: number of processes.
         checkpoints: directory of the checkpoints of this training run.
     Raises:
@@ -71,19 +72,19 @@ def launch(processes: int, checkpoints: Path) -> None:
     try:
         for restart in range(1, restarts + 2):
             try:
-                _run(processes)
+                _run(stage, processes)
             except LostProcess as lost:
                 step = newest_step(checkpoints)
                 if step is None or restart > restarts:
                     raise UserError(f"{lost}; `dvc repro` resumes from the last checkpoint") from None
-                say(f"train: {lost}; resuming from the checkpoint at step {step} (restart {restart} of {restarts})")
+                say(f"{stage}: {lost}; resuming from the checkpoint at step {step} (restart {restart} of {restarts})")
             else:
                 return
     except SignalException as stopped:
         raise Stopped(stopped.sigval) from None
 
 
-def _run(processes: int) -> None:
+def _run(stage: str, processes: int) -> None:
     """Run the processes once; raises LostProcess, Stopped, SignalException or SystemExit."""
     with tempfile.TemporaryDirectory() as directory:
         os.environ[STORE] = str(Path(directory) / "store")
@@ -91,7 +92,7 @@ def _run(processes: int) -> None:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
-            run_id="train",
+            run_id=stage,
             rdzv_backend="c10d",
             rdzv_endpoint=str(Path(directory) / "rendezvous"),
             rdzv_configs={"store_type": "file"},
@@ -100,7 +101,7 @@ def _run(processes: int) -> None:
             shutdown_timeout=SECONDS_TO_STOP,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "flows", "train")
+            elastic_launch(config, sys.executable)("-m", "flows", stage)
         except ChildFailedError as failed:
             raise _cause(failed.failures, processes) from None
 

@@ -41,7 +41,7 @@ def write(paths: Paths, stage: str, params: Params) -> None:
     """Write the record of a stage; call this after all other outputs are written."""
     read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
     write_json(
-        paths.made_with(stage), {"params": flat(params, *dvc_yaml.parameters(stage)), "read": read, "wrote": wrote}
+        paths.made_with(stage), {"params": flat(params, *dvc_yaml.parameters(paths.stage(stage))), "read": read, "wrote": wrote}
     )
 
 
@@ -51,7 +51,7 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
     Raises:
         UserError: an output is missing or differs from what the stage wrote.
     """
-    file = paths.made_with(stage)
+    file, ran = paths.made_with(stage), paths.stage(stage)
     try:
         record = json.loads(file.read_bytes())
         ran_with, read, wrote = (record[part] for part in ("params", "read", "wrote"))
@@ -60,17 +60,17 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
     now = flat(params)
     for name, value in ran_with.items():
         if name not in now:
-            return f"{stage} was run by an earlier version, which had the parameter {name}"
+            return f"{ran} was run by an earlier version, which had the parameter {name}"
         if now[name] != value:
-            return f"{stage} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
+            return f"{ran} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
     inputs, _ = _files(paths, stage)
     for name, path in inputs.items():
         if sha256(path) != read.get(name):
-            return f"{name} is not the file that {stage} read"
+            return f"{name} is not the file that {ran} read"
     for name, digest in wrote.items():
         path = paths.root / name
         if not path.exists():
-            raise UserError(f"{path}: missing; `dvc repro {stage}` writes it")
+            raise UserError(f"{path}: missing; `dvc repro {dvc_yaml.target(ran)}` writes it")
         if sha256(path) != digest:
             raise Damaged(path, f"it does not match its digest in {file}")
     return None
@@ -82,12 +82,13 @@ def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
     Missing files are omitted: data may have been pulled without the files they were made from.
     """
     shards, pairs = paths.shards / "manifest.json", paths.pairs / "manifest.json"
-    weights = paths.model / "model.safetensors"
+    weights, of_teacher = paths.model / "model.safetensors", paths.teacher / "model.safetensors"
+    teacher = (of_teacher,) if paths.student else ()
     read, wrote = {
         "shard": ((), (shards, paths.data_report)),
         "pairs": ((shards,), (pairs,)),
-        "train": ((pairs,), (weights, paths.train_report)),
-        "evaluate": ((pairs, weights), (paths.evaluate_report, paths.report)),
+        "train": ((pairs, *teacher), (weights, paths.train_report)),
+        "evaluate": ((pairs, weights, *teacher), (paths.evaluate_report, paths.report)),
         "export": ((pairs, weights, paths.evaluate_report), (paths.export_report, *sorted(paths.onnx.glob("*.onnx")))),
     }[stage]
     existing, written = (

@@ -7,13 +7,13 @@ hashes the values in the file, and must see everything that affects a result.
 import copy
 import errno
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from diffusion.distillation.options import DistillOptions
 from diffusion.errors import SystemFault, UserError, describe
 from diffusion.evaluation.quality import MIN_IMAGES
 from diffusion.nn.build import Device, NetworkChoice
@@ -36,64 +36,13 @@ from diffusion.sources.reading import MAX_PIXELS, Layout, Reading
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_earlier
 from flows.gate import Better, Gate, Limit
+from flows.rules import RULES
 from flows.yaml_files import read_yaml
 
 
 def _leaves_something_to_train_on(shard: "Shard") -> None:
     if shard.val_fraction + shard.test_fraction >= 1:
         raise ValueError("val_fraction + test_fraction must be below 1, to leave images to train on")
-
-
-def laid_over(sample: SampleOptions, changes: dict[str, Any]) -> SampleOptions:
-    """The section `sample` with the changes of an entry of `evaluate.samplers`."""
-    fields = {name: getattr(sample, name) for name in SampleOptions.model_fields}
-    return SampleOptions(**fields | changes)
-
-
-def _samplings(params: "Params") -> Iterator[tuple[str, SampleOptions]]:
-    """All settings in which evaluate draws samples, by their place in params.yaml."""
-    yield "sample", params.sample
-    for index, changes in enumerate(params.evaluate.samplers):
-        yield f"evaluate.samplers.{index}", laid_over(params.sample, changes)
-
-
-def _samples_at_timesteps_that_exist(params: "Params") -> None:
-    for place, sample in _samplings(params):
-        if sample.steps > (T := params.process.num_timesteps):
-            raise ValueError(f"{place}.steps ({sample.steps}) exceeds process.num_timesteps ({T})")
-
-
-def _exports_timesteps_that_exist(params: "Params") -> None:
-    if (steps := params.export.steps) > (T := params.process.num_timesteps):
-        raise ValueError(f"export.steps ({steps}) exceeds process.num_timesteps ({T})")
-
-
-def _has_patches_that_fit(params: "Params") -> None:
-    patch_size = getattr(params.network, "patch_size", 1)  # not every network has patches
-    if patch_size > min(params.pairs.height, params.pairs.width):
-        raise ValueError(f"network.patch_size ({patch_size}) exceeds the images' side")
-
-
-def _draws_the_last_timestep(params: "Params") -> None:
-    if params.process.zero_terminal_snr and params.train.timesteps == "log-snr-normal":
-        raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
-
-
-def _has_learned_its_variance(params: "Params") -> None:
-    for place, sample in _samplings(params):
-        if sample.variance == "learned" and not params.process.learned_variance:
-            raise ValueError(f"{place}.variance is learned, which needs process.learned_variance: true")
-
-
-def _guides_by_classes(params: "Params") -> None:
-    for index, changes in enumerate(params.evaluate.samplers):
-        if "guidance" in changes and not params.network.classes:
-            raise ValueError(f"evaluate.samplers.{index}.guidance needs classes (network.classes: true); leave it out")
-
-
-def _exports_its_variance(params: "Params") -> None:
-    if params.sample.variance == "learned" and params.export.sampler.kind == "ddpm":
-        raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")
 
 
 def _range(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -109,22 +58,11 @@ def none_or_enough(samples: int) -> int:
     return samples
 
 
-def _shows_channels_that_exist(params: "Params") -> None:
-    shown, channels = params.evaluate.shown_channels, params.pairs.channels
-    if shown and (len(shown) not in (1, 3) or max(shown) >= channels):
-        raise ValueError(f"evaluate.shown_channels must be one or three numbers below pairs.channels ({channels})")
-
-
 def _names_its_features(evaluate: "Evaluate") -> None:
     if evaluate.features == "auto" and evaluate.features_sha256:
         raise ValueError("features_sha256 is the digest of a file, but features is auto; set features_sha256 to ''")
     if evaluate.features != "auto" and not evaluate.features.endswith(".onnx"):
         raise ValueError("features must be auto, or an .onnx file")
-
-
-def _draws_samples_to_compare(params: "Params") -> None:
-    if params.evaluate.samplers and not params.evaluate.quality_samples:
-        raise ValueError("evaluate.samplers needs evaluate.quality_samples above 0, such as 256; or set samplers to []")
 
 
 class Shard(Section):
@@ -260,17 +198,7 @@ class Tracking(Section):
 class Params(Section):
     """The contents of params.yaml."""
 
-    rules = (
-        _samples_at_timesteps_that_exist,
-        _exports_timesteps_that_exist,
-        _has_patches_that_fit,
-        _shows_channels_that_exist,
-        _draws_the_last_timestep,
-        _has_learned_its_variance,
-        _guides_by_classes,
-        _draws_samples_to_compare,
-        _exports_its_variance,
-    )
+    rules = RULES
 
     seed: NonNegative = 0
     """Random seed of the whole pipeline."""
@@ -284,6 +212,7 @@ class Params(Section):
     sample: SampleOptions = SampleOptions()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    distill: DistillOptions = DistillOptions()
     tracking: Tracking = Tracking()
 
 

@@ -3,36 +3,45 @@
 from pathlib import Path
 
 
-class Paths:
-    """The files of a working tree or of a run's workspace, below `root`."""
+STUDENT_STAGES = {"train": "distill", "evaluate": "evaluate-student", "export": "export-student"}
+"""The stages of distill/dvc.yaml, by those of dvc.yaml that do the same for the teacher."""
 
-    def __init__(self, root: Path = Path()) -> None:
-        self.root = root
-        data, models, reports = root / "data", root / "models", root / "reports"
+
+class Paths:
+    """The files of a working tree or of a run's workspace, below `root`; with `student`, those of the distilled model.
+
+    The student has a model, reports and ONNX files of its own, and shares everything else with its teacher.
+    """
+
+    def __init__(self, root: Path = Path(), student: bool = False) -> None:
+        self.root, self.student = root, student
+        data, models, shared = root / "data", root / "models", root / "reports"
+        reports = shared / "student" if student else shared
         # Inputs.
         self.params = root / "params.yaml"
         self.presets = root / "presets"
         self.raw = data / "raw"
         # shard
         self.shards = data / "shards"
-        self.data_report = reports / "data.html"
-        self.rejected = reports / "rejected.csv"
+        self.data_report = shared / "data.html"
+        self.rejected = shared / "rejected.csv"
         # pairs
         self.pairs = data / "pairs"
-        # train
-        self.model = models / "ddpm"
+        # train, or distill
+        self.teacher = models / "ddpm"
+        self.model = models / "student" if student else self.teacher
         self.train_report = reports / "train.json"
         self.train_curves = reports / "train_curves"
         self.previews = reports / "previews"
-        # evaluate
+        # evaluate, or evaluate-student
         self.evaluate_report = reports / "evaluate.json"
         self.evaluation = reports / "evaluation"
         self.report = reports / "report.html"
         # `ddpm report` and `ddpm compare`
         self.run_report = reports / "run.html"
         self.comparison = reports / "compare.html"
-        # export
-        self.onnx = models / "onnx"
+        # export, or export-student
+        self.onnx = models / ("student-onnx" if student else "onnx")
         self.denoiser = self.denoiser_in("fp32")
         self.sampler = self.sampler_in("fp32")
         self.export_report = reports / "export.json"
@@ -53,6 +62,10 @@ class Paths:
     def _graph(self, name: str, precision: str) -> Path:
         return self.onnx / (f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx")
 
+    def stage(self, stage: str) -> str:
+        """The stage that does for this model what `stage` does for the teacher."""
+        return STUDENT_STAGES.get(stage, stage) if self.student else stage
+
     def made_with(self, stage: str) -> Path:
         """The provenance record of a stage's outputs."""
-        return self.root / "reports" / "made_with" / f"{stage}.json"
+        return self.root / "reports" / "made_with" / f"{self.stage(stage)}.json"

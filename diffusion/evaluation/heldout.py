@@ -42,7 +42,7 @@ def predictions(model: Model, pairs: Pairs, device: torch.device) -> Iterator[Pr
 
 
 class Estimate(NamedTuple):
-    """Noise MSE on a subset of the held-out pairs."""
+    """A mean error on a subset of the held-out pairs, such as the noise MSE."""
 
     mse: float
     se: float
@@ -58,7 +58,11 @@ def quick_mse(
         check_stop()
         images.append(prediction.images)
         errors.append(np.square(prediction.eps_hat - prediction.eps, dtype=np.float64).mean(axis=(1, 2, 3)))
-    image, error = np.concatenate(images), np.concatenate(errors)
+    return mean_over_images(np.concatenate(images), np.concatenate(errors))
+
+
+def mean_over_images(image: NDArray[np.int64], error: NDArray[np.float64]) -> Estimate:
+    """The mean of errors (n,), with its standard error over the images (n,) that they are of."""
     counts = np.bincount(image)
     of_images = np.bincount(image, error - error.mean())[counts > 0]  # sums, as images with more pairs weigh more
     n = len(of_images)

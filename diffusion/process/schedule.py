@@ -66,6 +66,19 @@ class Schedule:
         alpha_bar = self(t)
         return alpha_bar / (1 - alpha_bar)
 
+    def angle(self, t: Tensor) -> Tensor:
+        """The angle phi with alpha_bar = cos(phi)^2, from 0 (the image) to pi / 2 (noise).
+
+        x_t = cos(phi) x_0 + sin(phi) eps moves on it at a constant speed; Salimans & Ho 2022, appendix D.
+        """
+        alpha_bar = self(t)
+        return torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
+
+    def at_angle(self, angle: Tensor) -> Tensor:
+        """The last timestep whose `angle` is at most `angle` float64 (B,), int64 (B,); -1 if there is none."""
+        every = torch.arange(self.num_timesteps, device=angle.device)
+        return torch.searchsorted(self.angle(every).flatten(), angle, right=True) - 1
+
     def diffuse(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, (B, C, H, W); Ho et al. 2020, eq. 4."""
         alpha_bar = self(t)

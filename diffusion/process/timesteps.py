@@ -93,6 +93,26 @@ class LogSnrNormal(_ByProbability):
         return self.draw_by(self.probability, t, u), torch.ones_like(u)
 
 
+class Angle(_ByProbability):
+    """Uniform in the angle arctan(sigma), sigma^2 = 1 / SNR, with a share of START at T - 1, where sampling starts.
+
+    For distillation, whose students see T - 1 in every sample.
+    """
+
+    START = 0.4
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        angle = schedule.angle(torch.arange(schedule.num_timesteps)).flatten()
+        probability = (1 - self.START) * angle.diff(prepend=torch.zeros_like(angle[:1])) / angle[-1]
+        probability[-1] += self.START
+        self.probability: Tensor
+        self.register_buffer("probability", probability, persistent=False)
+
+    def draw(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.draw_by(self.probability, t, u), torch.ones_like(u)
+
+
 class LossAware(_ByProbability):
     """Importance sampling: p(t) proportional to sqrt(mean(loss^power)) over the recent losses near t.
 
@@ -150,4 +170,5 @@ TIMESTEPS: dict[str, Callable[[Schedule], Timesteps]] = {
     "rms-error": lambda schedule: LossAware(schedule.num_timesteps, power=1),
     "loss-second-moment": lambda schedule: LossAware(schedule.num_timesteps, power=2),
     "log-snr-normal": LogSnrNormal,
+    "angle": Angle,
 }

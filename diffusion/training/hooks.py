@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,10 +10,9 @@ from typing import Protocol
 import torch
 
 from diffusion.errors import Stopped
-from diffusion.evaluation.heldout import Estimate, quick_mse
+from diffusion.evaluation.heldout import Estimate
 from diffusion.evaluation.live import LiveQuality, Measured
 from diffusion.model import Model
-from diffusion.pairs.pairs import Pairs
 from diffusion.process.build import ProcessOptions
 from diffusion.progress import Progress, say
 from diffusion.samples import draw_samples, grid_png
@@ -22,6 +21,9 @@ from diffusion.signals import StopSignals
 from diffusion.storage.files import write_atomic
 from diffusion.training.loop import Trainer
 from diffusion.training.state import State
+
+CheckStop = Callable[[], None]
+"""Called often, to raise Stopped if a signal has come."""
 
 
 class TrainingLogger(Protocol):
@@ -63,7 +65,8 @@ class Hooks:
     trainer: Trainer
     model: Model
     """Receives the unsharded EMA weights."""
-    heldout: Pairs
+    measure: Callable[[Model, CheckStop], Estimate]
+    """Measures the held-out error of the EMA weights."""
     device: torch.device
     sample_options: SampleOptions
     previews: Path
@@ -73,6 +76,7 @@ class Hooks:
     logger: TrainingLogger | None
     flops: int
     """Of a forward pass, per image; a training step takes three times as many."""
+    stage: str = "train"
     quality: LiveQuality | None = None
     """Compares samples with training images at every preview; it changes no output. None if that is turned off."""
     timed_steps: int = field(default=0, init=False)
@@ -112,7 +116,7 @@ class Hooks:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
         if self.logger:
-            line = f"train: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}"
+            line = f"{self.stage}: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}"
             metrics = {"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": state.skipped}
             if quality:
                 line += f", KID {quality.kid:.4f} ± {quality.kid_se:.4f}"
@@ -133,7 +137,7 @@ class Hooks:
             if self.progress:
                 self.progress.advance(0, "measuring the held-out error and drawing a preview")
 
-        found = quick_mse(self.model, self.heldout, self.device, check_stop)
+        found = self.measure(self.model, check_stop)
         if not math.isfinite(found.mse):
             return found, None  # samples of a diverged network are meaningless
         images = draw_samples(self.model, self.sample_options, self.trainer.seed, self.device, check_stop)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from diffusion.errors import Stopped, UserError
 from diffusion.pairs.noise import Purpose, stream
 from diffusion.pairs.pairs import Batch
-from diffusion.process.loss import Loss
-from diffusion.process.schedule import times
+from diffusion.process.schedule import Schedule, times
 from diffusion.training import ema, optim
 from diffusion.training.checkpoints import Checkpoints
 from diffusion.training.curves import accumulate, add_point, out_of_patience
@@ -26,19 +26,31 @@ from diffusion.training.state import Row, State
 Hook = Callable[[State], None]
 
 
+class TrainingLoss(Protocol):
+    """What is minimized; `diffusion.process.loss.Loss`, or one of diffusion.distillation."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def __call__(self, net: Callable[..., Tensor], x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor, /) -> Tensor:
+        """The loss of each image, (B,), for x_0 and eps (B, C, H, W), t and y int64 (B,)."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Everything that a training step needs besides the state."""
 
     options: TrainOptions
     seed: int
-    loss: Loss
+    loss: TrainingLoss
     fetch: Callable[[int], Batch]
     """Returns batch k, or this process's share of it."""
     net: nn.Module
     """The state's network, wrapped for compilation and data parallelism."""
     world: World = field(default_factory=World)
     precision: torch.dtype = torch.float32
+    before_step: Hook = lambda _: None
+    """Called at the beginning of each step, for losses that change during the training."""
 
     def add_point(self, state: State) -> Row | None:
         """Append the means since the last point to the loss curve; returns None if all steps since were skipped."""
@@ -107,6 +119,7 @@ def step(state: State, trainer: Trainer) -> None:
     With the weighting `simple` the loss is that of line 5, |eps - eps_hat(x_t, t)|^2, for any parameterization.
     """
     options, world = trainer.options, trainer.world
+    trainer.before_step(state)
     # Dropout uses the device's generator; its seed too depends only on the position in the data.
     dropout = stream(trainer.seed, Purpose.DROPOUT, high=state.step, low=world.rank)
     seed_dropout(state.device, int(dropout.integers(2**63)))

@@ -63,6 +63,7 @@ class ConstantOptions(Choice):
     """Share of the average that is kept at each step; 0 for no averaging."""
 
 
+Optimizer = Annotated[Any, OneOf(["adamw", "muon", "sgd"], {"muon": MuonOptions, "sgd": SgdOptions})]
 FEW_IMAGES, PROBABILITY = 500, 0.12
 """`augment: auto` augments fewer images, with this probability (benchmarks/README.md)."""
 
@@ -78,7 +79,7 @@ class TrainOptions(Section):
     """Number of passes over the training images, instead of `steps`: ceil(epochs * images / batch_size) steps."""
     batch_size: Positive = 128
     """Global batch size, i.e. images per step over all processes."""
-    optimizer: Annotated[Any, OneOf(["adamw", "muon", "sgd"], {"muon": MuonOptions, "sgd": SgdOptions})] = MuonOptions()
+    optimizer: Optimizer = MuonOptions()
     """adamw: Loshchilov & Hutter 2019, without weight decay Adam (Kingma & Ba 2015); muon: Muon (Jordan et al. 2024)
     for the hidden layers' weight matrices and kernels, AdamW for all other parameters; sgd: with momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
@@ -101,7 +102,7 @@ class TrainOptions(Section):
     """Distribution of the training timesteps. stored: those of data/pairs, uniform and stratified (Kingma et al. 2021);
     uniform: independent draws; rms-error, loss-second-moment: importance sampling by the recent RMS error or by the
     second moment of the loss, reweighted to stay unbiased (Nichol & Dhariwal 2021); log-snr-normal: normal in log SNR
-    (Karras et al. 2022)."""
+    (Karras et al. 2022); angle: uniform in arctan(sigma), and T - 1 at 40 % of the draws, for distillation."""
     flip: bool = False
     """Random horizontal flips."""
     augment: AutoFraction = "auto"

@@ -54,6 +54,8 @@ class State(Facts):
     unobserved: tuple[Tensor, Callable[[], Tensor]] | None = None
     """The last step's global batch, not yet observed by `timesteps`: timesteps int64 (B,), and a function returning the
     losses (B,), both on the CPU. The losses of a skipped step are NaN."""
+    earlier: Network | None = None
+    """In progressive distillation, the student of the phase before, which is now the teacher."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The EMA weights with the lowest held-out error, if `keep_best`."""
 
@@ -144,7 +146,8 @@ class State(Facts):
             net.load_state_dict({name: gather_full(tensor) for name, tensor in self.best.items()})
 
     def _modules(self) -> Iterable[tuple[str, nn.Module]]:
-        return (("net", self.net), ("average", self.average), ("timesteps", self.timesteps))
+        modules: dict[str, nn.Module] = {"net": self.net, "average": self.average, "timesteps": self.timesteps}
+        return (modules | ({"earlier": self.earlier} if self.earlier is not None else {})).items()
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
         yield "sums", self.sums
@@ -168,10 +171,12 @@ def new_state(
     schedule: Schedule,
     shard_weights: Callable[[Network], Network] = lambda net: net,
     augmented: bool = False,
+    earlier: Network | None = None,
 ) -> State:
     """The state of a training run at step 0; `shard_weights` shards a network over the processes.
 
     With `augmented`, the network gets a layer for augmentation, which the averaged weights, and so the model, lack.
+    `earlier` is kept in the state: see `State.earlier`.
     """
     device = float64_device(next(net.parameters()).device)
     average = shard_weights(ema.average_of(net))
@@ -185,4 +190,5 @@ def new_state(
         timesteps=TIMESTEPS[options.timesteps](schedule),
         sums=torch.zeros(3 + 2 * BANDS, dtype=torch.float64, device=device),
         skips=torch.zeros(3, dtype=torch.int64, device=device),
+        earlier=earlier,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusion.errors import UserError
 from diffusion.signals import deferred
-from flows import yaml_files
+from flows import dvc_yaml, yaml_files
 from flows.parent import stop_with_parent
 from flows.paths import Paths
 
@@ -21,7 +21,7 @@ def run(stage: str) -> None:
     with deferred():  # PyTorch goes on without NumPy if a signal interrupts its import of it
         from flows.params import load
 
-        module = importlib.import_module(f"flows.stages.{stage}")
+        module = importlib.import_module(f"flows.stages.{stage.replace('-', '_')}")
     paths = Paths()
     params = load(paths.params)
     check_untracked(stage)
@@ -30,7 +30,7 @@ def run(stage: str) -> None:
 
 def check_untracked(stage: str) -> None:
     """Raise UserError if git tracks an output of a stage: DVC refuses it too, but only after the stage has run."""
-    pipeline = Path("dvc.yaml")
+    pipeline = Path(dvc_yaml.file_of(stage))
     described = yaml_files.read_yaml(pipeline).get("stages", {}).get(stage, {}) if pipeline.exists() else {}
     outputs = [*described.get("outs", []), *described.get("metrics", [])]
     tracked = [output for output in outputs if isinstance(output, str) and git_tracks(output)]  # else: cache: false

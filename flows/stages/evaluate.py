@@ -37,8 +37,9 @@ from diffusion.storage.files import (
 )
 from flows import baselines, made_with, tracking
 from flows.pages import contents, report
-from flows.params import Evaluate, Params, laid_over
+from flows.params import Evaluate, Params
 from flows.paths import Paths
+from flows.rules import laid_over
 
 
 def run(params: Params, paths: Paths) -> None:

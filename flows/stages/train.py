@@ -1,303 +1,67 @@
 """Stage train: train a model on the training pairs, with curves and previews."""
 
-import copy
 import math
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Annotated
+from dataclasses import replace
+from functools import partial
 
 import torch
-from pydantic import AfterValidator, Field
 
-from diffusion.errors import AlreadyReported, UserError, counted
-from diffusion.evaluation.heldout import x_0_mse
-from diffusion.evaluation.live import LiveQuality
-from diffusion.model import Config, Model, new_network, save_model
-from diffusion.nn import build as networks
-from diffusion.nn.counting import Counts, count
+from diffusion.errors import UserError
+from diffusion.evaluation.heldout import Estimate, quick_mse, x_0_mse
+from diffusion.model import Config, Model, new_network
 from diffusion.nn.layers import Network
 from diffusion.pairs.noise import Purpose, stream
-from diffusion.pairs.pairs import Batches, Pairs
+from diffusion.pairs.pairs import Pairs
 from diffusion.process import build as processes
-from diffusion.process.build import Process
-from diffusion.progress import Progress, say, working
-from diffusion.signals import StopSignals
-from diffusion.storage.files import new_directory, write_atomic, write_csv, write_json, write_sums
-from diffusion.training import curves, distributed, loop
-from diffusion.training.checkpoints import Checkpoints
-from diffusion.training.distributed import World
-from diffusion.training.hardware import precision, prefetched, runnable, should_compile
-from diffusion.training.hooks import Hooks, preview_options, preview_path
-from diffusion.training.options import TrainOptions
-from diffusion.training.state import State, new_state
-from flows import launching, made_with, tracking
-from flows.environment import setting
-from flows.fingerprint import exclusive, training_facts, training_fingerprint
-from flows.params import Params, none_or_enough
-from flows.parent import launched
+from diffusion.progress import Progress
+from diffusion.training.hooks import CheckStop, preview_options
+from diffusion.training.state import State
+from flows.params import Params
 from flows.paths import Paths
-
-CHECKPOINT_SECONDS = "DDPM_CHECKPOINT_SECONDS"
-"""Seconds between checkpoints. Not a parameter, since it does not affect the result."""
-PREVIEW_QUALITY = "DDPM_PREVIEW_QUALITY"
-"""Number of samples to compare with training images at every preview; 0, the default, is none. It is no parameter,
-either."""
+from flows.stages import training
+from flows.stages.training import Recipe
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train a model; an interrupted training run with the same parameters, data and code is resumed.
+    """Train a model; an interrupted training run with the same parameters, data and code is resumed."""
+    training.run(params, paths, partial(recipe, params, paths))
 
-    With several processes, this one only launches them, and each of them calls this function again.
-    """
-    device = networks.device(params.device, torch.distributed.get_node_local_rank(0))
-    pairs = Pairs(paths.pairs, "train")
-    process = processes.process(params.process)
+
+def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
+    """How the network is trained to predict the noise; raises UserError if the data do not fit the parameters."""
+    pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
+    process, classes = processes.process(params.process), pairs.manifest.classes
     pairs.check_process(process.schedule.alpha_bar.numpy())
-    if params.network.classes and not pairs.manifest.classes:
+    if params.network.classes and not classes:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
-    if device.type not in ("cpu", "cuda") and (params.train.processes > 1 or distributed.is_worker()):
-        raise UserError(f"device: {device} supports only one process; set device to cpu, or start one process")
-    if params.train.processes > 1 and not distributed.is_worker():
-        check_devices(params, device)
-        launching.divide_threads(params.train.processes)
-        several = World(size=params.train.processes)
-        facts = training_facts(params, paths, device, several)
-        with exclusive(paths.checkpoints, facts):
-            launching.launch(several.size, paths.checkpoints / training_fingerprint(facts))
-        return
-    store = os.environ.get(launching.STORE)
-    lost = AlreadyReported if launched() else UserError  # only the launcher reports errors
-    file = Path(store) if store else None
-    with (
-        explain_out_of_memory(params.train),
-        distributed.process_group(device, file, lost) as world,
-        ExitStack() as held,
-    ):
-        check_batch_size(params.train, world)
-        facts = training_facts(params, paths, device, world)
-        if world.main and not launched():
-            held.enter_context(exclusive(paths.checkpoints, facts))
-        training = Training(params, paths, device, world, pairs, process, training_fingerprint(facts))
-        model, state = training.run()
-        if world.main:
-            with working("train: writing the model and its curves, recording them in MLflow"):
-                training.write(model, state)
-                tracking.record(params, paths, state.run_id)
-            loss, mse = state.loss_curve[-1]["loss"], state.heldout_curve[-1]["mse"]
-            say(f"train: {counted(state.step, 'step')}, loss {loss:.4f}, held-out MSE {mse:.4f}")
-            shutil.rmtree(training.checkpoints)
+    config = Config(shape=pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None)
 
+    def initial() -> Network:
+        torch.manual_seed(int(stream(params.seed, Purpose.INIT).integers(2**63)))
+        return new_network(pairs.shape, len(classes), params.network, params.process)
 
-@dataclass(frozen=True)
-class Training:
-    """One process's part of a training run: set up, train, write the results."""
+    def measure(_: State, model: Model, check_stop: CheckStop) -> Estimate:
+        return quick_mse(model, heldout, device, check_stop)
 
-    params: Params
-    paths: Paths
-    device: torch.device
-    world: World
-    pairs: Pairs
-    process: Process
-    fingerprint: str
+    def with_errors(model: Model, check_stop: CheckStop) -> Model:
+        """E |x_0 - x_0_hat|^2 / d at each timestep, for the analytic variance."""
+        with Progress("train", math.ceil(process.schedule.num_timesteps / 4), "batches") as progress:
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.paths.checkpoints / self.fingerprint
-
-    @property
-    def previews(self) -> Path:
-        return self.checkpoints / "previews"
-
-    @cached_property
-    def net(self) -> Network:
-        """The network with its initial weights."""
-        torch.manual_seed(int(stream(self.params.seed, Purpose.INIT).integers(2**63)))
-        classes = len(self.pairs.manifest.classes)
-        return new_network(self.pairs.shape, classes, self.params.network, self.params.process).to(self.device)
-
-    @cached_property
-    def config(self) -> Config:
-        params, classes = self.params, self.pairs.manifest.classes
-        return Config(
-            shape=self.pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None
-        )
-
-    @cached_property
-    def options(self) -> TrainOptions:
-        """The training options, with the number of steps also if epochs are given."""
-        return self.params.train.for_images(self.pairs.images)
-
-    @cached_property
-    def counts(self) -> Counts:
-        return count(self.net, self.pairs.shape)
-
-    @property
-    def augment(self) -> float:
-        """The probability of each augmentation, which depends on the number of images if it is `auto`."""
-        return self.params.train.augmentation(self.pairs.images)
-
-    def run(self) -> tuple[Model, State]:
-        """Train to the end; returns the model and the final state."""
-        params, options, world, seed = self.params, self.options, self.world, self.params.seed
-        counts, augment = self.counts, self.augment
-        undivided = copy.deepcopy(self.net).eval() if world.size > 1 and options.sharding == "weights" else None
-        shard_weights = partial(distributed.shard_weights, options=options, world=world)
-        state = new_state(self.net, options, self.process.schedule, shard_weights, augmented=augment > 0)
-        checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
-        checkpoints.restore(state)
-        wanted, quality = preview_quality(), None
-        if world.main and wanted:
-            quality = LiveQuality.prepare(wanted, self.pairs, self.paths.features, "train")
-        model, heldout = Model(undivided or state.average, self.process, self.config), Pairs(self.paths.pairs, "val")
-        fetch = Batches(
-            self.pairs,
-            seed,
-            options.batch_size,
-            options.flip,
-            options.class_dropout,
-            augment,
-            world.rank,
-            world.size,
-        )
-        with StopSignals() as stop, prefetched(fetch, self.device) as batches, ExitStack() as watched:
-            live = progress = None
-            if world.main:
-                say(
-                    f"train: {counts.parameters:,} parameters, {counts.flops / 1e9:.3g} GFLOP per image, on "
-                    + (f"{world.size} x {self.device.type}" if world.size > 1 else f"{self.device}")
-                    + f", {counted(self.pairs.images, 'image')}"
-                    + (f", {counted(options.epochs, 'epoch')} ({options.steps} steps)" if options.epochs else "")
-                    + (f", augmented with probability {augment:g}" if augment else ", not augmented")
-                    + (f", resuming from step {state.step}" if state.step else "")
-                )
-                live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))
-                total, done = options.steps * options.batch_size, state.step * options.batch_size
-                progress = Progress("train", total, "images", done=done)
-                state.run_id = live.run_id
-            compiled = should_compile(options, self.device, lambda: counts.flops)
-            if compiled and world.main:
-                say("train: compiling the network during the first steps")
-            forward = runnable(state.net, options, world, compiled)
-            dtype = precision(options, self.device)
-            trainer = loop.Trainer(options, seed, self.process.loss, batches, forward, world, dtype)
-            drawing = preview_options(params.process)
-            hooks = Hooks(
-                trainer,
-                model,
-                heldout,
-                self.device,
-                drawing,
-                self.previews,
-                stop,
-                progress,
-                live,
-                counts.flops,
-                quality,
-            )
-            with progress or nullcontext():
-                loop.train(
-                    state, trainer, checkpoints, report=hooks.report, preview=hooks.preview, stop_signal=stop.received
-                )
-            state.copy_final_into(model.net)
-            if world.main:
-                errors = self.errors(model, heldout, stop)
-                model = replace(model, config=self.config.model_copy(update={"x_0_mse": errors}))
-        return model, state
-
-    def errors(self, model: Model, heldout: Pairs, stop: StopSignals) -> tuple[float, ...]:
-        """E |x_0 - x_0_hat|^2 / d at each timestep, of the trained model."""
-        batches = math.ceil(self.process.schedule.num_timesteps / 4)
-        with Progress("train", batches, "batches") as progress:
-
-            def check_stop() -> None:
-                stop.check()
+            def on_batch() -> None:
+                check_stop()
                 progress.advance(1, "measuring the error at each timestep")
 
-            return x_0_mse(model, heldout, self.device, self.params.seed, check_stop)
+            errors = x_0_mse(model, heldout, device, params.seed, on_batch)
+        return replace(model, config=config.model_copy(update={"x_0_mse": errors}))
 
-    def write(self, model: Model, state: State) -> None:
-        """Write the model, its curves and previews, and the report."""
-        paths = self.paths
-        with new_directory(paths.previews) as temporary:
-            for row in state.heldout_curve:
-                drawn = preview_path(self.previews, int(row["step"]))
-                write_atomic(temporary / drawn.name, drawn.read_bytes())
-            write_sums(temporary)
-        with new_directory(paths.train_curves) as temporary:
-            names = dict.fromkeys(name for row in state.loss_curve for name in row)
-            columns = sorted(names, key=lambda name: name if name.startswith("loss_t") else "")  # bands of t last
-            write_csv(temporary / "loss.csv", state.loss_curve, columns)
-            write_csv(temporary / "heldout.csv", state.heldout_curve)
-            write_sums(temporary)
-        kept = curves.best(state.heldout_curve) if state.best else state.heldout_curve[-1]
-        facts = {
-            "steps": state.step,
-            "images": state.step * self.params.train.batch_size,
-            "augment": self.augment,
-            "parameters": self.counts.parameters,
-            "flops_per_image": self.counts.flops,
-            "loss": state.loss_curve[-1]["loss"],
-            "heldout_mse": kept["mse"],
-            "kept_step": int(kept["step"]),
-            "skipped_steps": state.skipped,
-            "rollbacks": state.rollbacks,
-        }
-        write_json(paths.train_report, facts)
-        save_model(paths.model, model.net, model.config)
-        made_with.write(paths, "train", self.params)
-
-
-def check_batch_size(options: TrainOptions, world: World) -> None:
-    """Raise UserError unless a batch can be divided evenly."""
-    parts = world.size * options.accumulate
-    if options.batch_size % parts:
-        raise UserError(
-            f"train.batch_size: {options.batch_size} is not a multiple of {parts}, the number of processes times "
-            "train.accumulate; change it in params.yaml"
-        )
-
-
-@contextmanager
-def explain_out_of_memory(options: TrainOptions) -> Iterator[None]:
-    """Turn out-of-memory errors into a UserError with advice. Applies to each process separately."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not re.search("can't allocate memory|ALLOC_FAILED", said):
-            raise
-        advice = ["" if options.recompute else "set train.recompute to true"]
-        advice.append("set train.precision to bf16" if options.precision == "fp32" else "")
-        raise UserError(
-            f"out of memory ({said}); lower train.batch_size (now {options.batch_size}) or raise train.accumulate (now "
-            f"{options.accumulate}), which splits each batch into smaller parts"
-            + "".join(f", or {each}" for each in advice if each)
-        ) from None
-
-
-def checkpoint_seconds() -> float:
-    """Seconds between checkpoints; raises UserError if DDPM_CHECKPOINT_SECONDS is invalid."""
-    seconds: float = setting(CHECKPOINT_SECONDS, 60.0, Annotated[float, Field(ge=0)])
-    return seconds
-
-
-def preview_quality() -> int:
-    """Number of samples to compare at every preview; raises UserError if DDPM_PREVIEW_QUALITY is invalid."""
-    count: int = setting(PREVIEW_QUALITY, 0, Annotated[int, Field(ge=0, le=100_000), AfterValidator(none_or_enough)])
-    return count
-
-
-def check_devices(params: Params, device: torch.device) -> None:
-    """Raise UserError unless all processes run on the CPU or each has its own GPU."""
-    processes, gpus = params.train.processes, torch.cuda.device_count()
-    if device.type == "cuda" and params.device not in ("auto", "cuda"):
-        raise UserError(f"device: {params.device} is one GPU, but train.processes is {processes}; set device to cuda")
-    if device.type == "cuda" and processes > gpus:
-        raise UserError(f"train.processes: {processes} processes need a GPU each (available: {gpus}); set it to {gpus}")
+    return Recipe(
+        stage="train",
+        options=params.train.for_images(pairs.images),
+        config=config,
+        process=process,
+        net=initial,
+        loss=process.loss,
+        measure=measure,
+        drawing=preview_options(params.process),
+        finish=with_errors,
+    )

@@ -1,0 +1,103 @@
+"""Options of distillation."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from diffusion.distillation.losses import Consistency, Progressive
+from diffusion.distillation.teacher import Teacher
+from diffusion.process.parameterization import Parameterization
+from diffusion.process.timesteps import TIMESTEPS
+from diffusion.sections import AutoFraction, Choice, NonNegative, OneOf, Positive
+from diffusion.training.options import MuonOptions, Optimizer, TrainOptions
+
+
+def _solves_no_further_than_the_image(method: "ConsistencyOptions") -> None:
+    if method.solver_steps > method.points:
+        raise ValueError(f"solver_steps ({method.solver_steps}) exceeds points ({method.points}), the whole way")
+
+
+class ConsistencyOptions(Choice):
+    """Consistency distillation (Song et al. 2023)."""
+
+    rules = (_solves_no_further_than_the_image,)
+
+    kind: Literal["consistency"] = "consistency"
+    """Name of the method."""
+    points: Annotated[int, Field(ge=2, le=1000)] = 8
+    """Number of steps into which a whole trajectory of the teacher is divided."""
+    solver_steps: Annotated[int, Field(ge=1, le=1000)] = 4
+    """How many of these the teacher takes to make a target; as many as `points`: always up to the image."""
+
+
+def _halves(method: "ProgressiveOptions") -> None:
+    ratio, rest = divmod(method.teacher_steps, method.student_steps)
+    if rest or ratio < 2 or ratio & (ratio - 1):
+        raise ValueError(
+            f"teacher_steps ({method.teacher_steps}) must be 2, 4, 8, ... times student_steps ({method.student_steps})"
+        )
+
+
+class ProgressiveOptions(Choice):
+    """Progressive distillation (Salimans & Ho 2022)."""
+
+    rules = (_halves,)
+
+    kind: Literal["progressive"] = "progressive"
+    """Name of the method."""
+    teacher_steps: Annotated[int, Field(ge=2, le=1024)] = 16
+    """Number of DDIM steps of the teacher, halved until it is `student_steps`."""
+    student_steps: Annotated[int, Field(ge=1, le=512)] = 2
+    """Number of steps of the student in the end."""
+
+
+Method = Consistency | Progressive
+METHODS: dict[str, Callable[[Any, Teacher, Parameterization, int], Method]] = {
+    "consistency": lambda options, teacher, parameterization, _: Consistency(
+        teacher, parameterization, options.points, options.solver_steps
+    ),
+    "progressive": lambda options, teacher, parameterization, steps: Progressive(
+        teacher, parameterization, options.teacher_steps, options.student_steps, steps
+    ),
+}
+"""Constructors by name; each takes the method's options, the teacher, the student's parameterization, and the number of
+training steps."""
+METHOD_OPTIONS: dict[str, type[Choice]] = {"consistency": ConsistencyOptions, "progressive": ProgressiveOptions}
+
+
+def _trains_without_augmentation(distill: "DistillOptions") -> None:
+    if distill.augment != "auto" and distill.augment > 0:
+        raise ValueError("augment must be 0: the teacher has learned images without augmentation")
+
+
+class DistillOptions(TrainOptions):
+    """Distillation of the trained model into one that samples in one to four steps; trained as in section `train`."""
+
+    rules = (*TrainOptions.rules, _trains_without_augmentation)
+
+    method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
+    """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song
+    et al. 2023); progressive: to take one step for two of the teacher's, again and again (Salimans & Ho 2022)."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Scale of classifier-free guidance of the teacher, which the student then has built in."""
+    sampling_steps: Annotated[int, Field(ge=1, le=16)] = 2
+    """Number of steps of the student's samples, and by default of its sampler.onnx."""
+    steps: NonNegative = 330
+    """Number of optimizer steps; 0 if `epochs` is set instead."""
+    batch_size: Positive = 32
+    """Global batch size, i.e. images per step over all processes."""
+    optimizer: Optimizer = MuonOptions(learning_rate=0.005)
+    """adamw, muon or sgd, as in section `train`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    """Peak learning rate of AdamW or SGD."""
+    warmup_steps: NonNegative = 5
+    """Steps of linear learning rate warmup."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay, as in section `train`."""
+    timesteps: Annotated[str, OneOf(TIMESTEPS)] = "angle"
+    """Distribution of the training timesteps, as in section `train`; angle suits distillation."""
+    augment: AutoFraction = 0.0
+    """Must be 0."""
+    preview_every: Positive = 110
+    """Steps between evaluations, each with the held-out loss and a grid of samples."""
