@@ -17,7 +17,7 @@ from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.sampler import DdimOptions
+from diffusion.sampling.sampler import ConsistencyOptions, DdimOptions
 from flows import yaml_files
 from flows.__main__ import main
 from flows.commands import sample
@@ -98,13 +98,18 @@ def test_all_from_params_as_a_grid(tree: Path, capsys: pytest.CaptureFixture[str
     assert "sample: 6/6 steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun", "consistency"])
 def test_options_lie_over_params(tree: Path, sampler: str) -> None:
     changes = {"sampler": sampler, "spacing": "quadratic", "steps": 4, "threshold": "dynamic", "guidance": 1.5}
     given = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     options = SampleOptions.model_validate(SETTINGS.model_dump() | changes)
     if sampler == "ddim":
         given, options = [*given, "--eta", "0.7"], options.model_copy(update={"sampler": DdimOptions(eta=0.7)})
+    if sampler == "consistency":
+        given, options = (
+            [*given, "--gamma", "0.7"],
+            options.model_copy(update={"sampler": ConsistencyOptions(gamma=0.7)}),
+        )
     expected = draw_samples(load_model(tree / "models/ddpm", CPU), options, 8, CPU)
     assert (pictures("--seed", "8", *given) == expected.transpose(0, 2, 3, 1)).all()
 
