@@ -12,6 +12,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     LCMScheduler,
     UNet2DModel,
 )
@@ -225,6 +226,36 @@ def test_a_distilled_model_samples_as_ours_does(tree: Path, schedule: str, gamma
     ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
     # A LCMScheduler mixes 1 part in 10^7 of x_t into x_0_hat.
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-6 if gamma else 1e-9, rtol=0)
+    assert ours.std() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' use of it
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_schedulers_made_from_the_exported_one_take_our_timesteps(
+    tree: Path, gamma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/diffusers.md, with beta in the file, in a loop as there."""
+    given = {"sampler": {"kind": "consistency", "gamma": gamma}, "spacing": "angle", "steps": 4}
+    chosen = models.settings(sample=given, process={"schedule": "sigmoid", "parameterization": "v"})
+    trained = models.save(tree / "models" / "ddpm", chosen)
+    config = export(tree, chosen).scheduler.config
+    timesteps = sampling.sampling_timesteps(chosen.sample, trained.process.schedule)
+    if gamma:
+        scheduler = LCMScheduler.from_config(config, original_inference_steps=chosen.process.num_timesteps)
+    else:
+        scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1, thresholding=True)
+    scheduler.alphas_cumprod = trained.process.schedule.alpha_bar
+    scheduler.set_timesteps(timesteps=timesteps)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(2, *trained.shape, generator=generator, dtype=torch.float64) for _ in range(5)]
+    remaining = iter(drawn[1:])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(remaining))
+    trained.net.double()
+    x_t = drawn[0]
+    for t in timesteps:
+        x_t = scheduler.step(trained.net(x_t, torch.full((2,), t)), t, x_t).prev_sample
+    ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
+    torch.testing.assert_close(x_t, ours, atol=1e-5, rtol=0)
     assert ours.std() > 0.1
 
 

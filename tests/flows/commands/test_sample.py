@@ -114,6 +114,24 @@ def test_options_lie_over_params(tree: Path, sampler: str) -> None:
     assert (pictures("--seed", "8", *given) == expected.transpose(0, 2, 3, 1)).all()
 
 
+def test_few_steps_of_a_distilled_model(
+    tree: Path,  # noqa: ARG001
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without new noise they are DDIM's, at the angles' timesteps; `gamma` belongs to that sampler alone."""
+    spaced = ("--steps", "2", "--spacing", "angle", "--guidance", "1")
+    few = pictures("--sampler", "consistency", *spaced)
+    assert (few == pictures("--sampler", "ddim", "--eta", "0", *spaced)).all()
+    assert not same(few, pictures("--sampler", "consistency", "--gamma", "1", *spaced))
+    assert not same(few, pictures("--sampler", "consistency", *spaced[:2], "--spacing", "linspace", *spaced[4:]))
+    capsys.readouterr()
+    assert main(["sample", "--sampler", "heun", "--gamma", "1"]) == 2
+    expected = "ddpm sample: error: --gamma: the sampler heun does not have it; add --sampler consistency\n"
+    assert capsys.readouterr().err == expected
+    assert main(["sample", "--sampler", "consistency", "--gamma", "1.5"]) == 2
+    assert "--gamma" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9)])
 def test_grid_archive_and_folder_hold_the_same(tree: Path, shape: tuple[int, int, int]) -> None:
     save(tree / "other", shape, classes=())
