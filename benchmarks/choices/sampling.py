@@ -81,7 +81,8 @@ def settings(
             {"sampler": name, "steps": number}
             for name in SAMPLERS
             for number in steps
-            if number <= MANY or name == "ddpm"
+            # `consistency` is for distilled models; with others, it does as `ddim`.
+            if name != "consistency" and (number <= MANY or name == "ddpm")
         ],
         "spacing": [{"spacing": name, "steps": number} for name in SPACINGS for number in few],
         "threshold": [{"threshold": name} for name in THRESHOLDS],

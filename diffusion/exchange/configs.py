@@ -197,11 +197,15 @@ class SchedulerConfig(_Json):
 
     @classmethod
     def of(cls, process: ProcessOptions, sample: SampleOptions) -> Self:
-        """The configuration of a process, with the sampling options that it can express."""
-        beta = processes.betas(process)
+        """The configuration of a process, with the sampling options that it can express.
+
+        The sampler `consistency` becomes a DDIMScheduler, whose steps are those with gamma 0; others a DDPMScheduler.
+        """
+        beta, distilled = processes.betas(process), sample.sampler.kind == "consistency"
         known = process.schedule.kind in SCHEDULES
         return cls.model_validate(
             {
+                "class_name": "DDIMScheduler" if distilled else "DDPMScheduler",
                 "num_train_timesteps": process.num_timesteps,
                 "beta_start": float(beta[0]),
                 "beta_end": float(beta[-1]),
@@ -210,7 +214,8 @@ class SchedulerConfig(_Json):
                 "variance_type": VARIANCES.get(sample.variance, "fixed_small"),
                 "clip_sample": sample.threshold == "clip",
                 "prediction_type": PREDICTIONS[process.parameterization],
-                "timestep_spacing": "linspace",
+                # DDIMScheduler always goes T // steps timesteps back, which trailing ones are apart.
+                "timestep_spacing": "trailing" if distilled else "linspace",
                 "rescale_betas_zero_snr": process.zero_terminal_snr,
             }
         )

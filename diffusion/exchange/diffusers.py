@@ -15,6 +15,7 @@ from diffusion.exchange import weights
 from diffusion.exchange.configs import PREDICTIONS, SchedulerConfig, UNetConfig
 from diffusion.nn.unet import UNet, UNetOptions, groups
 from diffusion.sampling.build import SampleOptions
+from diffusion.sampling.sampler import ConsistencyOptions
 from diffusion.storage.files import new_directory, write_atomic, write_json
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
@@ -58,8 +59,13 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
 
 
 def settings_not_kept(sample: SampleOptions) -> str:
-    """The sampling options that a DDPMScheduler cannot express, and what replaces them."""
-    replaced = [f"sample.steps {sample.steps} (pass num_inference_steps={sample.steps})"]
+    """The sampling options that the exported scheduler cannot express, and what replaces them."""
+    steps = f"num_inference_steps={sample.steps}"
+    if isinstance(sample.sampler, ConsistencyOptions):
+        replaced = [f"sample.steps {sample.steps} (pass {steps}, use_clipped_model_output=True)"]
+        replaced += [f"sample.sampler.gamma {sample.sampler.gamma:g} (0)"] if sample.sampler.gamma else []
+        return f"not kept: {', '.join([*replaced, f'sample.spacing {sample.spacing} (trailing)'])}"
+    replaced = [f"sample.steps {sample.steps} (pass {steps})"]
     if sample.sampler.kind != "ddpm":
         replaced.append(f"sample.sampler {sample.sampler.kind} (ddpm instead)")
     if sample.spacing != "linspace":
@@ -87,7 +93,11 @@ def unsupported(config: model.Config, sample: SampleOptions) -> list[str]:
         ("process.parameterization", predicted, predicted in PREDICTIONS, "eps, x_0 or v"),
     ]
     if not config.scheduler:
+        distilled = sample.sampler.kind == "consistency"
+        learned = process.learned_variance
         wanted += [
+            # A DDIMScheduler does not split the network's output into prediction and variance.
+            ("process.learned_variance", str(learned).lower(), not (learned and distilled), "false for consistency"),
             ("sample.variance", sample.variance, sample.variance in variances, " or ".join(variances)),
             ("sample.threshold", sample.threshold, sample.threshold != "dynamic", "clip or none"),
         ]

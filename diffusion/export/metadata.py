@@ -9,7 +9,6 @@ import onnx
 from diffusion.export.runtime import MAX_FREE_STEPS
 from diffusion.model import Model
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.sampler import DdimOptions
 
 VERSION = 2
 """Version of the keys, incremented when one changes its meaning or is removed."""
@@ -55,8 +54,7 @@ def of_sampler(options: SampleOptions, graph: onnx.ModelProto) -> dict[str, str]
         "guidance": options.guidance,
         "stochastic": str(stochastic).lower(),
     }
-    if isinstance(options.sampler, DdimOptions):
-        facts["eta"] = options.sampler.eta
+    facts |= {name: value for name, value in options.sampler if name != "kind"}
     return _named(facts)
 
 

@@ -24,12 +24,14 @@ class SampleOptions(Section):
     sampler: SamplerChoice = Choice(kind="dpm-solver++-sde")
     """Sampling algorithm. ddpm: ancestral sampling (Ho et al. 2020); ddim: Song et al. 2021; dpm-solver++: second-order
     multistep ODE solver, and its SDE variant (Lu et al. 2022); heun: second-order ODE solver with two network
-    evaluations per step (Karras et al. 2022)."""
+    evaluations per step (Karras et al. 2022); consistency: for distilled models, in one to four steps (Kim et al. 2024;
+    Song et al. 2023)."""
     steps: Annotated[int, Field(ge=1)] = 50
     """Number of sampling steps, at most process.num_timesteps."""
     spacing: SpacingName = "log-snr"
     """Spacing of the sampling timesteps. linspace: uniform in t; quadratic: denser near t = 0 (Song et al. 2021);
-    log-snr: uniform in log SNR (Lu et al. 2022)."""
+    log-snr: uniform in log SNR (Lu et al. 2022); angle: uniform in arctan(sqrt(1 / SNR)) down to the clean image, for
+    few steps of distilled models (Salimans & Ho 2022)."""
     variance: Annotated[str, OneOf(VARIANCES)] = "analytic"
     """Variance of the reverse step, for the sampler ddpm and the bound in bits/dim. fixed-small: the posterior
     variance; fixed-large: beta_t (both Ho et al. 2020); learned: requires process.learned_variance; analytic: estimated

@@ -83,6 +83,26 @@ class Ddim:
 
 
 @dataclass(frozen=True)
+class Consistency:
+    """For distilled models, whose x_0_hat is the end of the trajectory through x_t, not a mean over images.
+
+    x_s = sqrt(alpha_bar_s) x_0_hat + sqrt(1 - alpha_bar_s) (sqrt(1 - gamma^2) eps_hat + gamma z): the gamma-sampling of
+    Kim et al. 2024 (consistency trajectory models), algorithm 3, with a DDIM step in place of their jump to an
+    intermediate time. gamma = 1 is multistep consistency sampling (Song et al. 2023, algorithm 1), which keeps nothing
+    of x_t but x_0_hat; gamma = 0 keeps its noise, as DDIM with eta = 0 does.
+    """
+
+    denoiser: Denoiser
+    gamma: float
+
+    def step(self, x_t: Tensor, t: Tensor, s: Tensor, z: Draw, previous: Previous | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        x_0_hat, eps_hat, _ = self.denoiser(x_t, t)
+        alpha_bar, kept = self.denoiser.schedule(s), 1 - self.gamma**2
+        x_s = times(alpha_bar.sqrt(), x_0_hat) + times(((1 - alpha_bar) * kept).sqrt(), eps_hat)
+        return x_s + times((1 - alpha_bar).sqrt() * self.gamma, z()) if self.gamma else x_s, x_0_hat
+
+
+@dataclass(frozen=True)
 class DpmSolver:
     """DPM-Solver++(2M), or SDE-DPM-Solver++(2M) if `stochastic`; Lu et al. 2022b.
 
@@ -152,16 +172,28 @@ class DdimOptions(Choice):
     """Stochasticity: 0 is deterministic; 1 adds as much noise as ddpm with variance fixed-small."""
 
 
+class ConsistencyOptions(Choice):
+    """Sampling from distilled models (Kim et al. 2024)."""
+
+    kind: Literal["consistency"] = "consistency"
+    """Name of the sampler."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much of the noise is new in each step: 0 keeps that of x_t, and is deterministic; 1 replaces it (multistep
+    consistency sampling, Song et al. 2023)."""
+
+
 SAMPLERS: dict[str, Callable[[Denoiser, Callable[[], Variance], Any], Sampler]] = {
     "ddpm": lambda denoiser, variance, _: Ancestral(denoiser, variance()),
     "ddim": lambda denoiser, _, options: Ddim(denoiser, options.eta),
     "dpm-solver++": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=False),
     "dpm-solver++-sde": lambda denoiser, _, __: DpmSolver(denoiser, stochastic=True),
     "heun": lambda denoiser, _, __: Heun(denoiser),
+    "consistency": lambda denoiser, _, options: Consistency(denoiser, options.gamma),
 }
 """Constructors by name; each takes the denoiser, a function that builds the variance, and the sampler's options."""
 SAMPLER_OPTIONS: dict[str, type[Choice]] = {
     "ddim": DdimOptions,
+    "consistency": ConsistencyOptions,
 }
 
 

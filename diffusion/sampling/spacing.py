@@ -37,6 +37,17 @@ def log_snr(schedule: Schedule, steps: int) -> list[int]:
     return _distinct([end, *nearest.flip(0)[len(nearest) - steps + 1 :].tolist()])
 
 
+def angle(schedule: Schedule, steps: int) -> list[int]:
+    """Evenly spaced in phi = arctan(sqrt(1 - alpha_bar) / sqrt(alpha_bar)), up to rounding to integers.
+
+    x_t = cos(phi) x_0 + sin(phi) eps; Salimans & Ho 2022, appendix D. From that of T - 1 to the clean image, phi = 0,
+    all steps are equally long. So the last does not begin at t = 0, where there is almost no noise left to remove.
+    """
+    phi = torch.atan2((1 - schedule.alpha_bar).sqrt(), schedule.alpha_bar.sqrt())
+    wanted = phi[-1] * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    return _distinct((phi[:, None] - wanted).abs().argmin(dim=0).tolist())
+
+
 def _distinct(points: list[float]) -> list[int]:
     """Round descending points to distinct integers, shifting those that coincide."""
     chosen = list[int]()
@@ -50,4 +61,5 @@ SPACINGS: dict[str, Spacing] = {
     "linspace": linspace,
     "quadratic": quadratic,
     "log-snr": log_snr,
+    "angle": angle,
 }

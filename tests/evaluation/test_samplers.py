@@ -74,6 +74,8 @@ def test_the_table_names_what_differs() -> None:
     assert list(one) == list(two) == list(three)
     assert "variance" in rows({}, {"variance": "fixed-large"})[0]
     assert rows({"sampler": "ddim"})[0]["sampler"] == "ddim"
+    few = rows({"sampler": "consistency", "spacing": "angle"}, {"sampler": {"kind": "consistency", "gamma": 1}})
+    assert [row["sampler"] for row in few] == ["consistency", "consistency (gamma 1)"]
 
 
 def test_settings_in_words() -> None:

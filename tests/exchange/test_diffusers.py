@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,10 +105,11 @@ class Sines(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def pictures(pipeline: Any, steps: int) -> Tensor:
+def pictures(pipeline: Any, steps: int, **options: bool) -> Tensor:
     """Two images of a pipeline, (2, C, H, W), values 0 to 1."""
     pipeline.set_progress_bar_config(disable=True)
-    made = pipeline(2, torch.Generator().manual_seed(3), num_inference_steps=steps, output_type="pt").images
+    drawn = torch.Generator().manual_seed(3)
+    made = pipeline(2, drawn, num_inference_steps=steps, output_type="pt", **options).images
     return torch.as_tensor(made)
 
 
@@ -192,6 +202,63 @@ def test_the_pipeline_samples_as_ours_does(tree: Path, changes: dict[str, Any]) 
     assert ours.std() > 0.1
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
+def test_a_distilled_model_samples_as_ours_does(tree: Path, schedule: str, gamma: float) -> None:
+    """Along diffusers' own timesteps; with gamma 1 as docs/diffusers.md describes it."""
+    sample_options = {"sampler": {"kind": "consistency", "gamma": gamma}, "spacing": "angle", "steps": 2}
+    chosen = models.settings(sample=sample_options, process={"schedule": schedule, "parameterization": "v"})
+    trained = models.save(tree / "models" / "ddpm", chosen)
+    pipeline = export(tree, chosen)
+    assert (type(pipeline), type(pipeline.scheduler)) == (DDIMPipeline, DDIMScheduler)
+    T, given = chosen.process.num_timesteps, {"use_clipped_model_output": True}
+    if gamma:
+        lcm = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=T)
+        pipeline, given = DDPMPipeline(pipeline.unet, lcm), {}
+    trained.net.double()
+    pipeline.unet.double().time_proj = Sines(trained.net.conditions.time.frequencies)
+    pipeline.scheduler.alphas_cumprod = trained.process.schedule.alpha_bar
+    theirs = pictures(pipeline, 2, **given)
+    timesteps = [T - 1, T // 2 - 1]
+    assert pipeline.scheduler.timesteps.tolist() == timesteps
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(2, *trained.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
+    # A LCMScheduler mixes 1 part in 10^7 of x_t into x_0_hat.
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-6 if gamma else 1e-9, rtol=0)
+    assert ours.std() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' use of it
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_schedulers_made_from_the_exported_one_take_our_timesteps(
+    tree: Path, gamma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of docs/diffusers.md, with beta in the file, in a loop as there."""
+    given = {"sampler": {"kind": "consistency", "gamma": gamma}, "spacing": "angle", "steps": 4}
+    chosen = models.settings(sample=given, process={"schedule": "sigmoid", "parameterization": "v"})
+    trained = models.save(tree / "models" / "ddpm", chosen)
+    config = export(tree, chosen).scheduler.config
+    timesteps = sampling.sampling_timesteps(chosen.sample, trained.process.schedule)
+    if gamma:
+        scheduler = LCMScheduler.from_config(config, original_inference_steps=chosen.process.num_timesteps)
+    else:
+        scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1, thresholding=True)
+    scheduler.alphas_cumprod = trained.process.schedule.alpha_bar
+    scheduler.set_timesteps(timesteps=timesteps)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(2, *trained.shape, generator=generator, dtype=torch.float64) for _ in range(5)]
+    remaining = iter(drawn[1:])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(remaining))
+    trained.net.double()
+    x_t = drawn[0]
+    for t in timesteps:
+        x_t = scheduler.step(trained.net(x_t, torch.full((2,), t)), t, x_t).prev_sample
+    ours = sample(trained.sampler(chosen.sample), drawn.__getitem__, timesteps)
+    torch.testing.assert_close(x_t, ours, atol=1e-5, rtol=0)
+    assert ours.std() > 0.1
+
+
 SCHEDULERS: dict[str, Any] = {
     "defaults": DDPMScheduler(),
     "trailing, wider range": DDPMScheduler(timestep_spacing="trailing", clip_sample_range=2.0),
@@ -227,16 +294,32 @@ def test_an_imported_scheduler_is_exported_as_it_was(
     assert expected.std() > 0.1
 
 
-def test_the_export_names_what_a_scheduler_cannot_express(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "analytic", "steps": 7}
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        (
+            {"sampler": "dpm-solver++", "spacing": "log-snr", "variance": "analytic", "steps": 7},
+            "DDPMPipeline.from_pretrained; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
+            "dpm-solver++ (ddpm instead), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n",
+        ),
+        (
+            {"sampler": {"kind": "consistency", "gamma": 0.5}, "spacing": "angle", "variance": "analytic", "steps": 2},
+            "DDIMPipeline.from_pretrained; not kept: sample.steps 2 (pass num_inference_steps=2, "
+            "use_clipped_model_output=True), sample.sampler.gamma 0.5 (0), sample.spacing angle (trailing)\n",
+        ),
+        (
+            {"sampler": "consistency", "spacing": "angle", "steps": 1},
+            "(pass num_inference_steps=1, use_clipped_model_output=True), sample.spacing angle (trailing)\n",
+        ),
+    ],
+)
+def test_the_export_names_what_a_scheduler_cannot_express(
+    tree: Path, sample: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = models.settings(sample=sample)
     models.save(tree / "models" / "ddpm", chosen)
     export(tree, chosen)
-    printed = capsys.readouterr().out
-    assert printed.endswith(
-        "DDPMPipeline.from_pretrained; not kept: sample.steps 7 (pass num_inference_steps=7), sample.sampler "
-        "dpm-solver++ (ddpm instead), sample.spacing log-snr (linspace), sample.variance analytic (fixed-small)\n"
-    )
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_a_folder_in_use_is_replaced_only_on_request(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

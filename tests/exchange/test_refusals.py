@@ -24,6 +24,10 @@ EXPORTS: dict[str, dict[str, Any]] = {
     },
     "process.parameterization is mu, but must be eps, x_0 or v": {"process": {"parameterization": "mu"}},
     "sample.variance is fixed-small, but must be learned": {"process": {"learned_variance": True}},
+    "process.learned_variance is true, but must be false for consistency": {
+        "process": {"learned_variance": True},
+        "sample": {"sampler": "consistency", "variance": "learned"},
+    },
     "sample.threshold is dynamic, but must be clip or none": {"sample": {"threshold": "dynamic"}},
     "network.patch_size is 2, but must be 1; process.parameterization is mu, but must be eps, x_0 or v": {
         "network": {"patch_size": 2},

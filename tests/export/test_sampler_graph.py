@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from diffusion.export import denoiser, parity, sampler_graph
+from diffusion.export import denoiser, metadata, parity, sampler_graph
 from diffusion.model import Config, Model
 from diffusion.pairs.pixels import to_uint8
 from diffusion.process import build
@@ -88,7 +88,8 @@ def same(found: list[Any], model: Model, settings: SampleOptions, inputs: dict[s
 def test_the_graph_makes_the_pictures_of_the_sampler(changes: dict[str, object], classes: bool) -> None:
     model, step = parts(classes)
     settings = fakes.options(**changes, steps=5, threshold="clip", guidance=2.5, spacing="quadratic")
-    found = session(sampler_graph.to_onnx(step, model, settings))
+    graph = sampler_graph.to_onnx(step, model, settings)
+    found = session(graph)
     names = [value.name for value in found.get_inputs()]
     stochastic = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or isinstance(changes["sampler"], dict)
     assert names == ["noise", "steps_noise" if stochastic else "steps", *(["y", "guidance"] if classes else [])]
@@ -158,3 +159,31 @@ def test_the_same_bytes_twice() -> None:
         for each in (step, denoiser.to_onnx(model, opset=20))
     )
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields"),
+    [
+        ("ddim", {"eta": "0.0"}),
+        ({"kind": "consistency", "gamma": 0.6}, {"gamma": "0.6"}),
+        ("consistency", {"gamma": "0.0"}),
+        ("heun", {}),
+    ],
+)
+def test_the_metadata_have_the_fields_of_the_sampler(sampler: Any, fields: dict[str, str]) -> None:
+    model, step = parts(False)
+    settings = fakes.options(sampler=sampler, steps=2, spacing="angle")
+    facts = metadata.of_sampler(settings, sampler_graph.to_onnx(step, model, settings))
+    assert facts["ddpm.sampler"] == settings.sampler.kind
+    assert facts["ddpm.spacing"] == "angle"
+    assert facts["ddpm.stochastic"] == str(isinstance(sampler, dict)).lower()
+    assert {name: facts.get(f"ddpm.{name}") for name in ("eta", "gamma")} == {"eta": None, "gamma": None} | fields
+
+
+def test_a_distilled_model_takes_the_steps_of_its_angles() -> None:
+    model, step = parts(False)
+    settings = fakes.options(sampler="consistency", steps=2, threshold="clip", spacing="angle")
+    found, inputs = session(sampler_graph.to_onnx(step, model, settings)), given(2, 3)
+    for steps in (0, 1, 2, 4):
+        asked = {"noise": inputs["noise"], "steps": np.array([steps])}
+        same(found.run(None, asked), model, settings.model_copy(update={"steps": steps or 2}), inputs)

@@ -38,6 +38,9 @@ SAMPLERS: list[dict[str, object]] = [
     {"sampler": "dpm-solver++"},
     {"sampler": "dpm-solver++-sde"},
     {"sampler": "heun"},
+    {"sampler": "consistency"},
+    {"sampler": {"kind": "consistency", "gamma": 0.6}},
+    {"sampler": {"kind": "consistency", "gamma": 1.0}},
 ]
 PARAMETERIZATIONS = ["eps", "x_0", "v", "mu"]
 X0Hat = Callable[[Tensor, Tensor], Tensor]

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from diffusion.process import build
@@ -139,6 +139,83 @@ def test_dpm_solver_steps_agree_with_diffusers(
         torch.testing.assert_close(x_s, x_t, **CLOSE)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_consistency_steps_with_new_noise_agree_with_diffusers(
+    prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers mixes some x_t into x_0_hat: 1 part in 10^7 at t = 150, all of it at t = 0."""
+    made = process(parameterization=prediction)
+    net, timesteps = Says(prediction, made.schedule, some_x_0_hat), [999, 600, 400, 150]
+    scheduler = LCMScheduler(clip_sample=True, prediction_type=PREDICTIONS[prediction])
+    in_float64(scheduler, made)
+    scheduler.set_timesteps(timesteps=timesteps)
+    gamma_1 = {"kind": "consistency", "gamma": 1.0}
+    sampler, z = made_sampler(made, net, sampler=gamma_1, threshold="clip"), noise(*SHAPE)
+    x_t, set_noise = z(0), with_noise(monkeypatch, "scheduling_lcm")
+    for index, point in enumerate(trajectory(sampler, z, timesteps), start=1):
+        t = timesteps[index - 1]
+        set_noise(z(index))
+        step = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t)
+        torch.testing.assert_close(point.x_0_hat, step.denoised, **CLOSE)
+        torch.testing.assert_close(point.x_t, step.prev_sample, **CLOSE)
+        x_t = step.prev_sample
+    assert point.t == -1
+
+
+@NUMPY
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_consistency_steps_that_keep_the_noise_agree_with_diffusers(prediction: str) -> None:
+    """As DPM-Solver's first-order steps, which diffusers takes between any timesteps, unlike DDIM's."""
+    made = process(parameterization=prediction)
+    net, timesteps = Says(prediction, made.schedule, lambda x_t, t: 3 * some_x_0_hat(x_t, t)), [999, 257, 41]
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        solver_order=1,
+        prediction_type=PREDICTIONS[prediction],
+        thresholding=True,  # with sample_max_value 1.0, the default, it clips
+    )
+    in_float64(scheduler, made)
+    scheduler.set_timesteps(timesteps=timesteps)
+    sampler, z = made_sampler(made, net, sampler="consistency", threshold="clip"), noise(*SHAPE)
+    x_t = z(0)
+    for t, point in zip(timesteps, trajectory(sampler, z, timesteps), strict=True):
+        x_t = scheduler.step(net(x_t, torch.full((2,), t)), t, x_t).prev_sample
+        torch.testing.assert_close(point.x_t, x_t, **CLOSE)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("threshold", ["none", "clip"])
+def test_consistency_that_keeps_the_noise_is_ddim(threshold: str, zero_terminal_snr: bool) -> None:
+    made = process(schedule="cosine", parameterization="v", zero_terminal_snr=zero_terminal_snr)
+    net, z = Says("v", made.schedule, lambda x_t, t: 2 * some_x_0_hat(x_t, t)), noise(*SHAPE)
+    for timesteps in ([999], [999, 495], [999, 747, 495, 243], [999, 3, 0]):
+        ddim, ours = (
+            list(trajectory(made_sampler(made, net, sampler=name, threshold=threshold), z, timesteps))
+            for name in ("ddim", "consistency")
+        )
+        for expected, found in zip(ddim, ours, strict=True):
+            assert found.x_t.equal(expected.x_t)
+            assert found.x_0_hat.equal(expected.x_0_hat)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_consistency_replaces_a_part_of_the_noise(gamma: float) -> None:
+    """From x_t of a known image and noise: x_s of the same image, whose noise still has variance 1."""
+    made, (x_0, eps, z) = process(schedule="cosine"), (randn(*SHAPE, seed=seed) for seed in (1, 2, 3))
+    sampler = made_sampler(
+        made, Says("eps", made.schedule, always(x_0)), sampler={"kind": "consistency", "gamma": gamma}
+    )
+    t, s = torch.tensor([900, 700]), torch.tensor([400, -1])
+    x_s, x_0_hat = sampler.step(made.schedule.diffuse(x_0, t, eps), t, s, lambda: z, None)
+    a = at(made.schedule, s)
+    mixed = {0.0: eps, 0.6: 0.8 * eps + 0.6 * z, 1.0: z}[gamma]
+    torch.testing.assert_close(x_0_hat, x_0)
+    torch.testing.assert_close(x_s, a.sqrt() * x_0 + (1 - a).sqrt() * mixed)
+    torch.testing.assert_close(x_s[1], x_0[1])  # the last step: the image, without noise
+
+
 @NUMPY
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -259,6 +336,6 @@ def test_deterministic_samplers_draw_no_noise_but_the_first() -> None:
         places.append(place)
         return noise(*SHAPE)(place)
 
-    for name in ("ddim", "dpm-solver++", "heun"):
+    for name in ("ddim", "dpm-solver++", "heun", "consistency"):
         sample(made_sampler(made, Says("eps", made.schedule, some_x_0_hat), sampler=name), z, [999, 500, 0])
-    assert places == [0, 0, 0]
+    assert places == [0, 0, 0, 0]

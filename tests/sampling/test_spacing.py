@@ -1,5 +1,7 @@
 """The timesteps that samplers visit."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_any_number_of_different_descending_timesteps(
         assert timesteps == sorted(set(timesteps), reverse=True)
         assert timesteps[0] == T - 1
         assert all(isinstance(t, int) for t in timesteps)
-        assert steps == 1 or timesteps[-1] == 0
+        assert steps == 1 or timesteps[-1] == 0 or name == "angle"
     assert timesteps == list(range(T - 1, -1, -1))
 
 
@@ -57,3 +59,27 @@ def test_log_snr_goes_evenly_in_log_snr(schedule: str, zero_terminal_snr: bool) 
     torch.testing.assert_close(log_snr[rest], wanted, atol=0.5, rtol=0)
     for value, t in zip(wanted.tolist(), rest, strict=True):
         assert t == min(range(1000), key=lambda other: abs(log_snr[other].item() - value))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_angle_of_the_cosine_schedule_goes_almost_evenly_in_t(steps: int) -> None:
+    """The angle is ((t + 1) / T + 0.008) / 1.008 pi / 2, with T = 1000; linspace, but for the last step and 0.008."""
+    found = spacing.angle(process(schedule="cosine").schedule, steps)
+    assert found == pytest.approx([1008 * left / steps - 9 for left in range(steps, 0, -1)], abs=1)
+    whole = spacing.linspace(process().schedule, steps + 1)[:-1]
+    assert found == pytest.approx(whole, abs=9)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled-linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
+def test_angle_goes_evenly_from_noise_to_the_clean_image(schedule: str, zero_terminal_snr: bool, steps: int) -> None:
+    made = process(schedule=schedule, zero_terminal_snr=zero_terminal_snr, parameterization="v").schedule
+    phi = [math.acos(math.sqrt(alpha_bar)) for alpha_bar in made.alpha_bar.tolist()]
+    assert not zero_terminal_snr or phi[-1] == math.pi / 2
+    for index, t in enumerate(spacing.angle(made, steps)):
+        wanted = phi[999] * (steps - index) / steps
+        assert t == min(range(1000), key=lambda other: abs(phi[other] - wanted))
+    if steps == 2:  # tan(phi / 2), which is SNR 1 from pure noise
+        snr = made.snr(torch.tensor(spacing.angle(made, 2)))[1].item()
+        assert snr == pytest.approx(1, rel=0.16 if schedule == "scaled-linear" else 0.02)
