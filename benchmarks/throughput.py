@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion.evaluation.heldout import Estimate, quick_mse
 from diffusion.model import Config, Model, new_network
 from diffusion.nn import build as networks
 from diffusion.nn.counting import count
@@ -36,7 +37,7 @@ from diffusion.signals import StopSignals
 from diffusion.training import loop
 from diffusion.training.distributed import World
 from diffusion.training.hardware import precision, prefetched, runnable, should_compile
-from diffusion.training.hooks import Hooks, preview_options
+from diffusion.training.hooks import CheckStop, Hooks, preview_options
 from diffusion.training.state import new_state
 from flows import params as parameters
 from flows import tracking
@@ -100,7 +101,11 @@ def main() -> None:
             Progress("train", options.steps * options.batch_size, "images") as progress,
         ):
             drawing = preview_options(params.process)
-            watch = Hooks(trainer, model, pairs, device, drawing, Path(directory), stop, progress, live, counts.flops)
+
+            def measure(model: Model, check_stop: CheckStop) -> Estimate:
+                return quick_mse(model, pairs, device, check_stop)
+
+            watch = Hooks(trainer, model, measure, device, drawing, Path(directory), stop, progress, live, counts.flops)
 
             def step_of_stage() -> None:
                 loop.step(state, trainer)

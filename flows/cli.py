@@ -10,10 +10,11 @@ from cyclopts import App, Group, Parameter
 from flows import presets
 from flows.commands.types import Integer
 from flows.paths import Paths
-from flows.stages import STAGES
+from flows.stages import STAGES, STUDENT_STAGES
 
-STAGE, INPUTS, MODELS, RUNS = (
-    Group.create_ordered(name) for name in ("Stages", "Parameters and data", "Models", "Results and runs")
+STAGE, DISTILLATION, INPUTS, MODELS, RUNS = (
+    Group.create_ordered(name)
+    for name in ("Stages", "Stages of the distillation", "Parameters and data", "Models", "Results and runs")
 )
 app = App(
     name="ddpm",
@@ -30,8 +31,9 @@ def _stage(stage: str) -> None:
     run(stage)
 
 
-for _position, (_name, _text) in enumerate(STAGES.items()):
-    app.command(partial(_stage, _name), name=_name, help=_text, group=STAGE, sort_key=_position)
+for _group, _stages in ((STAGE, STAGES), (DISTILLATION, STUDENT_STAGES)):
+    for _position, (_name, _text) in enumerate(_stages.items()):
+        app.command(partial(_stage, _name), name=_name, help=_text, group=_group, sort_key=_position)
 
 
 def _lazily(name: str, function: str, text: str, group: Group, usage: str | None = None) -> None:

@@ -41,7 +41,8 @@ def write(paths: Paths, stage: str, params: Params) -> None:
     """Write the record of a stage; call this after all other outputs are written."""
     read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
     write_json(
-        paths.made_with(stage), {"params": flat(params, *dvc_yaml.parameters(paths.stage(stage))), "read": read, "wrote": wrote}
+        paths.made_with(stage),
+        {"params": flat(params, *dvc_yaml.parameters(paths.stage(stage))), "read": read, "wrote": wrote},
     )
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-
 STUDENT_STAGES = {"train": "distill", "evaluate": "evaluate-student", "export": "export-student"}
 """The stages of distill/dvc.yaml, by those of dvc.yaml that do the same for the teacher."""
 

@@ -1,7 +1,7 @@
 """Options of distillation."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -74,7 +74,7 @@ def _trains_without_augmentation(distill: "DistillOptions") -> None:
 class DistillOptions(TrainOptions):
     """Distillation of the trained model into one that samples in one to four steps; trained as in section `train`."""
 
-    rules = (*TrainOptions.rules, _trains_without_augmentation)
+    rules: ClassVar[tuple[Callable[[Any], None], ...]] = (*TrainOptions.rules, _trains_without_augmentation)
 
     method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
     """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song

@@ -1,7 +1,8 @@
 """Training options."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -71,7 +72,7 @@ FEW_IMAGES, PROBABILITY = 500, 0.12
 class TrainOptions(Section):
     """Training: optimizer, EMA, batches and hardware."""
 
-    rules = (_divides, _ends_once, _can_be_sharded)
+    rules: ClassVar[tuple[Callable[[Any], None], ...]] = (_divides, _ends_once, _can_be_sharded)
 
     steps: NonNegative = 1000
     """Number of optimizer steps; 0 if `epochs` is set instead."""
