@@ -17,7 +17,6 @@ from diffusion.process import build as processes
 from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples, grid_png
 from diffusion.sampling.build import SampleOptions
-from diffusion.sampling.sampler import ConsistencyOptions, DdimOptions
 from flows import yaml_files
 from flows.__main__ import main
 from flows.commands import sample
@@ -98,38 +97,17 @@ def test_all_from_params_as_a_grid(tree: Path, capsys: pytest.CaptureFixture[str
     assert "sample: 6/6 steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spacing", ["quadratic", "angle"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "dpm-solver++-sde", "heun", "consistency"])
-def test_options_lie_over_params(tree: Path, sampler: str) -> None:
-    changes = {"sampler": sampler, "spacing": "quadratic", "steps": 4, "threshold": "dynamic", "guidance": 1.5}
-    given = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-    options = SampleOptions.model_validate(SETTINGS.model_dump() | changes)
-    if sampler == "ddim":
-        given, options = [*given, "--eta", "0.7"], options.model_copy(update={"sampler": DdimOptions(eta=0.7)})
-    if sampler == "consistency":
-        given, options = (
-            [*given, "--gamma", "0.7"],
-            options.model_copy(update={"sampler": ConsistencyOptions(gamma=0.7)}),
-        )
+def test_options_lie_over_params(tree: Path, sampler: str, spacing: str) -> None:
+    fields = {"ddim": {"eta": 0.7}, "consistency": {"gamma": 0.7}}.get(sampler, {})
+    changes = {"spacing": spacing, "steps": 4, "threshold": "dynamic", "guidance": 1.5}
+    given = [
+        text for name, value in ({"sampler": sampler} | changes | fields).items() for text in (f"--{name}", str(value))
+    ]
+    options = SampleOptions.model_validate(SETTINGS.model_dump() | changes | {"sampler": {"kind": sampler} | fields})
     expected = draw_samples(load_model(tree / "models/ddpm", CPU), options, 8, CPU)
     assert (pictures("--seed", "8", *given) == expected.transpose(0, 2, 3, 1)).all()
-
-
-def test_few_steps_of_a_distilled_model(
-    tree: Path,  # noqa: ARG001
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Without new noise they are DDIM's, at the angles' timesteps; `gamma` belongs to that sampler alone."""
-    spaced = ("--steps", "2", "--spacing", "angle", "--guidance", "1")
-    few = pictures("--sampler", "consistency", *spaced)
-    assert (few == pictures("--sampler", "ddim", "--eta", "0", *spaced)).all()
-    assert not same(few, pictures("--sampler", "consistency", "--gamma", "1", *spaced))
-    assert not same(few, pictures("--sampler", "consistency", *spaced[:2], "--spacing", "linspace", *spaced[4:]))
-    capsys.readouterr()
-    assert main(["sample", "--sampler", "heun", "--gamma", "1"]) == 2
-    expected = "ddpm sample: error: --gamma: the sampler heun does not have it; add --sampler consistency\n"
-    assert capsys.readouterr().err == expected
-    assert main(["sample", "--sampler", "consistency", "--gamma", "1.5"]) == 2
-    assert "--gamma" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9)])
@@ -275,6 +253,7 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--steps 41", "--steps: must be at most 40, the model's number of timesteps (got 41)"),
         ("--eta 2", "--eta: input should be less than or equal to 1 (got 2.0)"),
         ("--sampler heun --eta 0.1", "--eta: the sampler heun does not have it; add --sampler ddim"),
+        ("--sampler ddim --gamma 1", "--gamma: the sampler ddim does not have it; add --sampler consistency"),
         ("--seed -1 --steps 0", "--seed: input should be greater than or equal to 0 (got -1); --steps: input"),
         ("--device gpu", "--device: input should be auto, cpu, cuda, cuda:N, mps, xpu or xpu:N (got 'gpu')"),
         ("--sampler ddpm --variance learned", "sample.variance: learned needs a model trained with"),
