@@ -46,16 +46,16 @@ def filmstrip(frames: Sequence[Frame]) -> bytes:
             (r"$\hat{x}_0$", [frame.x_0_hat for frame in frames]),
         )
     ]
-    return _strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 2)
+    return strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 2)
 
 
 def noising(frames: Sequence[Noised]) -> bytes:
     """The forward process from left to right, a row for each image."""
     rows = [("$x_t$", [frame.x_t[image] for frame in frames]) for image in range(len(frames[0].x_t))]
-    return _strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 1)
+    return strip([f"t = {frame.t}" if frame.t >= 0 else "image" for frame in frames], rows, 1)
 
 
-def _strip(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], grouped: int) -> bytes:
+def strip(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], grouped: int) -> bytes:
     """Labelled rows of images (C, H, W) below the titles of their columns, `grouped` rows at a time."""
     _, height, width = rows[0][1][0].shape
     across, down = len(titles), len(rows)

@@ -38,12 +38,12 @@ def log_snr(schedule: Schedule, steps: int) -> list[int]:
 
 
 def angle(schedule: Schedule, steps: int) -> list[int]:
-    """Evenly spaced in phi = arctan(sqrt(1 - alpha_bar) / sqrt(alpha_bar)), up to rounding to integers.
+    """Evenly spaced in the angle phi of `Schedule.angle`, up to rounding to integers; Salimans & Ho 2022, appendix D.
 
-    x_t = cos(phi) x_0 + sin(phi) eps; Salimans & Ho 2022, appendix D. From that of T - 1 to the clean image, phi = 0,
+    From that of T - 1 to the clean image, phi = 0,
     all steps are equally long. So the last does not begin at t = 0, where there is almost no noise left to remove.
     """
-    phi = torch.atan2((1 - schedule.alpha_bar).sqrt(), schedule.alpha_bar.sqrt())
+    phi = schedule.angle(torch.arange(schedule.num_timesteps)).flatten()
     wanted = phi[-1] * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
     return _distinct((phi[:, None] - wanted).abs().argmin(dim=0).tolist())
 

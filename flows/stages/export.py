@@ -16,7 +16,7 @@ from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import MANIFEST, Pairs
 from diffusion.progress import say, working
-from diffusion.sampling.build import sampling_timesteps
+from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.storage.files import new_directory, read_checked, sha256, write_atomic, write_json
 from flows import made_with, tracking
 from flows.params import Params
@@ -24,41 +24,50 @@ from flows.paths import Paths
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Export, verify and write the graphs; if a check fails, no file is left behind."""
+    """Export, verify and write the graphs of the trained model."""
+    export = params.export
+    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
+    write(params, paths, params.sample.model_copy(update=settings))
+
+
+def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
+    """Export, verify and write the graphs of a model, `sample` being the options of sampler.onnx.
+
+    If a check fails, no file is left behind.
+    """
     device, export = networks.device(params.device), params.export
     required = params.device != "auto"
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
-    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
-    sample = params.sample.model_copy(update=settings)
     sampling_timesteps(sample, model.process.schedule)  # reject invalid options early
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)
-    with working("export: tracing the network"):
+    stage = paths.stage("export")
+    with working(f"{stage}: tracing the network"):
         step = denoiser.to_onnx(model, export.opset)
     val, graphs = Pairs(paths.pairs, "val"), {"fp32": step}
     for variant in export.variants:
-        with working(f"export: building the variant {variant}"):
+        with working(f"{stage}: building the variant {variant}"):
             graphs[variant] = variants.build(variant, model, step, export.opset, val)
     contents, report, sessions = dict[Path, bytes](), dict[str, Any](), dict[str, InferenceSession]()
     try:
         for name, graph in graphs.items():
             facts["ddpm.precision"] = name
             one, whole = paths.denoiser_in(name), paths.sampler_in(name)
-            with working(f"export: building {one.name} and {whole.name}"):
+            with working(f"{stage}: building {one.name} and {whole.name}"):
                 loop = sampler_graph.to_onnx(graph, model, sample)
                 contents[one] = finished(one.name, graph, facts)
                 contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
                 sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
                 report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
-                with working(f"export: comparing the pictures of {whole.name} with torch's"):
+                with working(f"{stage}: comparing the pictures of {whole.name} with torch's"):
                     sampler = parity.session(contents[whole], device, required)
                     report["sampler"] = parity.check_sampler(sampler, model, sample)
             else:
                 mse = report["denoiser"]["mse"]
-                with working(f"export: scoring {one.name} on the held-out pairs"):
+                with working(f"{stage}: scoring {one.name} on the held-out pairs"):
                     report[name] = variants.check(name, sessions[name], pairs, mse, export.max_loss)._asdict()
     except UserError:
         shutil.rmtree(paths.onnx, ignore_errors=True)
@@ -70,7 +79,7 @@ def run(params: Params, paths: Paths) -> None:
             write_atomic(temporary / path.name, content)
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
-    with working("export: measuring the speed, recording the model in MLflow"):
+    with working(f"{stage}: measuring the speed, recording the model in MLflow"):
         times = speed.measure(sessions)
         tracking.record(params, paths, speed=times)
     log_summary(paths, report, sessions["fp32"].get_providers()[0], times)
@@ -78,16 +87,17 @@ def run(params: Params, paths: Paths) -> None:
 
 def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict[str, dict[str, float]]) -> None:
     """Log what was written, its accuracy, and the speed of the variants in `times`."""
+    stage = paths.stage("export")
     size = {name: report["bytes"][paths.sampler_in(name).stem] / 1e6 for name in times}
     largest, pairs = report["denoiser"]["max_difference"], report["denoiser"]["pairs"]
     say(
-        f"export: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each); maximum difference from PyTorch "
+        f"{stage}: {paths.denoiser} and {paths.sampler} ({size['fp32']:.1f} MB each); maximum difference from PyTorch "
         f"{largest:.1e} on {counted(pairs, 'held-out pair')} ({provider})"
     )
     for name in list(times)[1:]:
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
-            f"export: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
+            f"{stage}: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
             f"({size[name]:.1f} MB each); MSE {report[name]['loss']:+.2%}; a network evaluation is {alone:.1f} times "
             f"as fast for a single image, {joined:.1f} times in batches of {speed.BATCHES[-1]}"
         )
