@@ -83,13 +83,13 @@ class DistillOptions(TrainOptions):
     """Scale of classifier-free guidance of the teacher, which the student then has built in."""
     sampling_steps: Annotated[int, Field(ge=1, le=16)] = 2
     """Number of steps of the student's samples, and by default of its sampler.onnx."""
-    steps: NonNegative = 330
+    steps: NonNegative = 220
     """Number of optimizer steps; 0 if `epochs` is set instead."""
     batch_size: Positive = 32
     """Global batch size, i.e. images per step over all processes."""
-    optimizer: Optimizer = MuonOptions(learning_rate=0.005)
+    optimizer: Optimizer = MuonOptions(learning_rate=0.003)
     """adamw, muon or sgd, as in section `train`."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    learning_rate: Annotated[float, Field(gt=0)] = 0.0005
     """Peak learning rate of AdamW or SGD."""
     warmup_steps: NonNegative = 5
     """Steps of linear learning rate warmup."""

@@ -125,4 +125,4 @@ def picture(drawings: Sequence[Drawing], shown: tuple[int, ...] = ()) -> bytes:
     for each in chosen:
         steps, images = each.drawn.options.steps, visible(each.drawn.samples.pixels[:COLUMNS], shown)
         rows.append((f"{each.model}, {steps} step{'s' if steps > 1 else ''}", list(images)))
-    return strip([""] * len(rows[0][1]), rows, len(chosen) // 2)
+    return strip([""] * len(rows[0][1]), rows, len(chosen) // 2, margin=1.6)

@@ -99,7 +99,7 @@ class Angle(_ByProbability):
     For distillation, whose students see T - 1 in every sample.
     """
 
-    START = 0.4
+    START = 0.5
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()

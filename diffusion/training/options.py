@@ -103,7 +103,7 @@ class TrainOptions(Section):
     """Distribution of the training timesteps. stored: those of data/pairs, uniform and stratified (Kingma et al. 2021);
     uniform: independent draws; rms-error, loss-second-moment: importance sampling by the recent RMS error or by the
     second moment of the loss, reweighted to stay unbiased (Nichol & Dhariwal 2021); log-snr-normal: normal in log SNR
-    (Karras et al. 2022); angle: uniform in arctan(sigma), and T - 1 at 40 % of the draws, for distillation."""
+    (Karras et al. 2022); angle: uniform in arctan(sigma), and T - 1 in half of the draws, for distillation."""
     flip: bool = False
     """Random horizontal flips."""
     augment: AutoFraction = "auto"

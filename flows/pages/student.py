@@ -14,7 +14,7 @@ from flows.pages.rendering import parameter, render
 from flows.pages.report import SAMPLES, Verdict
 from flows.paths import Paths
 
-COMPARED = ("frechet_distance", "kid", "precision", "recall", "coverage")
+COMPARED = ("frechet_distance", "precision", "recall", "coverage")
 GOALS = ((2, 8), (1, 4))
 """Numbers of steps of the student, and of the teacher that it is compared with."""
 
@@ -51,7 +51,8 @@ def render_report(paths: Paths, parameters: dict[str, Any]) -> str:
     ]
     measured = [name for name in COMPARED if name in rows[0]]
     drawn = [
-        (few_steps.chart(rows, name), f"{quality.LABELS[name]} by steps.") for name in ("frechet_distance", "recall")
+        (few_steps.chart(rows, name), f"{_capital(quality.LABELS[name])} by steps.")
+        for name in ("frechet_distance", "recall")
     ]
     drift = (few_steps.chart(rows, "drift"), "Distance from the teacher's samples with the most steps, same noise.")
     record = read_record(paths, "train")
@@ -74,6 +75,10 @@ def render_report(paths: Paths, parameters: dict[str, Any]) -> str:
             }.items()
         ),
     )
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def quality_features(paths: Paths) -> str:
