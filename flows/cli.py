@@ -175,31 +175,33 @@ def apply(run: str, /, *, force: bool = False) -> None:
     apply(run, force=force)
 
 
-@app.command(group=RUNS, usage="Usage: ddpm track [RUN] [--json]")
-def track(run: str | None = None, /, *, json: bool = False) -> None:
+@app.command(group=RUNS, usage="Usage: ddpm track [RUN] [--student] [--json]")
+def track(run: str | None = None, /, *, student: bool = False, json: bool = False) -> None:
     """Record missing results in MLflow.
 
     Args:
         run: Name of a flow run (see `ddpm runs`); by default the working tree.
+        student: Those of the distillation.
         json: Print run id, address and model version as JSON.
     """
     from flows import tracking, workspace
     from flows.params import load
 
-    paths = Paths() if run is None else Paths(workspace.find(run))
+    paths = Paths(Path() if run is None else workspace.find(run), student)
     tracking.track(load(paths.params), paths, as_json=json)
 
 
 @app.command(group=RUNS)
-def promote(version: str, /, *, reason: str) -> None:
+def promote(version: str, /, *, reason: str, student: bool = False) -> None:
     """Make a registered model version the champion.
 
     Args:
         version: Its number in MLflow.
         reason: Reason; appended to the version's description.
+        student: A version of the distilled model.
     """
     from flows import tracking
     from flows.params import load
 
-    paths = Paths()
+    paths = Paths(student=student)
     tracking.promote(load(paths.params), paths, version, reason)

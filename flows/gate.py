@@ -293,6 +293,15 @@ def decide(gate: Sequence[Rule], new: Scores, old: Scores | None) -> Decision:
     return Decision(promoted, rows, f"the first version; {reasons}" if promoted and not old else reasons)
 
 
+def for_students(gate: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of a gate that hold for students, which are compared with students only: those on samples.
+
+    If there are none, a student's Fréchet distance must not be worse than that of the champion.
+    """
+    rules = tuple(rule for rule in gate if isinstance(FIGURES[rule.figure], OfSamples))
+    return rules or (NotWorse(figure="frechet_distance"),)
+
+
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """The decision on a version in a sentence, from the rows of its table."""
     promoted, reasons = _outcome([Row(**row) for row in rows])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusion.errors import Damaged, FileFault
+from flows import dvc_yaml
 from flows.paths import Paths
 
 
@@ -15,7 +16,7 @@ def with_remedy(error: Exception) -> str:
         # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` restores the damaged
         # file, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy helps.
         return f"{error}; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
-    return f"{error}; `dvc repro {stage}` writes it{_or_apply()}"
+    return f"{error}; `dvc repro {dvc_yaml.target(stage)}` writes it{_or_apply()}"
 
 
 def _or_apply() -> str:
@@ -30,7 +31,11 @@ def _or_apply() -> str:
 
 def stage_of(error: FileFault) -> str | None:
     """The stage that writes a file of the working tree; None if no stage does."""
-    paths = Paths()
+    student = Paths(student=True)
+    return _stage_of(error, student) or _stage_of(error, Paths())
+
+
+def _stage_of(error: FileFault, paths: Paths) -> str | None:
     written = {
         "shard": (paths.shards,),
         "pairs": (paths.pairs,),
@@ -39,4 +44,7 @@ def stage_of(error: FileFault) -> str | None:
         "export": (paths.onnx, paths.export_report),
     }
     at = error.path.absolute()
-    return next((stage for stage, made in written.items() if any(at.is_relative_to(p.absolute()) for p in made)), None)
+    return next(
+        (paths.stage(stage) for stage, made in written.items() if any(at.is_relative_to(p.absolute()) for p in made)),
+        None,
+    )

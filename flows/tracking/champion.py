@@ -21,7 +21,7 @@ from flows.gate import NOT_COMPARABLE, Decision, Row, Scores, decide
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import description, names, store
-from flows.tracking.results import BY_IMAGE, Results, values_by_image
+from flows.tracking.results import BY_IMAGE, Results, registered_name, values_by_image
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,11 +43,11 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
 
     A version is judged once for each value of `tracking.gate`, against the champion at that time.
     """
-    name, number = found.params.tracking.model_name, str(version.version)
+    name, number = found.model_name, str(version.version)
     newest = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
     if str(newest[0].version) == number and _aliases(client, name).get(CHALLENGER) != number:
         client.set_registered_model_alias(name, CHALLENGER, number)
-    gate = json.dumps(found.params.tracking.model_dump(mode="json")["gate"])
+    gate = json.dumps([rule.model_dump(mode="json") for rule in found.gate])
     champion = _aliases(client, name).get(CHAMPION)
     if found.evaluation is None:
         if not version.description:
@@ -55,24 +55,27 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
     elif (tags := names.current(version.tags)).get(JUDGED) != gate:
         report = found.evaluation.report
         if SCORED not in tags:
-            scores = {SCORED: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES}
+            scores = {SCORED: report["val_pairs_sha256"]} | {key: str(report[key]) for key in SCORES if key in report}
             for key, value in scores.items():
                 client.set_model_version_tag(name, number, key, value)
         if champion != number:
             new = Scores(f"version {number}", report, found.evaluation.by_image)
             old = _scores(client, client.get_model_version(name, champion)) if champion else None
-            _carry_out(client, version, decide(found.params.tracking.gate, new, old), champion)
+            _carry_out(client, found, version, decide(found.gate, new, old), champion)
         client.set_model_version_tag(name, number, JUDGED, gate)
     return sorted(alias for alias, at in _aliases(client, name).items() if at == number)
 
 
-def _carry_out(client: MlflowClient, version: ModelVersion, decision: Decision, champion: str | None) -> None:
+def _carry_out(
+    client: MlflowClient, found: Results, version: ModelVersion, decision: Decision, champion: str | None
+) -> None:
     """Record a decision, and move the alias; tell the user if it is left to them."""
     name, number = version.name, str(version.version)
     verdict, reason = "Promoted to champion" if decision.promoted else "Not promoted", decision.reason
     failed = [row for row in decision.rows if not row.met]
     if champion and failed and all(row.verdict == NOT_COMPARABLE for row in failed):
-        reason += f"; `ddpm promote {number} --reason TEXT` makes version {number} the champion"
+        option = " --student" if found.paths.student else ""
+        reason += f"; `ddpm promote {number} --reason TEXT{option}` makes version {number} the champion"
         say(f"MLflow: champion of {name} stays version {champion}: {reason}")
     _log_table(client, version, decision.rows)
     _describe(client, version, f"{verdict}: {reason}")
@@ -147,7 +150,7 @@ def promote(params: Params, paths: Paths, number: str, reason: str) -> None:
     """Make a version the champion by hand; raises UserError if there is no such version, no reason or no MLflow."""
     if not reason.strip():
         raise UserError("--reason: must not be empty; it is added to the version's description")
-    uri, name = store.tracking_uri(paths), params.tracking.model_name
+    uri, name = store.tracking_uri(paths), registered_name(params, paths)
     with store.user_errors(uri), store.lock(paths):
         client = store.client_at(uri)
         versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}

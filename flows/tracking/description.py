@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,20 @@ FIGURES = (
     ("val_mse", "val MSE"),
     ("wiener_mse", "MSE of a linear denoiser"),
 )
+STUDENT_FIGURES = (
+    ("frechet_distance", "Fréchet distance"),
+    ("recall", "recall"),
+    ("drift", "drift"),
+    ("teacher_frechet_distance_8", "Fréchet distance of the teacher in 8 steps"),
+    ("teacher_mse", "held-out MSE of the teacher"),
+)
+STUDENT_GLOSSARY = """\
+- Fréchet distance (`evaluate/frechet_distance`): of samples from training images, in features of a classifier.
+- recall (`evaluate/recall`): fraction of training images that the samples cover; low if diversity was lost.
+- drift (`evaluate/drift`): distance from the teacher's samples of the same noise, in grey levels.
+- `evaluation/few_steps.json`: all of these for student and teacher, by number of steps.
+- `curves/loss`: the loss of the distillation; `curves/heldout_mse`: the same of the averaged weights, on validation
+  images, measured while training."""
 GLOSSARY = """\
 - held-out MSE (`evaluate/mse`): mean squared error of the predicted noise on the test pairs; predicting zero scores 1.
 - R² (`evaluate/r2`): fraction of the noise's variance that the network explains.
@@ -44,9 +58,15 @@ GLOSSARY = """\
 
 def training(params: Params, paths: Paths) -> str:
     """The description of a run whose training has no results yet."""
+    if paths.student:
+        steps = _steps(_most(params, paths))
+        return (
+            f"Distillation of a model of {_data(params, paths)}: at most {steps} of {_images(params, paths)}.\n\n"
+            "No results have been recorded yet."
+        )
     return (
         f"Training of {_network(params)} on {_data(params, paths)}: at most "
-        f"{_steps(_most(params, paths))} of {_images(params)}.\n\nNo results have been recorded yet."
+        f"{_steps(_most(params, paths))} of {_images(params, paths)}.\n\nNo results have been recorded yet."
     )
 
 
@@ -58,8 +78,13 @@ def results(found: Results, trained_in: str, verdict: str) -> str:
         trained_in: a link to the run whose weights were reused; empty if this run trained them.
         verdict: that of its model version; empty if there is none.
     """
-    figures = _figures(found.evaluation.report) if found.evaluation else "Not evaluated yet."
-    return "\n\n".join(filter(None, [_trained(found, trained_in), verdict, figures, GLOSSARY]))
+    named = STUDENT_FIGURES if found.paths.student else FIGURES
+    figures = _figures(found.evaluation.report, named) if found.evaluation else "Not evaluated yet."
+    return "\n\n".join(
+        filter(
+            None, [_trained(found, trained_in), verdict, figures, STUDENT_GLOSSARY if found.paths.student else GLOSSARY]
+        )
+    )
 
 
 def verdict(version: ModelVersion) -> str:
@@ -111,7 +136,9 @@ def _trained(found: Results, trained_in: str) -> str:
     steps = report["steps"]
     most = _most(params, found.paths)
     ended = _steps(steps) + (f" (of at most {most:,})" if steps < most else "")
-    text = f"{_network(params)}{size} trained on {_data(params, found.paths)}: {ended} of {_images(params)}."
+    student = f"student{size}, distilled by `{params.distill.method.kind}` from a model of"
+    begin = student if found.paths.student else f"{_network(params)}{size} trained on"
+    text = f"{begin} {_data(params, found.paths)}: {ended} of {_images(params, found.paths)}."
     text = _capital(text)
     if report.get("kept_step", steps) != steps:
         text += f" The weights are those of step {report['kept_step']:,}, which had the lowest held-out error."
@@ -128,9 +155,9 @@ def _steps(count: int) -> str:
     return counted(count, "step", spec=",")
 
 
-def _images(params: Params) -> str:
+def _images(params: Params, paths: Paths) -> str:
     """Those of a batch."""
-    return counted(params.train.batch_size, "image", spec=",")
+    return counted((params.distill if paths.student else params.train).batch_size, "image", spec=",")
 
 
 def _network(params: Params) -> str:
@@ -144,7 +171,8 @@ def _training_images(paths: Paths) -> int:
 
 def _most(params: Params, paths: Paths) -> int:
     """The number of steps, unless training stops early."""
-    return params.train.for_images(_training_images(paths)).steps
+    options = params.distill if paths.student else params.train
+    return options.for_images(_training_images(paths)).steps
 
 
 def _data(params: Params, paths: Paths) -> str:
@@ -154,8 +182,10 @@ def _data(params: Params, paths: Paths) -> str:
     return f"**{name}**, {counted(_training_images(paths), f'{colours} image', spec=',')} of {size} pixels"
 
 
-def _figures(report: Mapping[str, float]) -> str:
-    shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in FIGURES if key in report]
+def _figures(report: Mapping[str, float], named: Sequence[tuple[str, str]]) -> str:
+    shown = [f"{title} {report[key]:.4f}{_interval(report, key)}" for key, title in named if key in report]
+    if not shown:
+        return ""
     return f"{_capital('; '.join(shown))}. In parentheses: 95 % confidence intervals."
 
 

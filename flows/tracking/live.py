@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_BATCHES = 2.0
 FIXED = ("seed", "process", "network", "train")
-"""The parameters in a training's fingerprint; others may still change before an interrupted training is resumed."""
+"""The parameters in a training's fingerprint, and those of a student's teacher; others may still change before an
+interrupted training is resumed."""
 
 
 class LiveRun:
@@ -97,7 +98,7 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
                 resume(run, params, paths, fingerprint)
             else:
                 run = start(mlflow_store, params, paths, fingerprint, {store.FINGERPRINT: fingerprint})
-                run.parameters(made_with.flat(params, *FIXED))
+                run.parameters(made_with.flat(params, *FIXED, *(("distill",) if paths.student else ())))
                 run.dataset(
                     Path(params.shard.source).stem, sha256(paths.pairs / "manifest.json"), paths.pairs, "training"
                 )

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
 from diffusion.progress import say
-from flows import addresses, made_with
+from flows import addresses, dvc_yaml
 from flows.pages import contents
 from flows.params import Params
 from flows.paths import Paths
@@ -71,7 +71,7 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
     """`record`, and print where; raises UserError if there is nothing to record or MLflow cannot be reached."""
     found, uri = results.read(params, paths), store.tracking_uri(paths)
     for reason in found.stale:
-        say(f"MLflow: left out: {reason}; `dvc repro` brings it up to date")
+        say(f"MLflow: left out: {reason}; `{results.repro(paths)}` brings it up to date")
     with store.user_errors(uri):
         recorded = _record(uri, found, None, {})
     if as_json:
@@ -82,7 +82,7 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
         print(f"weights  trained in run {recorded.trained_in}")
     if recorded.model_version is not None:
         aliases = ", ".join(recorded.aliases) or "no alias"
-        print(f"model    {params.tracking.model_name} version {recorded.model_version} ({aliases})")
+        print(f"model    {found.model_name} version {recorded.model_version} ({aliases})")
     for row in recorded.gate:
         print(f"gate     {row['figure']} {row['rule']}: {row['verdict']}")
 
@@ -178,7 +178,7 @@ def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
         run.once("weights", lambda: _reuse(run, models[0]))
     if (evaluation := found.evaluation) is not None:
         run.once("evaluate", lambda: _log_evaluation(run, found, evaluation))
-    lock = paths.root / "dvc.lock"
+    lock = (paths.root / dvc_yaml.file_of(paths.stage("train"))).with_suffix(".lock")
     if _describes(lock, paths):
         run.once("dvc.lock", lambda: run.client.log_artifact(run.id, str(lock)))
     return run.tags.get(TRAINED_IN, run.id)
@@ -186,7 +186,7 @@ def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
 
 def _log_parameters(run: TrackedRun, found: Results) -> None:
     """All parameters, params.yaml as it was read (the file may have been edited since), and the data report."""
-    run.parameters(made_with.flat(found.params))
+    run.parameters(found.parameters)
     text = StringIO()
     YAML(typ="safe", pure=True).dump(found.params.model_dump(mode="json"), text)
     run.client.log_text(run.id, text.getvalue(), "params.yaml")
@@ -239,9 +239,11 @@ def _log_evaluation(run: TrackedRun, found: Results, evaluation: Evaluation) -> 
     run.client.log_artifacts(run.id, str(paths.evaluation), "evaluation")
     for file in (paths.report, paths.evaluate_report):
         run.client.log_artifact(run.id, str(file), "evaluation")
-    run.table(evaluation.bands, "evaluation/bands.json")
-    if (samplers := paths.evaluation / "samplers.csv").exists():
-        run.table(contents.table(samplers), "evaluation/samplers.json")
+    if evaluation.bands:
+        run.table(evaluation.bands, "evaluation/bands.json")
+    for name in ("samplers", "few_steps"):
+        if (file := paths.evaluation / f"{name}.csv").exists():
+            run.table(contents.table(file), f"evaluation/{name}.json")
 
 
 def _data(found: Results) -> str:

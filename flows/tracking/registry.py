@@ -32,7 +32,7 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
     """
     from mlflow.exceptions import MlflowException
 
-    name, digest = found.params.tracking.model_name, sha256(found.paths.sampler)
+    name, digest = found.model_name, sha256(found.paths.sampler)
     run.once("export", lambda: _log_export(run, found, speed))
     conditions = [f"name = '{name}' and tags.`{tag}` = '{digest}'" for tag in (ONNX, former(ONNX))]
     for version in chain.from_iterable(run.client.search_model_versions(same, max_results=1) for same in conditions):

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.storage.files import check_sums, parse_csv, read_checked, sha256
-from flows import made_with
+from diffusion.training.options import TrainOptions
+from flows import dvc_yaml, made_with
+from flows.gate import Rule, for_students
 from flows.params import Params
 from flows.paths import Paths
 
@@ -26,7 +28,7 @@ class Evaluation(NamedTuple):
     report: dict[str, Any]
     """reports/evaluate.json, with the digests of the pairs that were scored."""
     bands: list[dict[str, float]]
-    """The rows of bands.csv."""
+    """The rows of bands.csv; students have none."""
     by_image: dict[str, NDArray[np.float64]]
     """The figures in BY_IMAGE: a value for each image, (n,)."""
 
@@ -51,9 +53,31 @@ class Results(NamedTuple):
     """Which existing files were left out, and why."""
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters by dotted name; those of the distillation only describe students."""
+        found = made_with.flat(self.params)
+        return {name: value for name, value in found.items() if self.paths.student or not name.startswith("distill.")}
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model."""
+        return registered_name(self.params, self.paths)
+
+    @property
+    def gate(self) -> tuple[Rule, ...]:
+        """The rules that a version must meet to become champion."""
+        rules: tuple[Rule, ...] = self.params.tracking.gate
+        return for_students(rules) if self.paths.student else rules
+
+    @property
+    def options(self) -> TrainOptions:
+        """How the weights were trained."""
+        return self.params.distill if self.paths.student else self.params.train
+
+    @property
     def identity(self) -> str:
         """Digest of parameters, data and weights."""
-        facts = {"params": made_with.flat(self.params), "pairs": self.pairs, "weights": self.weights}
+        facts = {"params": self.parameters, "pairs": self.pairs, "weights": self.weights}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def digests(self) -> dict[str, str]:
@@ -67,6 +91,11 @@ class Results(NamedTuple):
         return found
 
 
+def registered_name(params: Params, paths: Paths) -> str:
+    """Name of the registered model: students have one of their own."""
+    return f"{params.tracking.model_name}-student" if paths.student else params.tracking.model_name
+
+
 def read(params: Params, paths: Paths) -> Results:
     """The results in `paths` that were made with `params`, every file checked against its digest.
 
@@ -76,12 +105,12 @@ def read(params: Params, paths: Paths) -> Results:
     weights, manifest = paths.model / "model.safetensors", paths.pairs / "manifest.json"
     for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
-            raise UserError(f"{needed}: missing; run `dvc repro` or `dvc pull` before recording a training")
+            raise UserError(f"{needed}: missing; run `{repro(paths)}` or `dvc pull` before recording a training")
     read_checked(manifest)
     stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # absent where data was pulled
     for stage in [*stages, "train"]:
         if reason := made_with.difference(paths, stage, params):
-            raise UserError(f"{reason}; `dvc repro` brings the results up to date")
+            raise UserError(f"{reason}; `{repro(paths)}` brings the results up to date")
     read_checked(paths.model / "config.json")
     check_sums(paths.previews)
     names = ("loss", "heldout")
@@ -102,11 +131,17 @@ def read(params: Params, paths: Paths) -> Results:
     return Results(params, paths, sha256(weights), sha256(manifest), training, curves, evaluation, export, tuple(stale))
 
 
+def repro(paths: Paths) -> str:
+    """The command that brings results up to date."""
+    return f"dvc repro {dvc_yaml.DISTILLATION}" if paths.student else "dvc repro"
+
+
 def _evaluation(paths: Paths) -> Evaluation:
     check_sums(paths.evaluation)
-    scored, bands = (read_checked(paths.evaluation / name) for name in ("scored.json", "bands.csv"))
+    scored, bands = read_checked(paths.evaluation / "scored.json"), paths.evaluation / "bands.csv"
     report = json.loads(paths.evaluate_report.read_bytes()) | json.loads(scored)
-    return Evaluation(report, parse_csv(bands), values_by_image(paths.evaluation))
+    rows = [] if paths.student else parse_csv(read_checked(bands))
+    return Evaluation(report, rows, values_by_image(paths.evaluation))
 
 
 def values_by_image(evaluation: Path) -> dict[str, NDArray[np.float64]]:

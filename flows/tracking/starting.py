@@ -30,7 +30,7 @@ def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
 
 def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, str]]:
     """The name of a run, and tags for the flow run and the code that it comes from."""
-    name = f"{Path(params.shard.source).stem}-{digest[:8]}"
+    name = f"{Path(params.shard.source).stem}-{'student-' if paths.student else ''}{digest[:8]}"
     description = paths.root / "run.json"
     if description.exists():
         run = json.loads(description.read_text())
