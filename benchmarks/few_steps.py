@@ -19,12 +19,15 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from choices.training import with_assignments
 from scipy.stats import t as student_t
 
 from diffusion.distillation.sampling import student_sampling
+from diffusion.errors import Stopped
 from diffusion.evaluation import distances, few_steps, quality
 from diffusion.evaluation.features import trained_features
 from diffusion.evaluation.few_steps import STEPS, STUDENT, TEACHER
@@ -40,6 +44,8 @@ from diffusion.model import load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.progress import say
 from diffusion.storage.files import write_json
+from diffusion.training import loop
+from diffusion.training.state import State
 from flows import params as parameters
 from flows.params import Params
 from flows.paths import Paths
@@ -48,20 +54,26 @@ from flows.stages import distill, train
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 METRICS = ("frechet", "kid", "precision", "recall", "coverage", "drift")
-SHORT, LONG = 20, 60
+SHORT, LONG = 10, 60
 """Numbers of steps between which the time of a step is measured."""
+NEVER = 10**6
 Row = dict[str, Any]
 
 
 def seconds_per_step(params: Params, root: Path, stage: str) -> float:
     """CPU seconds of a step of a stage, without what it does at its beginning and end."""
-    taken = []
-    for steps in (SHORT, LONG):
-        section = getattr(params, stage).model_copy(update={"steps": steps, "epochs": 0, "preview_every": 10**6})
-        began = time.process_time()
+    began, take_step = list[float](), loop.step
+
+    def timed(state: State, trainer: loop.Trainer) -> None:
+        began.append(time.process_time())
+        if len(began) > LONG:
+            raise Stopped(signal.SIGTERM)
+        take_step(state, trainer)
+
+    section = getattr(params, stage).model_copy(update={"steps": NEVER, "epochs": 0, "preview_every": NEVER})
+    with patch.object(loop, "step", timed), suppress(Stopped):
         (train if stage == "train" else distill).run(params.model_copy(update={stage: section}), Paths(root))
-        taken.append(time.process_time() - began)
-    return (taken[1] - taken[0]) / (LONG - SHORT)
+    return (began[LONG] - began[SHORT]) / (LONG - SHORT)
 
 
 def prepared(tree: Path, root: Path) -> Path:
@@ -89,7 +101,7 @@ def measure(params: Params, tree: Path, method: str, seed: int, budget: float, s
     with tempfile.TemporaryDirectory() as directory:
         root = prepared(tree, Path(directory) / "tree")
         steps = max(1, math.floor(budget / seconds_per_step(params, root, "distill")))
-        section = params.distill.model_copy(update={"steps": steps, "preview_every": 10**6})
+        section = params.distill.model_copy(update={"steps": steps, "preview_every": NEVER})
         params = params.model_copy(update={"distill": section})
         began = time.process_time()
         distill.run(params, Paths(root))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows import dvc_yaml
-from flows.stages import STAGES
+from flows.stages import STAGES, STUDENT_STAGES
 from flows.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ NOT_SHAPING = (
     "flows.params",
     "flows.parent",
     "flows.paths",
+    "flows.rules",
     "flows.tracking",
     "flows.workers",
 )
@@ -82,10 +83,11 @@ def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *STUDENT_STAGES])
 def test_a_stage_depends_on_the_code_that_it_imports(stage: str) -> None:
-    needed, waiting = set[str](), [f"flows.stages.{stage}"]
-    left_out = (*NOT_SHAPING, *DRAWING) if stage == "train" else NOT_SHAPING
+    needed, waiting = set[str](), [f"flows.stages.{stage.replace('-', '_')}"]
+    drawing = {"train": DRAWING, "distill": ("diffusion.evaluation.live",)}  # students are trained by sampling steps
+    left_out = (*NOT_SHAPING, *drawing.get(stage, ()))
     while waiting:
         module = waiting.pop()
         if module not in needed and not module.startswith(left_out):
@@ -105,7 +107,7 @@ def test_a_new_sampler_does_not_retrain() -> None:
     assert depending == ["evaluate", "export"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *STUDENT_STAGES])
 def test_a_stage_records_what_it_was_made_with(stage: str) -> None:
-    described = read_yaml(ROOT / "dvc.yaml")["stages"][stage]
+    described = read_yaml(ROOT / dvc_yaml.file_of(stage))["stages"][stage]
     assert f"reports/made_with/{stage}.json" in described["outs"]

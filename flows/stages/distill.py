@@ -18,8 +18,7 @@ from diffusion.training.hooks import CheckStop
 from diffusion.training.state import State
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import training
-from flows.stages.training import Recipe
+from flows.stages.training import Recipe, carry_out
 
 PARAMETERIZATIONS = ("v", "x_0")
 """Those whose networks can estimate the image from noise alone."""
@@ -28,7 +27,7 @@ PARAMETERIZATIONS = ("v", "x_0")
 def run(params: Params, paths: Paths) -> None:
     """Distil a model; an interrupted distillation with the same parameters, teacher, data and code is resumed."""
     paths = Paths(paths.root, student=True)
-    training.run(params, paths, partial(recipe, params, paths))
+    carry_out(params, paths, partial(recipe, params, paths))
 
 
 def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:

@@ -9,7 +9,7 @@ import torch
 from diffusion.distillation.sampling import student_sampling
 from diffusion.errors import counted
 from diffusion.evaluation import few_steps, quality, sets
-from diffusion.evaluation.features import trained_features
+from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
 from diffusion.evaluation.few_steps import STUDENT, TEACHER, Drawing
 from diffusion.evaluation.quality import Quality
 from diffusion.model import WEIGHTS, Model, load_model
@@ -22,9 +22,8 @@ from diffusion.samples import classes_in_turn, grid_png
 from diffusion.storage.files import new_directory, sha256, write_atomic, write_csv, write_json, write_sums
 from flows import dvc_yaml, made_with, tracking
 from flows.pages import student as page
-from flows.params import Params
+from flows.params import Evaluate, Params
 from flows.paths import Paths
-from flows.stages.evaluate import own_features
 
 COPIED = ("mse", "mse_low", "mse_high", "val_mse", "bits_per_dim", "bits_per_dim_low", "bits_per_dim_high")
 """Figures of the teacher that the report repeats: a student predicts no noise, and has no likelihood."""
@@ -111,7 +110,7 @@ def compare(
     )
     features = None
     if real is not None:
-        features = own_features(params.evaluate, paths, student) or trained_features(train, paths.features)
+        features = features_of(params.evaluate, paths, student, train)
     with Progress("evaluate-student", 2 * sets.batches(len(labels)) * sum(steps), "steps") as progress:
         note = f"drawing {counted(len(labels), 'sample')} with each number of steps"
         drawings = few_steps.draw(models, steps, params.seed, device, labels, lambda: progress.advance(1, note))
@@ -137,6 +136,13 @@ def compare(
     figures = list(measured.others)
     figures.insert(first, measured.of_samples)
     return Compared(drawings, measured, few_steps.table(drawings, drifts, figures))
+
+
+def features_of(options: Evaluate, paths: Paths, model: Model, train: Pairs) -> Features:
+    """The features in which samples are compared; raises UserError if the user's file cannot be used."""
+    if options.features == "auto":
+        return trained_features(train, paths.features)
+    return OnnxFeatures(paths.root / options.features, options.features_sha256, model.shape)
 
 
 def summary(params: Params, paths: Paths, found: Compared) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from diffusion.distillation.sampling import student_sampling
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import export
+from flows.stages.export import write
 
 
 def run(params: Params, paths: Paths) -> None:
     """Export, verify and write the student's graphs as export does those of the teacher."""
     sample = student_sampling(params.sample, params.distill.sampling_steps)
-    export.write(params, Paths(paths.root, student=True), sample)
+    write(params, Paths(paths.root, student=True), sample)

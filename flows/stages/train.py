@@ -18,13 +18,12 @@ from diffusion.training.hooks import CheckStop, preview_options
 from diffusion.training.state import State
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import training
-from flows.stages.training import Recipe
+from flows.stages.training import Recipe, carry_out
 
 
 def run(params: Params, paths: Paths) -> None:
     """Train a model; an interrupted training run with the same parameters, data and code is resumed."""
-    training.run(params, paths, partial(recipe, params, paths))
+    carry_out(params, paths, partial(recipe, params, paths))
 
 
 def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:

@@ -73,7 +73,7 @@ class Recipe:
     """Whether the training's state has a second network, the student that becomes a teacher."""
 
 
-def run(params: Params, paths: Paths, recipe_for: Callable[[torch.device], Recipe]) -> None:
+def carry_out(params: Params, paths: Paths, recipe_for: Callable[[torch.device], Recipe]) -> None:
     """Carry out a training; an interrupted one with the same parameters, inputs and code is resumed.
 
     With several processes, this one only launches them, and each of them calls this function again.

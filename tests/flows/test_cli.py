@@ -174,5 +174,5 @@ def test_ddpm_params_shows_value_default_choices_and_limits(
     assert main(["params", "trains"]) == 2
     assert capsys.readouterr().err == (
         "ddpm params: error: trains: no such parameter or section; available: seed, device, shard, pairs, "
-        "process, network, train, sample, evaluate, export, tracking\n"
+        "process, network, train, sample, evaluate, export, distill, tracking\n"
     )

@@ -41,7 +41,7 @@ def after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ends:
                 raise effect
 
         monkeypatch.setattr(launching, "elastic_launch", Mock(return_value=start))
-        launching.launch(2, checkpoints)
+        launching.launch("train", 2, checkpoints)
         assert not list(effects)
         return stores
 

@@ -10,6 +10,7 @@ from flows import params as parameters
 from flows import presets, yaml_files
 from flows.__main__ import main
 from flows.params import Params
+from flows.rules import laid_over
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "presets"
@@ -341,7 +342,7 @@ def test_samplers_are_laid_over_the_section_sample() -> None:
     yaml_files.overlay(document, {"evaluate": {"samplers": [{"sampler": "ddim", "guidance": 3}, {}]}})
     yaml_files.overlay(document, {"sample": {"steps": 7}, "network": {"classes": True}})
     params = parameters.validate(document, "params.yaml")
-    first, second = (parameters.laid_over(params.sample, changes) for changes in params.evaluate.samplers)
+    first, second = (laid_over(params.sample, changes) for changes in params.evaluate.samplers)
     assert (first.sampler.model_dump(), first.guidance, first.steps) == ({"kind": "ddim", "eta": 0.0}, 3.0, 7)
     assert first.spacing == params.sample.spacing
     assert second == params.sample

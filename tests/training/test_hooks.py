@@ -1,7 +1,7 @@
 """The hooks of the loop: what is measured, drawn and reported at which step."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -63,9 +63,10 @@ def watch(
     recorder: Recorder | None,
     previews: Path,
     stop: StopSignals | None = None,
+    measure: Callable[..., Estimate] | None = None,
 ) -> Hooks:
     directory = pairs_tree / "data" / "pairs"
-    process = build.process(params.process)
+    process, heldout = build.process(params.process), Pairs(directory, "val")
     config = Config(shape=(1, 8, 8), classes=(), network=params.network, process=params.process, x_0_mse=None)
     trainer = loop.Trainer(params.train, 3, process.loss, Batches(Pairs(directory, "train"), 0, 32), state.net)
     drawing = preview_options(params.process).model_copy(update={"steps": 2, "count": 4})
@@ -74,7 +75,7 @@ def watch(
     return Hooks(
         trainer,
         model,
-        Pairs(directory, "val"),
+        measure or (lambda model, check_stop: quick_mse(model, heldout, CPU, check_stop)),
         CPU,
         drawing,
         previews,
@@ -93,7 +94,7 @@ def test_the_metrics_logged_during_training(
     measured = list[Estimate]()
 
     def preview(state: State) -> None:
-        measured.append(quick_mse(hooks.model, hooks.heldout, CPU, lambda: None))
+        measured.append(hooks.measure(hooks.model, lambda: None))
         hooks.preview(state)
 
     loop.train(state, hooks.trainer, Checkpoints(tmp_path), report=hooks.report, preview=preview, stop_signal=lambda: 0)
@@ -167,9 +168,8 @@ def test_the_rate_counts_the_steps_since_the_last_point_alone(
         clock[0] += 100
         return Estimate(0.5, 0.1)
 
-    monkeypatch.setattr("diffusion.training.hooks.quick_mse", slow)
     state, recorder = fresh_state(params), Recorder()
-    hooks = watch(params, state, pairs_tree, recorder, tmp_path)
+    hooks = watch(params, state, pairs_tree, recorder, tmp_path, measure=slow)
     hooks._restart_clock()
     for step in range(1, 11):
         loop.step(state, hooks.trainer)
@@ -197,18 +197,15 @@ def test_a_stop_interrupts_a_measurement(params: Params, pairs_tree: Path, tmp_p
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 
-def test_a_stop_interrupts_sampling(
-    params: Params, pairs_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_interrupts_sampling(params: Params, pairs_tree: Path, tmp_path: Path) -> None:
     state, stop = fresh_state(params), StopSignals()
 
     def measured(*_: object) -> Estimate:
         stop._note(signal.SIGTERM, None)
         return Estimate(0.5, 0.1)
 
-    monkeypatch.setattr("diffusion.training.hooks.quick_mse", measured)
     with pytest.raises(Stopped):
-        watch(params, state, pairs_tree, Recorder(), tmp_path, stop).preview(state)
+        watch(params, state, pairs_tree, Recorder(), tmp_path, stop, measured).preview(state)
     assert (state.heldout_curve, list(tmp_path.iterdir())) == ([], [])
 
 
