@@ -67,7 +67,7 @@ METHOD_OPTIONS: dict[str, type[Choice]] = {"consistency": ConsistencyOptions, "p
 
 
 def _trains_without_augmentation(distill: "DistillOptions") -> None:
-    if distill.augment != "auto" and distill.augment > 0:
+    if distill.augment != 0:  # also auto
         raise ValueError("augment must be 0: the teacher has learned images without augmentation")
 
 
