@@ -24,7 +24,7 @@ SMALL = 0.03 * torch.arange(1.0, 8.0, dtype=torch.float64)
 
 def small(t: Tensor) -> Tensor:
     """The same, for timesteps among T; 1 for all others."""
-    return torch.stack([SMALL[T == each][0] if each in T else SMALL.new_ones(()) for each in t])
+    return torch.stack([SMALL[each == T][0] if each in T else SMALL.new_ones(()) for each in t])
 
 
 def plus(t: Tensor) -> Tensor:
@@ -269,10 +269,7 @@ def test_the_loss_of_a_student_is_the_same_in_every_parameterization(kind: str) 
     for name, fraction in (("v", None), ("x_0", None), ("v", 0.2), ("x_0", 0.7)):
         made = process(parameterization=name)
         taught = Teacher(model(made, says(made, x_0_hat(made), name, fraction), name), threshold="clip")
-        if kind == "consistency":
-            loss = Consistency(taught, made.parameterization, 8, 3)
-        else:
-            loss = progressive(made, taught)
+        loss = Consistency(taught, made.parameterization, 8, 3) if kind == "consistency" else progressive(made, taught)
         found.append(loss(says(made, some_x_0_hat, name, fraction), X_0, T, EPS))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
