@@ -13,9 +13,8 @@ import filelock
 import numpy as np
 import torch
 
-from diffusion.model import WEIGHTS
 from diffusion.progress import say
-from diffusion.storage.files import sha256, write_json, writing
+from diffusion.storage.files import SUMS, sha256, write_json, writing
 from diffusion.training.checkpoints import newest_step
 from diffusion.training.distributed import World
 from flows import dvc_yaml
@@ -50,7 +49,7 @@ def training_facts(stage: str, params: Params, paths: Paths, device: torch.devic
     """
     determining = params.model_dump(mode="json", include=DETERMINING[stage])
     del determining[stage]["processes"]  # recorded below as world.size, which torchrun may set instead
-    teacher = {"teacher": sha256(paths.teacher / WEIGHTS)} if stage == "distill" else {}
+    teacher = {"teacher": sha256(paths.teacher / SUMS)} if stage == "distill" else {}
     return {
         "params": determining,
         **teacher,

@@ -29,16 +29,17 @@ def heldout_loss(
 ) -> Estimate:
     """The loss of a student on the first `blocks` blocks of a split (1,024 pairs by default), a fixed subset.
 
-    The timesteps are distributed as in the training.
+    The timesteps are distributed and weighted as in the training.
     """
     images, errors = list[NDArray[np.int64]](), list[NDArray[np.float64]]()
     for draw, block in islice(product(range(pairs.manifest.heldout_draws), range(pairs.blocks)), blocks):
         check_stop()
         stored, _, noise = pairs.heldout(block, draw)
-        t, _ = timesteps.draw(torch.from_numpy(stored), torch.full((len(stored),), 0.5, dtype=torch.float64))
+        uniform = torch.from_numpy((stored + 0.5) / pairs.num_timesteps)
+        t, weight = timesteps.draw(torch.from_numpy(stored), uniform)
         x_0 = torch.from_numpy(to_x_0(pairs.x_0(block), np.float32)).to(device, memory_format=torch.channels_last)
         eps, y = torch.from_numpy(noise).to(device), torch.from_numpy(pairs.labels(block)).to(device)
         error = loss(model.net, x_0, t.to(float64_device(device)), eps, y)
         images.append(block * BLOCK + np.arange(len(stored)))
-        errors.append(error.double().cpu().numpy())
+        errors.append((weight * error.double().cpu()).numpy())
     return mean_over_images(np.concatenate(images), np.concatenate(errors))

@@ -63,14 +63,25 @@ METHOD_OPTIONS: dict[str, type[Choice]] = {"consistency": ConsistencyOptions, "p
 
 
 def _trains_without_augmentation(distill: "DistillOptions") -> None:
-    if distill.augment != "auto" and distill.augment > 0:
+    if distill.augment != 0:  # also auto
         raise ValueError("augment must be 0: the teacher has learned images without augmentation")
+
+
+def _measures_one_loss(distill: "DistillOptions") -> None:
+    if distill.method.kind == "progressive" and (distill.keep_best or distill.patience):
+        raise ValueError(
+            "progressive needs keep_best: false and patience: 0, since the held-out losses of its phases differ"
+        )
 
 
 class DistillOptions(TrainOptions):
     """Distillation of the trained model into one that samples in one to four steps; trained as in section `train`."""
 
-    rules: ClassVar[tuple[Callable[[Any], None], ...]] = (*TrainOptions.rules, _trains_without_augmentation)
+    rules: ClassVar[tuple[Callable[[Any], None], ...]] = (
+        *TrainOptions.rules,
+        _trains_without_augmentation,
+        _measures_one_loss,
+    )
 
     method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
     """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song

@@ -36,10 +36,11 @@ def waypoints(schedule: Schedule, t: Tensor, points: int, count: int) -> list[Te
     that of `t`, rounded up.
     """
     angle, largest = schedule.angle(t).flatten(), schedule.angle(torch.full_like(t[:1], schedule.num_timesteps - 1))
-    steps = torch.ceil(angle / largest.flatten() * points - 1e-9).clamp(min=1)
+    rounding = 1e-9  # so that an angle just below that of a timestep is taken for it
+    steps = torch.ceil(angle / largest.flatten() * points - rounding).clamp(min=1)
     path, last = list[Tensor](), t
     for number in range(1, count + 1):
-        wanted = schedule.at_angle(angle * (1 - number / steps).clamp(min=0))
+        wanted = schedule.at_angle(angle * (1 - number / steps).clamp(min=0) + rounding)
         last = torch.where(number < steps, torch.minimum(wanted, last - 1), -1).clamp(min=-1)
         path.append(last)
     return path

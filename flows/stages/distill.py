@@ -42,6 +42,10 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         )
     if options.guidance != 1 and not teacher.num_classes:
         raise UserError(f"distill.guidance: {paths.teacher} is not conditioned on classes; set it to 1.0")
+    if options.sampling_steps > (most := teacher.process.schedule.num_timesteps):
+        raise UserError(
+            f"distill.sampling_steps: {options.sampling_steps} is more than the timesteps of {paths.teacher} ({most})"
+        )
     config = teacher.config.model_copy(update={"x_0_mse": None, "scheduler": None})
     options = options.for_images(pairs.images)
     loss = METHODS[options.method.kind](

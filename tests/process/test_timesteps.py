@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion.pairs import noise
-from diffusion.process.timesteps import TIMESTEPS, LogSnrNormal, LossAware, Stored, Uniform
+from diffusion.process.timesteps import TIMESTEPS, Angle, LogSnrNormal, LossAware, Stored, Uniform
 from tests.process.fakes import process
 
 T = 100
@@ -183,11 +183,34 @@ def test_log_snr_normal_never_draws_pure_noise() -> None:
     assert sampler.draw(*grid(1000, 10))[0].max() < 999
 
 
-@pytest.mark.parametrize("name", ["loss-second-moment", "log-snr-normal"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize(("schedule", "num_timesteps"), [("linear", 100), ("cosine", 3), ("sigmoid", 1000)])
+def test_half_of_angle_are_at_the_start_and_half_uniform_in_arctan_sigma(
+    schedule: str, num_timesteps: int, zero_terminal_snr: bool
+) -> None:
+    """The angle drawn, rounded up to that of a timestep, is uniform on [0, angle of T - 1]."""
+    made = process(
+        schedule=schedule, num_timesteps=num_timesteps, parameterization="v", zero_terminal_snr=zero_terminal_snr
+    ).schedule
+    angles = [math.atan(math.sqrt((1 - a) / a)) if a else math.pi / 2 for a in made.alpha_bar.tolist()]
+    expected = [(b - a) / angles[-1] / 2 for a, b in zip([0.0, *angles], angles, strict=False)]
+    expected[-1] += 0.5
+    sampler = Angle(made)
+    torch.testing.assert_close(sampler.probability, torch.tensor(expected, dtype=torch.float64))
+    t, u = grid(num_timesteps, 400)
+    drawn, weight = sampler.draw(t, u)
+    assert weight.equal(torch.ones(len(t)))
+    frequency = drawn.bincount(minlength=num_timesteps).double() / len(drawn)
+    torch.testing.assert_close(frequency, sampler.probability, atol=2 / len(drawn), rtol=0)
+    assert not sampler.learns
+    assert not sampler.state_dict()
+
+
+@pytest.mark.parametrize("name", ["loss-second-moment", "log-snr-normal", "angle"])
 def test_what_is_drawn_by_probability_is_still_stratified(name: str) -> None:
     """The spread of a block's mean of a smooth function of t is far less than that of independent draws."""
     made = process(num_timesteps=1000).schedule
-    sampler = taught(1000)[0] if name == "loss-second-moment" else LogSnrNormal(made)
+    sampler = taught(1000)[0] if name == "loss-second-moment" else TIMESTEPS[name](made)
     t, u = pairs(200, 1000)
     values = sampler.draw(t, u)[0].double().view(200, 64)
     assert values.mean(dim=1).std() < 0.25 * values.std() / 8

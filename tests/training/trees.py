@@ -35,6 +35,7 @@ TINY: dict[str, Any] = {
         "timesteps": "rms-error",
     },
     "sample": {"steps": 4, "count": 4},
+    "distill": {"steps": 12, "log_every": 4, "preview_every": 6, "warmup_steps": 2},
     "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2, "quality_samples": 40},
     "export": {"variants": ["int8"], "max_loss": 1.0},
 }
@@ -48,10 +49,10 @@ def change(tree: Path, changes: dict[str, Any]) -> None:
     yaml_files.write_yaml(path, lay_over(yaml_files.read_yaml(path), changes))
 
 
-def copy(tree: Path, target: Path, **train: Any) -> Path:
-    """Copy a tree and change its training parameters."""
+def copy(tree: Path, target: Path, stage: str = "train", **options: Any) -> Path:
+    """Copy a tree and change its parameters of `train` or `distill`."""
     shutil.copytree(tree, target)
-    change(target, {"train": train})
+    change(target, {stage: options})
     return target
 
 
@@ -60,11 +61,11 @@ def run(tree: Path, stage: str = "train", threads: int = 1) -> subprocess.Comple
     return ddpm(tree, stage, environment=ENVIRONMENT, threads=threads)
 
 
-def stopped(tree: Path, steps: int, threads: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a training that receives SIGTERM after `steps` more steps."""
+def stopped(tree: Path, steps: int, threads: int = 1, stage: str = "train") -> subprocess.CompletedProcess[str]:
+    """Run a training or distillation that receives SIGTERM after `steps` more steps."""
     signals = [0] * steps + [signal.SIGTERM]
     with patch.object(StopSignals, "received", side_effect=signals):  # asked once before each step
-        done = run(tree, threads=threads)
+        done = run(tree, stage, threads)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     return done
 
