@@ -22,11 +22,23 @@ Student = Callable[..., Tensor]
 """Maps x_t (B, C, H, W), t int64 (B,) and classes y int64 (B,) to the network's raw output."""
 
 
-def weighted_error(parameterization: Parameterization, out: Tensor, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
-    """Mean of (SNR + 1) (x_0_hat - target)^2 of each image, (B,), for the network's raw output `out` at x_t."""
-    x_0_hat = parameterization.to_x_0(split(out, x_t.shape[1])[0], x_t, t)
-    scale = (1 - parameterization.schedule(t)).rsqrt()
-    return times(scale, x_0_hat - target).square().mean(dim=(1, 2, 3))
+@dataclass(frozen=True)
+class Error:
+    """The pseudo-Huber metric sqrt(e^2 + c^2) - c of Song & Dhariwal 2024, section 3.3, c = `huber`;
+    e^2 if that is 0.
+
+    e^2 is the mean of (SNR + 1) (x_0_hat - target)^2 over the values of an image.
+    """
+
+    parameterization: Parameterization
+    huber: float = 0.0
+
+    def __call__(self, out: Tensor, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """The error of each image, (B,), for the network's raw output `out` at x_t."""
+        x_0_hat = self.parameterization.to_x_0(split(out, x_t.shape[1])[0], x_t, t)
+        scale = (1 - self.parameterization.schedule(t)).rsqrt()
+        squared = times(scale, x_0_hat - target).square().mean(dim=(1, 2, 3))
+        return (squared + self.huber**2).sqrt() - self.huber if self.huber else squared
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,13 @@ class Consistency:
     """
 
     teacher: Teacher
-    parameterization: Parameterization
+    error: Error
     points: int
     solver_steps: int
 
     @property
     def schedule(self) -> Schedule:
-        return self.parameterization.schedule
+        return self.error.parameterization.schedule
 
     def __call__(self, net: Student, x_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
         """Loss of each image, (B,), for `t` int64 (B,), noise `eps` (B, C, H, W) and classes `y` int64 (B,)."""
@@ -57,9 +69,9 @@ class Consistency:
         if self.solver_steps < self.points:
             with torch.no_grad():
                 out, _ = split(net(x_s, s.clamp(min=0).to(x_s.device), y), x_s.shape[1])
-                own = self.parameterization.to_x_0(out, x_s, s.clamp(min=0)).clamp(-1, 1)
+                own = self.error.parameterization.to_x_0(out, x_s, s.clamp(min=0)).clamp(-1, 1)
             target = torch.where((s < 0).to(x_s.device).view(-1, 1, 1, 1), x_s, own)
-        return weighted_error(self.parameterization, net(x_t, t.to(x_t.device), y), x_t, t, target)
+        return self.error(net(x_t, t.to(x_t.device), y), x_t, t, target)
 
 
 @dataclass
@@ -72,7 +84,7 @@ class Progressive:
     """
 
     first: Teacher
-    parameterization: Parameterization
+    error: Error
     teacher_steps: int
     student_steps: int
     total: int
@@ -85,7 +97,7 @@ class Progressive:
 
     @property
     def schedule(self) -> Schedule:
-        return self.parameterization.schedule
+        return self.error.parameterization.schedule
 
     @property
     def phases(self) -> int:
@@ -115,4 +127,4 @@ class Progressive:
         alpha_bar_t, alpha_bar_s = schedule(t), schedule(s)
         ratio = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt()
         target = times(1 / (alpha_bar_s.sqrt() - ratio * alpha_bar_t.sqrt()), x_s - times(ratio, x_t))
-        return weighted_error(self.parameterization, net(x_t, t.to(x_t.device), y), x_t, t, target)
+        return self.error(net(x_t, t.to(x_t.device), y), x_t, t, target)

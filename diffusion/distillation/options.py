@@ -5,9 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from diffusion.distillation.losses import Consistency, Progressive
+from diffusion.distillation.losses import Consistency, Error, Progressive
 from diffusion.distillation.teacher import Teacher
-from diffusion.process.parameterization import Parameterization
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.sections import AutoFraction, Choice, NonNegative, OneOf, Positive
 from diffusion.training.options import MuonOptions, Optimizer, TrainOptions
@@ -53,16 +52,13 @@ class ProgressiveOptions(Choice):
 
 
 Method = Consistency | Progressive
-METHODS: dict[str, Callable[[Any, Teacher, Parameterization, int], Method]] = {
-    "consistency": lambda options, teacher, parameterization, _: Consistency(
-        teacher, parameterization, options.points, options.solver_steps
-    ),
-    "progressive": lambda options, teacher, parameterization, steps: Progressive(
-        teacher, parameterization, options.teacher_steps, options.student_steps, steps
+METHODS: dict[str, Callable[[Any, Teacher, Error, int], Method]] = {
+    "consistency": lambda options, teacher, error, _: Consistency(teacher, error, options.points, options.solver_steps),
+    "progressive": lambda options, teacher, error, steps: Progressive(
+        teacher, error, options.teacher_steps, options.student_steps, steps
     ),
 }
-"""Constructors by name; each takes the method's options, the teacher, the student's parameterization, and the number of
-training steps."""
+"""Constructors by name; each takes the method's options, the teacher, the error, and the number of training steps."""
 METHOD_OPTIONS: dict[str, type[Choice]] = {"consistency": ConsistencyOptions, "progressive": ProgressiveOptions}
 
 
@@ -79,6 +75,9 @@ class DistillOptions(TrainOptions):
     method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
     """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song
     et al. 2023); progressive: to take one step for two of the teacher's, again and again (Salimans & Ho 2022)."""
+    huber: Annotated[float, Field(ge=0)] = 0.005
+    """c of the pseudo-Huber metric sqrt(e^2 + c^2) - c (Song & Dhariwal 2024), in which large errors e count less than
+    squared; 0: the squared error."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance of the teacher, which the student then has built in."""
     sampling_steps: Annotated[int, Field(ge=1, le=16)] = 2
@@ -87,9 +86,9 @@ class DistillOptions(TrainOptions):
     """Number of optimizer steps; 0 if `epochs` is set instead."""
     batch_size: Positive = 32
     """Global batch size, i.e. images per step over all processes."""
-    optimizer: Optimizer = MuonOptions(learning_rate=0.003)
+    optimizer: Optimizer = MuonOptions(learning_rate=0.006)
     """adamw, muon or sgd, as in section `train`."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.0005
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
     """Peak learning rate of AdamW or SGD."""
     warmup_steps: NonNegative = 5
     """Steps of linear learning rate warmup."""

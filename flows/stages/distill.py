@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from diffusion.distillation.heldout import heldout_loss
-from diffusion.distillation.losses import Progressive
+from diffusion.distillation.losses import Error, Progressive
 from diffusion.distillation.options import METHODS
 from diffusion.distillation.sampling import student_sampling
 from diffusion.distillation.teacher import Teacher
@@ -48,7 +48,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
     loss = METHODS[options.method.kind](
         options.method,
         Teacher(teacher, options.guidance, params.sample.threshold),
-        teacher.process.parameterization,
+        Error(teacher.process.parameterization, options.huber),
         options.steps,
     )
 

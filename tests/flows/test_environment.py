@@ -8,7 +8,7 @@ from diffusion.errors import UserError
 from flows import services
 from flows.__main__ import main
 from flows.environment import setting
-from flows.stages.train import CHECKPOINT_SECONDS, PREVIEW_QUALITY, checkpoint_seconds, preview_quality
+from flows.stages.training import CHECKPOINT_SECONDS, PREVIEW_QUALITY, checkpoint_seconds, preview_quality
 
 MAIN = {
     "PREFECT_PORT": (lambda: services.main(["status"]), "error: "),

@@ -87,7 +87,7 @@ def test_changed_code_never_picks_up_old_weights(
 def fingerprint(tree: Path, changes: dict[str, Any] | None = None) -> str:
     params = parameters.validate(lay_over(yaml_files.read_yaml(tree / "params.yaml"), changes or {}), "test")
     return fingerprints.training_fingerprint(
-        fingerprints.training_facts(params, Paths(tree), torch.device("cpu"), World())
+        fingerprints.training_facts("train", params, Paths(tree), torch.device("cpu"), World())
     )
 
 
@@ -168,6 +168,6 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     first, second, third = fingerprints.unused_checkpoints(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
-    assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
+    assert "it was made with device: cuda, processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
     assert fingerprints.unused_checkpoints(tmp_path, facts | {"params": {}}) == []

@@ -14,7 +14,7 @@ from diffusion.evaluation.live import LiveQuality
 from diffusion.model import Model
 from diffusion.pairs.pairs import Pairs
 from diffusion.training.hooks import preview_options
-from flows.stages.train import PREVIEW_QUALITY
+from flows.stages.training import PREVIEW_QUALITY
 from tests.training import trees
 
 CPU = torch.device("cpu")

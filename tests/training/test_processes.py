@@ -7,7 +7,8 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -20,7 +21,7 @@ from diffusion.errors import AlreadyReported, UserError
 from diffusion.storage.files import parse_csv
 from diffusion.training.distributed import process_group
 from flows.params import Params
-from flows.stages.train import check_devices
+from flows.stages.training import check_devices
 from tests.machine import free_port
 from tests.rounding import TIMES
 from tests.training import trees
@@ -270,10 +271,10 @@ def test_each_process_needs_its_own_gpu(
     params: Params, monkeypatch: pytest.MonkeyPatch, device: str, processes: int, message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    train = params.train.model_copy(update={"processes": processes})
+    recipe: Any = SimpleNamespace(stage="train", options=params.train.model_copy(update={"processes": processes}))
     with pytest.raises(UserError, match=re.escape(message)):
-        check_devices(params.model_copy(update={"device": device, "train": train}), torch.device("cuda", 0))
-    check_devices(params.model_copy(update={"device": "cuda", "train": train}), torch.device("cpu"))
+        check_devices(params.model_copy(update={"device": device}), recipe, torch.device("cuda", 0))
+    check_devices(params.model_copy(update={"device": "cuda"}), recipe, torch.device("cpu"))
 
 
 def test_an_error_of_all_processes_is_reported_by_one(

@@ -13,7 +13,7 @@ from unittest.mock import patch
 from diffusion.signals import StopSignals
 from flows import yaml_files
 from flows.changes import lay_over
-from flows.stages.train import CHECKPOINT_SECONDS
+from flows.stages.training import CHECKPOINT_SECONDS
 from tests.command import ddpm
 
 ROOT = Path(__file__).parents[2]
