@@ -13,7 +13,7 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_REMINDERS = 10.0
 _LINE = re.compile(
-    r"(?P<stage>\w+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>\w+)"
+    r"(?P<stage>[\w-]+): (?P<done>\d+)/(?P<total>\d+) (?P<unit>\w+)"
     r"(?:, (?P<rate>[\d.]+)/s, (?P<left>\d+) s left)?(?:, (?P<note>.+))?$"
 )
 

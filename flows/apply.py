@@ -1,4 +1,4 @@
-"""Bring a run's parameters, dvc.lock and outputs into the working tree."""
+"""Bring a run's parameters, lock files of DVC and outputs into the working tree."""
 
 import shutil
 import sys
@@ -6,20 +6,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ruamel import yaml
-from ruamel.yaml.error import YAMLError
-
 from diffusion.errors import UserError
 from diffusion.storage.files import write_atomic
 from diffusion.upgrade import from_earlier
-from flows import workspace, yaml_files
+from flows import dvc_lock, dvc_yaml, workspace, yaml_files
 from flows.paths import Paths
 
-FILES = ("params.yaml", "dvc.lock")
+DISTILLATION = str(Path(dvc_yaml.DISTILLATION).with_name(dvc_lock.FILE))
+"""The lock file of the distillation."""
 
 
 def apply(run: str, force: bool) -> None:
-    """Apply a run to the working tree, like `dvc exp apply`.
+    """Apply a run to the working tree, like `dvc exp apply`; with a distillation, its teacher is applied too.
 
     If the code is the same as in the run, `dvc repro` has nothing to do afterwards.
 
@@ -32,28 +30,33 @@ def apply(run: str, force: bool) -> None:
             DVC overwrite and that are not in its cache.
     """
     source = workspace.find(run)
-    state = workspace.state_of(source, workspace.Run.read(source))
+    ran = workspace.Run.read(source)
+    state = workspace.state_of(source, ran)
     if state != "completed":
         raise UserError(f"run {source.name!r}: {state}; only completed runs can be applied (see `ddpm runs`)")
-    new = {"params.yaml": _parameters(source), "dvc.lock": (source / "dvc.lock").read_bytes()}
-    old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in FILES}
-    modified = [name for name in FILES if old[name] not in (None, new[name], _committed(name))]
+    locks = [dvc_lock.FILE, *([DISTILLATION] if ran.teacher else [])]
+    new = {"params.yaml": _parameters(source)} | {lock: (source / lock).read_bytes() for lock in locks}
+    old = {name: Path(name).read_bytes() if Path(name).exists() else None for name in new}
+    modified = [name for name in new if old[name] not in (None, new[name], _committed(name))]
     if modified and not force:
         raise UserError(
             f"{' and '.join(modified)}: uncommitted changes would be lost; commit them, or use --force to discard them"
         )
-    stages = _stages(source / "dvc.lock", new["dvc.lock"])
+    stages = {name: stage for lock in locks for name, stage in dvc_lock.stages(source / lock, new[lock]).items()}
     raw = [file for file in _raw_data(source) if not file.exists()]
-    made = {*_outputs(stages), *(file.with_suffix("") for file in raw)}
+    made = {*dvc_lock.outputs(stages), *(file.with_suffix("") for file in raw)}
     absent = [path for path in made if not path.exists()]
-    kept = [path for path in _outputs(_stages(Path("dvc.lock"), old["dvc.lock"])) if path.exists()]
+    earlier = [path for lock in locks for path in dvc_lock.outputs(dvc_lock.stages(Path(lock), old[lock]))]
+    kept = [path for path in earlier if path.exists()]
     _save_to_cache(source)
     try:
         for name, content in new.items():
             write_atomic(Path(name), content)
         for file in raw:
             write_atomic(file, (source / file).read_bytes())
-        workspace.dvc(Path(), "checkout", *(["--force"] if force else []), *map(str, raw), *stages)
+        workspace.dvc(
+            Path(), "checkout", *(["--force"] if force else []), *map(str, raw), *map(dvc_yaml.target, stages)
+        )
     except BaseException:
         for name, previous in old.items():
             write_atomic(Path(name), previous) if previous is not None else Path(name).unlink(missing_ok=True)
@@ -65,7 +68,7 @@ def apply(run: str, force: bool) -> None:
             with suppress(UserError):  # outputs that are not in the cache were not overwritten
                 workspace.dvc(Path(), "checkout", str(path))
         raise
-    print(f"Applied run {source.name}: params.yaml, dvc.lock and the outputs of {', '.join(stages)}")
+    print(f"Applied run {source.name}: {', '.join(new)} and the outputs of {', '.join(stages)}")
     if changed := _changed_inputs(source, stages):
         print(
             f"warning: differs from the run: {', '.join(changed)}; `dvc repro` will rerun the stages that use it",
@@ -107,22 +110,12 @@ def _raw_data(source: Path) -> list[Path]:
     return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
 
 
-def _stages(path: Path, lock: bytes | None) -> dict[str, Any]:
-    """Parse the stages of a dvc.lock; raises UserError naming `path` if it is damaged."""
-    try:
-        return dict(yaml.YAML(typ="safe").load(lock)["stages"]) if lock else {}
-    except (YAMLError, ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: not a valid DVC lock file; restore or delete it") from None
-
-
-def _outputs(stages: dict[str, Any]) -> list[Path]:
-    return [Path(out["path"]) for stage in stages.values() for out in stage.get("outs", [])]
-
-
 def _changed_inputs(source: Path, stages: dict[str, Any]) -> list[str]:
     """Code and raw data that differ between the run and the working tree; outputs of stages are ignored."""
-    inputs = {Path(dep["path"]) for stage in stages.values() for dep in stage.get("deps", [])} - {*_outputs(stages)}
-    files = {Path("dvc.yaml"), *_raw_data(source)}
+    inputs = {Path(dep["path"]) for stage in stages.values() for dep in stage.get("deps", [])} - {
+        *dvc_lock.outputs(stages)
+    }
+    files = {*map(Path, map(dvc_yaml.file_of, stages)), *_raw_data(source)}
     for name in inputs:
         for root in (Path(), source):
             entry = root / name

@@ -119,9 +119,9 @@ _lazily("import-diffusers", "diffusers:import_model", "Import a diffusers model 
 @app.command(group=RUNS)
 def runs() -> None:
     """List the flow runs and their states."""
-    from flows import workspace
+    from flows import run_list
 
-    workspace.list_runs()
+    run_list.show()
 
 
 @app.command(group=RUNS, usage="Usage: ddpm summary [RUN]")
@@ -181,13 +181,14 @@ def track(run: str | None = None, /, *, student: bool = False, json: bool = Fals
 
     Args:
         run: Name of a flow run (see `ddpm runs`); by default the working tree.
-        student: Those of the distillation.
+        student: Those of the distillation; needless with its run.
         json: Print run id, address and model version as JSON.
     """
     from flows import tracking, workspace
     from flows.params import load
 
-    paths = Paths(Path() if run is None else workspace.find(run), student)
+    root = Path() if run is None else workspace.find(run)
+    paths = Paths(root, student or (run is not None and bool(workspace.Run.read(root).teacher)))
     tracking.track(load(paths.params), paths, as_json=json)
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from flows import dvc_output
+from flows import dvc_output, dvc_yaml
 from flows.parent import SECONDS_TO_STOP, STOP_WITH
 
 Outcome = Literal["cached", "run"]
@@ -61,7 +61,7 @@ def run(
         STOP_WITH: "stdin",
         **(settings or {}),
     }
-    command = [str(python), "-m", "flows.repro", "--single-item", stage]
+    command = [str(python), "-m", "flows.repro", "--single-item", dvc_yaml.target(stage)]
     process = subprocess.Popen(
         command,
         cwd=workspace,
@@ -95,7 +95,7 @@ def run(
 def last_error(lines: list[str]) -> str:
     """The line that says why a stage failed: `ddpm STAGE: error: ...`, the end of a traceback, or DVC's own error."""
     own = [line for line in lines if line.strip() and not _DVC.match(line)]
-    for pattern in (re.compile(r"ddpm \w+: error: "), _TRACEBACK_END):
+    for pattern in (re.compile(r"ddpm [\w-]+: error: "), _TRACEBACK_END):
         if found := [line for line in own if pattern.match(line)]:
             return found[-1]
     dvc = dvc_output.reason("\n".join(lines))

@@ -1,4 +1,4 @@
-"""The five stages in order, in a workspace of their own; the same with and without Prefect."""
+"""The stages of a flow in order, in a workspace of their own; the same with and without Prefect."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from typing import Any
 
 from flows import summary, workspace
 from flows.dvc_stage import Outcome
-from flows.stages import STAGES
+from flows.stages import STAGES, STUDENT_STAGES
 
 Log = Callable[[str], object]
 
@@ -28,9 +28,23 @@ class Run:
     """Address of the run in Prefect's UI, empty without a server."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run does."""
+
+    parameters: Any
+    """What `workspace.document` or `teacher.document` gave."""
+    teacher: Path | None = None
+    """The workspace of the run whose model is distilled; None to train one."""
+
+    @property
+    def stages(self) -> list[str]:
+        return list(STUDENT_STAGES if self.teacher else STAGES)
+
+
 def run(
     which: Run,
-    parameters: Any,
+    plan: Plan,
     stage: Callable[[str, Path], Outcome],
     report: Callable[[Path, summary.Summary], object],
     log: Log,
@@ -40,29 +54,30 @@ def run(
 
     Args:
         which: the run.
-        parameters: what `workspace.document` gave.
+        plan: its parameters, and the teacher if it distils one.
         stage: brings one stage up to date, given its name and the workspace.
         report: shows the summary, given the workspace too.
         log: takes lines of output.
         warn: takes problems that do not make the run fail.
     """
-    with workspace.use(which.name, which.id, parameters) as directory:
+    with workspace.use(which.name, which.id, plan.parameters, plan.teacher) as directory:
         log(f"workspace {directory}")
         done = []
-        for each in STAGES:
+        for each in plan.stages:
             started = time.monotonic()
             outcome = stage(each, directory)
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
         log("recording the results in MLflow")
-        result = summary.collect(directory, which.page, done, _track(directory, log, warn))
+        tracked = _track(directory, plan.teacher is not None, log, warn)
+        result = summary.collect(directory, which.page, done, tracked, plan.teacher)
         summary.write(directory, result)
         report(directory, result)
     return result
 
 
-def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
+def _track(directory: Path, student: bool, log: Log, warn: Log) -> dict[str, Any] | None:
     """Record the results in MLflow (`ddpm track`); the run succeeds without it."""
-    command = [sys.executable, "-m", "flows", "track", "--json"]
+    command = [sys.executable, "-m", "flows", "track", "--json", *(["--student"] if student else [])]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=directory, stdout=pipe, stderr=pipe, text=True, stdin=subprocess.DEVNULL
@@ -77,7 +92,7 @@ def _track(directory: Path, log: Log, warn: Log) -> dict[str, Any] | None:
         log(line)
     if process.returncode:
         reason = ([line for line in errors.splitlines() if line.strip()] or ["no message"])[-1]
-        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` records it later")
+        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}{' --student' * student}` records it later")
         return None
     tracked: dict[str, Any] = json.loads(out.splitlines()[-1])
     return tracked

@@ -1,8 +1,8 @@
 """Prefect plugin: adapts Prefect's command line to this repository.
 
-`prefect deployment run train-ddpm` works without the flow's name, `--watch` shows one line per stage, and an
-unreachable local server is reported in one line. Prefect loads the plugin on import, before its command line reads its
-arguments, wherever [tool.prefect.plugins] is enabled.
+`prefect deployment run train-ddpm` and `distill-ddpm` work without the flow's name, `--watch` shows one line per stage,
+and an unreachable local server is reported in one line. Prefect loads the plugin on import, before its command line
+reads its arguments, wherever [tool.prefect.plugins] is enabled.
 """
 
 import sys
@@ -35,10 +35,13 @@ def arguments(argv: list[str], original: list[str]) -> list[str] | None:
 
 
 def complete(given: list[str]) -> list[str]:
-    """The arguments of `prefect deployment run train-ddpm ...` with the name completed; any others as they are."""
+    """The arguments of `prefect deployment run train-ddpm ...` with the name completed, likewise of the other flow.
+
+    Any others are left as they are.
+    """
     match given:
-        case ["deployment" | "deployments" as group, "run", name, *rest] if name == deployment.NAME:
-            return [group, "run", f"{deployment.NAME}/{deployment.NAME}", *rest]
+        case ["deployment" | "deployments" as group, "run", name, *rest] if name in deployment.FLOWS:
+            return [group, "run", f"{name}/{name}", *rest]
     return given
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from diffusion.errors import Damaged, FileFault
 from flows import dvc_yaml
 from flows.paths import Paths
+from flows.stages import STUDENT_STAGES
 
 
 def with_remedy(error: Exception) -> str:
@@ -16,16 +17,16 @@ def with_remedy(error: Exception) -> str:
         # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` restores the damaged
         # file, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy helps.
         return f"{error}; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
-    return f"{error}; `dvc repro {dvc_yaml.target(stage)}` writes it{_or_apply()}"
+    return f"{error}; `dvc repro {dvc_yaml.target(stage)}` writes it{_or_apply(distilled=stage in STUDENT_STAGES)}"
 
 
-def _or_apply() -> str:
+def _or_apply(distilled: bool) -> str:
     """How to take the file from the last flow run instead; empty in a run's workspace."""
     if Path("run.json").exists():
         return ""
     from flows import workspace
 
-    last = workspace.newest("completed")
+    last = workspace.newest("completed", distilled=distilled)
     return f", or `ddpm apply {last.name}` takes the results of the last flow run" if last else ""
 
 

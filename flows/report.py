@@ -13,7 +13,7 @@ from diffusion.sources import rejections
 from diffusion.sources.shards import MANIFEST, Manifest
 from flows import baselines, gate
 from flows.paths import Paths
-from flows.summary import Summary
+from flows.summary import Summary, number
 
 LARGEST_PICTURE = 300_000
 """Bytes; Prefect keeps artifacts in its database."""
@@ -42,9 +42,16 @@ TITLES = {
     "class_agreement": "samples of the class asked for",
     "nearest_distance": "samples' distance to the nearest training image, in grey levels",
     "near_copies": "near-copies among samples",
+    "drift": "drift from the teacher's samples, in grey levels",
+    "teacher_frechet_distance_4": "Fréchet distance of the teacher in 4 DDIM steps",
+    "teacher_frechet_distance_8": "Fréchet distance of the teacher in 8 DDIM steps",
+    "teacher_mse": "held-out MSE of the teacher",
+    "teacher_val_mse": "validation MSE of the teacher",
+    "teacher_bits_per_dim": "bits/dim of the teacher (bound)",
     "bits_per_dim_prior": "bits/dim: prior term",
     "bits_per_dim_diffusion": "bits/dim: diffusion terms",
     "bits_per_dim_decoder": "bits/dim: decoder term",
+    "sampling_steps": "steps of the student",
     "images": "test images",
     "pairs": "test pairs",
     "val_mse_images": "validation images",
@@ -54,16 +61,31 @@ TITLES = {
     "bits_per_dim_images": "images for bits/dim",
     "bits_per_dim_exact_images": "images for bits/dim at all timesteps",
 }
-"""Of the metrics in reports/evaluate.json, in the order in which they are shown; counts come last."""
+"""Of the metrics of an evaluation, in the order in which they are shown; counts come last."""
 
 
 def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
     """The report of a finished run, with the previous run's metrics for comparison."""
+    results = _of_student if summary.teacher else _of_training
     parts = [
         f"# {summary.run}",
         f"[Open in MLflow]({summary.mlflow})"
         if summary.mlflow
-        else f"Not recorded in MLflow; run `ddpm track {summary.run}` to record it.",
+        else f"Not recorded in MLflow; run `{summary.track_command}` to record it.",
+        *results(directory, summary, last),
+        "## Stages",
+        _table(
+            ["stage", "seconds", "outcome"],
+            [[stage.stage, f"{stage.seconds:.1f}", stage.outcome] for stage in summary.stages],
+        ),
+        "## Files",
+        f"- ONNX model: `{summary.onnx}`\n- workspace: `{directory}`",
+    ]
+    return "\n\n".join(parts)
+
+
+def _of_training(directory: Path, summary: Summary, last: Summary | None) -> list[str]:
+    return [
         "## Held-out evaluation",
         _metrics(summary, last),
         *([f"Likelihood: **{baselines.verdict(summary.metrics)}**."] if "bits_per_dim_gain" in summary.metrics else []),
@@ -77,15 +99,34 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         _table(["file", "MB", "held-out MSE", "change from sampler.onnx"], precisions(Paths(directory).export_report)),
         "## Data",
         _data(Paths(directory)),
-        "## Stages",
-        _table(
-            ["stage", "seconds", "outcome"],
-            [[stage.stage, f"{stage.seconds:.1f}", stage.outcome] for stage in summary.stages],
-        ),
-        "## Files",
-        f"- ONNX model: `{summary.onnx}`\n- workspace: `{directory}`",
     ]
-    return "\n\n".join(parts)
+
+
+def _of_student(directory: Path, summary: Summary, last: Summary | None) -> list[str]:
+    paths = Paths(directory, student=True)
+    return [
+        f"Distilled from the model of run `{summary.teacher}`, its teacher.",
+        "## Evaluation",
+        _metrics(summary, last),
+        *(["## Promotion", gate.sentence(summary.gate), _promotion(summary.gate)] if summary.gate else []),
+        "## Samples by number of steps",
+        *([f"Compared with held-out images: **{summary.quality}**."] if summary.quality else []),
+        _picture(paths.evaluation / "rows.png"),
+        _by_steps(paths.evaluation / "few_steps.csv"),
+        "## ONNX models",
+        _table(["file", "MB"], [row[:2] for row in precisions(paths.export_report)]),
+    ]
+
+
+def _by_steps(file: Path) -> str:
+    """Figures of teacher and student for each number of steps."""
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    shown = [name for name in ("frechet_distance", "recall", "drift") if name in rows[0]]
+    return _table(
+        ["model", "steps", *(TITLES[name] for name in shown)],
+        [[row["model"], row["steps"], *(f"{float(row[name]):.4f}" for name in shown)] for row in rows],
+    )
 
 
 def _data(paths: Paths) -> str:
@@ -123,17 +164,13 @@ def _metrics(summary: Summary, last: Summary | None) -> str:
             continue
         low, high = summary.metrics.get(f"{name}_low"), summary.metrics.get(f"{name}_high")
         interval = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""
-        row = [TITLES.get(name, name), _number(value), interval]
+        row = [TITLES.get(name, name), number(value), interval]
         if last:
             old = before.get(name)
-            row += [_number(old), f"{value - old:+.4g}"] if old is not None else ["", ""]
+            row += [number(old), f"{value - old:+.4g}"] if old is not None else ["", ""]
         rows.append(row)
     compared = [f"previous run ({last.run})", "change"] if last else []
     return _table(["metric", "value", "95 % interval", *compared], rows)
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _bands(file: Path) -> str:

@@ -19,19 +19,41 @@ from flows.stages import STAGES
 
 
 def show(run: str | None) -> None:
-    """Write the page of a run, or of the working tree for None, print its path and open it."""
-    paths = find(run)
-    write_atomic(paths.run_report, page(paths, run is not None).encode())
-    print(paths.run_report)
-    open_page(paths.run_report)
+    """Write the page of a run, or of the working tree for None, print its path and open it.
+
+    That of a distillation is the page that its stage evaluate-student has written.
+    """
+    if run is not None and workspace.Run.read(workspace.find(run)).teacher:
+        file = _evaluated(Paths(workspace.find(run), student=True)).report
+    else:
+        paths = find(run)
+        file = paths.run_report
+        write_atomic(file, page(paths, run is not None).encode())
+    print(file)
+    open_page(file)
 
 
 def find(run: str | None) -> Paths:
-    """The files of a run, or of the working tree for None; raises UserError if there is no evaluation."""
-    paths = Paths() if run is None else Paths(workspace.find(run))
+    """The files of a training's run, or of the working tree for None.
+
+    Raises UserError if there is no evaluation, or if the run is a distillation.
+    """
+    if run is None:
+        if not Paths().evaluate_report.exists():
+            raise FileFault(Paths().evaluate_report, "missing")
+        return Paths()
+    paths = Paths(workspace.find(run))
+    if teacher := workspace.Run.read(paths.root).teacher:
+        raise UserError(
+            f"run {paths.root.name!r}: a distillation of {teacher!r}; `ddpm report {paths.root.name}` compares both, "
+            "and `ddpm compare` takes trainings only"
+        )
+    return _evaluated(paths)
+
+
+def _evaluated(paths: Paths) -> Paths:
+    """A run's files; raises UserError if there is no evaluation among them."""
     if not paths.evaluate_report.exists():
-        if run is None:
-            raise FileFault(paths.evaluate_report, "missing")
         state = workspace.state_of(paths.root, workspace.Run.read(paths.root))
         raise UserError(f"run {paths.root.name!r}: it has no evaluation to show; its state is {state}")
     return paths

@@ -25,7 +25,7 @@ STATES = {
 _KNOWN = re.compile(r"Finished in state |Running stage |Stage '")
 """Lines that repeat the state."""
 _FINISHED = re.compile(r"Finished in state \w+\((?P<message>.*)\)$", re.DOTALL)
-_STAGE = re.compile(r"(?P<stage>\w+): (?P<text>.+)")
+_STAGE = re.compile(r"(?P<stage>[\w-]+): (?P<text>.+)")
 WARNING = 30
 """`logging.WARNING`, from which on a log line counts as a warning."""
 

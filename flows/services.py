@@ -140,7 +140,7 @@ class Services:
 
 
 def up(services: Services) -> None:
-    """Start what is not running, wait until all answer, and deploy the flow.
+    """Start what is not running, wait until all answer, and deploy the flows.
 
     Raises: UserError: the services run with other addresses, a port is taken, a service fails.
     """
@@ -262,7 +262,7 @@ def _close_lost_runs(services: Services) -> None:
     of_pool = {"work_pools": {"name": {"any_": [POOL]}}}
     for run in http.json(f"{api}/flow_runs/filter", of_pool | {"flow_runs": unfinished}) or []:
         set_state(f"flow_runs/{run['id']}", "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED")
-    of_deployment = {"deployments": {"name": {"any_": [deployment.NAME]}}}
+    of_deployment = {"deployments": {"name": {"any_": list(deployment.FLOWS)}}}
     for task in http.json(f"{api}/task_runs/filter", of_deployment | {"task_runs": unfinished}) or []:
         run = http.json(f"{api}/flow_runs/{task['flow_run_id']}")
         if run and run["state_type"] in ("CANCELLED", "CRASHED"):

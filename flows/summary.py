@@ -14,6 +14,15 @@ from flows.gate import Row
 from flows.paths import Paths
 
 METRICS = {"mse": "held-out MSE", "r2": "R²", "bits_per_dim": "bits/dim"}
+STUDENT_METRICS = {
+    "sampling_steps": "steps",
+    "frechet_distance": "Fréchet distance",
+    "teacher_frechet_distance_4": "teacher, 4 steps",
+    "teacher_frechet_distance_8": "teacher, 8 steps",
+    "recall": "recall",
+    "drift": "drift",
+}
+"""Those of a distillation; the teacher's are Fréchet distances in DDIM steps."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Summary:
     run: str
     stages: list[StageSummary]
     metrics: dict[str, float]
-    """All numbers of reports/evaluate.json."""
+    """All numbers of the evaluation: reports/evaluate.json, or reports/student/evaluate.json."""
     onnx: str
     """Path of the ONNX model, absolute."""
     prefect: str
@@ -41,9 +50,22 @@ class Summary:
     """The decision whether the model becomes champion, by rule; empty if there was none."""
     quality: str = ""
     """The verdict on the samples; empty if they were not compared with real images."""
+    teacher: str = ""
+    """Name of the run whose model was distilled; empty for a training."""
+
+    @property
+    def track_command(self) -> str:
+        """What records the run in MLflow."""
+        return f"ddpm track {self.run}{' --student' if self.teacher else ''}"
 
 
-def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dict[str, Any] | None) -> Summary:
+def collect(
+    directory: Path,
+    page: str,
+    stages: list[StageSummary],
+    tracked: dict[str, Any] | None,
+    teacher: Path | None = None,
+) -> Summary:
     """The summary of a workspace in which all stages are done.
 
     Args:
@@ -51,8 +73,9 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
         page: address of the run in Prefect's UI, empty without a server.
         stages: the outcome of each stage.
         tracked: the output of `ddpm track --json`, None if it failed.
+        teacher: the workspace of the run whose model was distilled, if any.
     """
-    paths = Paths(directory)
+    paths = Paths(directory, student=teacher is not None)
     metrics = json.loads(paths.evaluate_report.read_text())
     quality = metrics.pop("quality", "")
     return Summary(
@@ -64,6 +87,7 @@ def collect(directory: Path, page: str, stages: list[StageSummary], tracked: dic
         mlflow=tracked["url"] if tracked else "",
         gate=tracked.get("gate", []) if tracked else [],
         quality=quality,
+        teacher=teacher.name if teacher else "",
     )
 
 
@@ -92,16 +116,24 @@ def show(run: str | None) -> None:
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
     summary = read(directory)
-    print(f"run {summary.run}\n")
+    print(f"run {summary.run}{f', a distillation of {summary.teacher}' if summary.teacher else ''}\n")
+    width = max(10, *(len(stage.stage) + 2 for stage in summary.stages))
     for stage in summary.stages:
-        print(f"  {stage.stage:<10}{stage.seconds:>7.1f} s   {stage.outcome}")
+        print(f"  {stage.stage:<{width}}{stage.seconds:>7.1f} s   {stage.outcome}")
     print()
-    lines = {title: f"{summary.metrics[name]:.4f}" for name, title in METRICS.items() if name in summary.metrics}
+    titles = STUDENT_METRICS if summary.teacher else METRICS
+    lines = {title: number(summary.metrics[name]) for name, title in titles.items() if name in summary.metrics}
     if "bits_per_dim_gain_low" in summary.metrics:
         lines["bits/dim"] += f"   {baselines.verdict(summary.metrics)}"
     lines |= {"samples": summary.quality} if summary.quality else {}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}
-    lines |= {"MLflow": summary.mlflow or f"not recorded; run `ddpm track {summary.run}`"}
+    lines |= {"MLflow": summary.mlflow or f"not recorded; run `{summary.track_command}`"}
+    width = max(14, *(len(title) + 2 for title in lines))
     for title, value in lines.items():
-        print(f"  {title:<14}{value}")
+        print(f"  {title:<{width}}{value}")
+
+
+def number(value: float) -> str:
+    """A figure as it is shown; counts have no decimals."""
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

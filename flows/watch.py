@@ -1,4 +1,4 @@
-"""`prefect deployment run train-ddpm --watch` and `prefect flow-run watch`: one live line for each stage.
+"""`prefect deployment run NAME --watch` and `prefect flow-run watch`: one live line for each stage.
 
 Prefect's own watcher still follows the events and the log, and returns the final state. This module only replaces what
 it prints for each of them.
@@ -24,7 +24,6 @@ from rich.text import Text
 
 from flows import deployment
 from flows.run_status import Row, RunStatus, Step, clock
-from flows.stages import STAGES
 
 REPORT_SECONDS = 10.0
 """Where the output is no terminal."""
@@ -149,7 +148,7 @@ class Unformatted:
 
 
 def wrap_watch(watch: WatchFlowRun) -> WatchFlowRun:
-    """Wrap Prefect's `watch_flow_run` to show runs of our deployment by stage; other runs are shown as before."""
+    """Wrap Prefect's `watch_flow_run` to show runs of our deployments by stage; other runs are shown as before."""
 
     async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | None = None) -> FlowRun:
         status = await status_of(flow_run_id)
@@ -174,13 +173,16 @@ def wrap_watch(watch: WatchFlowRun) -> WatchFlowRun:
 
 
 async def status_of(flow_run_id: UUID) -> RunStatus | None:
-    """The state of a flow run of our deployment so far, since events only report changes; None for other runs."""
+    """The state of a flow run of our deployments so far, since events only report changes; None for other runs."""
     with suppress(Exception):  # Prefect's own display will say what is wrong
         async with get_client() as client:
             run = await client.read_flow_run(flow_run_id)
-            if not run.deployment_id or (await client.read_deployment(run.deployment_id)).name != deployment.NAME:
+            if not run.deployment_id:
                 return None
-            status = RunStatus.of(run.name, list(STAGES))
+            stages = deployment.FLOWS.get((await client.read_deployment(run.deployment_id)).name)
+            if stages is None:
+                return None
+            status = RunStatus.of(run.name, stages)
             this = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
             for task in await client.read_task_runs(flow_run_filter=this):
                 for state, at in _states(task):

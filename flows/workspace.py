@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from diffusion.errors import UserError, counted
+from diffusion.errors import UserError
 from diffusion.progress import say
 from diffusion.storage.files import write_json, writing
-from flows import dvc_output, presets, yaml_files
+from flows import dvc_lock, dvc_output, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -43,6 +43,8 @@ class Run:
     state: State
     ended: str = ""
     """ISO 8601, UTC; empty while the run is active, or if it was killed."""
+    teacher: str = ""
+    """Name of the run whose model this one distils; empty for a training."""
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
@@ -75,7 +77,7 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
+def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = None) -> Iterator[Path]:
     """Create the workspace of a flow run and lock it for the block; how the block ends sets the run's state.
 
     A flow run that is started again with the same id continues in its existing workspace.
@@ -84,8 +86,10 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
         name: name of the flow run.
         flow_run_id: its id, which distinguishes runs of the same name.
         parameters: the result of `document`.
+        teacher: the workspace of the run whose model is distilled, if any; its results are linked.
     Raises:
-        UserError: this is not a git repository, the data are missing, or the run is active in another process.
+        UserError: this is not a git repository, the data are missing, the run is active in another process, or the
+            teacher has been deleted.
     """
     runs = Paths().runs.absolute()
     with writing(runs):
@@ -93,7 +97,7 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
     with ExitStack() as held:
         with FileLock(runs / ".lock"):  # only one process at a time creates and removes workspaces
-            _clean(runs)
+            _clean(runs, keep=teacher)
             if (runs / name).exists() and Run.read(runs / name).flow_run_id != flow_run_id:
                 name = f"{name}-{flow_run_id[:8]}"
             workspace = runs / name
@@ -102,12 +106,13 @@ def use(name: str, flow_run_id: str, parameters: Any) -> Iterator[Path]:
             except Timeout:
                 raise UserError(f"run {name!r} is running in another process; wait for it or cancel it") from None
             if not workspace.exists():
-                _create(workspace, flow_run_id, parameters)
+                _create(workspace, flow_run_id, parameters, teacher)
         run = replace(Run.read(workspace), state="running", ended="")
         run.write(workspace)
         state: State = "completed"
         try:
-            _checkout_raw_data(workspace)
+            if not run.teacher:
+                _checkout_raw_data(workspace)
             yield workspace
         except BaseException as error:
             state = _state_after(error)
@@ -140,12 +145,17 @@ def find(run: str) -> Path:
             raise UserError(f"run {run!r}: ambiguous; matches {', '.join(matches)}")
 
 
-def newest(state: State, other_than: Path | None = None) -> Path | None:
-    """The workspace of the run that ended most recently in a state; None if there is none."""
+def newest(state: State, other_than: Path | None = None, distilled: bool | None = None) -> Path | None:
+    """The workspace of the run that ended most recently in a state; None if there is none.
+
+    `distilled` restricts them to distillations, or to trainings; by default they are of either kind.
+    """
     found = [
         workspace
-        for workspace, run in _workspaces(Paths().runs)
-        if run.state == state and workspace.name != (other_than and other_than.name)
+        for workspace, run in all_runs()
+        if run.state == state
+        and workspace.name != (other_than and other_than.name)
+        and distilled in (None, bool(run.teacher))
     ]
     return found[-1] if found else None
 
@@ -153,29 +163,6 @@ def newest(state: State, other_than: Path | None = None) -> Path | None:
 def state_of(workspace: Path, run: Run) -> State:
     """The state of a run; one recorded as running without a process has crashed."""
     return "crashed" if run.state == "running" and not _in_use(workspace) else run.state
-
-
-def list_runs() -> None:
-    """Print name, time, state and held-out MSE of each run, sorted by end, and when runs are deleted."""
-    runs, days = retention()
-    rows = [("RUN", "CREATED (UTC)", "STATE", "MSE")]
-    for workspace, run in _workspaces(Paths().runs):
-        created = run.created[:16].replace("T", " ")
-        rows.append((run.name, created, state_of(workspace, run), _mse(Paths(workspace).evaluate_report)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(
-        f"\nEach new run deletes all but the last {counted(runs, 'run')} (DDPM_KEEP_RUNS) and those that ended more "
-        f"than {counted(days, 'day', spec='g')} ago (DDPM_KEEP_DAYS)."
-    )
-
-
-def _mse(report: Path) -> str:
-    try:
-        return f"{json.loads(report.read_text())['mse']:.4f}" if report.exists() else ""
-    except (ValueError, TypeError, KeyError):
-        return "damaged"
 
 
 def retention() -> tuple[int, float]:
@@ -205,7 +192,7 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
-def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
+def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | None) -> None:
     """Create the workspace under a temporary name, and rename it once it is complete."""
     temporary = _unfinished(workspace)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -219,8 +206,11 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any) -> None:
     (temporary / ".ddpm").symlink_to(Paths().state.absolute())
     _configure_dvc(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock").strip())
-    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running").write(temporary)
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
+    if teacher:
+        dvc_lock.link_outputs(teacher, temporary)
+    of = teacher.name if teacher else ""
+    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of).write(temporary)
     temporary.replace(workspace)
 
 
@@ -284,12 +274,13 @@ def _checkout_raw_data(workspace: Path) -> None:
     raise UserError(f"shard.source: {source}: no such file or folder; correct it in params.yaml, or use `ddpm import`")
 
 
-def _clean(runs: Path) -> None:
-    """Remove old workspaces and the remains of unfinished ones, but never one in use."""
+def _clean(runs: Path, keep: Path | None) -> None:
+    """Remove old workspaces and the remains of unfinished ones, but never one in use, or `keep`."""
     most, days = retention()
     oldest = datetime.now(UTC) - timedelta(days=days)
-    for index, (workspace, run) in enumerate(reversed(_workspaces(runs))):
-        if index >= most or datetime.fromisoformat(run.ended or run.created) < oldest:
+    for index, (workspace, run) in enumerate(reversed(all_runs())):
+        old = index >= most or datetime.fromisoformat(run.ended or run.created) < oldest
+        if old and workspace.name != (keep and keep.name):
             with suppress(Timeout), _lock(workspace):
                 if Run.read(workspace) == run:  # otherwise it has just ended
                     shutil.rmtree(_unfinished(workspace), ignore_errors=True)
@@ -305,10 +296,10 @@ def _clean(runs: Path) -> None:
                 lock.unlink(missing_ok=True)
 
 
-def _workspaces(runs: Path) -> list[tuple[Path, Run]]:
+def all_runs() -> list[tuple[Path, Run]]:
     """All workspaces, sorted by the end of their runs; damaged ones are reported and skipped."""
     found = []
-    for file in runs.glob("[!.]*/run.json"):
+    for file in Paths().runs.glob("[!.]*/run.json"):
         try:
             found.append((file.parent, Run.read(file.parent)))
         except FileNotFoundError:  # deleted in the meantime

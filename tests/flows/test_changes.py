@@ -13,10 +13,10 @@ from flows import params as parameters
 from flows import workspace, yaml_files
 from flows.__main__ import main
 from flows.changes import lay_over
+from flows.flow_run import parameters as parameters_of
 from flows.gate import Better, Limit, NotWorse
 from flows.parameters import given
 from flows.params import Params
-from flows.train_ddpm import _parameters as parameters_of
 
 UVIT = UViTOptions().model_dump(mode="json")
 

@@ -10,8 +10,8 @@ from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
 from flows import params, workspace
+from flows.flow_run import parameters as parameters_of
 from flows.parameters import NOTHING, given
-from flows.train_ddpm import _parameters as parameters_of
 from flows.train_ddpm import train_ddpm
 from tests.flows.test_params import ROOT, VALUES, WRONG
 
