@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffusion.errors import counted
 from diffusion.evaluation import samplers
 from diffusion.evaluation.charts import Chart, Line
 from diffusion.evaluation.plots import strip
@@ -124,5 +125,5 @@ def picture(drawings: Sequence[Drawing], shown: tuple[int, ...] = ()) -> bytes:
     rows = []
     for each in chosen:
         steps, images = each.drawn.options.steps, visible(each.drawn.samples.pixels[:COLUMNS], shown)
-        rows.append((f"{each.model}, {steps} step{'s' if steps > 1 else ''}", list(images)))
-    return strip([""] * len(rows[0][1]), rows, len(chosen) // 2, margin=1.6)
+        rows.append((f"{each.model}\n{counted(steps, 'step')}", list(images)))
+    return strip([""] * len(rows[0][1]), rows, len(chosen) // 2)

@@ -59,18 +59,14 @@ def strip(
     titles: Sequence[str],
     rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]],
     grouped: int,
-    margin: float = 0.5,
 ) -> bytes:
-    """Labelled rows of images (C, H, W) below the titles of their columns, `grouped` rows at a time.
-
-    margin: width for the labels, in images.
-    """
+    """Labelled rows of images (C, H, W) below the titles of their columns, `grouped` rows at a time."""
     _, height, width = rows[0][1][0].shape
     across, down = len(titles), len(rows)
     gap = 0.25  # between groups, as a fraction of the height of an image
     bottoms = [row + gap * (row // grouped) for row in range(down)]
     tall = (down + gap * (down // grouped - 1)) * height / width
-    figure = Figure(figsize=(across + margin, tall + 0.5), dpi=80, layout="constrained")
+    figure = Figure(figsize=(across + 0.5, tall + 0.5), dpi=80, layout="constrained")
     axes = figure.subplots()
     for bottom, (_, pictures) in zip(bottoms, rows, strict=True):
         for column, picture in enumerate(pictures):
