@@ -12,7 +12,7 @@ those of the teacher vary with the noise alone. benchmarks/results/few-steps-DAT
     {"teacher": {"ddim": {"8": {"frechet": [value, low, high], ...}}}, "student": {"2": {...}}, "progressive": {...}}
 
 ("student" is the first method), with the runs that they are made of. A run that is in the file is not repeated.
-`python benchmarks/few_steps.py show` prints the tables of benchmarks/README.md.
+`python benchmarks/few_steps.py show` prints the tables of docs/distillation.md; `latency` times a picture.
 """
 
 import argparse
@@ -23,8 +23,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,6 +41,7 @@ from diffusion.errors import Stopped
 from diffusion.evaluation import distances, few_steps, quality
 from diffusion.evaluation.features import trained_features
 from diffusion.evaluation.few_steps import STEPS, STUDENT, TEACHER
+from diffusion.export import golden, parity, speed
 from diffusion.model import load_model
 from diffusion.pairs.pairs import Pairs
 from diffusion.progress import say
@@ -203,6 +205,33 @@ def show(_: argparse.Namespace) -> None:
             print(f"| {steps} | " + " | ".join(cells) + " |")
 
 
+def latency(arguments: argparse.Namespace) -> None:
+    """Time a single picture from the sampler.onnx of student and teacher, taking turns."""
+    makers = dict[str, Callable[[], object]]()
+    for name, paths, counts in (
+        (STUDENT, Paths(arguments.tree, student=True), (1, 2, 4)),
+        (TEACHER, Paths(arguments.tree), (10,)),
+    ):
+        session = parity.session(paths.sampler.read_bytes(), CPU)
+        facts = session.get_modelmeta().custom_metadata_map
+        for steps in counts:
+            own = {"ddpm.steps": str(steps)}
+            feed = golden.inputs(golden.names(session), facts | own, golden.SEED, 1)
+            makers[f"{name}, {facts['ddpm.sampler']}, {steps}"] = partial(session.run, ["images"], feed)
+    taken: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(arguments.turns + 1):
+        for name, make in makers.items():
+            time.sleep(speed.PAUSE_SECONDS)
+            make()
+            began = time.perf_counter()
+            make()
+            taken[name].append(1000 * (time.perf_counter() - began))
+    print("| sampler.onnx, steps | ms, single picture | 10 to 90 % |\n|---|---|---|")
+    for name, values in taken.items():
+        low, middle, high = np.quantile(values[1:], [0.1, 0.5, 0.9])
+        print(f"| {name} | {middle:.1f} | {low:.1f} to {high:.1f} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -217,6 +246,10 @@ def main() -> int:
     running.set_defaults(call=run)
     showing = commands.add_parser("show", help="print the tables", description=show.__doc__)
     showing.set_defaults(call=show)
+    timing = commands.add_parser("latency", help="time single pictures", description=latency.__doc__)
+    timing.add_argument("--tree", type=Path, default=Path(), help="working tree with models/onnx and student-onnx")
+    timing.add_argument("--turns", type=int, default=50, help="pictures of each (default: %(default)s)")
+    timing.set_defaults(call=latency)
     arguments = parser.parse_args()
     arguments.call(arguments)
     return 0
