@@ -104,7 +104,7 @@ def test_outputs(whole: Callable[[str], Path], taught: Path, method: str) -> Non
 @METHOD
 def test_the_student_learns(taught: Path, tmp_path: Path, method: str) -> None:
     """In a single phase, as the loss grows from phase to phase."""
-    options = {"steps": 80, "preview_every": 20, "learning_rate": 0.01, "optimizer": {"kind": "adamw"}}
+    options = {"steps": 80, "preview_every": 20, "learning_rate": 0.01, "optimizer": {"kind": "adamw"}, "huber": 0.0}
     one_phase = {
         "consistency": {"points": 8, "solver_steps": 8},
         "progressive": {"teacher_steps": 2, "student_steps": 1},
@@ -160,7 +160,7 @@ class Watched:
         self.teachers: list[tuple[int, int, str]] = []
         self.averages: dict[int, str] = {}
         self.spoiled, self.step = {*spoiled}, -1
-        enter, error, recipe = Progressive.enter, losses.weighted_error, distill.recipe
+        enter, error, recipe = Progressive.enter, losses.Error.__call__, distill.recipe
 
         def watched_recipe(*arguments: Any) -> Any:
             made = recipe(*arguments)
@@ -185,7 +185,7 @@ class Watched:
 
         assert enter is not None
         patch.setattr(distill, "recipe", watched_recipe)
-        patch.setattr(losses, "weighted_error", watched_error)
+        patch.setattr(losses.Error, "__call__", watched_error)
 
 
 def digest(net: nn.Module) -> str:
