@@ -9,7 +9,8 @@ from prefect.utilities.schema_tools import validation
 from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
-from flows import params, workspace
+from flows import deployment, params, workspace
+from flows.distill_ddpm import distill_ddpm
 from flows.flow_run import parameters as parameters_of
 from flows.parameters import NOTHING, given
 from flows.train_ddpm import train_ddpm
@@ -27,9 +28,12 @@ def test_what_is_left_out_or_null_is_as_in_params_yaml() -> None:
 
 def test_prefect_leaves_the_values_as_they_are() -> None:
     """Taken for other types, or checked one at a time, they would differ from those in the file."""
-    assert not train_ddpm.should_validate_parameters
-    (deployment,) = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
-    assert deployment["enforce_parameter_schema"] is False
+    for flow in (train_ddpm, distill_ddpm):
+        assert not flow.should_validate_parameters
+    deployments = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
+    assert [each["name"] for each in deployments] == list(deployment.FLOWS)
+    for each in deployments:
+        assert each["enforce_parameter_schema"] is False
 
 
 @pytest.mark.parametrize(("section", "field", "_", "text", "right"), [row for row in VALUES if row[3] is not None])
