@@ -194,7 +194,7 @@ def test_a_run_without_its_results_is_refused(missing: str, named: str) -> None:
         (["-p", 'distill={"steps": "1"}'], "parameters of the run: distill.steps: input should be a valid integer"),
         (
             ["-p", 'distill={"sampling_steps": 5000}'],
-            "parameters of the run: distill.sampling_steps: input should be less",
+            "parameters of the run: distill.sampling_steps: input should be",
         ),
     ],
 )

@@ -209,14 +209,11 @@ def test_watching_a_run_in_progress_starts_with_what_the_server_knows(monkeypatc
 
 def test_the_stages_are_those_of_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     server(monkeypatch, "distill-ddpm")
-    student = SimpleNamespace(
-        id=uuid4(),
-        name="evaluate-student-0c1",
-        start_time=START,
-        state=watch.get_client().read_task_runs.return_value[1].state,  # type: ignore[attr-defined]
-    )
-    watch.get_client().read_task_runs.return_value = [student]  # type: ignore[attr-defined]
-    watch.get_client().read_logs.return_value = [log(None, "evaluate-student: 31/62 steps, 31/s, 1 s left")]  # type: ignore[attr-defined]
+    client: Any = watch.get_client()
+    _, running = client.read_task_runs.return_value
+    running.name, running.start_time = "evaluate-student-0c1", START
+    client.read_task_runs.return_value = [running]
+    client.read_logs.return_value = [log(None, "evaluate-student: 31/62 steps, 31/s, 1 s left")]
     status = asyncio.run(watch.status_of(uuid4()))
     assert status is not None
     assert status.rows(START + timedelta(seconds=10))[1:] == [
