@@ -135,7 +135,7 @@ def test_if_an_output_is_nowhere_everything_is_restored(run: Path, capsys: pytes
     before = tree()
     # Replacing the run's model leaves no other copy of it.
     for file in Path(".dvc/cache/files").rglob("*"):
-        if file.is_file() and b"steps: 5\n" in file.read_bytes():
+        if file.is_file() and b"\n  steps: 5\n" in file.read_bytes():
             file.chmod(0o644)
             file.unlink()
     (run / "models/ddpm/result").unlink()

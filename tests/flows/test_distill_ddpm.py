@@ -185,6 +185,7 @@ def test_a_run_without_its_results_is_refused(missing: str, named: str) -> None:
     ("arguments", "message"),
     [
         (["--run", "gone"], "run 'gone': not found; available: teach"),
+        (["--run", ""], "run: must be the name of a run, as text (got '')"),
         (["-p", "run=5"], "run: must be the name of a run, as text (got 5)"),
         (["--run", "teach", "-p", "run=teach"], "run: given by --run and by -p; give it once"),
         (["-p", "train={}", "-p", "seed=1"], "train: is that of the run; a distillation takes run, device, distill,"),

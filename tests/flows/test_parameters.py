@@ -155,7 +155,11 @@ def test_the_form_says_so_of_choices_with_fields_and_of_plain_parameters() -> No
 def test_the_form_of_a_distillation_has_what_its_teacher_does_not_fix() -> None:
     assert list(DISTILLATION["properties"]) == ["run", "device", *teacher.SECTIONS]
     assert DISTILLATION["properties"]["run"]["description"].startswith("Name of a completed run of train-ddpm")
-    right = {"run": "bold-ape", "distill": {"steps": 5, "method": "progressive"}, "sample": {"threshold": 0.9}}
+    right = {
+        "run": "bold-ape",
+        "distill": {"steps": 5, "method": {"kind": "progressive"}},
+        "sample": {"threshold": 0.9},
+    }
     assert validation.validate(right, DISTILLATION) == []
     wrong = {"run": 5, "distill": {"steps": "5", "stepz": 5}, "sample": {"threshold": 2.0}}
     assert {tuple(error.path)[:1] for error in validation.validate(wrong, DISTILLATION)} == {
