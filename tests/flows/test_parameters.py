@@ -158,7 +158,7 @@ def test_the_form_of_a_distillation_has_what_its_teacher_does_not_fix() -> None:
     right = {
         "run": "bold-ape",
         "distill": {"steps": 5, "method": {"kind": "progressive"}},
-        "sample": {"threshold": 0.9},
+        "sample": {"threshold": "none"},
     }
     assert validation.validate(right, DISTILLATION) == []
     wrong = {"run": 5, "distill": {"steps": "5", "stepz": 5}, "sample": {"threshold": 2.0}}
