@@ -45,18 +45,18 @@ def session(content: bytes, device: torch.device, required: bool = True) -> ort.
 
 
 def check_denoiser(
-    denoiser: ort.InferenceSession, model: Model, pairs: Pairs, tolerance: float
+    denoiser: ort.InferenceSession, model: Model, pairs: Pairs, tolerance: float, stage: str = "export"
 ) -> dict[str, float | int | list[float | None]]:
     """Run all pairs of a held-out split through ONNX Runtime and PyTorch; `model` must be on the CPU.
 
-    Returns the differences of eps_hat, overall and by band of t (None where there are no pairs), and ONNX Runtime's
+    `stage` is its name, for the progress. Returns the differences of eps_hat, overall and by band of t (None where there are no pairs), and ONNX Runtime's
     held-out MSE. Raises UserError if a value of eps_hat differs by more than `tolerance`, if x_0_hat and eps_hat are
     inconsistent with x_t by more than that, or if the relative difference of the MSE exceeds it.
     """
     T = model.process.schedule.num_timesteps
     by_band, total, values, count = np.full(BANDS, np.nan), 0.0, 0, 0
     apart, errors = 0.0, {"onnx": 0.0, "torch": 0.0}
-    with Progress("export", pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
+    with Progress(stage, pairs.images * pairs.manifest.heldout_draws, "pairs") as progress:
         for number, prediction in enumerate(predictions(model, pairs, torch.device("cpu"))):
             length = len(prediction.t)
             for size in BATCH_SIZES if number < ALL_SIZES_BLOCKS else BATCH_SIZES[-1:]:

@@ -61,7 +61,7 @@ def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
                 contents[whole] = finished(whole.name, loop, facts | metadata.of_sampler(sample, loop))
                 sessions[name] = parity.session(contents[one], device, required)
             if name == "fp32":
-                report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance)
+                report["denoiser"] = parity.check_denoiser(sessions[name], model, pairs, export.tolerance, stage)
                 with working(f"{stage}: comparing the pictures of {whole.name} with torch's"):
                     sampler = parity.session(contents[whole], device, required)
                     report["sampler"] = parity.check_sampler(sampler, model, sample)
