@@ -49,9 +49,10 @@ def check_denoiser(
 ) -> dict[str, float | int | list[float | None]]:
     """Run all pairs of a held-out split through ONNX Runtime and PyTorch; `model` must be on the CPU.
 
-    `stage` is its name, for the progress. Returns the differences of eps_hat, overall and by band of t (None where there are no pairs), and ONNX Runtime's
-    held-out MSE. Raises UserError if a value of eps_hat differs by more than `tolerance`, if x_0_hat and eps_hat are
-    inconsistent with x_t by more than that, or if the relative difference of the MSE exceeds it.
+    `stage` is its name, for the progress. Returns the differences of eps_hat, overall and by band of t (None where
+    there are no pairs), and ONNX Runtime's held-out MSE. Raises UserError if a value of eps_hat differs by more than
+    `tolerance`, if x_0_hat and eps_hat are inconsistent with x_t by more than that, or if the relative difference of
+    the MSE exceeds it.
     """
     T = model.process.schedule.num_timesteps
     by_band, total, values, count = np.full(BANDS, np.nan), 0.0, 0, 0
