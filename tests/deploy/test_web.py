@@ -24,7 +24,9 @@ from tests.machine import program
 
 pytestmark = pytest.mark.slow
 
-STEPS = 4
+STEPS = 5
+FEW = 2
+"""Exported steps of a model whose images follow the form."""
 OFF_BY_ONE = 0.001
 """Fraction of values allowed to differ by one: WebAssembly sums in another order, which can change the rounding."""
 CHROMIUM = ("chromium", "chromium", "chromium-browser", "google-chrome")
@@ -173,7 +175,7 @@ def test_a_link_shows_the_same_images(site: Path, page: Page) -> None:
     page.reload()
     assert np.array_equal(made(page, 4), found)
     expect(page.locator("#facts")).to_have_text(
-        "7 × 10, RGB · 3 classes · heun, 4 steps · 0.500 noise MSE on test pairs · weights aaaaaaaaaaaa"
+        "7 × 10, RGB · 3 classes · heun, 5 steps · 0.500 noise MSE on test pairs · weights aaaaaaaaaaaa"
     )
 
 
@@ -201,16 +203,106 @@ def test_a_click_shows_an_image_with_fewer_steps(site: Path, page: Page) -> None
     page.goto(f"?model={path.name}&seed=5&count=3")
     images = made(page, 3)
     page.locator("#gallery button").nth(1).press("Enter")
-    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
+    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "5 steps"])
     expect(page.locator("#steps-dialog [data-made=true]")).to_have_count(4)
     fewer = read(page, "#steps-dialog canvas")
     assert np.array_equal(fewer[-1], images[1])
-    same(fewer, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 4)]))
+    same(fewer, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 5)]))
     page.keyboard.press("Escape")
     expect(page.locator("#steps-dialog")).to_be_hidden()
     page.goto(f"?model={model(site, 'ddpm', False).name}&count=1")
     made(page, 1)
     expect(page.locator("#gallery button")).to_have_count(0)
+
+
+def few_steps(site: Path, classes: bool = True) -> Path:
+    """A model with the sampler of distilled ones."""
+    return write_model(site / f"few-{classes}.onnx", "consistency", classes, FEW)
+
+
+def settled(page: Page, images: NDArray[np.uint8]) -> None:
+    """Wait until the page shows `images`, and nothing else afterwards."""
+    page.wait_for_function("document.getElementById('stop').disabled")
+    same(read(page, "#gallery canvas"), images)
+    expect(page.locator("#gallery [data-made=true]")).to_have_count(len(images))
+
+
+def test_images_of_a_model_with_few_steps_follow_the_form(site: Path, page: Page) -> None:
+    path = few_steps(site)
+    page.goto(f"?model={path.name}&count=3&class=0&seed=1")
+    settled(page, expected(path, 1, [0] * 3, steps=FEW))
+    page.get_by_label("Seed").fill("2")
+    settled(page, expected(path, 2, [0] * 3, steps=FEW))
+    page.get_by_role("spinbutton", name="Steps").fill("3")
+    settled(page, expected(path, 2, [0] * 3, steps=3))
+    page.get_by_label("Class").select_option("turn")
+    settled(page, expected(path, 2, [0, 1, 2], steps=3))
+    expect(page.locator("#gallery canvas").last).to_have_attribute("title", "Image 3, z")
+    page.get_by_label("Guidance").fill("1")
+    settled(page, expected(path, 2, [0, 1, 2], steps=3, guidance=1))
+    for count in (5, 2):
+        page.get_by_label("Images").fill(str(count))
+        settled(page, expected(path, 2, [0, 1, 2, 0, 1][:count], steps=3, guidance=1))
+    page.wait_for_url("**&count=2&**")
+    assert parse_qs(urlsplit(page.url).query) == {
+        "model": [path.name], "seed": ["2"], "count": ["2"], "steps": ["3"], "class": ["turn"], "guidance": ["1"]
+    }  # fmt: skip
+    page.get_by_label("Seed").fill("-1")  # shows what was valid last
+    settled(page, expected(path, 2, [0, 1], steps=3, guidance=1))
+
+
+def test_the_last_value_wins_and_no_tile_returns_to_noise(site: Path, page: Page) -> None:
+    path = few_steps(site, classes=False)
+    page.goto(f"?model={path.name}&count=4&seed=1")
+    made(page, 4)
+    drawn = page.evaluate("""async () => {
+        const [field, gallery] = [document.forms[0].elements.seed, document.getElementById("gallery")];
+        const { port1, port2 } = new MessageChannel();
+        const later = () => new Promise(resolve => { port1.onmessage = resolve; port2.postMessage(0); });
+        let [drawn, blank] = [0, 0];
+        const watch = new MutationObserver(changes => {
+            drawn += changes.filter(({ addedNodes }) => addedNodes.length).length;
+            blank += gallery.querySelectorAll("[data-made=false]").length;
+        });
+        watch.observe(gallery, { childList: true, subtree: true });
+        for (let seed = 2; seed <= 200; seed++) {
+            field.value = seed;
+            field.dispatchEvent(new Event("input", { bubbles: true }));
+            await later();
+        }
+        while (!document.getElementById("stop").disabled) await later();
+        watch.disconnect();
+        return [drawn, blank];
+    }""")
+    settled(page, expected(path, 200, [0] * 4, steps=FEW))
+    assert drawn[1] == 0
+    assert drawn[0] < 199 * 4 / 2  # superseded settings are left out
+
+
+def test_a_model_with_many_steps_waits_for_the_button(site: Path, page: Page) -> None:
+    path = model(site, "heun", True)
+    page.goto(f"?model={path.name}&count=2&class=1&seed=4")
+    images = made(page, 2)
+    url = page.url
+    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Class").select_option("2")
+    page.wait_for_timeout(1000)
+    assert np.array_equal(read(page, "#gallery canvas"), images)
+    assert page.url == url
+    page.get_by_label("Seed").press("Enter")
+    settled(page, expected(path, 5, [2, 2]))
+
+
+def test_a_click_shows_an_image_of_a_distilled_model_in_1_to_4_steps(site: Path, page: Page) -> None:
+    path = few_steps(site, classes=False)
+    page.goto(f"?model={path.name}&seed=5&count=1")
+    made(page, 1)
+    expect(page.locator("#hint")).to_have_text("Click an image to see it with 1 to 4 steps.")
+    page.locator("#gallery button").click()
+    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
+    expect(page.locator("#steps-dialog [data-made=true]")).to_have_count(4)
+    counts = range(1, 5)
+    same(read(page, "#steps-dialog canvas"), np.concatenate([expected(path, 5, [0], steps=n) for n in counts]))
 
 
 def test_stop(site: Path, page: Page) -> None:
@@ -264,6 +356,6 @@ def test_another_model_can_be_chosen(site: Path, page: Page) -> None:
     made(page, 2)
     path = model(site, "dpm-solver++", False)
     page.locator("#file").set_input_files(path)
-    expect(page.locator("#facts")).to_contain_text("dpm-solver++, 4 steps")
+    expect(page.locator("#facts")).to_contain_text("dpm-solver++, 5 steps")
     same(made(page, 2), expected(path, 9, [0, 0]))
-    assert parse_qs(urlsplit(page.url).query) == {"seed": ["9"], "count": ["2"], "steps": ["4"]}
+    assert parse_qs(urlsplit(page.url).query) == {"seed": ["9"], "count": ["2"], "steps": ["5"]}
