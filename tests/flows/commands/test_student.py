@@ -68,18 +68,18 @@ def test_the_student_samples_as_it_was_distilled(tree: Path, chosen: Params, cap
     assert pictures("--student", "--model", "former").shape[0] == 3
 
 
-def test_the_number_of_steps_that_is_wrong_is_named(tree: Path, capsys: Capture) -> None:
+def test_the_number_of_steps_that_is_wrong_is_named(tree: Path, chosen: Params, capsys: Capture) -> None:
     document = read_yaml(tree / "params.yaml")
     document["distill"]["sampling_steps"] = 17
     write_yaml(tree / "params.yaml", document)
     assert main(["sample", "--student"]) == 1
     assert capsys.readouterr().err.startswith("ddpm sample: error: params.yaml: distill.sampling_steps: ")
-    document["distill"]["sampling_steps"] = 4
-    document["process"]["num_timesteps"] = 3
+    document["distill"]["sampling_steps"] = 5
     write_yaml(tree / "params.yaml", document)
-    models.save(tree / "models" / "student", Params.model_validate(document))
+    process = chosen.process.model_copy(update={"num_timesteps": 4})
+    models.save(tree / "models" / "student", chosen.model_copy(update={"process": process}))
     assert main(["sample", "--student"]) == 1
-    limit = "must be at most 3, the model's number of timesteps (got 4)"
+    limit = "must be at most 4, the model's number of timesteps (got 5)"
     assert capsys.readouterr().err == f"ddpm sample: error: params.yaml: distill.sampling_steps {limit}\n"
 
 
