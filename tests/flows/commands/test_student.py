@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from diffusion.distillation.sampling import student_sampling
 from diffusion.model import load_model
+from diffusion.process.build import ProcessOptions
 from diffusion.samples import draw_samples
 from diffusion.sampling.sampler import ConsistencyOptions
 from flows.__main__ import main
@@ -76,7 +77,7 @@ def test_the_number_of_steps_that_is_wrong_is_named(tree: Path, chosen: Params, 
     assert capsys.readouterr().err.startswith("ddpm sample: error: params.yaml: distill.sampling_steps: ")
     document["distill"]["sampling_steps"] = 5
     write_yaml(tree / "params.yaml", document)
-    process = chosen.process.model_copy(update={"num_timesteps": 4})
+    process = ProcessOptions.model_validate(chosen.process.model_dump() | {"num_timesteps": 4, "schedule": "cosine"})
     models.save(tree / "models" / "student", chosen.model_copy(update={"process": process}))
     assert main(["sample", "--student"]) == 1
     limit = "must be at most 4, the model's number of timesteps (got 5)"
