@@ -1,5 +1,5 @@
 // The page: a form built from the model's metadata, and a tile per image that starts as noise.
-import { Sampler } from "./sampler.js";
+import { FEW_STEPS, Sampler } from "./sampler.js";
 
 const byId = (id) => document.getElementById(id);
 const [form, gallery, stepsDialog] = ["form", "gallery", "steps-dialog"].map(byId);
@@ -8,11 +8,13 @@ const query = new URLSearchParams(location.search);
 
 let sampler = null;
 let currentTask = 0; // work that belongs to an earlier task stops
+let remembering = 0; // timer
 
 // Model
 
 async function open(name, read) {
   const task = stop();
+  clearTimeout(remembering);
   sampler?.close();
   sampler = null;
   form.hidden = byId("hint").hidden = true;
@@ -62,16 +64,18 @@ function describe() {
 // Form
 
 function fill() {
-  const { steps, guidance, classes } = sampler;
+  const { steps, guidance, classes, guided, live, stochastic } = sampler;
   fields.steps.value = steps;
   fields.guidance.value = guidance;
   const names = classes.map((name, number) => new Option(name, number));
   fields.class.replaceChildren(new Option("all in turn", "turn"), new Option("none (unconditional)", -1), ...names);
-  for (const field of [fields.class, fields.guidance]) field.disabled = field.parentElement.hidden = !classes.length;
+  fields.class.disabled = fields.class.parentElement.hidden = !classes.length;
+  fields.guidance.disabled = fields.guidance.parentElement.hidden = !guided;
   for (const field of fields) if (query.has(field.name)) field.value = query.get(field.name);
   checkSteps();
   form.hidden = false;
-  byId("hint").hidden = sampler.stochastic;
+  byId("hint").hidden = stochastic;
+  byId("hint").textContent = `Click an image to see it with ${live ? `1 to ${FEW_STEPS}` : "fewer"} steps.`;
 }
 
 function checkSteps() {
@@ -80,10 +84,13 @@ function checkSteps() {
   fields.steps.setCustomValidity(asked <= maxFreeSteps || asked === steps ? "" : `Must be 1 to ${maxFreeSteps}, or ${steps}`);
 }
 
-// Reads the form, and stores it in the page's address so that a link shows the same images.
-function chosen() {
+// Stores the form in the page's address, so that a link shows the same images.
+function remember() {
   for (const [name, value] of new FormData(form)) query.set(name, value);
   history.replaceState(null, "", `?${query}`);
+}
+
+function chosen() {
   return {
     seed: Number(fields.seed.value),
     count: Number(fields.count.value),
@@ -95,7 +102,8 @@ function chosen() {
 
 // Images
 
-async function make() {
+// Makes the images of the form. With `update`, those shown stay until their successors are ready.
+async function make(update = false) {
   const task = stop();
   const { seed, count, steps, y, guidance } = chosen();
   const { classes } = sampler;
@@ -103,19 +111,24 @@ async function make() {
     const options = { steps, y: y(number), guidance };
     const name = `Image ${number + 1}${classes[options.y] ? `, ${classes[options.y]}` : ""}`;
     const tile = document.createElement(sampler.stochastic ? "div" : "button");
-    if (!sampler.stochastic) tile.onclick = () => showFewerSteps(seed, number, options);
+    if (!sampler.stochastic) tile.onclick = () => showOtherSteps(seed, number, options);
     return { tile, options, canvas: noisy(tile, name, seed, number) };
   });
-  gallery.replaceChildren(...tiles.map(({ tile }) => tile));
+  const kept = update ? [...gallery.children].slice(0, count) : [];
+  gallery.replaceChildren(...kept, ...tiles.slice(kept.length).map(({ tile }) => tile));
   byId("stop").disabled = false;
-  say(`0 of ${count}`);
+  if (!update) say(`0 of ${count}`);
   const start = performance.now();
-  for (const [number, { canvas, options }] of tiles.entries()) {
+  for (const [number, { tile, canvas, options }] of tiles.entries()) {
+    await sampler.idle(); // of the tasks that wait here, only the last goes on
+    if (task !== currentTask) return;
     const image = await attempt(sampler.generate(seed, number, options));
     if (task !== currentTask || !image) return;
     show(canvas, image);
-    const each = (performance.now() - start) / 1000 / (number + 1);
-    say(`${number + 1} of ${count}, ${Number(each.toPrecision(2))} s per image`);
+    kept[number]?.replaceWith(tile);
+    const each = (performance.now() - start) / (number + 1);
+    const time = each < 1000 ? `${Number(each.toPrecision(2))} ms` : `${Number((each / 1000).toPrecision(2))} s`;
+    if (!update || number + 1 === count) say(`${number + 1} of ${count}, ${time} per image`);
   }
   stop();
 }
@@ -125,10 +138,12 @@ function stop() {
   return ++currentTask;
 }
 
-// Shows the same noise with fewer steps; only for deterministic samplers.
-async function showFewerSteps(seed, number, options) {
-  const counts = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps && steps <= sampler.maxFreeSteps);
-  const figures = [...counts, options.steps].map((steps) => {
+// Shows the same noise with other numbers of steps; only for deterministic samplers.
+async function showOtherSteps(seed, number, options) {
+  const few = Array.from({ length: FEW_STEPS }, (_, place) => place + 1);
+  const fewer = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps);
+  const counts = (sampler.live ? few : fewer).filter((steps) => steps !== options.steps && steps <= sampler.maxFreeSteps);
+  const figures = [...counts, options.steps].sort((a, b) => a - b).map((steps) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
     caption.textContent = counted(steps, "step", "steps");
@@ -191,7 +206,14 @@ function say(line) {
 fields.steps.oninput = checkSteps;
 form.onsubmit = (event) => {
   event.preventDefault();
+  remember();
   make();
+};
+form.oninput = () => {
+  if (!sampler.live || !form.checkValidity()) return;
+  make(true);
+  clearTimeout(remembering); // browsers limit how often the address may change
+  remembering = setTimeout(remember, 300);
 };
 byId("stop").onclick = () => {
   stop();

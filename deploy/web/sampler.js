@@ -8,6 +8,7 @@ ort.env.wasm.proxy = true;
 
 const VERSION = "2"; // version of the metadata keys
 const MAX_FREE_STEPS = 50; // default for files without ddpm.max_free_steps
+export const FEW_STEPS = 4; // of models that are fast enough to follow the form
 
 export class Sampler {
   #session;
@@ -35,6 +36,8 @@ export class Sampler {
     this.stochastic = this.facts.stochastic === "true";
     this.steps = Number(this.facts.steps);
     this.guidance = Number(this.facts.guidance);
+    this.guided = session.inputNames.includes("guidance");
+    this.live = this.steps <= FEW_STEPS;
     this.maxFreeSteps = Math.min(Number(this.facts.max_free_steps ?? MAX_FREE_STEPS), Number(this.facts.num_timesteps)); // this.steps is always allowed as well
   }
 
@@ -54,12 +57,15 @@ export class Sampler {
     } else {
       inputs.steps = new ort.Tensor("int64", [BigInt(steps)], [1]);
     }
-    if (this.classes.length) {
-      inputs.y = new ort.Tensor("int64", [BigInt(y)], [1]);
-      inputs.guidance = new ort.Tensor("float32", [guidance], [1]);
-    }
+    if (this.classes.length) inputs.y = new ort.Tensor("int64", [BigInt(y)], [1]);
+    if (this.guided) inputs.guidance = new ort.Tensor("float32", [guidance], [1]);
     const { images } = await this.#enqueue(() => this.#session.run(inputs, ["images"]));
     return images.data;
+  }
+
+  // Resolves when nothing runs.
+  idle() {
+    return this.#last;
   }
 
   close() {

@@ -3,21 +3,24 @@
 import shutil
 from pathlib import Path
 
+from diffusion.distillation.sampling import student_sampling
 from diffusion.exchange import diffusers
 from flows.params import load
 from flows.paths import Paths
 
 
-def export_model(directory: Path, /, *, model: Path | None = None, force: bool = False) -> None:
+def export_model(directory: Path, /, *, model: Path | None = None, student: bool = False, force: bool = False) -> None:
     """Write the trained model as a diffusers pipeline.
 
     Args:
         directory: Folder for DDPMPipeline.from_pretrained to load.
-        model: A trained model; by default models/ddpm.
+        model: A trained model; by default models/ddpm, or models/student with --student.
+        student: Write the distilled model, with its sampler.
         force: Replace an existing pipeline.
     """
-    paths = Paths()
-    sample = load(paths.params).sample
+    paths = Paths(student=student)
+    params = load(paths.params)
+    sample = student_sampling(params.sample, params.distill.sampling_steps) if student else params.sample
     how = diffusers.export_model(model or paths.model, directory, sample, force)
     print(f"wrote {directory}; load it with diffusers.{how}")
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from diffusion.distillation.options import DistillOptions
+from diffusion.distillation.sampling import student_sampling
 from diffusion.errors import UsageError, UserError, describe
 from diffusion.evaluation.filmstrip import frames
 from diffusion.model import Model, load_model
@@ -56,6 +58,8 @@ class Settings(Section):
     seed: NonNegative = 0
     device: Device = "auto"
     sample: SampleOptions = SampleOptions()
+    distill: DistillOptions = DistillOptions()
+    """How many steps the student takes."""
     shard: Shard = Shard()
     """How images are read, which also holds for those to edit."""
     pairs: Pairs = Pairs()
@@ -141,6 +145,7 @@ def run(
     *,
     out: str = "samples.png",
     model: Path | None = None,
+    student: bool = False,
     classes: Annotated[tuple[str, ...], Parameter(name="--class", show_default=False)] = (),
     filmstrip: Path | None = None,
     editing: Annotated[Editing, Parameter(name="*")] = Editing(),
@@ -150,14 +155,15 @@ def run(
 
     Args:
         out: A .png file (a grid of all images), an .npz file or a folder (out/).
-        model: A trained model; by default models/ddpm.
+        model: A trained model; by default models/ddpm, or models/student with --student.
+        student: Sample as the distilled model does: with the sampler consistency in distill.sampling_steps steps.
         classes: Class name or number; several, separated by commas (3,5), are assigned to the images in turn. By
             default all classes; with --from, none.
         filmstrip: Also write a .png file that shows how the first images emerge from noise.
         editing: Options of image to image, interpolation and inpainting.
         overrides: Options that override params.yaml.
     """
-    paths = Paths()
+    paths = Paths(student=student)
     given = {name: value for name, value in asdict(overrides).items() if value is not None}
     settings = read_settings(given, paths)
     options = settings.sample
@@ -178,7 +184,8 @@ def run(
         y = numbers[torch.arange(options.count, device=device) % len(numbers)]
     if options.steps > (limit := loaded.process.schedule.num_timesteps):
         text = f"must be at most {limit}, the model's number of timesteps (got {options.steps})"
-        raise UsageError(f"--steps: {text}") if "steps" in given else UserError(f"{paths.params}: sample.steps {text}")
+        field = "distill.sampling_steps" if student else "sample.steps"
+        raise UsageError(f"--steps: {text}") if "steps" in given else UserError(f"{paths.params}: {field} {text}")
     generated = task(editing, settings, options, loaded, device)
     write = writer(out, options.count, loaded.shape[0])
     if filmstrip is not None:
@@ -195,16 +202,20 @@ def run(
 
 
 def read_settings(given: Mapping[str, Any], paths: Paths) -> Settings:
-    """params.yaml, if there is one, overridden by the options given."""
+    """params.yaml, if there is one, with the sampling of the student if `paths` has it, overridden by `given`."""
     sample = {name: given[name] for name in SampleOptions.model_fields if name in given}
     document: dict[str, Any] = {"device": "auto"}
-    document |= {name: kind().model_dump(mode="json") for name, kind in (("shard", Shard), ("pairs", Pairs))}
+    own = (("distill", DistillOptions), ("shard", Shard), ("pairs", Pairs))
+    document |= {name: kind().model_dump(mode="json") for name, kind in own}
     if os.path.lexists(paths.params):
         document |= {name: value for name, value in read(paths.params).items() if name in Settings.model_fields}
         try:
-            Settings.model_validate(document, context=COMPLETE)
+            found = Settings.model_validate(document, context=COMPLETE)
         except ValidationError as error:
             raise UserError(f"{paths.params}: {describe(error)}{advice(error)}") from None
+        if paths.student:
+            of_student = student_sampling(found.sample, found.distill.sampling_steps)
+            document["sample"] = of_student.model_dump(mode="json")
     elif missing := [f"--{name}" for name in (*SampleOptions.model_fields, "seed") if name not in given]:
         raise UserError(f"{paths.params}: no such file here; without it, these must be given: {', '.join(missing)}")
     if of_sampler := {name: given[name] for name in SAMPLER_FIELDS if name in given}:

@@ -41,17 +41,18 @@ TYPES: dict[int, str] = {
 }
 
 
-def run(directory: Path, /, *, max_batch: Integer = 64, force: bool = False) -> None:
+def run(directory: Path, /, *, max_batch: Integer = 64, student: bool = False, force: bool = False) -> None:
     """Write both ONNX graphs as a model repository of Triton Inference Server, completely or not at all.
 
     Args:
         directory: The model repository.
         max_batch: Maximum number of images computed at once, at least 1.
+        student: Those of the distilled model.
         force: Replace an existing repository.
     Raises:
         UserError: `directory` is in use, or a graph is missing.
     """
-    paths = Paths()
+    paths = Paths(student=student)
     files = (paths.denoiser, paths.sampler)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; choose a folder")

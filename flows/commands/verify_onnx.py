@@ -47,7 +47,7 @@ def run(path: Path, /, *, device: str = "auto") -> None:
     bits = "the same bits" if outcome.exact else f"within {outcome.largest:.2g}"
     print(f"{path}: passes its golden test ({bits}) on {session.get_providers()[0]}")
     print(f"digest       {facts[digest.KEY]} (graph, weights and metadata are as they were written)")
-    print(f"made from    models/ddpm/model.safetensors with the SHA-256 {facts.get('ddpm.weights_sha256')}")
+    print(f"made from    a model.safetensors with the SHA-256 {facts.get('ddpm.weights_sha256')}")
     for name, value in json.loads(facts.get("ddpm.heldout", "{}")).items():
         if name in ("mse", "r2", "bits_per_dim"):
             print(f"{name:<12} {value:.4f}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.service.__main__ import listen
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, REPOSITORY, running
 from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
@@ -26,6 +27,13 @@ CLIENTS = 6
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "sampler.onnx", "dpm-solver++", False)
+
+
+def test_a_response_is_sent_without_delay() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 class Clients:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -17,13 +18,13 @@ from tests.process import fakes
 pytestmark = pytest.mark.slow
 
 
-def exported(root: Path, classes: bool, sampler: str) -> Paths:
-    """models/onnx with both graphs."""
+def exported(root: Path, classes: bool, sampler: str, student: bool = False) -> Paths:
+    """models/onnx, or models/student-onnx, with both graphs."""
     model, step = parts(classes)
     settings = fakes.options(sampler=sampler, threshold="clip", steps=4, guidance=2.5)
     loop = sampler_graph.to_onnx(step, model, settings)
     facts = metadata.of_model(model, "analytic", "a" * 64, "data", {}) | metadata.of_sampler(settings, loop)
-    paths = Paths(root)
+    paths = Paths(root, student)
     paths.onnx.mkdir(parents=True)
     for path, graph in ((paths.denoiser, step), (paths.sampler, loop)):
         path.write_bytes(finished(path.name, graph, facts))
@@ -67,6 +68,19 @@ def test_requests_can_be_joined_along_the_first_dimension(
     with pytest.raises(Exception, match="noise must be from -1000 to 1000"):
         served.run(["images"], asked)
     assert "ddpm.sha256" not in served.get_modelmeta().custom_metadata_map  # it was of the file before
+
+
+def test_the_graphs_of_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(tmp_path, False, "consistency", student=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["triton", "repository"]) == 1
+    assert "models/onnx/denoiser.onnx: No such file or directory; `dvc repro" in capsys.readouterr().err
+    assert main(["triton", "repository", "--student"]) == 0
+    graph = onnx.load(tmp_path / "repository" / "sampler" / "1" / "model.onnx")
+    facts = {prop.key: prop.value for prop in graph.metadata_props}
+    assert facts["ddpm.sampler"] == "consistency"
 
 
 def test_a_damaged_graph_is_refused(

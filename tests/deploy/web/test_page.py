@@ -1,137 +1,19 @@
 """The page in a real browser, compared with the same model in Python."""
 
-import struct
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from sklearn.utils import murmurhash3_32  # an independent implementation; installed with mlflow
+from playwright.sync_api import Page, expect
 
 from diffusion.export import metadata
 from tests.deploy.models import write_model
-from tests.export.test_sampler_graph import SHAPE, parts
-from tests.machine import program
+from tests.deploy.web.images import expected, made, model, normal, read, same
+from tests.export.test_sampler_graph import parts
 
 pytestmark = pytest.mark.slow
-
-STEPS = 4
-OFF_BY_ONE = 0.001
-"""Fraction of values allowed to differ by one: WebAssembly sums in another order, which can change the rounding."""
-CHROMIUM = ("chromium", "chromium", "chromium-browser", "google-chrome")
-expect.set_options(timeout=60_000)
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-READ = """canvases => canvases.map(canvas => {
-    const { width, height, data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-    return [height, width, [...data]];
-})"""
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """A file server without a log."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing."""
-
-
-@pytest.fixture(scope="module")
-def site(installed: Callable[[str], Path]) -> Path:
-    """The folder of the page with its packages installed; tests add models to it."""
-    program(*CHROMIUM)
-    return installed("web")
-
-
-@pytest.fixture(scope="module")
-def address(site: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = program(*CHROMIUM)
-    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=QUIET) as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Browser, address: str) -> Iterator[Page]:
-    """An empty page. Afterwards, asserts that it contacted no other host and logged no error."""
-    hosts, errors = set[str](), list[str]()
-    with browser.new_context(base_url=address) as context, context.new_page() as opened:
-        context.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-        opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda error: errors.append(str(error)))
-        yield opened
-    assert hosts - {""} == {urlsplit(address).netloc}  # data: URLs have no host
-    assert [error for error in errors if "status of 404" not in error] == []
-
-
-def model(site: Path, sampler: str, classes: bool) -> Path:
-    path = site / f"{sampler.replace('+', '')}-{'classes' if classes else 'plain'}.onnx"  # a + in a URL means a space
-    return path if path.exists() else write_model(path, sampler, classes, STEPS)
-
-
-def made(page: Page, count: int) -> NDArray[np.uint8]:
-    """Wait until `count` images are ready; returns them, uint8 (B, H, W, 3)."""
-    expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ")
-    expect(page.locator("#gallery [data-made=true]")).to_have_count(count)
-    return read(page, "#gallery canvas")
-
-
-def read(page: Page, canvases: str) -> NDArray[np.uint8]:
-    read = [np.array(data, np.uint8).reshape(*sides, 4) for *sides, data in page.locator(canvases).evaluate_all(READ)]
-    images = np.stack(read)
-    assert (images[..., 3] == 255).all()
-    return images[..., :3]
-
-
-def normal(seed: int, number: int, step: int) -> NDArray[np.float32]:
-    """Noise (C, H, W) as deploy/web/README.md defines it."""
-    keys = [struct.pack("<III", number, step, k) for k in range(2 * int(np.prod(SHAPE)))]
-    words = np.array([murmurhash3_32(key, seed=seed, positive=True) for key in keys], np.float64)
-    u, v = (words[0::2] + 1) / 2**32, words[1::2] / 2**32
-    return (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).astype(np.float32).reshape(SHAPE)
-
-
-def expected(
-    path: Path, seed: int, y: list[int], steps: int = STEPS, guidance: float = 2.5, first: int = 0
-) -> NDArray[np.uint8]:
-    """The images from number `first` on, computed by ONNX Runtime in Python."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    numbers = range(first, first + len(y))
-    given = {
-        "noise": np.stack([normal(seed, number, 0) for number in numbers]),
-        "steps_noise": np.array([[normal(seed, number, step + 1) for number in numbers] for step in range(steps)]),
-        "steps": np.array([steps]),
-        "y": np.array(y),
-        "guidance": np.array([guidance], np.float32),
-    }
-    images: NDArray[np.uint8] = session.run(
-        ["images"], {value.name: given[value.name] for value in session.get_inputs()}
-    )[0]
-    return images
-
-
-def same(found: NDArray[np.uint8], images: NDArray[np.uint8]) -> None:
-    assert found.shape == images.shape
-    off = np.abs(found.astype(int) - images)
-    assert off.max() <= 1
-    assert (off > 0).sum() <= 1 + OFF_BY_ONE * off.size
-    assert (off.reshape(len(off), -1).max(1) == 0).mean() > 0.5  # most images are identical
 
 
 @pytest.mark.parametrize(
@@ -173,7 +55,7 @@ def test_a_link_shows_the_same_images(site: Path, page: Page) -> None:
     page.reload()
     assert np.array_equal(made(page, 4), found)
     expect(page.locator("#facts")).to_have_text(
-        "7 × 10, RGB · 3 classes · heun, 4 steps · 0.500 noise MSE on test pairs · weights aaaaaaaaaaaa"
+        "7 × 10, RGB · 3 classes · heun, 5 steps · 0.500 noise MSE on test pairs · weights aaaaaaaaaaaa"
     )
 
 
@@ -201,11 +83,11 @@ def test_a_click_shows_an_image_with_fewer_steps(site: Path, page: Page) -> None
     page.goto(f"?model={path.name}&seed=5&count=3")
     images = made(page, 3)
     page.locator("#gallery button").nth(1).press("Enter")
-    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "4 steps"])
+    expect(page.locator("#steps-dialog figcaption")).to_have_text(["1 step", "2 steps", "3 steps", "5 steps"])
     expect(page.locator("#steps-dialog [data-made=true]")).to_have_count(4)
     fewer = read(page, "#steps-dialog canvas")
     assert np.array_equal(fewer[-1], images[1])
-    same(fewer, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 4)]))
+    same(fewer, np.concatenate([expected(path, 5, [0], steps=steps, first=1) for steps in (1, 2, 3, 5)]))
     page.keyboard.press("Escape")
     expect(page.locator("#steps-dialog")).to_be_hidden()
     page.goto(f"?model={model(site, 'ddpm', False).name}&count=1")
@@ -264,6 +146,6 @@ def test_another_model_can_be_chosen(site: Path, page: Page) -> None:
     made(page, 2)
     path = model(site, "dpm-solver++", False)
     page.locator("#file").set_input_files(path)
-    expect(page.locator("#facts")).to_contain_text("dpm-solver++, 4 steps")
+    expect(page.locator("#facts")).to_contain_text("dpm-solver++, 5 steps")
     same(made(page, 2), expected(path, 9, [0, 0]))
-    assert parse_qs(urlsplit(page.url).query) == {"seed": ["9"], "count": ["2"], "steps": ["4"]}
+    assert parse_qs(urlsplit(page.url).query) == {"seed": ["9"], "count": ["2"], "steps": ["5"]}
