@@ -51,6 +51,7 @@ def training_facts(stage: str, params: Params, paths: Paths, device: torch.devic
     del determining[stage]["processes"]  # recorded below as world.size, which torchrun may set instead
     teacher = {"teacher": sha256(paths.teacher / SUMS)} if stage == "distill" else {}
     return {
+        "stage": stage,
         "params": determining,
         **teacher,
         "pairs": sha256(paths.pairs / "manifest.json"),
@@ -85,12 +86,12 @@ def exclusive(checkpoints: Path, facts: dict[str, Any]) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except filelock.Timeout:
-            say("train: another process is running the same training; waiting for it to finish")
+            say(f"{facts['stage']}: another process is running the same training; waiting for it to finish")
             held = lock.acquire()
     with held:
         if not newest_step(directory):
             for line in unused_checkpoints(checkpoints, facts):
-                say(f"train: {line}")
+                say(f"{facts['stage']}: {line}")
         write_json(directory / FACTS, facts)
         drop_old_trainings(checkpoints)
         yield

@@ -173,7 +173,7 @@ def up(services: Services) -> None:
 
 
 def _finish(services: Services) -> None:
-    """Deploy the flow, and say what to open and what to type next."""
+    """Deploy the flows, and say what to open and what to type next."""
     from flows import params  # late: they import torch, for which no other command needs to wait
     from flows.tracking import pages
 

@@ -25,7 +25,7 @@ def find(run: str | None) -> Path:
                 "run: no run of train-ddpm has completed yet; `prefect deployment run train-ddpm` starts one"
             )
         directory = newest
-    elif isinstance(run, str):
+    elif run and isinstance(run, str):
         directory = workspace.find(run)
     else:
         raise UserError(f"run: must be the name of a run, as text (got {run!r})")

@@ -88,8 +88,8 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
         parameters: the result of `document`.
         teacher: the workspace of the run whose model is distilled, if any; its results are linked.
     Raises:
-        UserError: this is not a git repository, the data are missing, the run is active in another process, or the
-            teacher has been deleted.
+        UserError: this is not a git repository, the data are missing, or the run is active in another process.
+        OSError: the teacher has been deleted in the meantime.
     """
     runs = Paths().runs.absolute()
     with writing(runs):

@@ -34,6 +34,7 @@ def test_lines_can_be_read_back(capsys: pytest.CaptureFixture[str], monkeypatch:
         ),
         ("evaluate: 2/50 steps, 0.5/s, 96 s left", Done("evaluate", 2, 50, "steps", 0.5, 96)),
         ("evaluate: 0/50 steps, drawing samples", Done("evaluate", 0, 50, "steps", note="drawing samples")),
+        ("evaluate-student: 2/62 steps, 9/s, 7 s left", Done("evaluate-student", 2, 62, "steps", 9.0, 7)),
         ("train: step 30: held-out MSE 0.3597", None),
         ("evaluate: 2/50 steps of many", None),
     ],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.distillation.teacher import Teacher, follow, waypoints
+from diffusion.errors import UserError
 from diffusion.model import Model
 from diffusion.nn.layers import Network
 from diffusion.process.parameterization import Parameterization, split
@@ -80,7 +81,8 @@ class Progressive:
 
     A phase trains a student with half as many steps as its teacher. Then it becomes the teacher of the next phase,
     down to `student_steps`. The phases share the training evenly. Unlike in the paper, t is not limited to the points
-    where the student samples, so that one student can take other numbers of steps.
+    where the student samples, so that one student can take other numbers of steps; and a phase continues with the
+    weights and the optimizer of the phase before.
     """
 
     first: Teacher
@@ -93,6 +95,11 @@ class Progressive:
     teacher: Teacher = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.total < self.phases:
+            raise UserError(
+                f"distill.steps: {self.total} is less than the number of phases, {self.phases}, in which "
+                f"{self.teacher_steps} steps of the teacher are halved to {self.student_steps}; take more steps"
+            )
         self.teacher = self.first
 
     @property

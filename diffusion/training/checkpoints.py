@@ -25,8 +25,16 @@ class Checkpoints:
 
     KEEP = 2
 
-    def __init__(self, directory: Path, world: World = World(), seconds: float = 60.0) -> None:  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        directory: Path,
+        world: World = World(),  # noqa: B008 (immutable)
+        seconds: float = 60.0,
+        stage: str = "train",
+    ) -> None:
         self.directory, self.world = directory, world
+        self.stage = stage
+        """For messages."""
         self.seconds = seconds
         """Time between checkpoints, besides those after each held-out measurement. Does not affect the result."""
 
@@ -66,7 +74,7 @@ class Checkpoints:
                 if _digest(weights, written["facts"]) != written["sha256"]:
                     raise ValueError("digest mismatch")
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                say(f"train: checkpoint {path.stem} is corrupt ({error}); using the previous one")
+                say(f"{self.stage}: checkpoint {path.stem} is corrupt ({error}); using the previous one")
             else:
                 facts = written["facts"]
                 break

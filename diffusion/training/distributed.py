@@ -90,7 +90,7 @@ def is_worker() -> bool:
 
 @contextmanager
 def process_group(
-    device: torch.device, store: Path | None = None, lost: type[UserError] = UserError
+    device: torch.device, store: Path | None = None, lost: type[UserError] = UserError, stage: str = "train"
 ) -> Iterator[World]:
     """Join the process group, and leave it at the end of the block.
 
@@ -98,6 +98,7 @@ def process_group(
         device: the device on which this process trains.
         store: file for the rendezvous of processes on one machine, which avoids opening a port.
         lost: the type of error to raise if another process is lost.
+        stage: its name, for messages.
     Raises:
         SystemExit: the GPU of this process has failed; the status os.EX_TEMPFAIL asks the launcher to start a new one.
     """
@@ -116,7 +117,7 @@ def process_group(
         yield World(rank, size)
         dist.barrier()  # the main process may still be working
     except torch.AcceleratorError as error:  # all further CUDA calls of this process would fail as well
-        say(f"train: process {rank} of {size} lost its GPU ({str(error).splitlines()[0]})")
+        say(f"{stage}: process {rank} of {size} lost its GPU ({str(error).splitlines()[0]})")
         raise SystemExit(os.EX_TEMPFAIL) from None
     except RuntimeError as error:
         if not _LOST.search(str(error)):

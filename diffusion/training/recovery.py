@@ -54,7 +54,10 @@ def roll_back(state: State, options: TrainOptions, checkpoints: Checkpoints, see
     state.skips[0] = skipped
     checkpoints.write(state)
     if checkpoints.world.main:
-        say(f"train: {seen}; rolling back to step {state.step} with the learning rate times {ROLLBACK_FACTOR}")
+        say(
+            f"{checkpoints.stage}: {seen}; rolling back to step {state.step} with the learning rate times "
+            f"{ROLLBACK_FACTOR}"
+        )
 
 
 def advice(options: TrainOptions) -> str:

@@ -32,7 +32,8 @@ def show(runs: Sequence[str], out: Path | None) -> None:
     file = Paths().comparison if out is None else out
     if file.is_dir():
         raise UserError(f"--out: {file} is a folder; name a file")
-    compared = [_read(find(None if name == TREE else name)) for name in runs]
+    folders = [find(None if name == TREE else name) for name in runs]
+    compared = [_read(paths) for paths in folders]
     names = [each.name for each in compared]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"{twice} is there twice; name different runs")

@@ -96,7 +96,7 @@ def carry_out(params: Params, paths: Paths, recipe_for: Callable[[torch.device],
     file = Path(store) if store else None
     with (
         explain_out_of_memory(stage, options),
-        distributed.process_group(device, file, lost) as world,
+        distributed.process_group(device, file, lost, stage) as world,
         ExitStack() as held,
     ):
         check_batch_size(stage, options, world)
@@ -165,7 +165,7 @@ class Training:
             augmented=augment > 0,
             earlier=copy.deepcopy(self.net) if recipe.replaces_teacher else None,
         )
-        checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds())
+        checkpoints = Checkpoints(self.checkpoints, world, checkpoint_seconds(), stage)
         checkpoints.restore(state)
         wanted, quality = preview_quality(), None
         if world.main and wanted:

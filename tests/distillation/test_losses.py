@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.distillation.losses import Consistency, Progressive, weighted_error
+from diffusion.distillation.losses import Consistency, Error, Progressive
 from diffusion.distillation.teacher import Teacher, waypoints
 from diffusion.process.build import Process
 from diffusion.process.denoiser import THRESHOLDS
@@ -38,7 +38,7 @@ def weight(made: Process, t: Tensor = T) -> Tensor:
 
 
 def consistency(made: Process, points: int, solver_steps: int, taught: Teacher | None = None) -> Consistency:
-    return Consistency(taught or teacher(made), made.parameterization, points, solver_steps)
+    return Consistency(taught or teacher(made), Error(made.parameterization), points, solver_steps)
 
 
 @pytest.mark.parametrize("name", ["v", "x_0"])
@@ -48,10 +48,19 @@ def test_the_error_is_weighted_by_snr_plus_1_in_every_parameterization(name: str
     made = process(zero_terminal_snr=True)
     x_t, estimate, target = randn(7, 1, 2, 2, seed=2), randn(7, 1, 2, 2, seed=3), randn(7, 1, 2, 2, seed=4)
     out = says(made, always(estimate), name, fraction)(x_t, T)
-    error = weighted_error(PARAMETERIZATIONS[name](made.schedule), out, x_t, T, target)
+    error = Error(PARAMETERIZATIONS[name](made.schedule))(out, x_t, T, target)
     torch.testing.assert_close(error, weight(made) * (estimate - target).square().mean(dim=(1, 2, 3)))
     of_v = output("v", made.schedule, estimate, x_t, T) - output("v", made.schedule, target, x_t, T)
     torch.testing.assert_close(error, of_v.square().mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_pseudo_huber_metric_is_squared_for_small_errors_and_linear_for_large_ones() -> None:
+    made = process()
+    x_t, target = torch.zeros(7, 1, 2, 2), torch.zeros(7, 1, 2, 2)
+    for size, expected in ((1e-3, 1e-6 / (2 * 0.3)), (0.4, 0.2), (100.0, 99.7)):  # 0.4: sqrt(0.16 + 0.09) - 0.3
+        estimate = size / weight(made).sqrt().view(-1, 1, 1, 1) * torch.ones_like(x_t)
+        error = Error(made.parameterization, huber=0.3)(says(made, always(estimate))(x_t, T), x_t, T, target)
+        torch.testing.assert_close(error, torch.full((7,), expected), rtol=2e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["v", "x_0"])
@@ -112,7 +121,7 @@ def test_targets_carry_no_gradient() -> None:
 
 
 def progressive(made: Process, taught: Teacher | None = None, total: int = 12) -> Progressive:
-    return Progressive(taught or teacher(made), made.parameterization, 16, 2, total)
+    return Progressive(taught or teacher(made), Error(made.parameterization), 16, 2, total)
 
 
 def two_ddim_steps(
@@ -162,7 +171,7 @@ def test_one_step_of_the_student_lands_where_two_of_the_teacher_do(changes: dict
 
 def test_progressive_targets_of_the_exact_teacher_are_near_the_exact_trajectory() -> None:
     made = process()
-    loss = Progressive(teacher(made), made.parameterization, 512, 1, 9)
+    loss = Progressive(teacher(made), Error(made.parameterization), 512, 1, 9)
     path = waypoints(made.schedule, T[:4], 512, 2)
     x_t = made.schedule.diffuse(X_0[:4], T[:4], EPS[:4])
     there, ratio = (
@@ -181,7 +190,7 @@ def test_phases_share_the_training_evenly(
     teacher_steps: int, student_steps: int, total: int, starts: list[int]
 ) -> None:
     made = process()
-    loss = Progressive(teacher(made), made.parameterization, teacher_steps, student_steps, total)
+    loss = Progressive(teacher(made), Error(made.parameterization), teacher_steps, student_steps, total)
     assert loss.phases == len(starts)
     expected = [sum(step >= start for start in starts) - 1 for step in range(total)]
     assert [loss.phase_of(step) for step in range(total)] == expected
@@ -228,10 +237,10 @@ def test_the_guided_teacher_is_distilled(kind: str, guidance: float, fraction: f
     x_t = made.schedule.diffuse(x_0, t, eps)
     by_hand = guidance * 0.1 * (y + 1).double().view(-1, 1, 1, 1)
     if kind == "consistency":
-        loss = Consistency(taught, made.parameterization, 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
+        loss = Consistency(taught, Error(made.parameterization), 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
         target = 0.05 * x_t + by_hand
     else:
-        loss = Progressive(taught, made.parameterization, 2, 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
+        loss = Progressive(taught, Error(made.parameterization), 2, 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
         path = waypoints(made.schedule, t, 2, 2)
         ends = [
             two_ddim_steps(
@@ -253,9 +262,9 @@ def test_the_teachers_estimates_are_thresholded(kind: str, threshold: str) -> No
     made, far = process(), 3 * randn(7, 1, 2, 2, seed=5)
     taught = teacher(made, always(far), threshold)
     if kind == "consistency":
-        loss = Consistency(taught, made.parameterization, 1, 1)
+        loss = Consistency(taught, Error(made.parameterization), 1, 1)
     else:
-        loss = Progressive(taught, made.parameterization, 2, 1, 1)
+        loss = Progressive(taught, Error(made.parameterization), 2, 1, 1)
     target = THRESHOLDS[threshold](far)
     assert target.equal(far) == (threshold == "none")
     found = loss(says(made, always(target)), X_0, T, EPS)
@@ -269,7 +278,11 @@ def test_the_loss_of_a_student_is_the_same_in_every_parameterization(kind: str) 
     for name, fraction in (("v", None), ("x_0", None), ("v", 0.2), ("x_0", 0.7)):
         made = process(parameterization=name)
         taught = Teacher(model(made, says(made, x_0_hat(made), name, fraction), name), threshold="clip")
-        loss = Consistency(taught, made.parameterization, 8, 3) if kind == "consistency" else progressive(made, taught)
+        loss = (
+            Consistency(taught, Error(made.parameterization), 8, 3)
+            if kind == "consistency"
+            else progressive(made, taught)
+        )
         found.append(loss(says(made, some_x_0_hat, name, fraction), X_0, T, EPS))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
@@ -279,7 +292,7 @@ def test_the_loss_of_a_student_is_the_same_in_every_parameterization(kind: str) 
 def test_float32_images_have_nearly_the_same_loss() -> None:
     """Coefficients are float64, so that small differences of angles keep their digits."""
     made = process()
-    for loss in (consistency(made, 8, 4), Progressive(teacher(made), made.parameterization, 64, 1, 6)):
+    for loss in (consistency(made, 8, 4), Progressive(teacher(made), Error(made.parameterization), 64, 1, 6)):
         student = says(made, some_x_0_hat)
         exact, single = loss(student, X_0, T, EPS), loss(student, X_0.float(), T, EPS.float())
         assert single.dtype == torch.float32

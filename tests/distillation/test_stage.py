@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion.distillation import losses
 from diffusion.distillation.losses import Progressive
-from diffusion.model import Model, load_model
+from diffusion.model import load_model
 from diffusion.storage.files import parse_csv
 from diffusion.training.state import State
 from flows.stages import distill
@@ -104,7 +104,7 @@ def test_outputs(whole: Callable[[str], Path], taught: Path, method: str) -> Non
 @METHOD
 def test_the_student_learns(taught: Path, tmp_path: Path, method: str) -> None:
     """In a single phase, as the loss grows from phase to phase."""
-    options = {"steps": 80, "preview_every": 1, "learning_rate": 0.01, "optimizer": {"kind": "adamw"}}
+    options = {"steps": 80, "preview_every": 20, "learning_rate": 0.01, "optimizer": {"kind": "adamw"}, "huber": 0.0}
     one_phase = {
         "consistency": {"points": 8, "solver_steps": 8},
         "progressive": {"teacher_steps": 2, "student_steps": 1},
@@ -114,8 +114,7 @@ def test_the_student_learns(taught: Path, tmp_path: Path, method: str) -> None:
     done = trees.run(tree, "distill")
     assert done.returncode == 0, done.stderr
     rows = curve(tree, "heldout.csv")
-    print(rows[::8])
-    assert rows[-1]["mse"] < 0.8 * rows[0]["mse"]
+    assert rows[-1]["mse"] < 0.7 * rows[0]["mse"]
 
 
 @METHOD
@@ -161,7 +160,7 @@ class Watched:
         self.teachers: list[tuple[int, int, str]] = []
         self.averages: dict[int, str] = {}
         self.spoiled, self.step = {*spoiled}, -1
-        enter, error, recipe = Progressive.enter, losses.weighted_error, distill.recipe
+        enter, error, recipe = Progressive.enter, losses.Error.__call__, distill.recipe
 
         def watched_recipe(*arguments: Any) -> Any:
             made = recipe(*arguments)
@@ -186,7 +185,7 @@ class Watched:
 
         assert enter is not None
         patch.setattr(distill, "recipe", watched_recipe)
-        patch.setattr(losses, "weighted_error", watched_error)
+        patch.setattr(losses.Error, "__call__", watched_error)
 
 
 def digest(net: nn.Module) -> str:
@@ -254,7 +253,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 
 @pytest.mark.parametrize(("method", "sharding", "times"), [("progressive", "weights", 2), ("consistency", "none", 1)])
-def test_two_processes(whole: Callable[[str], Path], taught: Path, tmp_path: Path, method: str, sharding: str) -> None:
+def test_two_processes(
+    whole: Callable[[str], Path], taught: Path, tmp_path: Path, method: str, sharding: str, times: int
+) -> None:
     """Give the student of one process, up to rounding, and always the same bytes."""
     made = []
     for name in ("one", "two")[:times]:
@@ -265,17 +266,3 @@ def test_two_processes(whole: Callable[[str], Path], taught: Path, tmp_path: Pat
         assert "on 2 x cpu" in done.stderr
     assert_close(made[0], whole(method))
     assert_same(made[0], made[-1])
-
-
-def replace_teacher(tree: Path, **changes: Any) -> Model:
-    """An untrained teacher, whose output is not zero."""
-    model = load_model(tree / "models/ddpm", CPU)
-    process = model.config.process.model_copy(update=changes)
-    network = model.config.network.model_copy(update={"classes": bool(changes.pop("classes", ()))})
-    made = Model.new(model.shape, network, process, model.config.classes)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in made.net.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    made.save(tree / "models/ddpm")
-    return made

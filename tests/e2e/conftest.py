@@ -24,6 +24,7 @@ TINY = {
     "process": {"num_timesteps": 20},
     "network": {"kind": "uvit", "base_channels": 8, "depth": 1, "patch_size": 4},
     "train": {"steps": 20, "batch_size": 64, "warmup_steps": 2, "log_every": 5, "preview_every": 10},
+    "distill": {"steps": 10, "batch_size": 64, "warmup_steps": 2, "log_every": 5, "preview_every": 5},
     "sample": {"steps": 5, "count": 4},
     "evaluate": {"resamples": 100, "likelihood_images": 8, "exact_likelihood_images": 2, "quality_samples": 40},
 }

@@ -164,6 +164,31 @@ def test_afterwards_dvc_repro_runs_no_stage(up: Command) -> None:
     assert "Data and pipelines are up to date" in up("dvc", "repro").stdout
 
 
+@pytest.mark.usefixtures("two_runs")
+def test_the_literal_command_distils_a_finished_run(up: Command, clone: Path) -> None:
+    distil = ("prefect", "deployment", "run", "distill-ddpm", "--watch")
+    done = up(*distil, "--flow-run-name", "student", "-p", "run=first")
+    assert done.returncode == 0, done.stdout
+    stages = ["distill", "evaluate-student", "export-student"]
+    assert summary(clone, "student") == dict.fromkeys(stages, "run")
+    lines = [line.partition(" after ")[0] for line in done.stdout.splitlines()]
+    for line in (*(f"{stage}: done" for stage in stages), "student: done"):
+        assert lines.count(line) == 1
+    first, student = (clone / ".ddpm/runs" / name for name in ("first", "student"))
+    assert trees.digests(student, "models/ddpm", "data/pairs") == trees.digests(first, "models/ddpm", "data/pairs")
+    assert (student / "models/student-onnx/sampler.onnx").is_file()
+    report = artifact(up, "distill-ddpm-report")
+    for part in ("# student", "`first`, its teacher", "| student | 2 |", "[Open in MLflow](http://"):
+        assert part in report
+    again = up(*distil, "--flow-run-name", "student-again", "-p", "run=first")
+    assert again.returncode == 0, again.stdout
+    assert summary(clone, "student-again") == dict.fromkeys(stages, "cached")
+    refused = up(*distil, "-p", "run=student", "-p", "device=cpu")
+    assert refused.returncode == 1
+    assert "run 'student': is a distillation" in " ".join(refused.stdout.split())
+    assert "Traceback" not in refused.stdout
+
+
 def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Command, clone: Path) -> None:
     wrong = ['train={"stepz": 5, "steps": "10"}', 'sample={"steps": 5000}']
     done = up(*RUN, "--flow-run-name", "wrong", "-p", wrong[0], "-p", wrong[1])

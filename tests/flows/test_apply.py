@@ -13,6 +13,7 @@ from flows.__main__ import main
 from tests.flows.conftest import git, new_repository
 
 pytestmark = pytest.mark.slow
+FILES = ("params.yaml", "dvc.lock")
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,13 @@ def test_committed_changes_are_overwritten() -> None:
 
 @pytest.mark.usefixtures("run")
 def test_outputs_that_exist_nowhere_else_are_kept() -> None:
-    before = {name: Path(name).read_text() for name in apply.FILES}
+    before = {name: Path(name).read_text() for name in FILES}
     Path("models/ddpm/result").unlink()
     Path("models/ddpm/result").write_text("mine")
     with pytest.raises(UserError, match="without confirmation"):
         apply.apply("one", force=False)
     assert Path("models/ddpm/result").read_text() == "mine"
-    assert {name: Path(name).read_text() for name in apply.FILES} == before
+    assert {name: Path(name).read_text() for name in FILES} == before
 
 
 @pytest.mark.parametrize("name", ["one", "raw"])
@@ -127,14 +128,14 @@ def add_raw_data() -> None:
 
 def test_if_an_output_is_nowhere_everything_is_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def tree() -> dict[str, str]:
-        names = [*apply.FILES, "models/ddpm/result", "data/shards/result"]
+        names = [*FILES, "models/ddpm/result", "data/shards/result"]
         return {name: Path(name).read_text() for name in names if Path(name).exists()}
 
     shutil.rmtree("data/shards")
     before = tree()
     # Replacing the run's model leaves no other copy of it.
     for file in Path(".dvc/cache/files").rglob("*"):
-        if file.is_file() and b"steps: 5\n" in file.read_bytes():
+        if file.is_file() and b"\n  steps: 5\n" in file.read_bytes():
             file.chmod(0o644)
             file.unlink()
     (run / "models/ddpm/result").unlink()

@@ -67,6 +67,7 @@ def test_settings_reach_the_stage(repository: Path) -> None:
     [
         ("raise ValueError('wrong shape')", "ValueError: wrong shape"),
         ("import sys; sys.exit('ddpm shard: error: params.yaml: no')", "ddpm shard: error: params.yaml: no"),
+        ("import sys; sys.exit('ddpm export-student: error: no\\nend')", "ddpm export-student: error: no"),
         ("print('last words'); raise SystemExit(3)", "last words"),
         ("pass", "output 'data/shards' does not exist"),
     ],

@@ -9,13 +9,15 @@ from prefect.utilities.schema_tools import validation
 from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
-from flows import params, workspace
+from flows import deployment, params, teacher, workspace
+from flows.distill_ddpm import distill_ddpm
 from flows.flow_run import parameters as parameters_of
 from flows.parameters import NOTHING, given
 from flows.train_ddpm import train_ddpm
 from tests.flows.test_params import ROOT, VALUES, WRONG
 
 SCHEMA = parameter_schema(train_ddpm.fn).model_dump_for_openapi()
+DISTILLATION = parameter_schema(distill_ddpm.fn).model_dump_for_openapi()
 
 
 def test_what_is_left_out_or_null_is_as_in_params_yaml() -> None:
@@ -27,9 +29,12 @@ def test_what_is_left_out_or_null_is_as_in_params_yaml() -> None:
 
 def test_prefect_leaves_the_values_as_they_are() -> None:
     """Taken for other types, or checked one at a time, they would differ from those in the file."""
-    assert not train_ddpm.should_validate_parameters
-    (deployment,) = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
-    assert deployment["enforce_parameter_schema"] is False
+    for flow in (train_ddpm, distill_ddpm):
+        assert not flow.should_validate_parameters
+    deployments = YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"]
+    assert [each["name"] for each in deployments] == list(deployment.FLOWS)
+    for each in deployments:
+        assert each["enforce_parameter_schema"] is False
 
 
 @pytest.mark.parametrize(("section", "field", "_", "text", "right"), [row for row in VALUES if row[3] is not None])
@@ -98,8 +103,9 @@ def test_every_field_is_in_the_form_with_its_description() -> None:
         if section is None:
             continue
         title = section.__name__.removesuffix("Options")
-        form = SCHEMA["definitions"][title]
-        refs = [SCHEMA["properties"][name], *SCHEMA["properties"][name].get("anyOf", [])]
+        schema = DISTILLATION if name == "distill" else SCHEMA
+        form = schema["definitions"][title]
+        refs = [schema["properties"][name], *schema["properties"][name].get("anyOf", [])]
         assert f"#/definitions/{title}" in [ref.get("$ref") for ref in refs]
         assert form["description"] == section.__doc__
         assert "required" not in form
@@ -146,8 +152,25 @@ def test_the_form_says_so_of_choices_with_fields_and_of_plain_parameters() -> No
     )
 
 
+def test_the_form_of_a_distillation_has_what_its_teacher_does_not_fix() -> None:
+    assert list(DISTILLATION["properties"]) == ["run", "device", *teacher.SECTIONS]
+    assert DISTILLATION["properties"]["run"]["description"].startswith("Name of a completed run of train-ddpm")
+    right = {
+        "run": "bold-ape",
+        "distill": {"steps": 5, "method": {"kind": "progressive"}},
+        "sample": {"threshold": 0.9},
+    }
+    assert validation.validate(right, DISTILLATION) == []
+    wrong = {"run": 5, "distill": {"steps": "5", "stepz": 5}, "sample": {"threshold": 2.0}}
+    assert {tuple(error.path)[:1] for error in validation.validate(wrong, DISTILLATION)} == {
+        ("run",),
+        ("distill",),
+        ("sample",),
+    }
+
+
 def test_no_field_has_a_switch_which_sends_false_unless_it_is_turned_on() -> None:
-    assert "boolean" not in json.dumps(SCHEMA)
+    assert "boolean" not in json.dumps([SCHEMA, DISTILLATION])
     train = SCHEMA["definitions"]["Train"]["properties"]
     assert [train[name]["enum"] for name in ("flip", "compile")] == [[True, False], [True, False, "auto"]]
     assert validation.validate({"train": {"flip": True, "compile": "auto"}}, SCHEMA) == []

@@ -33,6 +33,6 @@ def test_a_run_cancelled_while_it_is_tracked_lets_the_command_mark_its_record(
     canceller = threading.Thread(target=cancel)
     canceller.start()
     with pytest.raises(KeyboardInterrupt):
-        pipeline._track(tmp_path, print, print)
+        pipeline._track(tmp_path, False, print, print)
     canceller.join()
     assert (tmp_path / "stopped").exists()

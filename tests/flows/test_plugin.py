@@ -14,9 +14,10 @@ from flows import addresses, plugin
 RUN = ["deployment", "run", "train-ddpm"]
 
 
-def test_completes_the_bare_name_and_keeps_the_rest() -> None:
-    expected = ["deployment", "run", "train-ddpm/train-ddpm", "--watch", "-p", "seed=1"]
-    assert plugin.complete([*RUN, "--watch", "-p", "seed=1"]) == expected
+@pytest.mark.parametrize("name", ["train-ddpm", "distill-ddpm"])
+def test_completes_the_bare_name_and_keeps_the_rest(name: str) -> None:
+    expected = ["deployment", "run", f"{name}/{name}", "--watch", "-p", "device=cpu"]
+    assert plugin.complete(["deployment", "run", name, "--watch", "-p", "device=cpu"]) == expected
 
 
 @pytest.mark.parametrize(

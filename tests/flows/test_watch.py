@@ -207,6 +207,24 @@ def test_watching_a_run_in_progress_starts_with_what_the_server_knows(monkeypatc
     ]
 
 
+def test_the_stages_are_those_of_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    server(monkeypatch, "distill-ddpm")
+    client: Any = watch.get_client()
+    _, running = client.read_task_runs.return_value
+    running.name, running.start_time = "evaluate-student-0c1", START
+    client.read_task_runs.return_value = [running]
+    client.read_logs.return_value = [log(None, "evaluate-student: 31/62 steps, 31/s, 1 s left")]
+    status = asyncio.run(watch.status_of(uuid4()))
+    assert status is not None
+    assert status.rows(START + timedelta(seconds=10))[1:] == [
+        Row("distill", "waiting", None, ""),
+        Row("evaluate-student", "running", 10, " 50 %  31 steps/s  0:01 left", 0.5),
+        Row("export-student", "waiting", None, ""),
+    ]
+    server(monkeypatch, "of someone else")
+    assert asyncio.run(watch.status_of(uuid4())) is None
+
+
 def test_why_a_run_failed_is_shown_when_prefect_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's log was read before; without a terminal, only the replayed line shows the reason."""
     server(monkeypatch, "train-ddpm")

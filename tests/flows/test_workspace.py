@@ -15,7 +15,7 @@ import pytest
 from prefect.exceptions import TerminationSignal
 
 from diffusion.errors import UserError
-from flows import dvc_stage, params, summary, workspace
+from flows import dvc_stage, params, run_list, summary, workspace
 from tests.flows.conftest import git
 
 pytestmark = pytest.mark.slow
@@ -250,7 +250,7 @@ def test_find_and_list(capsys: pytest.CaptureFixture[str]) -> None:
         workspace.find("blue")
     lost = workspace.Run.read(RUNS / "red-fox")
     workspace.Run(**{**vars(lost), "state": "running"}).write(RUNS / "red-fox")
-    workspace.list_runs()
+    run_list.show()
     table, kept = capsys.readouterr().out.split("\n\n")
     assert "last 20 runs (DDPM_KEEP_RUNS)" in kept
     assert "14 days ago (DDPM_KEEP_DAYS)" in kept
@@ -265,7 +265,7 @@ def test_damaged_runs_are_reported_and_the_others_listed(capsys: pytest.CaptureF
     (RUNS / "red" / "run.json").write_text("")
     (RUNS / "green" / "reports").mkdir()
     (RUNS / "green" / "reports" / "evaluate.json").write_text("[]")
-    workspace.list_runs()
+    run_list.show()
     output = capsys.readouterr()
     assert "red/run.json: damaged; delete" in output.err
     rows = {line.split()[0]: line.split()[3:] for line in output.out.split("\n\n")[0].splitlines()[1:]}
