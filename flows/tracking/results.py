@@ -107,9 +107,7 @@ def read(params: Params, paths: Paths) -> Results:
     again = dvc_yaml.repro(paths.student)
     for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
-            raise UserError(
-                f"{needed}: missing; run `{again}` or `dvc pull` before recording a training"
-            )
+            raise UserError(f"{needed}: missing; run `{again}` or `dvc pull` before recording a training")
     read_checked(manifest)
     stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # absent where data was pulled
     for stage in [*stages, "train"]:

@@ -11,10 +11,9 @@ import pytest
 
 from diffusion.errors import UserError
 from diffusion.storage.files import sha256, write_csv, write_json, write_sums
-from flows import gate, made_with, tracking
+from flows import made_with, tracking
 from flows import params as parameters
 from flows.__main__ import main
-from flows.gate import Better, Limit, NotWorse
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking.recording import Recorded
@@ -248,13 +247,6 @@ def test_a_student_is_compared_with_students_by_its_samples(
     assert f"Fréchet distance {distance:.4f} against 2.0000 of version 1" in description(student, "2")
     assert str(client.get_registered_model("ddpm").aliases["champion"]) == "1"
     assert [row["figure"] for row in recorded.gate] == ["Fréchet distance"]
-
-
-def test_students_keep_the_rules_on_samples() -> None:
-    limit, recall = Limit(figure="kid", value=0.1), Better(figure="recall")
-    errors = Limit(figure="val_mse"), Better(figure="val_mse"), NotWorse(figure="bits_per_dim")
-    assert gate.for_students([errors[0], limit, *errors[1:], recall]) == (limit, recall)
-    assert gate.for_students(errors) == gate.for_students([]) == (NotWorse(figure="frechet_distance"),)
 
 
 def test_rules_on_samples_replace_the_usual_one(student: Paths) -> None:
