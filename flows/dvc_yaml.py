@@ -26,6 +26,11 @@ def target(stage: str) -> str:
     return stage if file_of(stage) == DVC_YAML else f"{DISTILLATION}:{stage}"
 
 
+def repro(student: bool) -> str:
+    """The command that brings all results up to date, or with `student` those of the distillation."""
+    return f"dvc repro {DISTILLATION}" if student else "dvc repro"
+
+
 def code(stage: str) -> list[Path]:
     """The source files of this project that a stage depends on, below `ROOT`."""
     listed = [ROOT / part for part in dependencies(stage)]

@@ -5,7 +5,7 @@ current parameters, no matter how the stage was run.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,8 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
         ran_with, read, wrote = (record[part] for part in ("params", "read", "wrote"))
     except (OSError, ValueError, KeyError):
         return f"{file}: missing, unreadable, or written by an earlier version"
-    now = flat(params)
-    for name, value in ran_with.items():
-        if name not in now:
-            return f"{ran} was run by an earlier version, which had the parameter {name}"
-        if now[name] != value:
-            return f"{ran} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
+    if reason := difference_of_parameters(ran, ran_with, params):
+        return reason
     inputs, _ = _files(paths, stage)
     for name, path in inputs.items():
         if sha256(path) != read.get(name):
@@ -74,6 +70,17 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
             raise UserError(f"{path}: missing; `dvc repro {dvc_yaml.target(ran)}` writes it")
         if sha256(path) != digest:
             raise Damaged(path, f"it does not match its digest in {file}")
+    return None
+
+
+def difference_of_parameters(ran: str, ran_with: Mapping[str, Any], params: Params) -> str | None:
+    """Describe which parameter of a stage, called `ran`, is another in `params`; None if all are the same."""
+    now = flat(params)
+    for name, value in ran_with.items():
+        if name not in now:
+            return f"{ran} was run by an earlier version, which had the parameter {name}"
+        if now[name] != value:
+            return f"{ran} ran with {name}: {json.dumps(value)}, params.yaml says {json.dumps(now[name])}"
     return None
 
 

@@ -16,7 +16,8 @@ def with_remedy(error: Exception) -> str:
     if isinstance(error, Damaged):
         # DVC trusts the read-only files in its cache without hashing them: `dvc checkout --force` restores the damaged
         # file, and so does the first checkout after `dvc repro --force`. Only deleting the cached copy helps.
-        return f"{error}; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro`"
+        again = dvc_yaml.repro(student=stage in STUDENT_STAGES)
+        return f"{error}; delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `{again}`"
     return f"{error}; `dvc repro {dvc_yaml.target(stage)}` writes it{_or_apply(distilled=stage in STUDENT_STAGES)}"
 
 

@@ -129,7 +129,7 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
         raise UserError(
             f"sampler.onnx: {share:.2%} of its pixel values differ from PyTorch's, by up to "
             f"{counted(largest, 'grey level')} (allowed: {MAX_OFF_BY_ONE:.1%} and 1); no model was written: choose "
-            "another export.sampler or fewer export.steps"
+            "another export.sampler or fewer export.steps, for a student fewer distill.sampling_steps"
         )
     return {"images": IMAGES, "values_off_by_one": share}
 

@@ -53,6 +53,7 @@ def render_report(paths: Paths, parameters: dict[str, Any]) -> str:
     drawn = [
         (few_steps.chart(rows, name), f"{_capital(quality.LABELS[name])} by steps.")
         for name in ("frechet_distance", "recall")
+        if name in measured
     ]
     drift = (few_steps.chart(rows, "drift"), "Distance from the teacher's samples with the most steps, same noise.")
     record = read_record(paths, "train")
@@ -65,7 +66,7 @@ def render_report(paths: Paths, parameters: dict[str, Any]) -> str:
         rows=rows,
         labels={name: quality.LABELS[name] for name in measured},
         features=quality_features(paths),
-        charts=[*(drawn if measured else []), drift],
+        charts=[*drawn, drift],
         curves=curves,
         parameters=sorted((name, parameter(value)) for name, value in (record["params"] | parameters).items()),
         digests=sorted(

@@ -71,7 +71,7 @@ def track(params: Params, paths: Paths, as_json: bool) -> None:
     """`record`, and print where; raises UserError if there is nothing to record or MLflow cannot be reached."""
     found, uri = results.read(params, paths), store.tracking_uri(paths)
     for reason in found.stale:
-        say(f"MLflow: left out: {reason}; `{results.repro(paths)}` brings it up to date")
+        say(f"MLflow: left out: {reason}; `{dvc_yaml.repro(paths.student)}` brings it up to date")
     with store.user_errors(uri):
         recorded = _record(uri, found, None, {})
     if as_json:

@@ -15,6 +15,7 @@ from diffusion.storage.files import check_sums, parse_csv, read_checked, sha256
 from diffusion.training.options import TrainOptions
 from flows import dvc_yaml, made_with
 from flows.gate import Rule, for_students
+from flows.pages import contents
 from flows.params import Params
 from flows.paths import Paths
 
@@ -103,14 +104,17 @@ def read(params: Params, paths: Paths) -> Results:
         UserError: The weights are missing, were trained with other parameters or data, or a file is damaged.
     """
     weights, manifest = paths.model / "model.safetensors", paths.pairs / "manifest.json"
+    again = dvc_yaml.repro(paths.student)
     for needed in (weights, paths.train_report, paths.train_curves, manifest):
         if not needed.exists():
-            raise UserError(f"{needed}: missing; run `{repro(paths)}` or `dvc pull` before recording a training")
+            raise UserError(f"{needed}: missing; run `{again}` or `dvc pull` before recording a training")
     read_checked(manifest)
     stages = [stage for stage in ("shard", "pairs") if paths.made_with(stage).exists()]  # absent where data was pulled
     for stage in [*stages, "train"]:
         if reason := made_with.difference(paths, stage, params):
-            raise UserError(f"{reason}; `{repro(paths)}` brings the results up to date")
+            raise UserError(f"{reason}; `{again}` brings the results up to date")
+    if paths.student and (reason := _difference_of_teacher(params, Paths(paths.root))):
+        raise UserError(f"{reason}; `{again}` brings the results up to date")
     read_checked(paths.model / "config.json")
     check_sums(paths.previews)
     names = ("loss", "heldout")
@@ -131,9 +135,13 @@ def read(params: Params, paths: Paths) -> Results:
     return Results(params, paths, sha256(weights), sha256(manifest), training, curves, evaluation, export, tuple(stale))
 
 
-def repro(paths: Paths) -> str:
-    """The command that brings results up to date."""
-    return f"dvc repro {dvc_yaml.DISTILLATION}" if paths.student else "dvc repro"
+def _difference_of_teacher(params: Params, paths: Paths) -> str | None:
+    """Describe why `params` are not those of the teacher's training; None if they are, or if it was imported."""
+    ran_with = contents.read_record(paths, "train")["params"]
+    fixed = {
+        name: value for name, value in ran_with.items() if name != "device"
+    }  # the student may be trained elsewhere
+    return made_with.difference_of_parameters("train", fixed, params)
 
 
 def _evaluation(paths: Paths) -> Evaluation:

@@ -11,7 +11,7 @@ from diffusion.errors import UserError
 from flows import params as parameters
 from flows import yaml_files
 from flows.changes import lay_over
-from flows.gate import FIGURES, Better, Limit, NotWorse, Rule, Scores, decide, paired
+from flows.gate import FIGURES, Better, Limit, NotWorse, Rule, Scores, decide, for_students, paired
 from flows.params import Params
 from tests.flows.test_params import ROOT
 
@@ -206,3 +206,10 @@ def test_the_description_of_the_parameter_names_all_figures_and_their_fields() -
     description = " ".join((parameters.Tracking.model_fields["gate"].description or "").split())
     assert description.split("Figures: ")[1].rstrip(".").split(", ") == list(FIGURES)
     assert Params().tracking.gate == (Limit(figure="val_mse", value=0.5), Better(figure="val_mse", by=0.0))
+
+
+def test_students_keep_the_rules_on_samples() -> None:
+    limit, recall = Limit(figure="kid", value=0.1), Better(figure="recall")
+    errors = Limit(figure="val_mse"), Better(figure="val_mse"), NotWorse(figure="bits_per_dim")
+    assert for_students([errors[0], limit, *errors[1:], recall]) == (limit, recall)
+    assert for_students(errors) == for_students([]) == (NotWorse(figure="frechet_distance"),)

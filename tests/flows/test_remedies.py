@@ -14,6 +14,10 @@ SCRUB = "; delete it, run `make scrub` (the DVC cache may hold the same damaged 
 @pytest.mark.parametrize(
     ("path", "stage"),
     [
+        ("models/student/config.json", "distill/dvc.yaml:distill"),
+        ("reports/student/previews", "distill/dvc.yaml:distill"),
+        ("reports/student/evaluation/few_steps.csv", "distill/dvc.yaml:evaluate-student"),
+        ("models/student-onnx/sampler.onnx", "distill/dvc.yaml:export-student"),
         ("data/shards/train-000000.tar", "shard"),
         ("data/pairs/manifest.json", "pairs"),
         ("models/ddpm", "train"),
@@ -28,7 +32,8 @@ def test_files_of_a_stage_get_advice(path: str, stage: str | None) -> None:
     advice = f"; `dvc repro {stage}` writes it" if stage else ""
     assert with_remedy(FileFault(Path(path), "missing")) == f"{path}: missing{advice}"
     assert with_remedy(FileFault(Path(path).absolute(), "missing")) == f"{Path(path).absolute()}: missing{advice}"
-    assert with_remedy(Damaged(Path(path), "why")) == f"{path}: damaged (why){SCRUB if stage else ''}"
+    scrub = SCRUB.replace("dvc repro", "dvc repro distill/dvc.yaml") if "student" in path else SCRUB
+    assert with_remedy(Damaged(Path(path), "why")) == f"{path}: damaged (why){scrub if stage else ''}"
 
 
 def test_the_last_flow_run_is_offered_in_a_working_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
