@@ -77,6 +77,8 @@ class Hooks:
     flops: int
     """Of a forward pass, per image; a training step takes three times as many."""
     stage: str = "train"
+    error: str = "held-out MSE"
+    """What `measure` measures."""
     quality: LiveQuality | None = None
     """Compares samples with training images at every preview; it changes no output. None if that is turned off."""
     timed_steps: int = field(default=0, init=False)
@@ -116,7 +118,7 @@ class Hooks:
             raise Stopped(int(signum))
         state.heldout_curve.append({"step": state.step, "mse": mse})
         if self.logger:
-            line = f"{self.stage}: step {state.step}: held-out MSE {mse:.4f} ± {se:.4f}"
+            line = f"{self.stage}: step {state.step}: {self.error} {mse:.4f} ± {se:.4f}"
             metrics = {"heldout_mse": mse, "heldout_mse_se": se, "skipped_steps": state.skipped}
             if quality:
                 line += f", KID {quality.kid:.4f} ± {quality.kid_se:.4f}"

@@ -82,6 +82,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         net=initial,
         loss=loss,
         measure=measure,
+        error="held-out loss",
         drawing=student_sampling(params.sample, options.sampling_steps).model_copy(update={"count": 36}),
         before_step=before_step,
         replaces_teacher=isinstance(loss, Progressive),

@@ -61,6 +61,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         net=initial,
         loss=process.loss,
         measure=measure,
+        error="held-out MSE",
         drawing=preview_options(params.process),
         finish=with_errors,
     )

@@ -64,6 +64,8 @@ class Recipe:
     loss: TrainingLoss
     measure: Callable[[State, Model, CheckStop], Estimate]
     """The held-out error at a preview."""
+    error: str
+    """What that is, for messages."""
     drawing: SampleOptions
     """How previews are drawn."""
     finish: Callable[[Model, CheckStop], Model] = lambda model, _: model
@@ -110,7 +112,7 @@ def carry_out(params: Params, paths: Paths, recipe_for: Callable[[torch.device],
                 training.write(model, state)
                 tracking.record(params, paths, state.run_id)
             loss, error = state.loss_curve[-1]["loss"], state.heldout_curve[-1]["mse"]
-            say(f"{stage}: {counted(state.step, 'step')}, loss {loss:.4f}, held-out MSE {error:.4f}")
+            say(f"{stage}: {counted(state.step, 'step')}, loss {loss:.4f}, {recipe.error} {error:.4f}")
             shutil.rmtree(training.checkpoints)
 
 
@@ -214,6 +216,7 @@ class Training:
                 live,
                 counts.flops,
                 stage,
+                recipe.error,
                 quality,
             )
             with progress or nullcontext():
