@@ -5,8 +5,9 @@ Run it on working trees with data/pairs and models/ddpm, written by `dvc repro` 
     python benchmarks/few_steps.py run --tree TREE --data digits --seeds 3 --methods consistency progressive
 
 Every seed distils the teacher anew, by the stage `distill` with the tree's section `distill`, and draws its own noise.
-Each method gets `--share` of the training's time: its number of steps follows from the time of a step of `train` and of
-one of its own, measured in the same process one after the other. Figures are means over seeds with 95 % t intervals;
+Each method gets `--share` of the CPU time of the training: its number of steps follows from the time of a step of
+`train`, measured once for each file of results, and of one of its own. `cpu_seconds` is the time of the whole stage
+`distill`, `train_cpu_seconds` that of the training steps alone. Figures are means over seeds with 95 % t intervals;
 those of the teacher vary with the noise alone. benchmarks/results/few-steps-DATA.json holds
 
     {"teacher": {"ddim": {"8": {"frechet": [value, low, high], ...}}}, "student": {"2": {...}}, "progressive": {...}}

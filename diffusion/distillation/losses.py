@@ -47,7 +47,7 @@ class Consistency:
     """Consistency distillation: the same estimate at all points of a trajectory; Song et al. 2023, algorithm 2.
 
     The teacher solves its ODE from x_t for `solver_steps` of at most `points` steps, which are even in the angle of
-    `Schedule.angle`. The target is where this arrives at the image, or else the student's own estimate there. As
+    `Schedule.angle`. The target is where this arrives at the image, or else the student's own estimate there. Like
     easy consistency tuning (Geng et al. 2024), this begins with the teacher's weights and has no second, averaged
     student. Its targets, from data instead of the teacher's steps, need smaller steps and more training.
     """
