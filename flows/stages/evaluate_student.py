@@ -141,7 +141,7 @@ def compare(
 def features_of(options: Evaluate, paths: Paths, model: Model, train: Pairs) -> Features:
     """The features in which samples are compared; raises UserError if the user's file cannot be used."""
     if options.features == "auto":
-        return trained_features(train, paths.features)
+        return trained_features(train, paths.features, "evaluate-student")
     return OnnxFeatures(paths.root / options.features, options.features_sha256, model.shape)
 
 
