@@ -181,7 +181,7 @@ def track(run: str | None = None, /, *, student: bool = False, json: bool = Fals
 
     Args:
         run: Name of a flow run (see `ddpm runs`); by default the working tree.
-        student: Those of the distillation; needless with its run.
+        student: Record the distilled model; implied if RUN is a distillation.
         json: Print run id, address and model version as JSON.
     """
     from flows import tracking, workspace
@@ -199,7 +199,7 @@ def promote(version: str, /, *, reason: str, student: bool = False) -> None:
     Args:
         version: Its number in MLflow.
         reason: Reason; appended to the version's description.
-        student: A version of the distilled model.
+        student: The version is one of the distilled model.
     """
     from flows import tracking
     from flows.params import load

@@ -32,7 +32,7 @@ DETERMINING: dict[str, Any] = {
 """The parameters that determine what a stage trains."""
 SETUP = {
     "device": "device: {}",
-    "processes": "processes: {}",
+    "processes": "{stage}.processes: {}",
     "threads": "OMP_NUM_THREADS={}",
     "instructions": "the instructions {}",
     "torch": "torch=={}",
@@ -109,7 +109,7 @@ def unused_checkpoints(checkpoints: Path, facts: dict[str, Any]) -> list[str]:
         if step and {**facts, **dict.fromkeys(SETUP)} == {**other, **dict.fromkeys(SETUP)}:
             # The number of threads and the instructions do not matter on a GPU, and are null there.
             differ = [name for name in SETUP if None not in (facts[name], other[name]) and facts[name] != other[name]]
-            made = ", ".join(SETUP[name].format(other[name]) for name in differ)
+            made = ", ".join(SETUP[name].format(other[name], stage=facts["stage"]) for name in differ)
             now = ", ".join(str(facts[name]) for name in differ)
             lines.append(
                 f"not resuming from the checkpoint at step {step}: it was made with {made} (now {now}), so the result "

@@ -92,7 +92,7 @@ def _track(directory: Path, student: bool, log: Log, warn: Log) -> dict[str, Any
         log(line)
     if process.returncode:
         reason = ([line for line in errors.splitlines() if line.strip()] or ["no message"])[-1]
-        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}{' --student' * student}` records it later")
+        warn(f"not in MLflow ({reason}); `ddpm track {directory.name}` records it later")
         return None
     tracked: dict[str, Any] = json.loads(out.splitlines()[-1])
     return tracked

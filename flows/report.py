@@ -71,7 +71,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
         f"# {summary.run}",
         f"[Open in MLflow]({summary.mlflow})"
         if summary.mlflow
-        else f"Not recorded in MLflow; run `{summary.track_command}` to record it.",
+        else f"Not recorded in MLflow; run `ddpm track {summary.run}` to record it.",
         *results(directory, summary, last),
         "## Stages",
         _table(

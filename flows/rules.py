@@ -42,8 +42,9 @@ def has_patches_that_fit(params: Params) -> None:
 
 
 def draws_the_last_timestep(params: Params) -> None:
-    if params.process.zero_terminal_snr and params.train.timesteps == "log-snr-normal":
-        raise ValueError("train.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
+    for stage in ("train", "distill"):
+        if params.process.zero_terminal_snr and getattr(params, stage).timesteps == "log-snr-normal":
+            raise ValueError(f"{stage}.timesteps: log-snr-normal never draws the last timestep of zero_terminal_snr")
 
 
 def has_learned_its_variance(params: Params) -> None:

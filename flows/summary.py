@@ -53,11 +53,6 @@ class Summary:
     teacher: str = ""
     """Name of the run whose model was distilled; empty for a training."""
 
-    @property
-    def track_command(self) -> str:
-        """What records the run in MLflow."""
-        return f"ddpm track {self.run}{' --student' if self.teacher else ''}"
-
 
 def collect(
     directory: Path,
@@ -128,7 +123,7 @@ def show(run: str | None) -> None:
     lines |= {"samples": summary.quality} if summary.quality else {}
     lines |= {"ONNX model": os.path.relpath(summary.onnx)}
     lines |= {"Prefect": summary.prefect} if summary.prefect else {}
-    lines |= {"MLflow": summary.mlflow or f"not recorded; run `{summary.track_command}`"}
+    lines |= {"MLflow": summary.mlflow or f"not recorded; run `ddpm track {summary.run}`"}
     width = max(14, *(len(title) + 2 for title in lines))
     for title, value in lines.items():
         print(f"  {title:<{width}}{value}")

@@ -67,9 +67,9 @@ class Schedule:
         return alpha_bar / (1 - alpha_bar)
 
     def angle(self, t: Tensor) -> Tensor:
-        """The angle phi with alpha_bar = cos(phi)^2, from 0 (the image) to pi / 2 (noise).
+        """The angle phi for which x_t = cos(phi) x_0 + sin(phi) eps, from 0 (the image) to pi / 2 (noise).
 
-        x_t = cos(phi) x_0 + sin(phi) eps moves on it at a constant speed; Salimans & Ho 2022, appendix D.
+        Salimans & Ho 2022, appendix D.
         """
         alpha_bar = self(t)
         return torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())

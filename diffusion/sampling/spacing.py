@@ -40,8 +40,8 @@ def log_snr(schedule: Schedule, steps: int) -> list[int]:
 def angle(schedule: Schedule, steps: int) -> list[int]:
     """Evenly spaced in the angle phi of `Schedule.angle`, up to rounding to integers; Salimans & Ho 2022, appendix D.
 
-    From that of T - 1 to the clean image, phi = 0,
-    all steps are equally long. So the last does not begin at t = 0, where there is almost no noise left to remove.
+    All steps are equally long, from T - 1 to the clean image at phi = 0. So the last one does not begin at t = 0, where
+    almost no noise is left to remove.
     """
     phi = schedule.angle(torch.arange(schedule.num_timesteps)).flatten()
     wanted = phi[-1] * torch.arange(steps, 0, -1, dtype=torch.float64) / steps

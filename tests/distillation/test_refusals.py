@@ -12,11 +12,13 @@ from torch import Tensor
 from diffusion.distillation.heldout import heldout_loss
 from diffusion.distillation.losses import Consistency
 from diffusion.distillation.options import DistillOptions
+from diffusion.errors import UserError
 from diffusion.model import Model
 from diffusion.pairs.pairs import Pairs
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.storage.files import write_sums
 from diffusion.training.distributed import World
+from flows import dvc_yaml, yaml_files
 from flows import fingerprint as fingerprints
 from flows import params as parameters
 from flows.paths import Paths
@@ -133,6 +135,13 @@ def test_pairs_of_another_schedule(tree: Path) -> None:
 def test_options_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillOptions.model_validate(changes)
+
+
+def test_timesteps_that_never_draw_the_last_one() -> None:
+    changes = {"process": {"zero_terminal_snr": True}, "distill": {"timesteps": "log-snr-normal"}}
+    document = yaml_files.overlay(yaml_files.read_yaml(dvc_yaml.ROOT / "params.yaml"), changes)
+    with pytest.raises(UserError, match=r"distill\.timesteps: log-snr-normal never draws the last timestep"):
+        parameters.validate(document, "here")
 
 
 def test_options_that_do() -> None:

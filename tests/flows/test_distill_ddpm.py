@@ -97,7 +97,7 @@ def test_a_run_is_distilled_in_a_workspace_of_its_own(
     rows = [line.split() for line in table.splitlines()]
     for row in (["steps", "2"], ["drift", "1.5000"], ["samples", "good"]):
         assert row in rows
-    assert "`ddpm track stu --student`" in table
+    assert "`ddpm track stu`" in table
     assert summary.read(directory).onnx == str(directory.absolute() / "models/student-onnx/sampler.onnx")
 
     change({"distill": {"batch_size": 9}})

@@ -140,6 +140,7 @@ def test_limits_to_the_instructions_are_part_of_the_setup(monkeypatch: pytest.Mo
 
 def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     facts = {
+        "stage": "train",
         "params": {"seed": 0},
         "pairs": "12",
         "code": {"a.py": "34"},
@@ -168,6 +169,6 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     first, second, third = fingerprints.unused_checkpoints(tmp_path, facts)
     assert "step 70" in first
     assert "it was made with torch==2.12.0, numpy==1.26.0 (now 2.13.0, 2.0.0)" in first
-    assert "it was made with device: cuda, processes: 8 (now cpu, 1)" in second
+    assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
     assert fingerprints.unused_checkpoints(tmp_path, facts | {"params": {}}) == []
