@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"{arguments.data}, {method}, seed {seed}: {row['steps']} steps, {row['cpu_seconds']} s, Fréchet {own}")
 
 
-def show(_: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> None:  # noqa: ARG001 (as the other commands)
     """Print the tables, one for each file of results."""
     for file in sorted(RESULTS.glob("few-steps-*.json")):
         document = json.loads(file.read_text())
@@ -202,8 +202,15 @@ def show(_: argparse.Namespace) -> None:
             for figures in (document["teacher"]["ddim"], *methods.values()):
                 for name, digits in (("frechet", 2), ("recall", 2), ("drift", 1)):
                     mean, _, high = figures[steps][name]
-                    cells.append(f"{mean:.{digits}f} ± {high - mean:.{digits}f}")
+                    spread = f" ± {high - mean:.{digits}f}" if seeds > 1 else ""
+                    cells.append(f"{mean:.{digits}f}{spread}")
             print(f"| {steps} | " + " | ".join(cells) + " |")
+        for own, others in ((2, 8), (1, 4)):
+            pairs = [run for run in runs if run["method"] == runs[0]["method"]]
+            differences = [run[STUDENT][str(own)]["frechet"] - run[TEACHER][str(others)]["frechet"] for run in pairs]
+            mean, _, high = interval(differences)
+            spread = f" ± {high - mean:.2f}" if seeds > 1 else ""
+            print(f"\nstudent in {own} - teacher in {others}, from the same noise: {mean:+.2f}{spread}")
 
 
 def latency(arguments: argparse.Namespace) -> None:
