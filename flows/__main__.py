@@ -52,7 +52,7 @@ def _main(arguments: list[str]) -> int:
         return USAGE_ERROR
     except UserError as error:
         if not isinstance(error, AlreadyReported):
-            resumable = command == "train" and isinstance(error, WriteFault)
+            resumable = command in ("train", "distill") and isinstance(error, WriteFault)
             more = "; training will then continue from its last checkpoint" if resumable else ""
             say(f"{name}: error: {with_remedy(error)}{more}")
         return USAGE_ERROR if isinstance(error, UsageError) else 1

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from diffusion.distillation.sampling import student_sampling
-from diffusion.errors import counted
+from diffusion.errors import UserError, counted
 from diffusion.evaluation import few_steps, quality, sets
 from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
 from diffusion.evaluation.few_steps import STUDENT, TEACHER, Drawing
@@ -22,6 +22,7 @@ from diffusion.samples import classes_in_turn, grid_png
 from diffusion.storage.files import new_directory, sha256, write_atomic, write_csv, write_json, write_sums
 from flows import dvc_yaml, made_with, tracking
 from flows.pages import student as page
+from flows.pages.contents import read_record
 from flows.params import Evaluate, Params
 from flows.paths import Paths
 
@@ -42,6 +43,7 @@ def run(params: Params, paths: Paths) -> None:
     """Draw samples of both models in 1 to 50 steps, measure their quality and drift, and write the report."""
     device, paths = networks.device(params.device), Paths(paths.root, student=True)
     student, teacher = load_model(paths.model, device), load_model(paths.teacher, device)
+    check_teacher(paths)
     splits = [Pairs(paths.pairs, split) for split in ("train", "val", "test")]
     for model in (student, teacher):
         splits[0].check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
@@ -78,6 +80,17 @@ def run(params: Params, paths: Paths) -> None:
     with working("evaluate-student: recording the results in MLflow"):
         tracking.record(params, paths)
     say(f"evaluate-student: {sentence(found, params.distill.sampling_steps)}")
+
+
+def check_teacher(paths: Paths) -> None:
+    """Raise UserError if the student was distilled from another model, according to the record of distill."""
+    weights = paths.teacher / WEIGHTS
+    read = read_record(paths, "train")["read"].get(weights.relative_to(paths.root).as_posix())
+    if read is not None and sha256(weights) != read:
+        raise UserError(
+            f"{paths.model}: not distilled from {paths.teacher} as it is now; "
+            f"`dvc repro {dvc_yaml.target('distill')}` distils it again"
+        )
 
 
 def compare(

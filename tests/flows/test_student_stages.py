@@ -226,6 +226,19 @@ def test_figures_of_another_teacher_are_not_copied(tree: Path, monkeypatch: pyte
     assert not [name for name in report_of(tree) if name.startswith("teacher_")]
 
 
+def test_a_student_of_another_teacher_is_refused(tree: Path) -> None:
+    """As after another training; damaged weights are reported as damaged, see below."""
+    Model.load(tree / "models/ddpm").save(tree / "models/ddpm")  # the same again
+    other = Model.load(tree / "models/ddpm")
+    with torch.no_grad():
+        next(other.net.parameters()).add_(0.1)
+    other.save(tree / "models/ddpm")
+    assert failure(tree, "evaluate-student") == (
+        "ddpm evaluate-student: error: models/student: not distilled from models/ddpm as it is now; "
+        "`dvc repro distill/dvc.yaml:distill` distils it again"
+    )
+
+
 AGAIN = "delete it, run `make scrub` (the DVC cache may hold the same damaged file), then `dvc repro"
 
 

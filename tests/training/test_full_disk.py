@@ -106,3 +106,17 @@ def test_a_full_disk_costs_no_step_of_training(trained: Path, pairs_tree: Path, 
     assert done.returncode == 0, done.stderr
     assert "resuming from step 40" in done.stderr
     assert trees.digests(tree, "models", "reports") == trees.digests(trained, "models", "reports")
+
+
+def test_a_full_disk_costs_no_step_of_a_distillation(trained: Path, tmp_path: Path) -> None:
+    tree = trees.copy(trained, tmp_path / "tree")
+    with full_after(14):
+        done = trees.run(tree, "distill")
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("ddpm distill: error: ")
+    assert line.endswith("; free some space; training will then continue from its last checkpoint")
+    assert not (tree / "models/student").exists()
+    done = trees.run(tree, "distill")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stderr
