@@ -135,11 +135,20 @@ def measure(params: Params, tree: Path, method: str, seed: int, budget: float, s
     return {"method": method, "seed": seed, "steps": steps, "cpu_seconds": round(seconds, 1), "samples": real.n} | found
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """Mean, and the ends of its 95 % t interval; of a single value, no interval but itself."""
+def interval(values: Sequence[float]) -> list[float | None]:
+    """Mean, and the ends of its 95 % t interval, which a single value does not have."""
     mean, n = float(np.mean(values)), len(values)
-    half = float(student_t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if n == 1:
+        return [round(mean, 4), None, None]
+    half = float(student_t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return [round(value, 4) for value in (mean, mean - half, mean + half)]
+
+
+def shown(found: Sequence[float | None], digits: int, sign: str = "") -> str:
+    """An interval as mean ± half its width."""
+    mean, _, high = found
+    assert mean is not None
+    return f"{mean:{sign}.{digits}f}" + ("" if high is None else f" ± {high - mean:.{digits}f}")
 
 
 def summarized(runs: Sequence[Row]) -> Row:
@@ -171,7 +180,9 @@ def run(arguments: argparse.Namespace) -> None:
         document["train_cpu_seconds"] = round(train_seconds(params, arguments.tree), 1)
     budget = arguments.share * document["train_cpu_seconds"]
     about = {"data": arguments.data, "share": arguments.share} | facts()
-    about["distill"] = params.distill.model_dump(mode="json", exclude={"steps", "method"})
+    about["distill"] = params.distill.model_dump(mode="json", exclude={"steps"})
+    if changed := [name for name in ("share", "distill") if name in document and document[name] != about[name]]:
+        sys.exit(f"{out}: its runs were made with another {' and '.join(changed)}; delete it to measure anew")
     for seed in range(arguments.seeds):
         for method in arguments.methods:
             if any((each["method"], each["seed"]) == (method, seed) for each in document["runs"]):
@@ -201,16 +212,13 @@ def show(arguments: argparse.Namespace) -> None:  # noqa: ARG001 (as the other c
             cells = []
             for figures in (document["teacher"]["ddim"], *methods.values()):
                 for name, digits in (("frechet", 2), ("recall", 2), ("drift", 1)):
-                    mean, _, high = figures[steps][name]
-                    spread = f" ± {high - mean:.{digits}f}" if seeds > 1 else ""
-                    cells.append(f"{mean:.{digits}f}{spread}")
+                    cells.append(shown(figures[steps][name], digits))
             print(f"| {steps} | " + " | ".join(cells) + " |")
         for own, others in ((2, 8), (1, 4)):
             pairs = [run for run in runs if run["method"] == runs[0]["method"]]
             differences = [run[STUDENT][str(own)]["frechet"] - run[TEACHER][str(others)]["frechet"] for run in pairs]
-            mean, _, high = interval(differences)
-            spread = f" ± {high - mean:.2f}" if seeds > 1 else ""
-            print(f"\nstudent in {own} - teacher in {others}, from the same noise: {mean:+.2f}{spread}")
+            difference = shown(interval(differences), 2, "+")
+            print(f"\nstudent in {own} - teacher in {others}, from the same noise: {difference}")
 
 
 def latency(arguments: argparse.Namespace) -> None:
