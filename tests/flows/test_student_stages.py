@@ -19,10 +19,9 @@ from diffusion.pairs.pixels import to_uint8
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.sampling.sampler import sample
 from diffusion.storage.files import read_checked, sha256, write_json, write_sums
-from flows.pages import contents
 from flows.yaml_files import read_yaml
 from tests.conftest import once, run_stages
-from tests.flows.pages.test_report import check_alone
+from tests.flows.students import page_of, record_of, report_of, rows_of
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -48,22 +47,6 @@ def student_tree(whole_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def tree(student_tree: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(student_tree, tmp_path / "tree"))
-
-
-def rows_of(tree: Path) -> list[dict[str, Any]]:
-    return contents.table(tree / "reports/student/evaluation/few_steps.csv")
-
-
-def report_of(tree: Path) -> dict[str, Any]:
-    return dict(json.loads((tree / "reports/student/evaluate.json").read_text()))
-
-
-def page_of(tree: Path) -> str:
-    return check_alone((tree / "reports/student/report.html").read_text(encoding="utf-8"))
-
-
-def record_of(tree: Path, stage: str) -> dict[str, Any]:
-    return dict(json.loads((tree / f"reports/made_with/{stage}.json").read_text()))
 
 
 def failure(tree: Path, stage: str) -> str:
