@@ -99,8 +99,10 @@ def compare(
     """Draw samples of both models in each number of steps, and measure them if there are enough real images."""
     train, *held_out = splits
     wanted, chosen, T = params.evaluate.quality_samples, params.distill.sampling_steps, train.num_timesteps
-    with working("evaluate-student: choosing real images to compare samples with"):
-        real = quality.references(wanted, train, held_out) if wanted else None
+    real = None
+    if wanted:
+        with working("evaluate-student: choosing real images to compare samples with"):
+            real = quality.references(wanted, train, held_out)
     if real is not None and real.n < quality.MIN_IMAGES:
         say(
             f"evaluate-student: samples are not compared with real images, which takes {quality.MIN_IMAGES} held-out "

@@ -176,6 +176,7 @@ def test_another_number_of_steps_without_quality(tree: Path, monkeypatch: pytest
     assert (report["sampling_steps"], report["drift"]) == (3, chosen["drift"])
     assert "quality" not in report
     assert "teacher_mse" in report
+    assert "real images" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last == f"evaluate-student: samples in 3 steps, drift {chosen['drift']:.1f} grey levels"
     names = {path.name for path in (tree / "reports/student/evaluation").iterdir()}
