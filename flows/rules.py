@@ -84,9 +84,8 @@ def distils_into_timesteps_that_exist(params: Params) -> None:
     steps, method, T = params.distill.sampling_steps, params.distill.method, params.process.num_timesteps
     if steps > T:
         raise ValueError(f"distill.sampling_steps ({steps}) exceeds process.num_timesteps ({T})")
-    for name in ("points", "teacher_steps"):
-        if getattr(method, name, 0) > T:
-            raise ValueError(f"distill.method.{name} ({getattr(method, name)}) exceeds process.num_timesteps ({T})")
+    if (steps := getattr(method, "teacher_steps", 0)) > T:
+        raise ValueError(f"distill.method.teacher_steps ({steps}) exceeds process.num_timesteps ({T})")
 
 
 RULES = (

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion.errors import UserError, WriteFault
 from diffusion.storage import files
-from flows import __main__, workspace
+from flows import __main__, run_list
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_command_reports_a_system_error_that_names_a_file(
         def fail() -> None:
             raise error
 
-        monkeypatch.setattr(workspace, "list_runs", fail)
+        monkeypatch.setattr(run_list, "show", fail)
 
     failing(OSError(errno.EROFS, "read-only", "data/x"))
     assert __main__.main(["runs"]) == 1

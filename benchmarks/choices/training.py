@@ -40,7 +40,9 @@ GROUPS: dict[str, list[str]] = {
     ],
     "parameterization": ["process.parameterization=eps", "process.parameterization=x_0"],
     "weighting": [f"process.weighting={name}" for name in ("vlb", "snr-plus-one", "truncated-snr", "min-snr", "p2")],
-    "timesteps": [f"train.timesteps={name}" for name in ("stored", "uniform", "loss-second-moment", "log-snr-normal")],
+    "timesteps": [
+        f"train.timesteps={name}" for name in ("stored", "uniform", "loss-second-moment", "log-snr-normal", "angle")
+    ],
     "variance": ["process.learned_variance=true"],
     "network": [
         "network.fourier_features=[]",

@@ -86,7 +86,7 @@ class DistillOptions(TrainOptions):
     method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
     """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song
     et al. 2023); progressive: to take one step for two of the teacher's, again and again (Salimans & Ho 2022)."""
-    huber: Annotated[float, Field(ge=0)] = 0.005
+    huber: Annotated[float, Field(ge=0, le=1)] = 0.005
     """c of the pseudo-Huber metric sqrt(e^2 + c^2) - c (Song & Dhariwal 2024), in which large errors e count less than
     squared; 0: the squared error."""
     guidance: Annotated[float, Field(ge=0)] = 1.0

@@ -19,7 +19,6 @@ from diffusion.pairs.pixels import to_uint8
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.sampling.sampler import sample
 from diffusion.storage.files import read_checked, sha256, write_json, write_sums
-from flows.yaml_files import read_yaml
 from tests.conftest import once, run_stages
 from tests.flows.students import page_of, record_of, report_of, rows_of
 from tests.training import trees
@@ -126,13 +125,6 @@ def test_files_and_records(student_tree: Path) -> None:
             assert sha256(student_tree / name) == digest
     assert evaluated["params"]["distill.sampling_steps"] == exported["params"]["distill.sampling_steps"] == 2
     assert "sample.steps" not in evaluated["params"]  # of no concern here, as are export.steps and export.sampler
-
-
-def test_the_plots_of_dvc_are_files_of_the_stage(student_tree: Path, root: Path) -> None:
-    plots = read_yaml(root / "distill/dvc.yaml")["plots"]
-    assert plots
-    for plot in plots:
-        assert (student_tree / plot.removeprefix("../")).exists(), plot  # relative to the folder distill
 
 
 def test_the_teacher_keeps_its_results(student_tree: Path, whole_tree: Path) -> None:
@@ -323,6 +315,9 @@ def test_classes_and_a_learned_variance(tree: Path, monkeypatch: pytest.MonkeyPa
     """Guidance is built in: by default the graph does not guide again, whatever `sample.guidance` says."""
     monkeypatch.setattr(few_steps, "STEPS", (1, 2))
     student, _ = replace(tree, "student", 1), replace(tree, "ddpm", 2)
+    record = record_of(tree, "distill")
+    record["read"]["models/ddpm/model.safetensors"] = sha256(tree / "models/ddpm/model.safetensors")
+    write_json(tree / "reports/made_with/distill.json", record)
     changes = {"sampling_steps": 4, "guidance": 2.0}
     trees.change(tree, {"process": {"learned_variance": True}, "network": {"classes": True}})
     trees.change(tree, {"distill": changes, "sample": {"guidance": 3.0, "count": 12, "variance": "learned"}})
