@@ -42,6 +42,9 @@ def apply(run: str, force: bool) -> None:
         raise UserError(
             f"{' and '.join(modified)}: uncommitted changes would be lost; commit them, or use --force to discard them"
         )
+    ignore = Path(".dvcignore")
+    if ran.teacher and ignore.exists() and (on := dvc_yaml.turn_on_distillation(ignore)) != ignore.read_bytes():
+        new[ignore.name], old[ignore.name] = on, ignore.read_bytes()
     stages = {name: stage for lock in locks for name, stage in dvc_lock.stages(source / lock, new[lock]).items()}
     raw = [file for file in _raw_data(source) if not file.exists()]
     made = {*dvc_lock.outputs(stages), *(file.with_suffix("") for file in raw)}

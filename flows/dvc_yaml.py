@@ -9,6 +9,13 @@ from flows.yaml_files import read_yaml
 ROOT = Path(__file__).parents[1]
 """The folder of dvc.yaml and both packages."""
 DVC_YAML, DISTILLATION = "dvc.yaml", "distill/dvc.yaml"
+IGNORED = b"/distill\n"
+"""The line of .dvcignore that turns the distillation off for DVC's commands."""
+
+
+def turn_on_distillation(ignore: Path) -> bytes:
+    """The content of a .dvcignore without IGNORED; empty if there is no such file."""
+    return ignore.read_bytes().replace(IGNORED, b"") if ignore.exists() else b""
 
 
 def parameters(stage: str) -> tuple[str, ...]:

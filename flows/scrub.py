@@ -47,7 +47,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"scrub: error: {SystemFault.of(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1
-    restored = "; `dvc repro` or `dvc pull --with-deps export` restores them" if deleted else ""
+    restored = "; `dvc repro` or `dvc pull` restores them" if deleted else ""
     print(f"{counted(checked, 'file')} checked, {deleted} deleted{restored}")
     return 0
 

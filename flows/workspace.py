@@ -22,7 +22,7 @@ from pydantic import Field
 from diffusion.errors import UserError
 from diffusion.progress import say
 from diffusion.storage.files import write_json, writing
-from flows import dvc_lock, dvc_output, presets, yaml_files
+from flows import dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -209,6 +209,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
     if teacher:
         dvc_lock.link_outputs(teacher, temporary)
+        (temporary / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(temporary / ".dvcignore"))
     of = teacher.name if teacher else ""
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of).write(temporary)
     temporary.replace(workspace)

@@ -264,7 +264,10 @@ def test_applying_a_distillation_brings_the_teacher_too(capsys: pytest.CaptureFi
     assert "params.yaml: uncommitted changes would be lost" in capsys.readouterr().err
     assert main(["apply", "stu", "--force"]) == 0
     done = capsys.readouterr()
-    assert "params.yaml, dvc.lock, distill/dvc.lock and the outputs of shard, train, distill, evaluate" in done.out
+    assert (
+        "params.yaml, dvc.lock, distill/dvc.lock, .dvcignore and the outputs of shard, train, distill, evaluate"
+        in done.out
+    )
     assert done.err == ""
     for name in ("models/ddpm", "models/student", "reports/student/evaluate.json", "models/student-onnx"):
         assert Path(name).exists()

@@ -38,7 +38,7 @@ def test_only_damaged_files_are_deleted(capsys: pytest.CaptureFixture[str]) -> N
     damage(files[1])
     assert scrub.main() == 0
     output = capsys.readouterr()
-    assert output.out == "3 files checked, 2 deleted; `dvc repro` or `dvc pull --with-deps export` restores them\n"
+    assert output.out == "3 files checked, 2 deleted; `dvc repro` or `dvc pull` restores them\n"
     assert {line.rpartition("/")[2] for line in output.err.splitlines()[:-1]} == {path.name for path in files[:2]}
     assert [path.exists() for path in [*files, unfinished]] == [False, False, True, True]
 
