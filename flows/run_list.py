@@ -14,9 +14,8 @@ def show() -> None:
     rows = [("RUN", "CREATED (UTC)", "STATE", "MSE", "DISTILS")]
     for directory, run in workspace.all_runs():
         created = run.created[:16].replace("T", " ")
-        mse = (
-            "" if run.teacher else _mse(Paths(directory).evaluate_report)
-        )  # a student has none; the file is its teacher's
+        # A student has no such figure; the file in its workspace is its teacher's.
+        mse = "" if run.teacher else _mse(Paths(directory).evaluate_report)
         rows.append((run.name, created, workspace.state_of(directory, run), mse, run.teacher))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

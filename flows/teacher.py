@@ -9,7 +9,7 @@ from flows import dvc_lock, workspace
 from flows.paths import Paths
 
 SECTIONS = ("distill", "sample", "evaluate", "export", "tracking")
-"""What a distillation may change, with `device`; all else made the teacher's data and the teacher."""
+"""What a distillation may change, besides `device`; all other parameters determined the teacher and its data."""
 
 
 def find(run: str | None) -> Path:

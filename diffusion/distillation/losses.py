@@ -25,10 +25,9 @@ Student = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Error:
-    """The pseudo-Huber metric sqrt(e^2 + c^2) - c of Song & Dhariwal 2024, section 3.3, c = `huber`;
-    e^2 if that is 0.
+    """The pseudo-Huber metric sqrt(e^2 + c^2) - c, Song & Dhariwal 2024, section 3.3; the squared error if c is 0.
 
-    e^2 is the mean of (SNR + 1) (x_0_hat - target)^2 over the values of an image.
+    c is `huber`, and e^2 is the mean of (SNR + 1) (x_0_hat - target)^2 over the values of an image.
     """
 
     parameterization: Parameterization
