@@ -38,8 +38,6 @@ from flows import presets
 
 PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 SIDE = 32
-SECONDS = 1.0
-"""Minimum time of reading in each turn."""
 WATCH_EVERY = 50
 """Number of items between two measurements of the memory."""
 Members = dict[str, bytes]
@@ -144,8 +142,8 @@ def count(kind: str, tree: Path) -> tuple[int, int]:
     return manifest["samples" if kind == "shards" else "images"], manifest.get("blocks", manifest.get("samples"))
 
 
-def measure(kind: str, program: str, buffer: int, tree: Path) -> dict[str, float]:
-    """Read epochs for a while, in this process."""
+def measure(kind: str, program: str, buffer: int, tree: Path, least: float) -> dict[str, float]:
+    """Read epochs for at least `least` seconds, in this process."""
     importlib.import_module("webdataset")
     (images, items), process = count(kind, tree), psutil.Process()
 
@@ -161,7 +159,7 @@ def measure(kind: str, program: str, buffer: int, tree: Path) -> dict[str, float
     next(epoch(items // 2))
     resumed = time.perf_counter()
     cpu = time.process_time()
-    while time.perf_counter() - resumed < SECONDS:
+    while time.perf_counter() - resumed < least:
         read = []
         for item in epoch(0):
             read.append(item)
@@ -205,7 +203,8 @@ def compare(arguments: argparse.Namespace, tree: Path) -> list[dict[str, Any]]:
         found: dict[tuple[str, int], list[dict[str, float]]] = {turn: [] for turn in turns}
         for _ in range(arguments.rounds):
             for program, buffer in turns:
-                command = [sys.executable, __file__, "--measure", kind, program, str(buffer), str(tree)]
+                command = [sys.executable, __file__, "--seconds", str(arguments.seconds)]
+                command += ["--measure", kind, program, str(buffer), str(tree)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[program, buffer].append(json.loads(done.stdout))
         for (program, buffer), measured in found.items():
@@ -224,11 +223,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="number of images")
     parser.add_argument("--buffer", type=int, default=2_000, help="number of images in webdataset's buffer")
     parser.add_argument("--rounds", type=int, default=5, help="number of turns")
+    parser.add_argument("--seconds", type=float, default=1.0, help="minimum time of reading in each turn")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         kind, program, buffer, tree = arguments.measure
-        print(json.dumps(measure(kind, program, int(buffer), Path(tree))))
+        print(json.dumps(measure(kind, program, int(buffer), Path(tree), arguments.seconds)))
         return
     with tempfile.TemporaryDirectory() as directory:
         rows = compare(arguments, Path(directory))

@@ -1,5 +1,6 @@
 """The measurements of the GPU benchmark: reading profiles, and running out of time or memory."""
 
+import gc
 import itertools
 import shutil
 import subprocess
@@ -179,6 +180,7 @@ def test_the_memory_measurement_holds_one_training_run_at_a_time(
     monkeypatch.setattr(bench, "left", lambda: 1.0)
     monkeypatch.setattr(bench, "rehearse", False)
     monkeypatch.setattr(bench, "new_training", new)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # which takes long in a process that runs tests
     found = list(training.memory(bench))
     assert len(made) == 11
     assert {(line["side"], line["batch_size"]) for line in found} == {
