@@ -6,7 +6,7 @@ Run it on working trees with data/pairs and models/ddpm, written by `dvc repro` 
 
 Every seed distils the teacher anew, by the stage `distill` with the tree's section `distill`, and draws its own noise.
 Each method gets `--share` of the CPU time of the training: its number of steps follows from the time of a step of
-`train`, measured once for each file of results, and of one of its own. `cpu_seconds` is the time of the whole stage
+`train` and of one of its own, both measured once for each file of results. `cpu_seconds` is the time of the whole stage
 `distill`, `train_cpu_seconds` that of the training steps alone. Figures are means over seeds with 95 % t intervals;
 those of the teacher vary with the noise alone. benchmarks/results/few-steps-DATA.json holds
 
@@ -98,12 +98,19 @@ def train_seconds(params: Params, tree: Path) -> float:
         return seconds_per_step(params, root, "train") * steps
 
 
-def measure(params: Params, tree: Path, method: str, seed: int, budget: float, samples: int) -> Row:
-    """Distil with a method in `budget` CPU seconds, and measure samples of student and teacher."""
+def affordable_steps(params: Params, tree: Path, method: str, budget: float) -> int:
+    """How many steps of a method take `budget` CPU seconds."""
+    params = with_assignments(params.model_dump(mode="json"), f"distill.method={method}")
+    with tempfile.TemporaryDirectory() as directory:
+        root = prepared(tree, Path(directory) / "tree")
+        return max(1, math.floor(budget / seconds_per_step(params, root, "distill")))
+
+
+def measure(params: Params, tree: Path, method: str, seed: int, steps: int, samples: int) -> Row:
+    """Distil with a method in `steps` steps, and measure samples of student and teacher."""
     params = with_assignments(params.model_dump(mode="json"), f"seed={seed} distill.method={method}")
     with tempfile.TemporaryDirectory() as directory:
         root = prepared(tree, Path(directory) / "tree")
-        steps = max(1, math.floor(budget / seconds_per_step(params, root, "distill")))
         section = params.distill.model_copy(update={"steps": steps, "preview_every": NEVER})
         params = params.model_copy(update={"distill": section})
         began = time.process_time()
@@ -176,6 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     document: Row = json.loads(out.read_text()) if out.exists() else {}
     document.setdefault("runs", [])
+    steps = document.setdefault("steps", {})
     if "train_cpu_seconds" not in document:
         document["train_cpu_seconds"] = round(train_seconds(params, arguments.tree), 1)
     budget = arguments.share * document["train_cpu_seconds"]
@@ -187,10 +195,12 @@ def run(arguments: argparse.Namespace) -> None:
         for method in arguments.methods:
             if any((each["method"], each["seed"]) == (method, seed) for each in document["runs"]):
                 continue
-            row = measure(params, arguments.tree, method, seed, budget, arguments.samples)
-            document["runs"].append(row)
+            if method not in steps:
+                steps[method] = affordable_steps(params, arguments.tree, method, budget)
+            row = measure(params, arguments.tree, method, seed, steps[method], arguments.samples)
+            document["runs"].append(row | {"commit": about["commit"]})
             write_json(out, about | document | summarized(document["runs"]))
-            own = {steps: round(figures["frechet"], 3) for steps, figures in row[STUDENT].items()}
+            own = {count: round(figures["frechet"], 3) for count, figures in row[STUDENT].items()}
             say(f"{arguments.data}, {method}, seed {seed}: {row['steps']} steps, {row['cpu_seconds']} s, Fréchet {own}")
 
 

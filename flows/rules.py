@@ -17,6 +17,13 @@ def laid_over(sample: SampleOptions, changes: dict[str, Any]) -> SampleOptions:
     return SampleOptions(**fields | changes)
 
 
+def exported(params: Params) -> SampleOptions:
+    """How sampler.onnx samples."""
+    export = params.export
+    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
+    return params.sample.model_copy(update=settings)
+
+
 def _samplings(params: Params) -> Iterator[tuple[str, SampleOptions]]:
     """All settings in which evaluate draws samples, by their place in params.yaml."""
     yield "sample", params.sample
@@ -59,6 +66,15 @@ def guides_by_classes(params: Params) -> None:
             raise ValueError(f"evaluate.samplers.{index}.guidance needs classes (network.classes: true); leave it out")
 
 
+def guides_no_distilled_models(params: Params) -> None:
+    for place, sample in (*_samplings(params), ("export", exported(params))):
+        if sample.guidance != 1 and not sample.guidable:
+            raise ValueError(
+                f"{place}.sampler is {sample.sampler.kind}, for distilled models, which have guidance built in; choose "
+                f"another, or set {'sample' if place == 'export' else place}.guidance to 1.0"
+            )
+
+
 def exports_its_variance(params: Params) -> None:
     if params.sample.variance == "learned" and params.export.sampler.kind == "ddpm":
         raise ValueError("export.sampler is ddpm, which in ONNX cannot have sample.variance learned: choose another")
@@ -95,6 +111,7 @@ RULES = (
     draws_the_last_timestep,
     has_learned_its_variance,
     guides_by_classes,
+    guides_no_distilled_models,
     exports_its_variance,
     shows_channels_that_exist,
     draws_samples_to_compare,

@@ -59,10 +59,11 @@ def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
     steps = query.steps or model.steps
     if not model.allows(steps):
         raise Invalid(f"steps: {model.allowed('steps')} (got {steps})")
-    if query.guidance is not None and not model.classes:
-        raise Invalid("guidance: the model has no classes; omit it")
+    if query.guidance is not None and "guidance" not in model.inputs:
+        lacks = "is distilled, with guidance built in" if model.classes else "has no classes"
+        raise Invalid(f"guidance: the model {lacks}; omit it")
     guidance = model.guidance if query.guidance is None else query.guidance
-    if model.classes and (problem := model.problem("guidance", np.array([guidance]))):
+    if "guidance" in model.inputs and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
     given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
     given["y"] = np.full(query.n, -1 if query.cls is None else class_index(query.cls, model.classes))

@@ -60,7 +60,8 @@ body (int64 look, bool goes_on, float[3,B,{C},{H},{W}] now) => (bool goes_on_sti
     next = Reshape (mixed, shape)
 }}
 """
-PLAIN = ("x_shown = Identity (x) t = Expand (t_row, count)", "free = Identity (said)")
+UNCONDITIONAL = ("x_shown = Identity (x) t = Expand (t_row, count)", "free = Identity (said)")
+CONDITIONAL = (f"{UNCONDITIONAL[0]} y_shown = Identity (y)", UNCONDITIONAL[1])
 GUIDED = (
     # With guidance 1 the network only runs on the conditional inputs: then the last `count` outputs are the first.
     """
@@ -113,19 +114,21 @@ def to_onnx(denoiser: ModelProto, model: Model, options: SampleOptions) -> Model
 
     Deterministic samplers have an input `steps` int64 (1,): a number up to MAX_FREE_STEPS or the one of `options`,
     where 0 means the latter. Stochastic ones take their number of steps from `steps_noise` float32 (S, B, C, H, W).
-    Class-conditional networks have the inputs `y` int64 (B,), -1 for none, and `guidance` float32 (1,).
+    Class-conditional networks have the inputs `y` int64 (B,), -1 for none, and `guidance` float32 (1,), which distilled
+    ones lack.
     """
     table, begins, lengths = tables(model, options)
-    guided, (C, H, W) = model.num_classes > 0, model.shape
+    conditional, (C, H, W) = model.num_classes > 0, model.shape
+    guided = conditional and options.guidable
     sides = {"C": C, "H": H, "W": W}
     image = f"B,{C},{H},{W}"
     inputs = [f"float[{image}] noise", f"float[S,{image}] steps_noise" if table.stochastic else "int64[1] steps"]
-    if guided:
-        inputs += ["int64[B] y", "float[1] guidance"]
-    before, after = GUIDED if guided else PLAIN
+    inputs += ["int64[B] y"] if conditional else []
+    inputs += ["float[1] guidance"] if guided else []
+    before, after = GUIDED if guided else CONDITIONAL if conditional else UNCONDITIONAL
     parts = {"before": before, "after": after, "threshold": THRESHOLDS[options.threshold]} | sides
     body = parser.parse_graph(BODY.format(noise=STOCHASTIC if table.stochastic else DETERMINISTIC, **parts))
-    inline_network(body, denoiser, guided)
+    inline_network(body, denoiser, conditional)
     count = "steps = Shape <start = 0, end = 1> (steps_noise)" if table.stochastic else ""
     outer = parser.parse_graph(OUTER.format(inputs=", ".join(inputs), steps=count, **sides))
     loop = next(node for node in outer.node if node.op_type == "Loop")
@@ -187,10 +190,10 @@ def tables(model: Model, options: SampleOptions) -> tuple[Recurrence, np.ndarray
     return joined, begins, lengths
 
 
-def inline_network(body: GraphProto, denoiser: ModelProto, guided: bool) -> None:
+def inline_network(body: GraphProto, denoiser: ModelProto, conditional: bool) -> None:
     """Replace the body's node Network by the denoiser's nodes that compute `x_0_hat`, with their weights."""
     wires = {"x_t": "x_shown", "t": "t", "y": "y_shown", "x_0_hat": "said", "": ""}
-    given = ["x_t", "t", *(["y"] if guided else [])]
+    given = ["x_t", "t", *(["y"] if conditional else [])]
     network = Extractor(denoiser).extract_model(given, ["x_0_hat"]).graph
 
     def inside(name: str) -> str:

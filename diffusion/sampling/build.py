@@ -45,6 +45,11 @@ class SampleOptions(Section):
     count: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Number of images to sample, which are kept in memory."""
 
+    @property
+    def guidable(self) -> bool:
+        """Whether classifier-free guidance applies: to estimates of means, which those of distilled models are not."""
+        return self.sampler.kind != "consistency"
+
 
 def sampler(options: SampleOptions, process: Process, net: Net, variance_of: Callable[[str], Variance]) -> Sampler:
     """Build the sampler described by `options` around a network; wrap one with classes in `Guided` first."""

@@ -177,6 +177,9 @@ def run(
     loaded = load_model(model or paths.model, device)
     if given.get("guidance") not in (None, 1) and not loaded.num_classes:
         raise UsageError("--guidance: the model has no classes (it was trained with network.classes: false)")
+    if options.guidance != 1 and not options.guidable:
+        kind = options.sampler.kind
+        raise UsageError(f"--guidance: the sampler {kind} is for distilled models, which have it built in; use 1")
     # The class of a given image is unknown.
     y = None if editing.images else classes_in_turn(loaded, options.count, device)
     if classes:

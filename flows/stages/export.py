@@ -21,13 +21,12 @@ from diffusion.storage.files import new_directory, read_checked, sha256, write_a
 from flows import made_with, tracking
 from flows.params import Params
 from flows.paths import Paths
+from flows.rules import exported
 
 
 def run(params: Params, paths: Paths) -> None:
     """Export, verify and write the graphs of the trained model."""
-    export = params.export
-    settings = {"sampler": export.sampler, "steps": export.steps, "spacing": export.spacing}
-    write(params, paths, params.sample.model_copy(update=settings))
+    write(params, paths, exported(params))
 
 
 def write(params: Params, paths: Paths, sample: SampleOptions) -> None:

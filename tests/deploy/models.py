@@ -11,7 +11,7 @@ from tests.process import fakes
 def write_model(path: Path, sampler: str, classes: bool, steps: int = 4) -> Path:
     """Write a complete sampler.onnx with random weights."""
     model, step = parts(classes)
-    settings = fakes.options(sampler=sampler, threshold="clip", steps=steps, guidance=2.5)
+    settings = fakes.options(**fakes.guided({"sampler": sampler}), threshold="clip", steps=steps)
     loop = sampler_graph.to_onnx(step, model, settings)
     facts = metadata.of_model(model, "analytic", "a" * 64, "data", {"mse": 0.5})
     path.write_bytes(finished(path.name, loop, facts | metadata.of_sampler(settings, loop)))

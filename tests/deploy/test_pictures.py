@@ -13,7 +13,7 @@ from deploy.service.app import Service
 from deploy.service.pictures import STEPS_NOISE, png
 from diffusion.export import golden
 from tests.deploy.models import write_model
-from tests.deploy.services import ask, direct, get, same, service
+from tests.deploy.services import ask, direct, get, same, service, shared
 from tests.export.test_sampler_graph import SHAPE
 
 pytestmark = pytest.mark.slow
@@ -97,6 +97,17 @@ def test_class_options_need_a_model_with_classes(stochastic: Service) -> None:
     for query in ("class=1", "guidance=2"):
         (answer,) = ask(stochastic, get(f"/images?{query}"))
         assert (answer.status_code, "the model has no classes" in answer.text) == (400, True)
+
+
+def test_a_distilled_model_takes_no_guidance() -> None:
+    student = shared("consistency", True)
+    refused, drawn = ask(student, get("/images?guidance=1"), get("/images?n=2&seed=7&class=2&steps=2"))
+    assert (refused.status_code, refused.json()["error"]) == (
+        400,
+        "guidance: the model is distilled, with guidance built in; omit it",
+    )
+    normal = np.stack([golden.normal(7, index, SHAPE) for index in range(2)])
+    same(cells(drawn, 4, 2, 2), direct(student, noise=normal, steps=[2], y=[2, 2])["images"])
 
 
 def test_the_size_of_a_grid_is_limited(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:

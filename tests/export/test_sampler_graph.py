@@ -87,12 +87,13 @@ def same(found: list[Any], model: Model, settings: SampleOptions, inputs: dict[s
 @pytest.mark.parametrize("classes", [False, True])
 def test_the_graph_makes_the_pictures_of_the_sampler(changes: dict[str, object], classes: bool) -> None:
     model, step = parts(classes)
-    settings = fakes.options(**changes, steps=5, threshold="clip", guidance=2.5, spacing="quadratic")
+    settings = fakes.options(**fakes.guided(changes), steps=5, threshold="clip", spacing="quadratic")
     graph = sampler_graph.to_onnx(step, model, settings)
     found = session(graph)
     names = [value.name for value in found.get_inputs()]
     stochastic = changes["sampler"] in ("ddpm", "dpm-solver++-sde") or isinstance(changes["sampler"], dict)
-    assert names == ["noise", "steps_noise" if stochastic else "steps", *(["y", "guidance"] if classes else [])]
+    conditions = (["y", "guidance"] if settings.guidable else ["y"]) if classes else []
+    assert names == ["noise", "steps_noise" if stochastic else "steps", *conditions]
     for count in (1, 4):
         inputs = given(count, 5)
         same(found.run(None, {name: inputs[name] for name in names}), model, settings, inputs)

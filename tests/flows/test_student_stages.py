@@ -312,7 +312,7 @@ def replace(tree: Path, name: str, seed: int) -> Model:
 
 
 def test_classes_and_a_learned_variance(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guidance is built in: by default the graph does not guide again, whatever `sample.guidance` says."""
+    """Guidance is built in: the graph takes none, whatever `sample.guidance` says."""
     monkeypatch.setattr(few_steps, "STEPS", (1, 2))
     student, _ = replace(tree, "student", 1), replace(tree, "ddpm", 2)
     record = record_of(tree, "distill")
@@ -330,9 +330,9 @@ def test_classes_and_a_learned_variance(tree: Path, monkeypatch: pytest.MonkeyPa
     y = np.array([0, 3, 9, -1, 5, 0])
     options = student_sampling(SampleOptions(), 4)
     for steps in (0, 1):
-        images, noise, facts = run_sampler(tree, steps, y=y, guidance=np.ones(1, np.float32))
+        images, noise, facts = run_sampler(tree, steps, y=y)
         assert (facts["ddpm.guidance"], facts["ddpm.variance"]) == ("1.0", "fixed-small")
         assert_same_pictures(images, with_torch(student, student_sampling(options, steps or 4), noise, y))
     graph = onnx.load(tree / "models/student-onnx/sampler.onnx")
-    assert [value.name for value in graph.graph.input] == ["noise", "steps", "y", "guidance"]
+    assert [value.name for value in graph.graph.input] == ["noise", "steps", "y"]
     assert {row["n"] for row in rows_of(tree)} == {12}

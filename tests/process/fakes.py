@@ -56,6 +56,11 @@ def options(**changes: object) -> SampleOptions:
     return SampleOptions.model_validate(SAMPLE | changes)
 
 
+def guided(changes: dict[str, object]) -> dict[str, object]:
+    """Changes of a sampler, with guidance where it applies."""
+    return changes | ({"guidance": 2.5} if options(**changes).guidable else {})
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """float64, so that tests detect mistakes rather than rounding errors."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

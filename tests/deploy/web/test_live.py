@@ -39,17 +39,16 @@ def test_images_of_a_model_with_few_steps_follow_the_form(site: Path, page: Page
     page.get_by_label("Class").select_option("turn")
     settled(page, expected(path, 2, [0, 1, 2], steps=3))
     expect(page.locator("#gallery canvas").last).to_have_attribute("title", "Image 3, 2")
-    page.get_by_label("Guidance").fill("1")
-    settled(page, expected(path, 2, [0, 1, 2], steps=3, guidance=1))
+    expect(page.get_by_label("Guidance")).to_be_hidden()  # it is built in
     for count in (5, 2):
         page.get_by_label("Images").fill(str(count))
-        settled(page, expected(path, 2, [0, 1, 2, 0, 1][:count], steps=3, guidance=1))
+        settled(page, expected(path, 2, [0, 1, 2, 0, 1][:count], steps=3))
     page.wait_for_url("**&count=2&**")
     assert parse_qs(urlsplit(page.url).query) == {
-        "model": [path.name], "seed": ["2"], "count": ["2"], "steps": ["3"], "class": ["turn"], "guidance": ["1"]
+        "model": [path.name], "seed": ["2"], "count": ["2"], "steps": ["3"], "class": ["turn"]
     }  # fmt: skip
     page.get_by_label("Seed").fill("-1")  # shows what was valid last
-    settled(page, expected(path, 2, [0, 1], steps=3, guidance=1))
+    settled(page, expected(path, 2, [0, 1], steps=3))
 
 
 def test_the_last_value_wins_and_no_tile_returns_to_noise(site: Path, page: Page) -> None:

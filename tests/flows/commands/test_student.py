@@ -69,6 +69,16 @@ def test_the_student_samples_as_it_was_distilled(tree: Path, chosen: Params, cap
     assert pictures("--student", "--model", "former").shape[0] == 3
 
 
+def test_a_student_is_not_guided(tree: Path, chosen: Params, capsys: Capture) -> None:
+    with_classes = chosen.network.model_copy(update={"classes": True})
+    chosen = chosen.model_copy(update={"network": with_classes})
+    models.save(tree / "models" / "student", chosen, ("a", "b"))
+    assert main(["sample", "--student", "--guidance", "2"]) == 2
+    line = "--guidance: the sampler consistency is for distilled models, which have it built in; use 1"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(line)
+    assert pictures("--student", "--guidance", "1").shape[0] == 3
+
+
 def test_the_number_of_steps_that_is_wrong_is_named(tree: Path, chosen: Params, capsys: Capture) -> None:
     document = read_yaml(tree / "params.yaml")
     document["distill"]["sampling_steps"] = 17
