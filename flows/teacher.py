@@ -52,8 +52,9 @@ def document(directory: Path, changes: Mapping[str, Any]) -> Any:
     """The parameters of a distillation: those of its teacher, section distill from params.yaml, then `changes`.
 
     Raises:
-        UserError: the result is invalid, or a change concerns the teacher; names the field.
+        UserError: the model cannot be distilled, the result is invalid, or a change concerns the teacher.
     """
+    from diffusion.distillation.options import DISTILLABLE
     from flows.changes import lay_over, update  # imports torch, which `ddpm runs` does not need
     from flows.params import Params, read, read_any_format, validate
 
@@ -67,5 +68,10 @@ def document(directory: Path, changes: Mapping[str, Any]) -> Any:
     if "distill" in ours:
         own["distill"] = ours["distill"]
     merged = lay_over(own, changes)
-    validate(merged, "parameters of the run")
+    predicts = validate(merged, "parameters of the run").process.parameterization
+    if predicts not in DISTILLABLE:
+        raise UserError(
+            f"run {directory.name!r}: its model predicts {predicts} (process.parameterization), which says little "
+            f"about the image where sampling starts; distil one trained to predict {' or '.join(DISTILLABLE)}"
+        )
     return merged

@@ -42,7 +42,7 @@ class Error:
 
 
 @dataclass(frozen=True)
-class Consistency:
+class ConsistencyLoss:
     """Consistency distillation: the same estimate at all points of a trajectory; Song et al. 2023, algorithm 2.
 
     The teacher solves its ODE from x_t for `solver_steps` of at most `points` steps, which are even in the angle of
@@ -75,7 +75,7 @@ class Consistency:
 
 
 @dataclass
-class Progressive:
+class ProgressiveLoss:
     """Progressive distillation: one DDIM step for two of the teacher's; Salimans & Ho 2022, algorithm 2.
 
     A phase trains a student with half as many steps as its teacher. Then it becomes the teacher of the next phase,

@@ -5,19 +5,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from diffusion.distillation.losses import Consistency, Error, Progressive
+from diffusion.distillation.losses import ConsistencyLoss, Error, ProgressiveLoss
 from diffusion.distillation.teacher import Teacher
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.sections import AutoFraction, Choice, NonNegative, OneOf, Positive
 from diffusion.training.options import MuonOptions, Optimizer, TrainOptions
 
 
-def _solves_no_further_than_the_image(method: "ConsistencyOptions") -> None:
+def _solves_no_further_than_the_image(method: "ConsistencyMethod") -> None:
     if method.solver_steps > method.points:
         raise ValueError(f"solver_steps ({method.solver_steps}) exceeds points ({method.points}), the whole way")
 
 
-class ConsistencyOptions(Choice):
+class ConsistencyMethod(Choice):
     """Consistency distillation (Song et al. 2023)."""
 
     rules = (_solves_no_further_than_the_image,)
@@ -30,7 +30,7 @@ class ConsistencyOptions(Choice):
     """How many of these the teacher takes to make a target; as many as `points`: always up to the image."""
 
 
-def _halves(method: "ProgressiveOptions") -> None:
+def _halves(method: "ProgressiveMethod") -> None:
     ratio, rest = divmod(method.teacher_steps, method.student_steps)
     if rest or ratio < 2 or ratio & (ratio - 1):
         raise ValueError(
@@ -38,7 +38,7 @@ def _halves(method: "ProgressiveOptions") -> None:
         )
 
 
-class ProgressiveOptions(Choice):
+class ProgressiveMethod(Choice):
     """Progressive distillation (Salimans & Ho 2022)."""
 
     rules = (_halves,)
@@ -51,15 +51,22 @@ class ProgressiveOptions(Choice):
     """Number of steps of the student in the end."""
 
 
-Method = Consistency | Progressive
+DISTILLABLE = ("v", "x_0")
+"""Parameterizations whose networks can estimate the image from noise alone."""
+Method = ConsistencyLoss | ProgressiveLoss
 METHODS: dict[str, Callable[[Any, Teacher, Error, int], Method]] = {
-    "consistency": lambda options, teacher, error, _: Consistency(teacher, error, options.points, options.solver_steps),
-    "progressive": lambda options, teacher, error, steps: Progressive(
+    "consistency": lambda options, teacher, error, _: ConsistencyLoss(
+        teacher, error, options.points, options.solver_steps
+    ),
+    "progressive": lambda options, teacher, error, steps: ProgressiveLoss(
         teacher, error, options.teacher_steps, options.student_steps, steps
     ),
 }
 """Constructors by name; each takes the method's options, the teacher, the error, and the number of training steps."""
-METHOD_OPTIONS: dict[str, type[Choice]] = {"consistency": ConsistencyOptions, "progressive": ProgressiveOptions}
+METHOD_OPTIONS: dict[str, type[Choice]] = {
+    "consistency": ConsistencyMethod,
+    "progressive": ProgressiveMethod,
+}
 
 
 def _trains_without_augmentation(distill: "DistillOptions") -> None:
@@ -83,7 +90,7 @@ class DistillOptions(TrainOptions):
         _measures_one_loss,
     )
 
-    method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyOptions()
+    method: Annotated[Any, OneOf(METHODS, METHOD_OPTIONS)] = ConsistencyMethod()
     """What the student learns. consistency: to estimate the same image at all points of the teacher's trajectory (Song
     et al. 2023); progressive: to take one step for two of the teacher's, again and again (Salimans & Ho 2022)."""
     huber: Annotated[float, Field(ge=0, le=1)] = 0.005

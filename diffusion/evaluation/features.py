@@ -264,6 +264,11 @@ class OnnxFeatures:
         return features[: len(x)]
 
 
+def chosen_features(root: Path, name: str, digest: str, shape: tuple[int, int, int]) -> Features | None:
+    """Those of the ONNX file `name` in the working tree `root`; None for auto. Raises the errors of OnnxFeatures."""
+    return None if name == "auto" else OnnxFeatures(root / name, digest, shape)
+
+
 def _reason(error: Exception) -> str:
     """An error of ONNX Runtime in one line, without its own source file and function."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", " ".join(str(error).split()))

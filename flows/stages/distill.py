@@ -5,8 +5,8 @@ from functools import partial
 import torch
 
 from diffusion.distillation.heldout import heldout_loss
-from diffusion.distillation.losses import Error, Progressive
-from diffusion.distillation.options import METHODS
+from diffusion.distillation.losses import Error, ProgressiveLoss
+from diffusion.distillation.options import DISTILLABLE, METHODS
 from diffusion.distillation.sampling import student_sampling
 from diffusion.distillation.teacher import Teacher
 from diffusion.errors import UserError
@@ -20,9 +20,6 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.stages.training import Recipe, carry_out
 
-PARAMETERIZATIONS = ("v", "x_0")
-"""Those whose networks can estimate the image from noise alone."""
-
 
 def run(params: Params, paths: Paths) -> None:
     """Distil a model; an interrupted distillation with the same parameters, teacher, data and code is resumed."""
@@ -35,10 +32,10 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
     teacher, options = load_model(paths.teacher, device), params.distill
     pairs, heldout = Pairs(paths.pairs, "train"), Pairs(paths.pairs, "val")
     pairs.check_process(teacher.process.schedule.alpha_bar.numpy(), teacher.shape)
-    if (predicts := teacher.config.process.parameterization) not in PARAMETERIZATIONS:
+    if (predicts := teacher.config.process.parameterization) not in DISTILLABLE:
         raise UserError(
             f"{paths.teacher}: predicts {predicts} (process.parameterization), which says little about the image where "
-            f"sampling starts; distillation needs a model trained to predict {' or '.join(PARAMETERIZATIONS)}"
+            f"sampling starts; distillation needs a model trained to predict {' or '.join(DISTILLABLE)}"
         )
     if options.guidance != 1 and not teacher.num_classes:
         raise UserError(f"distill.guidance: {paths.teacher} is not conditioned on classes; set it to 1.0")
@@ -61,11 +58,11 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         return net.eval()  # the targets are exact, so that dropout would only add noise
 
     def enter_phase(state: State, step: int) -> None:
-        if isinstance(loss, Progressive) and state.earlier is not None:
+        if isinstance(loss, ProgressiveLoss) and state.earlier is not None:
             loss.enter(loss.phase_of(step), state.earlier)
 
     def before_step(state: State) -> None:
-        if isinstance(loss, Progressive) and state.earlier is not None:
+        if isinstance(loss, ProgressiveLoss) and state.earlier is not None:
             if state.step and loss.phase_of(state.step) != loss.phase_of(state.step - 1):
                 state.copy_average_into(state.earlier)
             enter_phase(state, state.step)
@@ -85,5 +82,5 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         error="held-out loss",
         drawing=student_sampling(params.sample, options.sampling_steps).model_copy(update={"count": 36}),
         before_step=before_step,
-        replaces_teacher=isinstance(loss, Progressive),
+        replaces_teacher=isinstance(loss, ProgressiveLoss),
     )

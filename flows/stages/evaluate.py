@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from diffusion.errors import counted
 from diffusion.evaluation import histograms, likelihood, noise_prediction, plots, quality, samplers, sets, wiener
-from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
+from diffusion.evaluation.features import Features, chosen_features, trained_features
 from diffusion.evaluation.filmstrip import frames, noising
 from diffusion.evaluation.heldout import Prediction, predictions
 from diffusion.evaluation.likelihood import Draws
@@ -37,7 +37,7 @@ from diffusion.storage.files import (
 )
 from flows import baselines, made_with, tracking
 from flows.pages import contents, report
-from flows.params import Evaluate, Params
+from flows.params import Params
 from flows.paths import Paths
 from flows.rules import laid_over
 
@@ -55,7 +55,9 @@ def run(params: Params, paths: Paths) -> None:
     for options in settings(params):
         sampling_timesteps(options, model.process.schedule)
         model.sampler(options)
-    features = own_features(params.evaluate, paths, model)  # refused before scoring
+    chosen, features = params.evaluate, None
+    if chosen.quality_samples:  # a wrong file is refused before scoring
+        features = chosen_features(paths.root, chosen.features, chosen.features_sha256, model.shape)
     with working("evaluate: fitting the linear baseline"):
         baseline = wiener.fit(train)
     overall, tables = score(params, model, device, pairs, val, train, baseline)
@@ -116,13 +118,6 @@ def run(params: Params, paths: Paths) -> None:
     if measured:
         word, reason = measured.verdict
         say(f"evaluate: samples: {word}; {reason}, at {overall['quality_images']} images each")
-
-
-def own_features(options: Evaluate, paths: Paths, model: Model) -> Features | None:
-    """The features in the user's file; None if there is none. Raises UserError if the file cannot be used."""
-    if options.features == "auto" or not options.quality_samples:
-        return None
-    return OnnxFeatures(paths.root / options.features, options.features_sha256, model.shape)
 
 
 def compare(

@@ -9,7 +9,7 @@ import torch
 from diffusion.distillation.sampling import student_sampling
 from diffusion.errors import UserError, counted
 from diffusion.evaluation import few_steps, quality, sets
-from diffusion.evaluation.features import Features, OnnxFeatures, trained_features
+from diffusion.evaluation.features import chosen_features, trained_features
 from diffusion.evaluation.few_steps import STUDENT, TEACHER, Drawing
 from diffusion.evaluation.quality import Quality
 from diffusion.model import WEIGHTS, Model, load_model
@@ -23,7 +23,7 @@ from diffusion.storage.files import new_directory, sha256, write_atomic, write_c
 from flows import dvc_yaml, made_with, tracking
 from flows.pages import student as page
 from flows.pages.contents import read_record
-from flows.params import Evaluate, Params
+from flows.params import Params
 from flows.paths import Paths
 
 COPIED = ("mse", "mse_low", "mse_high", "val_mse", "bits_per_dim", "bits_per_dim_low", "bits_per_dim_high")
@@ -125,7 +125,9 @@ def compare(
     )
     features = None
     if real is not None:
-        features = features_of(params.evaluate, paths, student, train)
+        options = params.evaluate
+        features = chosen_features(paths.root, options.features, options.features_sha256, student.shape)
+        features = features or trained_features(train, paths.features, "evaluate-student")
     with Progress("evaluate-student", 2 * sets.batches(len(labels)) * sum(steps), "steps") as progress:
         note = f"drawing {counted(len(labels), 'sample')} with each number of steps"
         drawings = few_steps.draw(models, steps, params.seed, device, labels, lambda: progress.advance(1, note))
@@ -151,13 +153,6 @@ def compare(
     figures = list(measured.others)
     figures.insert(first, measured.of_samples)
     return Compared(drawings, measured, few_steps.table(drawings, drifts, figures))
-
-
-def features_of(options: Evaluate, paths: Paths, model: Model, train: Pairs) -> Features:
-    """The features in which samples are compared; raises UserError if the user's file cannot be used."""
-    if options.features == "auto":
-        return trained_features(train, paths.features, "evaluate-student")
-    return OnnxFeatures(paths.root / options.features, options.features_sha256, model.shape)
 
 
 def summary(params: Params, paths: Paths, found: Compared) -> dict[str, Any]:

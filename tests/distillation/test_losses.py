@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.distillation.losses import Consistency, Error, Progressive
+from diffusion.distillation.losses import ConsistencyLoss, Error, ProgressiveLoss
 from diffusion.distillation.teacher import Teacher, waypoints
 from diffusion.process.build import Process
 from diffusion.process.denoiser import THRESHOLDS
@@ -37,8 +37,8 @@ def weight(made: Process, t: Tensor = T) -> Tensor:
     return a / (1 - a) + 1
 
 
-def consistency(made: Process, points: int, solver_steps: int, taught: Teacher | None = None) -> Consistency:
-    return Consistency(taught or teacher(made), Error(made.parameterization), points, solver_steps)
+def consistency(made: Process, points: int, solver_steps: int, taught: Teacher | None = None) -> ConsistencyLoss:
+    return ConsistencyLoss(taught or teacher(made), Error(made.parameterization), points, solver_steps)
 
 
 @pytest.mark.parametrize("name", ["v", "x_0"])
@@ -120,8 +120,8 @@ def test_targets_carry_no_gradient() -> None:
     torch.testing.assert_close(net.a.grad, expected.sum().double())
 
 
-def progressive(made: Process, taught: Teacher | None = None, total: int = 12) -> Progressive:
-    return Progressive(taught or teacher(made), Error(made.parameterization), 16, 2, total)
+def progressive(made: Process, taught: Teacher | None = None, total: int = 12) -> ProgressiveLoss:
+    return ProgressiveLoss(taught or teacher(made), Error(made.parameterization), 16, 2, total)
 
 
 def two_ddim_steps(
@@ -171,7 +171,7 @@ def test_one_step_of_the_student_lands_where_two_of_the_teacher_do(changes: dict
 
 def test_progressive_targets_of_the_exact_teacher_are_near_the_exact_trajectory() -> None:
     made = process()
-    loss = Progressive(teacher(made), Error(made.parameterization), 512, 1, 9)
+    loss = ProgressiveLoss(teacher(made), Error(made.parameterization), 512, 1, 9)
     path = waypoints(made.schedule, T[:4], 512, 2)
     x_t = made.schedule.diffuse(X_0[:4], T[:4], EPS[:4])
     there, ratio = (
@@ -190,7 +190,7 @@ def test_phases_share_the_training_evenly(
     teacher_steps: int, student_steps: int, total: int, starts: list[int]
 ) -> None:
     made = process()
-    loss = Progressive(teacher(made), Error(made.parameterization), teacher_steps, student_steps, total)
+    loss = ProgressiveLoss(teacher(made), Error(made.parameterization), teacher_steps, student_steps, total)
     assert loss.phases == len(starts)
     expected = [sum(step >= start for start in starts) - 1 for step in range(total)]
     assert [loss.phase_of(step) for step in range(total)] == expected
@@ -237,10 +237,12 @@ def test_the_guided_teacher_is_distilled(kind: str, guidance: float, fraction: f
     x_t = made.schedule.diffuse(x_0, t, eps)
     by_hand = guidance * 0.1 * (y + 1).double().view(-1, 1, 1, 1)
     if kind == "consistency":
-        loss = Consistency(taught, Error(made.parameterization), 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
+        loss = ConsistencyLoss(taught, Error(made.parameterization), 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
         target = 0.05 * x_t + by_hand
     else:
-        loss = Progressive(taught, Error(made.parameterization), 2, 1, 1)(says(made, always(0 * x_t)), x_0, t, eps, y)
+        loss = ProgressiveLoss(taught, Error(made.parameterization), 2, 1, 1)(
+            says(made, always(0 * x_t)), x_0, t, eps, y
+        )
         path = waypoints(made.schedule, t, 2, 2)
         ends = [
             two_ddim_steps(
@@ -262,9 +264,9 @@ def test_the_teachers_estimates_are_thresholded(kind: str, threshold: str) -> No
     made, far = process(), 3 * randn(7, 1, 2, 2, seed=5)
     taught = teacher(made, always(far), threshold)
     if kind == "consistency":
-        loss = Consistency(taught, Error(made.parameterization), 1, 1)
+        loss = ConsistencyLoss(taught, Error(made.parameterization), 1, 1)
     else:
-        loss = Progressive(taught, Error(made.parameterization), 2, 1, 1)
+        loss = ProgressiveLoss(taught, Error(made.parameterization), 2, 1, 1)
     target = THRESHOLDS[threshold](far)
     assert target.equal(far) == (threshold == "none")
     found = loss(says(made, always(target)), X_0, T, EPS)
@@ -279,7 +281,7 @@ def test_the_loss_of_a_student_is_the_same_in_every_parameterization(kind: str) 
         made = process(parameterization=name)
         taught = Teacher(model(made, says(made, x_0_hat(made), name, fraction), name), threshold="clip")
         loss = (
-            Consistency(taught, Error(made.parameterization), 8, 3)
+            ConsistencyLoss(taught, Error(made.parameterization), 8, 3)
             if kind == "consistency"
             else progressive(made, taught)
         )
@@ -292,7 +294,10 @@ def test_the_loss_of_a_student_is_the_same_in_every_parameterization(kind: str) 
 def test_float32_images_have_nearly_the_same_loss() -> None:
     """Coefficients are float64, so that small differences of angles keep their digits."""
     made = process()
-    for loss in (consistency(made, 8, 4), Progressive(teacher(made), Error(made.parameterization), 64, 1, 6)):
+    for loss in (
+        consistency(made, 8, 4),
+        ProgressiveLoss(teacher(made), Error(made.parameterization), 64, 1, 6),
+    ):
         student = says(made, some_x_0_hat)
         exact, single = loss(student, X_0, T, EPS), loss(student, X_0.float(), T, EPS.float())
         assert single.dtype == torch.float32

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.distillation.heldout import heldout_loss
-from diffusion.distillation.losses import Consistency
+from diffusion.distillation.losses import ConsistencyLoss
 from diffusion.distillation.options import DistillOptions
 from diffusion.errors import UserError
 from diffusion.model import Model
@@ -269,7 +269,7 @@ def test_the_student_begins_as_the_teacher_without_dropout(tree: Path) -> None:
     assert all(parameter.requires_grad for parameter in net.parameters())
     weights = net.state_dict()
     assert all(value.equal(weights[name]) for name, value in teacher.net.state_dict().items())
-    assert isinstance(made.loss, Consistency)
+    assert isinstance(made.loss, ConsistencyLoss)
     assert (made.loss.teacher.guidance, made.loss.teacher.threshold) == (2.5, "dynamic")
     drawing = made.drawing
     assert (drawing.sampler.kind, drawing.spacing, drawing.steps) == ("consistency", "angle", 4)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.distillation import losses
-from diffusion.distillation.losses import Progressive
+from diffusion.distillation.losses import ProgressiveLoss
 from diffusion.model import load_model
 from diffusion.storage.files import parse_csv
 from diffusion.training.state import State
@@ -160,7 +160,7 @@ class Watched:
         self.teachers: list[tuple[int, int, str]] = []
         self.averages: dict[int, str] = {}
         self.spoiled, self.step = {*spoiled}, -1
-        enter, error, recipe = Progressive.enter, losses.Error.__call__, distill.recipe
+        enter, error, recipe = ProgressiveLoss.enter, losses.Error.__call__, distill.recipe
 
         def watched_recipe(*arguments: Any) -> Any:
             made = recipe(*arguments)
@@ -170,7 +170,7 @@ class Watched:
                 self.step = state.step
                 self.averages[state.step] = digest(state.average)
                 before(state)
-                if isinstance(made.loss, Progressive):
+                if isinstance(made.loss, ProgressiveLoss):
                     self.teachers.append((state.step, made.loss.phase, digest(made.loss.teacher.model.net)))
 
             object.__setattr__(made, "before_step", before_step)

@@ -224,6 +224,23 @@ def test_a_run_of_an_earlier_version_without_a_section_distill_can_be_distilled(
 
 
 @pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("parameterization", ["eps", "mu"])
+def test_models_that_cannot_see_the_image_in_noise_are_refused(
+    parameterization: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = RUNS / "teach/params.yaml"
+    yaml_files.write_yaml(
+        path, lay_over(yaml_files.read_yaml(path), {"process": {"parameterization": parameterization}})
+    )
+    assert distill_ddpm.main(["--name", "stu"]) == 1
+    assert capsys.readouterr().err == (
+        f"distill-ddpm: error: run 'teach': its model predicts {parameterization} (process.parameterization), which "
+        "says little about the image where sampling starts; distil one trained to predict v or x_0\n"
+    )
+    assert not (RUNS / "stu").exists()
+
+
+@pytest.mark.usefixtures("trained")
 def test_the_teacher_is_not_cleaned_up_while_it_is_distilled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDPM_KEEP_RUNS", "0")
     assert distill_ddpm.main(["--name", "stu"]) == 0
