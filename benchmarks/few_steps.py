@@ -7,8 +7,9 @@ Run it on working trees with data/pairs and models/ddpm, written by `dvc repro` 
 Every seed distils the teacher anew, by the stage `distill` with the tree's section `distill`, and draws its own noise.
 Each method gets `--share` of the CPU time of the training: its number of steps follows from the time of a step of
 `train` and of one of its own, both measured once for each file of results. `cpu_seconds` is the time of the whole stage
-`distill`, `train_cpu_seconds` that of the training steps alone. Figures are means over seeds with 95 % t intervals;
-those of the teacher vary with the noise alone. benchmarks/results/few-steps-DATA.json holds
+`distill`, which other processes on the machine lengthen; `train_cpu_seconds` that of the training steps alone. Figures
+are means over seeds with 95 % t intervals; those of the teacher vary with the noise alone.
+benchmarks/results/few-steps-DATA.json holds
 
     {"teacher": {"ddim": {"8": {"frechet": [value, low, high], ...}}}, "student": {"2": {...}}, "progressive": {...}}
 
@@ -210,12 +211,10 @@ def show(arguments: argparse.Namespace) -> None:  # noqa: ARG001 (as the other c
         document = json.loads(file.read_text())
         runs = document["runs"]
         seeds, samples = len({each["seed"] for each in runs}), runs[0]["samples"]
-        share = max(each["cpu_seconds"] for each in runs) / document["train_cpu_seconds"]
+        share = np.median([each["cpu_seconds"] for each in runs]) / document["train_cpu_seconds"]
         methods = {name: document[name] for name in document if name in (STUDENT, "progressive")}
         heads = ["teacher, DDIM", *(name if name != STUDENT else "consistency" for name in methods)]
-        print(
-            f"\n{document['data']}, {seeds} seeds, {samples} samples each, at most {share:.0%} of the training's time\n"
-        )
+        print(f"\n{document['data']}, {seeds} seeds, {samples} samples each, {share:.0%} of the training's time\n")
         print("| steps | " + " | ".join(f"{head}: Fréchet | recall | drift" for head in heads) + " |")
         print("|---" * (1 + 3 * len(heads)) + "|")
         for steps in document["teacher"]["ddim"]:

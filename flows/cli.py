@@ -163,6 +163,18 @@ def compare(*runs: str, out: Path | None = None) -> None:
 
 
 @app.command(group=RUNS)
+def fetch(run: str, /) -> None:
+    """Fetch a training that ran on another machine, for apply, report and distill-ddpm.
+
+    Args:
+        run: Name of a completed flow run, as MLflow has it.
+    """
+    from flows.fetching import fetch
+
+    fetch(run)
+
+
+@app.command(group=RUNS)
 def apply(run: str, /, *, force: bool = False) -> None:
     """Copy a flow run's parameters and results into the working tree.
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from flows import summary, workspace
-from flows.dvc_stage import Outcome
+from flows.dvc_stage import PUSH, Outcome
+from flows.environment import setting
 from flows.stages import STAGES, STUDENT_STAGES
 
 Log = Callable[[str], object]
@@ -69,6 +71,9 @@ def run(
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
         log("recording the results in MLflow")
         tracked = _track(directory, plan.teacher is not None, log, warn)
+        if setting(PUSH, False, bool):
+            log("pushing the results to the DVC remote")
+            _push(directory, warn)
         result = summary.collect(directory, which.page, done, tracked, plan.teacher)
         summary.write(directory, result)
         report(directory, result)
@@ -96,3 +101,14 @@ def _track(directory: Path, student: bool, log: Log, warn: Log) -> dict[str, Any
         return None
     tracked: dict[str, Any] = json.loads(out.splitlines()[-1])
     return tracked
+
+
+def _push(directory: Path, warn: Log) -> None:
+    """Push the results, and DVC's record of which parameters and inputs they come from; the run succeeds without it.
+
+    With that record, runs and `dvc repro` on other machines take the results from the remote.
+    """
+    try:
+        workspace.dvc(directory, "push", "--run-cache")
+    except UserError as error:
+        warn(f"not pushed ({error}); the results are in {directory} alone: run `dvc push --run-cache` there")

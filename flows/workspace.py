@@ -4,11 +4,13 @@ Several runs can thus be active at the same time, unaffected by edits to the cod
 `.ddpm` is a link to that of the repository, so checkpoints and the MLflow database are shared.
 """
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +23,8 @@ from pydantic import Field
 
 from diffusion.errors import UserError
 from diffusion.progress import say
-from diffusion.storage.files import write_json, writing
-from flows import dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
+from diffusion.storage.files import write_atomic, write_json, writing
+from flows import dvc_config, dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -203,8 +205,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
-    (temporary / ".ddpm").symlink_to(Paths().state.absolute())
-    _configure_dvc(temporary)
+    _share_state(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
     if teacher:
@@ -215,41 +216,55 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     temporary.replace(workspace)
 
 
-def _configure_dvc(workspace: Path) -> None:
-    """Configure a workspace to use the repository's cache and remotes, resolving relative paths and local settings.
+def adopt(run: Run, parameters: bytes, lock: bytes) -> Path:
+    """Create the workspace of a run that another machine completed; its outputs come from the cache or a remote of DVC.
 
+    Args:
+        run: the content of its run.json.
+        parameters: that of its params.yaml.
+        lock: that of its dvc.lock.
     Raises:
-        UserError: DVC rejects the configuration of the repository.
+        UserError: there is a workspace of this name, git has not the commit, or DVC has not the outputs.
     """
-    from configobj import ConfigObj  # a dependency of DVC; imported here, since it takes a second
-    from dvc.config import Config, ConfigError, merge
+    workspace = Paths().runs.absolute() / run.name
+    with writing(workspace.parent):
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace.parent / ".lock"):
+        if workspace.exists():
+            raise UserError(f"run {run.name!r}: already here, in {workspace}")
+        temporary = _unfinished(workspace)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with tarfile.open(fileobj=io.BytesIO(_archive(run.git_revision))) as archive:
+                archive.extractall(temporary, filter="data")
+            _share_state(temporary)
+            write_atomic(Paths(temporary).params, parameters)
+            write_atomic(temporary / dvc_lock.FILE, lock)
+            dvc(temporary, "pull", *map(dvc_yaml.target, dvc_lock.stages(Path(dvc_lock.FILE), lock)))
+            run.write(temporary)
+            temporary.replace(workspace)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return workspace
 
+
+def _archive(commit: str) -> bytes:
+    """The files of a commit as a tar, fetched from the remote if it is not here; raises UserError."""
     try:
-        ours = Config(str(Path(".dvc")))
-    except ConfigError as error:
-        raise UserError(f"DVC's configuration: {' '.join(str(error).split())}") from None
-    own = {
-        "core": {"no_scm": True, "site_cache_dir": str(Paths().state.absolute() / "dvc")},
-        "cache": {
-            "dir": ours["cache"].get("dir") or str(Path(".dvc/cache").absolute()),
-            "type": "reflink,hardlink,symlink,copy",
-        },
-    }
-    settings: dict[str, Any] = {}
-    for each in (ours.load_one("repo"), ours.load_one("local"), own):  # with absolute paths
-        merge(settings, each)
-    named = {
-        f'{kind} "{name}"': value for kind in ("remote", "machine", "db") for name, value in settings.pop(kind).items()
-    }
-    file = workspace / ".dvc" / "config.local"
-    file.touch()
-    file.chmod(0o600)  # may contain a remote's password
-    with file.open("wb") as opened:
-        ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes only ASCII
+        git("cat-file", "-e", f"{commit}^{{commit}}")
+    except UserError:
+        git("fetch", "--quiet", "origin", commit)
+    return subprocess.run(["git", "archive", "--format=tar", commit], check=True, capture_output=True).stdout
+
+
+def _share_state(workspace: Path) -> None:
+    """Link a workspace's `.ddpm` to that of the repository, and have DVC use the repository's cache."""
+    (workspace / ".ddpm").symlink_to(Paths().state.absolute())
+    dvc_config.configure(workspace)
 
 
 def _checkout_raw_data(workspace: Path) -> None:
-    """Check out the raw data from the DVC cache, unless they are in git or at a URL."""
+    """Check out the raw data from the DVC cache, or else a remote, unless they are in git or at a URL."""
     from diffusion.sources.locations import is_url
     from flows.params import load
 
@@ -262,10 +277,13 @@ def _checkout_raw_data(workspace: Path) -> None:
             try:
                 dvc(workspace, "checkout", file)
             except UserError:
-                raise UserError(
-                    f"{file}: its data are not in the DVC cache; `dvc pull {file}` fetches them from a remote, "
-                    f"`dvc commit {file}` adds them from the working tree"
-                ) from None
+                try:
+                    dvc(workspace, "pull", file)
+                except UserError as error:
+                    raise UserError(
+                        f"{file}: its data are not in the DVC cache, and no remote has them ({error}); `dvc commit "
+                        f"{file}` adds them from the working tree"
+                    ) from None
             return
     if Path(source).exists():
         raise UserError(

@@ -1,0 +1,328 @@
+"""A team's servers and workers on this machine, without containers: the main job on them, from clone to clone.
+
+    python deploy/team/rehearse.py
+
+runs the commands of deploy/team/compose.yaml, with their environments, on ports of their own: PostgreSQL (Debian's
+package `postgresql`), an S3 server (moto's, in place of the image), the servers of Prefect and MLflow with passwords,
+and two workers with separate homes and folders, which share git, the DVC remote and the servers alone. Then a user
+pushes a commit, deploys it, and runs `prefect deployment run train-ddpm`; another worker takes the same results from
+the remote; the user fetches and applies the run, and a colleague's clone pulls it and has nothing to run. Each step
+prints what it checked; the first one that fails ends the rehearsal with status 1. Needs `pip install -e '.[team]'`.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PORTS = {"postgres": 5432, "s3": 8333, "prefect": 4200, "mlflow": 5000, "service": 8000, "dask-scheduler": 8786}
+"""The port of each service in compose.yaml."""
+SMALL = (
+    "train.steps=20 train.preview_every=10 train.log_every=10 train.batch_size=16 network.base_channels=16 "
+    "network.channel_multipliers=[1,2] network.blocks=1 evaluate.quality_samples=0 evaluate.likelihood_images=8 "
+    "evaluate.exact_likelihood_images=1 sample.steps=4 sample.count=8 export.steps=4 export.max_loss=9"
+)
+"""Changes to params.yaml that make the job take a minute."""
+SECONDS = 180.0
+"""How long a server may take to start."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, help="where to work, instead of a temporary folder; kept at the end")
+    folder = parser.parse_args().folder
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rehearse(stack.enter_context(team(folder.resolve())))
+        except Failed as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+class Failed(Exception):
+    """A step went wrong."""
+
+
+def said(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class Team:
+    """The services of compose.yaml as processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {name: _free_port() for name in PORTS}
+        self.given = {name: secrets.token_hex(16) for name in _asked()}
+        text = _interpolated((HERE / "compose.yaml").read_text(), self.given)
+        self.compose: dict[str, Any] = YAML(typ="safe").load(text)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def here(self, text: str) -> str:
+        """Text of compose.yaml with the addresses and paths that it means on this machine."""
+        names = "|".join(PORTS)
+        text = re.sub(rf"\b({names}):({'|'.join(map(str, PORTS.values()))})\b", lambda m: self._address(m[1]), text)
+        for config in self.compose["configs"]:
+            text = text.replace(self._target(config), str(self.folder / config))
+        return {str(PORTS[name]): str(port) for name, port in self.ports.items()}.get(text, text).replace(
+            "0.0.0.0", "127.0.0.1"
+        )
+
+    def _address(self, name: str) -> str:
+        return f"127.0.0.1:{self.ports[name]}"
+
+    def _target(self, config: str) -> str:
+        used = [each for service in self.compose["services"].values() for each in service.get("configs", [])]
+        return next(str(each["target"]) for each in used if each["source"] == config)
+
+    def environment(self, service: str, home: Path) -> dict[str, str]:
+        """The environment of a service, in a home of its own."""
+        ours = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+        }
+        given = self.compose["services"][service].get("environment", {})
+        return ours | {name: self.here(str(value)) for name, value in given.items()} | {"HOME": str(home)}
+
+    def start(self, service: str, command: Sequence[str] | None = None, name: str = "") -> None:
+        """Start a service with the command of compose.yaml, or another, in a folder and a home of its own."""
+        name = name or service
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        words = command or [self.here(word) for word in self.compose["services"][service]["command"]]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                words,
+                cwd=home,
+                env=self.environment(service, home),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, name: str, url: str) -> None:
+        """Wait until a server answers, with whatever status it has for a request without a password."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            if self.processes[name].poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"{name} did not start: {self.last_line(name)}")
+            try:
+                urllib.request.urlopen(url, timeout=2)
+            except urllib.error.HTTPError:
+                pass
+            except OSError:
+                time.sleep(0.3)
+                continue
+            return said(f"{name} answers at {url}")
+
+    def last_line(self, name: str) -> str:
+        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+    def stop(self) -> None:
+        """Stop all processes, workers first."""
+        for name, process in reversed(self.processes.items()):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def team(folder: Path) -> Iterator[Team]:
+    """Servers and workers, running."""
+    found = Team(folder)
+    try:
+        for name, config in found.compose["configs"].items():
+            (folder / name).write_text(found.here(config["content"]))
+        _start_postgres(found)
+        found.start("s3", ["moto_server", "-H", "127.0.0.1", "-p", str(found.ports["s3"])])
+        found.wait("s3", f"http://127.0.0.1:{found.ports['s3']}/")
+        found.start("bucket")
+        if found.processes.pop("bucket").wait():
+            raise Failed(f"the bucket was not created: {found.last_line('bucket')}")
+        for name in ("prefect", "mlflow"):
+            found.start(name)
+        found.wait("prefect", f"http://127.0.0.1:{found.ports['prefect']}/api/health")
+        found.wait("mlflow", f"http://127.0.0.1:{found.ports['mlflow']}/health")
+        yield found
+    finally:
+        found.stop()
+
+
+def _start_postgres(found: Team) -> None:
+    """PostgreSQL, which does not run as root, with the databases of databases.sql."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "").parent]
+    if not (programs[-1] / "initdb").exists():
+        raise Failed("PostgreSQL is not installed: `apt-get install postgresql`")
+    data, port = found.folder / "postgres" / "data", found.ports["postgres"]
+    data.parent.mkdir()
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if user:
+        found.folder.chmod(0o755)
+        shutil.chown(data.parent, "postgres", "postgres")
+    password = data.parent / "password"
+    password.write_text(found.given["POSTGRES_PASSWORD"])
+    password.chmod(0o644)
+    _run(
+        [
+            *user,
+            str(programs[-1] / "initdb"),
+            "-D",
+            str(data),
+            "-U",
+            "ddpm",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={password}",
+        ]
+    )
+    options = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(data.parent)]
+    found.start("postgres", [*user, str(programs[-1] / "postgres"), *options])
+    sql = (HERE / "databases.sql").read_text()
+    login = os.environ | {"PGPASSWORD": found.given["POSTGRES_PASSWORD"]}
+    client = [str(programs[-1] / "psql"), "-h", "127.0.0.1", "-p", str(port), "-U", "ddpm", "-v", "ON_ERROR_STOP=1"]
+    deadline = time.monotonic() + SECONDS
+    while subprocess.run([*client, "postgres", "-c", "select 1"], env=login, capture_output=True).returncode:
+        if found.processes["postgres"].poll() is not None or time.monotonic() > deadline:
+            raise Failed(f"postgres did not start: {found.last_line('postgres')}")
+        time.sleep(0.2)
+    _run([*client, "postgres"], env=login, input=sql)
+    said(f"postgres answers at 127.0.0.1:{port}")
+
+
+def rehearse(found: Team) -> None:
+    """The main job, as a user, two workers and a colleague do it."""
+    folder = found.folder
+    origin, user, colleague = folder / "origin.git", folder / "user", folder / "colleague"
+    _run(["git", "clone", "--quiet", "--bare", str(ROOT), str(origin)])
+    environment = found.environment("worker", _home(folder / "user-home"))
+
+    def do(tree: Path, *command: str) -> str:
+        return _run(command, cwd=tree, env=environment)
+
+    _run(["git", "clone", "--quiet", f"file://{origin}", str(user)])
+    for name, value in (("user.name", "A user"), ("user.email", "user@example.org")):
+        do(user, "git", "config", "--global", name, value)
+    do(user, "dvc", "remote", "add", "--default", "storage", "s3://ddpm/dvc")
+    do(user, "ddpm", "set", *SMALL.split())
+    do(user, "git", "add", ".dvc/config", "params.yaml")
+    do(user, "git", "commit", "--quiet", "--message", "A small model, and the team's storage")
+    refused = subprocess.run(DEPLOY, cwd=user, env=environment, capture_output=True, text=True)
+    expect("a commit that is not pushed is not deployed", refused.returncode != 0 and "not pushed" in _all(refused))
+    do(user, "git", "push", "--quiet")
+    do(user, *DEPLOY)
+    said("deployed")
+
+    for pool in ("worker", "worker-gpu"):
+        found.start(pool)
+    done = do(user, "prefect", "deployment", "run", "train-ddpm/train-ddpm", "--flow-run-name", "first", "--watch")
+    expect("worker `ddpm` ran the five stages", "Flow run finished successfully" in done or "first: done" in done)
+    first = _workspace(folder / "worker", "first")
+    expect("in a clone of its own", first.is_relative_to(folder / "worker"))
+    done = do(user, "prefect", "deployment", "run", "train-ddpm/gpu", "--flow-run-name", "second", "--watch")
+    second = _workspace(folder / "worker-gpu", "second")
+    outcomes = {each["outcome"] for each in YAML(typ="safe").load((second / "summary.json").read_text())["stages"]}
+    expect("worker `ddpm-gpu`, in another home and folder, took all results from the remote", outcomes == {"cached"})
+    model = "models/onnx/sampler.onnx"
+    expect("with the same bytes", (first / model).read_bytes() == (second / model).read_bytes())
+
+    do(user, "ddpm", "fetch", "first")
+    do(user, "ddpm", "apply", "first")
+    expect("the user has the model", (user / model).read_bytes() == (first / model).read_bytes())
+    do(user, "dvc", "push")
+    do(user, "git", "add", "params.yaml", "dvc.lock")
+    do(user, "git", "commit", "--quiet", "--message", "Results")
+    do(user, "git", "push", "--quiet")
+    _run(["git", "clone", "--quiet", f"file://{origin}", str(colleague)])
+    do(colleague, "dvc", "pull")
+    expect("a colleague who pulls has nothing to run", "are up to date" in do(colleague, "dvc", "repro"))
+    expect("and the model", (colleague / model).read_bytes() == (first / model).read_bytes())
+
+
+DEPLOY = ("prefect", "--no-prompt", "deploy", "--prefect-file", "deploy/team/prefect.yaml", "--all")
+
+
+def expect(what: str, holds: bool) -> None:
+    """Report a check; raises Failed if it does not hold."""
+    if not holds:
+        raise Failed(f"not so: {what}")
+    said(f"ok: {what}")
+
+
+def _workspace(worker: Path, run: str) -> Path:
+    found = list(worker.glob(f"ddpm-*/.ddpm/runs/{run}"))
+    if len(found) != 1:
+        raise Failed(f"{worker}: no workspace of run {run}; its log ends with: {_tail(worker)}")
+    return found[0]
+
+
+def _tail(worker: Path) -> str:
+    return " / ".join(worker.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-3:])
+
+
+def _home(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _run(
+    command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, input: str | None = None
+) -> str:
+    """Run a command to its end; raises Failed with the last lines of its output."""
+    done = subprocess.run(command, cwd=cwd, env=env, input=input, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(
+            f"{' '.join(command)}: status {done.returncode}: {' / '.join(_all(done).strip().splitlines()[-5:])}"
+        )
+    return _all(done)
+
+
+def _all(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout + done.stderr
+
+
+def _asked() -> list[str]:
+    """The variables that compose.yaml requires."""
+    return sorted(set(re.findall(r"\$\{(\w+):\?", (HERE / "compose.yaml").read_text())))
+
+
+def _interpolated(text: str, given: Mapping[str, str]) -> str:
+    """Compose's `${NAME:?message}` and `${NAME:-default}`."""
+    text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: given[found[1]], text)
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1], found[2]), text)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
