@@ -84,7 +84,7 @@ class Team:
         names = "|".join(PORTS)
         text = re.sub(rf"\b({names}):({'|'.join(map(str, PORTS.values()))})\b", lambda m: self._address(m[1]), text)
         for config in self.compose["configs"]:
-            text = text.replace(self._target(config), str(self.folder / config))
+            text = text.replace(self._target(config), str(self.folder / f"{config}.config"))
         return {str(PORTS[name]): str(port) for name, port in self.ports.items()}.get(text, text).replace(
             "0.0.0.0", "127.0.0.1"
         )
@@ -159,7 +159,7 @@ def team(folder: Path) -> Iterator[Team]:
     found = Team(folder)
     try:
         for name, config in found.compose["configs"].items():
-            (folder / name).write_text(found.here(config["content"]))
+            (folder / f"{name}.config").write_text(found.here(config["content"]))
         _start_postgres(found)
         found.start("s3", ["moto_server", "-H", "127.0.0.1", "-p", str(found.ports["s3"])])
         found.wait("s3", f"http://127.0.0.1:{found.ports['s3']}/")
