@@ -36,8 +36,8 @@ PORTS = {"postgres": 5432, "s3": 8333, "prefect": 4200, "mlflow": 5000, "service
 """The port of each service in compose.yaml."""
 SMALL = (
     "train.steps=20 train.preview_every=10 train.log_every=10 train.batch_size=16 network.base_channels=16 "
-    "network.channel_multipliers=[1,2] network.blocks=1 evaluate.quality_samples=0 evaluate.likelihood_images=8 "
-    "evaluate.exact_likelihood_images=1 sample.steps=4 sample.count=8 export.steps=4 export.max_loss=9"
+    "network.channel_multipliers=[1,2] network.blocks_per_level=1 evaluate.quality_samples=0 evaluate.likelihood_images=8 "
+    "evaluate.exact_likelihood_images=2 sample.steps=4 sample.count=8 export.steps=4 export.max_loss=9"
 )
 """Changes to params.yaml that make the job take a minute."""
 SECONDS = 180.0
