@@ -233,6 +233,8 @@ def rehearse(found: Team) -> None:
     do(user, "ddpm", "set", *SMALL.split())
     do(user, "git", "add", ".dvc/config", "params.yaml")
     do(user, "git", "commit", "--quiet", "--message", "A small model, and the team's storage")
+    for pool in ("ddpm", "ddpm-gpu"):
+        do(user, "prefect", "work-pool", "create", pool, "--type", "process")
     refused = subprocess.run(DEPLOY, cwd=user, env=environment, capture_output=True, text=True)
     told = " ".join(_all(refused).split())
     (folder / "refused.log").write_text(_all(refused))
