@@ -1,47 +1,39 @@
 """A team's servers and workers on this machine, without containers: the main job on them, from clone to clone.
 
-    python deploy/team/rehearse.py
+    python -m deploy.team.rehearse
 
 runs the commands of deploy/team/compose.yaml, with their environments, on ports of their own: PostgreSQL (Debian's
 package `postgresql`), an S3 server (moto's, in place of the image), the servers of Prefect and MLflow with passwords,
 and two workers with separate homes and folders, which share git, the DVC remote and the servers alone. Then a user
 pushes a commit, deploys it, and runs `prefect deployment run train-ddpm`; another worker takes the same results from
-the remote; the user fetches and applies the run, and a colleague's clone pulls it and has nothing to run. Each step
-prints what it checked; the first one that fails ends the rehearsal with status 1. Needs `pip install -e '.[team]'`.
+the remote; the user fetches and applies the run, and a colleague's clone pulls it and has nothing to run. The model is
+promoted, and served behind Caddy (Debian's `caddy`) with TLS. Each step prints what it checked; the first one that
+fails ends the rehearsal with status 1. Needs `pip install -e '.[team,cluster]' moto[server]`.
 """
 
 import argparse
 import contextlib
-import os
-import re
-import secrets
-import shutil
-import signal
+import http.client
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
+from deploy.team.stack import HERE, SECONDS, Failed, Team, expect, free_port, output_of, run, said, team
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-PORTS = {"postgres": 5432, "s3": 8333, "prefect": 4200, "mlflow": 5000, "service": 8000, "dask-scheduler": 8786}
-"""The port of each service in compose.yaml."""
 SMALL = (
     "train.steps=20 train.preview_every=10 train.log_every=10 train.batch_size=16 network.base_channels=16 "
-    "network.channel_multipliers=[1,2] network.blocks_per_level=1 evaluate.quality_samples=0 evaluate.likelihood_images=8 "
+    "network.channel_multipliers=[1,2] evaluate.quality_samples=0 evaluate.likelihood_images=8 "
     "evaluate.exact_likelihood_images=2 sample.steps=4 sample.count=8 export.steps=4 export.max_loss=9"
 )
 """Changes to params.yaml that make the job take a minute."""
-SECONDS = 180.0
-"""How long a server may take to start."""
 
 
 def main() -> int:
@@ -60,173 +52,17 @@ def main() -> int:
     return 0
 
 
-class Failed(Exception):
-    """A step went wrong."""
-
-
-def said(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-class Team:
-    """The services of compose.yaml as processes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ports = {name: _free_port() for name in PORTS}
-        self.given = {name: secrets.token_hex(16) for name in _asked()}
-        text = _interpolated((HERE / "compose.yaml").read_text(), self.given)
-        self.compose: dict[str, Any] = YAML(typ="safe").load(text)
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def here(self, text: str) -> str:
-        """Text of compose.yaml with the addresses and paths that it means on this machine."""
-        names = "|".join(PORTS)
-        text = re.sub(rf"\b({names}):({'|'.join(map(str, PORTS.values()))})\b", lambda m: self._address(m[1]), text)
-        for config in self.compose["configs"]:
-            text = text.replace(self._target(config), str(self.folder / f"{config}.config"))
-        return {str(PORTS[name]): str(port) for name, port in self.ports.items()}.get(text, text).replace(
-            "0.0.0.0", "127.0.0.1"
-        )
-
-    def _address(self, name: str) -> str:
-        return f"127.0.0.1:{self.ports[name]}"
-
-    def _target(self, config: str) -> str:
-        used = [each for service in self.compose["services"].values() for each in service.get("configs", [])]
-        return next(str(each["target"]) for each in used if each["source"] == config)
-
-    def environment(self, service: str, home: Path) -> dict[str, str]:
-        """The environment of a service, in a home of its own."""
-        ours = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "HOME": str(home),
-            "OMP_NUM_THREADS": "1",
-        }
-        given = self.compose["services"][service].get("environment", {})
-        return ours | {name: self.here(str(value)) for name, value in given.items()} | {"HOME": str(home)}
-
-    def start(self, service: str, command: Sequence[str] | None = None, name: str = "") -> None:
-        """Start a service with the command of compose.yaml, or another, in a folder and a home of its own."""
-        name = name or service
-        home = self.folder / name
-        home.mkdir(exist_ok=True)
-        words = command or [self.here(word) for word in self.compose["services"][service]["command"]]
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                words,
-                cwd=home,
-                env=self.environment(service, home),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self, name: str, url: str) -> None:
-        """Wait until a server answers, with whatever status it has for a request without a password."""
-        deadline = time.monotonic() + SECONDS
-        while True:
-            if self.processes[name].poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"{name} did not start: {self.last_line(name)}")
-            try:
-                urllib.request.urlopen(url, timeout=2)
-            except urllib.error.HTTPError:
-                pass
-            except OSError:
-                time.sleep(0.3)
-                continue
-            return said(f"{name} answers at {url}")
-
-    def last_line(self, name: str) -> str:
-        lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no output"
-
-    def stop(self) -> None:
-        """Stop all processes, workers first."""
-        for name, process in reversed(self.processes.items()):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def team(folder: Path) -> Iterator[Team]:
-    """Servers and workers, running."""
-    found = Team(folder)
-    try:
-        for name, config in found.compose["configs"].items():
-            (folder / f"{name}.config").write_text(found.here(config["content"]))
-        _start_postgres(found)
-        found.start("s3", ["moto_server", "-H", "127.0.0.1", "-p", str(found.ports["s3"])])
-        found.wait("s3", f"http://127.0.0.1:{found.ports['s3']}/")
-        found.start("bucket")
-        if found.processes.pop("bucket").wait():
-            raise Failed(f"the bucket was not created: {found.last_line('bucket')}")
-        for name in ("prefect", "mlflow"):
-            found.start(name)
-        found.wait("prefect", f"http://127.0.0.1:{found.ports['prefect']}/api/health")
-        found.wait("mlflow", f"http://127.0.0.1:{found.ports['mlflow']}/health")
-        yield found
-    finally:
-        found.stop()
-
-
-def _start_postgres(found: Team) -> None:
-    """PostgreSQL, which does not run as root, with the databases of databases.sql."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "").parent]
-    if not (programs[-1] / "initdb").exists():
-        raise Failed("PostgreSQL is not installed: `apt-get install postgresql`")
-    data, port = found.folder / "postgres" / "data", found.ports["postgres"]
-    data.parent.mkdir()
-    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    if user:
-        found.folder.chmod(0o755)
-        shutil.chown(data.parent, "postgres", "postgres")
-    password = data.parent / "password"
-    password.write_text(found.given["POSTGRES_PASSWORD"])
-    password.chmod(0o644)
-    _run(
-        [
-            *user,
-            str(programs[-1] / "initdb"),
-            "-D",
-            str(data),
-            "-U",
-            "ddpm",
-            "-A",
-            "scram-sha-256",
-            f"--pwfile={password}",
-        ]
-    )
-    options = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(data.parent)]
-    found.start("postgres", [*user, str(programs[-1] / "postgres"), *options])
-    sql = (HERE / "databases.sql").read_text()
-    login = os.environ | {"PGPASSWORD": found.given["POSTGRES_PASSWORD"]}
-    client = [str(programs[-1] / "psql"), "-h", "127.0.0.1", "-p", str(port), "-U", "ddpm", "-v", "ON_ERROR_STOP=1"]
-    deadline = time.monotonic() + SECONDS
-    while subprocess.run([*client, "postgres", "-c", "select 1"], env=login, capture_output=True).returncode:
-        if found.processes["postgres"].poll() is not None or time.monotonic() > deadline:
-            raise Failed(f"postgres did not start: {found.last_line('postgres')}")
-        time.sleep(0.2)
-    _run([*client, "postgres"], env=login, input=sql)
-    said(f"postgres answers at 127.0.0.1:{port}")
-
-
 def rehearse(found: Team) -> None:
     """The main job, as a user, two workers and a colleague do it."""
     folder = found.folder
     origin, user, colleague = folder / "origin.git", folder / "user", folder / "colleague"
-    _run(["git", "clone", "--quiet", "--bare", str(ROOT), str(origin)])
+    run(["git", "clone", "--quiet", "--bare", str(ROOT), str(origin)])
     environment = found.environment("worker", _home(folder / "user-home"))
 
     def do(tree: Path, *command: str) -> str:
-        return _run(command, cwd=tree, env=environment)
+        return run(command, cwd=tree, env=environment)
 
-    _run(["git", "clone", "--quiet", f"file://{origin}", str(user)])
+    run(["git", "clone", "--quiet", f"file://{origin}", str(user)])
     for name, value in (("user.name", "A user"), ("user.email", "user@example.org")):
         do(user, "git", "config", "--global", name, value)
     do(user, "dvc", "remote", "add", "--default", "storage", "s3://ddpm/dvc")
@@ -236,8 +72,8 @@ def rehearse(found: Team) -> None:
     for pool in ("ddpm", "ddpm-gpu"):
         do(user, "prefect", "work-pool", "create", pool, "--type", "process")
     refused = subprocess.run(DEPLOY, cwd=user, env=environment, capture_output=True, text=True)
-    told = " ".join(_all(refused).split())
-    (folder / "refused.log").write_text(_all(refused))
+    told = " ".join(output_of(refused).split())
+    (folder / "refused.log").write_text(output_of(refused))
     expect("a commit that is not pushed is not deployed", refused.returncode != 0 and "not pushed yet" in told)
     do(user, "git", "push", "--quiet")
     do(user, *DEPLOY)
@@ -263,20 +99,70 @@ def rehearse(found: Team) -> None:
     do(user, "git", "add", "params.yaml", "dvc.lock")
     do(user, "git", "commit", "--quiet", "--message", "Results")
     do(user, "git", "push", "--quiet")
-    _run(["git", "clone", "--quiet", f"file://{origin}", str(colleague)])
+    run(["git", "clone", "--quiet", f"file://{origin}", str(colleague)])
     do(colleague, "dvc", "pull")
     expect("a colleague who pulls has nothing to run", "are up to date" in do(colleague, "dvc", "repro"))
     expect("and the model", (colleague / model).read_bytes() == (first / model).read_bytes())
 
+    if "champion" not in do(user, "ddpm", "track", "first"):
+        do(user, "ddpm", "promote", "1", "--reason", "rehearsal")
+    serve(found)
+    cluster(found)
+
+
+def serve(found: Team) -> None:
+    """The service, and the proxy with TLS in front of it and of the servers."""
+    found.start("service", settings={"PYTHONPATH": str(ROOT)})  # the image's folder has `deploy`
+    found.wait("service", f"http://127.0.0.1:{found.ports['service']}/v2/health/ready")
+    port, other = free_port(), free_port()
+    options = f"{{\n\thttps_port {port}\n\thttp_port {other}\n\tskip_install_trust\n\tadmin off\n}}\n"
+    configuration = found.folder / "Caddyfile"
+    configuration.write_text(options + found.here((HERE / "Caddyfile").read_text()))
+    data = found.folder / "proxy"
+    found.start(
+        "proxy",
+        ["caddy", "run", "--adapter", "caddyfile", "--config", str(configuration)],
+        {"XDG_DATA_HOME": str(data)},
+    )
+    authority = data / "caddy/pki/authorities/local/root.crt"
+    deadline = time.monotonic() + SECONDS
+    while not authority.exists() or (answer := _over_tls(port, "ddpm.localhost", "/images?n=1", authority)) is None:
+        if found.processes["proxy"].poll() is not None or time.monotonic() > deadline:
+            raise Failed(f"proxy did not start: {found.last_line('proxy')}")
+        time.sleep(0.3)
+    expect("the service draws a picture, over TLS", answer[0] == 200 and answer[1].startswith(b"\x89PNG"))
+    for host, path in (("prefect.localhost", "/api/flows/filter"), ("mlflow.localhost", "/api/2.0/mlflow/users/get")):
+        status, _ = _over_tls(port, host, path, authority) or (0, b"")
+        expect(f"{host} refuses whoever has no password", status == 401)
+
+
+def _over_tls(port: int, host: str, path: str, authority: Path) -> tuple[int, bytes] | None:
+    """Status and body of a request to the proxy, whose certificate is checked; None if it does not answer."""
+    context = ssl.create_default_context(cafile=str(authority))
+    try:
+        with socket.create_connection(("127.0.0.1", port), 20) as plain:
+            connection = http.client.HTTPConnection(host, port, timeout=20)
+            connection.sock = context.wrap_socket(plain, server_hostname=host)
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+    except OSError:
+        return None
+
+
+def cluster(found: Team) -> None:
+    """The Dask cluster: a worker registers at the scheduler."""
+    for name in ("dask-scheduler", "dask-worker"):
+        found.start(name)
+    deadline, log = time.monotonic() + SECONDS, found.folder / "dask-scheduler.log"
+    while "Register worker" not in log.read_text(errors="replace"):
+        if found.processes["dask-scheduler"].poll() is not None or time.monotonic() > deadline:
+            raise Failed(f"no worker registered: {found.last_line('dask-scheduler')}")
+        time.sleep(0.3)
+    said("ok: a Dask worker registered at the scheduler")
+
 
 DEPLOY = ("prefect", "--no-prompt", "deploy", "--prefect-file", "deploy/team/prefect.yaml", "--all")
-
-
-def expect(what: str, holds: bool) -> None:
-    """Report a check; raises Failed if it does not hold."""
-    if not holds:
-        raise Failed(f"not so: {what}")
-    said(f"ok: {what}")
 
 
 def _workspace(worker: Path, run: str) -> Path:
@@ -293,39 +179,6 @@ def _tail(worker: Path) -> str:
 def _home(path: Path) -> Path:
     path.mkdir()
     return path
-
-
-def _run(
-    command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, input: str | None = None
-) -> str:
-    """Run a command to its end; raises Failed with the last lines of its output."""
-    done = subprocess.run(command, cwd=cwd, env=env, input=input, capture_output=True, text=True)
-    if done.returncode:
-        raise Failed(
-            f"{' '.join(command)}: status {done.returncode}: {' / '.join(_all(done).strip().splitlines()[-5:])}"
-        )
-    return _all(done)
-
-
-def _all(done: subprocess.CompletedProcess[str]) -> str:
-    return done.stdout + done.stderr
-
-
-def _asked() -> list[str]:
-    """The variables that compose.yaml requires."""
-    return sorted(set(re.findall(r"\$\{(\w+):\?", (HERE / "compose.yaml").read_text())))
-
-
-def _interpolated(text: str, given: Mapping[str, str]) -> str:
-    """Compose's `${NAME:?message}` and `${NAME:-default}`."""
-    text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: given[found[1]], text)
-    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1], found[2]), text)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":
