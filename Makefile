@@ -23,10 +23,10 @@ export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train emoji test mutants up down status repro scrub lint docs lock
+.PHONY: help setup train emoji test mutants deploy-team up down status repro scrub lint docs lock
 
 help: ## List these commands.
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
@@ -66,6 +66,10 @@ test: setup $(VENV)/installed-dev ## Run the tests, each file in one of several 
 mutants: setup $(VENV)/installed-dev ## Insert random faults and check that the tests notice them; ARGS="--count 60 --seed 1".
 	$(PIP) mutmut==3.8.1
 	OMP_NUM_THREADS=1 python tests/mutants.py $(ARGS)
+
+deploy-team: setup ## Deploy the current commit for a team's workers (docs/team.md).
+	@python -m flows.published > /dev/null
+	prefect --no-prompt deploy --prefect-file deploy/team/prefect.yaml --all
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up

@@ -6,6 +6,8 @@ from typing import Any
 
 from diffusion.errors import UserError
 from flows import dvc_lock, workspace
+from flows.dvc_stage import PUSH
+from flows.environment import setting
 from flows.paths import Paths
 
 SECTIONS = ("distill", "sample", "evaluate", "export", "tracking")
@@ -15,6 +17,8 @@ SECTIONS = ("distill", "sample", "evaluate", "export", "tracking")
 def find(run: str | None) -> Path:
     """The workspace of the run whose model is distilled: by name or unique prefix, by default the newest completed one.
 
+    Workers that share no folder (DDPM_PUSH) fetch a run that is not here, given its whole name.
+
     Raises:
         UserError: there is no such run, it is not completed or itself a distillation, or it lacks results.
     """
@@ -22,11 +26,19 @@ def find(run: str | None) -> Path:
         newest = workspace.newest("completed", distilled=False)
         if newest is None:
             raise UserError(
-                "run: no run of train-ddpm has completed yet; `prefect deployment run train-ddpm` starts one"
+                "run: no run of train-ddpm has completed here yet; `prefect deployment run train-ddpm` starts one"
+                + (", and -p run=NAME takes one of another worker" if setting(PUSH, False, bool) else "")
             )
         directory = newest
     elif run and isinstance(run, str):
-        directory = workspace.find(run)
+        try:
+            directory = workspace.find(run)
+        except UserError:
+            if not setting(PUSH, False, bool):
+                raise
+            from flows.fetching import fetch  # imports torch, which `ddpm runs` does not need
+
+            directory = fetch(run)
     else:
         raise UserError(f"run: must be the name of a run, as text (got {run!r})")
     check(directory)

@@ -27,7 +27,6 @@ from ruamel.yaml import YAML
 from deploy.team.stack import HERE, SECONDS, Failed, Team, expect, free_port, output_of, run, said, team
 
 ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
 SMALL = (
     "train.steps=20 train.preview_every=10 train.log_every=10 train.batch_size=16 network.base_channels=16 "
     "network.channel_multipliers=[1,2] evaluate.quality_samples=0 evaluate.likelihood_images=8 "

@@ -140,7 +140,7 @@ def test_by_default_the_training_that_ended_last_is_distilled(capsys: pytest.Cap
         shutil.rmtree(directory)
     assert distill_ddpm.main([]) == 1
     assert capsys.readouterr().err == (
-        "distill-ddpm: error: run: no run of train-ddpm has completed yet; "
+        "distill-ddpm: error: run: no run of train-ddpm has completed here yet; "
         "`prefect deployment run train-ddpm` starts one\n"
     )
 

@@ -205,7 +205,7 @@ def test_raw_data_tracked_by_dvc_come_from_the_cache() -> None:
     for file in Path(".dvc/cache/files").rglob("*"):
         if file.is_file():
             file.unlink()
-    with pytest.raises(UserError, match=r"data/raw/mine.dvc: its data are not in the DVC cache; `dvc pull"):
+    with pytest.raises(UserError, match=r"mine.dvc: its data are not in the DVC cache, and no remote"):
         make("two", changes)
 
 

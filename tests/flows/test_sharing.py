@@ -1,0 +1,200 @@
+"""Machines that share git, a DVC remote and MLflow, and no folder."""
+
+import subprocess
+from contextlib import chdir
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from diffusion.errors import UserError
+from flows import dvc_stage, pipeline, published, teacher, workspace
+from flows.__main__ import main
+from flows.tracking import names
+from tests.flows.conftest import git, new_repository
+
+pytestmark = pytest.mark.slow
+
+CHANGES = {"train": {"steps": 5}}
+RESULT = "models/ddpm/result"
+
+
+@pytest.fixture
+def origin(tmp_path: Path, root: Path) -> Path:
+    """A bare repository that names a DVC remote."""
+    (first := tmp_path / "first").mkdir()
+    new_repository(first, root)
+    with chdir(first):
+        workspace.dvc(Path(), "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+        git("commit", "--quiet", "--all", "--message", "remote")
+    git("clone", "--quiet", "--bare", str(first), str(tmp_path / "origin.git"))
+    return tmp_path / "origin.git"
+
+
+def clone(origin: Path, name: str) -> Path:
+    git("clone", "--quiet", str(origin), str(origin.with_name(name)))
+    return origin.with_name(name)
+
+
+def run(machine: Path, name: str) -> tuple[Path, list[str], list[str]]:
+    """A run of both stages: its workspace, their outcomes, and warnings."""
+    warnings = list[str]()
+    with chdir(machine), workspace.use(name, f"id-{name}", workspace.document(None, CHANGES)) as directory:
+        outcomes: list[str] = [dvc_stage.run(stage, directory, print) for stage in ("shard", "train")]
+        pipeline._push(directory, warnings.append)
+    return directory, outcomes, warnings
+
+
+def test_results_of_one_machine_are_taken_by_others(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dvc_stage.PUSH, "true")
+    first, outcomes, warnings = run(clone(origin, "a"), "one")
+    assert (outcomes, warnings) == (["run", "run"], [])
+    second, outcomes, _ = run(clone(origin, "b"), "two")
+    assert outcomes == ["cached", "cached"]
+    assert (second / RESULT).read_bytes() == (first / RESULT).read_bytes()
+    monkeypatch.delenv(dvc_stage.PUSH)  # a machine of its own asks no remote
+    _, outcomes, _ = run(clone(origin, "c"), "three")
+    assert outcomes == ["run", "run"]
+
+
+def test_a_remote_that_fails_costs_no_run(origin: Path) -> None:
+    machine = clone(origin, "a")
+    (origin.with_name("storage")).write_text("not a folder")
+    directory, outcomes, (warning,) = run(machine, "one")
+    assert outcomes == ["run", "run"]
+    assert warning.startswith("not pushed (dvc push --run-cache: ")
+    assert warning.endswith(f"; the results are in {directory} alone: run `dvc push --run-cache` there")
+
+
+def test_whether_to_push_is_decided_by_the_environment(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = list[Path]()
+    monkeypatch.setattr(pipeline, "_push", lambda directory, _: pushed.append(directory))
+    monkeypatch.setattr(pipeline, "_track", lambda *_: None)
+    monkeypatch.setattr(pipeline.summary, "collect", lambda *_: None)
+    monkeypatch.setattr(pipeline.summary, "write", lambda *_: None)
+    monkeypatch.chdir(clone(origin, "a"))
+    plan = pipeline.Plan(workspace.document(None, CHANGES))
+    for value, count in (("true", 1), ("false", 1), (None, 1), ("1", 2)):
+        monkeypatch.setenv(dvc_stage.PUSH, value) if value else monkeypatch.delenv(dvc_stage.PUSH)
+        name = f"run-{value}"
+        pipeline.run(pipeline.Run(name, name), plan, lambda *_: "cached", lambda *_: None, print, print)
+        assert len(pushed) == count
+    monkeypatch.setenv(dvc_stage.PUSH, "perhaps")
+    with pytest.raises(UserError, match="DDPM_PUSH: input should be a valid boolean"):
+        pipeline.run(pipeline.Run("wrong", "wrong"), plan, lambda *_: "cached", lambda *_: None, print, print)
+
+
+def recorded(directory: Path, files: tuple[str, ...] = ("dvc.lock", "params.yaml"), status: str = "FINISHED") -> None:
+    """Record a run in MLflow, as `record` does."""
+    client, ran = mlflow.MlflowClient(), workspace.Run.read(directory)
+    experiment = client.get_experiment_by_name("ddpm")
+    number = experiment.experiment_id if experiment else client.create_experiment("ddpm")
+    tags = {f"{names.HIDDEN}flow_run_id": ran.flow_run_id, "mlflow.source.git.commit": ran.git_revision}
+    found = client.create_run(number, run_name=ran.name, tags=tags | {names.GIT_DIRTY: "false"})
+    for file in files:
+        client.log_artifact(found.info.run_id, str(directory / file))
+    client.set_terminated(found.info.run_id, status)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_run_is_fetched_and_applied(origin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _, _ = run(clone(origin, "a"), "one")
+    recorded(first)
+    user = clone(origin, "b")
+    git("-C", str(user), "commit", "--quiet", "--allow-empty", "--message", "later")
+    with chdir(user):
+        assert main(["fetch", "one"]) == 0
+        said = capsys.readouterr().out
+        assert said.endswith("Fetched run one: the outputs of shard, train, in .ddpm/runs/one\n")
+        ran, here = workspace.Run.read(Path(".ddpm/runs/one")), workspace.Run.read(first)
+        assert (ran.flow_run_id, ran.git_revision, ran.state) == ("id-one", here.git_revision, "completed")
+        assert ran.created <= ran.ended
+        assert Path(".ddpm/runs/one", RESULT).read_bytes() == (first / RESULT).read_bytes()
+        assert main(["apply", "one"]) == 0
+        assert Path(RESULT).read_bytes() == (first / RESULT).read_bytes()
+        assert "are up to date" in workspace.dvc(Path(), "repro")
+        assert main(["fetch", "one"]) == 1
+        assert "run 'one': already here; `ddpm apply one`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("store")
+def test_a_worker_fetches_the_teacher_of_a_distillation(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _, _ = run(clone(origin, "a"), "one")
+    recorded(first)
+    with chdir(clone(origin, "b")):
+        with pytest.raises(UserError, match="run 'one': not found; there are no runs yet"):
+            teacher.find("one")
+        monkeypatch.setenv(dvc_stage.PUSH, "true")
+        with pytest.raises(UserError, match=r"no run of train-ddpm has completed here yet.*-p run=NAME takes one"):
+            teacher.find(None)
+        assert (teacher.find("one") / RESULT).read_bytes() == (first / RESULT).read_bytes()
+
+
+@pytest.mark.usefixtures("store")
+def test_runs_that_cannot_be_fetched(origin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _, _ = run(clone(origin, "a"), "one")
+    with chdir(clone(origin, "b")):
+        recorded(first, status="FAILED")
+
+        def refused() -> str:
+            assert main(["fetch", "one"]) == 1
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert not list(Path(".ddpm/runs").glob("[!.]*"))
+            assert not list(Path(".ddpm/runs").glob(".*.part"))
+            return error
+
+        assert "run 'one': neither here nor completed in MLflow (sqlite:///" in refused()
+        recorded(first, ("params.yaml",))
+        assert "run 'one': MLflow has no dvc.lock of it" in refused()
+        ran = workspace.Run.read(first)
+        workspace.replace(ran, git_revision="0" * 40).write(first)
+        recorded(first)
+        assert "git fetch: " in refused()
+        ran.write(first)
+        recorded(first)
+        for file in origin.with_name("storage").rglob("*"):
+            if file.is_file():
+                file.unlink()
+        assert "dvc pull" in refused()
+
+
+def test_only_a_commit_that_others_have_is_deployed(
+    origin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(clone(origin, "a"))
+    assert published.main() == 0
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert capsys.readouterr().out == head
+    Path("untracked").touch()
+    assert published.main() == 0
+    Path("stage.py").write_text("changed")
+    assert published.main() == 1
+    assert "not deployed: stage.py: has uncommitted changes" in capsys.readouterr().err
+    git("commit", "--quiet", "--all", "--message", "changed")
+    assert published.main() == 1
+    assert "not pushed yet" in capsys.readouterr().err
+    git("push", "--quiet", "origin", "HEAD")
+    assert published.main() == 0
+
+
+def test_raw_data_come_from_the_remote(origin: Path) -> None:
+    with chdir(clone(origin, "a")):
+        Path("data/raw/mine").mkdir()
+        Path("data/raw/mine/a.png").write_bytes(b"image")
+        workspace.dvc(Path(), "add", "data/raw/mine")
+        workspace.dvc(Path(), "push")
+        git("add", "data/raw")
+        git("commit", "--quiet", "--message", "images")
+        git("push", "--quiet", "origin", "HEAD")
+    with chdir(clone(origin, "b")):
+        document = workspace.document(None, {"shard": {"source": "data/raw/mine"}})
+        with workspace.use("one", "id", document) as directory:
+            assert (directory / "data/raw/mine/a.png").read_bytes() == b"image"
