@@ -70,6 +70,7 @@ mutants: setup $(VENV)/installed-dev ## Insert random faults and check that the 
 deploy-team: setup ## Deploy the current commit for a team's workers (docs/team.md).
 	@python -m flows.published > /dev/null
 	prefect --no-prompt deploy --prefect-file deploy/team/prefect.yaml --all
+	@prefect automation inspect ddpm-lost-runs > /dev/null 2>&1 || prefect automation create --from-file deploy/team/automations.yaml
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up

@@ -20,8 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
 from deploy.team.stack import HERE, SECONDS, Failed, Team, expect, free_port, output_of, run, said, team
@@ -76,15 +79,16 @@ def rehearse(found: Team) -> None:
     expect("a commit that is not pushed is not deployed", refused.returncode != 0 and "not pushed yet" in told)
     do(user, "git", "push", "--quiet")
     do(user, *DEPLOY)
+    do(user, "prefect", "automation", "create", "--from-file", "deploy/team/automations.yaml")
     said("deployed")
 
     for pool in ("worker", "worker-gpu"):
         found.start(pool)
-    done = do(user, "prefect", "deployment", "run", "train-ddpm/train-ddpm", "--flow-run-name", "first", "--watch")
+    done = do(user, *RUN, "train-ddpm/train-ddpm", "--flow-run-name", "first", "--watch")
     expect("worker `ddpm` ran the five stages", "Flow run finished successfully" in done or "first: done" in done)
     first = _workspace(folder / "worker", "first")
     expect("in a clone of its own", first.is_relative_to(folder / "worker"))
-    done = do(user, "prefect", "deployment", "run", "train-ddpm/gpu", "--flow-run-name", "second", "--watch")
+    done = do(user, *RUN, "train-ddpm/gpu", "--flow-run-name", "second", "--watch")
     second = _workspace(folder / "worker-gpu", "second")
     outcomes = {each["outcome"] for each in YAML(typ="safe").load((second / "summary.json").read_text())["stages"]}
     expect("worker `ddpm-gpu`, in another home and folder, took all results from the remote", outcomes == {"cached"})
@@ -94,6 +98,10 @@ def rehearse(found: Team) -> None:
     do(user, "ddpm", "fetch", "first")
     do(user, "ddpm", "apply", "first")
     expect("the user has the model", (user / model).read_bytes() == (first / model).read_bytes())
+    distil = ("distill-ddpm/gpu", "--watch", "-p", "run=first", "--flow-run-name", "student", *STUDENT)
+    done = do(user, *RUN, *distil)
+    expect("worker `ddpm-gpu` distilled the model of the other's run", "Flow run finished successfully" in done)
+    lose(found, partial(do, user))
     do(user, "dvc", "push")
     do(user, "git", "add", "params.yaml", "dvc.lock")
     do(user, "git", "commit", "--quiet", "--message", "Results")
@@ -107,6 +115,27 @@ def rehearse(found: Team) -> None:
         do(user, "ddpm", "promote", "1", "--reason", "rehearsal")
     serve(found)
     cluster(found)
+
+
+def lose(found: Team, do: Callable[..., str]) -> None:
+    """Kill a worker with all that it runs; the run is marked, and goes on from its checkpoint."""
+    log, worker = found.folder / "worker-gpu.log", found.processes["worker-gpu"]
+    seen = len(log.read_text(errors="replace"))
+    do(*RUN, "train-ddpm/gpu", "--flow-run-name", "lost", *LONG)
+    found.until("it trains", lambda: ": held-out MSE" in log.read_text(errors="replace")[seen:], "worker-gpu")
+    for process in [*psutil.Process(worker.pid).children(recursive=True), worker]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    worker.wait()
+    found.until("the lost run is marked as crashed", lambda: "CRASHED" in do(*STATES), "prefect")
+    seen = len(log.read_text(errors="replace"))
+    found.start("worker-gpu")
+    do(*RUN, "train-ddpm/gpu", "--flow-run-name", "again", *LONG)
+    found.until(
+        "started again, it goes on from its checkpoint",
+        lambda: "resuming from step" in log.read_text(errors="replace")[seen:],
+        "worker-gpu",
+    )
 
 
 def serve(found: Team) -> None:
@@ -161,6 +190,10 @@ def cluster(found: Team) -> None:
     said("ok: a Dask worker registered at the scheduler")
 
 
+RUN = ("prefect", "deployment", "run")
+STUDENT = ("-p", 'distill={"steps": 4, "preview_every": 2, "log_every": 2, "batch_size": 8}')
+LONG = ("-p", 'train={"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 50}')
+STATES = ("prefect", "flow-run", "ls", "--state", "CRASHED")
 DEPLOY = ("prefect", "--no-prompt", "deploy", "--prefect-file", "deploy/team/prefect.yaml", "--all")
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ class Team:
                 time.sleep(0.3)
                 continue
             return said(f"{name} answers at {url}")
+
+    def until(self, what: str, holds: Callable[[], bool], name: str) -> None:
+        """Wait until something holds; raises Failed with the last line of a service otherwise."""
+        deadline = time.monotonic() + 2 * SECONDS
+        while not holds():
+            if time.monotonic() > deadline:
+                raise Failed(f"not in time: {what}; {name}: {self.last_line(name)}")
+            time.sleep(1)
+        said(f"ok: {what}")
 
     def last_line(self, name: str) -> str:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
