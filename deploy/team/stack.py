@@ -43,6 +43,7 @@ class Team:
         text = _interpolated((HERE / "compose.yaml").read_text(), self.given)
         self.compose: dict[str, Any] = YAML(typ="safe").load(text)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {}
 
     def here(self, text: str) -> str:
         """Text of compose.yaml with the addresses and paths that it means on this machine."""
@@ -72,15 +73,21 @@ class Team:
         return ours | {name: self.here(str(value)) for name, value in given.items()} | {"HOME": str(home)}
 
     def start(self, name: str, command: Sequence[str] | None = None, settings: Mapping[str, str] | None = None) -> None:
-        """Start a service with the command of compose.yaml, or another, in a folder and a home of its own."""
+        """Start a service with the command of compose.yaml, or another, in a folder and a home of its own.
+
+        A service that is started again gets the same command and settings.
+        """
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        words = command or [self.here(word) for word in self.compose["services"][name]["command"]]
+        if name not in self._started:
+            words = command or [self.here(word) for word in self.compose["services"][name]["command"]]
+            self._started[name] = words, settings or {}
+        words, settings = self._started[name]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 words,
                 cwd=home,
-                env=self.environment(name, home) | (settings or {}),
+                env=self.environment(name, home) | settings,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -162,19 +169,8 @@ def _start_postgres(found: Team) -> None:
     password = data.parent / "password"
     password.write_text(found.given["POSTGRES_PASSWORD"])
     password.chmod(0o644)
-    run(
-        [
-            *user,
-            str(programs[-1] / "initdb"),
-            "-D",
-            str(data),
-            "-U",
-            "ddpm",
-            "-A",
-            "scram-sha-256",
-            f"--pwfile={password}",
-        ]
-    )
+    options = ["-D", str(data), "-U", "ddpm", "-A", "scram-sha-256", f"--pwfile={password}"]
+    run([*user, str(programs[-1] / "initdb"), *options])
     options = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(data.parent)]
     found.start("postgres", [*user, str(programs[-1] / "postgres"), *options])
     sql = (HERE / "databases.sql").read_text()
