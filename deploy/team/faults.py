@@ -172,7 +172,7 @@ def store_refuses(trial: Trial) -> str:
     trial.team.processes.pop("bucket").wait()
     trial.do("dvc", "push", "--run-cache", cwd=trial.workspace)
     trial.must("nothing is left to push", "up to date" in trial.do("dvc", "push", cwd=trial.workspace))
-    return "the run completes, with a warning that names the folder and the command; `dvc push --run-cache` there pushes all"
+    return "the run completes, with a warning that names folder and command; `dvc push --run-cache` there pushes all"
 
 
 def flow_dies(trial: Trial) -> str:
