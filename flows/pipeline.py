@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError
-from flows import summary, workspace
+from diffusion.errors import UserError, counted
+from flows import software, summary, workspace
 from flows.dvc_stage import PUSH, Outcome
 from flows.environment import setting
 from flows.stages import STAGES, STUDENT_STAGES
@@ -62,6 +62,10 @@ def run(
         log: takes lines of output.
         warn: takes problems that do not make the run fail.
     """
+    shared = setting(PUSH, False, bool)
+    if shared and (others := software.differences(Path("requirements.lock"))):
+        rest = f", and {counted(len(others) - 3, 'other')}" if len(others) > 3 else ""
+        warn(f"this worker's packages differ from those of the deployed commit: {'; '.join(others[:3])}{rest}")
     with workspace.use(which.name, which.id, plan.parameters, plan.teacher) as directory:
         log(f"workspace {directory}")
         done = []
@@ -71,7 +75,7 @@ def run(
             done.append(summary.StageSummary(each, round(time.monotonic() - started, 1), outcome))
         log("recording the results in MLflow")
         tracked = _track(directory, plan.teacher is not None, log, warn)
-        if setting(PUSH, False, bool):
+        if shared:
             log("pushing the results to the DVC remote")
             _push(directory, warn)
         result = summary.collect(directory, which.page, done, tracked, plan.teacher)

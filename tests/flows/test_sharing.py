@@ -73,12 +73,18 @@ def test_whether_to_push_is_decided_by_the_environment(origin: Path, monkeypatch
     monkeypatch.setattr(pipeline.summary, "collect", lambda *_: None)
     monkeypatch.setattr(pipeline.summary, "write", lambda *_: None)
     monkeypatch.chdir(clone(origin, "a"))
-    plan = pipeline.Plan(workspace.document(None, CHANGES))
+    plan, warned = pipeline.Plan(workspace.document(None, CHANGES)), list[str]()
+    Path("requirements.lock").write_text("".join(f"never-there{number}==1.5\n" for number in range(5)))
     for value, count in (("true", 1), ("false", 1), (None, 1), ("1", 2)):
         monkeypatch.setenv(dvc_stage.PUSH, value) if value else monkeypatch.delenv(dvc_stage.PUSH)
         name = f"run-{value}"
-        pipeline.run(pipeline.Run(name, name), plan, lambda *_: "cached", lambda *_: None, print, print)
-        assert len(pushed) == count
+        pipeline.run(pipeline.Run(name, name), plan, lambda *_: "cached", lambda *_: None, print, warned.append)
+        assert len(pushed) == len(warned) == count
+    assert warned[0] == (
+        "this worker's packages differ from those of the deployed commit: "
+        + "; ".join(f"never-there{number} is missing here, and 1.5 in requirements.lock" for number in range(3))
+        + ", and 2 others"
+    )
     monkeypatch.setenv(dvc_stage.PUSH, "perhaps")
     with pytest.raises(UserError, match="DDPM_PUSH: input should be a valid boolean"):
         pipeline.run(pipeline.Run("wrong", "wrong"), plan, lambda *_: "cached", lambda *_: None, print, print)
