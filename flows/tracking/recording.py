@@ -19,11 +19,11 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import champion, description, names, pages, registry, results, store
 from flows.tracking.results import Evaluation, Results
-from flows.tracking.starting import start
+from flows.tracking.starting import FLOW_RUN, flow_run, start
 from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
 
 if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
 SET = f"{names.HIDDEN}set_sha256"
@@ -140,7 +140,7 @@ def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedR
     """
     client, digests = mlflow_store.client, {_claim(part): digest for part, digest in found.digests().items()}
     claims = {SET: found.identity, WEIGHTS: found.weights} | digests
-    followed = mlflow_store.run_by_id(run_id)
+    followed = mlflow_store.run_by_id(run_id) or _left_unfinished(mlflow_store, found)
     if followed and WEIGHTS in names.current(followed.data.tags):
         followed = None  # it holds results already
     fitting = [
@@ -158,6 +158,15 @@ def _run_of(mlflow_store: Store, found: Results, run_id: str | None) -> TrackedR
         run = start(mlflow_store, found.params, found.paths, found.identity, claims)
     run.tag({key: value for key, value in claims.items() if run.tags.get(key) != value})
     return run
+
+
+def _left_unfinished(mlflow_store: Store, found: Results) -> Run | None:
+    """The run that this flow run's training was followed in, if the server was gone when the training ended."""
+    flow = flow_run(found.paths)
+    begun = mlflow_store.runs_by_tag(FLOW_RUN, flow) if flow else []
+    return next(
+        (run for run in begun if run.info.status == "RUNNING" and FINGERPRINT in names.current(run.data.tags)), None
+    )
 
 
 def _claim(part: str) -> str:

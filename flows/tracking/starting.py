@@ -28,6 +28,12 @@ def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
     run.tag(origin)
 
 
+def flow_run(paths: Paths) -> str:
+    """The id of the flow run whose workspace this is; empty if it is none."""
+    description = paths.root / "run.json"
+    return str(json.loads(description.read_text())["flow_run_id"]) if description.exists() else ""
+
+
 def _origin(params: Params, paths: Paths, digest: str) -> tuple[str, dict[str, str]]:
     """The name of a run, and tags for the flow run and the code that it comes from."""
     name = f"{Path(params.shard.source).stem}-{'student-' if paths.student else ''}{digest[:8]}"
