@@ -121,6 +121,27 @@ def test_a_run_that_could_not_be_begun_is_completed_by_its_record(
     assert (run.info.run_id, run.info.status) == (recorded.run_id, "FINISHED")
 
 
+@pytest.mark.parametrize("flow", ["17", "18"])
+def test_a_training_whose_server_went_away_is_recorded_in_its_run(paths: Paths, flow: str) -> None:
+    """The checkpoint with the run's id is gone by then. Another flow run's training is left alone."""
+    facts = {"name": "calm-owl", "git_revision": 20 * "1", "git_dirty": False}
+    write_json(paths.root / "run.json", facts | {"flow_run_id": "17"})
+    with tracking.live(PARAMS, paths, None, "f1") as live:
+        follow(live, paths, range(51))
+    client = client_of(paths)
+    assert live.run_id is not None
+    client.update_run(live.run_id, status="RUNNING")  # as if the server had not heard of the end
+    write_all(paths)
+    write_json(paths.root / "run.json", facts | {"flow_run_id": flow})
+    recorded = tracking.record(PARAMS, paths, None)
+    assert recorded is not None
+    assert (recorded.run_id == live.run_id) == (flow == "17")
+    assert len(runs_of(client)) == (1 if flow == "17" else 2)
+    found = content(client, recorded.run_id)
+    assert (found["status"], found["curves"]["curves/heldout_mse"]) == ("FINISHED", [(50, 0.4), (100, 0.3)])
+    assert found["curves"]["curves/loss"] == [(row["step"], row["loss"]) for row in LOSS]
+
+
 def train_again(paths: Paths, fingerprint: str, weights: bytes) -> tuple[str, str]:
     """A whole training; returns the runs that it was followed and recorded in."""
     with tracking.live(PARAMS, paths, None, fingerprint) as live:
