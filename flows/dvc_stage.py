@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from flows import dvc_output, dvc_yaml
-from flows.environment import setting
 from flows.parent import SECONDS_TO_STOP, STOP_WITH
 
 Outcome = Literal["cached", "run"]
-PUSH = "DDPM_PUSH"
-"""Whether runs push their results to the DVC remote and take those of others from there, for workers on machines that
-share no folder."""
 
 _CACHED = re.compile(r"Stage '\S+' (didn't change, skipping|is cached - skipping run)")
 _ADVICE = re.compile(
@@ -65,8 +61,7 @@ def run(
         STOP_WITH: "stdin",
         **(settings or {}),
     }
-    shared = ["--pull"] if setting(PUSH, False, bool) else []
-    command = [str(python), "-m", "flows.repro", "--single-item", *shared, dvc_yaml.target(stage)]
+    command = [str(python), "-m", "flows.repro", "--single-item", dvc_yaml.target(stage)]
     process = subprocess.Popen(
         command,
         cwd=workspace,

@@ -7,6 +7,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.errors import UserError, describe
 
+PUSH = "DDPM_PUSH"
+"""Whether runs push their results to the DVC remote, and take those of others from there: for workers on machines that
+share no folder."""
+
 
 def setting(variable: str, default: Any, kind: Any) -> Any:
     """The value of an environment variable, or `default` if it is not set.

@@ -1,5 +1,6 @@
 """`ddpm fetch`: the workspace of a run that another machine completed."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,11 +25,25 @@ def fetch(run: str) -> Path:
     made = dvc_lock.stages(Path(fetching.LOCK), found.lock)
     if not made.keys() & STAGES.keys():
         raise UserError(f"run {run!r}: is a distillation, which cannot be fetched; fetch its teacher, and distil that")
+    if not found.commit:
+        raise UserError(f"run {run!r}: MLflow does not know its commit, without which it cannot be fetched")
     if found.dirty:
         print(f"warning: run {run} had changes that its commit {found.commit[:12]} lacks", file=sys.stderr)
     record = workspace.Run(
         run, found.flow_run_id, found.created, found.commit, found.dirty, "completed", ended=found.ended
     )
-    directory = workspace.adopt(record, found.parameters, found.lock)
+    directory = workspace.adopt(record, _archive(found.commit), found.parameters, found.lock)
     print(f"Fetched run {run}: the outputs of {', '.join(made)}, in {directory.relative_to(Path.cwd())}")
     return directory
+
+
+def _archive(commit: str) -> bytes:
+    """The files of a commit as a tar, fetched from the remote if it is not here; raises UserError."""
+    try:
+        workspace.git("cat-file", "-e", f"{commit}^{{commit}}")
+    except UserError:
+        workspace.git("fetch", "--quiet", "origin", commit)
+    done = subprocess.run(["git", "archive", "--format=tar", commit], capture_output=True)
+    if done.returncode:
+        raise UserError(f"git archive: {done.stderr.decode(errors='replace').strip() or 'failed'}")
+    return done.stdout

@@ -11,8 +11,8 @@ from typing import Any
 
 from diffusion.errors import UserError, counted
 from flows import software, summary, workspace
-from flows.dvc_stage import PUSH, Outcome
-from flows.environment import setting
+from flows.dvc_stage import Outcome
+from flows.environment import PUSH, setting
 from flows.stages import STAGES, STUDENT_STAGES
 
 Log = Callable[[str], object]
@@ -76,7 +76,6 @@ def run(
         log("recording the results in MLflow")
         tracked = _track(directory, plan.teacher is not None, log, warn)
         if shared:
-            log("pushing the results to the DVC remote")
             _push(directory, warn)
         result = summary.collect(directory, which.page, done, tracked, plan.teacher)
         summary.write(directory, result)
@@ -108,11 +107,8 @@ def _track(directory: Path, student: bool, log: Log, warn: Log) -> dict[str, Any
 
 
 def _push(directory: Path, warn: Log) -> None:
-    """Push the results, and DVC's record of which parameters and inputs they come from; the run succeeds without it.
-
-    With that record, runs and `dvc repro` on other machines take the results from the remote.
-    """
+    """Push what the stages could not push (see dvc_remote.py); the run succeeds without it."""
     try:
-        workspace.dvc(directory, "push", "--run-cache")
+        workspace.dvc(directory, "push")
     except UserError as error:
         warn(f"not pushed ({error}); the results are in {directory} alone: run `dvc push --run-cache` there")

@@ -14,6 +14,9 @@ from dvc.commands import repro
 from dvc.repo.reproduce import _reproduce_stage
 from dvc_data.hashfile.hash_info import HashInfo
 
+from flows import dvc_remote
+from flows.environment import PUSH, setting
+
 
 class Repro(repro.CmdRepro):  # type: ignore[misc] # dvc has no types
     @property
@@ -38,7 +41,13 @@ def reproduce(stage: Any, **options: Any) -> Any:
             )
             for out in stage.outs:
                 out.hash_info = HashInfo()
-    return _reproduce_stage(stage, **options)
+    shared = setting(PUSH, False, bool) and stage.cmd and not (options["force"] or options["dry"])
+    if shared:
+        dvc_remote.take(stage)
+    result = _reproduce_stage(stage, **options)
+    if shared:
+        dvc_remote.give(stage)
+    return result
 
 
 def _not_in_cache(stage: Any) -> bool:

@@ -6,8 +6,7 @@ from typing import Any
 
 from diffusion.errors import UserError
 from flows import dvc_lock, workspace
-from flows.dvc_stage import PUSH
-from flows.environment import setting
+from flows.environment import PUSH, setting
 from flows.paths import Paths
 
 SECTIONS = ("distill", "sample", "evaluate", "export", "tracking")

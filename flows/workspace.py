@@ -216,26 +216,27 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     temporary.replace(workspace)
 
 
-def adopt(run: Run, parameters: bytes, lock: bytes) -> Path:
+def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
     """Create the workspace of a run that another machine completed; its outputs come from the cache or a remote of DVC.
 
     Args:
         run: the content of its run.json.
+        files: a tar of the files of its commit.
         parameters: that of its params.yaml.
         lock: that of its dvc.lock.
     Raises:
-        UserError: there is a workspace of this name, git has not the commit, or DVC has not the outputs.
+        UserError: DVC has not the outputs.
     """
     workspace = Paths().runs.absolute() / run.name
     with writing(workspace.parent):
         workspace.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(workspace.parent / ".lock"):
+    with FileLock(_lock(workspace).lock_file):  # waits for another process that fetches the same
         if workspace.exists():
-            raise UserError(f"run {run.name!r}: already here, in {workspace}")
+            return workspace
         temporary = _unfinished(workspace)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with tarfile.open(fileobj=io.BytesIO(_archive(run.git_revision))) as archive:
+            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
                 archive.extractall(temporary, filter="data")
             _share_state(temporary)
             write_atomic(Paths(temporary).params, parameters)
@@ -246,15 +247,6 @@ def adopt(run: Run, parameters: bytes, lock: bytes) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return workspace
-
-
-def _archive(commit: str) -> bytes:
-    """The files of a commit as a tar, fetched from the remote if it is not here; raises UserError."""
-    try:
-        git("cat-file", "-e", f"{commit}^{{commit}}")
-    except UserError:
-        git("fetch", "--quiet", "origin", commit)
-    return subprocess.run(["git", "archive", "--format=tar", commit], check=True, capture_output=True).stdout
 
 
 def _share_state(workspace: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from diffusion.errors import UserError
 from flows import dvc_stage, pipeline, published, teacher, workspace
 from flows.__main__ import main
+from flows.environment import PUSH
 from flows.tracking import names
 from tests.flows.conftest import git, new_repository
 
@@ -46,23 +47,32 @@ def run(machine: Path, name: str) -> tuple[Path, list[str], list[str]]:
 
 
 def test_results_of_one_machine_are_taken_by_others(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dvc_stage.PUSH, "true")
+    monkeypatch.setenv(PUSH, "true")
     first, outcomes, warnings = run(clone(origin, "a"), "one")
     assert (outcomes, warnings) == (["run", "run"], [])
+    stored = {file: file.stat().st_mtime_ns for file in origin.with_name("storage").rglob("*") if file.is_file()}
+    assert len([file for file in stored if "runs" in file.parts]) == 2  # a record of each stage
     second, outcomes, _ = run(clone(origin, "b"), "two")
     assert outcomes == ["cached", "cached"]
+    assert stored == {file: file.stat().st_mtime_ns for file in stored}  # nothing is written again
     assert (second / RESULT).read_bytes() == (first / RESULT).read_bytes()
-    monkeypatch.delenv(dvc_stage.PUSH)  # a machine of its own asks no remote
+    monkeypatch.delenv(PUSH)  # a machine of its own asks no remote
     _, outcomes, _ = run(clone(origin, "c"), "three")
     assert outcomes == ["run", "run"]
 
 
-def test_a_remote_that_fails_costs_no_run(origin: Path) -> None:
+def test_a_remote_that_fails_costs_no_run(
+    origin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PUSH, "true")
     machine = clone(origin, "a")
     (origin.with_name("storage")).write_text("not a folder")
     directory, outcomes, (warning,) = run(machine, "one")
     assert outcomes == ["run", "run"]
-    assert warning.startswith("not pushed (dvc push --run-cache: ")
+    said = capsys.readouterr().out
+    for stage in ("shard", "train"):
+        assert f"DVC remote: nothing pushed of {stage}: " in said
+    assert warning.startswith("not pushed (dvc push: ")
     assert warning.endswith(f"; the results are in {directory} alone: run `dvc push --run-cache` there")
 
 
@@ -76,7 +86,7 @@ def test_whether_to_push_is_decided_by_the_environment(origin: Path, monkeypatch
     plan, warned = pipeline.Plan(workspace.document(None, CHANGES)), list[str]()
     Path("requirements.lock").write_text("".join(f"never-there{number}==1.5\n" for number in range(5)))
     for value, count in (("true", 1), ("false", 1), (None, 1), ("1", 2)):
-        monkeypatch.setenv(dvc_stage.PUSH, value) if value else monkeypatch.delenv(dvc_stage.PUSH)
+        monkeypatch.setenv(PUSH, value) if value else monkeypatch.delenv(PUSH)
         name = f"run-{value}"
         pipeline.run(pipeline.Run(name, name), plan, lambda *_: "cached", lambda *_: None, print, warned.append)
         assert len(pushed) == len(warned) == count
@@ -85,7 +95,7 @@ def test_whether_to_push_is_decided_by_the_environment(origin: Path, monkeypatch
         + "; ".join(f"never-there{number} is missing here, and 1.5 in requirements.lock" for number in range(3))
         + ", and 2 others"
     )
-    monkeypatch.setenv(dvc_stage.PUSH, "perhaps")
+    monkeypatch.setenv(PUSH, "perhaps")
     with pytest.raises(UserError, match="DDPM_PUSH: input should be a valid boolean"):
         pipeline.run(pipeline.Run("wrong", "wrong"), plan, lambda *_: "cached", lambda *_: None, print, print)
 
@@ -137,7 +147,7 @@ def test_a_worker_fetches_the_teacher_of_a_distillation(origin: Path, monkeypatc
     with chdir(clone(origin, "b")):
         with pytest.raises(UserError, match="run 'one': not found; there are no runs yet"):
             teacher.find("one")
-        monkeypatch.setenv(dvc_stage.PUSH, "true")
+        monkeypatch.setenv(PUSH, "true")
         with pytest.raises(UserError, match=r"no run of train-ddpm has completed here yet.*-p run=NAME takes one"):
             teacher.find(None)
         assert (teacher.find("one") / RESULT).read_bytes() == (first / RESULT).read_bytes()
@@ -176,19 +186,30 @@ def test_only_a_commit_that_others_have_is_deployed(
     origin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(clone(origin, "a"))
-    assert published.main() == 0
+    assert published.main(["commit"]) == 0
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert capsys.readouterr().out == head
     Path("untracked").touch()
-    assert published.main() == 0
+    assert published.main(["commit"]) == 0
     Path("stage.py").write_text("changed")
-    assert published.main() == 1
+    assert published.main(["commit"]) == 1
     assert "not deployed: stage.py: has uncommitted changes" in capsys.readouterr().err
     git("commit", "--quiet", "--all", "--message", "changed")
-    assert published.main() == 1
+    assert published.main(["commit"]) == 1
     assert "not pushed yet" in capsys.readouterr().err
     git("push", "--quiet", "origin", "HEAD")
-    assert published.main() == 0
+    assert published.main(["commit"]) == 0
+    capsys.readouterr()
+    for url in ("git@github.com:team/ddpm.git", "ssh://git@host/ddpm", str(origin), "https://host/team/ddpm"):
+        git("remote", "set-url", "origin", url)
+        assert published.main(["repository"]) == 0
+        assert capsys.readouterr().out == f"{url}\n"
+    for url in ("https://me:CANARY@host/ddpm", "https://CANARY@host/ddpm", "ssh://git:CANARY@host/ddpm"):
+        git("remote", "set-url", "origin", url)
+        assert published.main(["repository"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("not deployed: remote origin: its address contains a password")
+        assert "CANARY" not in error
 
 
 def test_raw_data_come_from_the_remote(origin: Path) -> None:
