@@ -67,10 +67,13 @@ mutants: setup $(VENV)/installed-dev ## Insert random faults and check that the 
 	$(PIP) mutmut==3.8.1
 	OMP_NUM_THREADS=1 python tests/mutants.py $(ARGS)
 
+deploy-team: export PREFECT_API_URL := $(PREFECT_API_URL)
 deploy-team: setup ## Deploy the current commit for a team's workers (docs/team.md).
-	@python -m flows.published > /dev/null
+	@test -n "$(PREFECT_API_URL)" || { echo 'deploy-team: set PREFECT_API_URL to the address of your team'"'"'s server'; exit 1; }
+	@python -m flows.published commit > /dev/null && python -m flows.published repository > /dev/null
 	prefect --no-prompt deploy --prefect-file deploy/team/prefect.yaml --all
-	@prefect automation inspect ddpm-lost-runs > /dev/null 2>&1 || prefect automation create --from-file deploy/team/automations.yaml
+	@prefect --no-prompt automation delete ddpm-lost-runs > /dev/null 2>&1 || true
+	prefect automation create --from-file deploy/team/automations.yaml
 
 up: setup ## Start Prefect, MLflow and a worker in the background.
 	@python -m flows.services up

@@ -49,8 +49,8 @@ class Team:
         """Text of compose.yaml with the addresses and paths that it means on this machine."""
         names = "|".join(PORTS)
         text = re.sub(rf"\b({names}):({'|'.join(map(str, PORTS.values()))})\b", lambda m: self._address(m[1]), text)
-        for config in self.compose["configs"]:
-            text = text.replace(self._target(config), str(self.folder / f"{config}.config"))
+        for source, target in self._mounted():
+            text = text.replace(target, str(HERE / source))
         return {str(PORTS[name]): str(port) for name, port in self.ports.items()}.get(text, text).replace(
             "0.0.0.0", "127.0.0.1"
         )
@@ -58,9 +58,11 @@ class Team:
     def _address(self, name: str) -> str:
         return f"127.0.0.1:{self.ports[name]}"
 
-    def _target(self, config: str) -> str:
-        used = [each for service in self.compose["services"].values() for each in service.get("configs", [])]
-        return next(str(each["target"]) for each in used if each["source"] == config)
+    def _mounted(self) -> list[tuple[str, str]]:
+        """Files of this folder, and where containers have them."""
+        services = self.compose["services"].values()
+        volumes = [volume.split(":") for service in services for volume in service.get("volumes", [])]
+        return [(source, target) for source, target, *_ in volumes if source.startswith("./")]
 
     def environment(self, service: str, home: Path) -> dict[str, str]:
         """The environment of a service, in a home of its own."""
@@ -70,6 +72,7 @@ class Team:
             "OMP_NUM_THREADS": "1",
         }
         given = self.compose["services"][service].get("environment", {})
+        given = {name: re.sub(r"^/(work|tmp)\b", str(home), str(value)) for name, value in given.items()}
         return ours | {name: self.here(str(value)) for name, value in given.items()} | {"HOME": str(home)}
 
     def start(self, name: str, command: Sequence[str] | None = None, settings: Mapping[str, str] | None = None) -> None:
@@ -138,16 +141,14 @@ def team(folder: Path) -> Iterator[Team]:
     """Servers and workers, running."""
     found = Team(folder)
     try:
-        for name, config in found.compose["configs"].items():
-            (folder / f"{name}.config").write_text(found.here(config["content"]))
         _start_postgres(found)
         found.start("s3", ["moto_server", "-H", "127.0.0.1", "-p", str(found.ports["s3"])])
         found.wait("s3", f"http://127.0.0.1:{found.ports['s3']}/")
         found.start("bucket")
         if found.processes.pop("bucket").wait():
             raise Failed(f"the bucket was not created: {found.last_line('bucket')}")
-        for name in ("prefect", "mlflow"):
-            found.start(name)
+        found.start("prefect")
+        found.start("mlflow", settings={"LISTEN": "127.0.0.1", "PORT": str(found.ports["mlflow"])})
         found.wait("prefect", f"http://127.0.0.1:{found.ports['prefect']}/api/health")
         found.wait("mlflow", f"http://127.0.0.1:{found.ports['mlflow']}/health")
         yield found

@@ -16,10 +16,10 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && apt-get install --no-install-recommends --yes git openssh-client \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --no-create-home ddpm \
+    && useradd --uid 10001 --home-dir /work --no-create-home ddpm \
     && install --directory --owner ddpm /work
 COPY --from=build /venv /venv
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/work
 USER 10001
 WORKDIR /work
 CMD ["prefect", "worker", "start", "--pool", "ddpm", "--type", "process"]
