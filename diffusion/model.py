@@ -152,6 +152,13 @@ def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptio
     return networks.network(shape, channels_out, classes, network)
 
 
+def network_from(model: Model, config: Config) -> Network:
+    """Build the network of `config`, which has the same weights as that of `model`, with the latter's values."""
+    net = new_network(config.shape, len(config.classes), config.network, config.process)
+    net.load_state_dict(model.net.state_dict())
+    return net
+
+
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
     """Write a model's directory, atomically; the same weights give the same bytes.
 
