@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusion.errors import FileFault
-from diffusion.storage.files import write_json
+from diffusion.model import WEIGHTS
+from diffusion.storage.files import sha256, write_json
 
 FILE = "origin.json"
+AGAIN = "import the model again, `ddpm import-model --force`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +28,24 @@ class Origin:
     """SHA-256 of model.safetensors."""
 
     def __str__(self) -> str:
-        if self.version and self.run:
-            return f"{self.version}, trained in run {self.run}"
-        return self.version or (f"run {self.run}" if self.run else f"the folder {self.folder}")
+        run = f"run {self.run}" if self.run else ""
+        if self.version:
+            return f"{self.version}, trained in {run}" if run else self.version
+        return run or (f"the folder {self.folder}" if self.folder else "unknown origin")
 
     @classmethod
     def read(cls, model: Path) -> "Origin":
-        """The origin of the model in a folder; raises FileFault if it is missing or damaged."""
-        file = model / FILE
+        """The origin of the model in a folder, which may have been put there without one; raises FileFault if a file
+        is damaged, or describes other weights."""
+        file, weights = model / FILE, sha256(model / WEIGHTS)
         try:
-            found = cls(**json.loads(file.read_bytes()))
-        except OSError as error:
-            raise FileFault(file, f"{error.strerror}; import the model with `ddpm import-model`") from None
+            found = cls(**json.loads(file.read_bytes())) if file.exists() else cls(weights_sha256=weights)
+            if not all(isinstance(value, str) for value in asdict(found).values()):
+                raise TypeError
         except (ValueError, TypeError):
-            raise FileFault(file, "damaged; import the model again, `ddpm import-model --force`") from None
-        if not all(isinstance(value, str) for value in asdict(found).values()):
-            raise FileFault(file, "damaged; import the model again, `ddpm import-model --force`")
+            raise FileFault(file, f"damaged; {AGAIN}") from None
+        if found.weights_sha256 != weights:
+            raise FileFault(file, f"describes other weights than {WEIGHTS}; {AGAIN}")
         return found
 
     def write(self, model: Path) -> None:

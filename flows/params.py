@@ -134,18 +134,20 @@ class Pairs(Section):
         return Fit(**self.model_dump(include=set(FIELDS)))
 
 
-def _name_of_a_model(name: str) -> str:
-    if not re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)?", name):
-        raise ValueError(
-            f"must be the name of a folder in data/models, where `ddpm import-model` puts models, or '' (got {name!r})"
-        )
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Name of a folder in data/models."""
+
+
+def _model_or_none(name: str) -> str:
+    if name and not re.fullmatch(MODEL_NAME, name):
+        raise ValueError(f"must be the name of a folder in data/models, or '' (got {name!r})")
     return name
 
 
 class Train(TrainOptions):
     """Training: optimizer, EMA, batches and hardware."""
 
-    start_from: Annotated[str, AfterValidator(_name_of_a_model)] = ""
+    start_from: Annotated[str, AfterValidator(_model_or_none)] = ""
     """Model to start from: the name of a folder in data/models, where `ddpm import-model` puts models. Training begins
     with its averaged weights, at step 0, and must have the same network, process and image size. '': random weights."""
 
