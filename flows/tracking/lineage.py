@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.errors import Damaged, UserError
+from diffusion.model import WEIGHTS as FILE
+from diffusion.progress import say
 from diffusion.storage.files import sha256
 from flows.origin import Origin
 from flows.params import Params
@@ -36,9 +38,7 @@ def with_run(origin: Origin, paths: Paths) -> Origin:
             if models:
                 return _of_run(client, origin, str(models[0].source_run_id))
     except Exception as error:
-        store.say(
-            f"MLflow: {uri} cannot be used ({store.brief(error)}); the run that trained the model is not recorded"
-        )
+        say(f"MLflow: {uri} cannot be used ({store.brief(error)}), so the run that trained the model is not known")
     return origin
 
 
@@ -66,31 +66,31 @@ def download(params: Params, paths: Paths, given: str, directory: Path) -> tuple
         if model is None:
             raise UserError(f"{known}: its weights are not in MLflow; import the model of its run, or a folder")
         folder = Path(download_artifacts(artifact_uri=f"models:/{model.model_id}", dst_path=str(directory)))
-        if sha256(folder / "model.safetensors") != weights:
-            raise Damaged(Path(f"models:/{model.model_id}/model.safetensors"), f"it is not the file of {known}")
+        if sha256(folder / FILE) != weights:
+            raise Damaged(Path(f"models:/{model.model_id}", FILE), f"these are not the weights of {known}")
         origin = _of_run(client, Origin(version=known, weights_sha256=weights), str(model.source_run_id))
     return folder, f"{name}-{version.version}", origin
 
 
 def log_start(mlflow_store: Store, run: TrackedRun, params: Params, paths: Paths) -> None:
-    """Link a training's run to the model that it started from, if any."""
-    if params.train.start_from and not paths.student:
-        run.once("start", lambda: _log_start(mlflow_store, run, origin_of(params, paths)))
-
-
-def origin_of(params: Params, paths: Paths) -> Origin:
-    """Where the model comes from that a training starts from."""
-    return Origin.read(paths.imported / params.train.start_from)
+    """Link the run of a training to the model that it started from, if any: as an input, and by a tag."""
+    if origin := _origin(params, paths):
+        run.once("start", lambda: _log_start(mlflow_store, run, origin))
 
 
 def started_from(mlflow_store: Store, params: Params, paths: Paths) -> str:
-    """What a training started from, for its run's description; empty if it started from random weights."""
-    if not params.train.start_from or paths.student:
+    """What a training started from, for its run's description; empty for random weights."""
+    if (origin := _origin(params, paths)) is None:
         return ""
-    origin = origin_of(params, paths)
     source = mlflow_store.run_by_id(origin.run_id)
     link = description.run_link(source.info.experiment_id, origin.run_id, str(origin)) if source else str(origin)
     return f"The training started from the weights of {link}."
+
+
+def _origin(params: Params, paths: Paths) -> Origin | None:
+    """Where the model comes from that a training started from; None for random weights, or if it is not here."""
+    model = paths.imported / params.train.start_from
+    return Origin.read(model) if not paths.student and (model / FILE).exists() else None
 
 
 def _log_start(mlflow_store: Store, run: TrackedRun, origin: Origin) -> None:
