@@ -109,8 +109,9 @@ def _committed(name: str) -> bytes | None:
 
 
 def _raw_data(source: Path) -> list[Path]:
-    """Paths of the .dvc files of a run's raw data."""
-    return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
+    """Paths of the .dvc files of a run's raw data, and of the models to start from."""
+    paths = Paths(source)
+    return sorted(file.relative_to(source) for folder in (paths.raw, paths.imported) for file in folder.glob("*.dvc"))
 
 
 def _changed_inputs(source: Path, stages: dict[str, Any]) -> list[str]:

@@ -63,16 +63,16 @@ def check(paths: Paths, params: Params) -> Origin | None:
 def _check_exists(directory: Path) -> None:
     if not (directory / CONFIG).exists():
         raise UserError(
-            f"train.start_from: {directory} holds no model; `ddpm import-model` brings one, and "
-            f"`dvc checkout {directory}.dvc` one that DVC tracks"
+            f"train.start_from: data/models/{directory.name} holds no model; `ddpm import-model` brings one, `dvc "
+            f"checkout data/models/{directory.name}.dvc` one that DVC tracks"
         )
 
 
 def _check_same(directory: Path, theirs: Config, ours: Config) -> None:
     if different := differences(theirs, ours):
         raise UserError(
-            f"train.start_from: the model in {directory} has {'; '.join(different)}; set the same parameters, or start "
-            "from another model"
+            f"train.start_from: the model in data/models/{directory.name} has {'; '.join(different)}; set the same "
+            "parameters, or start from another model"
         )
 
 
