@@ -31,7 +31,7 @@ class Origin:
         run = f"run {self.run}" if self.run else ""
         if self.version:
             return f"{self.version}, trained in {run}" if run else self.version
-        return run or (f"the folder {self.folder}" if self.folder else "unknown origin")
+        return run or (f"the folder {self.folder}" if self.folder else "a model of unknown origin")
 
     @classmethod
     def read(cls, model: Path) -> "Origin":

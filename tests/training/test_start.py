@@ -112,13 +112,16 @@ def test_a_resumed_training_says_so_and_gives_the_same_bytes(tree: Path, tmp_pat
     assert trees.digests(tree, "models", "reports") == trees.digests(whole, "models", "reports")
 
 
-@pytest.mark.slow
-def test_several_processes_start_with_the_same_weights(source: Path, tree: Path) -> None:
-    trees.change(tree, {"train": {"processes": 2}})
-    done = trees.run_apart(tree, *trees.TRAIN)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(", starting from the weights of run calm-owl (data/models/first)\n") == 1
-    assert heldout(tree) == pytest.approx(heldout(source), rel=1e-6)
+def test_weights_in_a_file_train_like_the_same_ones_in_memory(source: Path, tmp_path: Path) -> None:
+    """With several processes: tests/training/test_processes.py."""
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("models", "reports", ".ddpm"))
+    trees.save_initial_weights(tree, "initial")
+    trees.change(tree, {"train": {"start_from": "initial"}})
+    done = trees.run(tree)
+    assert ", starting from the weights of a model of unknown origin (data/models/initial)\n" in done.stderr
+    for part in ("models", "reports/train_curves", "reports/train.json"):
+        assert trees.digests(tree, part) == trees.digests(source, part)
 
 
 SHAPE, NETWORK, PROCESS = (1, 8, 8), UNetOptions(base_channels=8), ProcessOptions(num_timesteps=100)
@@ -238,7 +241,7 @@ def test_the_record_of_a_training_has_the_digest_of_these_weights(source: Path, 
 
 def test_where_a_model_comes_from() -> None:
     of: dict[str, str] = {"weights_sha256": "0"}
-    assert str(Origin(**of)) == "unknown origin"
+    assert str(Origin(**of)) == "a model of unknown origin"
     assert str(Origin(folder="old/model", **of)) == "the folder old/model"
     assert str(Origin(folder="old/model", run="calm-owl", **of)) == "run calm-owl"
     assert str(Origin(version="ddpm version 3", **of)) == "ddpm version 3"
