@@ -254,7 +254,7 @@ def test_dvc_reruns_the_training_when_these_weights_change_and_only_then(models:
     bring(models / "third", "--name", "first", "--force")
     assert changed()
     assert not changed()
-    start_from("")
+    start_from("''")
     assert changed()  # or restores what it had
 
 
