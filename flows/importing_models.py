@@ -10,7 +10,7 @@ from diffusion.errors import UsageError, UserError
 from diffusion.exchange import diffusers
 from diffusion.model import CONFIG, FILES, WEIGHTS, load_model
 from diffusion.storage.files import sha256, write_atomic
-from flows import dvc_add, origin, workspace
+from flows import dvc_add, origin, start, workspace
 from flows.origin import Origin
 from flows.params import MODEL_NAME, load
 from flows.paths import Paths
@@ -59,6 +59,8 @@ def import_model(given: str, name: str | None, paths: Paths, force: bool) -> Non
         f"    git add {tracked.as_posix()} {ignored.as_posix()}\n"
         "    prefect deployment run train-ddpm --watch      # or dvc repro"
     )
+    if paths.params.exists() and (different := start.differences_of(model.config, load(paths.params))):
+        print(f"\nFirst change what differs in {paths.params}. The model has {'; '.join(different)}.")
 
 
 def _find(given: str, paths: Paths, temporary: Path) -> tuple[Path, str, Origin]:

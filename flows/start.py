@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from diffusion.errors import FileFault, UserError, shortened
-from diffusion.model import CONFIG, Config, Model, load_model, read_config
-from diffusion.storage.files import read_checked
+from diffusion.errors import UserError, shortened
+from diffusion.model import CONFIG, Config, Model, load_config, load_model
 from flows.made_with import leaves
 from flows.origin import Origin
 from flows.params import Params
@@ -28,7 +27,7 @@ def load(paths: Paths, name: str, config: Config) -> tuple[Model, Origin]:
     directory = paths.imported / name
     _check_exists(directory)
     found = load_model(directory, torch.device("cpu"))
-    _check_same(directory, found.config, config)
+    _refuse(directory, differences(found.config, config))
     return found, Origin.read(directory)
 
 
@@ -42,22 +41,15 @@ def check(paths: Paths, params: Params) -> Origin | None:
         return None
     directory = paths.imported / params.train.start_from
     _check_exists(directory)
-    try:
-        theirs = read_config(read_checked(directory / CONFIG))
-    except FileFault:
-        raise
-    except (UserError, ValueError):
-        raise FileFault(directory / CONFIG, "not the description of a model; import it again") from None
-    pairs = params.pairs
-    ours = Config(
-        shape=(pairs.channels, pairs.height, pairs.width),
-        classes=theirs.classes,
-        network=params.network,
-        process=params.process,
-        x_0_mse=None,
-    )
-    _check_same(directory, theirs, ours)
+    _refuse(directory, differences_of(load_config(directory), params))
     return Origin.read(directory)
+
+
+def differences_of(theirs: Config, params: Params) -> list[str]:
+    """`differences` to the model that `params` describe, but for the names of the classes, which are in the data."""
+    shape = (params.pairs.channels, params.pairs.height, params.pairs.width)
+    ours = {"shape": shape, "network": params.network, "process": params.process}
+    return differences(theirs, theirs.model_copy(update=ours))
 
 
 def _check_exists(directory: Path) -> None:
@@ -68,8 +60,8 @@ def _check_exists(directory: Path) -> None:
         )
 
 
-def _check_same(directory: Path, theirs: Config, ours: Config) -> None:
-    if different := differences(theirs, ours):
+def _refuse(directory: Path, different: list[str]) -> None:
+    if different:
         raise UserError(
             f"train.start_from: the model in data/models/{directory.name} has {'; '.join(different)}; set the same "
             "parameters, or start from another model"
@@ -79,6 +71,8 @@ def _check_same(directory: Path, theirs: Config, ours: Config) -> None:
 def differences(theirs: Config, ours: Config) -> list[str]:
     """What differs between two models so that one cannot have the weights of the other: the fields and both values."""
     there, here = _facts(theirs), _facts(ours)
+    if theirs.network.classes and ours.network.classes:
+        there["classes"], here["classes"] = list(theirs.classes), list(ours.classes)
     names = [name for name in there | here if there.get(name, MISSING) != here.get(name, MISSING)]
     if "network.kind" in names:  # which has other fields
         names = [name for name in names if not name.startswith("network.") or name == "network.kind"]
@@ -87,12 +81,11 @@ def differences(theirs: Config, ours: Config) -> list[str]:
 
 def _facts(config: Config) -> dict[str, Any]:
     shape = dict(zip(("pairs.channels", "pairs.height", "pairs.width"), config.shape, strict=True))
-    classes = {"classes": list(config.classes)} if config.network.classes else {}
     sections = config.model_dump(mode="json", include={"network", "process"})
     fields = {
         name: value for name, value in leaves(sections) if not any(f"{name}.".startswith(f"{free}.") for free in FREE)
     }
-    return shape | fields | classes
+    return shape | fields
 
 
 def _text(facts: dict[str, Any], name: str) -> str:

@@ -87,6 +87,7 @@ def test_the_model_of_a_run_is_added_to_dvc(models: Path, capsys: pytest.Capture
     assert (
         "    ddpm set train.start_from=calm-owl\n    git add data/models/calm-owl.dvc data/models/.gitignore\n" in said
     )
+    assert "differs" not in said
     assert (MODELS / ".gitignore").read_text() == "/calm-owl\n"
     assert yaml_files.read_yaml(MODELS / "calm-owl.dvc")["desc"] == "the model of run calm-owl"
     assert {path.name for path in MODELS.iterdir()} == {"calm-owl", "calm-owl.dvc", ".gitignore", "SHA256SUMS"}
@@ -158,11 +159,14 @@ def test_a_failure_of_dvc_leaves_all_as_it_was(
 
 
 @pytest.mark.usefixtures("models", "dvc_in_this_process")
-def test_a_model_of_diffusers_is_converted() -> None:
+def test_a_model_of_diffusers_is_converted(capsys: pytest.CaptureFixture[str]) -> None:
     network = UNetOptions(base_channels=32, channel_multipliers=(1, 2), attention_levels=(), convention="diffusers")
     Model.new((1, 8, 8), network, seed=3).save("plain")
     diffusers.export_model(Path("plain"), Path("pipeline"), SampleOptions(), force=False)
     assert main(["import-model", "pipeline"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("First change what differs in params.yaml. The model has ")
+    assert "network.attention_levels [], not [1]; " in last
     own, other = Model.load("plain").net.state_dict(), Model.load(MODELS / "pipeline").net.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own | other)
 
