@@ -80,10 +80,13 @@ def apply(run: str, force: bool) -> None:
 
 
 def _parameters(source: Path) -> bytes:
-    """A run's params.yaml, converted to the current format."""
+    """A run's params.yaml, converted to the current format, and with the field that dvc.yaml needs."""
     path = source / "params.yaml"
     document = yaml_files.read_yaml(path)
-    return yaml_files.content(document) if from_earlier(document) else path.read_bytes()
+    old, train = bool(from_earlier(document)), document.get("train")
+    if isinstance(train, dict) and "start_from" not in train:
+        train["start_from"], old = "", True
+    return yaml_files.content(document) if old else path.read_bytes()
 
 
 def _save_to_cache(source: Path) -> None:

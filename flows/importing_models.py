@@ -47,8 +47,8 @@ def import_model(given: str, name: str | None, paths: Paths, force: bool) -> Non
                 raise UserError(f"{folder}: has changed while it was read; import it again")
             found.write(copy)
 
-        again = "replace it with --force"
-        dvc_add.add(target, paths, make, replace=force, advice=again, description=f"the model of {found}")
+        again, replace = "replace it with --force", force and not target.is_file()
+        dvc_add.add(target, paths, make, replace=replace, advice=again, description=f"the model of {found}")
     channels, height, width = model.shape
     size = sum(parameter.numel() for parameter in model.net.parameters())
     tracked, ignored = (file(target).relative_to(paths.root) for file in (dvc_add.dvc_file, dvc_add.ignore_file))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusion.errors import UserError, shortened
-from diffusion.model import CONFIG, Config, Model, load_config, load_model
+from diffusion.model import CONFIG, WEIGHTS, Config, Model, load_config, load_model
 from flows.made_with import leaves
 from flows.origin import Origin
 from flows.params import Params
@@ -53,7 +53,7 @@ def differences_of(theirs: Config, params: Params) -> list[str]:
 
 
 def _check_exists(directory: Path) -> None:
-    if not (directory / CONFIG).exists():
+    if not all((directory / file).exists() for file in (CONFIG, WEIGHTS)):
         raise UserError(
             f"train.start_from: data/models/{directory.name} holds no model; `ddpm import-model` brings one, `dvc "
             f"checkout data/models/{directory.name}.dvc` one that DVC tracks"

@@ -118,6 +118,7 @@ def test_a_folder_is_imported_and_replaced_only_if_asked(capsys: pytest.CaptureF
 @pytest.mark.usefixtures("models", "dvc_in_this_process")
 def test_what_cannot_be_imported(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "calm", "--name", "a/b").startswith("--name: must start with a letter or digit and contain")
+    assert refused(capsys, "calm", "--name", "SHA256SUMS", "--force").startswith("data/models/SHA256SUMS: already exis")
     assert refused(capsys, "elsewhere/none") == "elsewhere/none: no such folder"
     Path("empty").mkdir()
     assert refused(capsys, "empty") == (
