@@ -152,6 +152,13 @@ def new_network(shape: tuple[int, int, int], classes: int, network: NetworkOptio
     return networks.network(shape, channels_out, classes, network)
 
 
+def network_from(model: Model, config: Config) -> Network:
+    """Build the network of `config`, which has the same weights as that of `model`, with the latter's values."""
+    net = new_network(config.shape, len(config.classes), config.network, config.process)
+    net.load_state_dict(model.net.state_dict())
+    return net
+
+
 def save_model(directory: Path, net: nn.Module, config: Config) -> None:
     """Write a model's directory, atomically; the same weights give the same bytes.
 
@@ -190,23 +197,32 @@ def read_config(content: bytes) -> Config:
     return Config.model_validate(document, context=COMPLETE)
 
 
+def load_config(directory: Path) -> Config:
+    """Load the config of the model in a directory; raises UserError like `load_model`."""
+    if not (directory / SUMS).exists() and (directory / CONFIG).exists():
+        raise FileFault(
+            directory, f"has no {SUMS}, so it cannot be verified (written by an earlier version); train or import again"
+        )
+    content = read_checked(directory / CONFIG)
+    try:
+        return read_config(content)
+    except ValidationError as error:
+        raise FileFault(directory / CONFIG, describe(error)) from None
+    except UserError as error:
+        raise FileFault(directory / CONFIG, str(error)) from None
+
+
 def load_model(directory: Path, device: torch.device) -> Model:
     """Load a model, in evaluation mode on `device`.
 
     Raises:
         UserError: a file is missing, corrupt or from another version; the message names it.
     """
-    if not (directory / SUMS).exists() and (directory / CONFIG).exists():
-        raise FileFault(
-            directory, f"has no {SUMS}, so it cannot be verified (written by an earlier version); train or import again"
-        )
-    described, weights = (read_checked(directory / name) for name in (CONFIG, WEIGHTS))
+    config = load_config(directory)
+    weights = read_checked(directory / WEIGHTS)
     try:
-        config = read_config(described)
         net = new_network(config.shape, len(config.classes), config.network, config.process)
         net.load_state_dict(load(weights))
-    except ValidationError as error:
-        raise FileFault(directory / CONFIG, describe(error)) from None
     except UserError as error:
         raise FileFault(directory / CONFIG, str(error)) from None
     except (RuntimeError, SafetensorError):

@@ -80,10 +80,13 @@ def apply(run: str, force: bool) -> None:
 
 
 def _parameters(source: Path) -> bytes:
-    """A run's params.yaml, converted to the current format."""
+    """A run's params.yaml, converted to the current format, and with the field that dvc.yaml needs."""
     path = source / "params.yaml"
     document = yaml_files.read_yaml(path)
-    return yaml_files.content(document) if from_earlier(document) else path.read_bytes()
+    old, train = bool(from_earlier(document)), document.get("train")
+    if isinstance(train, dict) and "start_from" not in train:
+        train["start_from"], old = "", True
+    return yaml_files.content(document) if old else path.read_bytes()
 
 
 def _save_to_cache(source: Path) -> None:
@@ -109,8 +112,9 @@ def _committed(name: str) -> bytes | None:
 
 
 def _raw_data(source: Path) -> list[Path]:
-    """Paths of the .dvc files of a run's raw data."""
-    return sorted(file.relative_to(source) for file in Paths(source).raw.glob("*.dvc"))
+    """Paths of the .dvc files of a run's raw data, and of the models to start from."""
+    paths = Paths(source)
+    return sorted(file.relative_to(source) for folder in (paths.raw, paths.imported) for file in folder.glob("*.dvc"))
 
 
 def _changed_inputs(source: Path, stages: dict[str, Any]) -> list[str]:

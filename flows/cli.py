@@ -116,6 +116,21 @@ _lazily("export-diffusers", "diffusers:export_model", "Write the trained model a
 _lazily("import-diffusers", "diffusers:import_model", "Import a diffusers model as the trained model.", MODELS)
 
 
+@app.command(name="import-model", group=MODELS)
+def import_model(model: str, /, *, name: str | None = None, force: bool = False) -> None:
+    """Add a trained model to data/models and DVC, for a training to start from (train.start_from).
+
+    Args:
+        model: A flow run (see `ddpm runs`); a version or alias of the registered model in MLflow, such as 3 or
+            champion; or a folder with config.json and model.safetensors, as models/ddpm is one, or of diffusers.
+        name: Name below data/models; by default that of the run, version or folder.
+        force: Replace a model of this name.
+    """
+    from flows import importing_models
+
+    importing_models.import_model(model, name, Paths(), force)
+
+
 @app.command(group=RUNS)
 def runs() -> None:
     """List the flow runs and their states."""

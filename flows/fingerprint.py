@@ -49,11 +49,12 @@ def training_facts(stage: str, params: Params, paths: Paths, device: torch.devic
     """
     determining = params.model_dump(mode="json", include=DETERMINING[stage])
     del determining[stage]["processes"]  # recorded below as world.size, which torchrun may set instead
-    teacher = {"teacher": sha256(paths.teacher / SUMS)} if stage == "distill" else {}
+    start = determining[stage].pop("start_from", "")  # its weights matter, not its name
+    others = {"teacher": paths.teacher} if stage == "distill" else {"start": paths.imported / start} if start else {}
     return {
         "stage": stage,
         "params": determining,
-        **teacher,
+        **{name: sha256(directory / SUMS) for name, directory in others.items()},
         "pairs": sha256(paths.pairs / "manifest.json"),
         "code": {str(file.relative_to(dvc_yaml.ROOT)): sha256(file) for file in dvc_yaml.code(stage)},
         "device": device.type,

@@ -3,15 +3,11 @@
 import copy
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import ValidationError
 
 from diffusion.errors import UsageError, UserError, counted, describe
@@ -28,13 +24,11 @@ from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
 from diffusion.storage.files import write_atomic, writing
 from diffusion.storage.tar import Split
-from flows import inspecting
+from flows import dvc_add, inspecting
 from flows.changes import lay_over, write_changes
-from flows.dvc_output import reason
 from flows.made_with import leaves
 from flows.params import Pairs, Shard, read, validate
 from flows.paths import Paths
-from flows.yaml_files import read_yaml, write_yaml
 
 MAX_LISTED = 5
 """Maximum number of rejected files to list on the terminal."""
@@ -78,14 +72,13 @@ def import_data(
         Shard(value_range=reading.value_range)
     except ValidationError as error:
         raise UsageError(describe(error, name=lambda _: "--value-range")) from None
-    if not (paths.root / ".dvc").is_dir():
-        raise UserError(f"{paths.root / '.dvc'}: no such folder here; run this in the pipeline's folder")
+    dvc_add.check_repository(paths)
     where = locate(images)
     target = paths.raw / f"{name}{ending(Path(where.name))}"
     if in_place := link and where.remote:
         _check_watched(where, paths.root)
     else:
-        _check_free(target)
+        dvc_add.check_free(target, "delete it first")
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
     before = read(paths.params) if paths.params.exists() else None
     present = None if before is None else validate(before, str(paths.params))
@@ -113,13 +106,16 @@ def import_data(
             raise UsageError("--value-range: for arrays, and greyscale pictures with more than 8 bits; these have 8")
         values = source.describe_values() if isinstance(source, Arrays) else ""
         content = inspecting.contact_sheet(source, fit)
-        with writing(paths.state):
-            paths.state.mkdir(exist_ok=True)
         if not in_place:
-            # One import at a time, so that undoing a failed one cannot affect another.
-            with FileLock(paths.state / "import.lock"):
-                transfer = _link if link else shutil.move if where.remote else shutil.copyfile
-                _add_to_dvc(path, target, paths, transfer, where.source if where.remote else None)
+            transfer = _link if link else shutil.move if where.remote else shutil.copyfile
+            origin = where.source.partition("?")[0] if where.remote else ""  # what follows may be a secret
+            dvc_add.add(
+                target,
+                paths,
+                lambda copy: _transfer(path, copy, transfer),
+                keep_links=link,
+                description=f"imported from {origin}" if origin else "",
+            )
     sheet = paths.state / "imports" / f"{name}.png"
     write_atomic(sheet, content)
     print(description)
@@ -136,7 +132,7 @@ def import_data(
         print("\nTo train on them; they stay where they are, and DVC notices when they change:\n")
     else:
         print("\nTo train on them, and to keep their DVC file in git:\n")
-        print(f"    git add {place}.dvc {_ignored(paths).relative_to(paths.root).as_posix()}")
+        print(f"    git add {place}.dvc {dvc_add.ignore_file(target).relative_to(paths.root).as_posix()}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
 
 
@@ -173,42 +169,6 @@ def _check_watched(where: Location, root: Path) -> None:
         raise UserError(f"{url}: its server does not say when it changes; leave out --link to copy it")
 
 
-def _check_free(target: Path) -> None:
-    """Raise UserError if a name below data/raw is taken."""
-    for existing in (target, target.with_name(f"{target.name}.dvc")):
-        if existing.exists() or existing.is_symlink():
-            raise UserError(f"{existing}: already exists; choose another --name, or delete it first")
-
-
-def _ignored(paths: Paths) -> Path:
-    """Where DVC lists its files for git."""
-    return paths.raw / ".gitignore"
-
-
-def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, origin: str | None) -> None:
-    """Transfer a source to `target` and add it to DVC, with the URL it came from as a description."""
-    _check_free(target)
-    tracked = target.with_name(f"{target.name}.dvc")
-    paths.raw.mkdir(parents=True, exist_ok=True)
-    ignored = _ignored(paths)
-    before = ignored.read_bytes() if ignored.exists() else None
-    try:
-        _transfer(path, target, transfer)
-        _dvc_add(target, paths.root, transfer is _link)
-        if origin is not None:
-            record = read_yaml(tracked)
-            record["desc"] = f"imported from {origin.partition('?')[0]}"  # what follows may be a secret
-            write_yaml(tracked, record)
-    except BaseException:
-        _remove(target)
-        tracked.unlink(missing_ok=True)
-        if before is not None:
-            ignored.write_bytes(before)
-        else:
-            ignored.unlink(missing_ok=True)
-        raise
-
-
 def _description(source: Source, name: str, max_rejected: float) -> str:
     """Summarize files, classes, splits and rejected files; no image is decoded."""
     splits, labels, rejected = Counter[Split | None](), Counter[int | None](), list[Remark]()
@@ -240,34 +200,15 @@ def _link(file: Path, target: Path) -> None:
 
 
 def _transfer(path: Path, target: Path, transfer: Transfer) -> None:
-    """Copy, move or link the files of `path` to `target`, all or none."""
+    """Copy, move or link the files of `path` to `target`."""
     files = list(files_below(path)) if path.is_dir() else [path]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        content = Path(temporary) / target.name
-        with Progress("import", len(files), "files") as progress:
-            for file in files:
-                copy = content / file.relative_to(path) if path.is_dir() else content
-                try:
-                    with writing(copy):
-                        copy.parent.mkdir(parents=True, exist_ok=True)
-                        transfer(file, copy)
-                except OSError as error:
-                    raise UserError(f"{file}: cannot be imported ({error.strerror or error})") from None
-                progress.advance(1)
-        content.replace(target)
-
-
-def _dvc_add(target: Path, root: Path, link: bool) -> None:
-    command = [sys.executable, "-m", "dvc", "add", target.relative_to(root).as_posix()]
-    if link:
-        command.append("--no-relink")  # else DVC replaces the links with copies from its cache
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"dvc add {target}: {reason(done.stderr) or f'exit status {done.returncode}'}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with Progress("import", len(files), "files") as progress:
+        for file in files:
+            copy = target / file.relative_to(path) if path.is_dir() else target
+            try:
+                with writing(copy):
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    transfer(file, copy)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be imported ({error.strerror or error})") from None
+            progress.advance(1)

@@ -39,7 +39,7 @@ def leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def write(paths: Paths, stage: str, params: Params) -> None:
     """Write the record of a stage; call this after all other outputs are written."""
-    read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage))
+    read, wrote = ({name: sha256(file) for name, file in files.items()} for files in _files(paths, stage, params))
     write_json(
         paths.made_with(stage),
         {"params": flat(params, *dvc_yaml.parameters(paths.stage(stage))), "read": read, "wrote": wrote},
@@ -60,7 +60,7 @@ def difference(paths: Paths, stage: str, params: Params) -> str | None:
         return f"{file}: missing, unreadable, or written by an earlier version"
     if reason := difference_of_parameters(ran, ran_with, params):
         return reason
-    inputs, _ = _files(paths, stage)
+    inputs, _ = _files(paths, stage, params)
     for name, path in inputs.items():
         if sha256(path) != read.get(name):
             return f"{name} is not the file that {ran} read"
@@ -84,7 +84,7 @@ def difference_of_parameters(ran: str, ran_with: Mapping[str, Any], params: Para
     return None
 
 
-def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
+def _files(paths: Paths, stage: str, params: Params) -> tuple[dict[str, Path], dict[str, Path]]:
     """The files that identify a stage's inputs, and its outputs not listed in a SHA256SUMS, by path below the root.
 
     Missing files are omitted: data may have been pulled without the files they were made from.
@@ -92,10 +92,11 @@ def _files(paths: Paths, stage: str) -> tuple[dict[str, Path], dict[str, Path]]:
     shards, pairs = paths.shards / "manifest.json", paths.pairs / "manifest.json"
     weights, of_teacher = paths.model / "model.safetensors", paths.teacher / "model.safetensors"
     teacher = (of_teacher,) if paths.student else ()
+    start = (paths.imported / name / "model.safetensors",) if (name := params.train.start_from) else ()
     read, wrote = {
         "shard": ((), (shards, paths.data_report)),
         "pairs": ((shards,), (pairs,)),
-        "train": ((pairs, *teacher), (weights, paths.train_report)),
+        "train": ((pairs, *(teacher or start)), (weights, paths.train_report)),
         "evaluate": ((pairs, weights, *teacher), (paths.evaluate_report, paths.report)),
         "export": ((pairs, weights, paths.evaluate_report), (paths.export_report, *sorted(paths.onnx.glob("*.onnx")))),
     }[stage]

@@ -7,6 +7,7 @@ hashes the values in the file, and must see everything that affects a result.
 import copy
 import errno
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,6 +134,24 @@ class Pairs(Section):
         return Fit(**self.model_dump(include=set(FIELDS)))
 
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Name of a folder in data/models."""
+
+
+def _model_or_none(name: str) -> str:
+    if name and not re.fullmatch(MODEL_NAME, name):
+        raise ValueError(f"must be the name of a folder in data/models, or '' (got {name!r})")
+    return name
+
+
+class Train(TrainOptions):
+    """Training: optimizer, EMA, batches and hardware."""
+
+    start_from: Annotated[str, AfterValidator(_model_or_none)] = ""
+    """Model to start from: the name of a folder in data/models, where `ddpm import-model` puts models. Training begins
+    with its averaged weights, at step 0, and must have the same network, process and image size. '': random weights."""
+
+
 class Evaluate(Section):
     """Evaluation on held-out images: noise prediction, likelihood, and the quality of samples."""
 
@@ -208,7 +227,7 @@ class Params(Section):
     pairs: Pairs = Pairs()
     process: ProcessOptions = ProcessOptions()
     network: NetworkChoice = UNetOptions()
-    train: TrainOptions = TrainOptions()
+    train: Train = Train()
     sample: SampleOptions = SampleOptions()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()

@@ -20,6 +20,7 @@ class Paths:
         self.params = root / "params.yaml"
         self.presets = root / "presets"
         self.raw = data / "raw"
+        self.imported = data / "models"
         # shard
         self.shards = data / "shards"
         self.data_report = shared / "data.html"

@@ -86,6 +86,7 @@ def markdown(directory: Path, summary: Summary, last: Summary | None) -> str:
 
 def _of_training(directory: Path, summary: Summary, last: Summary | None) -> list[str]:
     return [
+        *([f"Started from the weights of {summary.start}."] if summary.start else []),
         "## Held-out evaluation",
         _metrics(summary, last),
         *([f"Likelihood: **{baselines.verdict(summary.metrics)}**."] if "bits_per_dim_gain" in summary.metrics else []),

@@ -52,6 +52,8 @@ class Summary:
     """The verdict on the samples; empty if they were not compared with real images."""
     teacher: str = ""
     """Name of the run whose model was distilled; empty for a training."""
+    start: str = ""
+    """Where the model comes from that a training started from; empty for random weights."""
 
 
 def collect(
@@ -83,6 +85,7 @@ def collect(
         gate=tracked.get("gate", []) if tracked else [],
         quality=quality,
         teacher=teacher.name if teacher else "",
+        start=workspace.Run.read(directory).start,
     )
 
 
@@ -111,7 +114,9 @@ def show(run: str | None) -> None:
     if directory is None:
         raise UserError("no run has finished yet: `make train` starts one")
     summary = read(directory)
-    print(f"run {summary.run}{f', a distillation of {summary.teacher}' if summary.teacher else ''}\n")
+    begin = f", a distillation of {summary.teacher}" if summary.teacher else ""
+    begin += f", started from {summary.start}" if summary.start else ""
+    print(f"run {summary.run}{begin}\n")
     width = max(10, *(len(stage.stage) + 2 for stage in summary.stages))
     for stage in summary.stages:
         print(f"  {stage.stage:<{width}}{stage.seconds:>7.1f} s   {stage.outcome}")

@@ -47,6 +47,8 @@ class Run:
     """ISO 8601, UTC; empty while the run is active, or if it was killed."""
     teacher: str = ""
     """Name of the run whose model this one distils; empty for a training."""
+    start: str = ""
+    """Where the model comes from that a training started from; empty for random weights."""
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
@@ -114,7 +116,10 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
         state: State = "completed"
         try:
             if not run.teacher:
-                _checkout_raw_data(workspace)
+                from flows.inputs import check_out  # imports torch, which `ddpm runs` does not need
+
+                run = replace(run, start=check_out(workspace))
+                run.write(workspace)
             yield workspace
         except BaseException as error:
             state = _state_after(error)
@@ -253,36 +258,6 @@ def _share_state(workspace: Path) -> None:
     """Link a workspace's `.ddpm` to that of the repository, and have DVC use the repository's cache."""
     (workspace / ".ddpm").symlink_to(Paths().state.absolute())
     dvc_config.configure(workspace)
-
-
-def _checkout_raw_data(workspace: Path) -> None:
-    """Check out the raw data from the DVC cache, or else a remote, unless they are in git or at a URL."""
-    from diffusion.sources.locations import is_url
-    from flows.params import load
-
-    source = load(Paths(workspace).params).shard.source
-    if is_url(source) or (workspace / source).exists():
-        return
-    for tracked in sorted(Paths(workspace).raw.glob("*.dvc")):
-        if (workspace / source).is_relative_to(tracked.with_suffix("")):
-            file = str(tracked.relative_to(workspace))
-            try:
-                dvc(workspace, "checkout", file)
-            except UserError:
-                try:
-                    dvc(workspace, "pull", file)
-                except UserError as error:
-                    raise UserError(
-                        f"{file}: its data are not in the DVC cache, and no remote has them ({error}); `dvc commit "
-                        f"{file}` adds them from the working tree"
-                    ) from None
-            return
-    if Path(source).exists():
-        raise UserError(
-            f"shard.source: {source} is tracked by neither git nor DVC, so runs cannot use it; "
-            "`ddpm import` adds it to DVC"
-        )
-    raise UserError(f"shard.source: {source}: no such file or folder; correct it in params.yaml, or use `ddpm import`")
 
 
 def _clean(runs: Path, keep: Path | None) -> None:

@@ -25,6 +25,7 @@ NOT_SHAPING = (
     "flows.environment",
     "flows.fingerprint",
     "flows.launching",
+    "flows.origin",
     "flows.params",
     "flows.parent",
     "flows.paths",

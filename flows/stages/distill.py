@@ -11,7 +11,7 @@ from diffusion.distillation.sampling import student_sampling
 from diffusion.distillation.teacher import Teacher
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import Estimate
-from diffusion.model import Model, load_model, new_network
+from diffusion.model import Model, load_model, network_from
 from diffusion.nn.layers import Network
 from diffusion.pairs.pairs import Pairs
 from diffusion.training.hooks import CheckStop
@@ -53,9 +53,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
     )
 
     def initial() -> Network:
-        net = new_network(config.shape, len(config.classes), config.network, config.process)
-        net.load_state_dict(teacher.net.state_dict())
-        return net.eval()  # the targets are exact, so that dropout would only add noise
+        return network_from(teacher, config).eval()  # the targets are exact, so that dropout would only add noise
 
     def enter_phase(state: State, step: int) -> None:
         if isinstance(loss, ProgressiveLoss) and state.earlier is not None:
@@ -77,6 +75,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         config=config,
         process=teacher.process,
         net=initial,
+        start="the teacher's weights",
         loss=loss,
         measure=measure,
         error="held-out loss",

@@ -8,7 +8,7 @@ import torch
 
 from diffusion.errors import UserError
 from diffusion.evaluation.heldout import Estimate, quick_mse, x_0_mse
-from diffusion.model import Config, Model, new_network
+from diffusion.model import Config, Model, network_from, new_network
 from diffusion.nn.layers import Network
 from diffusion.pairs.noise import Purpose, stream
 from diffusion.pairs.pairs import Pairs
@@ -16,6 +16,7 @@ from diffusion.process import build as processes
 from diffusion.progress import Progress
 from diffusion.training.hooks import CheckStop, preview_options
 from diffusion.training.state import State
+from flows import start
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages.training import Recipe, carry_out
@@ -35,7 +36,11 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         raise UserError("network.classes: the images have no classes; set it to false in params.yaml")
     config = Config(shape=pairs.shape, classes=classes, network=params.network, process=params.process, x_0_mse=None)
 
+    source, origin = start.load(paths, name, config) if (name := params.train.start_from) else (None, None)
+
     def initial() -> Network:
+        if source:
+            return network_from(source, config)
         torch.manual_seed(int(stream(params.seed, Purpose.INIT).integers(2**63)))
         return new_network(pairs.shape, len(classes), params.network, params.process)
 
@@ -59,6 +64,7 @@ def recipe(params: Params, paths: Paths, device: torch.device) -> Recipe:
         config=config,
         process=process,
         net=initial,
+        start=f"the weights of {origin} (data/models/{name})" if origin else "random weights",
         loss=process.loss,
         measure=measure,
         error="held-out MSE",

@@ -61,6 +61,8 @@ class Recipe:
     process: Process
     net: Callable[[], Network]
     """Builds the network with its initial weights."""
+    start: str
+    """What these are, for messages."""
     loss: TrainingLoss
     measure: Callable[[State, Model, CheckStop], Estimate]
     """The held-out error at a preview."""
@@ -192,7 +194,7 @@ class Training:
                     + f", {counted(self.pairs.images, 'image')}"
                     + (f", {counted(options.epochs, 'epoch')} ({options.steps} steps)" if options.epochs else "")
                     + (f", augmented with probability {augment:g}" if augment else ", not augmented")
-                    + (f", resuming from step {state.step}" if state.step else "")
+                    + (f", resuming from step {state.step}" if state.step else f", starting from {recipe.start}")
                 )
                 live = watched.enter_context(tracking.live(params, self.paths, state.run_id, self.fingerprint))
                 total, done = options.steps * options.batch_size, state.step * options.batch_size

@@ -56,8 +56,8 @@ GLOSSARY = """\
 - `curves/heldout_mse`: the averaged weights' error on up to 1,024 validation pairs, measured while training."""
 
 
-def training(params: Params, paths: Paths) -> str:
-    """The description of a run whose training has no results yet."""
+def training(params: Params, paths: Paths, started: str) -> str:
+    """The description of a run whose training has no results yet; `started` says what it started from, if anything."""
     if paths.student:
         steps = _steps(_most(params, paths))
         return (
@@ -66,25 +66,25 @@ def training(params: Params, paths: Paths) -> str:
         )
     return (
         f"Training of {_network(params)} on {_data(params, paths)}: at most "
-        f"{_steps(_most(params, paths))} of {_images(params, paths)}.\n\nNo results have been recorded yet."
+        f"{_steps(_most(params, paths))} of {_images(params, paths)}.{f' {started}' if started else ''}\n\n"
+        "No results have been recorded yet."
     )
 
 
-def results(found: Results, trained_in: str, verdict: str) -> str:
+def results(found: Results, trained_in: str, verdict: str, started: str) -> str:
     """The description of a run that has results; MLflow's page shows only its first lines, until a user asks for more.
 
     Args:
         found: the results.
         trained_in: a link to the run whose weights were reused; empty if this run trained them.
         verdict: that of its model version; empty if there is none.
+        started: says what the training started from; empty for random weights.
     """
     named = STUDENT_FIGURES if found.paths.student else FIGURES
     figures = _figures(found.evaluation.report, named) if found.evaluation else "Not evaluated yet."
-    return "\n\n".join(
-        filter(
-            None, [_trained(found, trained_in), verdict, figures, STUDENT_GLOSSARY if found.paths.student else GLOSSARY]
-        )
-    )
+    glossary = STUDENT_GLOSSARY if found.paths.student else GLOSSARY
+    trained = " ".join(filter(None, [_trained(found, trained_in), started]))
+    return "\n\n".join(filter(None, [trained, verdict, figures, glossary]))
 
 
 def verdict(version: ModelVersion) -> str:

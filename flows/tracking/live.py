@@ -12,7 +12,7 @@ from diffusion.storage.files import sha256
 from flows import made_with
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import description, names, store
+from flows.tracking import description, lineage, names, store
 from flows.tracking.starting import resume, start
 from flows.tracking.store import TrackedRun
 
@@ -102,7 +102,9 @@ def live(params: Params, paths: Paths, run_id: str | None, fingerprint: str) -> 
                 run.dataset(
                     Path(params.shard.source).stem, sha256(paths.pairs / "manifest.json"), paths.pairs, "training"
                 )
-            description.write(mlflow_store.client, run.id, description.training(params, paths))
+            lineage.log_start(mlflow_store, run, params, paths)
+            started = lineage.started_from(mlflow_store, params, paths)
+            description.write(mlflow_store.client, run.id, description.training(params, paths, started))
     except Exception as error:
         store.say_unusable(uri, error)
         return LiveRun(None, run.id if run else run_id, uri)

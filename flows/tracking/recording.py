@@ -17,7 +17,7 @@ from flows import addresses, dvc_yaml
 from flows.pages import contents
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import champion, description, names, pages, registry, results, store
+from flows.tracking import champion, description, lineage, names, pages, registry, results, store
 from flows.tracking.results import Evaluation, Results
 from flows.tracking.starting import FLOW_RUN, flow_run, start
 from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun
@@ -114,7 +114,8 @@ def _describe(
     source = mlflow_store.run_by_id(trained_in) if trained_in != run.id else None
     link = description.run_link(run.experiment_id, trained_in, f"run {source.info.run_name}") if source else ""
     judged = run.client.get_model_version(version.name, str(version.version)) if version else None
-    text = description.results(found, link, description.verdict(judged) if judged else "")
+    started = lineage.started_from(mlflow_store, found.params, found.paths)
+    text = description.results(found, link, description.verdict(judged) if judged else "", started)
     description.write(run.client, run.id, text)
 
 
@@ -183,6 +184,7 @@ def _log(mlflow_store: Store, run: TrackedRun, found: Results) -> str:
     run.once("train", lambda: _log_training(run, found, curves=trained))
     if trained:
         run.once("weights", lambda: _log_weights(run, found, own))
+        lineage.log_start(mlflow_store, run, found.params, paths)
     else:
         run.once("weights", lambda: _reuse(run, models[0]))
     if (evaluation := found.evaluation) is not None:

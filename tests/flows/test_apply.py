@@ -74,9 +74,11 @@ def test_parameters_of_an_earlier_version_are_converted(run: Path, root: Path) -
     apply.apply("one", force=False)
     with pytest.raises(UserError, match=r"shard\.layout: missing; .*; `ddpm params --update` adds what is missing$"):
         params.load(Path("params.yaml"))
+    assert "\n  start_from: ''\n" in Path("params.yaml").read_text(encoding="utf-8")  # dvc.yaml refers to it
     assert main(["params", "--update"]) == 0
     applied = params.load(Path("params.yaml"))
     assert applied.train.steps == 7
+    assert applied.train.start_from == ""
     assert applied.train.optimizer.learning_rate == 0.01
     assert "# a GPU where there is one" in Path("params.yaml").read_text(encoding="utf-8")
 

@@ -258,7 +258,7 @@ def test_commands_tell_distillations_from_trainings(capsys: pytest.CaptureFixtur
     assert main(["runs"]) == 0
     rows = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}
     assert rows == {
-        "RUN": ["STATE", "MSE", "DISTILS"],
+        "RUN": ["STATE", "MSE", "DISTILS", "STARTS", "FROM"],
         "teach": ["completed", "0.2500"],
         "stu": ["completed", "teach"],
     }

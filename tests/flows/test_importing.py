@@ -16,7 +16,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from diffusion.errors import UserError
-from flows import importing
+from flows import dvc_add, importing
 from flows.paths import Paths
 from tests.command import ddpm
 
@@ -243,14 +243,14 @@ def test_an_error_of_dvc_is_reported(tree: Path) -> None:
 
 
 def test_a_concurrent_import_of_the_same_name_is_rejected(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dvc_add, reached, go_on = importing._dvc_add, threading.Event(), threading.Event()
+    really, reached, go_on = dvc_add._dvc_add, threading.Event(), threading.Event()
 
     def slow(target: Path, root: Path, link: bool) -> None:
         reached.set()
         assert go_on.wait(60)
-        dvc_add(target, root, link)
+        really(target, root, link)
 
-    monkeypatch.setattr(importing, "_dvc_add", slow)
+    monkeypatch.setattr(dvc_add, "_dvc_add", slow)
     first = threading.Thread(target=importing.import_data, args=(str(tree / "elsewhere"), "own", Paths(tree), False))
     first.start()
     assert reached.wait(60)

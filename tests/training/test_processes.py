@@ -98,9 +98,11 @@ def test_two_processes_train_the_model_of_one(alone: Alone, two: Path) -> None:
 
 
 def test_two_processes_with_sharded_weights_train_it_too(alone: Alone, pairs_tree: Path, tmp_path: Path) -> None:
-    """Interrupted training, which ends all processes with one line."""
+    """Interrupted training, which ends all processes with one line; all start from the same weights in a file."""
     options = {"processes": 2, "sharding": "weights", "accumulate": 2, "keep_best": True, "recompute": True}
     tree = trees.copy(pairs_tree, tmp_path / "tree", **options)
+    trees.save_initial_weights(tree, "initial")
+    trees.change(tree, {"train": {"start_from": "initial"}})
     with trees.start(tree) as stopped:
         trees.wait_for(stopped, "step 20: held-out")
         stopped.send_signal(signal.SIGINT)

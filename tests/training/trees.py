@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
+from diffusion.model import Model
 from diffusion.signals import StopSignals
+from flows import params as parameters
 from flows import yaml_files
 from flows.changes import lay_over
+from flows.paths import Paths
+from flows.stages import train
 from flows.stages.training import CHECKPOINT_SECONDS
 from tests.command import ddpm
 
@@ -54,6 +60,12 @@ def copy(tree: Path, target: Path, stage: str = "train", **options: Any) -> Path
     shutil.copytree(tree, target)
     change(target, {stage: options})
     return target
+
+
+def save_initial_weights(tree: Path, name: str) -> None:
+    """Put the weights with which a tree's training begins where one can start from them, as data/models/`name`."""
+    recipe = train.recipe(parameters.load(tree / "params.yaml"), Paths(tree), torch.device("cpu"))
+    Model(recipe.net(), recipe.process, recipe.config).save(tree / "data/models" / name)
 
 
 def run(tree: Path, stage: str = "train", threads: int = 1) -> subprocess.CompletedProcess[str]:
