@@ -54,6 +54,6 @@ def _check_out(paths: Paths, tracked: Path) -> None:
             dvc(paths.root, "pull", file)
         except UserError as error:
             raise UserError(
-                f"{file}: its data are not in the DVC cache, and no remote has them ({error}); `dvc commit {file}` adds "
-                "them from the working tree"
+                f"{file}: its data are not in the DVC cache, and no remote has them ({error}); `dvc commit {file}` "
+                "adds them from the working tree"
             ) from None

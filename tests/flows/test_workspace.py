@@ -181,7 +181,7 @@ def test_an_error_while_creating_it_leaves_nothing(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise UserError("no cache")
 
-    monkeypatch.setattr(workspace, "_configure_dvc", fail)
+    monkeypatch.setattr(workspace.dvc_config, "configure", fail)
     with pytest.raises(UserError, match="no cache"):
         make("one")
     assert list(RUNS.glob("[!.]*")) == []
