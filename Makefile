@@ -57,7 +57,8 @@ emoji: setup ## Download 3,786 emoji (by npm), set params.yaml for them, and tra
 	@test -e data/raw/emoji.zip || { \
 	  npm pack --silent --pack-destination .ddpm $(EMOJI)@16.0.0 > /dev/null && \
 	  python data/emoji.py .ddpm/$(EMOJI)-16.0.0.tgz .ddpm/emoji.zip && \
-	  ddpm import .ddpm/emoji.zip --name emoji --size 32; }
+	  ddpm import .ddpm/emoji.zip --name emoji --size 32 \
+    --license Apache-2.0 --source-url https://github.com/googlefonts/noto-emoji; }
 	@$(MAKE) --no-print-directory train ARGS="-p preset=emoji $(ARGS)"
 
 test: setup $(VENV)/installed-dev ## Run the tests, each file in one of several processes.

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
-from diffusion.errors import UsageError, UserError, counted, describe
+from diffusion.errors import UsageError, UserError, counted, describe, without_secrets
 from diffusion.nn.unet import UNetOptions
 from diffusion.progress import Progress, printable
 from diffusion.sources import rejections, shards
@@ -29,6 +29,8 @@ from diffusion.sources.trees import ending, files_below
 from diffusion.storage.files import write_atomic, writing
 from diffusion.storage.tar import Split
 from flows import inspecting
+from flows.cards import licenses
+from flows.cards.licenses import License
 from flows.changes import lay_over, write_changes
 from flows.dvc_output import reason
 from flows.made_with import leaves
@@ -54,6 +56,7 @@ def import_data(
     reading: Reading = DEFAULTS,
     size: int | None = None,
     pairs: Mapping[str, Any] | None = None,
+    license: License | None = None,
 ) -> None:
     """Copy or link images to data/raw/NAME (a file to data/raw/NAME.npz, .zip and so on) and add them to DVC.
 
@@ -65,6 +68,7 @@ def import_data(
         reading: how to read what the files leave open.
         size: side of the images to train on; by default found by looking at some of them.
         pairs: other parameters of the section `pairs`.
+        license: under which they may be used, for the model cards.
     Raises:
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
@@ -87,6 +91,7 @@ def import_data(
     else:
         _check_free(target)
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
+    licenses.read(paths.licenses)  # if it is not valid, nothing is imported
     before = read(paths.params) if paths.params.exists() else None
     present = None if before is None else validate(before, str(paths.params))
     limits = Shard() if present is None else present.shard
@@ -95,7 +100,7 @@ def import_data(
     with where.at_hand("import", paths.state) as path:
         _check_names(path)
         source = open_source(path, reading)
-        description = _description(source, str(images), limits.max_rejected)
+        description = _description(source, without_secrets(str(images)), limits.max_rejected)
         findings = inspecting.look_at(source, background)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
@@ -128,6 +133,9 @@ def import_data(
         print(f"Values: {values}")
     shown = f"{sheet.relative_to(paths.root)} shows some images as the network will see them"
     print(f"Contact sheet: {shown}; `ddpm params pairs` lists what changes that\n")
+    licenses.record(paths.licenses, place, license)
+    if license is not None:
+        print(f"License: {license.license}, in {paths.licenses.relative_to(paths.root)}; model cards state it\n")
     if document is not None:
         write_changes(paths.params, before, document)
     else:
@@ -136,8 +144,22 @@ def import_data(
         print("\nTo train on them; they stay where they are, and DVC notices when they change:\n")
     else:
         print("\nTo train on them, and to keep their DVC file in git:\n")
-        print(f"    git add {place}.dvc {_ignored(paths).relative_to(paths.root).as_posix()}")
+        files = [_ignored(paths), *([paths.licenses] if license else [])]
+        print(f"    git add {place}.dvc {' '.join(file.relative_to(paths.root).as_posix() for file in files)}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
+
+
+def license_of(identifier: str | None, url: str | None) -> License | None:
+    """The license that options name; raises UsageError if it is none, or if there is only a URL."""
+    if identifier is None:
+        if url is not None:
+            raise UsageError("--source-url: needs --license")
+        return None
+    try:
+        return License(license=identifier, url=url or "")
+    except ValidationError as error:
+        options = {"license": "--license", "url": "--source-url"}
+        raise UsageError(describe(error, name=lambda place: options[str(place[0])])) from None
 
 
 def _check_names(path: Path) -> None:
@@ -157,6 +179,8 @@ def _check_watched(where: Location, root: Path) -> None:
     from dvc.repo import Repo
 
     url = where.source
+    if without_secrets(url) != url and "?" not in url:
+        raise UserError(f"{url}: its password would be recorded with --link; omit --link")
     if "?" in url:
         raise UserError(f"{url.partition('?')[0]}: its query may be secret, and --link would record it; omit --link")
     if where.pattern:
@@ -197,7 +221,7 @@ def _add_to_dvc(path: Path, target: Path, paths: Paths, transfer: Transfer, orig
         _dvc_add(target, paths.root, transfer is _link)
         if origin is not None:
             record = read_yaml(tracked)
-            record["desc"] = f"imported from {origin.partition('?')[0]}"  # what follows may be a secret
+            record["desc"] = f"imported from {without_secrets(origin)}"
             write_yaml(tracked, record)
     except BaseException:
         _remove(target)
