@@ -85,7 +85,9 @@ def test_data_and_files_have_their_digests_and_license(paths: Paths) -> None:
 
 def test_the_training_is_described(paths: Paths) -> None:
     text = render(paths).text
-    assert "Network `unet` with 13,500 parameters, trained for 40 steps on digits. It generates greyscale images" in text
+    assert (
+        "Network `unet` with 13,500 parameters, trained for 40 steps on digits. It generates greyscale images" in text
+    )
     lines = text.splitlines()
     for line in ("- `train.batch_size`: `32`", "- `process.learned_variance`: `false`", "- `network.patch_size`: `2`"):
         assert lines.count(line) == 1
@@ -126,7 +128,9 @@ def test_damaged_results_are_refused(paths: Paths, file: str) -> None:
 
 
 def test_the_team_writes_use_limits_and_license(paths: Paths) -> None:
-    paths.card_text.write_text("---\nlicense: apache-2.0\ntags: [toy, ddpm]\nlanguage: en\n---\n\n## Intended use\n\nFun.\n")
+    paths.card_text.write_text(
+        "---\nlicense: apache-2.0\ntags: [toy, ddpm]\nlanguage: en\n---\n\n## Intended use\n\nFun.\n"
+    )
     found = render(paths)
     assert (found.data.license, found.data.tags) == ("apache-2.0", ["diffusion", "ddpm", "toy"])
     assert found.data.language == "en"
