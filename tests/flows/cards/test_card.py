@@ -153,7 +153,7 @@ def test_an_invalid_text_is_refused(paths: Paths, text: str, problem: str) -> No
         render(paths)
 
 
-def test_names_from_the_data_cannot_change_the_card(paths: Paths) -> None:
+def test_names_from_the_data_cannot_change_the_card() -> None:
     name = "cat | [x](javascript:1) <b>`\n## Limits"
     assert card.inert(name) == r"cat \| \[x\](javascript:1) \<b\>\`\\n\#\# Limits"
 
