@@ -18,7 +18,7 @@ MAX_CHARACTERS = 100
 
 
 _PASSWORD = re.compile(r"(https?://|://(?=[^\s/?#@]*:))[^\s/?#]*@")
-_QUERY = re.compile(r"(://[^\s?#'\"]*)\?[^\s#'\")]*")
+_QUERY = re.compile(r"(://[^\s?#'\"]*)\?[^\s#'\")]*?(?=[:;,.]?(?:[\s#'\")]|$))")
 
 
 def without_secrets(text: str) -> str:

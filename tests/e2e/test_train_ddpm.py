@@ -18,7 +18,7 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import Command, api, processes, state, task_states, trainings, wait_for
+from tests.e2e.conftest import CANARY, Command, api, processes, state, task_states, trainings, wait_for
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,18 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
     table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
+
+
+def test_secrets_are_in_no_output_and_no_file(two_runs: TwoRuns, up: Command, clone: Path) -> None:
+    """Neither those of the environment, nor those of DVC's remotes, which only DVC's own files for them hold."""
+    shown = [*two_runs, up("ddpm", "summary", "first"), up("ddpm", "track", "first"), up("ddpm", "report", "first")]
+    assert [done.stdout for done in shown if CANARY in done.stdout] == []
+    held = {path for path in clone.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()}
+    workspaces = [clone / ".ddpm/runs" / name for name in ("first", "long")]
+    assert held == {folder / ".dvc/config.local" for folder in (clone, *workspaces)}
+    assert {path.stat().st_mode & 0o777 for path in held} == {0o600}
+    for database in (".ddpm/prefect/prefect.db", ".ddpm/mlflow.db", ".ddpm/services/addresses.json"):
+        assert (clone / database).stat().st_size > 0  # they were searched
 
 
 @pytest.mark.usefixtures("two_runs")
