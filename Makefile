@@ -23,7 +23,7 @@ export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train emoji test mutants up down status repro scrub lint docs lock
+.PHONY: help setup train emoji test mutants up down status repro scrub lint audit docs lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -89,6 +89,12 @@ lint: setup $(VENV)/installed-dev ## Check style, types and imports.
 	ruff format --check
 	mypy
 	lint-imports --no-cache --no-logo
+
+audit: setup ## Look up known vulnerabilities of the locked packages; needs the internet.
+	$(PYTHON) -m venv .ddpm/audit
+	.ddpm/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@# --strict: a package that cannot be looked up is an error.
+	.ddpm/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-dev.lock
 
 docs: setup ## Build the documentation in site/ and check its links.
 	$(PIP) -c requirements.lock --editable '.[docs]'
