@@ -16,13 +16,11 @@ from diffusers import (
     LCMScheduler,
     UNet2DModel,
 )
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.sampling import build as sampling
 from diffusion.sampling.sampler import sample
-from diffusion.storage.files import sha256
 from flows import __main__, params, presets, yaml_files
 from tests.exchange import models
 
@@ -130,20 +128,6 @@ def test_diffusers_computes_what_was_exported(tree: Path, changes: dict[str, Any
     assert ours.std() > 0.1
     torch.testing.assert_close(models.outputs(pipeline.unet.eval(), trained.shape), ours, **models.CLOSE)
     assert pipeline.unet.config.dropout == chosen.network.dropout
-
-
-def test_a_card_lies_beside_the_pipeline_and_is_replaced_with_it(tree: Path) -> None:
-    chosen = models.settings()
-    models.save(tree / "models" / "ddpm", chosen)
-    export(tree, chosen)
-    (tree / "exported/README.md").write_text("former")
-    run("export-diffusers", tree / "exported", "--force")
-    card = ModelCard.load(tree / "exported/README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
-    digest = sha256(tree / "exported/unet/diffusion_pytorch_model.safetensors")
-    assert f"| `unet/diffusion_pytorch_model.safetensors` | `{digest}` |" in card.text
-    assert "from diffusers import DDPMPipeline\n" in card.text
-    assert "these weights were not evaluated" in card.text
 
 
 @pytest.mark.parametrize("changes", IMPORTS.values(), ids=IMPORTS)
