@@ -30,8 +30,9 @@ TINY = {
 }
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-CANARY = "canary-5e1f"
-"""Part of every secret in the environment of the commands; test_train_ddpm.py searches for it."""
+CANARY = "-".join(["canary", "5e1f"])
+"""Part of every secret in the environment of the commands. test_train_ddpm.py searches for it in all files, of which no
+source may contain it."""
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from tests.fuzz import IMAGES
 from tests.sources.test_locations import serving
 from tests.training import trees
 
-CANARY = "canary-5e1f"
+CANARY = "canary-77aa"
 
 
 @pytest.mark.parametrize(
