@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_data_and_files_have_their_digests_and_license(paths: Paths) -> None:
         "`sampler.onnx`": f"`{'5' * 64}`",
     }
     assert {name: rows[name] for name in expected} == {name: [value] for name, value in expected.items()}
+
+
+def test_what_was_found_in_the_data_is_said(paths: Paths) -> None:
+    known = card._read(paths, paths.model)
+    found = {"rejected": [{}] * 1200, "copies": 1, "near_duplicates": [{"images": 2}, {"images": 3}]}
+    assert card._data(known, None)["remarks"] == ""
+    assert card._data(replace(known, shards=known.shards | found), None)["remarks"] == (
+        "Found in the data: 1,200 rejected files, 1 exact copy, 5 near-duplicates in different splits."
+    )
 
 
 def test_the_training_is_described(paths: Paths) -> None:
