@@ -23,7 +23,7 @@ export PREFECT_HOME := $(CURDIR)/.ddpm/prefect
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup train emoji test mutants deploy-team up down status repro scrub lint docs lock
+.PHONY: help setup train emoji test mutants deploy-team up down status repro scrub lint audit docs lock
 
 help: ## List these commands.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -57,7 +57,8 @@ emoji: setup ## Download 3,786 emoji (by npm), set params.yaml for them, and tra
 	@test -e data/raw/emoji.zip || { \
 	  npm pack --silent --pack-destination .ddpm $(EMOJI)@16.0.0 > /dev/null && \
 	  python data/emoji.py .ddpm/$(EMOJI)-16.0.0.tgz .ddpm/emoji.zip && \
-	  ddpm import .ddpm/emoji.zip --name emoji --size 32; }
+	  ddpm import .ddpm/emoji.zip --name emoji --size 32 \
+    --license Apache-2.0 --source-url https://github.com/googlefonts/noto-emoji; }
 	@$(MAKE) --no-print-directory train ARGS="-p preset=emoji $(ARGS)"
 
 test: setup $(VENV)/installed-dev ## Run the tests, each file in one of several processes.
@@ -96,6 +97,12 @@ lint: setup $(VENV)/installed-dev ## Check style, types and imports.
 	ruff format --check
 	mypy
 	lint-imports --no-cache --no-logo
+
+audit: setup ## Look up known vulnerabilities of the locked packages; needs the internet.
+	$(PYTHON) -m venv .ddpm/audit
+	.ddpm/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@# --strict: a package that cannot be looked up is an error.
+	.ddpm/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-dev.lock
 
 docs: setup ## Build the documentation in site/ and check its links.
 	$(PIP) -c requirements.lock --editable '.[docs]'

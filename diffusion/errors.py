@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Callable
 from datetime import date
@@ -16,6 +17,15 @@ MAX_CHARACTERS = 100
 """Maximum length of a value in a message."""
 
 
+_PASSWORD = re.compile(r"(https?://|://(?=[^\s/?#@]*:))[^\s/?#]*@")
+_QUERY = re.compile(r"(://[^\s?#'\"]*)\?[^\s#'\")]*?(?=[:;,.]?(?:[\s#'\")]|$))")
+
+
+def without_secrets(text: str) -> str:
+    """A text in which URLs have no password and no query, which may be a signature."""
+    return _QUERY.sub(r"\1", _PASSWORD.sub(r"\1", text)) if "://" in text else text
+
+
 class UserError(Exception):
     """An error that the user can fix: bad parameters, data or files.
 
@@ -23,6 +33,9 @@ class UserError(Exception):
     without a traceback and exits with status 1, or 2 for wrong arguments. Any other exception is a bug and keeps its
     traceback.
     """
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle it as it is, to be raised in a worker process; by default, `__init__` would be called again."""

@@ -10,6 +10,8 @@ from typing import NamedTuple, Self
 
 from tqdm import tqdm
 
+from diffusion.errors import without_secrets
+
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_REMINDERS = 10.0
 _LINE = re.compile(
@@ -113,9 +115,9 @@ def printable(line: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error without breaking a progress bar.
+    """Print a line to standard error without breaking a progress bar, and without passwords in URLs.
 
     Errors such as a closed pipe or a full disk are ignored, so that they do not stop the work.
     """
     with suppress(OSError):
-        tqdm.write(printable(line), file=sys.stderr)
+        tqdm.write(printable(without_secrets(line)), file=sys.stderr)

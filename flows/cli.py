@@ -74,6 +74,8 @@ def import_data(
     filter: Literal["nearest", "box", "bilinear", "bicubic", "lanczos"] | None = None,
     layout: Literal["auto", "channels-first", "channels-last"] = "auto",
     value_range: tuple[float, float] | None = None,
+    license: str | None = None,
+    source_url: str | None = None,
     link: bool = False,
     split_names_as_classes: bool = False,
 ) -> None:
@@ -91,6 +93,9 @@ def import_data(
         layout: Order of the axes of arrays, if it is ambiguous.
         value_range: The values of black and white of arrays and of greyscale pictures with more than 8 bits, if not
             those of their type.
+        license: SPDX identifier of the images' license, such as CC-BY-4.0, for the model cards; or LicenseRef- and a
+            name of your own.
+        source_url: Page that states the license, or the origin of the images; needs --license.
         link: Link to the files instead of copying them; what is at a URL stays there.
         split_names_as_classes: Confirm that classes, or folders inside classes, are named like a split (train, test).
     """
@@ -106,6 +111,7 @@ def import_data(
         reading=Reading(split_names_as_classes, layout, value_range or ()),
         size=size,
         pairs={field: value for field, value in given.items() if value is not None},
+        license=importing.license_of(license, source_url),
     )
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from diffusion.errors import without_secrets
 from flows import dvc_output, dvc_yaml
 from flows.parent import SECONDS_TO_STOP, STOP_WITH
 
@@ -109,7 +110,8 @@ def passes_by_itself(message: str) -> bool:
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> Iterator[str]:
-    """Lines as they are written, until every process of the stage is gone (or until the deadline).
+    """Lines as they are written, without passwords in URLs, until every process of the stage is gone (or until the
+    deadline).
 
     A carriage return ends a line too. Unlike a process id, the end of the pipe also covers children that outlive
     their parent.
@@ -125,7 +127,7 @@ def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> I
             complete.append(rest)
         for line in complete:
             if line:
-                yield line.decode(errors="replace")
+                yield without_secrets(line.decode(errors="replace"))
         if not chunk:
             return
 

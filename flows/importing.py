@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffusion.errors import UsageError, UserError, counted, describe
+from diffusion.errors import UsageError, UserError, counted, describe, without_secrets
 from diffusion.nn.unet import UNetOptions
 from diffusion.progress import Progress, printable
 from diffusion.sources import rejections, shards
@@ -25,6 +25,8 @@ from diffusion.sources.trees import ending, files_below
 from diffusion.storage.files import write_atomic, writing
 from diffusion.storage.tar import Split
 from flows import dvc_add, inspecting
+from flows.cards import licenses
+from flows.cards.licenses import License
 from flows.changes import lay_over, write_changes
 from flows.made_with import leaves
 from flows.params import Pairs, Shard, read, validate
@@ -48,6 +50,7 @@ def import_data(
     reading: Reading = DEFAULTS,
     size: int | None = None,
     pairs: Mapping[str, Any] | None = None,
+    license: License | None = None,
 ) -> None:
     """Copy or link images to data/raw/NAME (a file to data/raw/NAME.npz, .zip and so on) and add them to DVC.
 
@@ -59,6 +62,7 @@ def import_data(
         reading: how to read what the files leave open.
         size: side of the images to train on; by default found by looking at some of them.
         pairs: other parameters of the section `pairs`.
+        license: under which they may be used, for the model cards.
     Raises:
         UserError: the format is not supported, the name is invalid or exists, or DVC fails; nothing is left behind.
     """
@@ -80,6 +84,7 @@ def import_data(
     else:
         dvc_add.check_free(target, "delete it first")
     place = where.source if in_place else target.relative_to(paths.root).as_posix()
+    licenses.read(paths.licenses)  # if it is not valid, nothing is imported
     before = read(paths.params) if paths.params.exists() else None
     present = None if before is None else validate(before, str(paths.params))
     limits = Shard() if present is None else present.shard
@@ -88,7 +93,7 @@ def import_data(
     with where.at_hand("import", paths.state) as path:
         _check_names(path)
         source = open_source(path, reading)
-        description = _description(source, str(images), limits.max_rejected)
+        description = _description(source, without_secrets(str(images)), limits.max_rejected)
         findings = inspecting.look_at(source, background)
         shard = {"source": place, **reading._asdict(), "value_range": list(reading.value_range)}
         changes = {"shard": shard} | findings.parameters(size)
@@ -108,7 +113,7 @@ def import_data(
         content = inspecting.contact_sheet(source, fit)
         if not in_place:
             transfer = _link if link else shutil.move if where.remote else shutil.copyfile
-            origin = where.source.partition("?")[0] if where.remote else ""  # what follows may be a secret
+            origin = without_secrets(where.source) if where.remote else ""
             dvc_add.add(
                 target,
                 paths,
@@ -124,6 +129,9 @@ def import_data(
         print(f"Values: {values}")
     shown = f"{sheet.relative_to(paths.root)} shows some images as the network will see them"
     print(f"Contact sheet: {shown}; `ddpm params pairs` lists what changes that\n")
+    licenses.record(paths.licenses, place, license)
+    if license is not None:
+        print(f"License: {license.license}, in {paths.licenses.relative_to(paths.root)}; model cards state it\n")
     if document is not None:
         write_changes(paths.params, before, document)
     else:
@@ -132,8 +140,22 @@ def import_data(
         print("\nTo train on them; they stay where they are, and DVC notices when they change:\n")
     else:
         print("\nTo train on them, and to keep their DVC file in git:\n")
-        print(f"    git add {place}.dvc {dvc_add.ignore_file(target).relative_to(paths.root).as_posix()}")
+        files = [dvc_add.ignore_file(target), *([paths.licenses] if license else [])]
+        print(f"    git add {place}.dvc {' '.join(file.relative_to(paths.root).as_posix() for file in files)}")
     print("    prefect deployment run train-ddpm --watch      # or dvc repro")
+
+
+def license_of(identifier: str | None, url: str | None) -> License | None:
+    """The license that options name; raises UsageError if it is none, or if there is only a URL."""
+    if identifier is None:
+        if url is not None:
+            raise UsageError("--source-url: needs --license")
+        return None
+    try:
+        return License(license=identifier, url=url or "")
+    except ValidationError as error:
+        options = {"license": "--license", "url": "--source-url"}
+        raise UsageError(describe(error, name=lambda place: options[str(place[0])])) from None
 
 
 def _check_names(path: Path) -> None:
@@ -153,6 +175,8 @@ def _check_watched(where: Location, root: Path) -> None:
     from dvc.repo import Repo
 
     url = where.source
+    if without_secrets(url) != url and "?" not in url:
+        raise UserError(f"{url}: its password would be recorded with --link; omit --link")
     if "?" in url:
         raise UserError(f"{url.partition('?')[0]}: its query may be secret, and --link would record it; omit --link")
     if where.pattern:

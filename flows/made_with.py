@@ -98,7 +98,10 @@ def _files(paths: Paths, stage: str, params: Params) -> tuple[dict[str, Path], d
         "pairs": ((shards,), (pairs,)),
         "train": ((pairs, *(teacher or start)), (weights, paths.train_report)),
         "evaluate": ((pairs, weights, *teacher), (paths.evaluate_report, paths.report)),
-        "export": ((pairs, weights, paths.evaluate_report), (paths.export_report, *sorted(paths.onnx.glob("*.onnx")))),
+        "export": (
+            (pairs, weights, paths.evaluate_report),
+            (paths.export_report, *sorted(paths.onnx.glob("*.onnx")), paths.card),
+        ),
     }[stage]
     existing, written = (
         {file.relative_to(paths.root).as_posix(): file for file in files if file.exists()} for files in (read, wrote)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion.distillation.options import DistillOptions
-from diffusion.errors import SystemFault, UserError, describe
+from diffusion.errors import SystemFault, UserError, describe, without_secrets
 from diffusion.evaluation.quality import MIN_IMAGES
 from diffusion.nn.build import Device, NetworkChoice
 from diffusion.nn.unet import UNetOptions
@@ -33,6 +33,7 @@ from diffusion.sections import (
     Section,
     SomeOf,
 )
+from diffusion.sources.locations import is_url
 from diffusion.sources.reading import MAX_PIXELS, Layout, Reading
 from diffusion.training.options import TrainOptions
 from diffusion.upgrade import from_earlier
@@ -50,6 +51,12 @@ def _range(values: tuple[float, ...]) -> tuple[float, ...]:
     if values and not (len(values) == 2 and 0 < values[1] - values[0] < math.inf):
         raise ValueError("must be empty or two numbers, the smaller one first")
     return values
+
+
+def _public(source: str) -> str:
+    if is_url(source) and without_secrets(base := source.partition("?")[0]) != base:
+        raise ValueError("must not contain a password, which MLflow and reports would show; import it without --link")
+    return source
 
 
 def none_or_enough(samples: int) -> int:
@@ -71,7 +78,7 @@ class Shard(Section):
 
     rules = (_leaves_something_to_train_on,)
 
-    source: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "data/raw/digits.npz"
+    source: Annotated[str, Field(pattern=r"^[^\x00]+$"), AfterValidator(_public)] = "data/raw/digits.npz"
     """Data set: a folder, .zip or .tar of images, whose sub-folders are splits or classes; Parquet files; webdataset
     shards; an .npz or .npy file; a folder of idx or CIFAR files. A path, or a URL such as s3://bucket/pictures.zip."""
     split_names_as_classes: bool = False

@@ -21,6 +21,8 @@ class Paths:
         self.presets = root / "presets"
         self.raw = data / "raw"
         self.imported = data / "models"
+        self.licenses = data / "licenses.yaml"
+        self.card_text = root / "model-card.md"
         # shard
         self.shards = data / "shards"
         self.data_report = shared / "data.html"
@@ -44,6 +46,7 @@ class Paths:
         self.onnx = models / ("student-onnx" if student else "onnx")
         self.denoiser = self.denoiser_in("fp32")
         self.sampler = self.sampler_in("fp32")
+        self.card = self.onnx / "README.md"
         self.export_report = reports / "export.json"
         # Working state, ignored by git and not a DVC output. A run's workspace links it to that of the repository.
         self.state = root / ".ddpm"

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from supervisor.xmlrpc import SupervisorTransport
 
-from diffusion.errors import SystemFault, UserError
+from diffusion.errors import SystemFault, UserError, without_secrets
 from diffusion.storage.files import write_atomic, write_json
 from flows import addresses, deployment, http, processes
 from flows.environment import setting
@@ -89,9 +89,11 @@ class Services:
         return self.directory / "supervisor.sock"
 
     def addresses(self) -> dict[str, str]:
-        """The addresses that a user may configure; recorded by `up`."""
+        """The addresses that a user may configure, without passwords; recorded by `up`."""
         environment = self.environment()
-        return {name: environment[name] for name in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI")}
+        return {
+            name: without_secrets(environment[name]) for name in ("PREFECT_PORT", "MLFLOW_PORT", "MLFLOW_TRACKING_URI")
+        }
 
     def recorded(self) -> dict[str, str]:
         """The addresses with which the services were last started."""

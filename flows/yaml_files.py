@@ -151,12 +151,18 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        document = _yaml().load(text)
-        tags = [event.tag for event in _yaml().parse(text) if isinstance(event, ScalarEvent | CollectionStartEvent)]
     except OSError as error:
         raise SystemFault(path, error) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> Any:
+    """Parse the text of a YAML file, or of a part of the file `path`, like `read_yaml`; raises UserError."""
+    try:
+        document = _yaml().load(text)
+        tags = [event.tag for event in _yaml().parse(text) if isinstance(event, ScalarEvent | CollectionStartEvent)]
     except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML{_where(error)}; correct it") from None
     except RecursionError:

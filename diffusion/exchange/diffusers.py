@@ -1,6 +1,8 @@
 """Export to and import from diffusers' folders: a DDPMPipeline, or for import also a bare UNet2DModel."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,19 +22,27 @@ from diffusion.storage.files import new_directory, write_atomic, write_json
 
 PIPELINE, UNET, SCHEDULER = "model_index.json", "unet", "scheduler"
 UNET_CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+CARD = "README.md"
 WEIGHTS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
 Read = TypeVar("Read", bound=BaseModel)
 
 
-def export_model(source: Path, directory: Path, sample: SampleOptions, force: bool) -> str:
+def export_model(
+    source: Path,
+    directory: Path,
+    sample: SampleOptions,
+    force: bool,
+    card: Callable[[str, dict[str, str]], str] | None = None,
+) -> str:
     """Export the model in `source` as a folder that `diffusers.DDPMPipeline.from_pretrained` loads.
 
-    An imported model keeps its original scheduler; otherwise the scheduler is derived from `sample`. Returns the class
-    that loads the folder and the sampling options that are lost. Raises UserError listing the parameters that diffusers
-    does not support, or if `directory` is in use.
+    An imported model keeps its original scheduler; otherwise the scheduler is derived from `sample`. `card` returns the
+    text of README.md, given the class that loads the folder and the SHA-256 of its weights by name. Returns that class
+    and the sampling options that are lost. Raises UserError listing the parameters that diffusers does not support, or
+    if `directory` is in use.
     """
-    _check_free(directory, {PIPELINE, UNET, SCHEDULER}, force)
+    _check_free(directory, {PIPELINE, UNET, SCHEDULER, CARD}, force)
     loaded = model.load_model(source, torch.device("cpu"))
     net, config = loaded.net, loaded.config
     if problems := unsupported(config, sample):
@@ -49,8 +59,12 @@ def export_model(source: Path, directory: Path, sample: SampleOptions, force: bo
     with new_directory(directory) as temporary:
         write_json(temporary / PIPELINE, index)
         write_json(temporary / UNET / UNET_CONFIG, config_json)
-        write_atomic(temporary / UNET / WEIGHTS, save(weights.to_diffusers(net), metadata={"format": "pt"}))
+        content = save(weights.to_diffusers(net), metadata={"format": "pt"})
+        write_atomic(temporary / UNET / WEIGHTS, content)
         write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, scheduler)
+        if card is not None:
+            text = card(PIPELINES[name], {f"{UNET}/{WEIGHTS}": hashlib.sha256(content).hexdigest()})
+            write_atomic(temporary / CARD, text.encode())
     if config.scheduler:
         scheduler_note = "its scheduler is the one it was imported with, regardless of the section sample"
     else:

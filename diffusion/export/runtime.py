@@ -1,6 +1,7 @@
 """ONNX Runtime sessions for exported files; needs neither torch nor onnx, for use in the service."""
 
 import io
+import os
 from contextlib import redirect_stdout
 from functools import cache
 
@@ -18,6 +19,8 @@ def session(content: bytes, gpu: int | None, threads: int = 0) -> ort.InferenceS
     """
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads  # errors are raised in any case
+    # By default weights are also read from files in the current folder, which the digest does not cover.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     # Full precision, and deterministic selection of kernels.
     exact = {"device_id": gpu, "use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}
     providers = []

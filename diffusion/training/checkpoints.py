@@ -6,7 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from diffusion.progress import say
 from diffusion.storage.files import write_atomic, write_json
@@ -64,7 +66,7 @@ class Checkpoints:
 
         A collective call; only the main process needs the files.
         """
-        facts: dict[str, Any] = {}
+        facts, tensors = dict[str, Any](), dict[str, Tensor]()
         weights = b""
         for path in _newest_first(self.directory) if self.world.main else []:
             if good and not _is_good(path):
@@ -73,7 +75,8 @@ class Checkpoints:
                 written, weights = json.loads(path.read_bytes()), path.with_suffix(".safetensors").read_bytes()
                 if _digest(weights, written["facts"]) != written["sha256"]:
                     raise ValueError("digest mismatch")
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                tensors = load(weights)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 say(f"{self.stage}: checkpoint {path.stem} is corrupt ({error}); using the previous one")
             else:
                 facts = written["facts"]
@@ -81,7 +84,8 @@ class Checkpoints:
         facts = self.world.broadcast(facts)
         if facts:
             del facts["good"]
-            tensors = load(self.world.broadcast_bytes(weights))
+            weights = self.world.broadcast_bytes(weights)
+            tensors = tensors or load(weights)
             tensors["sums"] = tensors["sums"][self.world.rank]
             state.restore(tensors, facts)
         return bool(facts)

@@ -5,12 +5,21 @@ from pathlib import Path
 
 from diffusion.distillation.sampling import student_sampling
 from diffusion.exchange import diffusers
+from flows.cards import card
 from flows.params import load
 from flows.paths import Paths
 
+USAGE = """
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained(".")  # the folder of this file
+images = pipeline(16).images
+"""
+"""For the model card."""
+
 
 def export_model(directory: Path, /, *, model: Path | None = None, student: bool = False, force: bool = False) -> None:
-    """Write the trained model as a diffusers pipeline.
+    """Write the trained model as a diffusers pipeline, with a model card.
 
     Args:
         directory: Folder for DDPMPipeline.from_pretrained to load.
@@ -21,7 +30,12 @@ def export_model(directory: Path, /, *, model: Path | None = None, student: bool
     paths = Paths(student=student)
     params = load(paths.params)
     sample = student_sampling(params.sample, params.distill.sampling_steps) if student else params.sample
-    how = diffusers.export_model(model or paths.model, directory, sample, force)
+    source = model or paths.model
+
+    def written(pipeline: str, files: dict[str, str]) -> str:
+        return card.render(paths, source, card.Form("diffusers", files, USAGE.format(pipeline=pipeline)))
+
+    how = diffusers.export_model(source, directory, sample, force, written)
     print(f"wrote {directory}; load it with diffusers.{how}")
 
 

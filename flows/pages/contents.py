@@ -96,6 +96,21 @@ def read_record(paths: Paths, stage: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def read_scores(paths: Paths, weights: str) -> dict[str, dict[str, Any]]:
+    """The `figures` of an evaluation, and the digests of what was `scored`; both empty if other weights were.
+
+    Raises:
+        FileFault: a file is damaged.
+    """
+    file = paths.evaluation / "scored.json"
+    if not file.exists() or not paths.evaluate_report.exists():
+        return {"figures": {}, "scored": {}}
+    scored = json.loads(read_checked(file))
+    if scored["weights_sha256"] != weights:
+        return {"figures": {}, "scored": {}}
+    return {"figures": read_json(paths.evaluate_report, scored["report_sha256"]), "scored": scored}
+
+
 def read_json(path: Path, digest: str | None = None) -> dict[str, Any]:
     """An object of JSON; raises FileFault if the file is missing, damaged, or has another SHA-256 than `digest`."""
     try:

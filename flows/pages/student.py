@@ -1,6 +1,5 @@
 """The report of a distillation: student and teacher by number of steps."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from diffusion.evaluation import charts, few_steps, quality
 from diffusion.evaluation.few_steps import STUDENT, TEACHER
 from diffusion.evaluation.samplers import Row
 from diffusion.storage.files import check_sums, parse_csv, read_checked, sha256
-from flows.pages.contents import read_json, read_record, table
+from flows.pages.contents import read_json, read_record, read_scores, table
 from flows.pages.rendering import parameter, render
 from flows.pages.report import SAMPLES, Verdict
 from flows.paths import Paths
@@ -24,12 +23,7 @@ def figures_of_teacher(paths: Paths, weights: str, names: Sequence[str]) -> dict
 
     Raises FileFault if a file is damaged.
     """
-    if not (paths.evaluation / "scored.json").exists() or not paths.evaluate_report.exists():
-        return {}
-    scored = json.loads(read_checked(paths.evaluation / "scored.json"))
-    if scored["weights_sha256"] != weights:
-        return {}
-    report = read_json(paths.evaluate_report, scored["report_sha256"])
+    report = read_scores(paths, weights)["figures"]
     return {f"teacher_{name}": report[name] for name in names if name in report}
 
 

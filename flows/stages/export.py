@@ -10,18 +10,32 @@ import onnx
 import torch
 from onnxruntime import InferenceSession
 
-from diffusion.errors import Damaged, UserError, counted
+from diffusion.errors import UserError, counted
 from diffusion.export import denoiser, digest, golden, metadata, parity, ranges, sampler_graph, speed, variants
 from diffusion.model import WEIGHTS, load_model
 from diffusion.nn import build as networks
 from diffusion.pairs.pairs import MANIFEST, Pairs
 from diffusion.progress import say, working
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
-from diffusion.storage.files import new_directory, read_checked, sha256, write_atomic, write_json
+from diffusion.storage.files import new_directory, sha256, write_atomic, write_json
 from flows import made_with, tracking
+from flows.cards import card
+from flows.pages.contents import read_scores
 from flows.params import Params
 from flows.paths import Paths
 from flows.rules import exported
+
+USAGE = """
+import numpy as np
+import onnxruntime as ort
+
+sampler = ort.InferenceSession("sampler.onnx", providers=["CPUExecutionProvider"])
+print([(each.name, each.type, each.shape) for each in sampler.get_inputs()])  # models with classes have more
+shape = sampler.get_inputs()[0].shape[1:]  # (C, H, W)
+noise = np.random.default_rng(7).standard_normal((16, *shape), np.float32)
+images = sampler.run(["images"], {"noise": noise, "steps": np.array([0])})[0]  # uint8 (16, H, W, C)
+"""
+"""For the model card."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -73,9 +87,12 @@ def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
         paths.export_report.unlink(missing_ok=True)
         raise
     report["bytes"] = {path.stem: len(content) for path, content in contents.items()}
+    files = {path.name: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+    text = card.render(paths, paths.model, card.Form("onnx", files, USAGE))
     with new_directory(paths.onnx) as temporary:
         for path, content in contents.items():
             write_atomic(temporary / path.name, content)
+        write_atomic(temporary / paths.card.name, text.encode())
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
     with working(f"{stage}: measuring the speed, recording the model in MLflow"):
@@ -128,13 +145,5 @@ def scores(paths: Paths, weights_sha256: str, pairs_sha256: str) -> dict[str, An
     Raises:
         UserError: the report does not match its digest.
     """
-    scored = paths.evaluation / "scored.json"
-    if not scored.exists() or not paths.evaluate_report.exists():
-        return {}
-    digests = json.loads(read_checked(scored))
-    if (digests["weights_sha256"], digests["pairs_sha256"]) != (weights_sha256, pairs_sha256):
-        return {}
-    report = paths.evaluate_report.read_bytes()
-    if digests["report_sha256"] != hashlib.sha256(report).hexdigest():
-        raise Damaged(paths.evaluate_report, f"it does not match its digest in {scored}")
-    return json.loads(report)
+    found = read_scores(paths, weights_sha256)
+    return found["figures"] if found["scored"].get("pairs_sha256") == pairs_sha256 else {}

@@ -50,7 +50,7 @@ def judge(client: MlflowClient, found: Results, version: ModelVersion) -> list[s
     gate = json.dumps([rule.model_dump(mode="json") for rule in found.gate])
     champion = _aliases(client, name).get(CHAMPION)
     if found.evaluation is None:
-        if not version.description:
+        if not description.judgments(version):
             _describe(client, version, "Not promoted: it was not evaluated.")
     elif (tags := names.current(version.tags)).get(JUDGED) != gate:
         report = found.evaluation.report

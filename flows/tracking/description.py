@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 NOTE, WRITTEN = "mlflow.note.content", f"{HIDDEN}note_sha256"
-VERDICT = "**Verdict on"
+VERDICT, CARD = "**Verdict on", "[Model card]"
 FIGURES = (
     ("mse", "held-out MSE"),
     ("r2", "R²"),
@@ -90,8 +90,18 @@ def results(found: Results, trained_in: str, verdict: str, started: str) -> str:
 def verdict(version: ModelVersion) -> str:
     """A paragraph with the latest judgment in a version's description."""
     number = str(version.version)
-    last = (version.description or "").split("\n\n")[-1]
+    last = (judgments(version) or [""])[-1]
     return f"{VERDICT} [{version.name} version {number}]({pages.version('', version.name, number)}):** {last}"
+
+
+def card_link(experiment_id: str, run_id: str) -> str:
+    """The first paragraph of a version's description: a link to its model card."""
+    return f"{CARD}({pages.artifact('', experiment_id, run_id, 'onnx/README.md')})"
+
+
+def judgments(version: ModelVersion) -> list[str]:
+    """The paragraphs of a version's description without the link to its card, oldest first."""
+    return [each for each in (version.description or "").split("\n\n") if each and not each.startswith(CARD)]
 
 
 def run_link(experiment_id: str, run_id: str, name: str) -> str:

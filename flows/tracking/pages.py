@@ -52,6 +52,11 @@ def run(server: str, experiment_id: str, run_id: str) -> str:
     return _page(server, f"experiments/{experiment_id}/runs/{run_id}")
 
 
+def artifact(server: str, experiment_id: str, run_id: str, file: str) -> str:
+    """A file of a run."""
+    return _page(server, f"experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(file)}")
+
+
 def model(server: str, name: str) -> str:
     """A registered model, with its versions."""
     return _page(server, f"models/{quote(name, safe='')}")

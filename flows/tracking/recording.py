@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from diffusion.errors import UserError
+from diffusion.errors import UserError, without_secrets
 from diffusion.progress import say
 from flows import addresses, dvc_yaml
 from flows.pages import contents
@@ -128,7 +128,7 @@ def _mark_incomplete(mlflow_store: Store, found: Results, run: TrackedRun | None
 
 def _page(uri: str, run: TrackedRun, paths: Paths) -> str:
     """The address of a run's page; for a store without a server, the page that `make up` serves."""
-    server = uri.rstrip("/") if uri.startswith("http") else addresses.mlflow(paths)
+    server = without_secrets(uri).rstrip("/") if uri.startswith("http") else addresses.mlflow(paths)
     return pages.run(server, run.experiment_id, run.id)
 
 

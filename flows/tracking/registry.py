@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.storage.files import sha256
+from flows.tracking import description
 from flows.tracking.names import HIDDEN, former
 from flows.tracking.results import Results
 from flows.tracking.store import WEIGHTS, Store, TrackedRun
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-ONNX = f"{HIDDEN}onnx_sha256"
+ONNX, CARD = f"{HIDDEN}onnx_sha256", f"{HIDDEN}card_sha256"
 
 
 def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> ModelVersion:
@@ -30,10 +31,21 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
 
     `speed` holds the timings that export measured for each precision; they are not in any file.
     """
-    from mlflow.exceptions import MlflowException
-
     name, digest = found.model_name, sha256(found.paths.sampler)
     run.once("export", lambda: _log_export(run, found, speed))
+    version = _version(mlflow_store, run, found, name, digest)
+    _log_card(run, found, _own(mlflow_store, run, digest))
+    return version
+
+
+def _own(mlflow_store: Store, run: TrackedRun, digest: str) -> list[LoggedModel]:
+    """The logged model of a sampler.onnx that a run exported; none if another run did."""
+    return [model for model in mlflow_store.models_by_tag(ONNX, digest) if model.source_run_id == run.id]
+
+
+def _version(mlflow_store: Store, run: TrackedRun, found: Results, name: str, digest: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
     conditions = [f"name = '{name}' and tags.`{tag}` = '{digest}'" for tag in (ONNX, former(ONNX))]
     for version in chain.from_iterable(run.client.search_model_versions(same, max_results=1) for same in conditions):
         if version.run_id != run.id:
@@ -45,10 +57,28 @@ def register(mlflow_store: Store, run: TrackedRun, found: Results, speed: dict[s
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    own = [model for model in mlflow_store.models_by_tag(ONNX, digest) if model.source_run_id == run.id]
+    own = _own(mlflow_store, run, digest)
     model = own[0] if own else _log_model(run, found.paths.sampler, digest)  # own: left by a call that was interrupted
     tags = {ONNX: digest, WEIGHTS: found.weights}
-    return run.client.create_model_version(name, model.model_uri, run_id=run.id, model_id=model.model_id, tags=tags)
+    return run.client.create_model_version(
+        name,
+        model.model_uri,
+        run_id=run.id,
+        model_id=model.model_id,
+        tags=tags,
+        description=description.card_link(run.experiment_id, run.id) if found.paths.card.exists() else None,
+    )
+
+
+def _log_card(run: TrackedRun, found: Results, models: list[LoggedModel]) -> None:
+    """Log the model card beside the ONNX files and beside this run's model; it replaces one with another text."""
+    card = found.paths.card
+    if not card.exists() or run.tags.get(CARD) == (digest := sha256(card)):
+        return
+    run.client.log_artifact(run.id, str(card), "onnx")
+    for model in models:
+        run.client.log_model_artifact(model.model_id, str(card))
+    run.tag({CARD: digest})
 
 
 def _log_export(run: TrackedRun, found: Results, speed: dict[str, dict[str, float]]) -> None:
@@ -57,7 +87,7 @@ def _log_export(run: TrackedRun, found: Results, speed: dict[str, dict[str, floa
     for precision, times in speed.items():
         run.scalars(f"export/speed/{precision}", times)
     for file in sorted(found.paths.onnx.iterdir()):
-        if file != found.paths.sampler:  # that one is the registered model
+        if file not in (found.paths.sampler, found.paths.card):  # the registered model, and its card
             run.client.log_artifact(run.id, str(file), "onnx")
 
 

@@ -30,6 +30,9 @@ TINY = {
 }
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+CANARY = "-".join(["canary", "5e1f"])
+"""Part of every secret in the environment of the commands. test_train_ddpm.py searches for it in all files, of which no
+source may contain it."""
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +50,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "clone"]):
         subprocess.run(["git", *identity, *command], cwd=target, check=True)
+    local = f"['remote \"secret\"']\n    url = https://me:{CANARY}-url@127.0.0.1:9/\n    password = {CANARY}-dvc\n"
+    (target / ".dvc/config.local").write_text(local)
+    (target / ".dvc/config.local").chmod(0o600)
     return target
 
 
@@ -58,7 +64,10 @@ def run(clone: Path) -> Command:
     environment |= ports | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(clone / ".ddpm" / "prefect"),
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
+        "MLFLOW_TRACKING_URI": f"http://me:{CANARY}-uri@127.0.0.1:{ports['MLFLOW_PORT']}",
+        "MLFLOW_TRACKING_PASSWORD": f"{CANARY}-mlflow",
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "AWS_SECRET_ACCESS_KEY": f"{CANARY}-aws",
         "COLUMNS": "300",
         "OMP_NUM_THREADS": "1",  # two trainings at once on two cores
     }

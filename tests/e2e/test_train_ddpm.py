@@ -18,7 +18,7 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import Command, api, processes, state, task_states, trainings, wait_for
+from tests.e2e.conftest import CANARY, Command, api, processes, state, task_states, trainings, wait_for
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,26 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
     table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; none of a folder, or if a service has just deleted it."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        return b""
+
+
+def test_secrets_are_in_no_output_and_no_file(two_runs: TwoRuns, up: Command, clone: Path) -> None:
+    """Neither those of the environment, nor those of DVC's remotes, which only DVC's own files for them hold."""
+    assert [done.stdout for done in (*two_runs, up("ddpm", "track", "first")) if CANARY in done.stdout] == []
+    held = {path for path in clone.rglob("*") if CANARY.encode() in content(path)}
+    own = {clone / ".dvc/config.local", *clone.glob(".ddpm/runs/*/.dvc/config.local")}
+    assert len(own) > 2
+    assert held == own
+    assert {path.stat().st_mode & 0o777 for path in held} == {0o600}
+    for database in (".ddpm/prefect/prefect.db", ".ddpm/mlflow.db", ".ddpm/services/addresses.json"):
+        assert (clone / database).stat().st_size > 0  # they were searched
 
 
 @pytest.mark.usefixtures("two_runs")

@@ -53,6 +53,7 @@ READERS = {
     "reports/evaluation/noising.png": ["track"],
     "reports/export.json": ["track"],
     "models/onnx/denoiser.onnx": ["triton out", "verify-onnx models/onnx/denoiser.onnx", "track"],
+    "models/onnx/README.md": ["track"],
     "models/onnx/denoiser_int8.onnx": ["verify-onnx models/onnx/denoiser_int8.onnx", "track"],
     "models/onnx/sampler_int8.onnx": ["verify-onnx models/onnx/sampler_int8.onnx", "track"],
     "models/onnx/sampler.onnx": ["triton out", "verify-onnx models/onnx/sampler.onnx", "track"],

@@ -76,6 +76,37 @@ def test_a_folder_is_added_to_dvc(tree: Path, link: bool) -> None:
     assert run(tree, "dvc", "status", "-q", "data/raw/own.dvc").returncode == 0
 
 
+def test_a_license_is_recorded_beside_the_data_and_not_kept_for_others(tree: Path) -> None:
+    page = "https://example.org/own?id=7"
+    given = ["--license", "cc-by-4.0", "--source-url", page]
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", *given)
+    assert done.returncode == 0, done.stderr
+    assert "License: CC-BY-4.0, in data/licenses.yaml; model cards state it\n" in done.stdout
+    assert "    git add data/raw/own.dvc data/raw/.gitignore data/licenses.yaml\n" in done.stdout
+    file = tree / "data/licenses.yaml"
+    assert YAML(typ="safe").load(file) == {"data/raw/own": {"license": "CC-BY-4.0", "url": page}}
+    (tree / "data/raw/own.dvc").unlink()
+    shutil.rmtree(tree / "data/raw/own")
+    assert run(tree, "flows", "import", "elsewhere", "--name", "own").returncode == 0
+    assert not YAML(typ="safe").load(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--license", "free"], "--license: must be an SPDX identifier such as CC-BY-4.0"),
+        (["--license", "MIT", "--source-url", "example.org"], "--source-url: string should match"),
+        (["--source-url", "https://example.org"], "--source-url: needs --license"),
+    ],
+)
+def test_an_invalid_license_imports_nothing(tree: Path, options: list[str], message: str) -> None:
+    before = status(tree)
+    done = run(tree, "flows", "import", "elsewhere", "--name", "own", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"ddpm import: error: {message}")
+    assert status(tree) == before
+
+
 def test_classes_and_splits_are_printed(tree: Path) -> None:
     for name in ("set/Train/cat/1.png", "set/Train/cat/2.png", "set/Train/dog/3.png", "set/valid/cat/4.png"):
         path = tree / name

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from diffusion.distillation.sampling import student_sampling
 from diffusion.evaluation import few_steps, quality
@@ -119,12 +120,23 @@ def test_files_and_records(student_tree: Path) -> None:
         "reports/student/evaluate.json",
     }
     files = {f"models/student-onnx/{name}.onnx" for name in ("denoiser", "sampler")}
-    assert exported["wrote"].keys() == files | {"reports/student/export.json"}
+    assert exported["wrote"].keys() == files | {"models/student-onnx/README.md", "reports/student/export.json"}
     for record in (evaluated, exported):
         for name, digest in (record["read"] | record["wrote"]).items():
             assert sha256(student_tree / name) == digest
     assert evaluated["params"]["distill.sampling_steps"] == exported["params"]["distill.sampling_steps"] == 2
     assert "sample.steps" not in evaluated["params"]  # of no concern here, as are export.steps and export.sampler
+
+
+def test_the_card_names_the_teacher(student_tree: Path) -> None:
+    card, report = ModelCard.load(student_tree / "models/student-onnx/README.md"), report_of(student_tree)
+    assert card.data.tags == ["diffusion", "ddpm", "distillation"]
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures["frechet_distance"] == report["frechet_distance"]
+    teacher = sha256(student_tree / "models/ddpm/model.safetensors")
+    assert f"distilled from a model whose `model.safetensors` has the SHA-256 `{teacher}`" in card.text
+    assert f"| MSE of the predicted noise (predicting zero: 1) | {report['teacher_mse']:.4g} |" in card.text
+    assert f"| `sampler.onnx` | `{sha256(student_tree / 'models/student-onnx/sampler.onnx')}` |" in card.text
 
 
 def test_the_teacher_keeps_its_results(student_tree: Path, whole_tree: Path) -> None:

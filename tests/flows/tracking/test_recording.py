@@ -240,3 +240,40 @@ def test_track_prints_where_things_are(paths: Paths, capsys: pytest.CaptureFixtu
         "gate     val MSE significantly lower: no champion yet",
     ]
     assert [row["verdict"] for row in found["gate"]] == ["met", "no champion yet"]
+
+
+def test_the_model_card_is_beside_the_files_and_follows_its_text(paths: Paths) -> None:
+    weights = write_all(paths)
+    recorded = tracking.record(PARAMS, paths)
+    assert recorded is not None
+    client = client_of(paths)
+    link, verdict = client.get_model_version("ddpm", "1").description.split("\n\n")
+    page = f"/#/experiments/1/runs/{recorded.run_id}/artifacts/onnx/README.md?workflowType=machine_learning"
+    assert link == f"[Model card]({page})"
+    assert verdict.startswith("Promoted to champion")
+    assert "Model card" not in client.get_run(recorded.run_id).data.tags["mlflow.note.content"]
+
+    def cards() -> list[str]:
+        places = (f"runs:/{recorded.run_id}/onnx/README.md", "models:/ddpm/1/README.md")
+        return [mlflow.artifacts.load_text(place) for place in places]
+
+    assert cards() == [f"# Model with the weights {weights}\n"] * 2
+    paths.card.write_text("# Other words on the same model\n")
+    made_with.write(paths, "export", PARAMS)
+    assert tracking.record(PARAMS, paths) == recorded  # no second run or version
+    assert cards() == ["# Other words on the same model\n"] * 2
+
+
+def test_a_version_without_an_evaluation_says_so_beside_the_link_to_its_card(paths: Paths) -> None:
+    write_export(paths, write_training(paths))
+    for _ in range(2):
+        assert tracking.record(PARAMS, paths) is not None
+        description = client_of(paths).get_model_version("ddpm", "1").description
+        assert description.split("\n\n")[1:] == ["Not promoted: it was not evaluated."]
+
+
+def test_a_card_of_another_export_is_not_recorded(paths: Paths) -> None:
+    write_all(paths)
+    paths.card.write_text("# Another model\n")
+    with pytest.raises(UserError, match=r"README\.md: damaged"):
+        tracking.track(PARAMS, paths, as_json=False)

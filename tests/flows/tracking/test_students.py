@@ -99,7 +99,10 @@ def record(paths: Paths, params: Params = PARAMS) -> Recorded:
 
 
 def description(paths: Paths, number: str, name: str = "ddpm-student") -> str:
-    return str(client_of(paths).get_model_version(name, number).description)
+    """What follows the link to the model card in a version's description."""
+    card, _, judgments = client_of(paths).get_model_version(name, number).description.partition("\n\n")
+    assert card.startswith("[Model card](")
+    return str(judgments)
 
 
 def test_a_student_has_a_run_and_a_registered_model_of_its_own(student: Paths) -> None:

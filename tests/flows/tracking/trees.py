@@ -127,6 +127,7 @@ def write_export(paths: Paths, weights: str, factor: float = 0.5, params: Params
     paths.onnx.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, paths.sampler)
     onnx.save_model(model, paths.denoiser)
+    paths.card.write_text(f"# Model with the weights {weights}\n")
     report = {"denoiser": {"max_difference": 1e-6, "max_difference_by_band": [1e-6]}, "sampler": {"images": 64}}
     write_json(paths.export_report, report)
     made_with.write(paths, "export", params)
