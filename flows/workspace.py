@@ -83,9 +83,7 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def use(
-    name: str, flow_run_id: str, parameters: Any, teacher: Path | None = None, sweep: str = ""
-) -> Iterator[Path]:
+def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = None, sweep: str = "") -> Iterator[Path]:
     """Create the workspace of a flow run and lock it for the block; how the block ends sets the run's state.
 
     A flow run that is started again with the same id continues in its existing workspace, and so does a sweep's trial

@@ -6,14 +6,18 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed, Crashed, Failed
 
 from diffusion.errors import UserError
 from flows import dvc_stage, flow_run, pipeline, tracking
@@ -35,15 +39,14 @@ def run(given: dict[str, Any]) -> State[Any]:
     """The body of the flow: runs the trials, and returns the state in which the flow run ends."""
     log = get_run_logger()
     try:
-        _, objective, results = _sweep(given, _as_subflow, _publish, log.info, log.warning)
+        ended = _sweep(given, _as_subflow, _publish, log.info, log.warning)
     except (UserError, OSError) as error:
         logging.getLogger("prefect.flow_runs").addFilter(flow_run.is_news)
         return Failed(message=flow_run.reason(error))
-    conclusion = table.conclusion(objective, results)
-    if not any(each.state == "completed" for each in results):
+    if not ended.best:
         logging.getLogger("prefect.flow_runs").addFilter(flow_run.is_news)
-        return Failed(message=conclusion)
-    return Completed(message=conclusion)
+        return Failed(message=ended.conclusion)
+    return Completed(message=ended.conclusion)
 
 
 def local(argv: Sequence[str] | None) -> int:
@@ -57,20 +60,45 @@ def local(argv: Sequence[str] | None) -> int:
 
     try:
         given = flow_run.parameters(arguments.param)
-        name, objective, results = _sweep(given, _in_process, lambda *_: None, log, log)
+        ended = _sweep(given, _in_process, lambda *_: None, log, log)
     except (UserError, OSError) as error:
         print(f"sweep-ddpm: error: {flow_run.reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    log(f"\n{table.markdown(name, objective, results)}")
-    return 0 if any(each.state == "completed" for each in results) else 1
+    log(f"\n{ended.page}")
+    return 0 if ended.best else 1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A sweep of which no trial is left to run."""
+
+    name: str
+    options: Options
+    results: list[Result]
+    """The trials, the best first."""
+
+    @property
+    def best(self) -> Result | None:
+        """The best trial; None if none completed."""
+        return next((each for each in self.results if each.state == "completed"), None)
+
+    @property
+    def conclusion(self) -> str:
+        """What came out, in one line."""
+        return table.conclusion(self.options.objective, self.results, len(self.results))
+
+    @property
+    def page(self) -> str:
+        """The comparison of the trials."""
+        return table.markdown(self.name, self.options.objective, self.results, len(self.results))
 
 
 def _sweep(
     given: dict[str, Any], run_trial: RunTrial, publish: Callable[[str, str], object], log: Log, warn: Log
-) -> tuple[str, str, list[Result]]:
-    """Run a sweep to its end; returns its name, its objective, and the trials, the best first.
+) -> Ended:
+    """Run a sweep to its end.
 
     Args:
         given: the flow's parameters.
@@ -83,20 +111,20 @@ def _sweep(
     varied = space.read(options)
     name = options.name or f"sweep-{_digest(options, varied)}"
     with study.opened(name, options, varied) as trials:
-        log(f"sweep {name}: {table.conclusion(options.objective, trials.results())}")
-        if advice := running.advice(options.trials or len(list(varied.grid()))):
+
+        def show() -> None:
+            publish(name, table.markdown(name, options.objective, trials.results(), trials.trials))
+
+        log(f"sweep {name}: {table.conclusion(options.objective, trials.results(), trials.trials)}")
+        if advice := running.advice(trials.trials):
             warn(advice)
         if options.objective == "val_mse" and varied.changes_data:
             warn("over: trials may be measured on different validation pairs, so that their val MSE says little")
-
-        def show() -> None:
-            publish(name, table.markdown(name, options.objective, trials.results()))
-
         show()
         running.run(trials, options, run_trial, show, log)
-        results = trials.results()
-    _record(name, options, varied, results, warn)
-    return name, options.objective, results
+        ended = Ended(name, options, trials.results())
+    _record(ended, varied, warn)
+    return ended
 
 
 def _digest(options: Options, varied: Space) -> str:
@@ -109,14 +137,26 @@ def _as_subflow(trial: Trial, plan: Plan, watch: Watch) -> Summary:
 
     @flow(name="train-ddpm", flow_run_name=trial.name, validate_parameters=False)
     def train_ddpm(fields: dict[str, Any]) -> State[Summary]:  # noqa: ARG001 (Prefect shows them)
+        trial.begins_in(str(runtime.flow_run.id))
         return flow_run.run(lambda: plan, watch=watch)
 
-    state: State[Summary] = train_ddpm(trial.values, return_state=True)
+    if trial.flow_run_before:
+        _end_killed(UUID(trial.flow_run_before))
+    state: State[Any] = train_ddpm(trial.values, return_state=True)
     if state.name == flow_run.PRUNED:
         raise StoppedEarly(state.message)
     if not state.is_completed():
         raise StageError(state.message or state.name)
-    return state.result()
+    result: Summary = state.result()
+    return result
+
+
+def _end_killed(flow_run_id: UUID) -> None:
+    """Mark the flow run of a trial as crashed if it still counts as running: its process was killed."""
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):
+        state = client.read_flow_run(flow_run_id).state
+        if state and not state.is_final():
+            client.set_flow_run_state(flow_run_id, Crashed(message="The sweep was killed."), force=True)
 
 
 def _in_process(trial: Trial, plan: Plan, watch: Watch) -> Summary:
@@ -140,19 +180,19 @@ def _publish(name: str, text: str) -> None:
     create_markdown_artifact(text, key="sweep-ddpm-report", description=f"Trials of {name}")
 
 
-def _record(name: str, options: Options, varied: Space, results: list[Result], warn: Log) -> None:
+def _record(ended: Ended, varied: Space, warn: Log) -> None:
     """Record the sweep in MLflow; it succeeds without it."""
+    options = ended.options
     settings = {f"over.{field}": json.dumps(values) for field, values in options.over.items()}
     settings |= {"objective": options.objective, "grid": str(options.trials is None)}
-    best = {options.objective: value for value in [results[0].value] if value is not None}
+    best = {} if ended.best is None or ended.best.value is None else {options.objective: ended.best.value}
     rows = [
         {"trial": each.name, **each.values, options.objective: each.value, "state": each.state, **_recorded(each)}
-        for each in results
+        for each in ended.results
     ]
-    text = table.markdown(name, options.objective, results)
     shared = validate(varied.base, "parameters of the sweep")
     try:
-        tracking.record_sweep(shared, Paths(), name, settings, best, rows, text)
+        tracking.record_sweep(shared, Paths(), ended.name, settings, best, rows, ended.page)
     except UserError as error:
         warn(f"the sweep is not in MLflow ({error}); starting it again records it")
 

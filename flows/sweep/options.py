@@ -29,7 +29,7 @@ class Options(Section):
 
     rules = (_covers_something, _is_counted)
 
-    over: dict[str, Any] = {}
+    over: dict[str, Any] = Field(default={})
     """Fields of params.yaml to vary, by dotted name: a list of values, or a range {low, high, log, step}."""
     trials: Annotated[Positive, Field(le=MOST_TRIALS)] | None = None
     """How many trials Optuna's TPE chooses; None: every combination of the values (a grid)."""
@@ -41,7 +41,7 @@ class Options(Section):
     """Whether to stop trials whose held-out error while training is above the median; None: only with `trials`."""
     preset: str | None = None
     """Preset to use, as in train-ddpm."""
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, Any] = Field(default={})
     """Fields of params.yaml that all trials change, by dotted name."""
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=60)] | None = None
     """Name of the sweep; None: one that depends on what it tries, so that the same sweep again goes on."""

@@ -28,7 +28,7 @@ from flows.workspace import StoppedEarly
 HELDOUT = re.compile(r"train: step (\d+): held-out MSE (\S+) ")
 
 RunTrial = Callable[[Trial, Plan, Watch], Summary]
-"""Runs the stages of a trial; raises StoppedEarly if it was pruned, or UserError, StageError or OSError if it failed."""
+"""Runs the stages of a trial; raises StoppedEarly if it was pruned; UserError, StageError or OSError if it failed."""
 
 
 class Turns:

@@ -10,6 +10,7 @@ one has the same attribute `index`.
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
@@ -34,14 +35,13 @@ from flows.sweep.space import Space, Values
 
 DATABASE = "DDPM_SWEEPS"
 """Address of the database of the studies, as SQLAlchemy takes it."""
-INDEX, REASON = "index", "reason"
-"""Attributes of a study's trial: which trial of the sweep it is, and why it ended early."""
+INDEX, REASON, FLOW_RUN = "index", "reason", "flow_run"
+"""Attributes of a study's trial: which trial of the sweep it is, why it ended early, and its flow run in Prefect."""
 DEFINITION = "definition"
 """Attribute of a study: what it tries, to tell whether a sweep of the same name is the same."""
 
-State = Literal["waiting", "running", "completed", "pruned", "failed"]
+State = Literal["running", "completed", "pruned", "failed"]
 _STATES: dict[TrialState, State] = {
-    TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "completed",
     TrialState.PRUNED: "pruned",
@@ -52,7 +52,6 @@ _STATES: dict[TrialState, State] = {
 class Result(NamedTuple):
     """What has become of a trial of a sweep."""
 
-    index: int
     name: str
     state: State
     values: Values
@@ -69,11 +68,17 @@ class Trial:
         self.name, self.values = name, values
         self._trial, self._sign = trial, sign
         self._reported = set[int]()
+        self.flow_run_before: str | None = None
+        """The flow run in which it failed or was killed before, if any."""
 
     @property
     def number(self) -> int:
         """Its number in the study."""
         return self._trial.number
+
+    def begins_in(self, flow_run: str) -> None:
+        """Note the flow run in which it runs."""
+        self._trial.set_user_attr(FLOW_RUN, flow_run)
 
     def report(self, step: int, error: float) -> None:
         """Take the held-out error at a step of its training; a training that returns to a step reports it again."""
@@ -91,37 +96,37 @@ class Study:
 
     def __init__(self, name: str, study: optuna.Study, space: Space, options: Options) -> None:
         self.name, self.space = name, space
-        self._study, self._trials = study, options.trials
+        self._study = study
         self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         self._distributions = space.distributions()
-        self._earlier: dict[int, FrozenTrial] = {}
-        self._continue()
-
-    def _continue(self) -> None:
-        """Prepare what is left of the trials: no other process runs any of them."""
-        for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._study.tell(left.number, state=TrialState.FAIL)
-        latest = self._latest()
-        for index, trial in latest.items():
-            if trial.state == TrialState.FAIL:
-                self._earlier[index] = trial
-                self._study.enqueue_trial(trial.params, user_attrs={INDEX: index})
-        for index, values in enumerate(self.space.grid() if self._trials is None else ()):
-            if index not in latest:
-                self._study.enqueue_trial(self.space.to_optuna(values), user_attrs={INDEX: index})
+        for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a kill left it between two calls
+            study.ask()
+        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # no other process runs it
+            study.tell(left.number, state=TrialState.FAIL)
+        begun = self._latest()
+        self._failed = {index: trial for index, trial in begun.items() if trial.state == TrialState.FAIL}
+        new: list[tuple[int, dict[str, Any] | None]]
+        if options.trials is None:
+            new = [(index, space.to_optuna(values)) for index, values in enumerate(space.grid()) if index not in begun]
+        else:
+            new = [(index, None) for index in range(len(begun), options.trials)]
+        self.trials = len(begun) + len(new)
+        """How many there are."""
+        self._left = deque([*((index, trial.params) for index, trial in self._failed.items()), *new])
 
     def next(self) -> Trial | None:
-        """The next trial to run; None if none is left."""
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        count = len(self._latest())
-        if not waiting and count >= (self._trials or 0):
+        """The next trial to run, those first that failed before; None if none is left."""
+        if not self._left:
             return None
+        index, params = self._left.popleft()
+        if params is not None:
+            self._study.enqueue_trial(params)
         asked = self._study.ask(self._distributions)
-        if not waiting:
-            asked.set_user_attr(INDEX, count)
-        index = asked.user_attrs[INDEX]
+        asked.set_user_attr(INDEX, index)
+        before = self._failed.get(index)
         trial = Trial(asked, self._name(index), self.space.from_optuna(asked.params), self._sign)
-        if before := self._earlier.get(index):
+        if before:
+            trial.flow_run_before = before.user_attrs.get(FLOW_RUN)
             for step, value in before.intermediate_values.items():
                 trial.report(step, self._sign * value)
         return trial
@@ -147,12 +152,10 @@ class Study:
         """All trials so far, the best first, then those that did not complete."""
         found = []
         for index, trial in self._latest().items():
-            params = trial.params or trial.system_attrs.get("fixed_params", {})
             value = trial.value if trial.state == TrialState.COMPLETE else None
-            values = self.space.from_optuna(params)
-            found.append(Result(index, self._name(index), _STATES[trial.state], values, value, trial.user_attrs))
-        worst = math.inf
-        return sorted(found, key=lambda each: (worst if each.value is None else self._sign * each.value, each.index))
+            values = self.space.from_optuna(trial.params)
+            found.append(Result(self._name(index), _STATES[trial.state], values, value, trial.user_attrs))
+        return sorted(found, key=lambda each: math.inf if each.value is None else self._sign * each.value)
 
     def _latest(self) -> dict[int, FrozenTrial]:
         """The newest trial of the study for each trial of the sweep."""

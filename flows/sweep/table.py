@@ -9,13 +9,13 @@ from flows.sweep.running import scores
 from flows.sweep.study import REASON, Result
 
 
-def markdown(name: str, objective: str, results: Sequence[Result]) -> str:
-    """The trials as a page for Prefect's UI, the best first.
+def markdown(name: str, objective: str, results: Sequence[Result], trials: int) -> str:
+    """The trials begun so far as a page for Prefect's UI, the best first.
 
     The interval of the difference from the best trial is that of the gate (`flows.gate`): it covers the noise of the
     measurement, not that between trainings with different seeds.
     """
-    parts = [f"# Sweep {name}", conclusion(objective, results), table(objective, results)]
+    parts = [f"# Sweep {name}", conclusion(objective, results, trials), table(objective, results)]
     if any(each.state == "completed" for each in results):
         parts.append(
             "Differences are from the best trial, with 95 % intervals of the measurement; trainings with other seeds "
@@ -24,10 +24,10 @@ def markdown(name: str, objective: str, results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def conclusion(objective: str, results: Sequence[Result]) -> str:
-    """How many trials there are in each state, the best one, and which failed."""
+def conclusion(objective: str, results: Sequence[Result], trials: int) -> str:
+    """How many of the `trials` are completed or pruned, the best one, and which failed."""
     completed = [each for each in results if each.state == "completed"]
-    parts = [f"{len(completed)} of {counted(len(results), 'trial')} completed"]
+    parts = [f"{len(completed)} of {counted(trials, 'trial')} completed"]
     if pruned := sum(each.state == "pruned" for each in results):
         parts[0] += f", {pruned} pruned"
     if completed:
