@@ -48,19 +48,19 @@ def test_a_watch_sees_every_line_and_stops_the_stage(monkeypatch: pytest.MonkeyP
         for line in ("step 1", "step 2", "step 3"):
             on_line(line)
 
-    class Stop(pipeline.Watch):
-        seen = list[str]()
+    seen = list[str]()
 
+    class Stop(pipeline.Watch):
         def line(self, line: str) -> None:
-            self.seen.append(line)
+            seen.append(line)
             if line == "step 2":
                 raise StoppedEarly("not worth it")
 
     monkeypatch.setattr(dvc_stage, "run", stage)
     monkeypatch.setattr(flow_run, "get_run_logger", lambda: logging.getLogger("test"))
-    state = flow_run.run_stage("train", Path(), None, Stop())
+    state = flow_run.run_stage("shard", Path(), None, Stop())
     assert (state.name, state.is_cancelled(), state.message) == ("Pruned", True, "not worth it")
-    assert Stop.seen == ["step 1", "step 2"]
+    assert seen == ["step 1", "step 2"]
 
 
 @pytest.mark.parametrize(("scheduler", "settings"), [("tcp://x:1", {"DDPM_DASK_SCHEDULER": "tcp://x:1"}), (None, None)])
