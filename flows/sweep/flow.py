@@ -113,7 +113,11 @@ def _sweep(
     with study.opened(name, options, varied) as trials:
 
         def show() -> None:
-            publish(name, table.markdown(name, options.objective, trials.results(), trials.trials))
+            page = table.markdown(name, options.objective, trials.results(), trials.trials)
+            try:
+                publish(name, page)
+            except Exception as error:  # of Prefect's server, which may soon be back
+                warn(f"Prefect cannot show the comparison ({error}); the sweep continues")
 
         log(f"sweep {name}: {table.conclusion(options.objective, trials.results(), trials.trials)}")
         if advice := running.advice(trials.trials):

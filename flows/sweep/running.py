@@ -14,7 +14,6 @@ from typing import Any
 
 from diffusion.errors import UserError, counted
 from flows import dvc_yaml, gate, made_with, params, workspace
-from flows.dvc_stage import StageError
 from flows.flow_run import reason
 from flows.params import Params
 from flows.paths import Paths
@@ -28,7 +27,7 @@ from flows.workspace import StoppedEarly
 HELDOUT = re.compile(r"train: step (\d+): held-out MSE (\S+) ")
 
 RunTrial = Callable[[Trial, Plan, Watch], Summary]
-"""Runs the stages of a trial; raises StoppedEarly if it was pruned; UserError, StageError or OSError if it failed."""
+"""Runs the stages of a trial; raises StoppedEarly if it was pruned, any other exception if it failed."""
 
 
 class Turns:
@@ -130,9 +129,10 @@ def _end(study: Study, trial: Trial, future: Future[Summary], objective: str, lo
     except StoppedEarly as stopped:
         study.pruned(trial, str(stopped))
         log(f"{trial.name}: pruned: {stopped}")
-    except (UserError, StageError, OSError) as error:
-        study.failed(trial, reason(error))
-        log(f"{trial.name}: failed: {reason(error)}")
+    except Exception as error:  # whatever it is, the others go on
+        why = (reason(error).splitlines() or [type(error).__name__])[0]
+        study.failed(trial, why)
+        log(f"{trial.name}: failed: {why}")
     else:
         study.completed(trial, value, _facts(summary, objective))
         log(f"{trial.name}: {gate.FIGURES[objective].title} {value:.4f}")

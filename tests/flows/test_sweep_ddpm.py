@@ -144,11 +144,11 @@ def test_a_failed_trial_does_not_stop_the_others_and_is_tried_again(
 
 def test_nothing_completed_is_a_failure(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*_: object) -> None:
-        raise StageError("no space left")
+        raise RuntimeError("no space left\nand more")
 
     stages.during = fail
-    assert sweep_ddpm.main(over(train__learning_rate=[0.001])) == 1
-    assert "0 of 1 trial completed; failed: sweep-" in capsys.readouterr().out
+    assert sweep_ddpm.main([*over(train__learning_rate=[0.001]), "-p", "name=lr"]) == 1
+    assert "\n0 of 1 trial completed; failed: lr-0 (no space left)\n" in capsys.readouterr().out
 
 
 def test_a_figure_that_is_no_number_is_a_failure(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
