@@ -196,7 +196,7 @@ def _record(ended: Ended, varied: Space, warn: Log) -> None:
     ]
     shared = validate(varied.base, "parameters of the sweep")
     try:
-        tracking.record_sweep(shared, Paths(), ended.name, settings, best, rows, ended.page)
+        tracking.record_sweep(shared, Paths(), ended.name, settings, best, rows, f"Sweep: {ended.conclusion}.")
     except UserError as error:
         warn(f"the sweep is not in MLflow ({error}); starting it again records it")
 

@@ -99,7 +99,7 @@ def run(study: Study, options: Options, run_trial: RunTrial, shown: Callable[[],
         def work() -> Summary:
             parameters = study.space.document(trial.values)  # TPE may combine values that exclude each other
             valid = params.validate(parameters, "parameters of the trial")
-            watch = TrialWatch(trial, valid, turns, options.prunes, log)
+            watch = TrialWatch(trial, valid, turns, study.prunes, log)
             return run_trial(trial, Plan(parameters, sweep=study.name), watch)
 
         return pool.submit(copy_context().run, work)

@@ -81,7 +81,7 @@ class Space:
 
     @property
     def changes_data(self) -> bool:
-        """Whether trials may be measured on different held-out pairs."""
+        """Whether trials may be measured on different validation pairs."""
         made = [part for stage in ("shard", "pairs") for part in dvc_yaml.parameters(stage)]
         return any(_within(name, part) or _within(part, name) for name in self.fields for part in made)
 
@@ -90,6 +90,10 @@ def read(options: Options) -> Space:
     """The space of a sweep; raises UserError in one line unless all trials of a grid, or the ends, are valid."""
     base = workspace.document(options.preset, _nested("fixed", options.fixed))
     space = Space(base, {name: _field(name, given) for name, given in options.over.items()})
+    if options.prune and space.changes_data:
+        raise UserError(
+            "prune: trials may be measured on different validation pairs, whose errors cannot be compared; leave it out"
+        )
     combinations = math.prod(len(each) for each in space.fields.values() if isinstance(each, list))
     if options.trials is None:
         if combinations > MOST_TRIALS:

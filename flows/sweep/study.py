@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.pruners import MedianPruner, NopPruner
+from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -96,6 +96,8 @@ class Study:
 
     def __init__(self, name: str, study: optuna.Study, space: Space, options: Options) -> None:
         self.name, self.space = name, space
+        self.prunes = options.prunes and not space.changes_data
+        """Whether trials are pruned: their errors must be those of the same pairs."""
         self._study = study
         self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         self._distributions = space.distributions()
@@ -209,7 +211,7 @@ def _load(name: str, storage: RDBStorage, options: Options, space: Space) -> opt
         study_name=name,
         load_if_exists=True,
         direction="maximize" if FIGURES[options.objective].higher_is_better else "minimize",
-        pruner=MedianPruner() if options.prunes else NopPruner(),
+        pruner=MedianPruner(),
     )
     # The sampler's generator begins anew: with the same seed it would suggest what it has suggested.
     study.sampler = TPESampler(seed=validate(space.base, "params.yaml").seed + len(study.trials))

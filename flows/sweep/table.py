@@ -8,6 +8,9 @@ from flows.gate import FIGURES, NotComparable, Scores
 from flows.sweep.running import scores
 from flows.sweep.study import REASON, Result
 
+MOST_NAMED = 5
+"""How many failed trials the conclusion names; the table has all of them."""
+
 
 def markdown(name: str, objective: str, results: Sequence[Result], trials: int) -> str:
     """The trials begun so far as a page for Prefect's UI, the best first.
@@ -35,7 +38,9 @@ def conclusion(objective: str, results: Sequence[Result], trials: int) -> str:
         values = ", ".join(f"{name}: {json.dumps(value)}" for name, value in best.values.items())
         parts.append(f"best: {best.name} ({values}), {FIGURES[objective].title} {best.value:.4f}")
     if failed := [each for each in results if each.state == "failed"]:
-        parts.append("failed: " + ", ".join(f"{each.name} ({each.facts.get(REASON, 'stopped')})" for each in failed))
+        named = [f"{each.name} ({each.facts.get(REASON, 'stopped')})" for each in failed[:MOST_NAMED]]
+        more = [f"and {len(failed) - MOST_NAMED} more"] if len(failed) > MOST_NAMED else []
+        parts.append("failed: " + ", ".join(named + more))
     return "; ".join(parts)
 
 

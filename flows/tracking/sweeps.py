@@ -32,7 +32,7 @@ def record_sweep(
         settings: what it tries.
         best: figures of the best trial; empty if none has completed.
         rows: the trials, with the same keys each.
-        text: a description in markdown.
+        text: a description.
     Raises:
         UserError: MLflow cannot be reached.
     """

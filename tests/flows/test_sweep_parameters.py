@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flows import sweep_ddpm
-from flows.sweep import options
+from flows.sweep import options, space, study
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +20,20 @@ RATE = {"train.learning_rate": [0.001]}
 )
 def test_by_default_only_what_optuna_chooses_is_pruned(given: dict[str, Any], prunes: bool) -> None:
     assert options.read({"over": RATE} | given).prunes is prunes
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [("seed", True), ("process.schedule", True), ("process.parameterization", False), ("train", False)],
+)
+@pytest.mark.usefixtures("repository")
+def test_errors_on_other_validation_pairs_prune_nothing(field: str, changes: bool) -> None:
+    values = {"seed": 1, "process.schedule": "linear", "process.parameterization": "eps", "train": {"steps": 5}}
+    given = options.read({"over": {field: [values[field]]}, "trials": 1})
+    varied = space.read(given)
+    assert varied.changes_data is changes
+    with study.opened("lr", given, varied) as trials:
+        assert trials.prunes is not changes
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,7 @@ def test_by_default_only_what_optuna_chooses_is_pruned(given: dict[str, Any], pr
             "over: 501 combinations, more than 500; list fewer values, or give trials",
         ),
         ({"over": RATE, "trials": 501}, "parameters of the sweep: trials: input should be less than or equal to 500"),
+        ({"over": {"seed": [0, 1]}, "prune": True}, "prune: trials may be measured on different validation pairs, "),
         ({"over": RATE, "at_once": 0}, "parameters of the sweep: at_once: "),
         ({"over": RATE, "objective": "mse"}, "parameters of the sweep: objective: input should be 'val_mse', "),
         (
