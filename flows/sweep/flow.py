@@ -120,8 +120,8 @@ def _sweep(
                 warn(f"Prefect cannot show the comparison ({error}); the sweep continues")
 
         log(f"sweep {name}: {table.conclusion(options.objective, trials.results(), trials.trials)}")
-        if advice := running.advice(trials.trials):
-            warn(advice)
+        if warning := running.lost_workspaces(trials.trials):
+            warn(warning)
         if options.objective == "val_mse" and varied.changes_data:
             warn("over: trials may be measured on different validation pairs, so that their val MSE says little")
         show()

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError, counted
 from flows import dvc_yaml, gate, made_with, params, workspace
 from flows.flow_run import reason
 from flows.params import Params
-from flows.paths import Paths
 from flows.pipeline import Log, Plan, Watch
 from flows.stages import STAGES
 from flows.summary import Summary
@@ -146,7 +144,7 @@ def _facts(summary: Summary, objective: str) -> Mapping[str, Any]:
     return {**ends, "seconds": round(seconds, 1), "ran": ran, "run": summary.run, "mlflow": summary.mlflow}
 
 
-def advice(trials: int) -> str:
+def lost_workspaces(trials: int) -> str:
     """A warning if the workspaces of some trials will be deleted before the sweep ends; else empty."""
     keep, _ = workspace.retention()
     if trials <= keep:
@@ -155,16 +153,3 @@ def advice(trials: int) -> str:
         f"only the workspaces of the last {counted(keep, 'run')} are kept (DDPM_KEEP_RUNS); figures and cached results "
         "of all trials are"
     )
-
-
-def scores(name: str) -> gate.Scores | None:
-    """What evaluate measured in a run; None if its workspace is gone."""
-    from flows.tracking.results import values_by_image
-
-    paths = Paths(Paths().runs / name)
-    try:
-        report = json.loads(paths.evaluate_report.read_bytes())
-        scored = json.loads((paths.evaluation / "scored.json").read_bytes())
-        return gate.Scores(name, report | scored, values_by_image(Path(paths.evaluation)))
-    except (OSError, ValueError, UserError):
-        return None

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Sequence
 
-from diffusion.errors import counted
+from diffusion.errors import UserError, counted
 from flows.gate import FIGURES, NotComparable, Scores
-from flows.sweep.running import scores
+from flows.paths import Paths
 from flows.sweep.study import REASON, Result
+from flows.tracking.results import values_by_image
 
 MOST_NAMED = 5
 """How many failed trials the conclusion names; the table has all of them."""
@@ -50,12 +51,12 @@ def table(objective: str, results: Sequence[Result]) -> str:
     names = list(results[0].values) if results else []
     rows = [["trial", *names, figure.title, "95 % interval", "from the best", "state", "seconds"]]
     rows.append(["---"] * len(rows[0]))
-    best = scores(results[0].facts["run"]) if results and results[0].state == "completed" else None
+    best = _scores(results[0].facts["run"]) if results and results[0].state == "completed" else None
     for position, each in enumerate(results):
         facts = each.facts
         shown = [each.name, *(json.dumps(each.values[name]) for name in names), "", "", "", each.state, ""]
         if each.value is not None:
-            new = scores(facts["run"]) if position else None
+            new = _scores(facts["run"]) if position else None
             shown[0] = f"[{facts['run']}]({facts['mlflow']})" if facts["mlflow"] else facts["run"]
             interval = f"{facts['low']:.4f} to {facts['high']:.4f}" if facts["low"] is not None else ""
             shown[-5:] = [
@@ -69,6 +70,17 @@ def table(objective: str, results: Sequence[Result]) -> str:
             shown[-2] = f"{each.state}: {facts[REASON]}"
         rows.append(shown)
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+
+
+def _scores(run: str) -> Scores | None:
+    """What evaluate measured in a run; None if its workspace is gone."""
+    paths = Paths(Paths().runs / run)
+    try:
+        report = json.loads(paths.evaluate_report.read_bytes())
+        scored = json.loads((paths.evaluation / "scored.json").read_bytes())
+        return Scores(run, report | scored, values_by_image(paths.evaluation))
+    except (OSError, ValueError, UserError):
+        return None
 
 
 def _difference(objective: str, new: Scores, best: Scores) -> str:

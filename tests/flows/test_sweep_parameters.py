@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from flows import sweep_ddpm
@@ -20,6 +21,18 @@ RATE = {"train.learning_rate": [0.001]}
 )
 def test_by_default_only_what_optuna_chooses_is_pruned(given: dict[str, Any], prunes: bool) -> None:
     assert options.read({"over": RATE} | given).prunes is prunes
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("minimize", 1), ("maximize", -1)])
+def test_a_higher_error_is_pruned_whatever_the_objective(direction: str, sign: int) -> None:
+    kept = optuna.create_study(direction=direction, pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+    pruned = []
+    for error in (0.5, 0.9, 0.1):
+        trial = study.Trial(kept.ask(), "", {}, sign)
+        trial.report(10, error)
+        pruned.append(trial.should_prune())
+        kept.tell(trial.number, 1.0)
+    assert pruned == [False, True, False]
 
 
 @pytest.mark.parametrize(
