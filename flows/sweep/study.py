@@ -11,7 +11,7 @@ one has the same attribute `index`.
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
@@ -107,11 +107,10 @@ class Study:
             study.tell(left.number, state=TrialState.FAIL)
         begun = self._latest()
         self._failed = {index: trial for index, trial in begun.items() if trial.state == TrialState.FAIL}
-        new: list[tuple[int, dict[str, Any] | None]]
-        if options.trials is None:
-            new = [(index, space.to_optuna(values)) for index, values in enumerate(space.grid()) if index not in begun]
-        else:
-            new = [(index, None) for index in range(len(begun), options.trials)]
+        tried: Iterable[dict[str, Any] | None] = map(space.to_optuna, space.grid())
+        if options.trials is not None:
+            tried = [None] * options.trials  # Optuna chooses them
+        new = [(index, params) for index, params in enumerate(tried) if index not in begun]
         self.trials = len(begun) + len(new)
         """How many there are."""
         self._left = deque([*((index, trial.params) for index, trial in self._failed.items()), *new])
