@@ -1,4 +1,4 @@
-"""Creating the deployments `train-ddpm` and `distill-ddpm` on the Prefect server."""
+"""Creating the deployments of the flows on the Prefect server."""
 
 import hashlib
 import subprocess
@@ -15,8 +15,8 @@ from flows.stages import STAGES, STUDENT_STAGES
 if TYPE_CHECKING:
     from flows.services import Services
 
-FLOWS = {"train-ddpm": list(STAGES), "distill-ddpm": list(STUDENT_STAGES)}
-"""The stages of each flow; its deployment has the same name."""
+FLOWS: dict[str, list[str]] = {"train-ddpm": list(STAGES), "distill-ddpm": list(STUDENT_STAGES), "sweep-ddpm": []}
+"""The stages of each flow, none for one that runs others; its deployment has the same name."""
 
 
 def deploy(services: "Services") -> None:
@@ -53,6 +53,6 @@ def _stamp(digest: str, deployments: dict[str, Any]) -> str:
 
 def deployed_files() -> list[Path]:
     """The files that determine the deployments, including the schemas of their parameters."""
-    code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py")]
+    code = [*Path("diffusion").rglob("*.py"), *Path("flows").glob("*.py"), *Path("flows/sweep").glob("*.py")]
     files = [Path("prefect.yaml"), Paths().params, *code, *Paths().presets.glob("*.yaml")]
     return sorted(file for file in files if file.exists())

@@ -1,5 +1,6 @@
 """Running one stage as a child process: its output line by line, its outcome, and stopping it early."""
 
+import math
 import os
 import re
 import select
@@ -43,17 +44,22 @@ class PassingStageError(StageError):
 
 
 def run(
-    stage: str, workspace: Path, on_line: Callable[[str], None], settings: Mapping[str, str] | None = None
+    stage: str,
+    workspace: Path,
+    on_line: Callable[[str], None],
+    settings: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Bring one stage up to date in a workspace, as `dvc repro --single-item` does.
 
-    Every line of output but DVC's advice goes to `on_line` as it is written. An exception that
-    interrupts the wait (from a signal, from `on_line`) stops the stage's processes and is raised again; if this process
-    is killed, they stop by themselves (see flows/parent.py).
+    Every line of output but DVC's advice goes to `on_line` as it is written; `check` is called at least once a second.
+    An exception that interrupts the wait (from a signal, from either of them) stops the stage's processes and is raised
+    again; if this process is killed, they stop by themselves (see flows/parent.py).
     `settings` are environment variables for the stage.
 
     Raises: StageError, or PassingStageError if retrying may help.
     """
+    check()
     python = Path(sys.executable)
     environment = os.environ | {
         "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # DVC runs plain `python`
@@ -75,7 +81,7 @@ def run(
     recent: deque[str] = deque(maxlen=200)
     cached = False
     try:
-        for line in _lines(process):
+        for line in _lines(process, check=check):
             recent.append(line)
             cached = cached or _CACHED.match(line) is not None
             if line.strip() and not _ADVICE.match(line):
@@ -109,9 +115,10 @@ def passes_by_itself(message: str) -> bool:
     return _PASSING.search(message) is not None
 
 
-def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> Iterator[str]:
-    """Lines as they are written, without passwords in URLs, until every process of the stage is gone (or until the
-    deadline).
+def _lines(
+    process: subprocess.Popen[bytes], deadline: float = math.inf, check: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Lines as they are written, without passwords in URLs, until all processes of the stage are gone, or the deadline.
 
     A carriage return ends a line too. Unlike a process id, the end of the pipe also covers children that outlive
     their parent.
@@ -119,8 +126,11 @@ def _lines(process: subprocess.Popen[bytes], deadline: float | None = None) -> I
     assert process.stdout
     descriptor, rest = process.stdout.fileno(), b""
     while True:
-        if deadline is not None and not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            return
+        check()
+        if not select.select([descriptor], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
+            if time.monotonic() >= deadline:
+                return
+            continue
         chunk = os.read(descriptor, 65536)
         *complete, rest = re.split(rb"\r\n|\r|\n", rest + chunk)
         if not chunk and rest:

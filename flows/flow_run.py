@@ -33,14 +33,19 @@ from flows.pipeline import Plan
 from flows.remedies import with_remedy
 from flows.stages import STAGES, STUDENT_STAGES
 from flows.workers import SCHEDULER
+from flows.workspace import StoppedEarly
 
 GPU_LIMIT = "gpu"
 """Global concurrency limit in which training occupies a slot, if the limit exists."""
 TRAININGS = {"train": "train-ddpm-progress", "distill": "distill-ddpm-progress"}
 """The stages that train, and the keys of the artifacts that show their progress."""
+PRUNED = "Pruned"
+"""State of trials that a sweep stopped early, and of their tasks."""
 
 
-def run_stage(stage: str, workspace: Path, scheduler: str | None = None) -> State[Outcome]:
+def run_stage(
+    stage: str, workspace: Path, scheduler: str | None = None, watch: pipeline.Watch = pipeline.UNWATCHED
+) -> State[Outcome]:
     """The body of all tasks: runs one stage, with this Dask scheduler if any, and logs its output."""
     log = get_run_logger()
     show_progress = ProgressArtifact(TRAININGS.get(stage, ""))
@@ -56,12 +61,16 @@ def run_stage(stage: str, workspace: Path, scheduler: str | None = None) -> Stat
             if not warned:
                 warned = True
                 log.warning("Prefect cannot show the progress (%s); the stage continues", error)
+        watch.line(line)
 
     try:
         with concurrency(GPU_LIMIT) if stage in TRAININGS and limit_exists(GPU_LIMIT) else nullcontext():
-            outcome = dvc_stage.run(stage, workspace, on_line, {SCHEDULER: str(scheduler)} if scheduler else None)
+            settings = {SCHEDULER: str(scheduler)} if scheduler else None
+            outcome = dvc_stage.run(stage, workspace, on_line, settings, watch.check)
     except dvc_stage.StageError as error:
         return Failed(message=str(error), data=error)  # raised, it would be logged with a traceback
+    except StoppedEarly as error:
+        return Cancelled(name=PRUNED, message=str(error))
     except TerminationSignal:
         if not cancelling():
             raise
@@ -96,13 +105,14 @@ def limit_exists(name: str) -> bool:
 
 
 def cancelling() -> bool:
-    """Whether the flow run is being cancelled, rather than just its process stopped."""
+    """Whether the flow run, or the one that it is part of, is being cancelled, rather than just its process stopped."""
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(UUID(runtime.flow_run.id)).state
+            ids = {runtime.flow_run.id, runtime.flow_run.root_flow_run_id}
+            states = [client.read_flow_run(UUID(each)).state for each in ids]
     except (httpx.HTTPError, PrefectException):
         return False
-    return state is not None and (state.is_cancelling() or state.is_cancelled())
+    return any(state and (state.is_cancelling() or state.is_cancelled()) for state in states)
 
 
 def worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 (Prefect passes them)
@@ -124,18 +134,26 @@ TASKS = {
 }
 
 
-def run(plan_for: Callable[[], Plan], scheduler: str | None = None) -> State[Any]:
-    """The body of both flows: runs the stages of a plan, and returns the state in which the flow run ends.
+def run(
+    plan_for: Callable[[], Plan], scheduler: str | None = None, watch: pipeline.Watch = pipeline.UNWATCHED
+) -> State[Any]:
+    """The body of a flow: runs the stages of a plan, and returns the state in which the flow run ends.
+
+    The result of a completed one is its summary.
 
     Args:
         plan_for: makes the plan; raises UserError if a parameter is wrong.
         scheduler: address of a Dask scheduler for the stages.
+        watch: watches the stages.
     """
     log = get_run_logger()
 
     def stage(name: str, directory: Path) -> Outcome:
         # A task that returns a State gives that State.
-        state = TASKS[name](name, directory, scheduler)
+        with watch.turn(name):
+            state = TASKS[name](name, directory, scheduler, watch)
+        if state.name == PRUNED:
+            raise StoppedEarly(state.message)
         if state.is_cancelled():
             raise TerminationSignal(signal.SIGTERM)  # as the task was interrupted, so is the flow
         return state.result()
@@ -144,11 +162,13 @@ def run(plan_for: Callable[[], Plan], scheduler: str | None = None) -> State[Any
     which = pipeline.Run(runtime.flow_run.name, run_id, url_for("flow-run", run_id) or "")
     try:
         result = pipeline.run(which, plan_for(), stage, show_report, log.info, log.warning)
+    except StoppedEarly as error:
+        return Cancelled(name=PRUNED, message=str(error))
     except (UserError, dvc_stage.StageError, OSError) as error:
         logging.getLogger("prefect.flow_runs").addFilter(is_news)
         return Failed(message=reason(error))  # raised, it would be logged with a traceback
     ran = [stage.stage for stage in result.stages if stage.outcome == "run"]
-    return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached")
+    return Completed(message=f"ran {', '.join(ran)}" if ran else "all cached", data=result)
 
 
 def reason(error: Exception) -> str:
@@ -188,23 +208,11 @@ def local(
         plan_for: makes the plan from the value of this parameter and the other ones.
         argv: the arguments, by default those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m flows.{flow.replace('-', '_')}",
-        description="Run the stages as the flow does, without Prefect's server.",
-    )
+    parser = command_line(flow, "as -p seed=1 or -p sample='{\"count\": 9}'")
     parser.add_argument(f"--{option}", dest="option", help=description)
-    parser.add_argument(
-        "-p",
-        "--param",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="as -p seed=1 or -p sample='{\"count\": 9}'",
-    )
     parser.add_argument("--name", default=f"local-{datetime.now(UTC):%Y%m%d-%H%M%S}", help="name of the run")
     arguments = parser.parse_args(argv)
-    # As Prefect does for its flows: interrupts the wait for a stage, which stops the stage.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    stop_on_sigterm()
     try:
         changes = given(parameters(arguments.param))
         if arguments.option is not None and option in changes:
@@ -227,6 +235,21 @@ def local(
         return 128 + signal.SIGINT
     summary.show(result.run)
     return 0
+
+
+def command_line(flow: str, example: str) -> argparse.ArgumentParser:
+    """The parser of `python -m flows.FLOW`, with the option -p, of which `example` shows the use."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m flows.{flow.replace('-', '_')}",
+        description="Run the stages as the flow does, without Prefect's server.",
+    )
+    parser.add_argument("-p", "--param", action="append", default=[], metavar="NAME=JSON", help=example)
+    return parser
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM interrupt the wait for a stage, which stops the stage, as Prefect does for its flows."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def parameters(texts: Sequence[str]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Paths:
         self.mlflow_database = self.state / "mlflow.db"
         self.mlflow_artifacts = self.state / "mlflow-artifacts"
         self.runs = self.state / "runs"
+        self.sweeps = self.state / "sweeps"
 
     def denoiser_in(self, precision: str) -> Path:
         return self._graph("denoiser", precision)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,29 @@ class Plan:
     """What `workspace.document` or `teacher.document` gave."""
     teacher: Path | None = None
     """The workspace of the run whose model is distilled; None to train one."""
+    sweep: str = ""
+    """Name of the sweep whose trial this is, if any."""
 
     @property
     def stages(self) -> list[str]:
         return list(STUDENT_STAGES if self.teacher else STAGES)
+
+
+class Watch:
+    """Watches the stages of a run, and may stop them by raising an exception; this one lets them run."""
+
+    def turn(self, stage: str) -> AbstractContextManager[object]:  # noqa: ARG002
+        """A context in which a stage runs."""
+        return nullcontext()
+
+    def line(self, line: str) -> None:
+        """Take a line of a stage's output."""
+
+    def check(self) -> None:
+        """Called at least once a second while a stage runs."""
+
+
+UNWATCHED = Watch()
 
 
 def run(
@@ -66,7 +86,7 @@ def run(
     if shared and (others := software.differences(Path("requirements.lock"))):
         rest = f", and {counted(len(others) - 3, 'other')}" if len(others) > 3 else ""
         warn(f"this worker's packages differ from those of the deployed commit: {'; '.join(others[:3])}{rest}")
-    with workspace.use(which.name, which.id, plan.parameters, plan.teacher) as directory:
+    with workspace.use(which.name, which.id, plan.parameters, plan.teacher, plan.sweep) as directory:
         log(f"workspace {directory}")
         done = []
         for each in plan.stages:

@@ -1,8 +1,8 @@
 """Prefect plugin: adapts Prefect's command line to this repository.
 
-`prefect deployment run train-ddpm` and `distill-ddpm` work without the flow's name, `--watch` shows one line per stage,
-and an unreachable local server is reported in one line. Prefect loads the plugin on import, before its command line
-reads its arguments, wherever [tool.prefect.plugins] is enabled.
+`prefect deployment run train-ddpm`, `distill-ddpm` and `sweep-ddpm` work without the flow's name, `--watch` shows one
+line per stage, and an unreachable local server is reported in one line. Prefect loads the plugin on import, before its
+command line reads its arguments, wherever [tool.prefect.plugins] is enabled.
 """
 
 import sys
@@ -35,7 +35,7 @@ def arguments(argv: list[str], original: list[str]) -> list[str] | None:
 
 
 def complete(given: list[str]) -> list[str]:
-    """The arguments of `prefect deployment run train-ddpm ...` with the name completed, likewise of the other flow.
+    """The arguments of `prefect deployment run train-ddpm ...` with the name completed, likewise of the other flows.
 
     Any others are left as they are.
     """

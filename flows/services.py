@@ -248,7 +248,7 @@ def _stop(services: Services) -> bool:
 
 
 def _close_lost_runs(services: Services) -> None:
-    """Mark runs whose worker has ended, and their tasks, as ended on the server; nothing else does.
+    """Mark runs whose worker has ended, the runs within them and their tasks as ended on the server; nothing else does.
 
     A server of another clone of the repository, which may listen on our port, is left alone.
     """
@@ -262,10 +262,13 @@ def _close_lost_runs(services: Services) -> None:
 
     unfinished = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
     of_pool = {"work_pools": {"name": {"any_": [POOL]}}}
-    for run in http.json(f"{api}/flow_runs/filter", of_pool | {"flow_runs": unfinished}) or []:
+    lost = http.json(f"{api}/flow_runs/filter", of_pool | {"flow_runs": unfinished}) or []
+    within = unfinished | {"parent_flow_run_id": {"any_": [run["id"] for run in lost]}}
+    lost += (http.json(f"{api}/flow_runs/filter", {"flow_runs": within}) or []) if lost else []  # a sweep's trials
+    for run in lost:
         set_state(f"flow_runs/{run['id']}", "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED")
-    of_deployment = {"deployments": {"name": {"any_": list(deployment.FLOWS)}}}
-    for task in http.json(f"{api}/task_runs/filter", of_deployment | {"task_runs": unfinished}) or []:
+    ours = {"flows": {"name": {"any_": list(deployment.FLOWS)}}}
+    for task in http.json(f"{api}/task_runs/filter", ours | {"task_runs": unfinished}) or []:
         run = http.json(f"{api}/flow_runs/{task['flow_run_id']}")
         if run and run["state_type"] in ("CANCELLED", "CRASHED"):
             set_state(f"task_runs/{task['id']}", run["state_type"])

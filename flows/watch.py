@@ -127,7 +127,7 @@ class Display:
 def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
     """The rows, the run's first, as a terminal of this width shows them; what does not fit is cut, never wrapped."""
     run, *stages = rows
-    names = max(len(stage.name) for stage in stages)
+    names = max((len(stage.name) for stage in stages), default=0)
     for row, columns in ((run, 0), *((stage, names) for stage in stages)):
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"{row.name:{columns}}  ", "" if columns else "bold")

@@ -49,6 +49,8 @@ class Run:
     """Name of the run whose model this one distils; empty for a training."""
     start: str = ""
     """Where the model comes from that a training started from; empty for random weights."""
+    sweep: str = ""
+    """Name of the sweep whose trial this is; empty if it is none."""
 
     @classmethod
     def read(cls, workspace: Path) -> "Run":
@@ -60,6 +62,10 @@ class Run:
 
     def write(self, workspace: Path) -> None:
         write_json(workspace / "run.json", asdict(self))
+
+
+class StoppedEarly(Exception):
+    """The run was not worth finishing."""
 
 
 def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
@@ -81,16 +87,18 @@ def document(preset: str | None, changes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = None) -> Iterator[Path]:
+def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = None, sweep: str = "") -> Iterator[Path]:
     """Create the workspace of a flow run and lock it for the block; how the block ends sets the run's state.
 
-    A flow run that is started again with the same id continues in its existing workspace.
+    A flow run that is started again with the same id continues in its existing workspace, and so does a sweep's trial
+    with the same parameters, whatever its id.
 
     Args:
         name: name of the flow run.
         flow_run_id: its id, which distinguishes runs of the same name.
         parameters: the result of `document`.
         teacher: the workspace of the run whose model is distilled, if any; its results are linked.
+        sweep: name of the sweep whose trial the run is, if any.
     Raises:
         UserError: this is not a git repository, the data are missing, or the run is active in another process.
         OSError: the teacher has been deleted in the meantime.
@@ -102,7 +110,7 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
     with ExitStack() as held:
         with FileLock(runs / ".lock"):  # only one process at a time creates and removes workspaces
             _clean(runs, keep=teacher)
-            if (runs / name).exists() and Run.read(runs / name).flow_run_id != flow_run_id:
+            if (runs / name).exists() and not _continues(runs / name, flow_run_id, parameters, sweep):
                 name = f"{name}-{flow_run_id[:8]}"
             workspace = runs / name
             try:
@@ -110,8 +118,8 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
             except Timeout:
                 raise UserError(f"run {name!r} is running in another process; wait for it or cancel it") from None
             if not workspace.exists():
-                _create(workspace, flow_run_id, parameters, teacher)
-        run = replace(Run.read(workspace), state="running", ended="")
+                _create(workspace, flow_run_id, parameters, teacher, sweep)
+        run = replace(Run.read(workspace), flow_run_id=flow_run_id, state="running", ended="")
         run.write(workspace)
         state: State = "completed"
         try:
@@ -128,9 +136,18 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
             replace(run, state=state, ended=_now()).write(workspace)
 
 
+def _continues(workspace: Path, flow_run_id: str, parameters: Any, sweep: str) -> bool:
+    """Whether a flow run, or a trial of a sweep, has begun in a workspace."""
+    run = Run.read(workspace)
+    again = bool(sweep) and run.sweep == sweep and yaml_files.read_yaml(Paths(workspace).params) == parameters
+    return again or run.flow_run_id == flow_run_id
+
+
 def _state_after(error: BaseException) -> State:
     from prefect.exceptions import TerminationSignal  # imported here, since it takes a second
 
+    if isinstance(error, StoppedEarly):
+        return "cancelled"
     if isinstance(error, Exception):
         return "failed"
     by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128
@@ -199,7 +216,7 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
-def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | None) -> None:
+def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | None, sweep: str) -> None:
     """Create the workspace under a temporary name, and rename it once it is complete."""
     temporary = _unfinished(workspace)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -217,7 +234,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
         dvc_lock.link_outputs(teacher, temporary)
         (temporary / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(temporary / ".dvcignore"))
     of = teacher.name if teacher else ""
-    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of).write(temporary)
+    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", "", of, sweep).write(temporary)
     temporary.replace(workspace)
 
 

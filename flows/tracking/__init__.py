@@ -11,6 +11,8 @@ training is followed in its run before there are weights; that run is found by i
 the training's fingerprint. A run that reuses the weights of another one has their logged model as its input, repeats
 the training's final figures, and names the other run in its description.
 
+The run of a sweep has the runs of its trials as children, except those that recorded the same results before.
+
 Digests are kept in tags that MLflow's pages hide: see `names`, also for metrics and parameters. `description` writes
 what a user reads first.
 
@@ -24,5 +26,6 @@ use the same store, and then shows what was logged with and without it; start it
 from flows.tracking.champion import promote
 from flows.tracking.live import LiveRun, live
 from flows.tracking.recording import Recorded, record, track
+from flows.tracking.sweeps import record_sweep
 
-__all__ = ["LiveRun", "Recorded", "live", "promote", "record", "track"]
+__all__ = ["LiveRun", "Recorded", "live", "promote", "record", "record_sweep", "track"]

@@ -206,6 +206,25 @@ def test_the_literal_command_distils_a_finished_run(up: Command, clone: Path) ->
     assert "Traceback" not in refused.stdout
 
 
+@pytest.mark.usefixtures("two_runs")
+def test_the_literal_command_sweeps(up: Command, clone: Path) -> None:
+    sweep = ("prefect", "deployment", "run", "sweep-ddpm", "--watch", "-p", "name=steps", "-p", "at_once=2")
+    done = up(*sweep, "-p", 'over={"export.steps": [10, 5]}')  # the first is that of params.yaml
+    assert done.returncode == 0, done.stdout
+    assert set(summary(clone, "steps-0").values()) == {"cached"}
+    assert [stage for stage, outcome in summary(clone, "steps-1").items() if outcome == "run"] == ["export"]
+    page = artifact(up, "sweep-ddpm-report")
+    assert "2 of 2 trials completed; best: steps-0 (export.steps: 10), val MSE 0." in page
+    assert "steps-1](http://" in page
+    assert "+0.0000 ± 0.0000, not told apart" in page
+    children = {name: api(clone, f"flow_runs/{flow_run_id(clone, name)}") for name in ("steps-0", "steps-1")}
+    assert [(each["name"], each["state_type"]) for each in children.values()] == [
+        ("steps-0", "COMPLETED"),
+        ("steps-1", "COMPLETED"),
+    ]
+    assert all(each["parent_task_run_id"] for each in children.values())
+
+
 def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Command, clone: Path) -> None:
     wrong = ['train={"stepz": 5, "steps": "10"}', 'sample={"steps": 5000}']
     done = up(*RUN, "--flow-run-name", "wrong", "-p", wrong[0], "-p", wrong[1])

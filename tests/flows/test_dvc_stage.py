@@ -129,6 +129,19 @@ def test_an_interruption_ends_the_stage_which_may_write_a_checkpoint(repository:
     assert time.monotonic() - began < dvc_stage.SECONDS_TO_STOP
 
 
+def test_a_check_ends_a_stage_that_is_silent(repository: Path) -> None:
+    (repository / "stage.py").write_text(SLOW)
+    lines: list[str] = []
+
+    def check() -> None:
+        if lines[-1:] == ["started"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dvc_stage.run("shard", repository, lines.append, check=check)
+    assert lines[-1] == "checkpoint written"
+
+
 def test_an_error_over_its_lines_does_not_keep_a_stage_from_its_checkpoint(repository: Path) -> None:
     (repository / "stage.py").write_text(
         SLOW.replace("    print", "    time.sleep(0.5)\n    print", 1).replace(

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,8 @@ import pytest
 from prefect.exceptions import TerminationSignal
 from prefect.states import Failed
 
-from flows import dvc_stage, flow_run
+from flows import dvc_stage, flow_run, pipeline
+from flows.workspace import StoppedEarly
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,26 @@ def test_a_stage_that_is_interrupted_is_cancelled_only_if_its_run_is(
     else:
         with pytest.raises(TerminationSignal):
             flow_run.run_stage("shard", Path())
+
+
+def test_a_watch_sees_every_line_and_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(_: str, __: Path, on_line: Callable[[str], None], *___: object) -> None:
+        for line in ("step 1", "step 2", "step 3"):
+            on_line(line)
+
+    seen = list[str]()
+
+    class Stop(pipeline.Watch):
+        def line(self, line: str) -> None:
+            seen.append(line)
+            if line == "step 2":
+                raise StoppedEarly("not worth it")
+
+    monkeypatch.setattr(dvc_stage, "run", stage)
+    monkeypatch.setattr(flow_run, "get_run_logger", lambda: logging.getLogger("test"))
+    state = flow_run.run_stage("shard", Path(), None, Stop())
+    assert (state.name, state.is_cancelled(), state.message) == ("Pruned", True, "not worth it")
+    assert seen == ["step 1", "step 2"]
 
 
 @pytest.mark.parametrize(("scheduler", "settings"), [("tcp://x:1", {"DDPM_DASK_SCHEDULER": "tcp://x:1"}), (None, None)])

@@ -23,7 +23,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         with open(sys.argv[1], "a") as log:
             log.write(json.dumps([self.path, json.loads(body)]) + "\\n")
-        self.reply([{"id": "one", "state_type": "RUNNING"}] if "flow_runs/filter" in self.path else [])
+        within = "two" if "parent_flow_run_id" in body else "one"
+        self.reply([{"id": within, "state_type": "RUNNING"}] if "flow_runs/filter" in self.path else [])
 
     def do_GET(self):
         self.reply({})
@@ -39,7 +40,7 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
 server.serve_forever()
 """
-"""A server with one running flow run that logs the requests it receives."""
+"""A server with a running flow run, in which another one runs, that logs the requests it receives."""
 
 
 @contextmanager
@@ -75,7 +76,9 @@ def test_runs_are_closed_only_on_their_own_server(
     here, log = Services(tmp_path, prefect_port=1, mlflow_port=1), tmp_path / "log"
     with prefect(here.directory if ours else tmp_path / "other", log) as port, suppress(UserError, SystemExit):
         command(Services(tmp_path, prefect_port=port, mlflow_port=1))
-    assert states_set(log) == ([("/api/flow_runs/one/set_state", "CRASHED")] if ours else [])
+    assert states_set(log) == (
+        [("/api/flow_runs/one/set_state", "CRASHED"), ("/api/flow_runs/two/set_state", "CRASHED")] if ours else []
+    )
 
 
 def test_remains_of_these_services_do_not_claim_a_foreign_server(tmp_path: Path) -> None:

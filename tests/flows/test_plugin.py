@@ -14,7 +14,7 @@ from flows import addresses, plugin
 RUN = ["deployment", "run", "train-ddpm"]
 
 
-@pytest.mark.parametrize("name", ["train-ddpm", "distill-ddpm"])
+@pytest.mark.parametrize("name", ["train-ddpm", "distill-ddpm", "sweep-ddpm"])
 def test_completes_the_bare_name_and_keeps_the_rest(name: str) -> None:
     expected = ["deployment", "run", f"{name}/{name}", "--watch", "-p", "device=cpu"]
     assert plugin.complete(["deployment", "run", name, "--watch", "-p", "device=cpu"]) == expected

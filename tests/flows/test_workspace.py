@@ -89,6 +89,20 @@ def test_a_restarted_run_keeps_its_workspace_unlike_a_namesake() -> None:
 
 
 @pytest.mark.usefixtures("repository")
+def test_a_trial_continues_in_its_workspace_unless_its_parameters_are_others() -> None:
+    def begin(flow_run_id: str, sweep: str, seed: int) -> str:
+        with workspace.use("lr-0", flow_run_id, workspace.document(None, {"seed": seed}), sweep=sweep) as directory:
+            run = workspace.Run.read(directory)
+        assert (run.flow_run_id, run.sweep) == (flow_run_id, sweep)
+        return directory.name
+
+    assert begin("first-id", "lr", 1) == "lr-0"
+    assert begin("another1", "lr", 1) == "lr-0"
+    assert begin("another2", "lr", 2) == "lr-0-another2"
+    assert begin("another3", "", 1) == "lr-0-another3"
+    assert begin("another4", "other", 1) == "lr-0-another4"
+
+
 def test_a_workspace_in_use_is_locked() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document):
