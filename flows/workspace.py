@@ -22,7 +22,7 @@ from pydantic import Field
 from diffusion.errors import UserError
 from diffusion.progress import say
 from diffusion.storage.files import write_json, writing
-from flows import dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
+from flows import dvc_config, dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -96,7 +96,7 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
         runs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
     with ExitStack() as held:
-        with FileLock(runs / ".lock"):  # only one process at a time creates and removes workspaces
+        with exclusive(runs):
             _clean(runs, keep=teacher)
             if (runs / name).exists() and Run.read(runs / name).flow_run_id != flow_run_id:
                 name = f"{name}-{flow_run_id[:8]}"
@@ -119,6 +119,11 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
             raise
         finally:
             replace(run, state=state, ended=_now()).write(workspace)
+
+
+def exclusive(runs: Path) -> FileLock:
+    """The lock to hold while creating or removing workspaces."""
+    return FileLock(runs / ".lock")
 
 
 def _state_after(error: BaseException) -> State:
@@ -162,7 +167,7 @@ def newest(state: State, other_than: Path | None = None, distilled: bool | None 
 
 def state_of(workspace: Path, run: Run) -> State:
     """The state of a run; one recorded as running without a process has crashed."""
-    return "crashed" if run.state == "running" and not _in_use(workspace) else run.state
+    return "crashed" if run.state == "running" and not in_use(workspace) else run.state
 
 
 def retention() -> tuple[int, float]:
@@ -174,7 +179,7 @@ def retention() -> tuple[int, float]:
 
 def dvc(root: Path, *arguments: str) -> str:
     """Run DVC in `root` and return its output; raises UserError with its error in one line."""
-    command = [sys.executable, "-m", "dvc", *arguments]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"dvc {' '.join(arguments)}: {dvc_output.reason(done.stderr)}")
@@ -204,7 +209,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
     (temporary / ".ddpm").symlink_to(Paths().state.absolute())
-    _configure_dvc(temporary)
+    dvc_config.write(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
     if teacher:
@@ -213,39 +218,6 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     of = teacher.name if teacher else ""
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of).write(temporary)
     temporary.replace(workspace)
-
-
-def _configure_dvc(workspace: Path) -> None:
-    """Configure a workspace to use the repository's cache and remotes, resolving relative paths and local settings.
-
-    Raises:
-        UserError: DVC rejects the configuration of the repository.
-    """
-    from configobj import ConfigObj  # a dependency of DVC; imported here, since it takes a second
-    from dvc.config import Config, ConfigError, merge
-
-    try:
-        ours = Config(str(Path(".dvc")))
-    except ConfigError as error:
-        raise UserError(f"DVC's configuration: {' '.join(str(error).split())}") from None
-    own = {
-        "core": {"no_scm": True, "site_cache_dir": str(Paths().state.absolute() / "dvc")},
-        "cache": {
-            "dir": ours["cache"].get("dir") or str(Path(".dvc/cache").absolute()),
-            "type": "reflink,hardlink,symlink,copy",
-        },
-    }
-    settings: dict[str, Any] = {}
-    for each in (ours.load_one("repo"), ours.load_one("local"), own):  # with absolute paths
-        merge(settings, each)
-    named = {
-        f'{kind} "{name}"': value for kind in ("remote", "machine", "db") for name, value in settings.pop(kind).items()
-    }
-    file = workspace / ".dvc" / "config.local"
-    file.touch()
-    file.chmod(0o600)  # may contain a remote's password
-    with file.open("wb") as opened:
-        ConfigObj(settings | named, encoding="utf-8").write(opened)  # DVC's `Config.edit` writes only ASCII
 
 
 def _checkout_raw_data(workspace: Path) -> None:
@@ -282,11 +254,23 @@ def _clean(runs: Path, keep: Path | None) -> None:
     for index, (workspace, run) in enumerate(reversed(all_runs())):
         old = index >= most or datetime.fromisoformat(run.ended or run.created) < oldest
         if old and workspace.name != (keep and keep.name):
-            with suppress(Timeout), _lock(workspace):
-                if Run.read(workspace) == run:  # otherwise it has just ended
-                    shutil.rmtree(_unfinished(workspace), ignore_errors=True)
-                    workspace.replace(_unfinished(workspace))
-                    shutil.rmtree(_unfinished(workspace))
+            remove(workspace, run)
+    remove_remains(runs)
+
+
+def remove(workspace: Path, run: Run) -> bool:
+    """Remove the workspace of a run, unless it is in use or the run has just ended; returns whether it did."""
+    with suppress(Timeout), _lock(workspace):
+        if Run.read(workspace) == run:
+            shutil.rmtree(_unfinished(workspace), ignore_errors=True)
+            workspace.replace(_unfinished(workspace))
+            shutil.rmtree(_unfinished(workspace))
+            return True
+    return False
+
+
+def remove_remains(runs: Path) -> None:
+    """Remove what is left of workspaces that were being created or removed when the process was killed."""
     for unfinished in runs.glob(".*.part"):
         with suppress(Timeout), _lock(runs / unfinished.name[1:].removesuffix(".part")):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -323,7 +307,8 @@ def _unfinished(workspace: Path) -> Path:
     return workspace.with_name(f".{workspace.name}.part")
 
 
-def _in_use(workspace: Path) -> bool:
+def in_use(workspace: Path) -> bool:
+    """Whether a process runs in a workspace."""
     try:
         with _lock(workspace):
             return False
