@@ -30,6 +30,7 @@ SECONDS_TO_LEFTOVER = 24 * 60 * 60
 """An unfinished file that was not touched for this long is taken to be that of a command that was killed."""
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.former)?")
 """Names that diffusion/storage/files.py gives to what it is writing, and flows/importing.py to what it copies."""
+BUT_ACTIVE = ", none while a run is active"
 Runs = Sequence[tuple[Path, Run]]
 
 
@@ -70,27 +71,37 @@ def find(rule: Rule) -> Garbage:
         UserError: MLflow, git or a file cannot be read, so that it is not known what is needed.
     """
     paths = Paths()
+    active = {directory for directory in _folders() if workspace.in_use(directory)}  # first: one that ends now is kept
     every = workspace.all_runs()
-    active = {directory for directory, _ in every if workspace.in_use(directory)}
     versions = mlflow_garbage.named(paths)
     selected = rule.selects((each, _ended(each[1])) for each in every)
     needed = _needed(every, active, versions) if selected else {}
     going = [(directory, run) for directory, run in selected if directory.name not in needed]
     folders, gone = _folders(), {directory for directory, _ in going}
     kept = [directory for directory in folders if directory not in gone]
-    deleted = mlflow_garbage.deleted(paths, rule.older_than)
+    deleted, hidden = mlflow_garbage.deleted(paths, rule.older_than)
     files = [folder for run in deleted for folder in run.folders]
     left = _leftovers(paths, kept, bool(active))
     parts = [
         _cache(kept, versions),
-        Part("runs", folders, gone, f"{len(gone)} of {len(folders)}: {rule.words('run')}"),
+        Part("runs", folders, gone, f"{len(gone)} of {len(folders)}: {rule}"),
         _checkpoints(paths, rule, bool(active)),
         _features(paths, rule, bool(active)),
-        Part("MLflow", [paths.mlflow_database, paths.mlflow_artifacts], files, _in_words(len(deleted))),
+        Part(
+            "MLflow",
+            [paths.mlflow_database, paths.mlflow_artifacts.resolve()],
+            files,
+            f"{len(deleted)} of {counted(hidden, 'run')} that were deleted there",
+        ),
         left,
     ]
-    measured = {root for part in parts for root in part.roots}
-    rest = [entry for entry in _entries(paths.state) if entry not in {*measured, paths.runs, paths.state / "dvc"}]
+    elsewhere = {
+        paths.runs,
+        paths.mlflow_artifacts,
+        paths.state / "dvc",
+        *(root for part in parts for root in part.roots),
+    }
+    rest = [entry for entry in _entries(paths.state) if entry not in elsewhere]
     parts.append(Part("other", rest, (), "Prefect, logs, contact sheets of imports"))
     measure(parts)
     stays = {directory.name: needed[directory.name] for directory, _ in selected if directory.name in needed}
@@ -101,10 +112,10 @@ def delete(garbage: Garbage) -> None:
     """Delete what goes, inside `at_rest`; what has come into use since it was found stays."""
     paths = Paths()
     parts = {part.name: part.going for part in garbage.parts}
-    workspace.remove_remains(paths.runs)
     _remove(path for path in parts["leftovers"] if path.parent != paths.runs)
     for directory, run in garbage.runs:
         workspace.remove(directory, run)
+    workspace.remove_remains(paths.runs)
     for directory in parts["checkpoints"]:
         with suppress(Timeout), lock_of(directory).acquire(timeout=0):
             _remove([directory])
@@ -114,14 +125,13 @@ def delete(garbage: Garbage) -> None:
         mlflow_garbage.delete(paths, garbage.deleted)
 
 
-def _needed(every: Runs, active: Collection[Path], versions: Iterable[Named]) -> dict[str, str]:
+def _needed(every: Runs, active: Collection[Path], versions: Sequence[Named]) -> dict[str, str]:
     """The names of the runs that never go, and why: active ones, those of named models, and teachers of such runs."""
     found = {directory.name: "active" for directory, _ in every if directory in active}
+    digests = {directory: _sampler(directory, run) for directory, run in every if versions}
     for version in versions:
         for directory, run in every:
-            sampler = Paths(directory, student=bool(run.teacher)).sampler
-            exported = bool(version.onnx) and sampler.exists() and sha256(sampler) == version.onnx
-            if run.flow_run_id in version.flow_runs or exported:
+            if run.flow_run_id in version.flow_runs or version.onnx in digests[directory]:
                 found.setdefault(directory.name, version.name)
     teachers = {directory.name: run.teacher for directory, run in every if run.teacher}
     for name in list(found):
@@ -130,12 +140,23 @@ def _needed(every: Runs, active: Collection[Path], versions: Iterable[Named]) ->
     return found
 
 
+def _sampler(directory: Path, run: Run) -> list[str]:
+    """The digest of the sampler that a run exported, if it did."""
+    sampler = Paths(directory, student=bool(run.teacher)).sampler
+    return [sha256(sampler)] if sampler.exists() else []
+
+
 def _cache(kept: Iterable[Path], versions: Iterable[Named]) -> Part:
     folder = cache.folder()
     if folder is None:
         return Part("DVC cache", (), (), "outside of the repository, maybe used by others: see `dvc gc --projects`")
     unused = cache.unused(folder, kept, (lock for version in versions for lock in version.locks))
-    return Part("DVC cache", [folder], unused, f"{len(unused)} of {counted(cache.count(folder), 'file')}: unused")
+    return Part(
+        "DVC cache",
+        [folder],
+        unused,
+        f"{len(unused)} of {counted(cache.count(folder), 'file')}: not used by a commit, a run or this folder",
+    )
 
 
 def _checkpoints(paths: Paths, rule: Rule, active: bool) -> Part:
@@ -143,22 +164,22 @@ def _checkpoints(paths: Paths, rule: Rule, active: bool) -> Part:
     found = [path for path in _entries(paths.checkpoints) if path.is_dir()]
     free = [] if active else rule.selects((path, _time(path)) for path in found)
     going = [path for path in free if not _locked(lock_of(path))]
-    words = "a run is active" if active else rule.words("training")
-    return Part("checkpoints", [paths.checkpoints], going, f"{len(going)} of {len(found)}: {words}")
+    words = f"{len(going)} of {counted(len(found), 'interrupted training')}"
+    return Part("checkpoints", [paths.checkpoints], going, f"{words}{BUT_ACTIVE if active else ''}")
 
 
 def _features(paths: Paths, rule: Rule, active: bool) -> Part:
     """The features that `evaluate` has trained; only their age counts."""
     found = _entries(paths.features)
     going = [] if active or rule.older_than is None else rule._replace(keep=None).selects((p, _time(p)) for p in found)
-    words = "a run is active" if active else "with --older-than" if rule.older_than is None else rule.words("")
-    return Part("features", [paths.features], going, f"{len(going)} of {counted(len(found), 'file')}: {words}")
+    words = f"{len(going)} of {counted(len(found), 'file')} for comparing images"
+    return Part("features", [paths.features], going, f"{words}{BUT_ACTIVE if active else ''}")
 
 
 def _leftovers(paths: Paths, kept: Sequence[Path], active: bool) -> Part:
     """What killed commands left, and DVC's databases of workspaces that are gone."""
     parts = [path for path in paths.runs.glob(".*.part") if not workspace.in_use(path.with_name(path.name[1:-5]))]
-    outputs = (paths.shards.parent, paths.raw, paths.model.parent, paths.data_report.parent, paths.features)
+    outputs = (paths.shards.parent, paths.raw, paths.model.parent, paths.data_report.parent)
     unfinished = [path for folder in outputs for path in _entries(folder) if _UNFINISHED.fullmatch(path.name)]
     downloads = list(paths.state.glob(".remote.*"))
     still = [] if active else [path for path in (*unfinished, *downloads) if _age(path) > SECONDS_TO_LEFTOVER]
@@ -166,12 +187,8 @@ def _leftovers(paths: Paths, kept: Sequence[Path], active: bool) -> Part:
     databases = _entries(paths.state / "dvc" / "repo")
     stale = [path for path in databases if time.time() - _age(path) < first]
     found, going = [*parts, *unfinished, *downloads, *databases], [*parts, *still, *stale]
-    words = f"{len(going)} of {len(found)}: of killed commands and of DVC in former workspaces"
+    words = f"{len(going)} of {len(found)}: from killed commands, and from DVC in workspaces that are gone"
     return Part("leftovers", found, going, words)
-
-
-def _in_words(runs: int) -> str:
-    return f"{counted(runs, 'run')} deleted in MLflow"
 
 
 def _folders() -> list[Path]:

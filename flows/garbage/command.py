@@ -40,8 +40,8 @@ def _as_json(found: Garbage, force: bool) -> dict[str, Any]:
 def _as_text(found: Garbage, rule: Rule, force: bool) -> str:
     went = "DELETED" if force else "GOES"
     rows = [("", "SIZE", went, "")]
-    rows += [(part.name, decimal(part.space.taken), decimal(part.space.freed), part.what) for part in found.parts]
-    rows.append(("total", decimal(found.taken), decimal(found.freed), ""))
+    rows += [(part.name, _size(part.space.taken), _size(part.space.freed), part.what) for part in found.parts]
+    rows.append(("total", _size(found.taken), _size(found.freed), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{name.ljust(widths[0])}  {size.rjust(widths[1])}  {freed.rjust(widths[2])}  {what}".rstrip()
@@ -54,6 +54,10 @@ def _as_text(found: Garbage, rule: Rule, force: bool) -> str:
     if not force and found.freed:
         lines.append(f"\nNothing was deleted; `{_command(rule)}` deletes it.")
     return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return decimal(size) if size else "0"
 
 
 def _command(rule: Rule) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, TypeVar
 
-from diffusion.errors import UsageError, counted
+from diffusion.errors import UsageError
 
 T = TypeVar("T")
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
@@ -45,11 +45,7 @@ class Rule(NamedTuple):
             thing for thing, time in surplus if self.older_than is None or time < datetime.now(UTC) - self.older_than
         ]
 
-    def words(self, thing: str) -> str:
-        """The rule in words."""
-        parts = []
-        if self.keep is not None:
-            parts.append(f"all but the newest {counted(self.keep, thing)}" if self.keep else f"all {thing}s")
-        if self.older_than is not None:
-            parts.append(f"older than {self.text}")
-        return ", ".join(parts) or "none without --keep or --older-than"
+    def __str__(self) -> str:
+        parts = [] if self.keep is None else [f"all but the newest {self.keep}" if self.keep else "all"]
+        parts += [f"older than {self.text}"] if self.older_than is not None else []
+        return ", ".join(parts) or "--keep and --older-than choose"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from diffusion.errors import UserError
 from flows import addresses
 from flows.paths import Paths
 from flows.tracking import names, store
@@ -57,13 +58,18 @@ def named(paths: Paths) -> list[Named]:
     """
     found = []
     for uri in _stores(paths):
-        with store.user_errors(uri):
-            found += list(_named(_client(uri)))
+        try:
+            with store.user_errors(uri):
+                found += list(_named(_client(uri)))
+        except UserError as error:
+            raise UserError(f"{error}; it is needed to know the champion and its ancestors") from None
     return found
 
 
-def deleted(paths: Paths, older_than: timedelta | None) -> list[Deleted]:
-    """The runs in `.ddpm/mlflow.db` that were deleted, and are needed by no model version and no other run.
+def deleted(paths: Paths, older_than: timedelta | None) -> tuple[list[Deleted], int]:
+    """The runs in `.ddpm/mlflow.db` that were deleted and that nothing needs, and the number of all deleted ones.
+
+    A run is needed while a model version that it registered exists, or another run uses its weights.
 
     Args:
         paths: of the repository.
@@ -72,21 +78,21 @@ def deleted(paths: Paths, older_than: timedelta | None) -> list[Deleted]:
         UserError: the database cannot be read.
     """
     if not paths.mlflow_database.exists():
-        return []
+        return [], 0
     uri = _own(paths)
     with store.user_errors(uri):
         client = _client(uri)
         milliseconds = int((older_than or timedelta()).total_seconds() * 1000)
         candidates = _backend(client)._get_deleted_runs(older_than=milliseconds)
-        if not candidates:
-            return []
-        versions = list(_pages(lambda token: client.search_model_versions(page_token=token)))
-        registered = {needed for version in versions for needed in (version.run_id, version.model_id)}
-        found = [_with_files(client, client.get_run(run_id)) for run_id in candidates if run_id not in registered]
-        found = [run for run in found if registered.isdisjoint(run.models)]
-        going = {run.run_id for run in found}
-        reused = {trained for user, trained in _reusing(client) if user not in going}
-        return [run for run in found if run.run_id not in reused]
+        found = [_with_files(client, client.get_run(run_id)) for run_id in candidates]
+        if found:
+            versions = list(_pages(lambda token: client.search_model_versions(page_token=token)))
+            registered = {each for v in versions for each in (v.run_id, v.source.removeprefix("models:/"))}
+            found = [run for run in found if registered.isdisjoint((run.run_id, *run.models))]
+            going = {run.run_id for run in found}
+            reused = {trained for user, trained in _reusing(client) if user not in going}
+            found = [run for run in found if run.run_id not in reused]
+        return found, len(candidates)
 
 
 def delete(paths: Paths, runs: Sequence[Deleted]) -> None:
@@ -116,14 +122,16 @@ def _own(paths: Paths) -> str:
 
 
 def _stores(paths: Paths) -> list[str]:
-    """The store of this process, the one with which the worker was started, and the repository's own, if it exists.
+    """The store of this process, the one with which the services were started, and the repository's own, if it exists.
 
-    A server of `make up` serves the latter, which is read here whether the server runs or not.
+    The latter is read without the server of `make up`, which serves it.
     """
-    own, server = _own(paths), addresses.mlflow(paths)
-    others = [store.tracking_uri(paths), addresses.recorded(paths).get("MLFLOW_TRACKING_URI", own)]
-    uris = [own if uri.rstrip("/") == server else uri for uri in (own, *others)]
-    return [uri for uri in dict.fromkeys(uris) if uri != own or paths.mlflow_database.exists()]
+    recorded, own = addresses.recorded(paths), _own(paths)
+    uris = [store.tracking_uri(paths), recorded.get("MLFLOW_TRACKING_URI", own), own]
+    if not paths.mlflow_database.exists():
+        return [uri for uri in dict.fromkeys(uris) if uri != own]
+    served = addresses.mlflow(paths) if "MLFLOW_PORT" in recorded else own
+    return list(dict.fromkeys(own if uri.rstrip("/") == served else uri for uri in uris))
 
 
 def _client(uri: str) -> MlflowClient:
