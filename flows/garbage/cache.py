@@ -36,7 +36,7 @@ def folder() -> Path | None:
     if configuration["core"].get("hardlink_lock"):
         raise UserError("core.hardlink_lock in DVC's configuration: such locks are not supported; use `dvc gc` instead")
     found = dvc_config.cache(configuration).resolve()
-    return found if found.is_relative_to(Path().resolve()) else None
+    return found 
 
 
 def unused(cache: Path, workspaces: Iterable[Path], more: Iterable[bytes]) -> list[Path]:

@@ -30,7 +30,7 @@ SECONDS_TO_LEFTOVER = 24 * 60 * 60
 """An unfinished file that was not touched for this long is taken to be that of a command that was killed."""
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.former)?")
 """Names that diffusion/storage/files.py gives to what it is writing, and flows/importing.py to what it copies."""
-BUT_ACTIVE = ", none while a run is active"
+BUT_BUSY = ", none while a run or stage is active"
 Runs = Sequence[tuple[Path, Run]]
 
 
@@ -72,6 +72,7 @@ def find(rule: Rule) -> Garbage:
     """
     paths = Paths()
     active = {directory for directory in _folders() if workspace.in_use(directory)}  # first: one that ends now is kept
+    busy = bool(active) or cache.runs_stage()
     every = workspace.all_runs()
     versions = mlflow_garbage.named(paths)
     selected = rule.selects((each, _ended(each[1])) for each in every)
@@ -81,12 +82,12 @@ def find(rule: Rule) -> Garbage:
     kept = [directory for directory in folders if directory not in gone]
     deleted, hidden = mlflow_garbage.deleted(paths, rule.older_than)
     files = [folder for run in deleted for folder in run.folders]
-    left = _leftovers(paths, kept, bool(active))
+    left = _leftovers(paths, kept, busy)
     parts = [
         _cache(kept, versions),
         Part("runs", folders, gone, f"{len(gone)} of {len(folders)}: {rule}"),
-        _checkpoints(paths, rule, bool(active)),
-        _features(paths, rule, bool(active)),
+        _checkpoints(paths, rule, busy),
+        _features(paths, rule, busy),
         Part(
             "MLflow",
             [paths.mlflow_database, paths.mlflow_artifacts.resolve()],
@@ -159,30 +160,30 @@ def _cache(kept: Iterable[Path], versions: Iterable[Named]) -> Part:
     )
 
 
-def _checkpoints(paths: Paths, rule: Rule, active: bool) -> Part:
+def _checkpoints(paths: Paths, rule: Rule, busy: bool) -> Part:
     """Those of interrupted trainings; an active run may be about to resume one."""
     found = [path for path in _entries(paths.checkpoints) if path.is_dir()]
-    free = [] if active else rule.selects((path, _time(path)) for path in found)
+    free = [] if busy else rule.selects((path, _time(path)) for path in found)
     going = [path for path in free if not _locked(lock_of(path))]
     words = f"{len(going)} of {counted(len(found), 'interrupted training')}"
-    return Part("checkpoints", [paths.checkpoints], going, f"{words}{BUT_ACTIVE if active else ''}")
+    return Part("checkpoints", [paths.checkpoints], going, f"{words}{BUT_BUSY if busy else ''}")
 
 
-def _features(paths: Paths, rule: Rule, active: bool) -> Part:
+def _features(paths: Paths, rule: Rule, busy: bool) -> Part:
     """The features that `evaluate` has trained; only their age counts."""
     found = _entries(paths.features)
-    going = [] if active or rule.older_than is None else rule._replace(keep=None).selects((p, _time(p)) for p in found)
+    going = [] if busy or rule.older_than is None else rule._replace(keep=None).selects((p, _time(p)) for p in found)
     words = f"{len(going)} of {counted(len(found), 'file')} for comparing images"
-    return Part("features", [paths.features], going, f"{words}{BUT_ACTIVE if active else ''}")
+    return Part("features", [paths.features], going, f"{words}{BUT_BUSY if busy else ''}")
 
 
-def _leftovers(paths: Paths, kept: Sequence[Path], active: bool) -> Part:
+def _leftovers(paths: Paths, kept: Sequence[Path], busy: bool) -> Part:
     """What killed commands left, and DVC's databases of workspaces that are gone."""
     parts = [path for path in paths.runs.glob(".*.part") if not workspace.in_use(path.with_name(path.name[1:-5]))]
     outputs = (paths.shards.parent, paths.raw, paths.model.parent, paths.data_report.parent)
     unfinished = [path for folder in outputs for path in _entries(folder) if _UNFINISHED.fullmatch(path.name)]
     downloads = list(paths.state.glob(".remote.*"))
-    still = [] if active else [path for path in (*unfinished, *downloads) if _age(path) > SECONDS_TO_LEFTOVER]
+    still = [] if busy else [path for path in (*unfinished, *downloads) if _age(path) > SECONDS_TO_LEFTOVER]
     first = min((_created(directory) for directory in kept), default=time.time())
     databases = _entries(paths.state / "dvc" / "repo")
     stale = [path for path in databases if time.time() - _age(path) < first]

@@ -64,6 +64,19 @@ def test_every_commit_keeps_what_its_files_name() -> None:
     assert used(*kept, b"nothing") == [True] * 8 + [False]
 
 
+def test_both_sides_of_a_merge_keep_what_they_name() -> None:
+    git("checkout", "--quiet", "-b", "side")
+    Path("dvc.lock").write_text(lock(stored(b"side")))
+    commit()
+    git("checkout", "--quiet", "main")
+    Path("dvc.lock").write_text(lock(stored(b"main")))
+    commit()
+    git("merge", "--quiet", "--strategy=ours", "side", "--message", "merge")
+    git("branch", "--quiet", "--delete", "side")
+    git("reflog", "expire", "--expire=all", "--all")
+    assert used(b"side", b"main", b"nothing") == [True, True, False]
+
+
 def test_workspaces_that_stay_and_lock_files_in_mlflow_keep_what_they_name() -> None:
     kept, gone = run("kept", digests=[stored(b"kept")]), run("gone", digests=[stored(b"gone")])
     (kept / "distill").mkdir()

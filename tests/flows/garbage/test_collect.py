@@ -177,7 +177,9 @@ def test_checkpoints_go_by_the_same_rules_unless_in_use() -> None:
         aged(write(Path(f".ddpm/checkpoints/{name}/step.pt")).parent, days)
     checkpoints = Path(".ddpm/checkpoints")
     with workspace._lock(run("active").absolute()):
-        assert "0 of 3 interrupted trainings, none while a run is active" in gc("--keep", "0", "--force").stdout
+        assert (
+            "0 of 3 interrupted trainings, none while a run or stage is active" in gc("--keep", "0", "--force").stdout
+        )
     assert found("--keep", "2")["parts"]["checkpoints"]["freed"] // MB == 1
     with lock_of(checkpoints / "b"):
         gc("--older-than", "30d", "--force")
@@ -214,6 +216,16 @@ def test_what_killed_commands_left_goes_after_a_day() -> None:
     gc("--force")
     gone = {path for path in before - contents() if path != part and part not in path.parents}
     assert gone == {Path(name) / more for name in names for more in ("", "a")}
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_a_stage_in_the_working_tree_may_use_stays(alive: bool) -> None:
+    left = aged(write(Path(".ddpm/.remote.x/a")).parent, 2)
+    process = os.getpid() if alive else 2**22 + 1  # beyond the largest id
+    Path(".dvc/tmp").mkdir()
+    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"data/shards": {"pid": process, "cmd": "dvc repro"}}}))
+    gc("--force")
+    assert left.exists() == alive
 
 
 def test_dvcs_databases_of_former_workspaces_go() -> None:
