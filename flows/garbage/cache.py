@@ -7,13 +7,15 @@ what it names. As with `dvc gc`, the entries of the run cache keep nothing.
 """
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from diffusion.errors import Damaged, UserError
@@ -36,7 +38,7 @@ def folder() -> Path | None:
     if configuration["core"].get("hardlink_lock"):
         raise UserError("core.hardlink_lock in DVC's configuration: such locks are not supported; use `dvc gc` instead")
     found = dvc_config.cache(configuration).resolve()
-    return found 
+    return found if found.is_relative_to(Path().resolve()) else None
 
 
 def unused(cache: Path, workspaces: Iterable[Path], more: Iterable[bytes]) -> list[Path]:
@@ -78,16 +80,23 @@ def at_rest(folders: Iterable[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for root in (Path(), *folders):
             lock = FileLock(root / ".dvc" / "tmp" / "lock")  # the same flock as DVC's, which also writes into the file
-            try:
+            with suppress(OSError):  # on a full disk, where DVC cannot create its lock, either
                 (root / ".dvc" / "tmp").mkdir(exist_ok=True)
-            except OSError:  # on a full disk; DVC needs the folder, too
-                continue
-            try:
-                held.enter_context(lock.acquire(timeout=0))
-            except Timeout:
-                say(f"gc: waiting for DVC in {root}")
-                held.enter_context(lock.acquire())
+                try:
+                    held.enter_context(lock.acquire(timeout=0))
+                except Timeout:
+                    say(f"gc: waiting for DVC in {root}")
+                    held.enter_context(lock.acquire())
         yield
+
+
+def runs_stage() -> bool:
+    """Whether a command of DVC runs a stage in the working tree; it then holds another lock, on the stage's outputs."""
+    try:
+        holders = json.loads(Path(".dvc/tmp/rwlock").read_bytes())["write"].values()
+        return any(psutil.pid_exists(holder["pid"]) for holder in holders)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _files(directory: Path) -> Iterator[Path]:
