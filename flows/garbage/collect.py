@@ -92,7 +92,7 @@ def find(rule: Rule) -> Garbage:
             "MLflow",
             [paths.mlflow_database, paths.mlflow_artifacts.resolve()],
             files,
-            f"{len(deleted)} of {counted(hidden, 'run')} that were deleted there",
+            f"{len(deleted)} of {counted(hidden, 'run')} deleted there",
         ),
         left,
     ]
