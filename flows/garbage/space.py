@@ -50,7 +50,7 @@ def measure(parts: Sequence[Part]) -> None:
         part.space = Space()
         going = {os.fspath(path) for path in part.going}
         for root in part.roots:
-            for found, goes in _walk(os.fspath(root), going, any(above in going for above in map(str, root.parents))):
+            for found, goes in _walk(os.fspath(root), going):
                 folder = stat.S_ISDIR(found.st_mode)
                 links = 1 if folder else found.st_nlink
                 new = _Inode(index, found.st_blocks * BLOCK, links)
@@ -62,7 +62,7 @@ def measure(parts: Sequence[Part]) -> None:
         space.freed += inode.size if inode.links == 0 else 0
 
 
-def _walk(path: str, going: Collection[str], goes: bool) -> Iterator[tuple[os.stat_result, bool]]:
+def _walk(path: str, going: Collection[str], goes: bool = False) -> Iterator[tuple[os.stat_result, bool]]:
     """The files and folders at and below a path, and whether they go; what is deleted meanwhile is left out."""
     goes = goes or path in going
     try:
