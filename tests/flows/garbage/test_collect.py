@@ -11,6 +11,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import zc.lockfile
+from filelock import Timeout
 
 from diffusion.storage.files import sha256
 from flows import workspace
@@ -242,7 +244,7 @@ def test_dvcs_databases_of_former_workspaces_go() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_a_run_that_starts_meanwhile_waits_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    run("old", 9, digests=[stored(b"old")])
+    (run("old", 9, digests=[stored(b"old")]) / ".dvc").mkdir()
     states, delete, document = list[tuple[str, bool]](), collect.delete, workspace.document(None, {})
 
     def start() -> None:
@@ -253,7 +255,11 @@ def test_a_run_that_starts_meanwhile_waits_and_loses_nothing(monkeypatch: pytest
 
     def meanwhile(garbage: collect.Garbage) -> None:
         thread.start()
-        thread.join(0.3)
+        with pytest.raises(Timeout):
+            workspace.exclusive(RUNS).acquire(timeout=0)
+        for folder in (Path(), RUNS / "old"):
+            with pytest.raises(zc.lockfile.LockError):  # DVC would wait, too
+                zc.lockfile.LockFile(folder / ".dvc/tmp/lock")
         assert (states, left()) == ([], ["old"])
         delete(garbage)
 
