@@ -172,7 +172,7 @@ def _checkpoints(paths: Paths, rule: Rule, busy: bool) -> Part:
 def _features(paths: Paths, rule: Rule, busy: bool) -> Part:
     """The features that `evaluate` has trained; only their age counts."""
     found = _entries(paths.features)
-    going = [] if busy or rule.older_than is None else rule._replace(keep=None).selects((p, _time(p)) for p in found)
+    going = [] if busy else rule._replace(keep=None).selects((p, _time(p)) for p in found)
     words = f"{len(going)} of {counted(len(found), 'file')} for comparing images"
     return Part("features", [paths.features], going, f"{words}{BUT_BUSY if busy else ''}")
 

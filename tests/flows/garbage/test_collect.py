@@ -184,6 +184,7 @@ def test_checkpoints_go_by_the_same_rules_unless_in_use() -> None:
         )
     assert found("--keep", "2")["parts"]["checkpoints"]["freed"] // MB == 1
     with lock_of(checkpoints / "b"):
+        assert found("--older-than", "30d")["parts"]["checkpoints"]["freed"] // MB == 1
         gc("--older-than", "30d", "--force")
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["b", "c"]
 
@@ -209,6 +210,8 @@ def test_what_killed_commands_left_goes_after_a_day() -> None:
         aged(write(Path(name)), 99)
     part = RUNS / ".half.part"
     write(part / "a")
+    with workspace._lock(RUNS / "half"):  # being created
+        assert found()["parts"]["leftovers"]["freed"] // MB == 4
     before = contents()
     with workspace._lock(run("active").absolute()):
         gc("--force")
