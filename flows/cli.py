@@ -225,6 +225,25 @@ def track(run: str | None = None, /, *, student: bool = False, json: bool = Fals
     tracking.track(load(paths.params), paths, as_json=json)
 
 
+@app.command(group=RUNS, usage="Usage: ddpm gc [--keep N] [--older-than AGE] [--force] [--json]")
+def gc(*, keep: Integer | None = None, older_than: str | None = None, force: bool = False, json: bool = False) -> None:
+    """Show what takes space and what of it can go; with --force, delete that.
+
+    Goes: files that nothing uses in DVC's cache, runs that were deleted in MLflow, what killed commands left, and, by
+    --keep and --older-than, runs and the checkpoints of interrupted trainings. Never goes: active runs, those whose
+    model is champion, challenger or has another alias in MLflow, their teachers, and what a git commit uses.
+
+    Args:
+        keep: Keep this many of the latest runs.
+        older_than: Delete only what is older than this, such as 30d (h: hours, d: days, w: weeks).
+        force: Delete; without it, nothing is deleted.
+        json: Print bytes and names as JSON.
+    """
+    from flows.garbage import command
+
+    command.run(keep, older_than, force=force, as_json=json)
+
+
 @app.command(group=RUNS)
 def promote(version: str, /, *, reason: str, student: bool = False) -> None:
     """Make a registered model version the champion.

@@ -108,7 +108,7 @@ def use(name: str, flow_run_id: str, parameters: Any, teacher: Path | None = Non
         runs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", name).lstrip(".") or flow_run_id
     with ExitStack() as held:
-        with FileLock(runs / ".lock"):  # only one process at a time creates and removes workspaces
+        with exclusive(runs):
             _clean(runs, keep=teacher)
             if (runs / name).exists() and not _continues(runs / name, flow_run_id, parameters, sweep):
                 name = f"{name}-{flow_run_id[:8]}"
@@ -141,6 +141,11 @@ def _continues(workspace: Path, flow_run_id: str, parameters: Any, sweep: str) -
     run = Run.read(workspace)
     again = bool(sweep) and run.sweep == sweep and yaml_files.read_yaml(Paths(workspace).params) == parameters
     return again or run.flow_run_id == flow_run_id
+
+
+def exclusive(runs: Path) -> FileLock:
+    """The lock to hold while creating or removing workspaces."""
+    return FileLock(runs / ".lock")
 
 
 def _state_after(error: BaseException) -> State:
@@ -186,7 +191,7 @@ def newest(state: State, other_than: Path | None = None, distilled: bool | None 
 
 def state_of(workspace: Path, run: Run) -> State:
     """The state of a run; one recorded as running without a process has crashed."""
-    return "crashed" if run.state == "running" and not _in_use(workspace) else run.state
+    return "crashed" if run.state == "running" and not in_use(workspace) else run.state
 
 
 def retention() -> tuple[int, float]:
@@ -198,7 +203,7 @@ def retention() -> tuple[int, float]:
 
 def dvc(root: Path, *arguments: str) -> str:
     """Run DVC in `root` and return its output; raises UserError with its error in one line."""
-    command = [sys.executable, "-m", "dvc", *arguments]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"dvc {' '.join(arguments)}: {dvc_output.reason(done.stderr)}")
@@ -241,13 +246,8 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
 def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
     """Create the workspace of a run that another machine completed; its outputs come from the cache or a remote of DVC.
 
-    Args:
-        run: the content of its run.json.
-        files: a tar of the files of its commit.
-        parameters: that of its params.yaml.
-        lock: that of its dvc.lock.
-    Raises:
-        UserError: DVC has not the outputs.
+    files: a tar of the files of its commit. parameters, lock: the contents of its params.yaml and dvc.lock. Raises
+    UserError if DVC does not have the outputs.
     """
     workspace = Paths().runs.absolute() / run.name
     with writing(workspace.parent):
@@ -274,7 +274,7 @@ def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
 def _share_state(workspace: Path) -> None:
     """Link a workspace's `.ddpm` to that of the repository, and have DVC use the repository's cache."""
     (workspace / ".ddpm").symlink_to(Paths().state.absolute())
-    dvc_config.configure(workspace)
+    dvc_config.write(workspace)
 
 
 def _clean(runs: Path, keep: Path | None) -> None:
@@ -284,11 +284,23 @@ def _clean(runs: Path, keep: Path | None) -> None:
     for index, (workspace, run) in enumerate(reversed(all_runs())):
         old = index >= most or datetime.fromisoformat(run.ended or run.created) < oldest
         if old and workspace.name != (keep and keep.name):
-            with suppress(Timeout), _lock(workspace):
-                if Run.read(workspace) == run:  # otherwise it has just ended
-                    shutil.rmtree(_unfinished(workspace), ignore_errors=True)
-                    workspace.replace(_unfinished(workspace))
-                    shutil.rmtree(_unfinished(workspace))
+            remove(workspace, run)
+    remove_remains(runs)
+
+
+def remove(workspace: Path, run: Run) -> bool:
+    """Remove the workspace of a run, unless it is in use or the run has just ended; returns whether it did."""
+    with suppress(Timeout), _lock(workspace):
+        if Run.read(workspace) == run:
+            shutil.rmtree(_unfinished(workspace), ignore_errors=True)
+            workspace.replace(_unfinished(workspace))
+            shutil.rmtree(_unfinished(workspace))
+            return True
+    return False
+
+
+def remove_remains(runs: Path) -> None:
+    """Remove what is left of workspaces that were being created or removed when the process was killed."""
     for unfinished in runs.glob(".*.part"):
         with suppress(Timeout), _lock(runs / unfinished.name[1:].removesuffix(".part")):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -325,7 +337,8 @@ def _unfinished(workspace: Path) -> Path:
     return workspace.with_name(f".{workspace.name}.part")
 
 
-def _in_use(workspace: Path) -> bool:
+def in_use(workspace: Path) -> bool:
+    """Whether a process runs in a workspace."""
     try:
         with _lock(workspace):
             return False

@@ -15,7 +15,7 @@ import pytest
 from prefect.exceptions import TerminationSignal
 
 from diffusion.errors import UserError
-from flows import dvc_stage, params, run_list, summary, workspace
+from flows import dvc_config, dvc_stage, params, run_list, summary, workspace
 from tests.flows.conftest import git
 
 pytestmark = pytest.mark.slow
@@ -195,7 +195,7 @@ def test_an_error_while_creating_it_leaves_nothing(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise UserError("no cache")
 
-    monkeypatch.setattr(workspace.dvc_config, "configure", fail)
+    monkeypatch.setattr(dvc_config, "write", fail)
     with pytest.raises(UserError, match="no cache"):
         make("one")
     assert list(RUNS.glob("[!.]*")) == []
