@@ -239,7 +239,7 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
         dvc_lock.link_outputs(teacher, temporary)
         (temporary / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(temporary / ".dvcignore"))
     of = teacher.name if teacher else ""
-    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", "", of, sweep).write(temporary)
+    Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of, sweep=sweep).write(temporary)
     temporary.replace(workspace)
 
 
