@@ -54,10 +54,7 @@ def table(paths: Paths, number: str) -> list[dict[str, Any]]:
 
 
 def description(paths: Paths, number: str) -> str:
-    """What follows the link to the model card in a version's description."""
-    card, _, judgments = client_of(paths).get_model_version("ddpm", number).description.partition("\n\n")
-    assert card.startswith("[Model card](")
-    return str(judgments)
+    return judgments(paths, "ddpm", number)
 
 
 def test_the_first_version_within_the_gate_is_champion(paths: Paths) -> None:
