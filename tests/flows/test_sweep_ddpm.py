@@ -289,7 +289,7 @@ def test_a_database_that_cannot_be_used_is_refused_without_its_password(
     monkeypatch.setenv(study.DATABASE, address)
     assert sweep_ddpm.main(over(train__learning_rate=[0.001])) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"sweep-ddpm: error: DDPM_SWEEPS: {address.replace('secret', '***')} cannot be used (")
+    assert error.startswith(f"sweep-ddpm: error: DDPM_SWEEPS: {address.replace('me:secret@', '')} cannot be used (")
     assert error.count("\n") == 1
     assert stages.trained == []
 

@@ -15,7 +15,7 @@ from flows import __main__ as cli
 from flows import params as parameters
 from flows import tracking
 from flows.paths import Paths
-from tests.flows.tracking.trees import PARAMS, changed, client_of, everything, write_all
+from tests.flows.tracking.trees import PARAMS, changed, client_of, everything, judgments, write_all
 
 FIRST = [0.30, 0.34, 0.26, 0.31, 0.29]
 """Errors on five validation images; their mean is 0.3."""

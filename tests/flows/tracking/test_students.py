@@ -27,6 +27,7 @@ from tests.flows.tracking.trees import (
     everything,
     follow,
     image_steps,
+    judgments,
     runs_of,
     write_all,
     write_export,
@@ -38,12 +39,8 @@ ROWS = [
     {"model": "teacher", "sampler": "ddim", "steps": 8, "evaluations": 8, "drift": 1.5, "n": 40},
     {"model": "student", "sampler": "consistency", "steps": 2, "evaluations": 2, "drift": 3.5, "n": 40},
 ]
-DISTANCE = {
-    "quality_images": 40,
-    "quality_reference_images": 400,
-    "frechet_distance_heldout": 0.5,
-    "quality": "good",
-}
+SIZES = {"quality_images": 40, "quality_reference_images": 400}
+DISTANCE = SIZES | {"frechet_distance_heldout": 0.5, "quality": "good"}
 
 
 @pytest.fixture
@@ -99,10 +96,7 @@ def record(paths: Paths, params: Params = PARAMS) -> Recorded:
 
 
 def description(paths: Paths, number: str, name: str = "ddpm-student") -> str:
-    """What follows the link to the model card in a version's description."""
-    card, _, judgments = client_of(paths).get_model_version(name, number).description.partition("\n\n")
-    assert card.startswith("[Model card](")
-    return str(judgments)
+    return judgments(paths, name, number)
 
 
 def test_a_student_has_a_run_and_a_registered_model_of_its_own(student: Paths) -> None:

@@ -178,6 +178,13 @@ def runs_of(client: MlflowClient) -> list[Run]:
     return list(client.search_runs([experiment.experiment_id]))
 
 
+def judgments(paths: Paths, name: str, number: str) -> str:
+    """What follows the link to the model card in the description of a registered version."""
+    card, _, found = client_of(paths).get_model_version(name, number).description.partition("\n\n")
+    assert card.startswith("[Model card](")
+    return str(found)
+
+
 def content(client: MlflowClient, run_id: str) -> dict[str, Any]:
     """All that a store holds of a run, to be compared with what it holds later."""
     run = client.get_run(run_id)
