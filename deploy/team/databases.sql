@@ -1,3 +1,4 @@
 CREATE DATABASE prefect;
 CREATE DATABASE mlflow;
 CREATE DATABASE mlflow_auth;
+CREATE DATABASE sweeps;
