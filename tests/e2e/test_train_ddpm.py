@@ -171,7 +171,7 @@ def test_a_second_time_all_is_cached_while_another_run_evaluates_and_exports(up:
     assert first == second
     differ = {Path(name).name for name in first if first[name] != other[name]}
     sampled = {"samples.png", "filmstrip.png", "nearest.png", "quality.csv", "scored.json"}
-    assert differ == {"SHA256SUMS", *sampled, "denoiser.onnx", "sampler.onnx"}  # whose metadata state the figures
+    assert differ == {"SHA256SUMS", *sampled, "denoiser.onnx", "sampler.onnx", "README.md"}  # which state the figures
 
 
 @pytest.mark.usefixtures("two_runs")

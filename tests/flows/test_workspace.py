@@ -103,6 +103,7 @@ def test_a_trial_continues_in_its_workspace_unless_its_parameters_are_others() -
     assert begin("another4", "other", 1) == "lr-0-another4"
 
 
+@pytest.mark.usefixtures("repository")
 def test_a_workspace_in_use_is_locked() -> None:
     document = workspace.document(None, {})
     with workspace.use("one", "first", document):

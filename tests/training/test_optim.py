@@ -46,7 +46,7 @@ def test_every_group_gets_its_share_of_its_own_peak(options: TrainOptions) -> No
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_every_parameter_is_in_one_group(options: TrainOptions, kind: str, conditioning: str, optimizer: str) -> None:
     net = network((1, 8, 8), kind, conditioning, classes=True)
-    options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
+    options = type(options).model_validate(options.model_dump() | {"optimizer": optimizer})
     made = optim.optimizers(net, net.blocks(), options)
     names = {parameter: name for name, parameter in net.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for one in made for group in one.param_groups]
@@ -99,7 +99,7 @@ def test_all_matrices_are_padded_to_one_bank_where_launches_count() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(options: TrainOptions, bad: float, optimizer: str) -> None:
     net = network((1, 8, 8), "unet", "film")
-    options = TrainOptions.model_validate(options.model_dump() | {"optimizer": optimizer})
+    options = type(options).model_validate(options.model_dump() | {"optimizer": optimizer})
     made = optim.optimizers(net, net.blocks(), options)
 
     def step(norm: float) -> list[torch.Tensor]:
