@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,27 +135,10 @@ def mlflow_dies(trial: Trial) -> str:
     return f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points, in order"
 
 
-def mlflow_restarts(trial: Trial) -> str:
+def restarts(server: str, trial: Trial) -> str:
     trial.start()
     trial.until_it_trains()
-    trial.restart("mlflow")
-    trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
-    count = trial.check_points()
-    return f"the run completes; MLflow has {count} of {count} points, in order"
-
-
-def prefect_restarts(trial: Trial) -> str:
-    trial.start()
-    trial.until_it_trains()
-    trial.restart("prefect")
-    trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
-    return "the run completes; Prefect shows all its stages"
-
-
-def postgres_restarts(trial: Trial) -> str:
-    trial.start()
-    trial.until_it_trains()
-    trial.restart("postgres")
+    trial.restart(server)
     trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
     count = trial.check_points()
     return f"the run completes; MLflow has {count} of {count} points, in order"
@@ -204,15 +188,21 @@ def _goes_on(trial: Trial, seen: str) -> str:
     return f"{seen}; the same parameters go on from the checkpoint of step {found[1] if found else ''}"
 
 
-CASES = (
-    Case("MLflow's server is killed while a run trains, and stays away", mlflow_dies),
-    Case("MLflow's server is killed while a run trains, and comes back after 10 s", mlflow_restarts),
-    Case("Prefect's server is killed while a run trains, and comes back after 10 s", prefect_restarts),
-    Case("PostgreSQL is killed while a run trains, and comes back after 10 s", postgres_restarts),
-    Case("The store of the DVC remote refuses connections when a run ends", store_refuses),
-    Case("The flow's process is killed (SIGKILL)", flow_dies),
-    Case("The training is killed (SIGKILL)", training_dies),
-)
+CASES = {
+    "mlflow-gone": Case("MLflow's server is killed while a run trains, and stays away", mlflow_dies),
+    "mlflow": Case(
+        "MLflow's server is killed while a run trains, and comes back after 10 s", partial(restarts, "mlflow")
+    ),
+    "prefect": Case(
+        "Prefect's server is killed while a run trains, and comes back after 10 s", partial(restarts, "prefect")
+    ),
+    "postgres": Case(
+        "PostgreSQL is killed while a run trains, and comes back after 10 s", partial(restarts, "postgres")
+    ),
+    "store": Case("The store of the DVC remote refuses connections when a run ends", store_refuses),
+    "flow": Case("The flow's process is killed (SIGKILL)", flow_dies),
+    "training": Case("The training is killed (SIGKILL)", training_dies),
+}
 HEAD = """# Faults
 
 What happens when a part dies while a run trains. Made by `python -m deploy.team.faults`, which injects each fault for
@@ -225,7 +215,7 @@ real and checks that nothing is lost: weights, points of curves, results.
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    names = [case.inject.__name__ for case in CASES]
+    names = list(CASES)
     parser.add_argument(
         "--only", nargs="+", choices=names, default=names, help="faults to inject, without writing the file"
     )
@@ -234,8 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, team(Path(folder)) as found:
             user = prepared(found)
-            for number, case in enumerate(CASES):
-                if case.inject.__name__ in only:
+            for number, (name, case) in enumerate(CASES.items()):
+                if name in only:
                     said(case.fault)
                     rows.append(f"| {case.fault} | {case.inject(Trial(found, user, number))} | nothing |\n")
                     said(rows[-1].strip())
