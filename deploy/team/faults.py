@@ -190,15 +190,11 @@ def _goes_on(trial: Trial, seen: str) -> str:
 
 CASES = {
     "mlflow-gone": Case("MLflow's server is killed while a run trains, and stays away", mlflow_dies),
-    "mlflow": Case(
-        "MLflow's server is killed while a run trains, and comes back after 10 s", partial(restarts, "mlflow")
-    ),
+    "mlflow": Case("MLflow's server is killed while a run trains, and returns after 10 s", partial(restarts, "mlflow")),
     "prefect": Case(
-        "Prefect's server is killed while a run trains, and comes back after 10 s", partial(restarts, "prefect")
+        "Prefect's server is killed while a run trains, and returns after 10 s", partial(restarts, "prefect")
     ),
-    "postgres": Case(
-        "PostgreSQL is killed while a run trains, and comes back after 10 s", partial(restarts, "postgres")
-    ),
+    "postgres": Case("PostgreSQL is killed while a run trains, and returns after 10 s", partial(restarts, "postgres")),
     "store": Case("The store of the DVC remote refuses connections when a run ends", store_refuses),
     "flow": Case("The flow's process is killed (SIGKILL)", flow_dies),
     "training": Case("The training is killed (SIGKILL)", training_dies),
