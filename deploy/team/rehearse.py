@@ -60,6 +60,7 @@ def rehearse(found: Team) -> None:
     origin, user, colleague = folder / "origin.git", folder / "user", folder / "colleague"
     run(["git", "clone", "--quiet", "--bare", str(ROOT), str(origin)])
     environment = found.environment("worker", _home(folder / "user-home"))
+    environment["COLUMNS"] = "200"  # so that tables are not cut
 
     def do(tree: Path, *command: str) -> str:
         return run(command, cwd=tree, env=environment)
