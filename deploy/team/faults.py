@@ -132,7 +132,7 @@ def mlflow_dies(trial: Trial) -> str:
     clone = trial.workspace.parents[2]
     trial.do("ddpm", "track", trial.name, cwd=clone)
     count = trial.check_points()
-    return f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points, in order"
+    return f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points"
 
 
 def restarts(server: str, trial: Trial) -> str:
@@ -141,7 +141,7 @@ def restarts(server: str, trial: Trial) -> str:
     trial.restart(server)
     trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
     count = trial.check_points()
-    return f"the run completes; MLflow has {count} of {count} points, in order"
+    return f"the run completes; MLflow has {count} of {count} points"
 
 
 def store_refuses(trial: Trial) -> str:
@@ -185,7 +185,7 @@ def _goes_on(trial: Trial, seen: str) -> str:
     trial.must("the run completes", trial.until_it_ends("again-" + trial.name) == "COMPLETED")
     found = re.search(r"resuming from step (\d+)", trial.news())
     trial.must("it goes on from its checkpoint", found is not None and int(found[1]) >= 25)
-    return f"{seen}; the same parameters go on from the checkpoint of step {found[1] if found else ''}"
+    return f"{seen}; the same parameters continue from the checkpoint of step {found[1] if found else ''}"
 
 
 CASES = {
@@ -202,7 +202,8 @@ CASES = {
 HEAD = """# Faults
 
 What happens when a part dies while a run trains. Made by `python -m deploy.team.faults`, which injects each fault for
-real and checks that nothing is lost: weights, points of curves, results.
+real. It checks, as far as the fault concerns them, that the run completes or continues from its checkpoint, that MLflow
+has every point of the curve of held-out errors, and that all results can be pushed.
 
 | fault | what the user sees | lost |
 |---|---|---|
