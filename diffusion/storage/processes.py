@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from typing import Any, ClassVar
 
 from diffusion.errors import UserError
 from diffusion.storage.executors import Result, Task, ordered_map
+
+SERVER_ENDS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class _Worker:
                 with other:
                     process = self._context.Process(target=_work, args=(other,), daemon=True)
                     process.start()
-            except ConnectionError:
+            except (ConnectionError, EOFError):  # the process that forks it is ending
+                time.sleep(SERVER_ENDS_SECONDS)  # so that the next try starts another one
                 raise
             except OSError as error:
                 raise UserError(
