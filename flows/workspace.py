@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -235,19 +235,16 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     _share_state(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
-    if teacher:
-        dvc_lock.link_outputs(teacher, temporary)
-        (temporary / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(temporary / ".dvcignore"))
+    _link_teacher(teacher, temporary)
     of = teacher.name if teacher else ""
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of, sweep=sweep).write(temporary)
     temporary.replace(workspace)
 
 
-def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
-    """Create the workspace of a run that another machine completed; its outputs come from the cache or a remote of DVC.
+def adopt(run: Run, files: bytes, own: Mapping[str, bytes], targets: Sequence[str], teacher: Path | None) -> Path:
+    """Create the workspace of a run that another machine completed; raises UserError if DVC does not have its outputs.
 
-    files: a tar of the files of its commit. parameters, lock: the contents of its params.yaml and dvc.lock. Raises
-    UserError if DVC does not have the outputs.
+    files: a tar of its commit. own: contents of files that differ, by path. targets: its stages. teacher: as in `use`.
     """
     workspace = Paths().runs.absolute() / run.name
     with writing(workspace.parent):
@@ -261,9 +258,10 @@ def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
             with tarfile.open(fileobj=io.BytesIO(files)) as archive:
                 archive.extractall(temporary, filter="data")
             _share_state(temporary)
-            write_atomic(Paths(temporary).params, parameters)
-            write_atomic(temporary / dvc_lock.FILE, lock)
-            dvc(temporary, "pull", *map(dvc_yaml.target, dvc_lock.stages(Path(dvc_lock.FILE), lock)))
+            _link_teacher(teacher, temporary)
+            for name, content in own.items():
+                write_atomic(temporary / name, content)
+            dvc(temporary, "pull", *targets)
             run.write(temporary)
             temporary.replace(workspace)
         finally:
@@ -275,6 +273,12 @@ def _share_state(workspace: Path) -> None:
     """Link a workspace's `.ddpm` to that of the repository, and have DVC use the repository's cache."""
     (workspace / ".ddpm").symlink_to(Paths().state.absolute())
     dvc_config.write(workspace)
+
+
+def _link_teacher(teacher: Path | None, workspace: Path) -> None:
+    if teacher:
+        dvc_lock.link_outputs(teacher, workspace)
+        (workspace / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(workspace / ".dvcignore"))
 
 
 def _clean(runs: Path, keep: Path | None) -> None:

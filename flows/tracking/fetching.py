@@ -11,7 +11,7 @@ from diffusion.errors import UserError
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import names, store
-from flows.tracking.starting import COMMIT, DIRTY, FLOW_RUN
+from flows.tracking.starting import COMMIT, DIRTY, FLOW_RUN, TEACHER
 
 LOCK, PARAMETERS = "dvc.lock", "params.yaml"
 
@@ -23,17 +23,19 @@ class Recorded(NamedTuple):
     commit: str
     dirty: bool
     """Whether tracked files had changes that the commit lacks."""
+    teacher: str
+    """Name of the run whose model it distilled; empty for a training."""
     created: str
     ended: str
     """Both ISO 8601, UTC."""
     parameters: bytes
-    """params.yaml."""
+    """The content of params.yaml."""
     lock: bytes
-    """dvc.lock."""
+    """The content of the lock file, of its own stages alone."""
 
 
 def find(name: str, params: Params, paths: Paths) -> Recorded:
-    """The latest completed training of this name in the experiment of `params`.
+    """The latest completed flow run of this name in the experiment of `params`.
 
     Raises:
         UserError: MLflow has none, or not all that is needed, or cannot be reached.
@@ -59,8 +61,16 @@ def find(name: str, params: Params, paths: Paths) -> Recorded:
                 Path(mlflow_store.client.download_artifacts(info.run_id, file, directory)).read_bytes()
                 for file in (LOCK, PARAMETERS)
             )
-    times = _time(info.start_time), _time(info.end_time)
-    return Recorded(tags[FLOW_RUN], tags.get(COMMIT, ""), tags.get(DIRTY) == "true", *times, parameters, lock)
+    return Recorded(
+        tags[FLOW_RUN],
+        tags.get(COMMIT, ""),
+        tags.get(DIRTY) == "true",
+        tags.get(TEACHER, ""),
+        _time(info.start_time),
+        _time(info.end_time),
+        parameters,
+        lock,
+    )
 
 
 def _time(milliseconds: int) -> str:

@@ -12,6 +12,8 @@ from flows.tracking.names import GIT_DIRTY, HIDDEN
 from flows.tracking.store import Store, TrackedRun
 
 FLOW_RUN, COMMIT, DIRTY = f"{HIDDEN}flow_run_id", "mlflow.source.git.commit", GIT_DIRTY
+TEACHER = f"{HIDDEN}teacher"
+"""Tag of a distillation, with the name of the run whose model it distilled."""
 SWEEP, PARENT = f"{HIDDEN}sweep", "mlflow.parentRunId"
 """Tag of the run of a sweep, with its name, and the tag of its trials' runs with the id of that run."""
 
@@ -26,7 +28,7 @@ def resume(run: TrackedRun, params: Params, paths: Paths, digest: str) -> None:
     """Mark a run as running again, with the name and the origin that a new run would have here."""
     name, origin = _origin(Store(run.client, run.experiment_id), params, paths, digest)
     run.client.update_run(run.id, status="RUNNING", name=name)
-    run.untag({FLOW_RUN, COMMIT, DIRTY, PARENT} - origin.keys())
+    run.untag({FLOW_RUN, COMMIT, DIRTY, PARENT, TEACHER} - origin.keys())
     run.tag(origin)
 
 
@@ -51,6 +53,8 @@ def _origin(store: Store, params: Params, paths: Paths, digest: str) -> tuple[st
         run = json.loads(description.read_text())
         revision, dirty = run["git_revision"], run["git_dirty"]
         name, origin = run["name"], {FLOW_RUN: run["flow_run_id"]}
+        if teacher := run.get("teacher"):
+            origin[TEACHER] = teacher
         if sweep := run.get("sweep"):
             origin[PARENT] = of_sweep(store, sweep).id
     else:

@@ -13,6 +13,7 @@ from flows.__main__ import main
 from flows.environment import PUSH
 from flows.tracking import names
 from tests.flows.conftest import git, new_repository
+from tests.flows.test_distill_ddpm import DVC_YAML, STUDENT_PY
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,7 @@ def recorded(directory: Path, files: tuple[str, ...] = ("dvc.lock", "params.yaml
     experiment = client.get_experiment_by_name("ddpm")
     number = experiment.experiment_id if experiment else client.create_experiment("ddpm")
     tags = {f"{names.HIDDEN}flow_run_id": ran.flow_run_id, "mlflow.source.git.commit": ran.git_revision}
+    tags |= {f"{names.HIDDEN}teacher": ran.teacher} if ran.teacher else {}
     found = client.create_run(number, run_name=ran.name, tags=tags | {names.GIT_DIRTY: "false"})
     for file in files:
         client.log_artifact(found.info.run_id, str(directory / file))
@@ -151,6 +153,47 @@ def test_a_worker_fetches_the_teacher_of_a_distillation(origin: Path, monkeypatc
         with pytest.raises(UserError, match=r"no run of train-ddpm has completed here yet.*-p run=NAME takes one"):
             teacher.find(None)
         assert (teacher.find("one") / RESULT).read_bytes() == (first / RESULT).read_bytes()
+
+
+@pytest.mark.usefixtures("store")
+def test_a_distillation_is_fetched_with_its_teacher(
+    origin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PUSH, "true")
+    machine = clone(origin, "a")
+    (machine / "distill").mkdir()
+    (machine / "distill/dvc.yaml").write_text(DVC_YAML)
+    (machine / "student.py").write_text(STUDENT_PY)
+    git("-C", str(machine), "add", "--all")
+    git("-C", str(machine), "commit", "--quiet", "--message", "distillation")
+    git("-C", str(machine), "push", "--quiet", "origin", "HEAD")
+    one, _, _ = run(machine, "one")
+    recorded(one)
+    with chdir(machine), workspace.use("stu", "id-stu", teacher.document(one, {}), one) as directory:
+        for stage in ("distill", "evaluate-student", "export-student"):
+            dvc_stage.run(stage, directory, print)
+    recorded(directory, ("distill/dvc.lock", "params.yaml"))
+    with chdir(clone(origin, "b")):
+        assert main(["fetch", "stu"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in said if line.startswith("Fetched")] == [
+            "Fetched run one",
+            "Fetched run stu",
+        ]
+        assert workspace.Run.read(Path(".ddpm/runs/stu")).teacher == "one"
+        assert main(["apply", "stu"]) == 0
+        for path in (RESULT, "models/student/result", "models/student-onnx/sampler.onnx"):
+            assert Path(path).read_bytes() == (directory / path).read_bytes()
+        assert "are up to date" in workspace.dvc(Path(), "repro")
+        assert "are up to date" in workspace.dvc(Path(), "repro", "distill/dvc.yaml")
+    other = clone(origin, "c")
+    monkeypatch.setitem(CHANGES, "train", {"steps": 6})
+    run(other, "one")
+    capsys.readouterr()
+    with chdir(other):
+        assert main(["fetch", "stu"]) == 1
+        assert "'stu': distilled from a run 'one' with another models/ddpm than the one here" in capsys.readouterr().err
+        assert not Path(".ddpm/runs/stu").exists()
 
 
 @pytest.mark.usefixtures("store")

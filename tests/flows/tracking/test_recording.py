@@ -190,12 +190,14 @@ def test_other_weights_get_another_run_and_no_part_of_older_results(paths: Paths
 def test_the_code_is_named_by_the_workspace_or_by_git(paths: Paths) -> None:
     write_training(paths, b"in a workspace")
     run = {"name": "brave-otter", "flow_run_id": "17", "created": 0, "git_revision": "abc", "git_dirty": True}
+    run["teacher"] = "wise-owl"
     write_json(paths.root / "run.json", run)
     recorded = tracking.record(PARAMS, paths)
     assert recorded is not None
     tags = client_of(paths).get_run(recorded.run_id).data.tags
     names = ("mlflow.runName", "mlflow.ddpm.flow_run_id", "mlflow.source.git.commit", "ddpm.git_dirty")
     assert [tags[name] for name in names] == ["brave-otter", "17", "abc", "true"]
+    assert tags["mlflow.ddpm.teacher"] == "wise-owl"
 
     (paths.root / "run.json").unlink()
     write_training(paths, b"in a repository")
