@@ -1,12 +1,13 @@
 """Training on several nodes that share a folder, as the pods of an indexed Job of Kubernetes do.
 
-    python -m flows.nodes COMMAND...
+    python -m flows.nodes --nodes N --folder FOLDER --address ADDRESS COMMAND...
 
-runs COMMAND, the flow, on the first node. Each time it starts a training, it writes where the processes meet into the
+runs COMMAND, the flow, on the first of N nodes. Each time it starts a training, it writes where the processes meet into the
 folder; the other nodes wait for that, and start their share of the processes. They do so until they are stopped: the
 Job ends with its first node.
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -28,12 +29,12 @@ from flows.environment import setting
 from flows.parent import SECONDS_TO_STOP
 
 NODES = "DDPM_NODES"
-"""Number of nodes that train together; `train.processes` is the number of processes on each. Not a parameter, like the
-machine on which one trains."""
+"""Number of nodes that train together; `train.processes` is the number of processes on each. This command sets it, and
+the two below, for the flow."""
 FOLDER = "DDPM_NODES_FOLDER"
 """A folder that these nodes share, and no others."""
 ADDRESS = "DDPM_NODE_ADDRESS"
-"""Address of this node, at which the others reach it."""
+"""Address of the first node, at which the others reach it."""
 INDEX = "JOB_COMPLETION_INDEX"
 """Index of this node, which Kubernetes sets in the pods of an indexed Job."""
 _SECONDS_TO_LOOK = 1.0
@@ -61,13 +62,12 @@ def number() -> int:
 @contextmanager
 def announced(stage: str, processes: int) -> Iterator[Meeting]:
     """Tell the other nodes to take part in a training, for as long as the block lasts; for the first node."""
-    address = _required(ADDRESS)
+    address, folder = os.environ[ADDRESS], Path(os.environ[FOLDER])
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
         free.bind((address, 0))
         port = free.getsockname()[1]
     endpoint = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     meeting = Meeting(stage=stage, directory=str(Path.cwd()), processes=processes, nodes=number(), endpoint=endpoint)
-    folder = Path(_required(FOLDER))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{uuid4()}.json"
     write_json(file, meeting.model_dump())
@@ -110,22 +110,22 @@ def _run(command: Sequence[str], directory: str, announcement: Path) -> None:
             process.wait()
 
 
-def _required(variable: str) -> str:
-    if value := os.environ.get(variable, ""):
-        return value
-    raise UserError(f"{variable}: not set; {NODES} needs it (docs/team.md)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    command = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m flows.nodes", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--nodes", required=True, help="number of nodes")
+    parser.add_argument("--folder", required=True, type=Path, help="a folder that these nodes share, and no others")
+    parser.add_argument("--address", required=True, help="address of this node, at which the others reach it")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what the first node runs")
+    given = parser.parse_args(argv)
+    if not given.command:
+        parser.error("the command is missing")
+    os.environ |= {NODES: given.nodes, FOLDER: str(given.folder.absolute()), ADDRESS: given.address}
     try:
-        if not command:
-            raise UserError("which command? `python -m flows.nodes COMMAND...`")
         if number() == 1 or setting(INDEX, 0, Annotated[int, Field(ge=0)]) == 0:
-            os.execvp(command[0], command)
+            os.execvp(given.command[0], given.command)
         # The first process of a container ignores signals that it does not handle.
         signal.signal(signal.SIGTERM, lambda received, _: sys.exit(128 + received))
-        take_part(Path(_required(FOLDER)))
+        take_part(given.folder)
     except (UserError, OSError) as error:
         print(f"flows.nodes: error: {error}", file=sys.stderr)
     return 1
