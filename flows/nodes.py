@@ -2,9 +2,9 @@
 
     python -m flows.nodes --nodes N --folder FOLDER --address ADDRESS COMMAND...
 
-runs COMMAND, the flow, on the first of N nodes. Each time it starts a training, it writes where the processes meet into the
-folder; the other nodes wait for that, and start their share of the processes. They do so until they are stopped: the
-Job ends with its first node.
+runs COMMAND, the flow, on the first of N nodes. Each time it starts a training, it writes where the processes meet into
+the folder; the other nodes wait for that, and start their share of the processes. They do so until they are stopped,
+as the pods of a Job are when its first pod has ended.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).parent
 PORTS = {"postgres": 5432, "s3": 8333, "prefect": 4200, "mlflow": 5000, "service": 8000, "dask-scheduler": 8786}
 """The port of each service in compose.yaml."""
-HEALTH = {name: 8080 for name in ("worker", "worker-gpu", "dask-scheduler", "dask-worker")} | {"proxy": 2019}
+HEALTH = dict.fromkeys(("worker", "worker-gpu", "dask-scheduler", "dask-worker"), 8080) | {"proxy": 2019}
 """The port at which a service answers its health check, where it is another one."""
 SECONDS = 180.0
 """How long a server may take to start."""

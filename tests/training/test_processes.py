@@ -262,6 +262,28 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
     assert not (machines[1] / ".ddpm").exists()
 
 
+def test_nodes_of_one_job_train_together(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    """Two processes act as pods; one loses a process, and is stopped as its Job is when the first has ended."""
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
+    command = [sys.executable, "-m", "flows.nodes", "--nodes=2", "--folder=../job", "--address=127.0.0.1", *trees.TRAIN]
+    more = trees.seconds(0) | {"GLOO_SOCKET_IFNAME": "lo"}
+    (tmp_path / "elsewhere").mkdir()
+    with trees.start(tmp_path / "elsewhere", *command, **more, JOB_COMPLETION_INDEX="1") as second:
+        with trees.start(tree, *command, **more, JOB_COMPLETION_INDEX="0") as first:
+            trees.wait_for(first, "step 20: held-out")
+            (launcher,) = psutil.Process(second.pid).children()
+            kill(launcher.pid, rank=1)
+            trees.wait_for(first, "train: a process on another node was lost; resuming from the checkpoint")
+            _, errors = first.communicate(timeout=180)
+        assert first.returncode == 0, errors
+        below = psutil.Process(second.pid).children(recursive=True)
+        second.terminate()
+        assert second.wait(60) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(below, timeout=30)[1]
+    assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
+    assert not list((tmp_path / "job").iterdir())
+
+
 @pytest.mark.parametrize(
     ("device", "processes", "message"),
     [
