@@ -75,6 +75,8 @@ def announced(stage: str, processes: int) -> Iterator[Meeting]:
         yield meeting
     finally:
         file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: another training runs
+            folder.rmdir()
 
 
 def take_part(folder: Path) -> None:

@@ -37,7 +37,10 @@ def test_a_training_is_announced_for_as_long_as_it_runs(
         assert (meeting.stage, meeting.directory, meeting.processes, meeting.nodes) == ("train", str(tmp_path), 8, 2)
         with socket.socket() as free:  # nothing else listens there
             free.bind((host, int(port)))
-    assert not list(first.iterdir())
+        with nodes.announced("train", 8):
+            pass
+        assert file.exists()
+    assert not first.exists()
 
 
 def test_a_node_takes_part_in_each_training_once(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
