@@ -137,7 +137,12 @@ def _meet(meeting: Meeting, node: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "flows", meeting.stage)
-    except (DistNetworkError, DistStoreError):
+    except DistNetworkError as error:
+        raise UserError(
+            f"{meeting.stage}: no connection at {meeting.endpoint}, the first node ({str(error).splitlines()[0]}); do "
+            "network policies allow it?"
+        ) from None
+    except DistStoreError:
         raise UserError(
             f"{meeting.stage}: not all of the {meeting.nodes} nodes came within {_SECONDS_TO_MEET // 60} minutes; does "
             "the cluster have as many free GPUs as they ask for?"

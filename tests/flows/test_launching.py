@@ -149,7 +149,11 @@ def test_nodes_meet_at_the_address_of_the_first(meets: Mock) -> None:
         (failed(os.EX_UNAVAILABLE, os.EX_UNAVAILABLE), 1, ""),  # the first node says it
         (SignalException("stopped", signal.SIGTERM), 128 + signal.SIGTERM, ""),
         (DistStoreError("timed out"), 1, "train: not all of the 2 nodes came within 15 minutes; does the cluster"),
-        (DistNetworkError("timed out"), 1, "train: not all of the 2 nodes came within 15 minutes; does the cluster"),
+        (
+            DistNetworkError("timed out\nmore"),
+            1,
+            "train: no connection at 10.0.0.5:4242, the first node (timed out); do",
+        ),
     ],
 )
 def test_the_end_on_another_node(
