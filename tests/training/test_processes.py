@@ -278,6 +278,7 @@ def test_nodes_of_one_job_train_together(two: Path, pairs_tree: Path, tmp_path: 
     assert len(below) == 2  # torch's launcher, and the process that trains
     assert not psutil.wait_procs(below, timeout=30)[1]
     assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
+    assert not [path for path in (tree / ".ddpm/checkpoints").iterdir() if path.is_dir()]  # of any number of nodes
     assert not (tmp_path / "job").exists()
 
 
