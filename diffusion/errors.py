@@ -103,6 +103,15 @@ class WriteFault(SystemFault):
 class AlreadyReported(UserError):
     """An error that another process of a distributed run reports; this process must not report it again."""
 
+    status = 1
+    """Exit status of the process."""
+
+
+class LostConnection(AlreadyReported):
+    """The connection to another process of a distributed run was lost; the launcher reports it."""
+
+    status = os.EX_UNAVAILABLE
+
 
 class Stopped(BaseException):
     """A signal asked the process to stop; raised where the state can be saved.

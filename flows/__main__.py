@@ -51,10 +51,11 @@ def _main(arguments: list[str]) -> int:
         say(f"{name}: error: {usage_error(error)} See `{name} --help`.")
         return USAGE_ERROR
     except UserError as error:
-        if not isinstance(error, AlreadyReported):
-            resumable = command in ("train", "distill") and isinstance(error, WriteFault)
-            more = "; training will then continue from its last checkpoint" if resumable else ""
-            say(f"{name}: error: {with_remedy(error)}{more}")
+        if isinstance(error, AlreadyReported):
+            return error.status
+        resumable = command in ("train", "distill") and isinstance(error, WriteFault)
+        more = "; training will then continue from its last checkpoint" if resumable else ""
+        say(f"{name}: error: {with_remedy(error)}{more}")
         return USAGE_ERROR if isinstance(error, UsageError) else 1
     except Stopped as stopped:
         if not launched():

@@ -25,6 +25,7 @@ NOT_SHAPING = (
     "flows.environment",
     "flows.fingerprint",
     "flows.launching",
+    "flows.nodes",
     "flows.origin",
     "flows.params",
     "flows.parent",

@@ -118,6 +118,8 @@ def rehearse(found: Team) -> None:
         do(user, "ddpm", "promote", "1", "--reason", "rehearsal")
     serve(found)
     cluster(found)
+    for name in (name for name in found.processes if name != "s3"):  # which is another server here
+        found.until(f"{name} is healthy", partial(found.healthy, name), name)
 
 
 def lose(found: Team, do: Callable[..., str]) -> None:
@@ -130,6 +132,7 @@ def lose(found: Team, do: Callable[..., str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     worker.wait()
+    expect("its health check fails", not found.healthy("worker-gpu"))
     found.until("the lost run is marked as crashed", lambda: "CRASHED" in do(*STATES), "prefect")
     seen = len(log.read_text(errors="replace"))
     found.start("worker-gpu")
@@ -146,7 +149,8 @@ def serve(found: Team) -> None:
     found.start("service", settings={"PYTHONPATH": str(ROOT)})  # the image's folder has `deploy`
     found.wait("service", f"http://127.0.0.1:{found.ports['service']}/v2/health/ready")
     port, other = free_port(), free_port()
-    options = f"{{\n\thttps_port {port}\n\thttp_port {other}\n\tskip_install_trust\n\tadmin off\n}}\n"
+    options = f"{{\n\thttps_port {port}\n\thttp_port {other}\n\tskip_install_trust\n"
+    options += f"\tadmin 127.0.0.1:{found.health['proxy']}\n}}\n"
     configuration = found.folder / "Caddyfile"
     configuration.write_text(options + found.here((HERE / "Caddyfile").read_text()))
     data = found.folder / "proxy"

@@ -21,6 +21,8 @@ from ruamel.yaml import YAML
 HERE = Path(__file__).parent
 PORTS = {"postgres": 5432, "s3": 8333, "prefect": 4200, "mlflow": 5000, "service": 8000, "dask-scheduler": 8786}
 """The port of each service in compose.yaml."""
+HEALTH = dict.fromkeys(("worker", "worker-gpu", "dask-scheduler", "dask-worker"), 8080) | {"proxy": 2019}
+"""The port at which a service answers its health check, where it is another one."""
 SECONDS = 180.0
 """How long a server may take to start."""
 
@@ -39,21 +41,24 @@ class Team:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ports = {name: free_port() for name in PORTS}
+        self.health = {name: free_port() for name in HEALTH}
         self.given = {name: secrets.token_hex(16) for name in _asked()}
         text = _interpolated((HERE / "compose.yaml").read_text(), self.given)
         self.compose: dict[str, Any] = YAML(typ="safe").load(text)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._started: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {}
 
-    def here(self, text: str) -> str:
-        """Text of compose.yaml with the addresses and paths that it means on this machine."""
+    def here(self, text: str, service: str = "") -> str:
+        """Text of compose.yaml, of a service if any, with the addresses and paths that it means on this machine."""
+        ports = {str(PORTS[name]): str(port) for name, port in self.ports.items()}
+        if service in HEALTH:
+            ports[str(HEALTH[service])] = str(self.health[service])
         names = "|".join(PORTS)
         text = re.sub(rf"\b({names}):({'|'.join(map(str, PORTS.values()))})\b", lambda m: self._address(m[1]), text)
         for source, target in self._mounted():
             text = text.replace(target, str(HERE / source))
-        return {str(PORTS[name]): str(port) for name, port in self.ports.items()}.get(text, text).replace(
-            "0.0.0.0", "127.0.0.1"
-        )
+        text = re.sub(r"\b127\.0\.0\.1:(\d+)", lambda m: f"127.0.0.1:{ports.get(m[1], m[1])}", text)
+        return ports.get(text, text).replace("0.0.0.0", "127.0.0.1")
 
     def _address(self, name: str) -> str:
         return f"127.0.0.1:{self.ports[name]}"
@@ -73,7 +78,7 @@ class Team:
         }
         given = self.compose["services"][service].get("environment", {})
         given = {name: re.sub(r"^/(work|tmp)\b", str(home), str(value)) for name, value in given.items()}
-        return ours | {name: self.here(str(value)) for name, value in given.items()} | {"HOME": str(home)}
+        return ours | {name: self.here(str(value), service) for name, value in given.items()} | {"HOME": str(home)}
 
     def start(self, name: str, command: Sequence[str] | None = None, settings: Mapping[str, str] | None = None) -> None:
         """Start a service with the command of compose.yaml, or another, in a folder and a home of its own.
@@ -83,7 +88,7 @@ class Team:
         home = self.folder / name
         home.mkdir(exist_ok=True)
         if name not in self._started:
-            words = command or [self.here(word) for word in self.compose["services"][name]["command"]]
+            words = command or [self.here(word, name) for word in self.compose["services"][name]["command"]]
             self._started[name] = words, settings or {}
         words, settings = self._started[name]
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -111,6 +116,14 @@ class Team:
                 time.sleep(0.3)
                 continue
             return said(f"{name} answers at {url}")
+
+    def healthy(self, name: str) -> bool:
+        """Whether the health check of a service succeeds."""
+        kind, *test = self.compose["services"][name]["healthcheck"]["test"]
+        assert kind == "CMD"
+        environment = self.environment(name, self.folder / name) | {"PGPORT": str(self.ports["postgres"])}
+        command = [self.here(word, name) for word in test]
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
 
     def until(self, what: str, holds: Callable[[], bool], name: str) -> None:
         """Wait until something holds; raises Failed with the last line of a service otherwise."""

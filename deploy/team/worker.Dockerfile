@@ -5,11 +5,12 @@ ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 COPY requirements.lock requirements-dev.lock ./
+COPY deploy/team/kubernetes/requirements.txt kubernetes.txt
 RUN python -m venv /venv && /venv/bin/pip install -r requirements.lock
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY diffusion diffusion
 COPY flows flows
-RUN /venv/bin/pip install -c requirements.lock -c requirements-dev.lock '.[team,cluster]'
+RUN /venv/bin/pip install -c requirements.lock -c requirements-dev.lock -r kubernetes.txt '.[team,cluster]'
 
 FROM python:3.11-slim-bookworm
 # hadolint ignore=DL3008

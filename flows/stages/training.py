@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator, Field
 
-from diffusion.errors import AlreadyReported, UserError, counted
+from diffusion.errors import LostConnection, UserError, counted
 from diffusion.evaluation.heldout import Estimate
 from diffusion.evaluation.live import LiveQuality
 from diffusion.model import Config, Model, save_model
@@ -35,7 +35,7 @@ from diffusion.training.hooks import CheckStop, Hooks, preview_path
 from diffusion.training.loop import TrainingLoss
 from diffusion.training.options import TrainOptions
 from diffusion.training.state import State, new_state
-from flows import launching, made_with, tracking
+from flows import launching, made_with, nodes, tracking
 from flows.environment import setting
 from flows.fingerprint import exclusive, training_facts, training_fingerprint
 from flows.params import Params, none_or_enough
@@ -87,16 +87,17 @@ def carry_out(params: Params, paths: Paths, recipe_for: Callable[[torch.device],
     stage, options = recipe.stage, recipe.options
     if device.type not in ("cpu", "cuda") and (options.processes > 1 or distributed.is_worker()):
         raise UserError(f"device: {device} supports only one process; set device to cpu, or start one process")
-    if options.processes > 1 and not distributed.is_worker():
+    if options.processes * nodes.number() > 1 and not distributed.is_worker():
         check_devices(params, recipe, device)
         launching.divide_threads(options.processes)
-        several = World(size=options.processes)
+        several = World(size=options.processes * nodes.number())
+        check_batch_size(stage, options, several)
         facts = training_facts(stage, params, paths, device, several)
         with exclusive(paths.checkpoints, facts):
-            launching.launch(stage, several.size, paths.checkpoints / training_fingerprint(facts))
+            launching.launch(stage, options.processes, paths.checkpoints / training_fingerprint(facts))
         return
     store = os.environ.get(launching.STORE)
-    lost = AlreadyReported if launched() else UserError  # only the launcher reports errors
+    lost = LostConnection if launched() else UserError  # only the launcher reports errors
     file = Path(store) if store else None
     with (
         explain_out_of_memory(stage, options),
@@ -307,7 +308,7 @@ def preview_quality() -> int:
 def check_devices(params: Params, recipe: Recipe, device: torch.device) -> None:
     """Raise UserError unless all processes run on the CPU or each has its own GPU."""
     processes, gpus = recipe.options.processes, torch.cuda.device_count()
-    if device.type == "cuda" and params.device not in ("auto", "cuda"):
+    if device.type == "cuda" and processes > 1 and params.device not in ("auto", "cuda"):
         raise UserError(
             f"device: {params.device} is one GPU, but {recipe.stage}.processes is {processes}; set device to cuda"
         )

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from diffusion.errors import AlreadyReported, LostConnection
 from flows import params as parameters
 from flows.__main__ import main
 from flows.cli import app
@@ -65,6 +67,16 @@ def test_closed_streams_do_not_stop_a_command(tmp_path: Path, closed: str) -> No
     assert done.returncode == 0
     assert "\nseed: 1\n" in (tmp_path / "params.yaml").read_text()
     assert (tmp_path / "data" / "shards" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("error", "status"), [(AlreadyReported, 1), (LostConnection, os.EX_UNAVAILABLE)])
+def test_what_another_process_reports_is_not_said_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[AlreadyReported], status: int
+) -> None:
+    """The launcher tells by the status what was lost."""
+    monkeypatch.setattr("flows.commands.stage.run", Mock(side_effect=error("lost")))
+    assert main(["train"]) == status
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_command_it_shows_them(capsys: pytest.CaptureFixture[str]) -> None:

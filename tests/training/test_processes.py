@@ -262,6 +262,26 @@ def test_torchrun_replaces_a_lost_process_on_one_of_two_machines(
     assert not (machines[1] / ".ddpm").exists()
 
 
+def test_nodes_of_one_job_train_together(two: Path, pairs_tree: Path, tmp_path: Path) -> None:
+    """Two processes act as pods, of which the second is stopped when the first has ended, as by Kubernetes."""
+    tree = trees.copy(pairs_tree, tmp_path / "tree")
+    command = [sys.executable, "-m", "flows.nodes", "--nodes=2", "--folder=../job", "--address=127.0.0.1", *trees.TRAIN]
+    (tmp_path / "elsewhere").mkdir()
+    with trees.start(tmp_path / "elsewhere", *command, JOB_COMPLETION_INDEX="1", GLOO_SOCKET_IFNAME="lo") as second:
+        with trees.start(tree, *command, JOB_COMPLETION_INDEX="0", GLOO_SOCKET_IFNAME="lo") as first:
+            trees.wait_for(first, "on 2 x cpu")
+            below = psutil.Process(second.pid).children(recursive=True)
+            _, errors = first.communicate(timeout=180)
+        assert first.returncode == 0, errors
+        second.terminate()
+        assert second.wait(60) == 128 + signal.SIGTERM
+    assert len(below) == 2  # torch's launcher, and the process that trains
+    assert not psutil.wait_procs(below, timeout=30)[1]
+    assert trees.digests(tree, *RESULTS) == trees.digests(two, *RESULTS)
+    assert not [path for path in (tree / ".ddpm/checkpoints").iterdir() if path.is_dir()]  # of any number of nodes
+    assert not (tmp_path / "job").exists()
+
+
 @pytest.mark.parametrize(
     ("device", "processes", "message"),
     [
