@@ -8,6 +8,7 @@ A trial of a sweep is tried in one or several trials of the study: each failure 
 one has the same attribute `index`.
 """
 
+import hashlib
 import json
 import math
 from collections import deque
@@ -21,6 +22,7 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -103,7 +105,7 @@ class Study:
         self._distributions = space.distributions()
         for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a kill left it between two calls
             study.ask()
-        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # no other process runs it
+        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # whose process was killed
             study.tell(left.number, state=TrialState.FAIL)
         begun = self._latest()
         self._failed = {index: trial for index, trial in begun.items() if trial.state == TrialState.FAIL}
@@ -180,7 +182,12 @@ def opened(name: str, options: Options, space: Space) -> Iterator[Study]:
         folder.mkdir(parents=True, exist_ok=True)
     address = setting(DATABASE, f"sqlite:///{folder / 'sweeps.db'}", str)
     try:
-        with FileLock(folder / f"{name}.lock", blocking=False), _user_errors(address), _storage(address) as storage:
+        with (
+            FileLock(folder / f"{name}.lock", blocking=False),
+            _user_errors(address),
+            _storage(address) as storage,
+            _alone(name, storage),
+        ):
             yield Study(name, _load(name, storage, options, space), space, options)
     except Timeout:
         raise UserError(f"sweep {name!r} is running in another process; wait for it or cancel it") from None
@@ -202,6 +209,21 @@ def _storage(address: str) -> Iterator[RDBStorage]:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@contextmanager
+def _alone(name: str, storage: RDBStorage) -> Iterator[None]:
+    """Keep other machines from running a sweep of this name, by a lock that PostgreSQL holds until the process ends."""
+    if storage.engine.dialect.name != "postgresql":
+        yield
+        return
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    with storage.engine.connect() as connection:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        connection.execute(text("SET tcp_keepalives_idle = 60"))  # so that a machine that is gone loses it in minutes
+        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
+            raise UserError(f"sweep {name!r} is running on another machine; wait for it or cancel it")
+        yield
 
 
 def _load(name: str, storage: RDBStorage, options: Options, space: Space) -> optuna.Study:
