@@ -1,5 +1,6 @@
 """`ddpm fetch`: the workspace of a run that another machine completed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,15 @@ def fetch(run: str) -> Path:
         UserError: it is here already, or MLflow, git or the DVC remote lacks a part of it.
     """
     paths = Paths()
+    if not re.fullmatch(r"\w[\w.-]*", run):
+        raise UserError(f"run {run!r}: not the name of a flow run")
     if (paths.runs / run / "run.json").exists():
         raise UserError(f"run {run!r}: already here; `ddpm apply {run}` brings it into the working tree")
     found = fetching.find(run, load(paths.params), paths)
     made = dvc_lock.stages(Path(fetching.LOCK), found.lock)
     if not made.keys() & STAGES.keys():
         raise UserError(f"run {run!r}: is a distillation, which cannot be fetched; fetch its teacher, and distil that")
-    if not found.commit:
+    if not re.fullmatch("[0-9a-f]{40,64}", found.commit):
         raise UserError(f"run {run!r}: MLflow does not know its commit, without which it cannot be fetched")
     if found.dirty:
         print(f"warning: run {run} had changes that its commit {found.commit[:12]} lacks", file=sys.stderr)

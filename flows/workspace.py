@@ -24,7 +24,7 @@ from pydantic import Field
 from diffusion.errors import UserError
 from diffusion.progress import say
 from diffusion.storage.files import write_atomic, write_json, writing
-from flows import dvc_config, dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
+from flows import dvc_add, dvc_config, dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -56,7 +56,9 @@ class Run:
     def read(cls, workspace: Path) -> "Run":
         file = workspace / "run.json"
         try:
-            return cls(**json.loads(file.read_text()))
+            run = cls(**json.loads(file.read_text()))
+            datetime.fromisoformat(run.created) - datetime.fromisoformat(run.ended or run.created)
+            return run
         except (ValueError, TypeError):
             raise UserError(f"{file}: damaged; delete {workspace}, which is no longer usable") from None
 
@@ -256,16 +258,18 @@ def adopt(run: Run, files: bytes, parameters: bytes, lock: bytes) -> Path:
         if workspace.exists():
             return workspace
         temporary = _unfinished(workspace)
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-                archive.extractall(temporary, filter="data")
-            _share_state(temporary)
-            write_atomic(Paths(temporary).params, parameters)
-            write_atomic(temporary / dvc_lock.FILE, lock)
+            with exclusive(workspace.parent):  # before it pulls, `ddpm gc` must know what it needs
+                shutil.rmtree(temporary, ignore_errors=True)
+                with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+                    archive.extractall(temporary, filter="data")
+                _share_state(temporary)
+                write_atomic(Paths(temporary).params, parameters)
+                write_atomic(temporary / dvc_lock.FILE, lock)
             dvc(temporary, "pull", *map(dvc_yaml.target, dvc_lock.stages(Path(dvc_lock.FILE), lock)))
-            run.write(temporary)
-            temporary.replace(workspace)
+            with exclusive(workspace.parent):
+                run.write(temporary)
+                temporary.replace(workspace)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return workspace
@@ -294,7 +298,7 @@ def remove(workspace: Path, run: Run) -> bool:
         if Run.read(workspace) == run:
             shutil.rmtree(_unfinished(workspace), ignore_errors=True)
             workspace.replace(_unfinished(workspace))
-            shutil.rmtree(_unfinished(workspace))
+            dvc_add.remove(_unfinished(workspace))
             return True
     return False
 
@@ -302,8 +306,8 @@ def remove(workspace: Path, run: Run) -> bool:
 def remove_remains(runs: Path) -> None:
     """Remove what is left of workspaces that were being created or removed when the process was killed."""
     for unfinished in runs.glob(".*.part"):
-        with suppress(Timeout), _lock(runs / unfinished.name[1:].removesuffix(".part")):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError), _lock(runs / unfinished.name[1:].removesuffix(".part")):  # OSError: Timeout, too
+            dvc_add.remove(unfinished)
     for lock in runs.glob(".*.lock"):
         workspace = runs / lock.name[1:].removesuffix(".lock")
         if not workspace.exists():

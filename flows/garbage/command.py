@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from flows import dvc_add
 from flows.garbage import collect
 from flows.garbage.collect import Garbage
 from flows.garbage.rules import Rule
+from flows.paths import Paths
 
 
 def run(keep: int | None, older_than: str | None, *, force: bool, as_json: bool) -> None:
@@ -19,6 +21,7 @@ def run(keep: int | None, older_than: str | None, *, force: bool, as_json: bool)
         UserError: an option is wrong, or it is not known what is needed.
     """
     rule = Rule.of(keep, older_than)
+    dvc_add.check_repository(Paths())
     with collect.at_rest() if force else nullcontext():
         found = collect.find(rule)
         if force:
