@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from diffusion.errors import UserError, counted
 from diffusion.pairs.pairs import MANIFEST, Manifest
 from diffusion.progress import printable
-from diffusion.sources.locations import is_url
 from diffusion.storage.files import read_checked, sha256
 from flows.cards import licenses
 from flows.made_with import leaves
@@ -323,7 +322,7 @@ def _data(known: Known, license: licenses.License | None) -> dict[str, Any]:
 
 def _public(source: str) -> str:
     """The source without the query of a URL, which may be a signature."""
-    return source.partition("?")[0] if is_url(source) else source
+    return source.partition("?")[0] if "://" in source else source
 
 
 def _sides(shards: Mapping[str, Any]) -> str:

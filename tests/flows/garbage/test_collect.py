@@ -1,14 +1,11 @@
 """`ddpm gc`: what goes, what never goes, and a full disk."""
 
-import json
 import os
 import resource
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import zc.lockfile
@@ -18,38 +15,23 @@ from diffusion.storage.files import sha256
 from flows import workspace
 from flows.fingerprint import lock_of
 from flows.garbage import collect
-from flows.garbage.rules import Rule
 from flows.tracking import garbage as mlflow_garbage
 from flows.tracking.garbage import Named
-from tests.command import ddpm
-from tests.flows.garbage.conftest import MB, RUNS, disk_usage, in_cache, lock, run, stored, write
-
-
-def gc(*arguments: str) -> CompletedProcess[str]:
-    return ddpm(Path(), "gc", *arguments, environment={})
-
-
-def found(*arguments: str) -> dict[str, dict[str, dict[str, int]]]:
-    done = gc(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def left() -> list[str]:
-    return sorted(path.name for path in RUNS.glob("[!.]*"))
-
-
-def contents() -> set[Path]:
-    """All files but locks."""
-    return {path for path in Path().rglob("*") if ".git" not in path.parts and path.suffix != ".lock"}
-
-
-def aged(path: Path, days: float) -> Path:
-    """A file or folder that was last changed some days ago."""
-    then = time.time() - days * 24 * 3600
-    for each in (*path.rglob("*"), path):
-        os.utime(each, (then, then))
-    return path
+from tests.flows.garbage.conftest import (
+    MB,
+    RUNS,
+    aged,
+    contents,
+    disk_usage,
+    found,
+    gc,
+    in_cache,
+    left,
+    lock,
+    run,
+    stored,
+    write,
+)
 
 
 @pytest.fixture
@@ -201,92 +183,11 @@ def test_features_go_by_their_age() -> None:
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_what_killed_commands_left_goes_after_a_day() -> None:
-    names = ("data/.shards.abcdefgh", "data/raw/.mine.abc_ef12", "models/.ddpm.abcdefgh.former", ".ddpm/.remote.x")
-    for name in names:
-        aged(write(Path(name, "mine")).parent, 2)
-    for name in ("data/.pairs.abcdefgh", ".ddpm/.remote.y"):
-        write(Path(name, "a"))
-    for name in ("data/.gitignore", "data/raw/.gitkeep", "models/ddpm/a", "data/shards/a.tar"):
-        aged(write(Path(name)), 99)
-    for name in ("data/.my.pictures", "data/raw/.cats.original/b", "data/raw/.cats.original.txt"):  # those of a user
-        aged(write(Path(name)), 99)
-    part = RUNS / ".half.part"
-    write(part / "a")
-    with workspace._lock(RUNS / "half"):  # being created
-        assert found()["parts"]["leftovers"]["freed"] // MB == 4
-    before = contents()
-    with workspace._lock(run("active").absolute()):
-        gc("--force")
-    assert part not in contents()
-    assert all(Path(name).exists() for name in names)
-    assert found()["parts"]["leftovers"]["freed"] // MB == 4
-    gc("--force")
-    gone = {path for path in before - contents() if path != part and part not in path.parents}
-    assert gone == {Path(name) / more for name in names for more in ("", "mine")}
-
-
-def test_a_workspace_that_is_a_link_leaves_what_it_leads_to() -> None:
-    moved = run("moved", 9)
-    Path("elsewhere").mkdir()
-    moved.replace("elsewhere/moved")
-    moved.symlink_to(Path("elsewhere/moved").absolute())
-    checkpoints = write(Path("elsewhere/0123/step.pt"))
-    Path(".ddpm/checkpoints").mkdir()
-    Path(".ddpm/checkpoints/0123").symlink_to(checkpoints.parent.absolute())
-    assert found("--keep", "0", "--force")["runs"] == ["moved"]
-    assert list(RUNS.glob("*[!k]")) == list(Path(".ddpm/checkpoints").glob("*[!k]")) == []  # but for locks
-    assert Path("elsewhere/moved/dvc.lock").exists()
-    assert checkpoints.exists()
-
-
-def test_what_a_run_that_is_being_fetched_needs_stays() -> None:
-    part = run("one", digests=[stored(b"pulled"), stored(b"to come")]).rename(RUNS / ".one.part")
-    (part / "run.json").unlink()  # written at the end
-    (part / ".dvc/tmp").mkdir(parents=True)
-
-    def collected() -> None:
-        with collect.at_rest():
-            collect.delete(collect.find(Rule()))
-
-    with workspace._lock(RUNS / "one"):
-        held = zc.lockfile.LockFile(str(part / ".dvc/tmp/lock"))  # by `dvc pull`
-        gone = threading.Thread(target=collected)
-        gone.start()
-        gone.join(1)
-        assert gone.is_alive()
-        held.close()
-        gone.join(60)
-    assert part.exists()
-    assert (in_cache(b"pulled"), in_cache(b"to come")) == (True, True)
-    gc("--force")  # the fetch was killed
-    assert (part.exists(), in_cache(b"pulled")) == (False, False)
-
-
-@pytest.mark.parametrize("wrong", [{"ended": "yesterday"}, {"created": 5}, {"ended": "2020-01-01"}])
-def test_a_workspace_of_unknown_age_stays(wrong: dict[str, object]) -> None:
-    file = run("odd", 99) / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
-    done = gc("--keep", "0", "--force")
-    assert done.stderr == f"{file}: damaged; delete {file.parent}, which is no longer usable\n"
-    assert left() == ["odd"]
-
-
 def test_in_another_folder_it_is_refused() -> None:
     Path(".dvc").rename("dvc")
     done = gc()
     assert done.returncode == 1
     assert done.stderr == "ddpm gc: error: .dvc: no such folder here; run this in the pipeline's folder\n"
-
-
-@pytest.mark.parametrize("alive", [True, False])
-def test_what_a_stage_in_the_working_tree_may_use_stays(alive: bool) -> None:
-    left = aged(write(Path(".ddpm/.remote.x/a")).parent, 2)
-    process = os.getpid() if alive else 2**22 + 1  # beyond the largest id
-    Path(".dvc/tmp").mkdir()
-    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"data/shards": {"pid": process, "cmd": "dvc repro"}}}))
-    gc("--force")
-    assert left.exists() == alive
 
 
 def test_dvcs_databases_of_former_workspaces_go() -> None:
