@@ -37,6 +37,8 @@ from flows.sweep.space import Space, Values
 
 DATABASE = "DDPM_SWEEPS"
 """Address of the database of the studies, as SQLAlchemy takes it."""
+OWN = "sweeps.db"
+"""The database if that is not set, in .ddpm/sweeps."""
 INDEX, REASON, FLOW_RUN = "index", "reason", "flow_run"
 """Attributes of a study's trial: which trial of the sweep it is, why it ended early, and its flow run in Prefect."""
 DEFINITION = "definition"
@@ -180,7 +182,7 @@ def opened(name: str, options: Options, space: Space) -> Iterator[Study]:
     folder = Paths().sweeps.absolute()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    address = setting(DATABASE, f"sqlite:///{folder / 'sweeps.db'}", str)
+    address = setting(DATABASE, f"sqlite:///{folder / OWN}", str)
     try:
         with (
             FileLock(folder / f"{name}.lock", blocking=False),
@@ -236,11 +238,11 @@ def _load(name: str, storage: RDBStorage, options: Options, space: Space) -> opt
     )
     # The sampler's generator begins anew: with the same seed it would suggest what it has suggested.
     study.sampler = TPESampler(seed=validate(space.base, "params.yaml").seed + len(study.trials))
-    tries, before = definition(options, space), study.user_attrs.get(DEFINITION)
-    if before is None:
+    tries, before = json.loads(json.dumps(definition(options, space))), study.user_attrs.get(DEFINITION)
+    if before is None and not study.trials:
         study.set_user_attr(DEFINITION, tries)
-    elif before != json.loads(json.dumps(tries)):
-        differ = [part for part in tries if tries[part] != before.get(part)]
+    elif before != tries:
+        differ = [part for part in tries if not isinstance(before, dict) or tries[part] != before.get(part)]
         raise UserError(
             f"name: another sweep is called {name!r} (its {', '.join(differ)} differ); give this one another name"
         )
@@ -255,4 +257,5 @@ def _user_errors(address: str) -> Iterator[None]:
         shown = address
         with suppress(SQLAlchemyError):
             shown = make_url(address).render_as_string(hide_password=True)
-        raise UserError(f"{DATABASE}: {shown} cannot be used ({str(error).splitlines()[0]})") from None
+        advice = f"; if {OWN} is damaged, delete it, and the sweeps begin anew" if address.endswith(f"/{OWN}") else ""
+        raise UserError(f"{DATABASE}: {shown} cannot be used ({str(error).splitlines()[0]}){advice}") from None
