@@ -104,7 +104,7 @@ def test_an_active_run_and_its_teacher_never_go() -> None:
     replace(workspace.Run.read(student), state="running", ended="").write(student)
     with workspace._lock(student.absolute()):
         done = found("--keep", "0", "--force")
-    assert done["stays"] == {"teacher": "teacher of student", "student": "active"}
+    assert done["kept"] == {"teacher": "teacher of student", "student": "active"}
     assert [directory.exists() for directory in (teacher, other, student)] == [True, False, True]
     assert [in_cache(content) for content in (b"teacher", b"student", b"other")] == [True, True, False]
     assert found("--keep", "0", "--force")["runs"] == ["teacher", "student"]  # the student has crashed
@@ -115,9 +115,9 @@ def test_the_runs_of_a_version_with_an_alias_never_go(named: Callable[[Named], N
         run(name, 9)
     run("student", 9, teacher="teacher")
     named(Named("champion of ddpm", frozenset({"id-trained", "id-exported", "id-gone"}), "", []))
-    assert found("--keep", "0")["stays"] == dict.fromkeys(("trained", "exported"), "champion of ddpm")
+    assert found("--keep", "0")["kept"] == dict.fromkeys(("trained", "exported"), "champion of ddpm")
     named(Named("champion of ddpm-student", frozenset({"id-student"}), "", []))
-    assert found("--older-than", "1d", "--force")["stays"] == {
+    assert found("--older-than", "1d", "--force")["kept"] == {
         "teacher": "teacher of student", "student": "champion of ddpm-student"
     }  # fmt: skip
     assert left() == ["student", "teacher"]
@@ -130,9 +130,9 @@ def test_a_run_with_the_same_model_as_such_a_version_never_goes(named: Callable[
     os.link(sampler, write(student / "models/onnx/x", 1).with_name("sampler.onnx"))  # its teacher's
     write(student / "models/student-onnx/sampler.onnx", 102)
     named(Named("challenger of ddpm", frozenset(), sha256(sampler), []))
-    assert found("--keep", "0")["stays"] == {"same": "challenger of ddpm"}
+    assert found("--keep", "0")["kept"] == {"same": "challenger of ddpm"}
     named(Named("champion of s", frozenset(), sha256(student / "models/student-onnx/sampler.onnx"), []))
-    assert found("--keep", "0")["stays"] == {"other": "teacher of student", "student": "champion of s"}
+    assert found("--keep", "0")["kept"] == {"other": "teacher of student", "student": "champion of s"}
 
 
 def test_what_a_commit_a_run_or_a_version_with_an_alias_uses_stays_in_the_cache(
@@ -243,7 +243,7 @@ def test_a_run_that_has_just_ended_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         return found
 
     monkeypatch.setattr(workspace, "all_runs", end)
-    assert found("--keep", "0", "--force")["stays"] == {"ending": "active"}
+    assert found("--keep", "0", "--force")["kept"] == {"ending": "active"}
     assert ending.exists()
     assert in_cache(b"ending")
 
