@@ -11,9 +11,11 @@ from huggingface_hub import ModelCard
 
 from diffusion.errors import UserError
 from diffusion.storage.files import sha256, write_json, write_sums
+from flows import params
 from flows.cards import card, licenses
 from flows.cards.licenses import License
 from flows.paths import Paths
+from flows.stages import export
 
 ROOT = Path(__file__).parents[3]
 FORM = card.Form("onnx", {"sampler.onnx": "5" * 64}, "import onnxruntime")
@@ -195,6 +197,18 @@ def test_an_invalid_text_is_refused(paths: Paths, text: str, problem: str) -> No
     paths.card_text.write_text(text)
     with pytest.raises(UserError, match=rf"model-card\.md: .*{problem}"):
         render(paths)
+
+
+def test_an_invalid_text_is_refused_before_graphs_are_built(
+    whole_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole_tree, tmp_path / "tree")
+    tree = Paths(tmp_path / "tree")
+    tree.card_text.write_text("---\nlicense: MIT\n---\n")
+    monkeypatch.setattr(export.denoiser, "to_onnx", None)
+    with pytest.raises(UserError, match=r"model-card\.md: license: "):
+        export.run(params.load(tree.params), tree)
+    assert tree.sampler.exists()  # of the former export
 
 
 @pytest.mark.parametrize(
