@@ -57,7 +57,7 @@ class Run:
         file = workspace / "run.json"
         try:
             run = cls(**json.loads(file.read_text()))
-            datetime.fromisoformat(run.created) - datetime.fromisoformat(run.ended or run.created)
+            max(datetime.now(UTC), *map(datetime.fromisoformat, (run.created, run.ended or run.created)))  # have zones
             return run
         except (ValueError, TypeError):
             raise UserError(f"{file}: damaged; delete {workspace}, which is no longer usable") from None
@@ -306,7 +306,7 @@ def remove(workspace: Path, run: Run) -> bool:
 def remove_remains(runs: Path) -> None:
     """Remove what is left of workspaces that were being created or removed when the process was killed."""
     for unfinished in runs.glob(".*.part"):
-        with suppress(OSError), _lock(runs / unfinished.name[1:].removesuffix(".part")):  # OSError: Timeout, too
+        with suppress(OSError), _lock(runs / unfinished.name[1:-5]):  # OSError: Timeout, too
             dvc_add.remove(unfinished)
     for lock in runs.glob(".*.lock"):
         workspace = runs / lock.name[1:].removesuffix(".lock")

@@ -86,7 +86,9 @@ def test_what_a_stage_in_the_working_tree_may_use_stays(alive: bool) -> None:
     assert left.exists() == alive
 
 
-@pytest.mark.parametrize("wrong", [{"ended": "yesterday"}, {"created": 5}, {"ended": "2020-01-01"}])
+@pytest.mark.parametrize(
+    "wrong", [{"ended": "yesterday"}, {"created": 5}, {"ended": "2020-01-01", "created": "2020-01-01"}]
+)
 def test_a_workspace_of_unknown_age_stays(wrong: dict[str, object]) -> None:
     file = run("odd", 99) / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
