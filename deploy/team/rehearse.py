@@ -131,6 +131,7 @@ def sweep(found: Team, user: Path, environment: Mapping[str, str]) -> None:
     refused = subprocess.run(again, cwd=user, env=environment, capture_output=True, text=True)
     running = "sweep 'rates' is running on another machine" in " ".join(output_of(refused).split())
     expect("another worker does not run the same sweep", refused.returncode != 0 and running)
+    found.until("its first trial is complete", lambda: "rates-0: val MSE" in log.read_text(errors="replace"), "worker")
     whole = "2 of 2 trials completed; best: rates-"
     found.until("the sweep is complete", lambda: whole in log.read_text(errors="replace"), "worker")
     done = run(again, cwd=user, env=environment)
