@@ -227,11 +227,11 @@ def track(run: str | None = None, /, *, student: bool = False, json: bool = Fals
 
 @app.command(group=RUNS, usage="Usage: ddpm gc [--keep N] [--older-than AGE] [--force] [--json]")
 def gc(*, keep: Integer | None = None, older_than: str | None = None, force: bool = False, json: bool = False) -> None:
-    """Show what takes space and what of it can go; with --force, delete that.
+    """Show what takes up space and what can be deleted; with --force, delete it.
 
-    Goes: files that nothing uses in DVC's cache, runs that were deleted in MLflow, what killed commands left, and, by
-    --keep and --older-than, runs and the checkpoints of interrupted trainings. Never goes: active runs, those whose
-    model is champion, challenger or has another alias in MLflow, their teachers, and what a git commit uses.
+    Deleted: files in DVC's cache that nothing uses, runs that were deleted in MLflow, what killed commands left, and,
+    by --keep and --older-than, runs and the checkpoints of interrupted trainings. Never deleted: active runs, those
+    whose model is champion, challenger or has another alias in MLflow, their teachers, and what a git commit uses.
 
     Args:
         keep: Keep this many of the latest runs.

@@ -9,6 +9,7 @@ from ruamel import yaml
 from ruamel.yaml.error import YAMLError
 
 from diffusion.errors import UserError
+from flows import dvc_yaml
 
 FILE = "dvc.lock"
 
@@ -32,8 +33,8 @@ def outputs_of(root: Path) -> list[Path]:
     return outputs(stages(file, file.read_bytes() if file.exists() else None))
 
 
-def link_outputs(source: Path, target: Path) -> None:
-    """Put the dvc.lock of one folder, and all outputs that it records, into another, whose own are not there yet.
+def link_teacher(source: Path, target: Path) -> None:
+    """Put a teacher's dvc.lock, and all outputs that it records, into the workspace of a distillation, and turn it on.
 
     Files are linked: nothing writes outputs in place.
     """
@@ -44,6 +45,7 @@ def link_outputs(source: Path, target: Path) -> None:
         else:
             _link(source / path, target / path)
     shutil.copy2(source / FILE, target / FILE)  # DVC writes it in place
+    (target / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(target / ".dvcignore"))
 
 
 def _link(source: str | Path, target: str | Path) -> None:

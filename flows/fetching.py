@@ -1,5 +1,6 @@
 """`ddpm fetch`: the workspace of a run that another machine completed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from flows.paths import Paths
 from flows.stages import STUDENT_STAGES
 from flows.tracking import fetching
 
+NAME = re.compile(r"\w[\w.-]*")
+"""Names of workspaces."""
+
 
 def fetch(run: str) -> Path:
     """Create the workspace of a run that ran elsewhere: code from git, parameters from MLflow, outputs from DVC.
@@ -23,13 +27,15 @@ def fetch(run: str) -> Path:
         UserError: it is here already, or MLflow, git or the DVC remote lacks a part of it.
     """
     paths = Paths()
+    if not NAME.fullmatch(run):
+        raise UserError(f"run {run!r}: not the name of a flow run")
     if (paths.runs / run / "run.json").exists():
         raise UserError(f"run {run!r}: already here; `ddpm apply {run}` brings it into the working tree")
     found = fetching.find(run, load(paths.params), paths)
     made = dvc_lock.stages(Path(fetching.LOCK), found.lock)
     if not found.teacher and made.keys() & STUDENT_STAGES.keys():
         raise UserError(f"run {run!r}: MLflow does not know its teacher, without which it cannot be fetched")
-    if not found.commit:
+    if not re.fullmatch("[0-9a-f]{40,64}", found.commit):
         raise UserError(f"run {run!r}: MLflow does not know its commit, without which it cannot be fetched")
     if found.dirty:
         print(f"warning: run {run} had changes that its commit {found.commit[:12]} lacks", file=sys.stderr)
@@ -53,7 +59,7 @@ def fetch(run: str) -> Path:
 def _teacher(run: str, name: str, made: dict[str, Any]) -> Path:
     """The workspace of a distillation's teacher; raises UserError unless it has what the stages in `made` depend on."""
     directory = Paths().runs / name
-    if not (directory / "run.json").exists():
+    if not NAME.fullmatch(name) or not (directory / "run.json").exists():
         fetch(name)
     file = directory / dvc_lock.FILE
     trained = dvc_lock.stages(file, file.read_bytes())

@@ -24,7 +24,7 @@ from pydantic import Field
 from diffusion.errors import UserError
 from diffusion.progress import say
 from diffusion.storage.files import write_atomic, write_json, writing
-from flows import dvc_config, dvc_lock, dvc_output, dvc_yaml, presets, yaml_files
+from flows import dvc_add, dvc_config, dvc_lock, dvc_output, presets, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -56,7 +56,9 @@ class Run:
     def read(cls, workspace: Path) -> "Run":
         file = workspace / "run.json"
         try:
-            return cls(**json.loads(file.read_text()))
+            run = cls(**json.loads(file.read_text()))
+            max(datetime.now(UTC), *map(datetime.fromisoformat, (run.created, run.ended or run.created)))  # have zones
+            return run
         except (ValueError, TypeError):
             raise UserError(f"{file}: damaged; delete {workspace}, which is no longer usable") from None
 
@@ -235,7 +237,8 @@ def _create(workspace: Path, flow_run_id: str, parameters: Any, teacher: Path | 
     _share_state(temporary)
     yaml_files.write_yaml(Paths(temporary).params, parameters)
     dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*dvc.lock").strip())
-    _link_teacher(teacher, temporary)
+    if teacher:
+        dvc_lock.link_teacher(teacher, temporary)
     of = teacher.name if teacher else ""
     Run(workspace.name, flow_run_id, _now(), revision, dirty, "running", teacher=of, sweep=sweep).write(temporary)
     temporary.replace(workspace)
@@ -253,17 +256,20 @@ def adopt(run: Run, files: bytes, own: Mapping[str, bytes], targets: Sequence[st
         if workspace.exists():
             return workspace
         temporary = _unfinished(workspace)
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-                archive.extractall(temporary, filter="data")
-            _share_state(temporary)
-            _link_teacher(teacher, temporary)
-            for name, content in own.items():
-                write_atomic(temporary / name, content)
+            with exclusive(workspace.parent):  # before it pulls, `ddpm gc` must know what it needs
+                shutil.rmtree(temporary, ignore_errors=True)
+                with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+                    archive.extractall(temporary, filter="data")
+                _share_state(temporary)
+                if teacher:
+                    dvc_lock.link_teacher(teacher, temporary)
+                for name, content in own.items():
+                    write_atomic(temporary / name, content)
             dvc(temporary, "pull", *targets)
-            run.write(temporary)
-            temporary.replace(workspace)
+            with exclusive(workspace.parent):
+                run.write(temporary)
+                temporary.replace(workspace)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return workspace
@@ -273,12 +279,6 @@ def _share_state(workspace: Path) -> None:
     """Link a workspace's `.ddpm` to that of the repository, and have DVC use the repository's cache."""
     (workspace / ".ddpm").symlink_to(Paths().state.absolute())
     dvc_config.write(workspace)
-
-
-def _link_teacher(teacher: Path | None, workspace: Path) -> None:
-    if teacher:
-        dvc_lock.link_outputs(teacher, workspace)
-        (workspace / ".dvcignore").write_bytes(dvc_yaml.turn_on_distillation(workspace / ".dvcignore"))
 
 
 def _clean(runs: Path, keep: Path | None) -> None:
@@ -298,7 +298,7 @@ def remove(workspace: Path, run: Run) -> bool:
         if Run.read(workspace) == run:
             shutil.rmtree(_unfinished(workspace), ignore_errors=True)
             workspace.replace(_unfinished(workspace))
-            shutil.rmtree(_unfinished(workspace))
+            dvc_add.remove(_unfinished(workspace))
             return True
     return False
 
@@ -306,8 +306,8 @@ def remove(workspace: Path, run: Run) -> bool:
 def remove_remains(runs: Path) -> None:
     """Remove what is left of workspaces that were being created or removed when the process was killed."""
     for unfinished in runs.glob(".*.part"):
-        with suppress(Timeout), _lock(runs / unfinished.name[1:].removesuffix(".part")):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError), _lock(runs / unfinished.name[1:-5]):  # OSError: Timeout, too
+            dvc_add.remove(unfinished)
     for lock in runs.glob(".*.lock"):
         workspace = runs / lock.name[1:].removesuffix(".lock")
         if not workspace.exists():

@@ -6,9 +6,10 @@ runs the commands of deploy/team/compose.yaml, with their environments, on ports
 package `postgresql`), an S3 server (moto's, in place of the image), the servers of Prefect and MLflow with passwords,
 and two workers with separate homes and folders, which share git, the DVC remote and the servers alone. Then a user
 pushes a commit, deploys it, and runs `prefect deployment run train-ddpm`; another worker takes the same results from
-the remote; the user fetches and applies the run, and a colleague's clone pulls it and has nothing to run. The model is
-promoted, and served behind Caddy (Debian's `caddy`) with TLS. Each step prints what it checked; the first one that
-fails ends the rehearsal with status 1. Needs `pip install -e '.[team,cluster]' moto[server]`.
+the remote; the user fetches and applies the run, distils it, and fetches the best trial of a sweep; a worker is
+killed; and a colleague's clone pulls the results and has nothing to run. The model is promoted, and served behind Caddy
+(Debian's `caddy`) with TLS. Each step prints what it checked; the first one that fails ends the rehearsal with status
+1. Needs `pip install -e '.[team,cluster]' moto[server]`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def rehearse(found: Team) -> None:
     distil = ("distill-ddpm/gpu", "--watch", "-p", "run=first", "--flow-run-name", "student", *STUDENT)
     done = do(user, *RUN, *distil)
     expect("worker `ddpm-gpu` distilled the model of the other's run", "Flow run finished successfully" in done)
+    sweep(found, user, environment)
     lose(found, partial(do, user))
     do(user, "dvc", "push")
     do(user, "git", "add", "params.yaml", "dvc.lock")
@@ -120,6 +122,27 @@ def rehearse(found: Team) -> None:
     cluster(found)
     for name in (name for name in found.processes if name != "s3"):  # which is another server here
         found.until(f"{name} is healthy", partial(found.healthy, name), name)
+
+
+def sweep(found: Team, user: Path, environment: Mapping[str, str]) -> None:
+    """A sweep by one worker, which the other one cannot run meanwhile, and finds complete afterwards."""
+    log = found.folder / "worker.log"
+    run([*RUN, "sweep-ddpm/sweep-ddpm", *SWEEP], cwd=user, env=environment)
+    found.until("the sweep runs", lambda: "sweep rates: 0 of 2" in log.read_text(errors="replace"), "worker")
+    again = [*RUN, "sweep-ddpm/gpu", "--watch", *SWEEP]
+    refused = subprocess.run(again, cwd=user, env=environment, capture_output=True, text=True)
+    running = "sweep 'rates' is running on another machine" in " ".join(output_of(refused).split())
+    expect("another worker does not run the same sweep", refused.returncode != 0 and running)
+    found.until("its first trial is complete", lambda: "rates-0: val MSE" in log.read_text(errors="replace"), "worker")
+    whole = "2 of 2 trials completed; best: rates-"
+    found.until("the sweep is complete", lambda: whole in log.read_text(errors="replace"), "worker")
+    done = run(again, cwd=user, env=environment)
+    expect("another worker has nothing left to run of it", whole in done and "rates-0: train." not in done)
+    best = done.partition(whole)[2][0]
+    run(["ddpm", "fetch", f"rates-{best}"], cwd=user, env=environment)
+    model, trial = "models/onnx/sampler.onnx", _workspace(found.folder / "worker", f"rates-{best}")
+    same = (user / ".ddpm/runs" / trial.name / model).read_bytes() == (trial / model).read_bytes()
+    expect("the user has the model of the best trial", same)
 
 
 def lose(found: Team, do: Callable[..., str]) -> None:
@@ -202,6 +225,7 @@ def cluster(found: Team) -> None:
 
 RUN = ("prefect", "deployment", "run")
 STUDENT = ("-p", 'distill={"steps": 4, "preview_every": 2, "log_every": 2, "batch_size": 8}')
+SWEEP = ("-p", "name=rates", "-p", 'over={"train.learning_rate": [0.003, 0.004]}')
 LONG = ("-p", 'train={"steps": 1000000, "decay": "constant", "log_every": 50, "preview_every": 50}')
 STATES = ("prefect", "flow-run", "ls", "--state", "CRASHED")
 DEPLOY = ("prefect", "--no-prompt", "deploy", "--prefect-file", "deploy/team/prefect.yaml", "--all")

@@ -27,6 +27,8 @@ from flows.yaml_files import content, parse
 TASK = {"type": "unconditional-image-generation", "name": "Unconditional image generation"}
 OURS = ("library_name", "pipeline_tag", "datasets", "metrics", "model-index")
 """Fields of the front matter that are not the team's to write."""
+LICENSE = r"[a-z0-9][a-z0-9.+-]*"
+"""Spelling of Hugging Face's identifiers of licenses, unlike those of SPDX."""
 COLOURS = {1: "greyscale", 3: "RGB", 4: "RGBA"}
 JUDGED = {
     "good": "The samples are no worse than held-out images beyond the noise.",
@@ -52,6 +54,10 @@ FIGURES = (
     ("near_copies", "share of near-copies of training images", SAMPLES),
 )
 MEASURED_ON = {TEST: "test pair", VAL: "validation image", BOUND: "test image", SAMPLES: "sample"}
+SPLITS = {"mse": "test", "r2": "test", "bits_per_dim": "test", "val_mse": "validation"}
+"""The images on which figures were measured. The others, except the drift, compare samples with training images."""
+PINNED = {"test": "pairs_sha256", "validation": "val_pairs_sha256"}
+"""Fields of scored.json with the digests of these pairs."""
 
 
 class Form(NamedTuple):
@@ -100,6 +106,8 @@ class Known:
     """reports/train.json."""
     teacher: str
     """SHA-256 of the weights of a student's teacher."""
+    start: str
+    """SHA-256 of the weights that the training started from; empty for random ones."""
     pairs: Manifest | None
     shards: dict[str, Any]
     """The manifest of the images that it was trained on."""
@@ -116,7 +124,7 @@ def render(paths: Paths, model: Path, form: Form) -> str:
     known = _read(paths, model)
     fields, text = team_text(paths.card_text)
     source = str(known.shards.get("source", ""))
-    name = Path(source.partition("?")[0].rstrip("/")).stem
+    name = Path(_public(source).rstrip("/")).stem
     rows, kind = list(_figures(known.figures)), "ddpm-student" if paths.student else "ddpm"
     own = ["diffusion", "ddpm", *(["distillation"] if known.teacher else [])]
     teacher = {"weights": known.teacher, "figures": list(_figures(known.figures, TEACHER))}
@@ -126,7 +134,7 @@ def render(paths: Paths, model: Path, form: Form) -> str:
         "pipeline_tag": TASK["type"],
         **fields,
         "tags": list(dict.fromkeys([*own, *fields["tags"]])),
-        "datasets": [name] if name else [],
+        "datasets": [name] if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) else [],  # others the Hub refuses
         "metrics": [row.key for row in rows],
         "model-index": _index(f"{kind}-{name}" if name else kind, name, known, rows),
     }
@@ -162,15 +170,26 @@ def team_text(path: Path) -> tuple[dict[str, Any], str]:
 
     Raises UserError if they are not valid. Without the file, the card has neither.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    match = re.match(r"---\n(.*?)^---\n(.*)", text, re.DOTALL | re.MULTILINE)
-    fields = dict(parse(match[1], path)) if match else {}
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n(.*))?\Z", text, re.DOTALL | re.MULTILINE)
+    if match is None and text.startswith("---"):
+        raise UserError(f"{path}: the fields at its top do not end; add a line ---")
+    fields = dict(parse(match[1], path)) if match and match[1].strip() else {}
     tags = fields.setdefault("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UserError(f"{path}: tags: must be a list of names such as [art]")
+    if not all(re.fullmatch(LICENSE, str(each)) for each in _listed(fields.get("license", "unknown"))):
+        raise UserError(f"{path}: license: must be an identifier of the Hub, in lower case, such as apache-2.0")
     if written := [name for name in OURS if name in fields]:
         raise UserError(f"{path}: {', '.join(written)}: written by the pipeline; delete it")
-    return fields, (match[2] if match else text).strip()
+    return fields, (match[2] or "" if match else text).strip()
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _read(paths: Paths, model: Path) -> Known:
@@ -179,11 +198,13 @@ def _read(paths: Paths, model: Path) -> Known:
     trained = record["wrote"].get(f"{ours}/model.safetensors") == weights
     teacher = found["scored"].get("teacher_sha256", "")
     parameters, training, shards, digests = dict[str, Any](), dict[str, Any](), dict[str, Any](), dict[str, str]()
-    pairs = None
+    pairs, start = None, ""
     if trained:
         of_teacher = (paths.teacher / "model.safetensors").relative_to(paths.root).as_posix()
         teacher = record["read"].get(of_teacher, teacher)
         parameters = record["params"]
+        if name := parameters.get("train.start_from"):
+            start = record["read"].get(f"data/models/{name}/model.safetensors", "")
         report = paths.train_report.relative_to(paths.root).as_posix()
         training = read_json(paths.train_report, record["wrote"].get(report))
         manifest = paths.pairs / MANIFEST
@@ -201,6 +222,7 @@ def _read(paths: Paths, model: Path) -> Known:
         parameters=parameters,
         training=training,
         teacher=teacher,
+        start=start,
         pairs=pairs,
         shards=shards,
         digests=digests,
@@ -238,18 +260,20 @@ def _features(paths: Paths, known: Known) -> str:
 
 
 def _index(name: str, data: str, known: Known, rows: list[Figure]) -> list[dict[str, Any]]:
-    """The figures as the field `model-index`, with the pairs that were scored as the data set's revision."""
-    if not rows:
-        return []
-    metrics = [
-        {"type": row.key, "name": row.label, "value": row.value}
-        | ({} if row.low is None or row.high is None else {"args": {"low": row.low, "high": row.high, "level": 0.95}})
-        for row in rows
-    ]
-    scored = {"type": data or "unknown", "name": data or "unknown", "split": "test"}
-    if "pairs_sha256" in known.scored:
-        scored["revision"] = known.scored["pairs_sha256"]
-    return [{"name": name, "results": [{"task": TASK, "dataset": scored, "metrics": metrics}]}]
+    """The figures as the field `model-index`, by split, with the pairs that were scored as the data set's revision."""
+    of_split: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        interval = {} if row.low is None or row.high is None else {"low": row.low, "high": row.high, "level": 0.95}
+        metric = {"type": row.key, "name": row.label, "value": row.value} | ({"args": interval} if interval else {})
+        of_split.setdefault(SPLITS.get(row.key, "train" if row.key != "drift" else ""), []).append(metric)
+    results = []
+    for split, metrics in of_split.items():
+        images = {"split": split, "revision": known.scored.get(PINNED.get(split, ""))}
+        of = {"type": data or "unknown", "name": data or "unknown"} | {
+            key: each for key, each in images.items() if each
+        }
+        results.append({"task": TASK, "dataset": of, "metrics": metrics})
+    return [{"name": name, "results": results}] if results else []
 
 
 def _summary(known: Known, name: str) -> str:
@@ -280,7 +304,7 @@ def _data(known: Known, license: licenses.License | None) -> dict[str, Any]:
     named = {"exact copy": "exact copies", "near-duplicate": "near-duplicates in different splits"}
     said = [counted(count, noun, named.get(noun, ""), ",") for noun, count in remarks.items() if count]
     return {
-        "source": shards["source"],
+        "source": _public(shards["source"]),
         "license": license.license if license else "not stated; `ddpm import --license` records it",
         "url": license.url if license else "",
         "images": splits,
@@ -294,6 +318,11 @@ def _data(known: Known, license: licenses.License | None) -> dict[str, Any]:
         },
         "remarks": f"Found in the data: {', '.join(said)}." if said else "",
     }
+
+
+def _public(source: str) -> str:
+    """The source without the query of a URL, which may be a signature."""
+    return source.partition("?")[0] if "://" in source else source
 
 
 def _sides(shards: Mapping[str, Any]) -> str:

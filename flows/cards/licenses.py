@@ -3,14 +3,15 @@
 It stands beside the data, not among their shards: a corrected license changes no shard, and nothing is trained again.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from diffusion.errors import UserError, describe
+from diffusion.errors import UserError, describe, shortened
 from flows.yaml_files import read_yaml, write_yaml
 
 
@@ -26,6 +27,8 @@ def spdx(identifier: str) -> str:
 
 
 def _public(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s<>|`\x00-\x1f\x7f]+", url):
+        raise ValueError(f"must be a web address, without spaces and any of <>|` (got {shortened(url)})")
     if "@" in urlsplit(url).netloc:
         raise ValueError("must not contain a password, since model cards show it")
     return url
@@ -37,7 +40,7 @@ class License(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     license: Annotated[str, AfterValidator(spdx)]
-    url: Annotated[str, StringConstraints(pattern=r"^(https?://[^\s<>]+)?$"), AfterValidator(_public)] = ""
+    url: Annotated[str, AfterValidator(_public)] = ""
     """Page that states the license, or the origin of the data; empty if there is none."""
 
 
@@ -47,7 +50,7 @@ def read(path: Path) -> dict[str, License]:
     Raises:
         UserError: it is not valid; names source and field.
     """
-    if not path.exists():
+    if not path.exists() or not re.sub(rb"(?m)#.*$", b"", path.read_bytes()).strip():  # comments are left
         return {}
     try:
         return TypeAdapter(dict[str, License]).validate_python(read_yaml(path))

@@ -22,6 +22,7 @@ from diffusion.errors import Damaged, UserError
 from diffusion.progress import say
 from flows import dvc_config, workspace
 from flows.dvc_lock import FILE
+from flows.paths import Paths
 
 _DIGEST = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])(?:\.dir)?")
 _PATTERNS = ("*.dvc", f"*{FILE}")
@@ -117,9 +118,10 @@ def _read(path: Path) -> bytes:
 
 
 def _present(workspaces: Iterable[Path]) -> Iterator[bytes]:
-    """The lock files and .dvc files of the working tree and of workspaces."""
+    """The lock files and .dvc files of the working tree, also those that git ignores, and of workspaces."""
     listed = workspace.git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PATTERNS)
-    for name in {*listed.split("\0"), FILE, str(Path("distill", FILE))} - {""}:
+    inputs = [str(file) for folder in (Paths().raw, Paths().imported) for file in folder.glob("*.dvc")]
+    for name in {*listed.split("\0"), *inputs, FILE, str(Path("distill", FILE))} - {""}:
         if (file := Path(name)).is_file():
             yield file.read_bytes()
     for root in workspaces:

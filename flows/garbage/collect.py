@@ -4,7 +4,6 @@ Nothing is written before the first files are deleted, so that a full disk does 
 """
 
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from diffusion.errors import UserError, counted
 from diffusion.storage.files import sha256
-from flows import workspace
+from flows import dvc_add, workspace
 from flows.fingerprint import lock_of
 from flows.garbage import cache
 from flows.garbage.rules import Rule
@@ -28,8 +27,8 @@ from flows.workspace import Run
 
 SECONDS_TO_LEFTOVER = 24 * 60 * 60
 """An unfinished file that was not touched for this long is taken to be that of a command that was killed."""
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.former)?")
-"""Names that diffusion/storage/files.py gives to what it is writing, and flows/importing.py to what it copies."""
+_UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.former)?")
+"""Names that diffusion/storage/files.py gives to what it is writing, and flows/dvc_add.py to what it copies."""
 BUT_BUSY = ", none while a run or stage is active"
 Runs = Sequence[tuple[Path, Run]]
 
@@ -60,7 +59,7 @@ def at_rest() -> Iterator[None]:
     runs = Paths().runs
     with suppress(OSError):  # on a full disk, on which no run can start, either
         runs.mkdir(parents=True, exist_ok=True)
-    with workspace.exclusive(runs), cache.at_rest(_folders()):
+    with workspace.exclusive(runs), cache.at_rest([*_folders(), *_unfinished_workspaces(busy=True)]):
         yield
 
 
@@ -84,7 +83,7 @@ def find(rule: Rule) -> Garbage:
     files = [folder for run in deleted for folder in run.folders]
     left = _leftovers(paths, kept, busy)
     parts = [
-        _cache(kept, versions),
+        _cache([*kept, *_unfinished_workspaces(busy=True)], versions),
         Part("runs", folders, gone, f"{len(gone)} of {len(folders)}: {rule}"),
         _checkpoints(paths, rule, busy),
         _features(paths, rule, busy),
@@ -179,9 +178,9 @@ def _features(paths: Paths, rule: Rule, busy: bool) -> Part:
 
 def _leftovers(paths: Paths, kept: Sequence[Path], busy: bool) -> Part:
     """What killed commands left, and DVC's databases of workspaces that are gone."""
-    parts = [path for path in paths.runs.glob(".*.part") if not workspace.in_use(path.with_name(path.name[1:-5]))]
+    parts = _unfinished_workspaces(busy=False)
     outputs = (paths.shards.parent, paths.raw, paths.imported, paths.model.parent, paths.data_report.parent)
-    unfinished = [path for folder in outputs for path in _entries(folder) if _UNFINISHED.fullmatch(path.name)]
+    unfinished = [path for folder in outputs for path in _entries(folder) if _is_unfinished(path, paths)]
     downloads = list(paths.state.glob(".remote.*"))
     still = [] if busy else [path for path in (*unfinished, *downloads) if _age(path) > SECONDS_TO_LEFTOVER]
     first = min((_created(directory) for directory in kept), default=time.time())
@@ -195,6 +194,22 @@ def _leftovers(paths: Paths, kept: Sequence[Path], busy: bool) -> Part:
 def _folders() -> list[Path]:
     """All workspaces, damaged ones, too."""
     return sorted(file.parent for file in Paths().runs.glob("[!.]*/run.json"))
+
+
+def _unfinished_workspaces(busy: bool) -> list[Path]:
+    """Those that a process is making, such as `ddpm fetch`; or those of processes that were killed."""
+    found = Paths().runs.glob(".*.part")
+    return sorted(path for path in found if workspace.in_use(path.with_name(path.name[1:-5])) is busy)
+
+
+def _is_unfinished(path: Path, paths: Paths) -> bool:
+    """Whether a file or folder beside inputs and outputs is unfinished, and not a hidden one of the user."""
+    if (found := _UNFINISHED.fullmatch(path.name)) is None:
+        return False
+    if path.parent in (paths.raw, paths.imported):
+        return path.is_dir() and {each.name for each in _entries(path)} <= {found[1], "former"}
+    ours = {paths.shards.name, paths.pairs.name, paths.licenses.name}
+    return path.parent != paths.shards.parent or found[1] in ours
 
 
 def _ended(run: Run) -> datetime:
@@ -237,4 +252,4 @@ def _locked(lock: FileLock) -> bool:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            dvc_add.remove(path)

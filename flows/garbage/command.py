@@ -1,4 +1,4 @@
-"""`ddpm gc`: what takes space, and deleting what of it is not needed."""
+"""`ddpm gc`: what takes up space, and deleting what is not needed."""
 
 import json
 import shlex
@@ -7,18 +7,21 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from flows import dvc_add
 from flows.garbage import collect
 from flows.garbage.collect import Garbage
 from flows.garbage.rules import Rule
+from flows.paths import Paths
 
 
 def run(keep: int | None, older_than: str | None, *, force: bool, as_json: bool) -> None:
-    """Print what takes space and what of it goes; delete that if `force`.
+    """Print what takes up space and what can be deleted; delete it if `force`.
 
     Raises:
         UserError: an option is wrong, or it is not known what is needed.
     """
     rule = Rule.of(keep, older_than)
+    dvc_add.check_repository(Paths())
     with collect.at_rest() if force else nullcontext():
         found = collect.find(rule)
         if force:
@@ -33,12 +36,12 @@ def _as_json(found: Garbage, force: bool) -> dict[str, Any]:
         "freed": found.freed,
         "parts": {part.name: {"bytes": part.space.taken, "freed": part.space.freed} for part in found.parts},
         "runs": [run.name for _, run in found.runs],
-        "stays": found.stays,
+        "kept": found.stays,
     }
 
 
 def _as_text(found: Garbage, rule: Rule, force: bool) -> str:
-    went = "DELETED" if force else "GOES"
+    went = "DELETED" if force else "RECLAIMABLE"
     rows = [("", "SIZE", went, "")]
     rows += [(part.name, _size(part.space.taken), _size(part.space.freed), part.what) for part in found.parts]
     rows.append(("total", _size(found.taken), _size(found.freed), ""))
@@ -48,9 +51,9 @@ def _as_text(found: Garbage, rule: Rule, force: bool) -> str:
         for name, size, freed, what in rows
     ]
     if found.runs:
-        lines.append(f"\nruns {'deleted' if force else 'that go'}: {', '.join(run.name for _, run in found.runs)}")
+        lines.append(f"\nruns {'deleted' if force else 'to delete'}: {', '.join(run.name for _, run in found.runs)}")
     if found.stays:
-        lines.append(f"\nruns that stay: {', '.join(f'{name} ({why})' for name, why in found.stays.items())}")
+        lines.append(f"\nruns kept: {', '.join(f'{name} ({why})' for name, why in found.stays.items())}")
     if not force and found.freed:
         lines.append(f"\nNothing was deleted; `{_command(rule)}` deletes it.")
     return "\n".join(lines)

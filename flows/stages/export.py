@@ -53,6 +53,7 @@ def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     sampling_timesteps(sample, model.process.schedule)  # reject invalid options early
+    card.render(paths, paths.model, card.Form("onnx", {}, USAGE))  # and what the team has written
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
     facts = metadata.of_model(model, sample.variance, weights, sha256(paths.pairs / MANIFEST), measured)

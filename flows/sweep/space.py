@@ -4,17 +4,20 @@ import copy
 import itertools
 import json
 import math
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from diffusion.errors import UserError, describe, shortened
 from diffusion.sections import Section
 from flows import dvc_yaml, fields, workspace
 from flows.changes import lay_over, with_field
+from flows.made_with import leaves
 from flows.params import Params, validate
 from flows.stages import STAGES
 from flows.sweep.options import MOST_TRIALS, Options
@@ -23,17 +26,39 @@ Values = dict[str, Any]
 """Values of the fields that a sweep varies, by dotted name."""
 
 
+def _number(value: Any) -> int | float:
+    """Refuse what is not a finite number, in one message instead of one for each type of the union."""
+    limit = sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -limit <= value <= limit:
+        raise ValueError(f"must be a number (got {shortened(value)})")
+    return value
+
+
+def _is_range(each: "Range") -> None:
+    if each.low > each.high:
+        raise ValueError(f"low ({each.low}) is above high ({each.high})")
+    if each.log and each.low <= 0:
+        raise ValueError("low must be above 0 with log")
+    if each.step is not None and (each.step <= 0 or each.log):
+        raise ValueError("step must be above 0, and cannot be combined with log")
+
+
+Number = Annotated[int | float, BeforeValidator(_number)]
+
+
 class Range(Section):
     """An interval of numbers, ends included."""
 
-    low: int | float
+    rules = (_is_range,)
+
+    low: Number
     """Its lower end."""
-    high: int | float
+    high: Number
     """Its upper end."""
     log: bool = False
     """Draw uniformly in the logarithm."""
-    step: int | float | None = None
-    """Draw multiples of this above `low`."""
+    step: Number | None = None
+    """Draw `low` plus multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +88,8 @@ class Space:
         found: dict[str, BaseDistribution] = {}
         for name, each in self.fields.items():
             try:
-                found[name] = _distribution(name, each)
+                with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it lowers `high` to a step
+                    found[name] = _distribution(name, each)
             except ValueError as error:
                 raise UserError(f"over: {name}: {error}") from None
         return found
@@ -90,6 +116,11 @@ def read(options: Options) -> Space:
     """The space of a sweep; raises UserError in one line unless all trials of a grid, or the ends, are valid."""
     base = workspace.document(options.preset, _nested("fixed", options.fixed))
     space = Space(base, {name: _field(name, given) for name, given in options.over.items()})
+    fixed = {leaf for leaf, _ in leaves(_nested("fixed", options.fixed))}
+    for name, each in space.fields.items():
+        for value in [0] if isinstance(each, Range) else each:
+            if twice := next((leaf for leaf, _ in leaves(_nested("over", {name: value})) if leaf in fixed), None):
+                raise UserError(f"fixed: {twice}: is in over as well; give it once")
     if options.prune and space.changes_data:
         raise UserError(
             "prune: trials may be measured on different validation pairs, whose errors cannot be compared; leave it out"
@@ -138,6 +169,8 @@ def _distribution(name: str, each: list[Any] | Range) -> BaseDistribution:
         return CategoricalDistribution([json.dumps(value) for value in each])
     takes = next((field.takes for field in fields.parameters() if field.name == name), "")
     if takes.startswith("integer"):
+        if each.step is not None and each.step != int(each.step):
+            raise ValueError("step must be a whole number")
         return IntDistribution(int(each.low), int(each.high), log=each.log, step=int(each.step or 1))
     if "number" in takes:
         return FloatDistribution(float(each.low), float(each.high), log=each.log, step=each.step)

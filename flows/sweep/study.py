@@ -8,6 +8,7 @@ A trial of a sweep is tried in one or several trials of the study: each failure 
 one has the same attribute `index`.
 """
 
+import hashlib
 import json
 import math
 from collections import deque
@@ -21,6 +22,7 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -35,6 +37,8 @@ from flows.sweep.space import Space, Values
 
 DATABASE = "DDPM_SWEEPS"
 """Address of the database of the studies, as SQLAlchemy takes it."""
+OWN = "sweeps.db"
+"""The database if that is not set, in .ddpm/sweeps."""
 INDEX, REASON, FLOW_RUN = "index", "reason", "flow_run"
 """Attributes of a study's trial: which trial of the sweep it is, why it ended early, and its flow run in Prefect."""
 DEFINITION = "definition"
@@ -103,7 +107,7 @@ class Study:
         self._distributions = space.distributions()
         for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a kill left it between two calls
             study.ask()
-        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # no other process runs it
+        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # whose process was killed
             study.tell(left.number, state=TrialState.FAIL)
         begun = self._latest()
         self._failed = {index: trial for index, trial in begun.items() if trial.state == TrialState.FAIL}
@@ -178,9 +182,14 @@ def opened(name: str, options: Options, space: Space) -> Iterator[Study]:
     folder = Paths().sweeps.absolute()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    address = setting(DATABASE, f"sqlite:///{folder / 'sweeps.db'}", str)
+    address = setting(DATABASE, f"sqlite:///{folder / OWN}", str)
     try:
-        with FileLock(folder / f"{name}.lock", blocking=False), _user_errors(address), _storage(address) as storage:
+        with (
+            FileLock(folder / f"{name}.lock", blocking=False),
+            _user_errors(address),
+            _storage(address) as storage,
+            _alone(name, storage),
+        ):
             yield Study(name, _load(name, storage, options, space), space, options)
     except Timeout:
         raise UserError(f"sweep {name!r} is running in another process; wait for it or cancel it") from None
@@ -204,6 +213,21 @@ def _storage(address: str) -> Iterator[RDBStorage]:
         storage.engine.dispose()
 
 
+@contextmanager
+def _alone(name: str, storage: RDBStorage) -> Iterator[None]:
+    """Keep other machines from running a sweep of this name, by a lock that PostgreSQL holds until the process ends."""
+    if storage.engine.dialect.name != "postgresql":
+        yield
+        return
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    with storage.engine.connect() as connection:
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        connection.execute(text("SET tcp_keepalives_idle = 60"))  # so that a machine that is gone loses it in minutes
+        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
+            raise UserError(f"sweep {name!r} is running on another machine; wait for it or cancel it")
+        yield
+
+
 def _load(name: str, storage: RDBStorage, options: Options, space: Space) -> optuna.Study:
     study = optuna.create_study(
         storage=storage,
@@ -214,11 +238,11 @@ def _load(name: str, storage: RDBStorage, options: Options, space: Space) -> opt
     )
     # The sampler's generator begins anew: with the same seed it would suggest what it has suggested.
     study.sampler = TPESampler(seed=validate(space.base, "params.yaml").seed + len(study.trials))
-    tries, before = definition(options, space), study.user_attrs.get(DEFINITION)
-    if before is None:
+    tries, before = json.loads(json.dumps(definition(options, space))), study.user_attrs.get(DEFINITION)
+    if before is None and not study.trials:
         study.set_user_attr(DEFINITION, tries)
-    elif before != json.loads(json.dumps(tries)):
-        differ = [part for part in tries if tries[part] != before.get(part)]
+    elif before != tries:
+        differ = [part for part in tries if not isinstance(before, dict) or tries[part] != before.get(part)]
         raise UserError(
             f"name: another sweep is called {name!r} (its {', '.join(differ)} differ); give this one another name"
         )
@@ -233,4 +257,5 @@ def _user_errors(address: str) -> Iterator[None]:
         shown = address
         with suppress(SQLAlchemyError):
             shown = make_url(address).render_as_string(hide_password=True)
-        raise UserError(f"{DATABASE}: {shown} cannot be used ({str(error).splitlines()[0]})") from None
+        advice = f"; if {OWN} is damaged, delete it, and the sweeps begin anew" if address.endswith(f"/{OWN}") else ""
+        raise UserError(f"{DATABASE}: {shown} cannot be used ({str(error).splitlines()[0]}){advice}") from None

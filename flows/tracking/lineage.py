@@ -29,8 +29,8 @@ STARTED_FROM = f"{names.HIDDEN}started_from_run"
 def with_run(origin: Origin, paths: Paths) -> Origin:
     """The origin of weights with the MLflow run that trained them, if MLflow can be reached and knows them."""
     uri = store.tracking_uri(paths)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return origin  # connecting would create it
+    if _is_empty(uri):
+        return origin
     try:
         client = store.client_at(uri)
         for experiment in client.search_experiments():
@@ -53,14 +53,13 @@ def download(params: Params, paths: Paths, given: str, directory: Path) -> tuple
 
     uri, name = store.tracking_uri(paths), registered_name(params, paths)
     with store.user_errors(uri):
-        client = store.client_at(uri)
-        version = _version(client, name, given)
+        version = None if _is_empty(uri) else _version(store.client_at(uri), name, given)
         if version is None:
             raise UserError(
                 f"{given}: no run (see `ddpm runs`), no folder, and no version or alias of the registered model {name} "
                 f"in MLflow at {uri}"
             )
-        known = f"{name} version {version.version}"
+        client, known = store.client_at(uri), f"{name} version {version.version}"
         weights = names.current(version.tags).get(WEIGHTS, "")
         model = _weights(client, version, weights)
         if model is None:
@@ -70,6 +69,11 @@ def download(params: Params, paths: Paths, given: str, directory: Path) -> tuple
             raise Damaged(Path(f"models:/{model.model_id}", FILE), f"these are not the weights of {known}")
         origin = _of_run(client, Origin(version=known, weights_sha256=weights), str(model.source_run_id))
     return folder, f"{name}-{version.version}", origin
+
+
+def _is_empty(uri: str) -> bool:
+    """Whether MLflow's database is a file that is not there yet; connecting would create it."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def log_start(mlflow_store: Store, run: TrackedRun, params: Params, paths: Paths) -> None:

@@ -123,7 +123,7 @@ def test_results_are_copied_where_they_cannot_be_linked(monkeypatch: pytest.Monk
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    dvc_lock.link_outputs(RUNS / "teach", tmp_path / "copy")
+    dvc_lock.link_teacher(RUNS / "teach", tmp_path / "copy")
     for name in ("dvc.lock", "models/ddpm/result"):
         assert (tmp_path / "copy" / name).read_bytes() == (RUNS / "teach" / name).read_bytes()
 

@@ -12,6 +12,7 @@ from prefect.states import Failed
 
 from flows import dvc_stage, flow_run, pipeline
 from flows.workspace import StoppedEarly
+from flows.yaml_files import read_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +105,8 @@ def test_what_prefect_cannot_show_does_not_end_a_stage(
     failed = flow_run.run_stage("shard", repository)
     assert failed.is_failed()
     assert failed.message == "ValueError: wrong shape"
+
+
+def test_a_pruned_trial_ends_for_the_automation_that_marks_lost_runs() -> None:
+    file = Path(__file__).parents[2] / "deploy" / "team" / "automations.yaml"
+    assert f"prefect.flow-run.{flow_run.PRUNED}" in read_yaml(file)["trigger"]["expect"]

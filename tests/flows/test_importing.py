@@ -95,7 +95,7 @@ def test_a_license_is_recorded_beside_the_data_and_not_kept_for_others(tree: Pat
     ("options", "message"),
     [
         (["--license", "free"], "--license: must be an SPDX identifier such as CC-BY-4.0"),
-        (["--license", "MIT", "--source-url", "example.org"], "--source-url: string should match"),
+        (["--license", "MIT", "--source-url", "example.org"], "--source-url: must be a web address"),
         (["--source-url", "https://example.org"], "--source-url: needs --license"),
     ],
 )

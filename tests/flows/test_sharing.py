@@ -217,6 +217,11 @@ def test_runs_that_cannot_be_fetched(origin: Path, capsys: pytest.CaptureFixture
         workspace.replace(ran, git_revision="0" * 40).write(first)
         recorded(first)
         assert "git fetch: " in refused()
+        workspace.replace(ran, git_revision="--upload-pack=touch ran;").write(first)  # as anybody can write in MLflow
+        recorded(first)
+        assert "MLflow does not know its commit" in refused()
+        assert main(["fetch", "../one"]) == 1
+        assert "run '../one': not the name of a flow run" in capsys.readouterr().err
         ran.write(first)
         recorded(first)
         for file in origin.with_name("storage").rglob("*"):

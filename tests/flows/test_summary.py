@@ -58,7 +58,7 @@ def test_a_run_without_server_and_tracking_has_no_addresses(capsys: pytest.Captu
 
 def test_the_verdict_on_samples_is_no_metric(tmp_path: Path) -> None:
     write_json(Paths(tmp_path).evaluate_report, {"mse": 0.25, "quality": "good"})
-    workspace.Run("one", "id", "", "", False, "running").write(tmp_path)
+    workspace.Run("one", "id", "2026-01-01T00:00:00+00:00", "", False, "running").write(tmp_path)
     found = summary.collect(tmp_path, "", [], None)
     assert (found.metrics, found.quality) == ({"mse": 0.25}, "good")
 

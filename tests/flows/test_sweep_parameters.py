@@ -71,7 +71,35 @@ def test_errors_on_other_validation_pairs_prune_nothing(field: str, changes: boo
             {"over": {"train.steps": {"low": 1, "high": 9}}},
             "parameters of the sweep: over: train.steps is a range, so trials",
         ),
-        ({"over": {"train.steps": {"low": 9, "high": 1}}, "trials": 2}, "over: train.steps: "),
+        (
+            {"over": {"train.steps": {"low": 9, "high": 1}}, "trials": 2},
+            "over: train.steps: low (9) is above high (1)",
+        ),
+        (
+            {"over": {"train.learning_rate": {"low": float("nan"), "high": 1}}, "trials": 2},
+            "over: train.learning_rate.low: must be a number (got nan)",
+        ),
+        ({"over": {"train.steps": {"low": True, "high": 9}}, "trials": 2}, "over: train.steps.low: must be a number"),
+        (
+            {"over": {"train.steps": {"low": 1, "high": 9, "step": 0.5}}, "trials": 2},
+            "over: train.steps: step must be a whole number",
+        ),
+        (
+            {"over": {"train.steps": {"low": 1, "high": 9, "step": 0}}, "trials": 2},
+            "over: train.steps: step must be above 0",
+        ),
+        (
+            {"over": {"train.learning_rate": {"low": 0, "high": 1, "log": True}}, "trials": 2},
+            "over: train.learning_rate: low must be above 0 with log",
+        ),
+        (
+            {"over": {"train.learning_rate": {"low": 0.1, "high": 1, "log": True, "step": 0.1}}, "trials": 2},
+            "over: train.learning_rate: step must be above 0, and cannot be combined with log",
+        ),
+        (
+            {"over": RATE, "fixed": {"train": {"learning_rate": 0.1}}},
+            "fixed: train.learning_rate: is in over as well; give it once",
+        ),
         ({"over": {"train.steps": {"low": 1}}, "trials": 2}, "over: train.steps.high: missing"),
         (
             {"over": {"train.steps": {"low": 0, "high": 9}}, "trials": 2},

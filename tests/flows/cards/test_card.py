@@ -11,9 +11,11 @@ from huggingface_hub import ModelCard
 
 from diffusion.errors import UserError
 from diffusion.storage.files import sha256, write_json, write_sums
+from flows import params
 from flows.cards import card, licenses
 from flows.cards.licenses import License
 from flows.paths import Paths
+from flows.stages import export
 
 ROOT = Path(__file__).parents[3]
 FORM = card.Form("onnx", {"sampler.onnx": "5" * 64}, "import onnxruntime")
@@ -51,9 +53,12 @@ def test_figures_are_those_of_the_evaluation_with_their_intervals(paths: Paths) 
         assert result.metric_value == report[name]
         interval = {"low": report[f"{name}_low"], "high": report[f"{name}_high"], "level": 0.95}
         assert result.metric_args == interval
-        assert (result.dataset_name, result.dataset_split) == ("digits", "test")
+        assert result.dataset_name == "digits"
     scored = json.loads((paths.evaluation / "scored.json").read_text())
-    assert results["mse"].dataset_revision == scored["pairs_sha256"]
+    tested, validated = ("test", scored["pairs_sha256"]), ("validation", scored["val_pairs_sha256"])
+    expected = dict.fromkeys(results, ("train", None)) | dict.fromkeys(("mse", "r2", "bits_per_dim"), tested)
+    measured_on = {name: (result.dataset_split, result.dataset_revision) for name, result in results.items()}
+    assert measured_on == expected | {"val_mse": validated}
     row = cells(found.text)["MSE of the predicted noise (predicting zero: 1)"]
     low, high = (f"{report[f'mse_{end}']:.4g}" for end in ("low", "high"))
     assert row == [f"{report['mse']:.4g}", f"{low} to {high}", "364 test pairs"]
@@ -82,6 +87,35 @@ def test_data_and_files_have_their_digests_and_license(paths: Paths) -> None:
         "`sampler.onnx`": f"`{'5' * 64}`",
     }
     assert {name: rows[name] for name in expected} == {name: [value] for name, value in expected.items()}
+
+
+def test_secrets_of_the_source_are_left_out_and_so_are_names_that_the_hub_refuses(paths: Paths) -> None:
+    known = card._read(paths, paths.model)
+    images = known.shards | {"source": "https://example.org/my pictures.zip?signature=secret"}
+    assert card._data(replace(known, shards=images), None)["source"] == "https://example.org/my pictures.zip"
+    manifest = paths.shards / "manifest.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"source": images["source"]})
+    pairs = paths.pairs / "manifest.json"
+    write_json(pairs, json.loads(pairs.read_text()) | {"shards_sha256": sha256(manifest)})
+    write_sums(paths.pairs)
+    record = json.loads(paths.made_with("train").read_text())
+    record["read"]["data/pairs/manifest.json"] = sha256(pairs)
+    write_json(paths.made_with("train"), record)
+    found = render(paths)
+    assert found.data.datasets is None
+    assert found.data.model_name == "ddpm-my pictures"
+    assert "secret" not in found.content
+    assert "# Diffusion model of my pictures\n" in found.text
+
+
+def test_what_the_training_started_from_is_said_by_its_digest(paths: Paths) -> None:
+    assert "The training started from" not in render(paths).text
+    record = json.loads(paths.made_with("train").read_text())
+    record["params"]["train.start_from"] = "calm-owl"
+    record["read"]["data/models/calm-owl/model.safetensors"] = "7" * 64
+    write_json(paths.made_with("train"), record)
+    said = f"The training started from the model `calm-owl`, whose `model.safetensors` has the SHA-256 `{'7' * 64}`."
+    assert said in render(paths).text
 
 
 def test_what_was_found_in_the_data_is_said(paths: Paths) -> None:
@@ -154,6 +188,8 @@ def test_the_team_writes_use_limits_and_license(paths: Paths) -> None:
         ("---\nmodel-index: []\n---\n", "model-index: written by the pipeline; delete it"),
         ("---\ntags: toy\n---\n", r"tags: must be a list of names such as \[art\]"),
         ("---\ntags: [\n---\n", "not valid YAML, line"),
+        ("---\nlicense: MIT\n---\n", "license: must be an identifier of the Hub, in lower case"),
+        ("---\nlicense: mit\n", "the fields at its top do not end; add a line ---"),
         ("---\nlicense: !!python/object/apply:os.system [id]\n---\n", "not supported: write the value without"),
     ],
 )
@@ -161,6 +197,39 @@ def test_an_invalid_text_is_refused(paths: Paths, text: str, problem: str) -> No
     paths.card_text.write_text(text)
     with pytest.raises(UserError, match=rf"model-card\.md: .*{problem}"):
         render(paths)
+
+
+def test_an_invalid_text_is_refused_before_graphs_are_built(
+    whole_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole_tree, tmp_path / "tree")
+    tree = Paths(tmp_path / "tree")
+    tree.card_text.write_text("---\nlicense: MIT\n---\n")
+    monkeypatch.setattr(export.denoiser, "to_onnx", None)
+    with pytest.raises(UserError, match=r"model-card\.md: license: "):
+        export.run(params.load(tree.params), tree)
+    assert tree.sampler.exists()  # of the former export
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\n---\n", ({}, "")),
+        ("---\nlicense: mit\n---", ({"license": "mit"}, "")),
+        ("\ufeff--- \nlicense: [mit, cc0-1.0]\n--- \n\nFun.", ({"license": ["mit", "cc0-1.0"]}, "Fun.")),
+        ("Fun.", ({}, "Fun.")),
+    ],
+)
+def test_how_the_text_may_be_written(tmp_path: Path, text: str, expected: tuple[dict[str, Any], str]) -> None:
+    (tmp_path / "model-card.md").write_text(text, encoding="utf-8")
+    fields, body = card.team_text(tmp_path / "model-card.md")
+    assert (fields, body) == (expected[0] | {"tags": []}, expected[1])
+
+
+def test_a_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model-card.md").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match=r"model-card\.md: not UTF-8 text \(byte 0\); save it as UTF-8"):
+        card.team_text(tmp_path / "model-card.md")
 
 
 def test_names_from_the_data_cannot_change_the_card() -> None:
@@ -178,14 +247,20 @@ def test_licenses_are_kept_by_source(tmp_path: Path) -> None:
     assert (found["data/raw/b"].license, found["data/raw/b"].url) == ("CC0-1.0", "https://example.org/b?id=7")
     licenses.record(file, "data/raw/b", None)  # other data of the same name
     assert set(licenses.read(file)) == {"data/raw/a"}
+    file.write_text("# All were removed.\n")
+    assert licenses.read(file) == {}
 
 
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
         ({"license": "Public Domain"}, "license: must be an SPDX identifier such as CC-BY-4.0"),
-        ({"license": "MIT", "url": "ftp://x"}, "url: string should match"),
+        ({"license": "MIT", "url": "ftp://x"}, "url: must be a web address"),
         ({"license": "MIT", "url": "https://me:word@example.org/"}, "url: must not contain a password"),
+        (
+            {"license": "MIT", "url": "https://example.org/a|b"},
+            "url: must be a web address, without spaces",
+        ),
         ({"license": "MIT", "author": "me"}, "author: no such parameter"),
     ],
 )

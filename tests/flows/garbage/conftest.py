@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from flows.workspace import Run
+from tests.command import ddpm
 from tests.flows.conftest import git
 
 CACHE = Path(".dvc/cache/files/md5")
@@ -87,3 +90,30 @@ def disk_usage(*paths: Path) -> int:
     """Bytes on the disk, as du counts them."""
     done = subprocess.run(["du", "-sc", "--block-size=1", *paths], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1].split()[0])
+
+
+def gc(*arguments: str) -> CompletedProcess[str]:
+    return ddpm(Path(), "gc", *arguments, environment={})
+
+
+def found(*arguments: str) -> dict[str, dict[str, dict[str, int]]]:
+    done = gc(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def left() -> list[str]:
+    return sorted(path.name for path in RUNS.glob("[!.]*"))
+
+
+def contents() -> set[Path]:
+    """All files but locks."""
+    return {path for path in Path().rglob("*") if ".git" not in path.parts and path.suffix != ".lock"}
+
+
+def aged(path: Path, days: float) -> Path:
+    """A file or folder that was last changed some days ago."""
+    then = time.time() - days * 24 * 3600
+    for each in (*path.rglob("*"), path):
+        os.utime(each, (then, then))
+    return path

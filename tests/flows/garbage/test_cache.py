@@ -33,8 +33,12 @@ def test_lock_files_and_dvc_files_of_the_working_tree_keep_what_they_name() -> N
     Path(".dvcignore").write_text("/distill\n")  # hides it from DVC
     Path("data/raw").mkdir(parents=True)
     Path("data/raw/mine.dvc").write_text(f"outs:\n- md5: {stored(b'raw')}\n  hash: md5\n  path: mine\n")
+    Path("data/models").mkdir()
+    Path("data/models/start.dvc").write_text(f"outs:\n- md5: {stored(b'start')}\n  path: start\n")
+    Path(".git/info/exclude").write_text("/data\n/dvc.lock\n")
     Path("notes.txt").write_text(stored(b"notes"))
-    assert used(b"lock", b"student", b"raw", b"notes", b"nothing") == [True, True, True, False, False]
+    kept = (b"lock", b"student", b"raw", b"start")
+    assert used(*kept, b"notes", b"nothing") == [True, True, True, True, False, False]
 
 
 def test_every_commit_keeps_what_its_files_name() -> None:
@@ -56,12 +60,13 @@ def test_every_commit_keeps_what_its_files_name() -> None:
     commit()
     git("reset", "--quiet", "--hard", "HEAD^")  # now only in the reflog
     Path("dvc.lock").write_text(lock(stored(b"stash")))
-    git("stash", "--quiet")
+    Path("new.dvc").write_text(f"outs:\n- md5: {stored(b'untracked')}\n")
+    git("stash", "--quiet", "--include-untracked")
     Path("dvc.lock").write_text(lock(stored(b"staged")))
     git("add", "dvc.lock")
     Path("dvc.lock").write_text(lock(stored(b"now")))
-    kept = (b"copied", b"deleted", b"main", b"side", b"amended", b"stash", b"staged", b"now")
-    assert used(*kept, b"nothing") == [True] * 8 + [False]
+    kept = (b"copied", b"deleted", b"main", b"side", b"amended", b"stash", b"untracked", b"staged", b"now")
+    assert used(*kept, b"nothing") == [True] * 9 + [False]
 
 
 def test_both_sides_of_a_merge_keep_what_they_name() -> None:

@@ -1,14 +1,11 @@
 """`ddpm gc`: what goes, what never goes, and a full disk."""
 
-import json
 import os
 import resource
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import zc.lockfile
@@ -20,35 +17,21 @@ from flows.fingerprint import lock_of
 from flows.garbage import collect
 from flows.tracking import garbage as mlflow_garbage
 from flows.tracking.garbage import Named
-from tests.command import ddpm
-from tests.flows.garbage.conftest import MB, RUNS, disk_usage, in_cache, lock, run, stored, write
-
-
-def gc(*arguments: str) -> CompletedProcess[str]:
-    return ddpm(Path(), "gc", *arguments, environment={})
-
-
-def found(*arguments: str) -> dict[str, dict[str, dict[str, int]]]:
-    done = gc(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def left() -> list[str]:
-    return sorted(path.name for path in RUNS.glob("[!.]*"))
-
-
-def contents() -> set[Path]:
-    """All files but locks."""
-    return {path for path in Path().rglob("*") if ".git" not in path.parts and path.suffix != ".lock"}
-
-
-def aged(path: Path, days: float) -> Path:
-    """A file or folder that was last changed some days ago."""
-    then = time.time() - days * 24 * 3600
-    for each in (*path.rglob("*"), path):
-        os.utime(each, (then, then))
-    return path
+from tests.flows.garbage.conftest import (
+    MB,
+    RUNS,
+    aged,
+    contents,
+    disk_usage,
+    found,
+    gc,
+    in_cache,
+    left,
+    lock,
+    run,
+    stored,
+    write,
+)
 
 
 @pytest.fixture
@@ -121,7 +104,7 @@ def test_an_active_run_and_its_teacher_never_go() -> None:
     replace(workspace.Run.read(student), state="running", ended="").write(student)
     with workspace._lock(student.absolute()):
         done = found("--keep", "0", "--force")
-    assert done["stays"] == {"teacher": "teacher of student", "student": "active"}
+    assert done["kept"] == {"teacher": "teacher of student", "student": "active"}
     assert [directory.exists() for directory in (teacher, other, student)] == [True, False, True]
     assert [in_cache(content) for content in (b"teacher", b"student", b"other")] == [True, True, False]
     assert found("--keep", "0", "--force")["runs"] == ["teacher", "student"]  # the student has crashed
@@ -132,9 +115,9 @@ def test_the_runs_of_a_version_with_an_alias_never_go(named: Callable[[Named], N
         run(name, 9)
     run("student", 9, teacher="teacher")
     named(Named("champion of ddpm", frozenset({"id-trained", "id-exported", "id-gone"}), "", []))
-    assert found("--keep", "0")["stays"] == dict.fromkeys(("trained", "exported"), "champion of ddpm")
+    assert found("--keep", "0")["kept"] == dict.fromkeys(("trained", "exported"), "champion of ddpm")
     named(Named("champion of ddpm-student", frozenset({"id-student"}), "", []))
-    assert found("--older-than", "1d", "--force")["stays"] == {
+    assert found("--older-than", "1d", "--force")["kept"] == {
         "teacher": "teacher of student", "student": "champion of ddpm-student"
     }  # fmt: skip
     assert left() == ["student", "teacher"]
@@ -147,9 +130,9 @@ def test_a_run_with_the_same_model_as_such_a_version_never_goes(named: Callable[
     os.link(sampler, write(student / "models/onnx/x", 1).with_name("sampler.onnx"))  # its teacher's
     write(student / "models/student-onnx/sampler.onnx", 102)
     named(Named("challenger of ddpm", frozenset(), sha256(sampler), []))
-    assert found("--keep", "0")["stays"] == {"same": "challenger of ddpm"}
+    assert found("--keep", "0")["kept"] == {"same": "challenger of ddpm"}
     named(Named("champion of s", frozenset(), sha256(student / "models/student-onnx/sampler.onnx"), []))
-    assert found("--keep", "0")["stays"] == {"other": "teacher of student", "student": "champion of s"}
+    assert found("--keep", "0")["kept"] == {"other": "teacher of student", "student": "champion of s"}
 
 
 def test_what_a_commit_a_run_or_a_version_with_an_alias_uses_stays_in_the_cache(
@@ -200,37 +183,11 @@ def test_features_go_by_their_age() -> None:
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_what_killed_commands_left_goes_after_a_day() -> None:
-    names = ("data/.shards.abcdefgh", "data/raw/.mine.abc_ef12", "models/.ddpm.abcdefgh.former", ".ddpm/.remote.x")
-    for name in names:
-        aged(write(Path(name, "a")).parent, 2)
-    for name in ("data/.pairs.abcdefgh", ".ddpm/.remote.y"):
-        write(Path(name, "a"))
-    for name in ("data/.gitignore", "data/raw/.gitkeep", "models/ddpm/a", "data/shards/a.tar"):
-        aged(write(Path(name)), 99)
-    part = RUNS / ".half.part"
-    write(part / "a")
-    with workspace._lock(RUNS / "half"):  # being created
-        assert found()["parts"]["leftovers"]["freed"] // MB == 4
-    before = contents()
-    with workspace._lock(run("active").absolute()):
-        gc("--force")
-    assert part not in contents()
-    assert all(Path(name).exists() for name in names)
-    assert found()["parts"]["leftovers"]["freed"] // MB == 4
-    gc("--force")
-    gone = {path for path in before - contents() if path != part and part not in path.parents}
-    assert gone == {Path(name) / more for name in names for more in ("", "a")}
-
-
-@pytest.mark.parametrize("alive", [True, False])
-def test_what_a_stage_in_the_working_tree_may_use_stays(alive: bool) -> None:
-    left = aged(write(Path(".ddpm/.remote.x/a")).parent, 2)
-    process = os.getpid() if alive else 2**22 + 1  # beyond the largest id
-    Path(".dvc/tmp").mkdir()
-    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {"data/shards": {"pid": process, "cmd": "dvc repro"}}}))
-    gc("--force")
-    assert left.exists() == alive
+def test_in_another_folder_it_is_refused() -> None:
+    Path(".dvc").rename("dvc")
+    done = gc()
+    assert done.returncode == 1
+    assert done.stderr == "ddpm gc: error: .dvc: no such folder here; run this in the pipeline's folder\n"
 
 
 def test_dvcs_databases_of_former_workspaces_go() -> None:
@@ -286,7 +243,7 @@ def test_a_run_that_has_just_ended_stays(monkeypatch: pytest.MonkeyPatch) -> Non
         return found
 
     monkeypatch.setattr(workspace, "all_runs", end)
-    assert found("--keep", "0", "--force")["stays"] == {"ending": "active"}
+    assert found("--keep", "0", "--force")["kept"] == {"ending": "active"}
     assert ending.exists()
     assert in_cache(b"ending")
 
