@@ -10,9 +10,12 @@ import os
 import posixpath
 import re
 from array import array
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import accumulate, islice
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +32,7 @@ from diffusion.sources.splits import Fractions, Splitter
 from diffusion.sources.stored import Stored
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import sha256, write_json, write_sums
-from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
+from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_maps
 
 MANIFEST = "manifest.json"
 MAX_WARNINGS = 1000
@@ -278,23 +281,23 @@ def manifest_sha256(directory: Path) -> str:
 
 
 class Images:
-    """Random access to the images of a split, in the order written; needs 48 bytes of memory per image.
+    """Random access to the images of a split, in the order written; needs 8 bytes of memory per image.
 
     Raises UserError if a shard is missing or, unless `verify` is false because this process wrote it, corrupt.
     """
 
     def __init__(self, directory: Path, contents: Contents, verify: bool = True) -> None:
         self._paths = [directory / tar.name for tar in contents.shards]
-        self._maps = [open_map(directory, tar, verify) for tar in contents.shards]
-        places = {"image": array("q"), "json": array("q")}
-        for number, mapped in enumerate(self._maps):
-            for member in members(mapped):
-                kind = "json" if member.extension == "json" else "image"
-                places[kind].extend((number, member.offset, member.size))
-        self._image, self._json = (np.array(places[kind]).reshape(-1, 3) for kind in ("image", "json"))
+        self._map = open_maps(directory, contents.shards, verify)
+        self._begins = list(accumulate((tar.samples for tar in contents.shards), initial=0))
+        self._offsets = array("q")
+        """Of each image's first member, KEY.json, in its shard."""
+        for number in range(len(contents.shards)):
+            found = (member.offset for member in members(self._map(number)) if member.extension == "json")
+            self._offsets.extend(offset - BLOCKSIZE for offset in found)
 
     def __len__(self) -> int:
-        return len(self._image)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
@@ -303,15 +306,16 @@ class Images:
 
     def source(self, index: int) -> str:
         """Name of an image's file in the source."""
-        return str(self._record(index)["source"])
+        return str(self._find(index)[1]["source"])
 
-    def _record(self, index: int) -> dict[str, Any]:
-        number, offset, size = self._json[index].tolist()
-        record: dict[str, Any] = json.loads(self._maps[number][offset : offset + size])
-        return record
+    def _find(self, index: int) -> tuple[int, dict[str, Any], Member]:
+        """The number of an image's shard, the content of its KEY.json, and its encoded image."""
+        number = bisect(self._begins, index) - 1
+        mapped = self._map(number)
+        record, image = islice(members(mapped, self._offsets[index]), 2)
+        return number, json.loads(mapped[record.offset : record.offset + record.size]), image
 
     def reader(self, index: int) -> Stored:
         """An image and its label, to be read in any process."""
-        label: int | None = self._record(index)["label"]
-        number, offset, size = self._image[index].tolist()
-        return Stored(self._paths[number], offset, size, label)
+        number, record, image = self._find(index)
+        return Stored(self._paths[number], image.offset, image.size, record["label"])
