@@ -26,7 +26,7 @@ from diffusion.storage.files import write_atomic
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "growth.json", ROOT / "docs" / "growth.md"
 PRESET = "cifar10"
-FULL = {"images": 4000, "shards": 300, "files": 10_000, "manifest": 10**9, "rejected": 10**6, "hashes": 500_000,
+FULL = {"images": 4000, "shards": 300, "files": 10_000, "manifest": 10**9, "rejected": 100_000, "hashes": 300_000,
         "folders": (100, 1000, 10_000), "points": 30_000, "runs": 100, "flows": 10, "lines": 200}  # fmt: skip
 SMALL = {"images": 1000, "shards": 2, "files": 100, "manifest": 10**6, "rejected": 100, "hashes": 2000,
          "folders": (1, 10), "points": 1000, "runs": 2, "flows": 1, "lines": 2}  # fmt: skip
@@ -100,7 +100,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             results = measure(Path(directory), SMALL if arguments.rehearse else FULL, 1 if arguments.rehearse else 3)
         if arguments.rehearse:
-            print(page.images(results), page.files(results), page.servers(results), sep="\n\n")
+            print(page.fill(PAGE.read_text(encoding="utf-8"), results))
             return
         write_atomic(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     text = page.fill(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8")))

@@ -20,7 +20,7 @@ Results = dict[str, Any]
 
 def fill(text: str, results: Results) -> str:
     """The page with its tables, each between `<!-- NAME -->` and `<!-- end -->`, replaced by those of the results."""
-    tables = {"images": images(results), "files": files(results), "servers": servers(results)}
+    tables = {make.__name__: make(results) for make in (images, manifests, files, servers)}
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
@@ -66,6 +66,15 @@ def images(results: Results) -> str:
     return _table(head, body)
 
 
+def manifests(results: Results) -> str:
+    """What reading a manifest takes."""
+    body = []
+    for found in (results[name] for name in ("manifest", "large_tars", "rejected")):
+        counts = (f"{found[name]:,}" for name in ("images", "tars", "rejected"))
+        body.append([*counts, _bytes(found["bytes"]), _time(found["cpu_s"]), _bytes(2**20 * found["mib"])])
+    return _table(["images", "shards", "rejected files listed", "size", "read in", "memory"], body)
+
+
 def files(results: Results) -> str:
     """What DVC's commands take for a folder, by its number of files."""
     found = results["files"]
@@ -75,7 +84,7 @@ def files(results: Results) -> str:
     ]
     last = found[-1]
     for count in (10**6, 10**7):
-        times = [_slope(found, f"{name}_s") * (count - last["files"]) + last[f"{name}_s"] for name in names]
+        times = [last[f"{name}_s"] + _slope(found, f"{name}_s") * (count - last["files"]) for name in names]
         body.append([f"*{count:,}*", *map(_time, times), _bytes(last["dir_bytes"] / last["files"] * count)])
     return _table(["files", *(f"`dvc {name}`" for name in names), "list in the cache"], body)
 
@@ -98,9 +107,9 @@ def servers(results: Results) -> str:
 
 
 def _slope(rows: Sequence[Results], name: str) -> float:
-    """Seconds per file, between the two largest folders."""
-    *_, less, most = rows
-    return float((most[name] - less[name]) / (most["files"] - less["files"]))
+    """Seconds per file, by the smallest and the largest folder; 0 if the difference is noise."""
+    few, *_, many = rows
+    return max(0.0, float((many[name] - few[name]) / (many["files"] - few["files"])))
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

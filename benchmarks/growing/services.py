@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -67,9 +68,12 @@ def dvc(folder: Path, files: int) -> Row:
     }.items():  # fmt: skip
         if name == "checkout":
             shutil.rmtree(data)
-        began = time.perf_counter()
-        subprocess.run([*DVC, *command.split(), "--quiet"], cwd=folder, check=True)
-        found[f"{name}_s"] = time.perf_counter() - began
+        seconds = []
+        for _ in range(3 if name == "status" else 1):  # the others change what they find
+            began = time.perf_counter()
+            subprocess.run([*DVC, *command.split(), "--quiet"], cwd=folder, check=True)
+            seconds.append(time.perf_counter() - began)
+        found[f"{name}_s"] = statistics.median(seconds)
     (listed,) = folder.glob(".dvc/cache/files/md5/*/*.dir")
     return found | {"dir_bytes": listed.stat().st_size}
 
@@ -148,6 +152,7 @@ def prefect(folder: Path, runs: int, lines: int) -> Row:
     folder.mkdir()
     (folder / "flow.py").write_text(FLOW)
     environment = os.environ | {"PREFECT_HOME": str(folder), "DO_NOT_TRACK": "1"}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "300"
     environment.pop("PREFECT_API_URL", None)  # a server of its own
     done = subprocess.run(
         [sys.executable, "flow.py", "prefect.db", str(runs), str(lines)],
