@@ -6,11 +6,13 @@ picture has so many channels, in `{train,val,test}-NNNNNN.tar`; `manifest.json` 
 
 import hashlib
 import json
+import operator
 import os
 import posixpath
 import re
 from array import array
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import accumulate, islice
@@ -21,13 +23,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from diffusion.errors import counted
-from diffusion.sources import duplicates, rejections
+from diffusion.sources import duplicates
 from diffusion.sources.bands import Bands
 from diffusion.sources.convert import Converted, Rejected, convert
 from diffusion.sources.images import Picture, Unreadable
-from diffusion.sources.rejections import Remark, TooFewImages
+from diffusion.sources.rejections import Rejections, Remark, TooFewImages
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.sources.stored import Stored
 from diffusion.storage.executors import OWN_PROCESS, Executor
@@ -112,7 +115,9 @@ class Manifest(Facts):
     own_splits: dict[Split, str]
     """The source's own splits and their locations; other splits are chosen by a hash of the pixels."""
     rejected: tuple[Remark, ...]
-    """Rejected files: unreadable images, and copies of images in the source's own test split."""
+    """Rejected files: unreadable images, and copies of images in the source's own test split; the first MAX_LISTED."""
+    more_rejected: dict[str, int] = Field({}, exclude_if=operator.not_)
+    """Number of further rejected files, by reason."""
     warnings: tuple[Remark, ...]
     """Files that were used despite a warning of their decoder, the first MAX_WARNINGS."""
     more_warnings: int = 0
@@ -123,6 +128,12 @@ class Manifest(Facts):
     """Similar images in different splits; None if the images are too small to tell."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """The reasons for rejecting files, with their numbers of files, the most frequent ones first."""
+        listed = Counter(remark.reason for remark in self.rejected)
+        return (listed + Counter(self.more_rejected)).most_common()
 
 
 def sample_key(name: str) -> str:
@@ -190,7 +201,7 @@ def write(
     the process being killed.
     """
     hashes = {split: duplicates.Hashes() for split in SPLITS}
-    tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
+    tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), Rejections()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
@@ -202,15 +213,16 @@ def write(
                     raise Unreadable(image.reason)
                 split = splitter(sample.split, image.digest)
             except Unreadable as error:
-                rejected.append(Remark(file=sample.file, reason=str(error)))
-                on_rejected(rejected[-1], image.thumbnail)
+                remark = Remark(file=sample.file, reason=str(error))
+                rejected.add(remark)
+                on_rejected(remark, image.thumbnail)
                 continue
             hashes[split].add(image.perceptual_hash)
             tally.add(sample, image, split)
             writers[split].add(sample.key, _record(sample, image, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
     counts = {split: contents.samples for split, contents in splits.items()}
-    rejections.check(name, sum(counts.values()), rejected, max_rejected)
+    rejected.check(name, sum(counts.values()), max_rejected)
     _check_counts(name, counts, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
@@ -225,7 +237,8 @@ def write(
         smallest=smallest,
         largest=largest,
         own_splits=dict(source.own_splits),
-        rejected=tuple(rejected),
+        rejected=tuple(rejected.listed),
+        more_rejected=rejected.more,
         warnings=tuple(tally.warnings),
         more_warnings=tally.more_warnings,
         copies=splitter.seen.copies(),
