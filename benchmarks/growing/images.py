@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.evaluation import sets
-from diffusion.pairs import pairs
 from diffusion.sources import duplicates, shards
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions, Splitter
@@ -64,6 +62,9 @@ def make_files(folder: Path, images: int) -> Path:
 
 def stages(source: Path, folder: Path, workers: int) -> Row:
     """Time of the stages' main process per image, in µs, and bytes per image."""
+    from diffusion.evaluation import sets  # torch takes seconds to import, for each process
+    from diffusion.pairs import pairs
+
     executor = Processes(workers) if workers > 1 else OWN_PROCESS
     shutil.rmtree(folder, ignore_errors=True)  # of the round before
     target, fractions, alpha_bar = folder / "pairs", Fractions(0.02, 0.02), np.linspace(0.9999, 0.0001, 1000)
