@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from diffusion.errors import UsageError, UserError, counted, describe, without_secrets
 from diffusion.nn.unet import UNetOptions
 from diffusion.progress import Progress, printable
-from diffusion.sources import rejections, shards
+from diffusion.sources import shards
 from diffusion.sources.arrays import Arrays
 from diffusion.sources.descriptions import describe_classes, describe_splits
 from diffusion.sources.locations import Location, locate
 from diffusion.sources.reading import DEFAULTS, Reading
-from diffusion.sources.rejections import Remark, TooFewImages
+from diffusion.sources.rejections import Rejections, Remark, TooFewImages
 from diffusion.sources.shards import Source
 from diffusion.sources.sources import open_source
 from diffusion.sources.trees import ending, files_below
@@ -195,10 +195,10 @@ def _check_watched(where: Location, root: Path) -> None:
 
 def _description(source: Source, name: str, max_rejected: float) -> str:
     """Summarize files, classes, splits and rejected files; no image is decoded."""
-    splits, labels, rejected = Counter[Split | None](), Counter[int | None](), list[Remark]()
+    splits, labels, rejected = Counter[Split | None](), Counter[int | None](), Rejections()
     for sample in source:
         if sample.rejected:
-            rejected.append(Remark(file=sample.file, reason=sample.rejected))
+            rejected.add(Remark(file=sample.file, reason=sample.rejected))
             continue
         splits[sample.split] += 1
         labels[sample.label] += 1
@@ -208,11 +208,11 @@ def _description(source: Source, name: str, max_rejected: float) -> str:
     files = f"Imported {counted(images, 'image')}{f' ({counts})' if counts else ''}, for the shard stage to decode."
     classes = describe_classes(source.classes, per_class, images)
     lines = [files, f"Classes: {classes}", f"Splits: {describe_splits(source.own_splits)}"]
-    lines += [f"Rejected: {remark.file}: {remark.reason}" for remark in rejected[:MAX_LISTED]]
+    lines += [f"Rejected: {remark.file}: {remark.reason}" for remark in rejected.listed[:MAX_LISTED]]
     if len(rejected) > MAX_LISTED:
         lines.append(f"Rejected: {counted(len(rejected) - MAX_LISTED, 'more file')}")
     try:
-        rejections.check(name, images, rejected, max_rejected)
+        rejected.check(name, images, max_rejected)
         shards.check_number(name, images)
     except TooFewImages as error:
         lines.append(f"The shard stage will stop: {error}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.sources import rejections
 from diffusion.sources.shards import MANIFEST, Manifest
 from flows import baselines, gate
 from flows.paths import Paths
@@ -134,7 +133,7 @@ def _data(paths: Paths) -> str:
     """The images in each split, rejected files by reason, near-duplicates, and augmentation in training."""
     manifest = Manifest.read(paths.shards / MANIFEST)
     lines = [", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items()) + " images"]
-    lines += [f"rejected: {count}, {reason}" for reason, count in rejections.reasons(manifest.rejected)]
+    lines += [f"rejected: {count}, {reason}" for reason, count in manifest.reasons]
     for each in manifest.near_duplicates or ():
         lines.append(f"near-duplicates: {each.images} of {each.second} resemble one of {each.first}")
     augment = json.loads(paths.train_report.read_text(encoding="utf-8"))["augment"]

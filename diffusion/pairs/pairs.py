@@ -8,11 +8,14 @@ with train.timesteps: stored also its t. data/README.md describes the files.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections import Counter
+from array import array
+from bisect import bisect
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Literal, NamedTuple, TypeVar
@@ -27,7 +30,7 @@ from diffusion.pairs.noise import BLOCK, Purpose, eps_from_key, eps_key, stream,
 from diffusion.pairs.pixels import FIELDS, Filter, Fit, Resize, to_x_0
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import write_json, write_sums
-from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_map
+from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_maps
 
 MANIFEST = "manifest.json"
 MAX_TAR_BYTES = 256 * 2**20
@@ -180,7 +183,7 @@ def write(
 
 
 class Pairs(BlockedImages):
-    """One split of data/pairs, with random access through memory maps.
+    """One split of data/pairs, with random access through memory maps; needs 40 bytes of memory per block.
 
     Raises UserError if the directory is missing, corrupt or from another version.
     """
@@ -191,12 +194,12 @@ class Pairs(BlockedImages):
         shape = (manifest.channels, manifest.height, manifest.width)
         super().__init__(contents.images, shape, manifest.seed, split, manifest.num_timesteps)
         self.blocks = contents.blocks
-        self._maps = [open_map(directory, tar) for tar in contents.tars]
-        self._members: dict[tuple[int, str], tuple[int, Member]] = {
-            (int(member.key), member.extension): (number, member)
-            for number, mapped in enumerate(self._maps)
-            for member in members(mapped)
-        }
+        self._map = open_maps(directory, contents.tars)
+        self._begins = list(accumulate((tar.samples for tar in contents.tars), initial=0))
+        self._ends = defaultdict[str, "array[int]"](partial(array, "q"))
+        for number in range(len(contents.tars)):
+            for member in members(self._map(number)):  # block by block
+                self._ends[member.extension].append(member.offset + member.size)
 
     @property
     def digest(self) -> str:
@@ -237,10 +240,10 @@ class Pairs(BlockedImages):
 
     def _view(self, block: int, name: str, dtype: type[Number], *shape: int) -> NDArray[Number]:
         """A stored array as a view. An .npy member ends with the array's bytes."""
-        number, member = self._members[block, f"{name}.npy"]
+        number = bisect(self._begins, block) - 1
         count = int(np.prod(shape))
-        offset = member.offset + member.size - count * np.dtype(dtype).itemsize
-        return np.frombuffer(self._maps[number], dtype, count, offset).reshape(shape)
+        offset = self._ends[f"{name}.npy"][block] - count * np.dtype(dtype).itemsize
+        return np.frombuffer(self._map(number), dtype, count, offset).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from diffusion.errors import UserError, counted, shortened
 from diffusion.sources.images import OTHER_FILE
@@ -14,6 +14,8 @@ EXPECTED = frozenset({OTHER_FILE, COPY_OF_TEST})
 """Reasons that do not count; there may be any number of such files."""
 MAX_REASONS = 5
 """Maximum number of reasons in a message."""
+MAX_LISTED = 100_000
+"""Maximum number of rejected files that are listed; there may be one for each image, such as a text beside it."""
 
 
 class TooFewImages(UserError):
@@ -27,31 +29,49 @@ class Remark(Facts):
     reason: str
 
 
-def reasons(rejected: Sequence[Remark]) -> list[tuple[str, int]]:
-    """The reasons with their numbers of files, the most frequent ones first."""
-    return Counter(remark.reason for remark in rejected).most_common()
+class Rejections:
+    """Rejected files: the first MAX_LISTED of them, and the number of all by reason."""
 
+    def __init__(self, remarks: Iterable[Remark] = ()) -> None:
+        self.listed, self.reasons = list[Remark](), Counter[str]()
+        self._first = dict[str, str]()
+        for remark in remarks:
+            self.add(remark)
 
-def check(name: str, used: int, rejected: Sequence[Remark], max_rejected: float) -> None:
-    """Raise TooFewImages if no image could be used, or more than the share `max_rejected` could not be used.
+    def add(self, remark: Remark) -> None:
+        self.reasons[remark.reason] += 1
+        self._first.setdefault(remark.reason, remark.file)
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(remark)
 
-    Files that are not images, and copies of images in the source's own test split, do not count.
-    """
-    if not used:
-        why = f"; the first: {rejected[0].file}: {rejected[0].reason}" if rejected else ""
-        raise TooFewImages(f"{name}: {counted(len(rejected), 'image')}, of which none can be used{why}")
-    lost = [remark for remark in rejected if remark.reason not in EXPECTED]
-    if len(lost) <= max_rejected * (len(lost) + used):
-        return
-    first = {remark.reason: remark.file for remark in reversed(lost)}
-    found = [
-        f"{shortened(first[reason])}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
-        for reason, count in reasons(lost)
-    ]
-    raise TooFewImages(
-        f"{name}: {len(lost)} of {len(lost) + used} images cannot be used, more than shard.max_rejected "
-        f"({max_rejected:g}) allows: repair or remove them, or increase it; {'; '.join(found[:MAX_REASONS])}"
-    )
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    @property
+    def more(self) -> dict[str, int]:
+        """The number of files that are not listed, by reason."""
+        return dict(self.reasons - Counter(remark.reason for remark in self.listed))
+
+    def check(self, name: str, used: int, max_rejected: float) -> None:
+        """Raise TooFewImages if no image could be used, or more than the share `max_rejected` could not be used.
+
+        Files that are not images, and copies of images in the source's own test split, do not count.
+        """
+        if not used:
+            why = f"; the first: {self.listed[0].file}: {self.listed[0].reason}" if self.listed else ""
+            raise TooFewImages(f"{name}: {counted(len(self), 'image')}, of which none can be used{why}")
+        lost = [(reason, count) for reason, count in self.reasons.most_common() if reason not in EXPECTED]
+        number = sum(count for _, count in lost)
+        if number <= max_rejected * (number + used):
+            return
+        found = [
+            f"{shortened(self._first[reason])}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+            for reason, count in lost[:MAX_REASONS]
+        ]
+        raise TooFewImages(
+            f"{name}: {number} of {number + used} images cannot be used, more than shard.max_rejected "
+            f"({max_rejected:g}) allows: repair or remove them, or increase it; {'; '.join(found)}"
+        )
 
 
 def table(rejected: Sequence[Remark]) -> bytes:

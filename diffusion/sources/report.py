@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from diffusion.errors import counted
-from diffusion.sources import duplicates, rejections
+from diffusion.sources import duplicates
 from diffusion.sources.convert import thumbnail
 from diffusion.sources.descriptions import describe_sizes
 from diffusion.sources.shards import Images, Manifest
@@ -41,16 +41,16 @@ PAGE = """<!doctype html>
   {% endfor %}
 </table>
 <h2>Rejected files</h2>
-{% if manifest.rejected %}
-<p>{{ counted(manifest.rejected | length, "file") }} could not be used:</p>
+{% if rejected %}
+<p>{{ counted(rejected, "file") }} could not be used:</p>
 <table>
   <tr><th>files</th><th>reason</th></tr>
   {% for reason, count in reasons %}
   <tr><td class="number">{{ count }}</td><td>{{ reason }}</td></tr>
   {% endfor %}
 </table>
-<p>{% if manifest.rejected | length > listed | length %}The first {{ listed | length }}; data/shards/manifest.json lists
-all:{% endif %}</p>
+<p>{% if rejected > listed | length %}The first {{ listed | length }}; data/shards/manifest.json lists
+{% if manifest.more_rejected %}{{ manifest.rejected | length }}{% else %}all{% endif %}:{% endif %}</p>
 <table>
   <tr><th></th><th>file</th><th>reason</th></tr>
   {% for remark, thumbnail in listed %}
@@ -101,7 +101,8 @@ def page(manifest: Manifest, directory: Path, thumbnails: Sequence[bytes | None]
         total=sum(contents.samples for contents in manifest.splits.values()),
         counted=counted,
         sizes=describe_sizes(manifest.smallest, manifest.largest),
-        reasons=rejections.reasons(manifest.rejected),
+        reasons=manifest.reasons,
+        rejected=sum(count for _, count in manifest.reasons),
         listed=list(zip(manifest.rejected, thumbnails, strict=False)),
         max_bits=duplicates.MAX_BITS,
         uri=uri,

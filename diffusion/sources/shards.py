@@ -6,30 +6,36 @@ picture has so many channels, in `{train,val,test}-NNNNNN.tar`; `manifest.json` 
 
 import hashlib
 import json
+import operator
 import os
 import posixpath
 import re
 from array import array
+from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import accumulate, islice
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from diffusion.errors import counted
-from diffusion.sources import duplicates, rejections
+from diffusion.sources import duplicates
 from diffusion.sources.bands import Bands
 from diffusion.sources.convert import Converted, Rejected, convert
 from diffusion.sources.images import Picture, Unreadable
-from diffusion.sources.rejections import Remark, TooFewImages
+from diffusion.sources.rejections import Rejections, Remark, TooFewImages
 from diffusion.sources.splits import Fractions, Splitter
 from diffusion.sources.stored import Stored
 from diffusion.storage.executors import OWN_PROCESS, Executor
 from diffusion.storage.files import sha256, write_json, write_sums
-from diffusion.storage.tar import FORMAT, SPLITS, Facts, Split, Tar, Writer, members, open_map
+from diffusion.storage.tar import FORMAT, SPLITS, Facts, Member, Split, Tar, Writer, members, open_maps
 
 MANIFEST = "manifest.json"
 MAX_WARNINGS = 1000
@@ -109,7 +115,9 @@ class Manifest(Facts):
     own_splits: dict[Split, str]
     """The source's own splits and their locations; other splits are chosen by a hash of the pixels."""
     rejected: tuple[Remark, ...]
-    """Rejected files: unreadable images, and copies of images in the source's own test split."""
+    """Rejected files: unreadable images, and copies of images in the source's own test split; the first MAX_LISTED."""
+    more_rejected: dict[str, int] = Field({}, exclude_if=operator.not_)
+    """Number of further rejected files, by reason."""
     warnings: tuple[Remark, ...]
     """Files that were used despite a warning of their decoder, the first MAX_WARNINGS."""
     more_warnings: int = 0
@@ -120,6 +128,12 @@ class Manifest(Facts):
     """Similar images in different splits; None if the images are too small to tell."""
     multipage: int
     """Number of files with several pages or frames, of which the first was used."""
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """The reasons for rejecting files, with their numbers of files, the most frequent ones first."""
+        listed = Counter(remark.reason for remark in self.rejected)
+        return (listed + Counter(self.more_rejected)).most_common()
 
 
 def sample_key(name: str) -> str:
@@ -187,7 +201,7 @@ def write(
     the process being killed.
     """
     hashes = {split: duplicates.Hashes() for split in SPLITS}
-    tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), list[Remark]()
+    tally, splitter, rejected = _Tally(len(source.classes)), Splitter(source.own_splits, fractions), Rejections()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(Writer(directory, split, max_samples=samples_per_shard)) for split in SPLITS
@@ -199,15 +213,16 @@ def write(
                     raise Unreadable(image.reason)
                 split = splitter(sample.split, image.digest)
             except Unreadable as error:
-                rejected.append(Remark(file=sample.file, reason=str(error)))
-                on_rejected(rejected[-1], image.thumbnail)
+                remark = Remark(file=sample.file, reason=str(error))
+                rejected.add(remark)
+                on_rejected(remark, image.thumbnail)
                 continue
             hashes[split].add(image.perceptual_hash)
             tally.add(sample, image, split)
             writers[split].add(sample.key, _record(sample, image, source.classes))
     splits = {split: _contents(writers[split].tars, tally.per_class[split]) for split in SPLITS}
     counts = {split: contents.samples for split, contents in splits.items()}
-    rejections.check(name, sum(counts.values()), rejected, max_rejected)
+    rejected.check(name, sum(counts.values()), max_rejected)
     _check_counts(name, counts, source.own_splits)
     assert tally.sizes is not None
     smallest, largest = (tuple(size) for size in tally.sizes.tolist())
@@ -222,7 +237,8 @@ def write(
         smallest=smallest,
         largest=largest,
         own_splits=dict(source.own_splits),
-        rejected=tuple(rejected),
+        rejected=tuple(rejected.listed),
+        more_rejected=rejected.more,
         warnings=tuple(tally.warnings),
         more_warnings=tally.more_warnings,
         copies=splitter.seen.copies(),
@@ -278,23 +294,23 @@ def manifest_sha256(directory: Path) -> str:
 
 
 class Images:
-    """Random access to the images of a split, in the order written; needs 48 bytes of memory per image.
+    """Random access to the images of a split, in the order written; needs 8 bytes of memory per image.
 
     Raises UserError if a shard is missing or, unless `verify` is false because this process wrote it, corrupt.
     """
 
     def __init__(self, directory: Path, contents: Contents, verify: bool = True) -> None:
         self._paths = [directory / tar.name for tar in contents.shards]
-        self._maps = [open_map(directory, tar, verify) for tar in contents.shards]
-        places = {"image": array("q"), "json": array("q")}
-        for number, mapped in enumerate(self._maps):
-            for member in members(mapped):
-                kind = "json" if member.extension == "json" else "image"
-                places[kind].extend((number, member.offset, member.size))
-        self._image, self._json = (np.array(places[kind]).reshape(-1, 3) for kind in ("image", "json"))
+        self._map = open_maps(directory, contents.shards, verify)
+        self._begins = list(accumulate((tar.samples for tar in contents.shards), initial=0))
+        self._offsets = array("q")
+        """Of each image's first member, KEY.json, in its shard."""
+        for number in range(len(contents.shards)):
+            found = (member.offset for member in members(self._map(number)) if member.extension == "json")
+            self._offsets.extend(offset - BLOCKSIZE for offset in found)
 
     def __len__(self) -> int:
-        return len(self._image)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Bands, int | None]:
         """An image and its label, or None."""
@@ -303,15 +319,16 @@ class Images:
 
     def source(self, index: int) -> str:
         """Name of an image's file in the source."""
-        return str(self._record(index)["source"])
+        return str(self._find(index)[1]["source"])
 
-    def _record(self, index: int) -> dict[str, Any]:
-        number, offset, size = self._json[index].tolist()
-        record: dict[str, Any] = json.loads(self._maps[number][offset : offset + size])
-        return record
+    def _find(self, index: int) -> tuple[int, dict[str, Any], Member]:
+        """The number of an image's shard, the content of its KEY.json, and its encoded image."""
+        number = bisect(self._begins, index) - 1
+        mapped = self._map(number)
+        record, image = islice(members(mapped, self._offsets[index]), 2)
+        return number, json.loads(mapped[record.offset : record.offset + record.size]), image
 
     def reader(self, index: int) -> Stored:
         """An image and its label, to be read in any process."""
-        label: int | None = self._record(index)["label"]
-        number, offset, size = self._image[index].tolist()
-        return Stored(self._paths[number], offset, size, label)
+        number, record, image = self._find(index)
+        return Stored(self._paths[number], image.offset, image.size, record["label"])

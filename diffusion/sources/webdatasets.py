@@ -1,7 +1,8 @@
 """Shards in WebDataset format as a source: tar files in which the members of a sample share a key."""
 
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Self
@@ -69,23 +70,37 @@ class WebDataset:
         self._root = path if path.is_dir() else path.parent
         self._shards, self.own_splits = by_file_name(self._root, files)
         self._tar = lru_cache(maxsize=1)(Tar)  # one is open at a time
-        self._groups = [list(_groups(self._tar(file))) for _, file in self._shards]
-        every = [group for groups in self._groups for group in groups]
-        self.folders = any("/" in group.key for group in every)
-        self.classes = tuple(sorted({group.label for group in every if group.label}, key=in_order))
+        self._groups, self._count, self.folders, found = list[bytes](), 0, False, set[str]()
+        for _, file in self._shards:
+            groups = list(_groups(self._tar(file)))
+            self._groups.append(_packed(groups))
+            self._count += len(groups)
+            self.folders |= any("/" in group.key for group in groups)
+            found |= {group.label for group in groups if group.label}
+        self.classes = tuple(sorted(found, key=in_order))
 
     def __len__(self) -> int:
-        return sum(map(len, self._groups))
+        return self._count
 
     def __iter__(self) -> Iterator[Sample]:
         numbers = {name: label for label, name in enumerate(self.classes)}
-        for (split, path), groups in zip(self._shards, self._groups, strict=True):
+        for (split, path), packed in zip(self._shards, self._groups, strict=True):
             tar = self._tar(path)
             place = f"{path.relative_to(self._root).as_posix()}/" if len(self._shards) > 1 else ""
-            for group in groups:
+            for group in _unpacked(packed):
                 decode = Decoder(tar.file(group.image), self._how, group.remarks)
                 label, name = numbers.get(group.label), f"{path.name}: {group.image}"
                 yield Sample(sample_key(f"{place}{group.key}"), name, label, split, decode, group.rejected, decode.size)
+
+
+def _packed(groups: Iterable[Group]) -> bytes:
+    """The samples of a shard in a tenth of the memory: their names are similar."""
+    return zlib.compress(json.dumps(list(groups)).encode())
+
+
+def _unpacked(packed: bytes) -> Iterator[Group]:
+    for key, image, others, label, rejected in json.loads(zlib.decompress(packed)):
+        yield Group(key, image, tuple(others), label, rejected)
 
 
 def _groups(tar: Tar) -> Iterator[Group]:

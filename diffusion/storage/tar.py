@@ -9,7 +9,8 @@ import hashlib
 import mmap
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -22,6 +23,9 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FORMAT: Literal[1] = 1
 """Format of the manifests; also of manifests that do not state one."""
+
+MAX_OPEN = 256
+"""Maximum number of shards of a split that are open at once: systems allow often 1,024 open files, and 65,530 maps."""
 
 
 class Facts(BaseModel):
@@ -104,24 +108,44 @@ class Writer:
 
 
 def open_map(directory: Path, tar: Tar, verify: bool = True) -> mmap.mmap:
-    """Memory-map a tar file; raises FileFault if it cannot be read, or (`verify`) does not match the manifest."""
+    """Memory-map a tar file; raises FileFault if it cannot be read, or has another size than in the manifest.
+
+    With `verify`, its digest must be that in the manifest, too.
+    """
     path = directory / tar.name
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise FileFault(path, f"cannot be read ({error})") from None
+    if len(mapped) != tar.bytes:
+        raise Damaged(path, f"it has {len(mapped)} bytes, but {tar.bytes} in manifest.json")
     if verify and hashlib.sha256(mapped).hexdigest() != tar.sha256:
         raise Damaged(path, "it does not match its digest in manifest.json")
     return mapped
 
 
-def members(mapped: mmap.mmap) -> Iterator[Member]:
-    """Iterate over the members of a tar file that `Writer` wrote, reading only their headers.
+def open_maps(directory: Path, tars: Sequence[Tar], verify: bool = True) -> Callable[[int], mmap.mmap]:
+    """The memory maps of a split's shards, by number; each is opened when it is needed, and verified the first time.
+
+    Raises FileFault as `open_map` does, when called.
+    """
+    unverified = set(range(len(tars))) if verify else set[int]()
+
+    @lru_cache(MAX_OPEN)
+    def opened(number: int) -> mmap.mmap:
+        mapped = open_map(directory, tars[number], number in unverified)
+        unverified.discard(number)
+        return mapped
+
+    return opened
+
+
+def members(mapped: mmap.mmap, position: int = 0) -> Iterator[Member]:
+    """Iterate over the members of a tar file that `Writer` wrote, from `position` on, reading only their headers.
 
     Only the name and the size are read, in place: tarfile takes ten times as long.
     """
-    position = 0
     while position < len(mapped) and mapped[position]:  # a zero block marks the end
         name, size = mapped[position : position + 100], int(mapped[position + 124 : position + 135], 8)
         key, _, extension = name.rstrip(b"\0").decode().partition(".")

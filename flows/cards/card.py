@@ -300,7 +300,8 @@ def _data(known: Known, license: licenses.License | None) -> dict[str, Any]:
     assert pairs is not None
     splits = ", ".join(f"{contents.images:,} {split}" for split, contents in pairs.splits.items())
     similar = sum(each["images"] for each in shards.get("near_duplicates") or ())
-    remarks = {"rejected file": len(shards["rejected"]), "exact copy": shards["copies"], "near-duplicate": similar}
+    rejected = len(shards["rejected"]) + sum(shards.get("more_rejected", {}).values())
+    remarks = {"rejected file": rejected, "exact copy": shards["copies"], "near-duplicate": similar}
     named = {"exact copy": "exact copies", "near-duplicate": "near-duplicates in different splits"}
     said = [counted(count, noun, named.get(noun, ""), ",") for noun, count in remarks.items() if count]
     return {

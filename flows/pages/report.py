@@ -84,6 +84,8 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
     known = (about.parameters if about else parameters | contents.trained_with) | contents.model
     rows = [(name, parameter(value), parameter(defaults.get(name, "–"))) for name, value in sorted(known.items())]
     same = [name in defaults and _plain(value) == _plain(defaults[name]) for name, value in sorted(known.items())]
+    reasons = Counter(remark["reason"] for remark in contents.shards.get("rejected", []))
+    reasons += Counter(contents.shards.get("more_rejected", {}))
     return render(
         "report.html",
         title=" – ".join(filter(None, ["Report", source, about.name if about else ""])),
@@ -98,7 +100,8 @@ def page(contents: Contents, parameters: dict[str, Any], defaults: dict[str, Any
         samplers=_samplers(tables.get("samplers", [])),
         resized=_resized(contents),
         data=contents.shards,
-        reasons=Counter(remark["reason"] for remark in contents.shards.get("rejected", [])).most_common(),
+        reasons=reasons.most_common(),
+        rejected=reasons.total(),
         curves=_curves(tables),
         errors=ERRORS,
         mse_by_t=charts.mse_by_t({"model": tables["mse_by_t"]}),

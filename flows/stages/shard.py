@@ -10,7 +10,7 @@ from diffusion.progress import Progress, say
 from diffusion.sources import rejections, report, shards
 from diffusion.sources.descriptions import SHOWN_CLASSES, describe_classes, describe_splits
 from diffusion.sources.locations import locate, resolved
-from diffusion.sources.rejections import Remark, TooFewImages
+from diffusion.sources.rejections import Rejections, Remark, TooFewImages
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import Fractions
 from diffusion.sources.trees import linked_folders
@@ -42,10 +42,10 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
             "the linked files"
         )
     source = open_source(path, options.reading)
-    rejected, thumbnails = list[Remark](), list[bytes | None]()
+    rejected, thumbnails = Rejections(), list[bytes | None]()
 
     def on_rejected(remark: Remark, thumbnail: bytes | None) -> None:
-        rejected.append(remark)
+        rejected.add(remark)
         if len(thumbnails) < report.MAX_LISTED:
             thumbnails.append(thumbnail)
 
@@ -65,13 +65,14 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     except TooFewImages as error:
         if not rejected:
             raise
-        write_atomic(paths.rejected, rejections.table(rejected))
-        raise UserError(f"{error}; {paths.rejected} lists all rejected files") from None
+        write_atomic(paths.rejected, rejections.table(rejected.listed))
+        which = f"the first {len(rejected.listed)}" if rejected.more else "all"
+        raise UserError(f"{error}; {paths.rejected} lists {which} rejected files") from None
     paths.rejected.unlink(missing_ok=True)
     write_atomic(paths.data_report, report.page(manifest, paths.shards, thumbnails).encode())
     made_with.write(paths, "shard", params)
-    _say_files("rejected", manifest.rejected)
-    _say_files("decoder warning", manifest.warnings)
+    _say_files("rejected", manifest.rejected, len(rejected))
+    _say_files("decoder warning", manifest.warnings, len(manifest.warnings))
     if manifest.multipage:
         say(f"shard: files with several pages or frames, of which only the first is used: {manifest.multipage}")
     if manifest.copies:
@@ -91,11 +92,11 @@ def _write(path: Path, params: Params, paths: Paths) -> None:
     say(f"shard: splits: {describe_splits(manifest.own_splits)}")
     counts = ", ".join(f"{contents.samples} {split}" for split, contents in manifest.splits.items())
     files = sum(len(contents.shards) for contents in manifest.splits.values())
-    say(f"shard: {counts} images in {files} shards; {counted(len(manifest.rejected), 'file')} rejected")
+    say(f"shard: {counts} images in {files} shards; {counted(len(rejected), 'file')} rejected")
 
 
-def _say_files(what: str, remarks: Sequence[Remark]) -> None:
+def _say_files(what: str, remarks: Sequence[Remark], count: int) -> None:
     for remark in remarks[:MAX_LISTED]:
         say(f"shard: {what}: {remark.file}: {remark.reason}")
-    if len(remarks) > MAX_LISTED:
-        say(f"shard: {what}: {len(remarks) - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")
+    if count > MAX_LISTED:
+        say(f"shard: {what}: {count - MAX_LISTED} more, listed in data/shards/{shards.MANIFEST}")

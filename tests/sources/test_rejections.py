@@ -18,31 +18,72 @@ from diffusion.sources import images, rejections, report
 from diffusion.sources.convert import thumbnail
 from diffusion.sources.images import OTHER_FILE, THUMBNAIL, Unreadable, read_image
 from diffusion.sources.reading import MAX_PIXELS, Reading
-from diffusion.sources.rejections import Remark, TooFewImages
+from diffusion.sources.rejections import Rejections, Remark, TooFewImages
 from diffusion.sources.shards import Images, Manifest, write
 from diffusion.sources.sources import open_source
 from diffusion.sources.splits import COPY_OF_TEST, Fractions
 
 
-def remarks(**counts: int) -> list[Remark]:
-    return [Remark(file=f"{reason}/{n}.png", reason=reason) for reason, count in counts.items() for n in range(count)]
+def found(**counts: int) -> Rejections:
+    return Rejections(
+        Remark(file=f"{reason}/{n}.png", reason=reason) for reason, count in counts.items() for n in range(count)
+    )
 
 
 def test_the_share_of_images_that_cannot_be_used_is_limited() -> None:
-    rejections.check("name", 95, remarks(damaged=5), 0.05)
-    rejections.check("name", 1, remarks(damaged=500), 1.0)
+    found(damaged=5).check("name", 95, 0.05)
+    found(damaged=500).check("name", 1, 1.0)
     with pytest.raises(TooFewImages) as caught:
-        rejections.check("name", 94, [*remarks(damaged=1), *remarks(raw=5)], 0.05)
+        found(damaged=1, raw=5).check("name", 94, 0.05)
     assert str(caught.value) == (
         "name: 6 of 100 images cannot be used, more than shard.max_rejected (0.05) allows: repair or remove them, or "
         "increase it; 'raw/0.png' and 4 more: raw; 'damaged/0.png': damaged"
     )
     with pytest.raises(TooFewImages, match=r"^name: 1 of 1001 images .*\(0\)"):
-        rejections.check("name", 1000, remarks(damaged=1), 0)
+        found(damaged=1).check("name", 1000, 0)
 
 
 def test_what_is_no_loss_does_not_count() -> None:
-    rejections.check("name", 1, [*remarks(**{OTHER_FILE: 50}), *remarks(**{COPY_OF_TEST: 50})], 0)
+    found(**{OTHER_FILE: 50, COPY_OF_TEST: 50}).check("name", 1, 0)
+
+
+@pytest.fixture
+def among_texts(tmp_path: Path) -> Path:
+    """Forty pictures, and a text beside each of 30."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("L", (3, 3), number).save(folder / f"{number}.png")
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("a text")
+    return folder
+
+
+def test_a_list_of_rejected_files_ends_but_their_number_does_not(
+    tmp_path: Path, among_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rejections, "MAX_LISTED", 4)
+    (tmp_path / "out").mkdir()
+    manifest = write(open_source(among_texts), "name", tmp_path / "out", Fractions(0.2, 0.2), 100)
+    assert manifest == Manifest.read(tmp_path / "out" / "manifest.json")
+    assert [remark.file for remark in manifest.rejected] == ["0.txt", "1.txt", "10.txt", "11.txt"]
+    assert (manifest.more_rejected, manifest.reasons) == ({OTHER_FILE: 26}, [(OTHER_FILE, 30)])
+    page = report.page(manifest, tmp_path / "out", [None] * 4)
+    assert "30 files could not be used" in page
+    assert "The first 4; data/shards/manifest.json lists\n4:" in page
+
+
+def test_a_manifest_that_lists_all_says_nothing_of_more(tmp_path: Path, among_texts: Path) -> None:
+    (tmp_path / "out").mkdir()
+    manifest = write(open_source(among_texts), "name", tmp_path / "out", Fractions(0.2, 0.2), 100)
+    assert (len(manifest.rejected), manifest.more_rejected) == (30, {})
+    assert b"more_rejected" not in (tmp_path / "out" / "manifest.json").read_bytes()
+
+
+def test_the_share_of_images_counts_those_that_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rejections, "MAX_LISTED", 1)
+    with pytest.raises(TooFewImages, match=r"^name: 6 of 100 images .* 'raw/0.png' and 4 more: raw; 'damaged/0.png'"):
+        found(damaged=1, raw=5).check("name", 94, 0.05)
 
 
 def test_the_table_can_be_read_by_a_spreadsheet() -> None:
