@@ -1,0 +1,136 @@
+"""SIGKILL to a training, at any moment."""
+
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+from typing import NamedTuple
+
+from ruamel.yaml import YAML
+
+from deploy.faults.case import Case, Seen
+from deploy.faults.clone import Clone, ddpm, must, same
+
+PHASES = {"start-up": 0.2, "training": 0.4, "writing": 0.3, "ending": 0.1}
+"""Until the first checkpoint; until the last one, with one after every step; until model, curves and report are written;
+until the process ends. And the share of the kills in each."""
+SECONDS = 120.0
+
+
+class Moment(NamedTuple):
+    """When a training is killed: at a share of the time of a phase."""
+
+    phase: str
+    share: float
+
+
+def moments(count: int, seed: int) -> list[Moment]:
+    chance = random.Random(seed)
+    phases = [phase for phase, share in PHASES.items() for _ in range(round(count * share))]
+    return [Moment(phase, chance.random()) for phase in phases]
+
+
+def killed(reference: Clone, count: int = 20, seed: int = 0) -> Seen:
+    """Kill `count` trainings once each, start each again, and compare what it writes with that of `reference`."""
+    wanted = reference.digests("models/ddpm", *reference.outputs("train"))
+    phases, resumed, unfinished = Counter[str](), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        whole = untrained(reference, Path(folder) / "whole")
+        seconds = _timed(whole)
+        same("the model and the reports of an uninterrupted training", _written(whole), wanted)
+        for number, moment in enumerate(moments(count, seed)):
+            clone = untrained(reference, Path(folder) / f"killed-{number}")
+            while not kill(clone, moment, seconds[moment.phase]):  # it ended before
+                moment = moment._replace(share=moment.share / 2)
+                clone = untrained(reference, Path(folder) / f"killed-{number}-{moment.share}")
+            phases[moment.phase] += 1
+            unfinished += bool(_unfinished(clone.path))
+            done = clone.call(*TRAIN, **ALWAYS)
+            must("a killed training that is started again ends", done.returncode == 0, done)
+            resumed += "resuming from step" in done.stderr
+            same(f"model and reports of a training killed at {moment}", _written(clone), wanted)
+    where = ", ".join(f"{phases[phase]} during {phase}" for phase in PHASES)
+    return Seen(
+        count,
+        f"the process is gone; the same command continues from the last checkpoint ({resumed} of {count}; the others "
+        f"had none yet), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}; "
+        f"{unfinished} while a file was being written)",
+    )
+
+
+TRAIN = ddpm("train")
+ALWAYS = {"DDPM_CHECKPOINT_SECONDS": "0"}
+"""A checkpoint after every step."""
+
+
+def untrained(reference: Clone, target: Path) -> Clone:
+    later = reference.outputs("train", "evaluate", "export")
+    return reference.copy(target, (".git", ".dvc", ".ddpm", "models", "dvc.lock", *later))
+
+
+def _written(clone: Clone) -> dict[str, str]:
+    """What the training has written, and everything else that is in its folders."""
+    return clone.digests("models", *clone.outputs("train"))
+
+
+def _begins(clone: Clone) -> dict[str, Callable[[], bool]]:
+    """Whether each phase has begun."""
+    last = YAML(typ="safe").load((clone.path / "params.yaml").read_text())["train"]["steps"]
+
+    def has(name: str) -> bool:
+        return any(clone.path.glob(name))
+
+    return {
+        "start-up": lambda: True,
+        "training": lambda: has(".ddpm/checkpoints/*/0*.json"),
+        "writing": lambda: has(f".ddpm/checkpoints/*/{last:010d}.json"),
+        "ending": lambda: has("reports/made_with/train.json"),
+    }
+
+
+def _wait(process: "Popen[bytes]", holds: Callable[[], bool]) -> bool:
+    """Wait until something holds, which the result says, or the process ends."""
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        if process.poll() is not None:
+            return holds()
+        must("a phase of the training begins in time", time.monotonic() < deadline)
+        time.sleep(0.002)
+    return True
+
+
+def _timed(clone: Clone) -> dict[str, float]:
+    """The seconds of each phase of a training that is not killed."""
+    log = clone.path.with_suffix(".log")
+    process, times = clone.start(*TRAIN, log=log, **ALWAYS), list[float]()
+    for holds in _begins(clone).values():
+        _wait(process, holds)
+        times.append(time.monotonic())
+    must("a training ends", process.wait() == 0, log.read_text())
+    times.append(time.monotonic())
+    return {phase: times[index + 1] - times[index] for index, phase in enumerate(PHASES)}
+
+
+def kill(clone: Clone, moment: Moment, seconds: float) -> bool:
+    """Start a training and kill it at a moment; returns False if it ended before."""
+    log = clone.path.with_suffix(".log")
+    process = clone.start(*TRAIN, log=log, **ALWAYS)
+    _wait(process, _begins(clone)[moment.phase])
+    time.sleep(moment.share * seconds)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL and alive
+
+
+def _unfinished(tree: Path) -> list[Path]:
+    """Files and folders that were being written."""
+    return [path for path in tree.rglob(".*.*") if path.parent != tree]
+
+
+CASES = {"sigkill": Case("A training is killed (SIGKILL) at a random moment, and started again", killed)}
