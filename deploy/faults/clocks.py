@@ -1,6 +1,7 @@
 """A clock that jumps, as libfaketime has it (Debian's package `faketime`)."""
 
 import contextlib
+import os
 import re
 import sys
 import tempfile
@@ -8,12 +9,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from deploy.faults import two
 from deploy.faults.case import Case, Seen, Unavailable
-from deploy.faults.clone import OUTPUTS, STAGES, Clone, must, same
+from deploy.faults.clone import OUTPUTS, ROOT, STAGES, Clone, must, same
 
 DAYS = ("+1d", "-1d", "+0d")
 SECONDS = 1.5
 """Between two jumps."""
+SLEEP = "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
+"""With libfaketime 0.9.10, Python's own `time.sleep` fails (EINVAL) as soon as the monotonic clock is the real one."""
 
 
 class Clock:
@@ -24,7 +28,9 @@ class Clock:
         if not libraries:
             raise Unavailable("libfaketime is not installed: `apt-get install faketime`")
         self._file, self.jumps = file, 0
+        (file.parent / "sitecustomize.py").write_text(SLEEP)
         self.settings = {
+            "PYTHONPATH": f"{file.parent}{os.pathsep}{ROOT}",
             "LD_PRELOAD": str(libraries[0]),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_NO_CACHE": "1",
@@ -80,6 +86,18 @@ def jumps(reference: Clone) -> Seen:
     )
 
 
+def locked(reference: Clone) -> Seen:
+    """`ddpm train` twice in one working tree, while the clock jumps."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock(Path(folder) / "clock")
+        with clock.jumping():
+            seen = two.trainings(reference, **clock.settings)
+    return seen._replace(times=clock.jumps)
+
+
 CASES = {
-    "clock": Case("The clock jumps by a day, ahead and back, every 1.5 s during a run of all stages (libfaketime)", jumps)
+    "clock": Case(
+        "The clock jumps by a day, ahead and back, every 1.5 s during a run of all stages (libfaketime)", jumps
+    ),
+    "clock-lock": Case("The clock jumps likewise while `ddpm train` runs twice in one working tree", locked),
 }

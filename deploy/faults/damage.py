@@ -10,9 +10,10 @@ from pathlib import Path
 
 from deploy.faults import training
 from deploy.faults.case import Case, Seen
-from deploy.faults.clone import OUTPUTS, REPRO, STAGES, Clone, ddpm, must, refused, same
-from deploy.faults.training import ALWAYS, TRAIN, Moment
+from deploy.faults.clone import OUTPUTS, REPRO, Clone, ddpm, must, refused, same
+from deploy.faults.training import ALWAYS, TRAIN
 
+CHECKPOINTS = ".ddpm/checkpoints/*"
 SCRUB = (sys.executable, "-m", "flows.scrub")
 
 
@@ -49,7 +50,10 @@ def of_a_stage(path: str, command: Sequence[str], reference: Clone) -> Seen:
         (clone.path / path).unlink()
         clone.do(*SCRUB)
         clone.do(*REPRO)
-        same("all results, after the file was deleted and `make scrub` and `dvc repro` were run,", *_both(clone, reference))
+        same(
+            "all results, after the file was deleted and `make scrub` and `dvc repro` were run,",
+            *_both(clone, reference),
+        )
     return Seen(
         times,
         f"`ddpm {command[0]}: error: {path}: ...`, which says what is wrong with it; nothing is written; deleting the "
@@ -69,9 +73,8 @@ def checkpoints(reference: Clone) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         for number, (damage, chosen) in enumerate(zip((*DAMAGES, flipped), which, strict=True)):
             clone = training.untrained(reference, Path(folder) / str(number))
-            must("a training is killed", training.kill(clone, Moment("training", 0.0), 0.1))
-            found = sorted(clone.path.glob(".ddpm/checkpoints/*/0*.safetensors"))
-            found = [path for path in found if path.with_suffix(".json").exists()]
+            must("a training is killed", training.kill(clone, partial(_at_step, clone, 5)))
+            found = [path.with_suffix(".safetensors") for path in sorted(clone.path.glob(f"{CHECKPOINTS}/0*.json"))]
             for path in chosen(found):
                 path.write_bytes(damage(path.read_bytes(), chance))
             done = clone.call(*TRAIN, **ALWAYS)
@@ -85,6 +88,10 @@ def checkpoints(reference: Clone) -> Seen:
         "`train: checkpoint STEP is corrupt (digest mismatch); using the previous one`; training continues from the "
         f"one before, or from the start if all are damaged ({'; '.join(used)}); the same bytes",
     )
+
+
+def _at_step(clone: Clone, step: int) -> bool:
+    return any(int(path.stem) >= step for path in clone.path.glob(f"{CHECKPOINTS}/0*.json"))
 
 
 def cached(reference: Clone) -> Seen:
@@ -125,7 +132,6 @@ def lock(reference: Clone) -> Seen:
         for damage in DAMAGES * 3:
             file.write_bytes(damage(whole, chance))
             done = clone.call(*REPRO)
-            print(done.returncode, (done.stdout + done.stderr)[-700:])
             if done.returncode:
                 must("the error names the file", "dvc.lock" in done.stderr, done)
                 must("it is no traceback", "Traceback" not in done.stderr, done)
@@ -134,7 +140,12 @@ def lock(reference: Clone) -> Seen:
             outcomes["refused" if done.returncode else "made again"] += 1
             same("all results", *_both(clone, reference))
             same("dvc.lock", clone.digests("dvc.lock"), reference.digests("dvc.lock"))
-    return Seen(sum(outcomes.values()), str(outcomes))
+    return Seen(
+        sum(outcomes.values()),
+        f"`'./dvc.lock' is invalid.`, and its line ({outcomes['refused']} of {sum(outcomes.values())}): delete it; or, if "
+        "it is still valid, `dvc repro` finds that something differs from it; both times, `dvc repro` takes the results "
+        "from its cache, with the same bytes, and writes the file as it was",
+    )
 
 
 FILES = {
@@ -145,7 +156,9 @@ FILES = {
 }
 CASES = {
     **{
-        f"damaged-{name}": Case(f"{what} is damaged: a bit flipped, the end cut off", partial(of_a_stage, path, command))
+        f"damaged-{name}": Case(
+            f"{what} is damaged: a bit flipped, the end cut off", partial(of_a_stage, path, command)
+        )
         for name, (what, path, command) in FILES.items()
     },
     "damaged-checkpoint": Case("A checkpoint is damaged: a bit flipped, the end cut off", checkpoints),

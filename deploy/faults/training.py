@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import NamedTuple
@@ -14,11 +16,11 @@ from typing import NamedTuple
 from ruamel.yaml import YAML
 
 from deploy.faults.case import Case, Seen
-from deploy.faults.clone import Clone, ddpm, must, same
+from deploy.faults.clone import REPRO, STAGES, Clone, ddpm, must, same
 
 PHASES = {"start-up": 0.2, "training": 0.4, "writing": 0.3, "ending": 0.1}
-"""Until the first checkpoint; until the last one, with one after every step; until model, curves and report are written;
-until the process ends. And the share of the kills in each."""
+"""Until the first checkpoint; until the last one, with one after every step; until model, curves and report are
+written; until the process ends. And the share of the kills in each."""
 SECONDS = 120.0
 
 
@@ -45,7 +47,9 @@ def killed(reference: Clone, count: int = 20, seed: int = 0) -> Seen:
         same("the model and the reports of an uninterrupted training", _written(whole), wanted)
         for number, moment in enumerate(moments(count, seed)):
             clone = untrained(reference, Path(folder) / f"killed-{number}")
-            while not kill(clone, moment, seconds[moment.phase]):  # it ended before
+            while not kill(
+                clone, _begins(clone)[moment.phase], moment.share * seconds[moment.phase]
+            ):  # it ended before
                 moment = moment._replace(share=moment.share / 2)
                 clone = untrained(reference, Path(folder) / f"killed-{number}-{moment.share}")
             phases[moment.phase] += 1
@@ -116,12 +120,11 @@ def _timed(clone: Clone) -> dict[str, float]:
     return {phase: times[index + 1] - times[index] for index, phase in enumerate(PHASES)}
 
 
-def kill(clone: Clone, moment: Moment, seconds: float) -> bool:
-    """Start a training and kill it at a moment; returns False if it ended before."""
-    log = clone.path.with_suffix(".log")
-    process = clone.start(*TRAIN, log=log, **ALWAYS)
-    _wait(process, _begins(clone)[moment.phase])
-    time.sleep(moment.share * seconds)
+def kill(clone: Clone, holds: Callable[[], bool], seconds: float = 0) -> bool:
+    """Start a training and kill it so many seconds after something holds; returns False if it ended before."""
+    process = clone.start(*TRAIN, log=clone.path.with_suffix(".log"), **ALWAYS)
+    _wait(process, holds)
+    time.sleep(seconds)
     alive = process.poll() is None
     if alive:
         os.killpg(process.pid, signal.SIGKILL)
@@ -133,4 +136,39 @@ def _unfinished(tree: Path) -> list[Path]:
     return [path for path in tree.rglob(".*.*") if path.parent != tree]
 
 
-CASES = {"sigkill": Case("A training is killed (SIGKILL) at a random moment, and started again", killed)}
+def repro_killed(reference: Clone, seed: int = 0) -> Seen:
+    """Kill `dvc repro` with the stage that it runs, once in each of three stages."""
+    stages, chance = ("shard", "pairs", "train"), random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
+        clone = reference.copy(Path(folder) / "clone", without)
+        for stage in stages:
+            log = Path(folder) / f"{stage}.log"
+            process = clone.start(*REPRO, "train", log=log, PYTHONUNBUFFERED="1")
+            must(f"{stage} runs", _wait(process, partial(_runs, stage, log)), log.read_text())
+            time.sleep(chance.uniform(0, 2))
+            must(f"{stage} still runs", process.poll() is None, log.read_text())
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said = clone.do(*REPRO, "train")
+        must("what had ended is not run again", "Running stage 'shard'" not in said, said)
+        outputs = reference.outputs(*stages)
+        same("shards, pairs and model", clone.digests(*outputs), reference.digests(*outputs))
+        must("the cache is intact", " 0 deleted" in clone.do(sys.executable, "-m", "flows.scrub"))
+    return Seen(
+        len(stages),
+        "the processes are gone; the same command continues with the stage that was killed, with the same bytes; the "
+        "cache is intact, and no lock stays behind",
+    )
+
+
+def _runs(stage: str, log: Path) -> bool:
+    return f"Running stage '{stage}'" in log.read_text()
+
+
+CASES = {
+    "sigkill": Case("A training is killed (SIGKILL) at a random moment, and started again", killed),
+    "sigkill-repro": Case(
+        "`dvc repro` is killed (SIGKILL) with the stage that it runs, and started again", repro_killed
+    ),
+}

@@ -10,23 +10,27 @@ from deploy.faults.case import Case, Seen
 from deploy.faults.clone import OUTPUTS, REPRO, STAGES, Clone, ddpm, must, same
 
 
-def at_once(clone: Clone, commands: Sequence[tuple[str, ...]]) -> list[tuple[int, str]]:
-    """Run commands at once; the status and output of each."""
+def at_once(clone: Clone, commands: Sequence[tuple[str, ...]], **settings: str) -> list[tuple[int, str]]:
+    """Run commands at once, with these variables; the status and output of each."""
     logs = [clone.path.parent / f"{number}.log" for number, _ in enumerate(commands)]
-    processes = [clone.start(*command, log=log) for command, log in zip(commands, logs, strict=True)]
+    processes = [clone.start(*command, log=log, **settings) for command, log in zip(commands, logs, strict=True)]
     ended = [(process.wait(), log.read_text()) for process, log in zip(processes, logs, strict=True)]
     for log in logs:
         log.unlink()
-    must("neither prints a traceback", not any("Traceback" in said for _, said in ended), "\n".join(said for _, said in ended))
+    must(
+        "neither prints a traceback",
+        not any("Traceback" in said for _, said in ended),
+        "\n".join(said for _, said in ended),
+    )
     return ended
 
 
-def trainings(reference: Clone) -> Seen:
-    """`ddpm train` twice in one working tree."""
+def trainings(reference: Clone, **settings: str) -> Seen:
+    """`ddpm train` twice in one working tree, with these variables."""
     with tempfile.TemporaryDirectory() as folder:
         without = (".git", ".dvc", ".ddpm", "dvc.lock", *reference.outputs("train", "evaluate", "export"))
         clone = reference.copy(Path(folder) / "clone", without)
-        ended = at_once(clone, [ddpm("train")] * 2)
+        ended = at_once(clone, [ddpm("train")] * 2, **settings)
         must("both end well", [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1])
         waited = [said for _, said in ended if "another process is running the same training; waiting" in said]
         must("one waits", len(waited) == 1, ended[0][1] + ended[1][1])
