@@ -140,11 +140,12 @@ def lock(reference: Clone) -> Seen:
             outcomes["refused" if done.returncode else "made again"] += 1
             same("all results", *_both(clone, reference))
             same("dvc.lock", clone.digests("dvc.lock"), reference.digests("dvc.lock"))
+    times = sum(outcomes.values())
     return Seen(
-        sum(outcomes.values()),
-        f"`'./dvc.lock' is invalid.`, and its line ({outcomes['refused']} of {sum(outcomes.values())}): delete it; or, if "
-        "it is still valid, `dvc repro` finds that something differs from it; both times, `dvc repro` takes the results "
-        "from its cache, with the same bytes, and writes the file as it was",
+        times,
+        f"`'./dvc.lock' is invalid.` with the line ({outcomes['refused']} of {times}): delete the file; "
+        "where it is still valid YAML, `dvc repro` sees that it does not match; either way `dvc repro` takes the "
+        "results from its cache, with the same bytes, and writes the file as it was",
     )
 
 

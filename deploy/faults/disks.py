@@ -47,7 +47,7 @@ def disk() -> Iterator[Disk]:
         try:
             yield Disk(Path(folder))
         finally:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def until_it_fits(

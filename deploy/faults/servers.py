@@ -139,7 +139,8 @@ def mlflow_dies(trial: Trial) -> Seen:
     trial.check_weights()
     return Seen(
         1,
-        f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points, in order; {SAME}",
+        f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points, in order; "
+        f"{SAME}",
     )
 
 
