@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploy.faults import two
 from deploy.faults.case import Case, Seen, Unavailable
-from deploy.faults.clone import OUTPUTS, ROOT, STAGES, Clone, must, same
+from deploy.faults.clone import OUTPUTS, ROOT, Clone, must, same
 
 DAYS = ("+1d", "-1d", "+0d")
 SECONDS = 1.5
@@ -66,7 +66,7 @@ def jumps(reference: Clone) -> Seen:
     """Run all stages, as the flow does, while the clock jumps."""
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock(Path(folder) / "clock")
-        clone = reference.copy(Path(folder) / "clone", (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES)))
+        clone = reference.fresh(Path(folder) / "clone")
         day = float(clone.do(sys.executable, "-c", "import time; print(time.time())", **clock.settings))
         clock.set("+1d")
         later = float(clone.do(sys.executable, "-c", "import time; print(time.time())", **clock.settings))

@@ -51,6 +51,15 @@ class Clone:
         shutil.copytree(self.path, target, symlinks=True, ignore=ignored)
         return type(self)(target, settings)
 
+    def fresh(self, target: Path) -> "Clone":
+        """A copy in which no stage has run, and DVC's cache is empty."""
+        return self.copy(target, (".ddpm", ".dvc/cache", "dvc.lock", *self.outputs(*STAGES)))
+
+    def before(self, stage: str, target: Path) -> "Clone":
+        """A copy without git and DVC in which only the stages before `stage` have run."""
+        later = self.outputs(*STAGES[STAGES.index(stage) :])
+        return self.copy(target, (".ddpm", ".git", ".dvc", "dvc.lock", *later))
+
     def call(self, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(

@@ -72,7 +72,7 @@ def checkpoints(reference: Clone) -> Seen:
     which: tuple[Callable[[list[Path]], list[Path]], ...] = (newest, newest, lambda found: found)
     with tempfile.TemporaryDirectory() as folder:
         for number, (damage, chosen) in enumerate(zip((*DAMAGES, flipped), which, strict=True)):
-            clone = training.untrained(reference, Path(folder) / str(number))
+            clone = reference.before("train", Path(folder) / str(number))
             must("a training is killed", training.kill(clone, partial(_at_step, clone, 5)))
             found = [path.with_suffix(".safetensors") for path in sorted(clone.path.glob(f"{CHECKPOINTS}/0*.json"))]
             for path in chosen(found):

@@ -67,11 +67,9 @@ def until_it_fits(
 
 def stage(name: str, reference: Clone) -> Seen:
     """Run a stage on disks that are too small."""
-    later = reference.outputs(*STAGES[STAGES.index(name) :])
     named = set[str]()
     with disk() as space:
-        left_out = (".git", ".dvc", ".ddpm", "dvc.lock", *later)
-        clone = reference.copy(space.folder / "clone", left_out)
+        clone = reference.before(name, space.folder / "clone")
         before = clone.digests(*OUTPUTS)
 
         def check(done: "subprocess.CompletedProcess[str]") -> None:
@@ -86,21 +84,19 @@ def stage(name: str, reference: Clone) -> Seen:
         same(f"the results of {name}, once there is space,", clone.digests(*reference.outputs(name)), wanted)
         left = clone.digests(*OUTPUTS).keys() - before.keys() - wanted.keys()
         must(f"nothing else is left behind: {left}", not left)
-    goes_on = "training continues from its last checkpoint" if name == "train" else "the same command succeeds"
     return Seen(
         times,
         f"`ddpm {name}: error: PATH: cannot be written (No space left on device); free some space`, with PATH "
-        f"{shown(named)}; no file is half-written; once there is space, {goes_on}, with the same bytes",
+        f"{shown(named)}; no file is half-written; once there is space, the same command succeeds, with the same bytes",
     )
 
 
 def imported(reference: Clone) -> Seen:
     """Import images onto disks that are too small for the working tree, or for DVC's cache."""
     named, times = set[str](), 0
-    without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
     for full in ("tree", "cache"):
         with disk() as space, tempfile.TemporaryDirectory() as folder:
-            clone = reference.copy((space.folder if full == "tree" else Path(folder)) / "clone", without)
+            clone = reference.fresh((space.folder if full == "tree" else Path(folder)) / "clone")
             if full == "cache":
                 clone.do("dvc", "cache", "dir", "--local", str(space.folder / "cache"))
             before = clone.digests("data")
@@ -128,8 +124,7 @@ def imported(reference: Clone) -> Seen:
 def repro(reference: Clone) -> Seen:
     """`dvc repro` of two stages, with a cache that they do not fit into."""
     with disk() as space, tempfile.TemporaryDirectory() as folder:
-        without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
-        clone = reference.copy(Path(folder) / "clone", without)
+        clone = reference.fresh(Path(folder) / "clone")
         clone.do("dvc", "cache", "dir", "--local", str(space.folder / "cache"))
 
         def check(done: "subprocess.CompletedProcess[str]") -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ruamel.yaml import YAML
 
 from deploy.faults.case import Case, Seen
-from deploy.faults.clone import REPRO, STAGES, Clone, ddpm, must, same
+from deploy.faults.clone import REPRO, Clone, ddpm, must, same
 
 PHASES = {"start-up": 0.2, "training": 0.4, "writing": 0.3, "ending": 0.1}
 """Until the first checkpoint; until the last one, with one after every step; until model, curves and report are
@@ -42,16 +42,15 @@ def killed(reference: Clone, count: int = 20, seed: int = 0) -> Seen:
     wanted = reference.digests("models/ddpm", *reference.outputs("train"))
     phases, resumed, unfinished = Counter[str](), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        whole = untrained(reference, Path(folder) / "whole")
+        whole = reference.before("train", Path(folder) / "whole")
         seconds = _timed(whole)
         same("the model and the reports of an uninterrupted training", _written(whole), wanted)
         for number, moment in enumerate(moments(count, seed)):
-            clone = untrained(reference, Path(folder) / f"killed-{number}")
-            while not kill(
-                clone, _begins(clone)[moment.phase], moment.share * seconds[moment.phase]
-            ):  # it ended before
+            clone = reference.before("train", Path(folder) / f"killed-{number}")
+            while not kill(clone, _begins(clone)[moment.phase], moment.share * seconds[moment.phase]):
+                # It ended before.
                 moment = moment._replace(share=moment.share / 2)
-                clone = untrained(reference, Path(folder) / f"killed-{number}-{moment.share}")
+                clone = reference.before("train", Path(folder) / f"killed-{number}-{moment.share}")
             phases[moment.phase] += 1
             unfinished += bool(_unfinished(clone.path))
             done = clone.call(*TRAIN, **ALWAYS)
@@ -70,11 +69,6 @@ def killed(reference: Clone, count: int = 20, seed: int = 0) -> Seen:
 TRAIN = ddpm("train")
 ALWAYS = {"DDPM_CHECKPOINT_SECONDS": "0"}
 """A checkpoint after every step."""
-
-
-def untrained(reference: Clone, target: Path) -> Clone:
-    later = reference.outputs("train", "evaluate", "export")
-    return reference.copy(target, (".git", ".dvc", ".ddpm", "models", "dvc.lock", *later))
 
 
 def _written(clone: Clone) -> dict[str, str]:
@@ -140,8 +134,7 @@ def repro_killed(reference: Clone, seed: int = 0) -> Seen:
     """Kill `dvc repro` with the stage that it runs, once in each of three stages."""
     stages, chance = ("shard", "pairs", "train"), random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
-        clone = reference.copy(Path(folder) / "clone", without)
+        clone = reference.fresh(Path(folder) / "clone")
         for stage in stages:
             log = Path(folder) / f"{stage}.log"
             process = clone.start(*REPRO, "train", log=log, PYTHONUNBUFFERED="1")

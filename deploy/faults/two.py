@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.faults.case import Case, Seen
-from deploy.faults.clone import OUTPUTS, REPRO, STAGES, Clone, ddpm, must, same
+from deploy.faults.clone import OUTPUTS, REPRO, Clone, ddpm, must, same
 
 
 def at_once(clone: Clone, commands: Sequence[tuple[str, ...]], **settings: str) -> list[tuple[int, str]]:
@@ -28,8 +28,7 @@ def at_once(clone: Clone, commands: Sequence[tuple[str, ...]], **settings: str) 
 def trainings(reference: Clone, **settings: str) -> Seen:
     """`ddpm train` twice in one working tree, with these variables."""
     with tempfile.TemporaryDirectory() as folder:
-        without = (".git", ".dvc", ".ddpm", "dvc.lock", *reference.outputs("train", "evaluate", "export"))
-        clone = reference.copy(Path(folder) / "clone", without)
+        clone = reference.before("train", Path(folder) / "clone")
         ended = at_once(clone, [ddpm("train")] * 2, **settings)
         must("both end well", [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1])
         waited = [said for _, said in ended if "another process is running the same training; waiting" in said]
@@ -46,8 +45,7 @@ def trainings(reference: Clone, **settings: str) -> Seen:
 def repros(reference: Clone) -> Seen:
     """`dvc repro` twice in one clone."""
     with tempfile.TemporaryDirectory() as folder:
-        without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
-        clone = reference.copy(Path(folder) / "clone", without)
+        clone = reference.fresh(Path(folder) / "clone")
         ended = at_once(clone, [(*REPRO, "pairs")] * 2)
         must("one runs the stages", 0 in [status for status, _ in ended], ended[0][1] + ended[1][1])
         refusals = [said for status, said in ended if status]
@@ -67,8 +65,7 @@ def repros(reference: Clone) -> Seen:
 def runs(reference: Clone) -> Seen:
     """Two runs of the flow with one name in one clone."""
     with tempfile.TemporaryDirectory() as folder:
-        without = (".ddpm", ".dvc/cache", "dvc.lock", *reference.outputs(*STAGES))
-        clone = reference.copy(Path(folder) / "clone", without)
+        clone = reference.fresh(Path(folder) / "clone")
         ended = at_once(clone, [(sys.executable, "-m", "flows.train_ddpm", "--name", "same")] * 2)
         must("both end well", [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1])
         found = sorted((clone.path / ".ddpm/runs").glob("same*"))
