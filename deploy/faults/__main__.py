@@ -51,7 +51,7 @@ GROUPS = {
         "Servers and workers",
         "While a run trains, on a team's servers and workers as processes of one machine. Checked, as far as the fault "
         "concerns them: the run completes, or continues from its checkpoint; MLflow has every point of the curve of "
-        "held-out errors, in order; all results can be pushed; the weights are those of a training without a fault.",
+        "held-out errors; all results can be pushed.",
         servers.CASES,
         servers.trials,
     ),

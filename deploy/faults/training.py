@@ -2,12 +2,15 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
@@ -22,6 +25,8 @@ PHASES = {"start-up": 0.2, "training": 0.4, "writing": 0.3, "ending": 0.1}
 """Until the first checkpoint; until the last one, with one after every step; until model, curves and report are
 written; until the process ends. And the share of the kills in each."""
 SECONDS = 120.0
+UNFINISHED = re.compile(r"/\.[^/]+\.\w{8}(/|$)")
+"""In the path of what was being written (diffusion/storage/files.py)."""
 
 
 class Moment(NamedTuple):
@@ -37,32 +42,45 @@ def moments(count: int, seed: int) -> list[Moment]:
     return [Moment(phase, chance.random()) for phase in phases]
 
 
-def killed(reference: Clone, count: int = 20, seed: int = 0) -> Seen:
+class Killed(NamedTuple):
+    """What a kill left, and what the same command did about it."""
+
+    phase: str
+    resumed: bool
+    """From a checkpoint; otherwise there was none yet."""
+    unfinished: bool
+    """Whether a file or folder was being written."""
+
+
+def killed(reference: Clone, count: int = 20, seed: int = 0, at_once: int = 4) -> Seen:
     """Kill `count` trainings once each, start each again, and compare what it writes with that of `reference`."""
     wanted = reference.digests("models/ddpm", *reference.outputs("train"))
-    phases, resumed, unfinished = Counter[str](), 0, 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         whole = reference.before("train", Path(folder) / "whole")
         seconds = _timed(whole)
         same("the model and the reports of an uninterrupted training", _written(whole), wanted)
-        for number, moment in enumerate(moments(count, seed)):
+
+        def trial(number: int, moment: Moment) -> Killed:
             clone = reference.before("train", Path(folder) / f"killed-{number}")
             while not kill(clone, _begins(clone)[moment.phase], moment.share * seconds[moment.phase]):
-                # It ended before.
-                moment = moment._replace(share=moment.share / 2)
+                moment = moment._replace(share=moment.share / 2)  # it ended before
                 clone = reference.before("train", Path(folder) / f"killed-{number}-{moment.share}")
-            phases[moment.phase] += 1
-            unfinished += bool(_unfinished(clone.path))
+            unfinished = _unfinished(clone.path)
             done = clone.call(*TRAIN, **ALWAYS)
             must("a killed training that is started again ends", done.returncode == 0, done)
-            resumed += "resuming from step" in done.stderr
             same(f"model and reports of a training killed at {moment}", _written(clone), wanted)
+            shutil.rmtree(clone.path)
+            return Killed(moment.phase, "resuming from step" in done.stderr, bool(unfinished))
+
+        found = list(pool.map(trial, range(count), moments(count, seed)))
+    phases = Counter(each.phase for each in found)
     where = ", ".join(f"{phases[phase]} during {phase}" for phase in PHASES)
     return Seen(
         count,
-        f"the process is gone; the same command continues from the last checkpoint ({resumed} of {count}; the others "
-        f"had none yet), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}; "
-        f"{unfinished} while a file was being written)",
+        f"the process is gone; the same command continues from the last checkpoint ({sum(each.resumed for each in found)} "
+        f"of {count}; the others had none yet), and weights and reports have the same bytes as without a kill: {count} "
+        f"of {count} ({where}). {sum(each.unfinished for each in found)} left a file half-written, under a hidden name, "
+        "which nothing reads and `ddpm gc` deletes",
     )
 
 
@@ -72,8 +90,9 @@ ALWAYS = {"DDPM_CHECKPOINT_SECONDS": "0"}
 
 
 def _written(clone: Clone) -> dict[str, str]:
-    """What the training has written, and everything else that is in its folders."""
-    return clone.digests("models", *clone.outputs("train"))
+    """What the training has written, without what a killed one left unfinished."""
+    found = clone.digests("models", *clone.outputs("train"))
+    return {path: digest for path, digest in found.items() if not UNFINISHED.search(path)}
 
 
 def _begins(clone: Clone) -> dict[str, Callable[[], bool]]:
@@ -127,7 +146,7 @@ def kill(clone: Clone, holds: Callable[[], bool], seconds: float = 0) -> bool:
 
 def _unfinished(tree: Path) -> list[Path]:
     """Files and folders that were being written."""
-    return [path for path in tree.rglob(".*.*") if path.parent != tree]
+    return [path for path in tree.rglob("*") if UNFINISHED.search(str(path))]
 
 
 def repro_killed(reference: Clone, seed: int = 0) -> Seen:

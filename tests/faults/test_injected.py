@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(whole_tree: Path) -> None:
-    seen = training.killed(Here(whole_tree), count=3)
+    seen = training.killed(Here(whole_tree), count=3, at_once=1)
     assert seen.times == 3
     assert "(2 of 3; the others had none yet)" in seen.text
     assert "1 during start-up, 1 during training, 1 during writing" in seen.text
