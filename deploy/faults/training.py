@@ -25,7 +25,7 @@ PHASES = {"start-up": 0.2, "training": 0.4, "writing": 0.3, "ending": 0.1}
 """Until the first checkpoint; until the last one, with one after every step; until model, curves and report are
 written; until the process ends. And the share of the kills in each."""
 SECONDS = 120.0
-UNFINISHED = re.compile(r"/\.[^/]+\.\w{8}(/|$)")
+UNFINISHED = re.compile(r"/\.[^/]+\.\w{8}(\.former)?(/|$)")
 """In the path of what was being written (diffusion/storage/files.py)."""
 
 
@@ -75,12 +75,12 @@ def killed(reference: Clone, count: int = 20, seed: int = 0, at_once: int = 4) -
         found = list(pool.map(trial, range(count), moments(count, seed)))
     phases = Counter(each.phase for each in found)
     where = ", ".join(f"{phases[phase]} during {phase}" for phase in PHASES)
+    resumed, unfinished = sum(each.resumed for each in found), sum(each.unfinished for each in found)
     return Seen(
         count,
-        f"the process is gone; the same command continues from the last checkpoint ({sum(each.resumed for each in found)} "
-        f"of {count}; the others had none yet), and weights and reports have the same bytes as without a kill: {count} "
-        f"of {count} ({where}). {sum(each.unfinished for each in found)} left a file half-written, under a hidden name, "
-        "which nothing reads and `ddpm gc` deletes",
+        f"the process is gone; the same command continues from the last checkpoint ({resumed} of {count}; the others "
+        f"had none yet), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}). "
+        f"{unfinished} left a file half-written, under a hidden name, which nothing reads and `ddpm gc` deletes",
     )
 
 
