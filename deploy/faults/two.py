@@ -76,7 +76,7 @@ def runs(reference: Clone) -> Seen:
         must("one waits for the training of the other", len(waited) <= 1, ended[0][1] + ended[1][1])
     return Seen(
         1,
-        "each has a workspace of its own, the second with its id in its name; of the same training, one says that it "
+        "each has a workspace of its own, the second with its id in its name; if both come to train, one says that it "
         "waits for the other; the results of both have the same bytes",
     )
 
