@@ -152,7 +152,7 @@ def lock(reference: Clone) -> Seen:
 FILES = {
     "shard": ("A shard", "data/shards/train-000000.tar", ("pairs",)),
     "pairs": ("A file of pair blocks", "data/pairs/train-000000.tar", ("train",)),
-    "weights": ("The trained weights", "models/ddpm/model.safetensors", ("evaluate",)),
+    "weights": ("The file of trained weights", "models/ddpm/model.safetensors", ("evaluate",)),
     "onnx": ("An exported ONNX model", "models/onnx/sampler.onnx", ("verify-onnx", "models/onnx/sampler.onnx")),
 }
 CASES = {

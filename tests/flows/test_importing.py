@@ -1,9 +1,7 @@
 """`ddpm import`, run from the command line with the real DVC."""
 
-import errno
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -264,44 +262,6 @@ def test_if_dvc_fails_its_error_is_shown_and_nothing_is_left(tree: Path) -> None
     assert "ddpm import: error: dvc add" in done.stderr.splitlines()[-1]
     assert "config file error" in done.stderr.splitlines()[-1]
     assert status(tree) == before
-
-
-def test_a_full_disk_is_reported_with_the_file_that_was_to_be(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "no space", str(source), None, str(target))
-
-    before = status(tree)
-    monkeypatch.setattr(shutil, "copyfile", full)
-    done = run(tree, "flows", "import", "elsewhere", "--name", "own")
-    (path,) = re.findall(
-        r"^ddpm import: error: (\S+): cannot be written \(No space left on device\); free some space$",
-        done.stderr.splitlines()[-1],
-    )
-    assert path in ("data/raw/own/a/1.png", "data/raw/own/b/2.png")
-    assert done.returncode == 1
-    assert status(tree) == before
-
-
-def test_undoing_writes_only_what_dvc_has_changed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk, a file that is written again may be lost."""
-    ignored = tree / "data/raw/.gitignore"
-    ignored.write_text("/mine\n")
-    at = ignored.stat().st_mtime_ns
-
-    def fail(*_: object) -> None:
-        raise UserError("dvc add: no space")
-
-    monkeypatch.setattr(dvc_add, "_dvc_add", fail)
-    assert run(tree, "flows", "import", "elsewhere", "--name", "own").returncode == 1
-    assert ignored.stat().st_mtime_ns == at
-
-    def change(*_: object) -> None:
-        ignored.write_text("/mine\n/own\n")
-        fail()
-
-    monkeypatch.setattr(dvc_add, "_dvc_add", change)
-    assert run(tree, "flows", "import", "elsewhere", "--name", "own").returncode == 1
-    assert ignored.read_text() == "/mine\n"
 
 
 def test_an_error_of_dvc_is_reported(tree: Path) -> None:
