@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ class Group(NamedTuple):
     cases: Mapping[str, Case]
     prepared: Callable[[], AbstractContextManager[Callable[[int], Any]]]
     """Gives what makes the argument of a case, given its number."""
+    at_once: int = 1
+    """How many are injected at once."""
 
 
 GROUPS = {
@@ -61,6 +64,7 @@ GROUPS = {
         "in which nothing went wrong, byte by byte.",
         training.CASES | disks.CASES | clocks.CASES | two.CASES | damage.CASES,
         _clones,
+        at_once=2,
     ),
 }
 
@@ -87,17 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inject(group: Group, names: Sequence[str]) -> list[str]:
     """Inject some faults of a group; the rows of its table."""
-    rows = list[str]()
-    with group.prepared() as prepared:
-        for number, name in enumerate(names):
-            case = group.cases[name]
+    with group.prepared() as prepared, ThreadPoolExecutor(group.at_once) as pool:
+
+        def one(number: int, case: Case) -> str:
             said(case.fault)
             try:
-                rows.append(row(case, case.inject(prepared(number))))
+                found = row(case, case.inject(prepared(number)))
             except Unavailable as error:
-                rows.append(f"| {case.fault} | 0 | not injected: {error} | not known |\n")
-            said(rows[-1].strip())
-    return rows
+                found = f"| {case.fault} | 0 | not injected: {error} | not known |\n"
+            said(found.strip())
+            return found
+
+        return list(pool.map(one, range(len(names)), [group.cases[name] for name in names]))
 
 
 def row(case: Case, seen: Seen) -> str:

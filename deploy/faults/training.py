@@ -47,7 +47,7 @@ class Killed(NamedTuple):
 
     phase: str
     resumed: bool
-    """From a checkpoint; otherwise there was none yet."""
+    """From a checkpoint; otherwise there was none yet, or none any more."""
     unfinished: bool
     """Whether a file or folder was being written."""
 
@@ -79,7 +79,7 @@ def killed(reference: Clone, count: int = 20, seed: int = 0, at_once: int = 4) -
     return Seen(
         count,
         f"the process is gone; the same command continues from the last checkpoint ({resumed} of {count}; the others "
-        f"had none yet), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}). "
+        f"had none yet, or none any more), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}). "
         f"{unfinished} left a file half-written, under a hidden name, which nothing reads and `ddpm gc` deletes",
     )
 
