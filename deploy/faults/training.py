@@ -79,7 +79,8 @@ def killed(reference: Clone, count: int = 20, seed: int = 0, at_once: int = 4) -
     return Seen(
         count,
         f"the process is gone; the same command continues from the last checkpoint ({resumed} of {count}; the others "
-        f"had none yet, or none any more), and weights and reports have the same bytes as without a kill: {count} of {count} ({where}). "
+        "had none yet, or none any more), and weights and reports have the same bytes as without a kill: "
+        f"{count} of {count} ({where}). "
         f"{unfinished} left a file half-written, under a hidden name, which nothing reads and `ddpm gc` deletes",
     )
 
