@@ -72,7 +72,8 @@ def killed(reference: Clone, count: int = 20, seed: int = 0, at_once: int = 4) -
             shutil.rmtree(clone.path)
             return Killed(moment.phase, "resuming from step" in done.stderr, bool(unfinished))
 
-        found = list(pool.map(trial, range(count), moments(count, seed)))
+        in_turn = map if at_once == 1 else pool.map  # a stage that runs in this process needs its main thread
+        found = list(in_turn(trial, range(count), moments(count, seed)))
     phases = Counter(each.phase for each in found)
     where = ", ".join(f"{phases[phase]} during {phase}" for phase in PHASES)
     resumed, unfinished = sum(each.resumed for each in found), sum(each.unfinished for each in found)
