@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from diffusion.errors import UserError
-from diffusion.storage.files import writing
+from diffusion.errors import UserError, WriteFault
+from diffusion.storage.files import write_atomic, writing
 from flows.dvc_output import reason
 from flows.paths import Paths
 from flows.yaml_files import read_yaml, write_yaml
@@ -74,7 +74,12 @@ def add(
         if not replace:
             check_free(target, advice)
         made, former = Path(temporary) / target.name, Path(temporary) / "former"
-        make(made)
+        try:
+            make(made)
+        except WriteFault as fault:
+            if fault.path.is_relative_to(made):  # name the file that it was to be
+                raise WriteFault(target / fault.path.relative_to(made), fault.error) from None
+            raise
         files = (dvc_file(target), ignore_file(target))
         before = {file: file.read_bytes() if file.exists() else None for file in files}
         try:
@@ -92,7 +97,10 @@ def add(
             if former.exists():
                 former.replace(target)
             for file, content in before.items():
-                file.write_bytes(content) if content is not None else file.unlink(missing_ok=True)
+                if content is None:
+                    file.unlink(missing_ok=True)
+                elif file.read_bytes() != content:  # on a full disk, writing might leave less than there is
+                    write_atomic(file, content)
             raise
 
 

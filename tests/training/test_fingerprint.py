@@ -1,6 +1,8 @@
 """Which trainings resume from a checkpoint: those with the same parameters, pairs and code, and no others."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,25 @@ def test_checkpoints_that_another_setup_made_are_named(tmp_path: Path) -> None:
     assert "it was made with device: cuda, train.processes: 8 (now cpu, 1)" in second
     assert "it was made with the instructions AVX512 (now AVX2)" in third
     assert fingerprints.unused_checkpoints(tmp_path, facts | {"params": {}}) == []
+
+
+def test_the_same_training_in_another_process_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"stage": "train", "params": {"seed": 0}}
+    held, ended = threading.Event(), list[str]()
+
+    def first() -> None:
+        with fingerprints.lock_of(tmp_path / fingerprints.training_fingerprint(facts)):
+            held.set()
+            time.sleep(0.3)
+            ended.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert held.wait(60)
+    with fingerprints.exclusive(tmp_path, facts):
+        ended.append("second")
+    thread.join()
+    assert ended == ["first", "second"]
+    assert capsys.readouterr().err == (
+        "train: another process is running the same training; waiting for it to finish\n"
+    )

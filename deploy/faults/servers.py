@@ -1,30 +1,33 @@
-"""Faults of a team's servers and workers, injected for real: `python -m deploy.team.faults` writes deploy/FAULTS.md.
+"""Faults of a team's servers and workers, on the processes of deploy/team/stack.py.
 
-On the processes of stack.py, each fault is injected while a run trains, on servers and workers that are otherwise well.
-The table says what a user sees, and what is lost, as it was measured. A fault by which anything is lost fails the
-command.
+Each is injected while a run trains, on servers and workers that are otherwise well.
 """
 
-import argparse
 import base64
 import contextlib
 import json
+import os
 import re
+import signal
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
+from deploy.faults.case import Case, Seen
+from deploy.faults.clone import ROOT, Clone, ddpm
 from deploy.team.rehearse import DEPLOY, RUN, SMALL
-from deploy.team.stack import HERE, Failed, Team, run, said, team
+from deploy.team.stack import Failed, Team, run, team
 
-STEPS = 150
+LENGTH = {"steps": 150, "preview_every": 25}
+SAME = "the weights have the same bytes as without a fault"
+SETTINGS = {"DDPM_CHECKPOINT_SECONDS": "0"}
+"""Of the workers."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POINTS = """
 import mlflow, sys
@@ -32,25 +35,17 @@ client = mlflow.MlflowClient()
 experiment = client.get_experiment_by_name("ddpm").experiment_id
 (found,) = client.search_runs([experiment], f"attributes.run_name = '{sys.argv[1]}'")
 points = client.get_metric_history(found.info.run_id, "curves/heldout_mse")
-print(*sorted(point.step for point in points))
+print(*(point.step for point in sorted(points, key=lambda point: point.timestamp)))
 """
-
-
-class Case(NamedTuple):
-    """A fault."""
-
-    fault: str
-    inject: Callable[["Trial"], str]
-    """Injects it into a run, and returns what the user sees; raises Failed if anything is lost."""
 
 
 class Trial:
     """One run on the stack, and what is asked of the servers about it."""
 
-    def __init__(self, found: Team, user: Path, number: int) -> None:
-        self.team, self.user, self.name = found, user, f"run{number}"
+    def __init__(self, found: Team, user: Path, number: int, weights: dict[str, str]) -> None:
+        self.team, self.user, self.name, self.weights = found, user, f"run{number}", weights
         self.environment = found.environment("worker", found.folder / "user-home")
-        self.steps = STEPS + number  # so that no run is in DVC's cache
+        self.log_every = 10 + number  # so that no run is in DVC's cache; it changes no weight
         self.seen = 0
 
     def do(self, *command: str, cwd: Path | None = None) -> str:
@@ -58,7 +53,7 @@ class Trial:
 
     def start(self, name: str = "") -> None:
         """Start the run, or the same under another name."""
-        train = {"steps": self.steps, "preview_every": 25, "log_every": 25}
+        train = LENGTH | {"log_every": self.log_every}
         self.seen = len(self.log())
         self.do(*RUN, "train-ddpm/train-ddpm", "--flow-run-name", name or self.name, "-p", f"train={json.dumps(train)}")
 
@@ -89,8 +84,17 @@ class Trial:
 
     @property
     def workspace(self) -> Path:
-        (found,) = self.team.folder.glob(f"worker/ddpm-*/.ddpm/runs/{self.name}")
+        return self.workspace_of()
+
+    def workspace_of(self, name: str = "") -> Path:
+        (found,) = self.team.folder.glob(f"worker*/ddpm-*/.ddpm/runs/{name or self.name}")
         return found
+
+    def check_weights(self, name: str = "") -> None:
+        """Raise Failed unless the weights are those of a training without faults."""
+        self.must(
+            "the weights have the same bytes as without a fault", weights(self.workspace_of(name)) == self.weights
+        )
 
     def must(self, what: str, holds: bool) -> None:
         if not holds:
@@ -112,7 +116,7 @@ class Trial:
                 process.kill()
 
     def check_points(self) -> int:
-        """Raise Failed unless MLflow has the whole curve of held-out errors; returns its number of points."""
+        """Raise Failed unless MLflow has the whole curve of held-out errors, in order of time; returns its number."""
         rows = (self.workspace / "reports/train_curves/heldout.csv").read_text().splitlines()
         steps = [row.split(",")[rows[0].split(",").index("step")] for row in rows[1:]]
         points = self.do(sys.executable, "-c", POINTS, self.name).split()
@@ -120,7 +124,7 @@ class Trial:
         return len(steps)
 
 
-def mlflow_dies(trial: Trial) -> str:
+def mlflow_dies(trial: Trial) -> Seen:
     trial.start()
     trial.until_it_trains()
     trial.kill(trial.team.processes["mlflow"].pid)
@@ -132,19 +136,25 @@ def mlflow_dies(trial: Trial) -> str:
     clone = trial.workspace.parents[2]
     trial.do("ddpm", "track", trial.name, cwd=clone)
     count = trial.check_points()
-    return f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points"
+    trial.check_weights()
+    return Seen(
+        1,
+        f"the run completes, with a warning; `ddpm track` records it later: {count} of {count} points, in order; "
+        f"{SAME}",
+    )
 
 
-def restarts(server: str, trial: Trial) -> str:
+def restarts(server: str, trial: Trial) -> Seen:
     trial.start()
     trial.until_it_trains()
     trial.restart(server)
     trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
     count = trial.check_points()
-    return f"the run completes; MLflow has {count} of {count} points"
+    trial.check_weights()
+    return Seen(1, f"the run completes; MLflow has {count} of {count} points, in order; {SAME}")
 
 
-def store_refuses(trial: Trial) -> str:
+def store_refuses(trial: Trial) -> Seen:
     trial.start()
     trial.until_it_trains()
     trial.kill(trial.team.processes["s3"].pid)
@@ -156,10 +166,15 @@ def store_refuses(trial: Trial) -> str:
     trial.team.processes.pop("bucket").wait()
     trial.do("dvc", "push", "--run-cache", cwd=trial.workspace)
     trial.must("nothing is left to push", "up to date" in trial.do("dvc", "push", cwd=trial.workspace))
-    return "the run completes, with a warning that names folder and command; `dvc push --run-cache` there pushes all"
+    trial.check_weights()
+    return Seen(
+        1,
+        "the run completes, with a warning that names folder and command; `dvc push --run-cache` there pushes all; "
+        f"{SAME}",
+    )
 
 
-def flow_dies(trial: Trial) -> str:
+def flow_dies(trial: Trial) -> Seen:
     trial.start()
     trial.until_it_trains()
     worker = psutil.Process(trial.team.processes["worker"].pid)
@@ -170,7 +185,7 @@ def flow_dies(trial: Trial) -> str:
     return _goes_on(trial, "the worker marks the run as crashed")
 
 
-def training_dies(trial: Trial) -> str:
+def training_dies(trial: Trial) -> Seen:
     trial.start()
     trial.until_it_trains()
     worker = psutil.Process(trial.team.processes["worker"].pid)
@@ -180,12 +195,34 @@ def training_dies(trial: Trial) -> str:
     return _goes_on(trial, "the run fails, and says why")
 
 
-def _goes_on(trial: Trial, seen: str) -> str:
+def _goes_on(trial: Trial, seen: str) -> Seen:
     trial.start("again-" + trial.name)
     trial.must("the run completes", trial.until_it_ends("again-" + trial.name) == "COMPLETED")
     found = re.search(r"resuming from step (\d+)", trial.news())
     trial.must("it goes on from its checkpoint", found is not None and int(found[1]) >= 25)
-    return f"{seen}; the same parameters continue from the checkpoint of step {found[1] if found else ''}"
+    trial.check_weights("again-" + trial.name)
+    step = found[1] if found else ""
+    return Seen(1, f"{seen}; the same parameters continue from the checkpoint of step {step}; {SAME}")
+
+
+def two_workers(trial: Trial) -> Seen:
+    other, services = "worker-two", trial.team.compose["services"]
+    services[other] = services["worker"]
+    trial.team.start(other, settings=SETTINGS)
+    log = trial.team.folder / f"{other}.log"
+    trial.team.until("a second worker started", lambda: "started!" in log.read_text(errors="replace"), other)
+    try:
+        trial.start()
+        trial.must("the run completes", trial.until_it_ends() == "COMPLETED")
+    finally:
+        process = trial.team.processes.pop(other)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+    count = trial.check_points()  # there is one workspace
+    trial.check_weights()
+    return Seen(
+        1, f"one of them runs it, once: one workspace, one run in MLflow with {count} of {count} points; {SAME}"
+    )
 
 
 CASES = {
@@ -195,43 +232,37 @@ CASES = {
         "Prefect's server is killed while a run trains, and returns after 10 s", partial(restarts, "prefect")
     ),
     "postgres": Case("PostgreSQL is killed while a run trains, and returns after 10 s", partial(restarts, "postgres")),
+    "two-workers": Case("Two workers of one pool wait for the same run", two_workers),
     "store": Case("The store of the DVC remote refuses connections when a run ends", store_refuses),
     "flow": Case("The flow's process is killed (SIGKILL)", flow_dies),
     "training": Case("The training is killed (SIGKILL)", training_dies),
 }
-HEAD = """# Faults
-
-What happens when a part dies while a run trains. Made by `python -m deploy.team.faults`, which injects each fault for
-real. It checks, as far as the fault concerns them, that the run completes or continues from its checkpoint, that MLflow
-has every point of the curve of held-out errors, and that all results can be pushed.
-
-| fault | what the user sees | lost |
-|---|---|---|
-"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    names = list(CASES)
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, help="faults to inject, without writing the file"
-    )
-    only = parser.parse_args(argv).only
-    rows = list[str]()
-    try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, team(Path(folder)) as found:
-            user = prepared(found)
-            for number, (name, case) in enumerate(CASES.items()):
-                if name in only:
-                    said(case.fault)
-                    rows.append(f"| {case.fault} | {case.inject(Trial(found, user, number))} | nothing |\n")
-                    said(rows[-1].strip())
-    except Failed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    if only == names:
-        (HERE.parent / "FAULTS.md").write_text(HEAD + "".join(rows))
-    return 0
+@contextlib.contextmanager
+def trials() -> Iterator[Callable[[int], Trial]]:
+    """Servers and a worker for a block; gives what makes the run for the fault of a number."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, team(Path(folder)) as found:
+        user = prepared(found)
+        yield partial(_trial, found, user, reference(user))
+
+
+def _trial(found: Team, user: Path, wanted: dict[str, str], number: int) -> Trial:
+    return Trial(found, user, number, wanted)
+
+
+def reference(user: Path) -> dict[str, str]:
+    """The weights of a training without faults."""
+    clone = Clone(user.with_name("reference"))
+    run(["git", "clone", "--quiet", f"file://{user}", str(clone.path)])
+    clone.do(*ddpm("set", *(f"train.{name}={value}" for name, value in LENGTH.items())))
+    for stage in ("shard", "pairs", "train"):
+        clone.do(*ddpm(stage))
+    return weights(clone.path)
+
+
+def weights(tree: Path) -> dict[str, str]:
+    return Clone(tree).digests("models/ddpm")
 
 
 def prepared(found: Team) -> Path:
@@ -244,7 +275,7 @@ def prepared(found: Team) -> Path:
     def do(*command: str) -> str:
         return run(command, cwd=user if user.exists() else folder, env=environment)
 
-    do("git", "clone", "--quiet", "--bare", str(HERE.parents[1]), str(origin))
+    do("git", "clone", "--quiet", "--bare", str(ROOT), str(origin))
     do("git", "clone", "--quiet", f"file://{origin}", str(user))
     for name, value in (("user.name", "A user"), ("user.email", "user@example.org")):
         do("git", "config", "--global", name, value)
@@ -255,9 +286,5 @@ def prepared(found: Team) -> Path:
     for pool in ("ddpm", "ddpm-gpu"):
         do("prefect", "work-pool", "create", pool, "--type", "process")
     do(*DEPLOY)
-    found.start("worker", settings={"DDPM_CHECKPOINT_SECONDS": "0"})
+    found.start("worker", settings=SETTINGS)
     return user
-
-
-if __name__ == "__main__":
-    sys.exit(main())

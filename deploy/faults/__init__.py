@@ -1,0 +1,1 @@
+"""Faults, injected for real: `python -m deploy.faults` writes deploy/FAULTS.md."""
