@@ -95,7 +95,7 @@ class Team:
             self.processes[name] = subprocess.Popen(
                 words,
                 cwd=home,
-                env=self.environment(name, home) | settings,
+                env={**self.environment(name, home), **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
