@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.service import pictures, protocol
-from deploy.service.batching import Batcher, QueueFull, RunFailed
+from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping, Work
 from deploy.service.metrics import Metrics
-from deploy.service.models import Model, Served
+from deploy.service.models import Feeds, Model, Served
 
 VERSION = "1"
 log = logging.getLogger("ddpm.service")
@@ -34,7 +34,11 @@ class Service:
     batcher: Batcher
     metrics: Metrics
     max_images: int = 64
-    max_body: int = 64 * 2**20
+    max_body: int = 16 * 2**20
+    body_seconds: float = 10.0
+    """Time for the body of a request to arrive."""
+    max_seconds: float = 300.0
+    """Time to compute a response."""
     draining: bool = False
     """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
 
@@ -56,6 +60,16 @@ def create(service: Service) -> FastAPI:
 
     Current = Annotated[Model, Depends(current)]
     newest, numbered = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
+
+    async def compute(request: Request, model: Model, work: Work) -> Feeds:
+        """The model's outputs, unless the client leaves or it takes too long; the work then ends."""
+        client = request.client.host if request.client else ""
+        try:
+            async with asyncio.timeout(service.max_seconds):
+                return await while_connected(request, service.batcher.submit(model.run, work, client))
+        except TimeoutError:
+            line = f"not done within {service.max_seconds:g} s; ask for fewer images or steps"
+            raise HTTPException(504, line) from None
 
     @app.get("/v2")
     async def server() -> dict[str, Any]:
@@ -84,9 +98,10 @@ def create(service: Service) -> FastAPI:
     @app.post(f"{newest}/infer")
     @app.post(f"{numbered}/infer")
     async def infer(request: Request, model: Current) -> Response:
-        body = await read(request, service.max_body)
+        service.batcher.check_room(1)
+        body = await read(request, min(service.max_body, protocol.max_body(model, service.max_images)), service)
         asked = await asyncio.to_thread(protocol.parse, body, model, service.max_images)
-        results = await service.batcher.submit(model.run, asked.feeds)
+        results = await compute(request, model, asked.work)
         answer = await asyncio.to_thread(protocol.answer, asked, service.name, model, results)
         return Response(answer, media_type="application/json")
 
@@ -99,10 +114,10 @@ def create(service: Service) -> FastAPI:
         else:  # unchanged until the model changes, which the ETag tells in one round trip
             headers |= {"Cache-Control": "no-cache", "ETag": pictures.etag(query, model)}
         headers["X-Seed"] = str(seed)
-        feeds = await asyncio.to_thread(pictures.feeds, query, seed, model, service.max_images)
+        work = pictures.work(query, seed, model, service.max_images)
         if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
-        results = await service.batcher.submit(model.run, feeds)
+        results = await compute(request, model, work)
         png = await asyncio.to_thread(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
@@ -114,16 +129,39 @@ def create(service: Service) -> FastAPI:
     return app
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """Read the body; raises HTTPException 413 as soon as it exceeds `limit` bytes."""
+async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) -> Feeds:
+    """Await some work; if the client disconnects, cancel it and raise ClientDisconnect."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    doing, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientDisconnect
+    finally:
+        doing.cancel()
+        gone.cancel()
+
+
+async def read(request: Request, limit: int, service: Service) -> bytes:
+    """Read the body; raises HTTPException 413 as soon as it exceeds `limit` bytes, and 408 if it arrives too slowly."""
     body, declared = bytearray(), request.headers.get("Content-Length", "0")
     if int(declared) <= limit:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                break
-        else:
-            return bytes(body)
+        try:
+            async with asyncio.timeout(service.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        break
+                else:
+                    return bytes(body)
+        except TimeoutError:
+            line = f"the request body did not arrive within {service.body_seconds:g} s"
+            raise HTTPException(408, line, {"Connection": "close"}) from None
     # uvicorn discards the rest; closing the connection while data arrives would lose the response.
     raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
 
@@ -143,7 +181,9 @@ def _answer_errors(app: FastAPI) -> None:
             case ClientDisconnect():
                 status, line = 400, "the connection closed before the whole body arrived"
             case QueueFull():
-                status, line, headers = 503, str(error), {"Retry-After": "1"}
+                status, line, headers = 503, str(error), {"Retry-After": f"{error.seconds:.0f}"}
+            case Stopping():
+                status, line, headers = 503, "the service is shutting down; try again", {"Retry-After": "1"}
             case RunFailed():
                 status, line = 500, f"the model failed: {error}"
                 log.error("request failed: %s", error)
@@ -157,6 +197,7 @@ def _answer_errors(app: FastAPI) -> None:
         RequestValidationError,
         ClientDisconnect,
         QueueFull,
+        Stopping,
         RunFailed,
     )
     for kind in (*answered, Exception):

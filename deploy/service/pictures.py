@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.service.batching import Work
 from deploy.service.models import Feeds, Model
 from deploy.service.protocol import Invalid
 from diffusion.export import golden
@@ -41,8 +42,8 @@ def etag(query: ImageQuery, model: Model) -> str:
     return f'W/"{digest[:32]}"'
 
 
-def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
-    """Build the model's inputs for a query.
+def work(query: ImageQuery, seed: int, model: Model, max_images: int) -> Work:
+    """What a query asks of the model.
 
     Image i uses the noise with key (seed, i), and (seed, 2^63 + i) for the steps, so it does not depend on `n`.
 
@@ -65,13 +66,19 @@ def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
     guidance = model.guidance if query.guidance is None else query.guidance
     if "guidance" in model.inputs and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
-    given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
-    given["y"] = np.full(query.n, -1 if query.cls is None else class_index(query.cls, model.classes))
-    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(query.n)])
-    if model.stochastic:
-        shape = (steps, *model.shape)
-        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(query.n)], axis=1)
-    return {name: given[name] for name in model.inputs}
+    label = -1 if query.cls is None else class_index(query.cls, model.classes)
+
+    def part(start: int, stop: int) -> Feeds:
+        def noise(first: int, shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:
+            return np.stack([golden.normal(seed, first + i, shape) for i in range(start, stop)], axis)
+
+        given: Feeds = {"y": np.full(stop - start, label), "noise": noise(0, model.shape, 0)}
+        if model.stochastic:
+            given["steps_noise"] = noise(STEPS_NOISE, (steps, *model.shape), 1)
+        return {name: given[name] for name in model.inputs if name in given}
+
+    common: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
+    return Work(query.n, steps, {name: common[name] for name in model.inputs if name in common}, part)
 
 
 def class_index(name: str, classes: list[str]) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
+from deploy.service.batching import Work
 from deploy.service.models import Feeds, Model, Tensor
 from diffusion.errors import counted
 
@@ -22,6 +23,12 @@ VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
     "INT64": (np.int64, {int}),
 }
 """NumPy dtype and the Python types accepted in JSON, for each datatype that the graphs' inputs have."""
+
+
+BYTES_PER_VALUE = 32
+"""Of a number in JSON, with separators, if written in full."""
+BESIDES = 4096
+"""Limit of each kind of delimiter besides those of the values, and a sixteenth of that of other bytes."""
 
 
 class Invalid(Exception):
@@ -57,12 +64,26 @@ class ParsedRequest(NamedTuple):
     """A validated request."""
 
     id: str | None
-    feeds: Feeds
+    work: Work
     outputs: list[str]
+
+
+def max_body(model: Model, max_images: int) -> int:
+    """The bytes of the largest valid request."""
+    return max_images * model.max_values * BYTES_PER_VALUE + 16 * BESIDES
+
+
+def check_size(body: bytes, model: Model, max_images: int) -> None:
+    """Raise Invalid if a body has more values or lists than any valid one: parsed, they take many times the memory."""
+    values = max_images * model.max_values
+    for delimiter, most in ((b",", 2 * values), (b"[", 2 * values), (b"{", 0), (b'"', 0)):
+        if body.count(delimiter) > most + BESIDES:
+            raise Invalid(f"the body has more `{delimiter.decode()}` than any valid request; check its data")
 
 
 def parse(body: bytes, model: Model, max_images: int) -> ParsedRequest:
     """Validate a request and fill in default inputs; raises Invalid."""
+    check_size(body, model, max_images)
     try:
         request = InferenceRequest.model_validate_json(body)
     except ValidationError as error:
@@ -80,7 +101,9 @@ def parse(body: bytes, model: Model, max_images: int) -> ParsedRequest:
         if each.name in given:
             raise Invalid(f"input {each.name}: given twice; remove one")
         given[each.name] = _array(each, model, max_images)
-    return ParsedRequest(request.id, with_defaults(given, model), outputs)
+    feeds = with_defaults(given, model)
+    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds["steps"][0]) if "steps" in feeds else 0
+    return ParsedRequest(request.id, Work.of(feeds, steps or model.steps), outputs)
 
 
 def with_defaults(given: Feeds, model: Model) -> Feeds:

@@ -1,26 +1,75 @@
-"""A uvicorn server that shuts down without losing a request."""
+"""A uvicorn server that survives slow and idle clients, and shuts down without losing a request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import time
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.service.app import Service
 
 log = logging.getLogger("ddpm.service")
 LINGER_SECONDS = 1.0
 """How long an open connection may still send its request once no new connections are accepted."""
-SHUTDOWN_TIMEOUT_SECONDS = 60
-"""How long to wait for accepted requests, so that a client that never completes its request cannot block shutdown."""
+FINISH_SECONDS = 10.0
+"""How long accepted requests may take after that; the rest get a 503."""
+SHUTDOWN_TIMEOUT_SECONDS = 15
+"""How long uvicorn waits for all of these, so that a client that does not read its response cannot block shutdown."""
+HEAD_SECONDS = 10.0
+"""How long a connection may take until the headers of its first request are complete."""
+MAX_CONNECTIONS = 1000
+"""Further connections get a 503."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, with limits for connections without a request, and errors as {"error": "one line"}."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
+        else:
+            self._head = self.loop.call_later(HEAD_SECONDS, self._no_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._head:
+            self._head.cancel()
+        super().connection_lost(exc)
+
+    def _no_request(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():  # type: ignore[redundant-expr]
+            self._refuse(408, f"no request arrived within {HEAD_SECONDS:g} s")
+
+    def _should_upgrade(self) -> bool:
+        return False  # a request for another protocol is answered in this one
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, line: str) -> None:
+        """Answer and close."""
+        body = json.dumps({"error": line}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # the response has begun already
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -38,6 +87,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
+                http=Connection,
+                ws="none",
                 timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
             )
         )
@@ -84,4 +135,5 @@ class Server(uvicorn.Server):
         await asyncio.sleep(0.1)  # asyncio registers newly accepted connections only after a moment
         while self.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(0.05)
+        asyncio.get_running_loop().call_later(FINISH_SECONDS, self._service.batcher.close)
         await super().shutdown(sockets)

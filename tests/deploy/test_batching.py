@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
+import pytest
 
-from deploy.service.batching import Batcher, QueueFull, RunFailed
+from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping, Work
 from deploy.service.models import Feeds
 
 
@@ -18,7 +20,8 @@ class Model:
         self.batches: list[list[float]] = []
         self.running, self.go = threading.Event(), threading.Event()
 
-    def run(self, feeds: Feeds) -> Feeds:
+    def run(self, feeds: Feeds, options: Any = None) -> Feeds:
+        self.options = options
         self.running.set()
         assert self.go.wait(60)
         first = feeds["noise"][:, 0]
@@ -34,11 +37,16 @@ def feeds(*noise: float, **others: Any) -> Feeds:
     return {"noise": np.array(noise).reshape(-1, 1), **{name: np.array(value) for name, value in others.items()}}
 
 
+def submit(batcher: Batcher, model: Model, job: Feeds, client: str = "") -> Coroutine[Any, Any, Feeds]:
+    steps = len(job["steps_noise"]) if "steps_noise" in job else int(job.get("steps", [1])[0])
+    return batcher.submit(model.run, Work.of(job, steps), client)
+
+
 async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
     """Submit one job, then `jobs` while it runs; returns the outputs or errors of `jobs`."""
-    tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
+    tasks = [asyncio.create_task(submit(batcher, model, feeds(0)))]
     assert await asyncio.to_thread(model.running.wait, 60)
-    tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in jobs]
+    tasks += [asyncio.create_task(submit(batcher, model, job)) for job in jobs]
     await asyncio.sleep(0)
     assert batcher.waiting == sum(len(job["noise"]) for job in jobs)
     model.go.set()
@@ -62,11 +70,11 @@ def test_waiting_requests_are_joined() -> None:
 
 
 def test_batches_are_limited_and_start_with_the_oldest_request() -> None:
-    assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[1, 2, 5], [3, 4], [6, 7]]
+    assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[1, 2, 3], [5, 6, 7], [4]]
 
 
-def test_a_larger_request_runs_alone() -> None:
-    assert batches(feeds(1), feeds(*range(2, 7)), feeds(8), max_batch=3) == [[1, 8], [2, 3, 4, 5, 6]]
+def test_a_long_request_is_overtaken_by_short_ones() -> None:
+    assert batches(feeds(*range(9)), feeds(11), feeds(12), max_batch=3) == [[0, 1, 2], [11, 12, 3], [4, 5, 6], [7, 8]]
 
 
 def test_batch_wide_inputs_must_be_equal() -> None:
@@ -85,7 +93,7 @@ def test_step_noise_is_joined_along_its_second_axis() -> None:
 
     async def run() -> list[Feeds]:
         batcher = Batcher(8, 8)
-        return await asyncio.gather(*(batcher.submit(model.run, each) for each in jobs))
+        return await asyncio.gather(*(submit(batcher, model, each) for each in jobs))
 
     assert [result["images"].tolist() for result in asyncio.run(run())] == [[[10, 3]], [[20, 8]], [[30, 9]]]
     assert model.batches == [[1, 3], [2]]
@@ -98,7 +106,7 @@ def test_requests_of_different_models_are_not_joined() -> None:
 
     async def run() -> None:
         batcher = Batcher(8, 8)
-        await asyncio.gather(*(batcher.submit(m.run, feeds(i)) for i, m in enumerate([one, two, one, two])))
+        await asyncio.gather(*(submit(batcher, m, feeds(i)) for i, m in enumerate([one, two, one, two])))
 
     asyncio.run(run())
     assert (one.batches, two.batches) == ([[0, 2]], [[1, 3]])
@@ -121,9 +129,9 @@ def test_the_queue_is_bounded() -> None:
 
 
 async def _crowd(batcher: Batcher, model: Model) -> list[Any]:
-    tasks = [asyncio.create_task(batcher.submit(model.run, feeds(0)))]
+    tasks = [asyncio.create_task(submit(batcher, model, feeds(0)))]
     assert await asyncio.to_thread(model.running.wait, 60)
-    tasks += [asyncio.create_task(batcher.submit(model.run, job)) for job in (feeds(1, 2), feeds(3, 4), feeds(5))]
+    tasks += [asyncio.create_task(submit(batcher, model, job)) for job in (feeds(1, 2), feeds(3, 4), feeds(5))]
     await asyncio.sleep(0)
     model.go.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,10 +144,10 @@ def test_with_a_delay_the_first_request_waits_for_others() -> None:
 
     async def run() -> None:
         batcher = Batcher(2, 8, delay=60)
-        first = asyncio.create_task(batcher.submit(model.run, feeds(1)))
+        first = asyncio.create_task(submit(batcher, model, feeds(1)))
         await asyncio.sleep(0.01)
         assert not model.batches
-        await asyncio.gather(first, batcher.submit(model.run, feeds(2)))
+        await asyncio.gather(first, submit(batcher, model, feeds(2)))
 
     _soon(run())
     assert model.batches == [[1, 2]]
@@ -157,10 +165,145 @@ def test_a_cancelled_request_does_not_block_the_next() -> None:
 
     async def run() -> None:
         batcher = Batcher(8, 8)
-        first = asyncio.create_task(batcher.submit(model.run, feeds(1)))
+        first = asyncio.create_task(submit(batcher, model, feeds(1)))
         assert await asyncio.to_thread(model.running.wait, 60)
         first.cancel()
         model.go.set()
-        assert (await batcher.submit(model.run, feeds(2)))["images"].tolist() == [[20]]
+        assert (await submit(batcher, model, feeds(2)))["images"].tolist() == [[20]]
 
     asyncio.run(run())
+
+
+async def waiting_together(batcher: Batcher, model: Model, *jobs: tuple[str, Feeds]) -> list[Any]:
+    """Submit jobs of clients while another one runs, and let them run."""
+    first = asyncio.create_task(submit(batcher, model, feeds(0), "first"))
+    assert await asyncio.to_thread(model.running.wait, 60)
+    tasks = [asyncio.create_task(submit(batcher, model, job, client)) for client, job in jobs]
+    await asyncio.sleep(0)
+    model.go.set()
+    return (await asyncio.gather(first, *tasks, return_exceptions=True))[1:]
+
+
+def test_clients_get_equal_shares_of_the_cost() -> None:
+    model = Model()
+    long = [("many", feeds(*range(1, 5))) for _ in range(3)]
+    asyncio.run(waiting_together(Batcher(2, 100), model, *long, ("few", feeds(*range(11, 15)))))
+    order = ["few" if batch[0] > 10 else "many" for batch in model.batches[1:]]
+    assert order == ["many", "few", "many", "few", "many", "many", "many", "many"]
+
+
+def test_steps_count_as_cost() -> None:
+    model = Model()
+    jobs = [(name, feeds(*(value,) * 8, steps=[steps])) for name, value, steps in (("a", 1, 20), ("b", 2, 10))]
+    asyncio.run(waiting_together(Batcher(1, 100), model, *jobs))
+    assert [batch[0] for batch in model.batches[1:13]] == [1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2, 2]
+
+
+def test_a_request_is_never_overtaken_for_good() -> None:
+    model, left = Model(), 30
+
+    async def run() -> None:
+        batcher = Batcher(1, 100)
+        model.go.set()
+        long = asyncio.create_task(submit(batcher, model, feeds(*range(5))))
+
+        async def stream() -> None:
+            nonlocal left
+            while not long.done():
+                left -= 1
+                assert left
+                await submit(batcher, model, feeds(9))
+
+        await asyncio.gather(long, stream(), stream())
+
+    _soon(run())
+
+
+def test_slices_follow_the_measured_speed() -> None:
+    """At 0.02 s per image and step, 0.1 s hold 5 images of one step, and none of 10 steps, which run one by one."""
+
+    class Slow(Model):
+        def run(self, feeds: Feeds, options: Any = None) -> Feeds:
+            time.sleep(0.02 * len(feeds["noise"]) * int(feeds["steps"][0]))
+            return super().run(feeds, options)
+
+    model, sizes = Slow(), list[int]()
+    model.go.set()
+    batcher = Batcher(64, 100, slice_seconds=0.11, observe=sizes.append)
+
+    async def run() -> None:
+        await submit(batcher, model, feeds(*range(21), steps=[1]))
+        await submit(batcher, model, feeds(*range(3), steps=[10]))
+
+    asyncio.run(run())
+    assert sizes[0] == 1  # the speed is not known yet
+    assert all(3 <= size <= 5 for size in sizes[1:4])
+    assert sizes[-3:] == [1, 1, 1]
+
+
+def test_what_nobody_waits_for_ends() -> None:
+    model = Model()
+
+    async def run() -> None:
+        batcher = Batcher(1, 100)
+        gone = asyncio.create_task(submit(batcher, model, feeds(1, 2, 3, 4)))
+        assert await asyncio.to_thread(model.running.wait, 60)
+        other = asyncio.create_task(submit(batcher, model, feeds(5)))
+        await asyncio.sleep(0)
+        assert not model.options.terminate
+        gone.cancel()
+        await asyncio.sleep(0)
+        assert model.options.terminate
+        assert batcher.waiting == 1
+        model.go.set()
+        await other
+
+    asyncio.run(run())
+    assert model.batches == [[1], [5]]
+
+
+def test_too_much_work() -> None:
+    """The queue may hold 2 s; after a batch of 0.05 s per image and step, 100 images and steps are 5 s."""
+
+    class Slow(Model):
+        def run(self, feeds: Feeds, options: Any = None) -> Feeds:
+            time.sleep(0.05)
+            return super().run(feeds, options)
+
+    model = Slow()
+    model.go.set()
+
+    async def run() -> QueueFull:
+        batcher = Batcher(1, 1000, max_wait=2)
+        await submit(batcher, model, feeds(0))
+        long = asyncio.create_task(submit(batcher, model, feeds(*range(10), steps=[10])))
+        await asyncio.sleep(0.01)
+        with pytest.raises(QueueFull, match=r"^no room in the queue: \d seconds of work are waiting, .* 2; try again"):
+            await submit(batcher, model, feeds(1))
+        try:
+            batcher.check_room(1)
+        except QueueFull as error:
+            return error
+        finally:
+            long.cancel()
+        raise AssertionError
+
+    assert 3 <= asyncio.run(run()).seconds <= 5
+
+
+def test_closing() -> None:
+    model = Model()
+
+    async def run() -> list[Any]:
+        batcher = Batcher(1, 100)
+        tasks = [asyncio.create_task(submit(batcher, model, feeds(value))) for value in (1, 2)]
+        assert await asyncio.to_thread(model.running.wait, 60)
+        batcher.close()
+        assert model.options.terminate
+        model.go.set()
+        with pytest.raises(Stopping):
+            batcher.check_room(1)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(run())] == [Stopping, Stopping]
+    assert model.batches == [[1]]
