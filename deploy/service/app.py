@@ -22,6 +22,8 @@ from deploy.service.metrics import Metrics
 from deploy.service.models import Feeds, Model, Served
 
 VERSION = "1"
+MAX_DISCARDED = 2**26
+"""Up to this size, a body that is too large is read to its end before it is refused."""
 log = logging.getLogger("ddpm.service")
 
 
@@ -149,21 +151,23 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) ->
 
 async def read(request: Request, limit: int, service: Service) -> bytes:
     """Read the body; raises HTTPException 413 as soon as it exceeds `limit` bytes, and 408 if it arrives too slowly."""
-    body, declared = bytearray(), request.headers.get("Content-Length", "0")
-    if int(declared) <= limit:
-        try:
-            async with asyncio.timeout(service.body_seconds):
-                async for chunk in request.stream():
+    if {"content-length", "transfer-encoding"} <= set(request.headers.keys()):
+        raise HTTPException(400, "both Content-Length and Transfer-Encoding are given", {"Connection": "close"})
+    body, size, declared = bytearray(), 0, int(request.headers.get("Content-Length", "0"))
+    try:
+        async with asyncio.timeout(service.body_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
                     body += chunk
-                    if len(body) > limit:
-                        break
-                else:
-                    return bytes(body)
-        except TimeoutError:
-            line = f"the request body did not arrive within {service.body_seconds:g} s"
-            raise HTTPException(408, line, {"Connection": "close"}) from None
-    # uvicorn discards the rest; closing the connection while data arrives would lose the response.
-    raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
+                elif not limit < declared <= MAX_DISCARDED:  # else the client would not read the response
+                    break
+    except TimeoutError:
+        line = f"the request body did not arrive within {service.body_seconds:g} s"
+        raise HTTPException(408, line, {"Connection": "close"}) from None
+    if size > limit:
+        raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
+    return bytes(body)
 
 
 def _answer_errors(app: FastAPI) -> None:

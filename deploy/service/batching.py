@@ -103,7 +103,7 @@ class Slice(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.stop - self.start
 
 
@@ -236,17 +236,17 @@ class Batcher:
         for job in order:
             if room and job.key() == key:
                 part = Slice(job, job.started, job.started + min(room, job.left))
-                room -= part.count
+                room -= part.size
                 job.started = part.stop
-                job.served += part.count * steps
-                self._served[job.client] += part.count * steps
+                job.served += part.size * steps
+                self._served[job.client] += part.size * steps
                 batch.append(part)
         return batch
 
     async def _do(self, batch: list[Slice]) -> None:
         """Run a batch, and hand out its outputs."""
         self._running, self._options = batch, ort.RunOptions()
-        began, count = time.perf_counter(), sum(part.count for part in batch)
+        began, count = time.perf_counter(), sum(part.size for part in batch)
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -270,7 +270,7 @@ def _run(batch: list[Slice], options: ort.RunOptions) -> list[Feeds]:
     """Run the model once; returns the outputs of each slice."""
     own = [part.job.work.part(part.start, part.stop) for part in batch]
     joined: dict[str, Any] = {name: np.concatenate([each[name] for each in own], AXES[name]) for name in own[0]}
-    ends = np.cumsum([part.count for part in batch])[:-1]
+    ends = np.cumsum([part.size for part in batch])[:-1]
     outputs = batch[0].job.run(joined | batch[0].job.work.common, options)
     split = {name: np.split(value, ends) for name, value in outputs.items()}
     return [{name: parts[index] for name, parts in split.items()} for index in range(len(batch))]

@@ -30,30 +30,35 @@ SHUTDOWN_TIMEOUT_SECONDS = 15
 HEAD_SECONDS = 10.0
 """How long a connection may take until the headers of its first request are complete."""
 MAX_CONNECTIONS = 1000
-"""Further connections get a 503."""
+"""A further connection replaces the oldest one that has no request."""
 
 
 class Connection(H11Protocol):
     """uvicorn's protocol, with limits for connections without a request, and errors as {"error": "one line"}."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._head: asyncio.TimerHandle | None = None
+    cycle: Any
+    """The last request, or None."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._since = self.loop.time()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._no_request)
         if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
-        else:
-            self._head = self.loop.call_later(HEAD_SECONDS, self._no_request)
+            idle = [each for each in self.connections if isinstance(each, Connection) and each._idle]
+            oldest = min(idle, key=lambda each: each._since)
+            oldest._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head:
-            self._head.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
+    @property
+    def _idle(self) -> bool:
+        """Whether it waits for a request, or for the rest of its headers."""
+        return self.cycle is None or self.cycle.response_complete
+
     def _no_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():  # type: ignore[redundant-expr]
+        if self.cycle is None and not self.transport.is_closing():
             self._refuse(408, f"no request arrived within {HEAD_SECONDS:g} s")
 
     def _should_upgrade(self) -> bool:
