@@ -96,9 +96,9 @@ class Row(NamedTuple):
 
 
 def many_lists(target: Target) -> str:
-    """A body of 15 MiB that asks for five million empty lists."""
+    """A body of 60 MB that is a list of twenty million empty lists."""
     head = b'{"inputs": [{"name": "noise", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": ['
-    return target.ask("/v2/models/ddpm/infer", head + b"[]," * 5_000_000 + b"[]]}]}")
+    return target.ask("/v2/models/ddpm/infer", head + b"[]," * 20_000_000 + b"[]]}]}")
 
 
 def half_sent(target: Target) -> str:

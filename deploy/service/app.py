@@ -47,7 +47,7 @@ class Service:
 
 def create(service: Service) -> FastAPI:
     """Create the application."""
-    app = FastAPI(title="ddpm", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(title="ddpm", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Instrumentation, service=service)
     _answer_errors(app)
 
@@ -74,6 +74,7 @@ def create(service: Service) -> FastAPI:
             raise HTTPException(504, line) from None
 
     @app.get("/v2")
+    @app.get("/v2/")
     async def server() -> dict[str, Any]:
         return {"name": "ddpm", "version": VERSION, "extensions": []}
 
@@ -109,6 +110,9 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/images")
     async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        for name in (given := request.query_params):
+            if len(given.getlist(name)) > 1:
+                raise protocol.Invalid(f"{name}: given twice; remove one")
         model, seed = service.served.current, query.seed
         headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
         if seed is None:
@@ -209,13 +213,15 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 class Instrumentation:
-    """Middleware: counts and times responses, and closes connections while the service drains."""
+    """Middleware: counts and times responses, answers HEAD, and closes connections while the service drains."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.perf_counter(), 500
+        if scope["method"] == "HEAD":  # the server leaves the body out
+            scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
             nonlocal status
