@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,10 +72,13 @@ class Job:
         loop = asyncio.get_running_loop()
         self.run, self.work, self.client, self.since = run, work, client, loop.time()
         self.served = served
-        """Cost of what was done for it, plus that of its client's other requests when it came."""
+        """Cost of what was done for it, plus its client's clock when it came."""
         self.started = 0
         """Number of images that are done or being done."""
-        self.parts: list[Feeds] = []
+        self.key: Hashable = (run, work.steps, *((name, work.common[name].tobytes()) for name in sorted(work.common)))
+        """Equal for jobs that can be joined: same model, same number of steps, same common inputs."""
+        self.parts: dict[int, Feeds] = {}
+        """Outputs, by the first image that they are of."""
         self.outputs: asyncio.Future[Feeds] = loop.create_future()
 
     @property
@@ -82,17 +86,27 @@ class Job:
         """Number of images that have not been started."""
         return self.work.count - self.started
 
-    def key(self) -> Hashable:
-        """Equal for jobs that can be joined: same model, same common inputs, same number of steps."""
-        return self.run, self.work.steps, *((name, value.tobytes()) for name, value in sorted(self.work.common.items()))
+    @property
+    def cost(self) -> int:
+        """Cost of these."""
+        return self.left * self.work.steps
 
-    def add(self, outputs: Feeds) -> None:
-        """Add the outputs of its next images; the last ones complete it."""
-        self.parts.append(outputs)
-        if sum(len(part["images"]) for part in self.parts) == self.work.count and not self.outputs.done():
-            self.outputs.set_result(
-                {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
-            )
+    def add(self, start: int, outputs: Feeds) -> None:
+        """Add the outputs of the images that begin with `start`; the last ones complete the job."""
+        self.parts[start] = outputs
+        if not self.left and not self.outputs.done():
+            parts = list(self.parts.values())
+            self.outputs.set_result({name: np.concatenate([part[name] for part in parts]) for name in outputs})
+
+
+@dataclass
+class Client:
+    """A client that has jobs, or had more than its share."""
+
+    served: float = 0.0
+    """Cost of what was done for it, plus the batcher's clock when it came."""
+    clock: float = 0.0
+    """Where its next job begins: the cost that a job would have been served by now in equal shares."""
 
 
 class Slice(NamedTuple):
@@ -110,9 +124,10 @@ class Slice(NamedTuple):
 class Batcher:
     """Runs slices of jobs in a separate thread, one batch at a time.
 
-    Each batch begins with the client that was served least, and the request of this client that was served least, by
-    the cost of what was done since they came (start-time fair queuing); requests that fit are joined to it. A client or
-    request that comes begins where the least served one is, so that none is overtaken forever.
+    Clients share the model equally, and so do the jobs of a client, by cost, as in weighted fair queuing: each batch
+    begins with the slice that would end first if all ran at once at equal speed. Jobs that fit are joined to it. A
+    clock follows what each client would have been served in that case. A client that comes begins there, or where it
+    left if that is later; so those that come and go do not overtake the others, however many they are.
     """
 
     def __init__(
@@ -128,8 +143,8 @@ class Batcher:
 
         Args:
             max_batch: maximum number of images per batch.
-            max_waiting: maximum number of images in the queue.
-            max_wait: maximum seconds of work in the queue, estimated from what was done so far.
+            max_waiting: maximum number of images in the queue, of which a client may use what it leaves to others.
+            max_wait: how many seconds a request may have to wait for others, estimated from what was done so far.
             slice_seconds: how long a batch may take, by the same estimate, if it has more than one image.
             delay: seconds a request may wait for others while nothing runs.
             observe: called with the size of each batch.
@@ -137,10 +152,11 @@ class Batcher:
         self._max_batch, self._max_waiting, self._max_wait = max_batch, max_waiting, max_wait
         self._slice_seconds, self._delay, self._observe = slice_seconds, delay, observe
         self._queue: list[Job] = []
+        """The jobs that are not done, in the order they came."""
         self._running: list[Slice] = []
         self._options = ort.RunOptions()
-        self._served: dict[str, float] = {}
-        """By client with requests: cost of what was done for it."""
+        self._clients: dict[str, Client] = {}
+        self._clock = 0.0
         self._speed = 0.0
         """Cost done per second; 0 before the first batch."""
         self._closed = False
@@ -153,25 +169,28 @@ class Batcher:
         """Images in the queue."""
         return sum(job.left for job in self._queue)
 
-    @property
-    def wait(self) -> float:
-        """Seconds of work in the queue, estimated."""
-        return sum(job.left * job.work.steps for job in self._queue) / self._speed if self._speed else 0.0
-
-    def check_room(self, count: int) -> None:
-        """Raise QueueFull if a request for `count` images would be refused now."""
+    def check_room(self, client: str, count: int = 1, steps: int = 0) -> None:
+        """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed."""
         if self._closed:
             raise Stopping
-        wait, images = self.wait, self.waiting
+        images, costs = Counter[str](), Counter[str]()
+        for job in self._queue:
+            images[job.client] += job.left
+            costs[job.client] += job.cost
+        # Until the request is done, each other client gets at most as much as its own.
+        ahead = sum(min(cost, costs[client] + count * steps) for name, cost in costs.items() if name != client)
+        wait = (costs[client] + ahead) / self._speed if self._speed else 0.0
+        used = images[client] + images.total()
         if wait > self._max_wait:
-            left = math.ceil(wait - self._max_wait)
-            line = f"{wait:.0f} seconds of work are waiting, and the limit is {self._max_wait:g}"
-        elif images + count > self._max_waiting:
-            left = math.ceil(wait * min(1.0, (images + count - self._max_waiting) / images)) if images else 1
-            line = f"{images} images are waiting, and the limit is {self._max_waiting}"
+            left = wait - self._max_wait
+            line = f"{wait:.0f} seconds of work are ahead, and the limit is {self._max_wait:g}"
+        elif used + count > self._max_waiting:
+            drained = costs.total() / self._speed if self._speed else 0.0
+            left = drained * min(1.0, (used + count - self._max_waiting) / max(1, used))
+            line = f"{images.total()} images are waiting, {images[client]} of them yours (limit {self._max_waiting})"
         else:
             return
-        seconds = max(1, left)
+        seconds = max(1, math.ceil(left))
         raise QueueFull(f"no room in the queue: {line}; try again in {seconds} s", seconds)
 
     async def submit(self, run: Run, work: Work, client: str = "") -> Feeds:
@@ -184,10 +203,11 @@ class Batcher:
             Stopping: the batcher was closed.
             RunFailed: `run` raised an error for this request.
         """
-        self.check_room(work.count)
-        others = [job.served for job in self._queue if job.client == client]
-        job = Job(run, work, client, min(others, default=0.0))
-        self._served.setdefault(client, min(self._served.values(), default=0.0))
+        self.check_room(client, work.count, work.steps)
+        share = self._clients.setdefault(client, Client())
+        if all(job.client != client for job in self._queue):
+            share.served = max(share.served, self._clock)
+        job = Job(run, work, client, share.clock)
         self._queue.append(job)
         if self.waiting >= self._max_batch:
             self._enough.set()
@@ -203,7 +223,7 @@ class Batcher:
     def close(self) -> None:
         """Fail all requests, and end what runs."""
         self._closed = True
-        for job in [*self._queue, *(part.job for part in self._running)]:
+        for job in self._queue:
             if not job.outputs.done():
                 job.outputs.set_exception(Stopping())
         self._options.terminate = True
@@ -219,51 +239,60 @@ class Batcher:
                 await self._do(self._next())
 
     def _prune(self) -> bool:
-        """Forget jobs that were cancelled, or have no images left, and clients without jobs; whether any are left."""
-        self._queue = [job for job in self._queue if job.left and not job.outputs.done()]
+        """Forget jobs that are done or cancelled, and clients without a job or debt; whether any jobs are left."""
+        self._queue = [job for job in self._queue if not job.outputs.done()]
         active = {job.client for job in self._queue}
-        self._served = {client: served for client, served in self._served.items() if client in active}
+        self._clients = {
+            name: each for name, each in self._clients.items() if name in active or each.served > self._clock
+        }
         return bool(self._queue)
 
+    def _room(self, job: Job) -> int:
+        """How many images a batch that begins with this job may have."""
+        if math.isinf(self._slice_seconds):
+            return self._max_batch
+        return max(1, min(self._max_batch, int(self._speed * self._slice_seconds / job.work.steps)))
+
     def _next(self) -> list[Slice]:
-        """The next batch."""
-        order = sorted(self._queue, key=lambda job: (self._served[job.client], job.served, job.since))
-        key, steps = order[0].key(), order[0].work.steps
-        room = self._max_batch
-        if not math.isinf(self._slice_seconds):
-            room = max(1, min(room, int(self._speed * self._slice_seconds / steps)))
-        batch = []
+        """The next batch; nothing runs now, so each job has images left."""
+        costs = {job: min(job.left, self._room(job)) * job.work.steps for job in self._queue}
+        order = sorted(self._queue, key=lambda job: job.served + costs[job])
+        first = {job.client: job for job in reversed(order)}
+        order.sort(key=lambda job: self._clients[job.client].served + costs[first[job.client]])
+        jobs = Counter(job.client for job in order)
+        key, room, batch = order[0].key, self._room(order[0]), list[Slice]()
         for job in order:
-            if room and job.key() == key:
+            if room and job.key == key:
                 part = Slice(job, job.started, job.started + min(room, job.left))
                 room -= part.size
                 job.started = part.stop
-                job.served += part.size * steps
-                self._served[job.client] += part.size * steps
+                cost, client = part.size * job.work.steps, self._clients[job.client]
+                job.served += cost
+                client.served += cost
+                client.clock += cost / jobs[job.client]
+                self._clock += cost / len(jobs)
                 batch.append(part)
         return batch
 
     async def _do(self, batch: list[Slice]) -> None:
-        """Run a batch, and hand out its outputs."""
+        """Run a batch, and hand out its outputs; if it fails, its jobs are done again, each alone."""
         self._running, self._options = batch, ort.RunOptions()
         began, count = time.perf_counter(), sum(part.size for part in batch)
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
+            speed = count * batch[0].job.work.steps / (time.perf_counter() - began)
+            self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+            self._observe(count)
+            for part, outputs in zip(batch, results, strict=True):
+                part.job.add(part.start, outputs)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            if len(batch) > 1:  # a single request may be the cause
-                for part in batch:
-                    if not part.job.outputs.done():
-                        await self._do([part])
-            elif not batch[0].job.outputs.done():
-                batch[0].job.outputs.set_exception(RunFailed(golden.brief(error)))
-            return
+            for job, start, _ in batch:
+                if len(batch) > 1:
+                    job.started, job.key = start, object()
+                elif not job.outputs.done():
+                    job.outputs.set_exception(RunFailed(golden.brief(error)))
         finally:
             self._running = []
-        speed = count * batch[0].job.work.steps / (time.perf_counter() - began)
-        self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
-        self._observe(count)
-        for part, outputs in zip(batch, results, strict=True):
-            part.job.add(outputs)
 
 
 def _run(batch: list[Slice], options: ort.RunOptions) -> list[Feeds]:

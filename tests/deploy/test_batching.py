@@ -66,22 +66,22 @@ def batches(*jobs: Feeds, max_batch: int = 8) -> list[list[float]]:
 
 
 def test_waiting_requests_are_joined() -> None:
-    assert batches(feeds(1), feeds(2, 3), feeds(4)) == [[1, 2, 3, 4]]
+    assert batches(feeds(1), feeds(2, 3), feeds(4)) == [[1, 4, 2, 3]]
 
 
-def test_batches_are_limited_and_start_with_the_oldest_request() -> None:
-    assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[1, 2, 3], [5, 6, 7], [4]]
+def test_batches_are_limited_and_start_with_what_ends_first() -> None:
+    assert batches(feeds(1, 2), feeds(3, 4), feeds(5), feeds(6, 7), max_batch=3) == [[5, 1, 2], [3, 4, 6], [7]]
 
 
 def test_a_long_request_is_overtaken_by_short_ones() -> None:
-    assert batches(feeds(*range(9)), feeds(11), feeds(12), max_batch=3) == [[0, 1, 2], [11, 12, 3], [4, 5, 6], [7, 8]]
+    assert batches(feeds(*range(9)), feeds(11), feeds(12), max_batch=3) == [[11, 12, 0], [1, 2, 3], [4, 5, 6], [7, 8]]
 
 
 def test_batch_wide_inputs_must_be_equal() -> None:
     ten, five = {"steps": [10], "guidance": [1.0]}, {"steps": [5], "guidance": [1.0]}
     other = {"steps": [10], "guidance": [2.0]}
     jobs = [feeds(1, **ten), feeds(2, **five), feeds(3, **other), feeds(4, **ten), feeds(5, **five)]
-    assert batches(*jobs) == [[1, 4], [2, 5], [3]]
+    assert batches(*jobs) == [[2, 5], [1, 4], [3]]
 
 
 def test_step_noise_is_joined_along_its_second_axis() -> None:
@@ -97,6 +97,22 @@ def test_step_noise_is_joined_along_its_second_axis() -> None:
 
     assert [result["images"].tolist() for result in asyncio.run(run())] == [[[10, 3]], [[20, 8]], [[30, 9]]]
     assert model.batches == [[1, 3], [2]]
+
+
+def test_slices_have_the_inputs_of_their_images() -> None:
+    """5 images in slices of 2, 2 and 1; the outputs are sums of each image's inputs."""
+
+    def run(feeds: Feeds, options: Any = None) -> Feeds:
+        assert feeds["steps_noise"].shape == (3, len(feeds["noise"]), 2)
+        return {"images": feeds["noise"][:, 0] + feeds["y"] + feeds["steps_noise"].sum((0, 2))}
+
+    noise = np.arange(30.0).reshape(3, 5, 2)
+    job = feeds(0.1, 0.2, 0.3, 0.4, 0.5, y=np.arange(5) * 1000, steps_noise=noise)
+
+    async def outputs() -> Feeds:
+        return await Batcher(2, 8).submit(run, Work.of(job, 3))
+
+    np.testing.assert_array_equal(asyncio.run(outputs())["images"], run(job)["images"])
 
 
 def test_requests_of_different_models_are_not_joined() -> None:
@@ -121,9 +137,62 @@ def test_a_failing_request_does_not_affect_others() -> None:
     assert model.batches[1:] == [[1, -2, 3], [1], [-2], [3]]
 
 
+def test_a_request_that_fails_later() -> None:
+    """Joined ones are done again alone, from the slice that failed; what follows is not affected."""
+    model = Model()
+    jobs = feeds(1, 2, 3, 4), feeds(5, 6, 7, -8, 9), feeds(10, 11, 12, 13, 14, 15)
+    good, bad, also = asyncio.run(together(Batcher(6, 100), model, *jobs))
+    assert (good, also) == ([10, 20, 30, 40], [100, 110, 120, 130, 140, 150])
+    assert isinstance(bad, RunFailed)
+    assert model.batches[1:] == [[1, 2, 3, 4, 5, 6], [7, -8, 9, 10, 11, 12], [7, -8, 9], [10, 11, 12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("fails", ["input", "output"])
+def test_a_request_whose_inputs_or_outputs_cannot_be_made(fails: str) -> None:
+    """What fails besides the model itself ends the request, too, and not the worker."""
+    model = Model()
+    model.go.set()
+
+    def part(start: int, stop: int) -> Feeds:
+        if fails == "input":
+            raise MemoryError("no memory")
+        return feeds(*range(start, stop))
+
+    def observe(_: int) -> None:
+        if fails == "output":
+            raise MemoryError("no memory")
+
+    async def run() -> None:
+        batcher = Batcher(8, 100, observe=observe)
+        broken = batcher.submit(model.run, Work(2, 1, {}, part))
+        with pytest.raises(RunFailed, match="no memory"):
+            await broken
+        if fails == "input":
+            assert (await submit(batcher, model, feeds(2)))["images"].tolist() == [[20]]
+
+    _soon(run())
+
+
+def test_the_end_of_the_service_while_a_batch_is_done_again() -> None:
+    model = Model()
+
+    async def run() -> list[Any]:
+        batcher = Batcher(8, 100)
+        tasks = [asyncio.create_task(submit(batcher, model, feeds(value))) for value in (-1, 2, 3)]
+        await asyncio.to_thread(model.running.wait, 60)
+        model.running.clear()
+        model.go.set()
+        while len(model.batches) < 1 or not model.running.is_set():
+            await asyncio.sleep(0)
+        batcher.close()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(result) for result in asyncio.run(run())} <= {Stopping, RunFailed}
+
+
 def test_the_queue_is_bounded() -> None:
     model = Model()
-    first, second, third = asyncio.run(_crowd(Batcher(8, 3), model))
+    first, second, third = asyncio.run(_crowd(Batcher(8, 5), model))
     assert (first, third) == ([10, 20], [50])
     assert isinstance(second, QueueFull)
 
@@ -196,25 +265,49 @@ def test_steps_count_as_cost() -> None:
     model = Model()
     jobs = [(name, feeds(*(value,) * 8, steps=[steps])) for name, value, steps in (("a", 1, 20), ("b", 2, 10))]
     asyncio.run(waiting_together(Batcher(1, 100), model, *jobs))
-    assert [batch[0] for batch in model.batches[1:13]] == [1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2, 2]
+    assert [batch[0] for batch in model.batches[1:13]] == [2, 1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2]
 
 
-def test_a_request_is_never_overtaken_for_good() -> None:
-    model, left = Model(), 30
+@pytest.mark.parametrize("clients", [1, 2, 6], ids="{} clients".format)
+def test_a_request_is_never_overtaken_for_good(clients: int) -> None:
+    """A request of 5 images among five clients' endless short ones gets its share, whoever sends these."""
+    model, done = Model(), 0
 
     async def run() -> None:
         batcher = Batcher(1, 100)
         model.go.set()
         long = asyncio.create_task(submit(batcher, model, feeds(*range(5))))
 
-        async def stream() -> None:
-            nonlocal left
+        async def stream(number: int) -> None:
+            nonlocal done
             while not long.done():
-                left -= 1
-                assert left
-                await submit(batcher, model, feeds(9))
+                await submit(batcher, model, feeds(9), f"{number % clients}" if number % clients else "")
+                done += 1
+                assert done < 50
 
-        await asyncio.gather(long, stream(), stream())
+        await asyncio.gather(long, *(stream(number) for number in range(5)))
+
+    _soon(run())
+
+
+def test_new_clients_do_not_overtake_for_good() -> None:
+    """As many clients as there are requests: each comes while another one runs, and none comes back."""
+    model, done = Model(), 0
+
+    async def run() -> None:
+        batcher = Batcher(1, 100)
+        model.go.set()
+        long = asyncio.create_task(submit(batcher, model, feeds(*range(5)), "long"))
+
+        async def stream(name: str) -> None:
+            nonlocal done
+            while not long.done():
+                await submit(batcher, model, feeds(9), f"{name} {done}")
+                done += 1
+                assert done < 50
+
+        await asyncio.gather(long, *(stream(name) for name in "abcde"))
+        assert len(batcher._clients) < 10  # the others are forgotten
 
     _soon(run())
 
@@ -278,15 +371,13 @@ def test_too_much_work() -> None:
         await submit(batcher, model, feeds(0))
         long = asyncio.create_task(submit(batcher, model, feeds(*range(10), steps=[10])))
         await asyncio.sleep(0.01)
-        with pytest.raises(QueueFull, match=r"^no room in the queue: \d seconds of work are waiting, .* 2; try again"):
+        with pytest.raises(QueueFull, match=r"^no room in the queue: \d seconds of work are ahead, .* 2; try again") as full:
             await submit(batcher, model, feeds(1))
-        try:
-            batcher.check_room(1)
-        except QueueFull as error:
-            return error
-        finally:
-            long.cancel()
-        raise AssertionError
+        batcher.check_room("another", 2, 10)  # its wait is that of as much of the other's work
+        with pytest.raises(QueueFull):
+            batcher.check_room("another", 5, 10)
+        long.cancel()
+        return full.value
 
     assert 3 <= asyncio.run(run()).seconds <= 5
 
@@ -302,7 +393,7 @@ def test_closing() -> None:
         assert model.options.terminate
         model.go.set()
         with pytest.raises(Stopping):
-            batcher.check_room(1)
+            batcher.check_room("")
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [type(result) for result in asyncio.run(run())] == [Stopping, Stopping]
