@@ -4,9 +4,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +25,7 @@ from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping, Wor
 from deploy.service.metrics import Metrics
 from deploy.service.models import Feeds, Model, Served
 
+T = TypeVar("T")
 VERSION = "1"
 MAX_DISCARDED = 2**26
 """Up to this size, a body that is too large is read to its end before it is refused."""
@@ -41,8 +46,18 @@ class Service:
     """Time for the body of a request to arrive."""
     max_seconds: float = 300.0
     """Time to compute a response."""
+    max_buffered: int = 128 * 2**20
+    """Bytes of bodies at a time, of which a client may use what it leaves to others."""
     draining: bool = False
     """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
+    buffered: Counter[str] = field(default_factory=Counter)
+    """Bytes of bodies whose requests are not done, by client."""
+    threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
+    """For JSON and PNG. Few, since each may need several times the memory of what it converts."""
+
+    async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in one of these threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *arguments)
 
 
 def create(service: Service) -> FastAPI:
@@ -65,10 +80,9 @@ def create(service: Service) -> FastAPI:
 
     async def compute(request: Request, model: Model, work: Work) -> Feeds:
         """The model's outputs, unless the client leaves or it takes too long; the work then ends."""
-        client = request.client.host if request.client else ""
         try:
             async with asyncio.timeout(service.max_seconds):
-                return await while_connected(request, service.batcher.submit(model.run, work, client))
+                return await while_connected(request, service.batcher.submit(model.run, work, sender(request)))
         except TimeoutError:
             line = f"not done within {service.max_seconds:g} s; ask for fewer images or steps"
             raise HTTPException(504, line) from None
@@ -101,11 +115,13 @@ def create(service: Service) -> FastAPI:
     @app.post(f"{newest}/infer")
     @app.post(f"{numbered}/infer")
     async def infer(request: Request, model: Current) -> Response:
-        service.batcher.check_room(1)
-        body = await read(request, min(service.max_body, protocol.max_body(model, service.max_images)), service)
-        asked = await asyncio.to_thread(protocol.parse, body, model, service.max_images)
-        results = await compute(request, model, asked.work)
-        answer = await asyncio.to_thread(protocol.answer, asked, service.name, model, results)
+        service.batcher.check_room(sender(request))
+        limit = min(service.max_body, protocol.max_body(model, service.max_images))
+        async with received(request, limit, service) as body:
+            asked = await service.convert(protocol.parse, body, model, service.max_images)
+            body.clear()
+            results = await compute(request, model, asked.work)
+            answer = await service.convert(protocol.answer, asked, service.name, model, results)
         return Response(answer, media_type="application/json")
 
     @app.get("/images")
@@ -124,7 +140,7 @@ def create(service: Service) -> FastAPI:
         if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
         results = await compute(request, model, work)
-        png = await asyncio.to_thread(pictures.png, results["images"], query.scale)
+        png = await service.convert(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
     @app.get("/metrics")
@@ -153,25 +169,44 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) ->
         gone.cancel()
 
 
-async def read(request: Request, limit: int, service: Service) -> bytes:
-    """Read the body; raises HTTPException 413 as soon as it exceeds `limit` bytes, and 408 if it arrives too slowly."""
+def sender(request: Request) -> str:
+    """Who shares the service with others: the address of the client."""
+    return request.client.host if request.client else ""
+
+
+@asynccontextmanager
+async def received(request: Request, limit: int, service: Service) -> AsyncGenerator[bytearray]:
+    """The body of a request, which counts as buffered until the context ends, when the request is done.
+
+    Raises HTTPException 413 as soon as it exceeds `limit` bytes, 408 if it arrives too slowly, and 503 if all bodies
+    and those of this client together exceed the service's limit.
+    """
     if {"content-length", "transfer-encoding"} <= set(request.headers.keys()):
         raise HTTPException(400, "both Content-Length and Transfer-Encoding are given", {"Connection": "close"})
     body, size, declared = bytearray(), 0, int(request.headers.get("Content-Length", "0"))
+    counted, buffered, client = 0, service.buffered, sender(request)
     try:
         async with asyncio.timeout(service.body_seconds):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limit:
+                    if buffered.total() + buffered[client] + len(chunk) > service.max_buffered:
+                        line = "too many bytes of requests are being processed; try again in 1 s"
+                        raise HTTPException(503, line, {"Retry-After": "1", "Connection": "close"})
+                    buffered[client] += len(chunk)
+                    counted += len(chunk)
                     body += chunk
                 elif not limit < declared <= MAX_DISCARDED:  # else the client would not read the response
                     break
+        if size > limit:
+            raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
+        yield body
     except TimeoutError:
         line = f"the request body did not arrive within {service.body_seconds:g} s"
         raise HTTPException(408, line, {"Connection": "close"}) from None
-    if size > limit:
-        raise HTTPException(413, f"the request body exceeds {limit} bytes; send fewer images per request")
-    return bytes(body)
+    finally:
+        buffered[client] -= counted
+        buffered += Counter()  # forget those without any
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -108,12 +108,15 @@ def png(images: NDArray[Any], scale: int) -> bytes:
         images = images[..., : 3 if images.shape[3] > 3 else 1]
     count, height, width, channels = images.shape
     columns, rows = layout(count)
-    height, width = height * scale + 1, width * scale + 1
-    cells = np.full((rows * columns, height, width, channels), 128, np.uint8)
-    cells[:count, 1:, 1:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    grid = grid.reshape(rows * height, columns * width, channels)
-    grid = np.pad(grid, ((0, 1), (0, 1), (0, 0)), constant_values=128)
+    height, width = height * scale, width * scale
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    grid = Image.new(mode, (columns * (width + 1) + 1, rows * (height + 1) + 1), (128,) * channels)
+    for index, image in enumerate(images):  # one by one, since NumPy stops other threads while it copies
+        row, column = divmod(index, columns)
+        cell = Image.fromarray(image[:, :, 0] if channels == 1 else image)
+        grid.paste(
+            cell.resize((width, height), Image.Resampling.NEAREST), (column * (width + 1) + 1, row * (height + 1) + 1)
+        )
     buffer = io.BytesIO()
-    Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(buffer, format="PNG")
+    grid.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -371,7 +371,9 @@ def test_too_much_work() -> None:
         await submit(batcher, model, feeds(0))
         long = asyncio.create_task(submit(batcher, model, feeds(*range(10), steps=[10])))
         await asyncio.sleep(0.01)
-        with pytest.raises(QueueFull, match=r"^no room in the queue: \d seconds of work are ahead, .* 2; try again") as full:
+        with pytest.raises(
+            QueueFull, match=r"^no room in the queue: \d seconds of work are ahead, .* 2; try again"
+        ) as full:
             await submit(batcher, model, feeds(1))
         batcher.check_room("another", 2, 10)  # its wait is that of as much of the other's work
         with pytest.raises(QueueFull):
