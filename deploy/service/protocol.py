@@ -140,9 +140,8 @@ def _array(given: RequestInput, model: Model, max_images: int) -> NDArray[Any]:
         size == found if size != -1 else found >= 1 for size, found in zip(tensor.shape, given.shape, strict=True)
     )
     if not fits:
-        raise Invalid(
-            f"{where}: shape must be {list(tensor.shape)}, where -1 is any size from 1 (got {str(given.shape)[:50]})"
-        )
+        expected = f"{list(tensor.shape)}, where -1 is any size from 1"
+        raise Invalid(f"{where}: shape must be {expected} (got {str(given.shape)[:50]})")
     if given.name == "noise" and given.shape[0] > max_images:
         raise Invalid(
             f"{where}: at most {counted(max_images, 'image')} per request (got {given.shape[0]}); send several requests"

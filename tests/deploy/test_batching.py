@@ -102,7 +102,7 @@ def test_step_noise_is_joined_along_its_second_axis() -> None:
 def test_slices_have_the_inputs_of_their_images() -> None:
     """5 images in slices of 2, 2 and 1; the outputs are sums of each image's inputs."""
 
-    def run(feeds: Feeds, options: Any = None) -> Feeds:
+    def run(feeds: Feeds, *_: Any) -> Feeds:
         assert feeds["steps_noise"].shape == (3, len(feeds["noise"]), 2)
         return {"images": feeds["noise"][:, 0] + feeds["y"] + feeds["steps_noise"].sum((0, 2))}
 
