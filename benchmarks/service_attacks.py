@@ -128,6 +128,56 @@ def slow_body(target: Target) -> str:
     return "nothing in 30 s"
 
 
+def many_bodies(target: Target) -> str:
+    """300 bodies of 1 MB, or as large as allowed, all but the last byte; meanwhile one of others is asked for."""
+    size = 2**20
+    while size > 2**10 and target.ask("/v2/models/ddpm/infer", b" " * size).startswith("413"):
+        size //= 2
+    got = Counter[str]()
+    with ExitStack() as stack:
+        for _ in range(300):
+            try:
+                connection = stack.enter_context(target.connect())
+                connection.sendall(
+                    f"POST /v2/models/ddpm/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+                )
+                connection.sendall(b" " * (size - 1))
+            except OSError as error:
+                got[type(error).__name__] += 1
+        got[f"of {size} bytes; a picture for others: {target.ask(LIGHT, timeout=30)}"] += 1
+    return _counted(got)
+
+
+def unread(target: Target) -> str:
+    """30 requests for the largest responses, which nobody reads."""
+    size = "n=49&steps=1&scale=10"
+    with ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(target.connect()).sendall(f"GET /images?{size} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return f"a picture for others: {target.ask(LIGHT)}"
+
+
+def streams(target: Target) -> str:
+    """Sixteen clients that ask for one picture after another; `light_s` is that of a request for 8 among them."""
+    ended, count = threading.Event(), Counter[str]()
+
+    def stream() -> None:
+        while not ended.is_set():
+            count[target.ask(f"/images?n=1&steps={target.steps}")] += 1
+
+    threads = [threading.Thread(target=stream) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    before, began = count.total(), time.perf_counter()
+    status = target.ask(f"/images?n=8&steps={target.steps}")
+    seconds, meanwhile = time.perf_counter() - began, count.total() - before
+    ended.set()
+    for thread in threads:
+        thread.join()
+    return f"8 pictures: {status} after {seconds:.1f} s, with {meanwhile} for others meanwhile"
+
+
 def long_work(target: Target) -> str:
     """Eight requests for 64 pictures of the most steps; `light_s` is that of a short one behind them."""
     with ExitStack() as stack:
@@ -183,7 +233,8 @@ def stopped(target: Target) -> str:
 
 
 ATTACKS: dict[str, Callable[[Target], str]] = {
-    each.__name__: each for each in (many_lists, half_sent, slow_body, long_work, gone, protocol, stopped)
+    each.__name__: each
+    for each in (many_lists, half_sent, slow_body, many_bodies, unread, streams, long_work, gone, protocol, stopped)
 }
 
 

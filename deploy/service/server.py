@@ -66,10 +66,7 @@ class Connection(H11Protocol):
             for each in self._all():
                 unread[each._host] += each._unread
             if unread.total() > MAX_UNREAD:
-                host = max(unread, key=lambda host: unread[host])
-                max(
-                    (each for each in self._all() if each._host == host), key=lambda each: each._unread
-                ).transport.abort()
+                max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
         self._await_request()
         super().on_response_complete()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deploy.service import server
+from deploy.service import pictures, server
 from deploy.service.__main__ import listen
 from deploy.service.app import create
 from deploy.service.models import Feeds
@@ -24,6 +24,8 @@ POST = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n".encode()
 
 class Served:
     """A service, its address, and a model that waits for `go`."""
+
+    server: server.Server
 
     def __init__(self, path: Path) -> None:
         self.service = service(path, max_batch=1)
@@ -76,7 +78,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(server, "FINISH_SECONDS", 0.2)
     made = Served(write_model(tmp_path / "sampler.onnx", "dpm-solver++", False))
     made.service.body_seconds = 0.3
-    running = server.Server(create(made.service), made.service, 0.0)
+    running = made.server = server.Server(create(made.service), made.service, 0.0)
     thread = threading.Thread(target=running.run, args=([made.listener],))
     thread.start()
     until(lambda: running.started)
@@ -95,6 +97,59 @@ def test_a_request_that_never_ends(served: Served) -> None:
     assert served.send(b"GET /images HTTP/1.1\r\n") == (408, "no request arrived within 0.5 s")
     line = "the request body did not arrive within 0.3 s"
     assert served.send(POST + b"Content-Length: 9\r\n\r\n{}") == (408, line)
+
+
+def test_a_second_request_that_never_ends(served: Served) -> None:
+    with closing(served.client()) as connection:
+        connection.request("GET", "/v2")
+        connection.getresponse().read()
+        connection.sock.sendall(b"GET /images HTTP/1.1\r\n")
+        assert response(connection.sock) == (408, "no request arrived within 0.5 s")
+
+
+def test_half_sent_bodies_do_not_keep_others_out(served: Served) -> None:
+    served.service.body_seconds = 60
+    connections = [served.connect() for _ in range(12)]
+    for connection in connections:
+        connection.sendall(POST + b"Content-Length: 9\r\n\r\n{}")
+    assert served.get("/images?n=1") == 200
+    assert response(connections[0])[0] == 503
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("limit", ["READ_SECONDS", "MAX_UNREAD"])
+def test_responses_that_are_not_read(served: Served, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(server, limit, 0.2 if limit == "READ_SECONDS" else 2**20)
+    monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**25))
+    with served.connect() as connection:
+        connection.sendall(b"GET /images?n=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        until(lambda: not served.server.server_state.connections)
+        with pytest.raises((ConnectionError, AssertionError)):  # what was in the buffers of the kernel arrives
+            assert read_all(connection) > 2**25
+    monkeypatch.setattr(server, limit, 2**30)
+    with served.connect() as connection:
+        connection.sendall(b"GET /images?n=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(connection) > 2**25
+
+
+def read_all(connection: socket.socket) -> int:
+    return sum(map(len, iter(lambda: connection.recv(2**20), b"")))
+
+
+def test_bodies_leave_room_for_those_of_others(served: Served) -> None:
+    """A client may have 50 of 100 bytes; what it sent is forgotten when its requests end."""
+    served.service.body_seconds, served.service.max_buffered = 60, 100
+    post = POST + b"Content-Length: 40\r\nConnection: close\r\n"
+    with served.connect() as first:
+        first.sendall(post + b"\r\n" + b" " * 39)
+        until(lambda: served.service.buffered["127.0.0.1"] == 39)
+        line = "too many bytes of requests are being processed; try again in 1 s"
+        assert served.send(post + b"\r\n" + b" " * 40) == (503, line)
+        assert served.send(post + b"X-Forwarded-For: 1.2.3.4\r\n\r\n" + b" " * 40)[0] == 400
+        first.sendall(b" ")
+        assert response(first)[0] == 400
+    until(lambda: not served.service.buffered)
 
 
 def test_half_sent_requests_do_not_keep_others_out(served: Served) -> None:
