@@ -190,7 +190,7 @@ async def received(request: Request, limit: int, service: Service) -> AsyncGener
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limit:
-                    if buffered.total() + buffered[client] + len(chunk) > service.max_buffered:
+                    if buffered.total() + buffered[client] + 2 * len(chunk) > service.max_buffered:
                         line = "too many bytes of requests are being processed; try again in 1 s"
                         raise HTTPException(503, line, {"Retry-After": "1", "Connection": "close"})
                     buffered[client] += len(chunk)

@@ -124,6 +124,7 @@ def test_responses_that_are_not_read(served: Served, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**25))
     with served.connect() as connection:
         connection.sendall(b"GET /images?n=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        until(lambda: served.server.server_state.total_requests > 0)
         until(lambda: not served.server.server_state.connections)
         with pytest.raises((ConnectionError, AssertionError)):  # what was in the buffers of the kernel arrives
             assert read_all(connection) > 2**25
@@ -138,15 +139,15 @@ def read_all(connection: socket.socket) -> int:
 
 
 def test_bodies_leave_room_for_those_of_others(served: Served) -> None:
-    """A client may have 50 of 100 bytes; what it sent is forgotten when its requests end."""
-    served.service.body_seconds, served.service.max_buffered = 60, 100
+    """A client may have 60 of 120 bytes; what it sent is forgotten when its requests end."""
+    served.service.body_seconds, served.service.max_buffered = 60, 120
     post = POST + b"Content-Length: 40\r\nConnection: close\r\n"
     with served.connect() as first:
         first.sendall(post + b"\r\n" + b" " * 39)
         until(lambda: served.service.buffered["127.0.0.1"] == 39)
         line = "too many bytes of requests are being processed; try again in 1 s"
         assert served.send(post + b"\r\n" + b" " * 40) == (503, line)
-        assert served.send(post + b"X-Forwarded-For: 1.2.3.4\r\n\r\n" + b" " * 40)[0] == 400
+        assert served.send(post + b"X-Forwarded-For: 1.2.3.4\r\n\r\n" + b" " * 40) [0] == 400
         first.sendall(b" ")
         assert response(first)[0] == 400
     until(lambda: not served.service.buffered)
