@@ -1,9 +1,6 @@
 """Which requests are joined, in which order they run, and how errors are handled."""
 
 import asyncio
-import threading
-import time
-from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
@@ -11,35 +8,7 @@ import pytest
 
 from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping, Work
 from deploy.service.models import Feeds
-
-
-class Model:
-    """A model whose outputs encode its inputs; it waits for `go`."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[float]] = []
-        self.running, self.go = threading.Event(), threading.Event()
-
-    def run(self, feeds: Feeds, options: Any = None) -> Feeds:
-        self.options = options
-        self.running.set()
-        assert self.go.wait(60)
-        first = feeds["noise"][:, 0]
-        self.batches.append(first.tolist())
-        if (first < 0).any():
-            raise RuntimeError("negative\nand more")
-        parts = [first * 10] + [feeds[name][0] for name in ("steps", "guidance") if name in feeds]
-        parts += [feeds["steps_noise"].sum((0, 2)) for name in ("steps_noise",) if name in feeds]
-        return {"images": np.stack(np.broadcast_arrays(*parts), axis=1)}
-
-
-def feeds(*noise: float, **others: Any) -> Feeds:
-    return {"noise": np.array(noise).reshape(-1, 1), **{name: np.array(value) for name, value in others.items()}}
-
-
-def submit(batcher: Batcher, model: Model, job: Feeds, client: str = "") -> Coroutine[Any, Any, Feeds]:
-    steps = len(job["steps_noise"]) if "steps_noise" in job else int(job.get("steps", [1])[0])
-    return batcher.submit(model.run, Work.of(job, steps), client)
+from tests.deploy.batches import Model, feeds, soon, submit
 
 
 async def together(batcher: Batcher, model: Model, *jobs: Feeds) -> list[Any]:
@@ -170,7 +139,7 @@ def test_a_request_whose_inputs_or_outputs_cannot_be_made(fails: str) -> None:
         if fails == "input":
             assert (await submit(batcher, model, feeds(2)))["images"].tolist() == [[20]]
 
-    _soon(run())
+    soon(run())
 
 
 def test_the_end_of_the_service_while_a_batch_is_done_again() -> None:
@@ -218,15 +187,8 @@ def test_with_a_delay_the_first_request_waits_for_others() -> None:
         assert not model.batches
         await asyncio.gather(first, submit(batcher, model, feeds(2)))
 
-    _soon(run())
+    soon(run())
     assert model.batches == [[1, 2]]
-
-
-def _soon(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        await asyncio.wait_for(work, 30)
-
-    asyncio.run(limited())
 
 
 def test_a_cancelled_request_does_not_block_the_next() -> None:
@@ -241,97 +203,6 @@ def test_a_cancelled_request_does_not_block_the_next() -> None:
         assert (await submit(batcher, model, feeds(2)))["images"].tolist() == [[20]]
 
     asyncio.run(run())
-
-
-async def waiting_together(batcher: Batcher, model: Model, *jobs: tuple[str, Feeds]) -> list[Any]:
-    """Submit jobs of clients while another one runs, and let them run."""
-    first = asyncio.create_task(submit(batcher, model, feeds(0), "first"))
-    assert await asyncio.to_thread(model.running.wait, 60)
-    tasks = [asyncio.create_task(submit(batcher, model, job, client)) for client, job in jobs]
-    await asyncio.sleep(0)
-    model.go.set()
-    return (await asyncio.gather(first, *tasks, return_exceptions=True))[1:]
-
-
-def test_clients_get_equal_shares_of_the_cost() -> None:
-    model = Model()
-    long = [("many", feeds(*range(1, 5))) for _ in range(3)]
-    asyncio.run(waiting_together(Batcher(2, 100), model, *long, ("few", feeds(*range(11, 15)))))
-    order = ["few" if batch[0] > 10 else "many" for batch in model.batches[1:]]
-    assert order == ["many", "few", "many", "few", "many", "many", "many", "many"]
-
-
-def test_steps_count_as_cost() -> None:
-    model = Model()
-    jobs = [(name, feeds(*(value,) * 8, steps=[steps])) for name, value, steps in (("a", 1, 20), ("b", 2, 10))]
-    asyncio.run(waiting_together(Batcher(1, 100), model, *jobs))
-    assert [batch[0] for batch in model.batches[1:13]] == [2, 1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2]
-
-
-@pytest.mark.parametrize("clients", [1, 2, 6], ids="{} clients".format)
-def test_a_request_is_never_overtaken_for_good(clients: int) -> None:
-    """A request of 5 images among five clients' endless short ones gets its share, whoever sends these."""
-    model, done = Model(), 0
-
-    async def run() -> None:
-        batcher = Batcher(1, 100)
-        model.go.set()
-        long = asyncio.create_task(submit(batcher, model, feeds(*range(5))))
-
-        async def stream(number: int) -> None:
-            nonlocal done
-            while not long.done():
-                await submit(batcher, model, feeds(9), f"{number % clients}" if number % clients else "")
-                done += 1
-                assert done < 50
-
-        await asyncio.gather(long, *(stream(number) for number in range(5)))
-
-    _soon(run())
-
-
-def test_new_clients_do_not_overtake_for_good() -> None:
-    """As many clients as there are requests: each comes while another one runs, and none comes back."""
-    model, done = Model(), 0
-
-    async def run() -> None:
-        batcher = Batcher(1, 100)
-        model.go.set()
-        long = asyncio.create_task(submit(batcher, model, feeds(*range(5)), "long"))
-
-        async def stream(name: str) -> None:
-            nonlocal done
-            while not long.done():
-                await submit(batcher, model, feeds(9), f"{name} {done}")
-                done += 1
-                assert done < 50
-
-        await asyncio.gather(long, *(stream(name) for name in "abcde"))
-        assert len(batcher._clients) < 10  # the others are forgotten
-
-    _soon(run())
-
-
-def test_slices_follow_the_measured_speed() -> None:
-    """At 0.02 s per image and step, 0.1 s hold 5 images of one step, and none of 10 steps, which run one by one."""
-
-    class Slow(Model):
-        def run(self, feeds: Feeds, options: Any = None) -> Feeds:
-            time.sleep(0.02 * len(feeds["noise"]) * int(feeds["steps"][0]))
-            return super().run(feeds, options)
-
-    model, sizes = Slow(), list[int]()
-    model.go.set()
-    batcher = Batcher(64, 100, slice_seconds=0.11, observe=sizes.append)
-
-    async def run() -> None:
-        await submit(batcher, model, feeds(*range(21), steps=[1]))
-        await submit(batcher, model, feeds(*range(3), steps=[10]))
-
-    asyncio.run(run())
-    assert sizes[0] == 1  # the speed is not known yet
-    assert all(3 <= size <= 5 for size in sizes[1:4])
-    assert sizes[-3:] == [1, 1, 1]
 
 
 def test_what_nobody_waits_for_ends() -> None:
@@ -353,35 +224,6 @@ def test_what_nobody_waits_for_ends() -> None:
 
     asyncio.run(run())
     assert model.batches == [[1], [5]]
-
-
-def test_too_much_work() -> None:
-    """The queue may hold 2 s; after a batch of 0.05 s per image and step, 100 images and steps are 5 s."""
-
-    class Slow(Model):
-        def run(self, feeds: Feeds, options: Any = None) -> Feeds:
-            time.sleep(0.05)
-            return super().run(feeds, options)
-
-    model = Slow()
-    model.go.set()
-
-    async def run() -> QueueFull:
-        batcher = Batcher(1, 1000, max_wait=2)
-        await submit(batcher, model, feeds(0))
-        long = asyncio.create_task(submit(batcher, model, feeds(*range(10), steps=[10])))
-        await asyncio.sleep(0.01)
-        with pytest.raises(
-            QueueFull, match=r"^no room in the queue: \d seconds of work are ahead, .* 2; try again"
-        ) as full:
-            await submit(batcher, model, feeds(1))
-        batcher.check_room("another", 2, 10)  # its wait is that of as much of the other's work
-        with pytest.raises(QueueFull):
-            batcher.check_room("another", 5, 10)
-        long.cancel()
-        return full.value
-
-    assert 3 <= asyncio.run(run()).seconds <= 5
 
 
 def test_closing() -> None:

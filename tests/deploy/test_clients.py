@@ -147,7 +147,7 @@ def test_bodies_leave_room_for_those_of_others(served: Served) -> None:
         until(lambda: served.service.buffered["127.0.0.1"] == 39)
         line = "too many bytes of requests are being processed; try again in 1 s"
         assert served.send(post + b"\r\n" + b" " * 40) == (503, line)
-        assert served.send(post + b"X-Forwarded-For: 1.2.3.4\r\n\r\n" + b" " * 40) [0] == 400
+        assert served.send(post + b"X-Forwarded-For: 1.2.3.4\r\n\r\n" + b" " * 40)[0] == 400
         first.sendall(b" ")
         assert response(first)[0] == 400
     until(lambda: not served.service.buffered)
