@@ -238,6 +238,7 @@ def test_closing() -> None:
         model.go.set()
         with pytest.raises(Stopping):
             batcher.check_room("")
+        await asyncio.to_thread(batcher._thread.shutdown)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [type(result) for result in asyncio.run(run())] == [Stopping, Stopping]

@@ -37,6 +37,23 @@ def test_steps_count_as_cost() -> None:
     assert [batch[0] for batch in model.batches[1:13]] == [2, 1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2]
 
 
+def test_a_short_request_of_a_new_client_is_next() -> None:
+    """It would end first, although a long one has had less than its share so far."""
+    model = Model()
+
+    async def run() -> None:
+        batcher = Batcher(1, 100)
+        jobs = [asyncio.create_task(submit(batcher, model, feeds(*(i,) * 2, steps=[10]), f"long {i}")) for i in (1, 2)]
+        assert await asyncio.to_thread(model.running.wait, 60)
+        jobs.append(asyncio.create_task(submit(batcher, model, feeds(9, steps=[1]), "short")))
+        await asyncio.sleep(0)
+        model.go.set()
+        await asyncio.gather(*jobs)
+
+    soon(run())
+    assert model.batches == [[1], [9], [2], [1], [2]]
+
+
 @pytest.mark.parametrize("clients", [1, 2, 6], ids="{} clients".format)
 def test_a_request_is_never_overtaken_for_good(clients: int) -> None:
     """A request of 5 images among five clients' endless short ones gets its share, whoever sends these."""
