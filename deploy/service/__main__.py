@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
     option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")
-    option("max-waiting", type=positive_int, default=512, help="maximum queued images; a client may use what it leaves free")
+    option("max-waiting", type=positive_int, default=512, help="maximum queued images, half of them of one client")
     option("max-wait", type=non_negative, default=60, help="maximum seconds a request may wait for others (estimated)")
     option("max-seconds", type=non_negative, default=300, help="maximum seconds per request")
     option("poll", type=non_negative, default=10, help="seconds between checks of the MLflow alias for a new version")

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,17 @@ def test_a_second_request_that_never_ends(served: Served) -> None:
         connection.getresponse().read()
         connection.sock.sendall(b"GET /images HTTP/1.1\r\n")
         assert response(connection.sock) == (408, "no request arrived within 0.5 s")
+
+
+def test_the_client_with_most_connections_loses_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 60)
+    with ExitStack() as stack:
+        oldest = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 20, ("127.0.0.2", 0)))
+        oldest.sendall(b"GET /v2?x HTTP/1.1\r\n")
+        connections = [stack.enter_context(served.connect()) for _ in range(12)]
+        assert response(connections[0])[0] == 503
+        oldest.sendall(b"Host: x\r\n\r\n")
+        assert oldest.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_half_sent_bodies_do_not_keep_others_out(served: Served) -> None:
