@@ -6,6 +6,7 @@ import argparse
 import functools
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,10 @@ from deploy.service.models import File, Model, ModelError, Registered, Served
 from deploy.service.server import Server
 
 log = logging.getLogger("ddpm.service")
+SLICE_SECONDS = 0.2
+"""How long a batch may run, so that a short request waits no longer for a long one, nor the end of the service."""
+MAX_FILES = 4096
+"""Connections are open files."""
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -35,6 +40,11 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer (got {text})")
     return value
+
+
+def natural(text: str) -> int:
+    """Parse a non-negative integer."""
+    return 0 if text == "0" else positive_int(text)
 
 
 def non_negative(text: str) -> float:
@@ -68,12 +78,14 @@ def parser() -> argparse.ArgumentParser:
     option("host", default="127.0.0.1", help="address to listen on")
     option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
-    option("threads", type=int, default=0, help="ONNX Runtime threads; 0 for one per core")
+    option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 for one per core")
     option("max-images", type=positive_int, default=64, help="maximum images per request")
-    option("max-body", type=positive_int, default=64 * 2**20, help="maximum bytes per request body")
+    option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
     option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")
-    option("max-waiting", type=positive_int, default=512, help="maximum queued images; further requests get a 503")
+    option("max-waiting", type=positive_int, default=512, help="maximum queued images, half of them of one client")
+    option("max-wait", type=non_negative, default=60, help="maximum seconds a request may wait for others (estimated)")
+    option("max-seconds", type=non_negative, default=300, help="maximum seconds per request")
     option("poll", type=non_negative, default=10, help="seconds between checks of the MLflow alias for a new version")
     option("drain", type=non_negative, default=1, help="seconds to keep accepting connections after SIGTERM")
     return made
@@ -107,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelError as error:
         print(f"error: --model {arguments.model}: {error}", file=sys.stderr)
         return 1
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
     try:
         listener = listen(arguments.host, arguments.port)
     except OSError as error:
@@ -115,8 +129,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
     metrics = Metrics(served)
-    batcher = Batcher(arguments.max_batch, arguments.max_waiting, arguments.max_delay / 1000, metrics.batch)
-    service = Service(arguments.name, served, batcher, metrics, arguments.max_images, arguments.max_body)
+    batcher = Batcher(
+        arguments.max_batch,
+        arguments.max_waiting,
+        arguments.max_wait,
+        SLICE_SECONDS,
+        arguments.max_delay / 1000,
+        metrics.batch,
+    )
+    service = Service(
+        arguments.name,
+        served,
+        batcher,
+        metrics,
+        arguments.max_images,
+        arguments.max_body,
+        max_seconds=arguments.max_seconds,
+        max_buffered=8 * arguments.max_body,
+    )
     stop = threading.Event()
     if isinstance(source, Registered) and source.alias:
         threading.Thread(target=served.follow, args=(max(arguments.poll, 0.1), stop)).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import tempfile
 import threading
@@ -113,13 +114,19 @@ class Model:
         return 1 <= steps <= self._max_steps or steps == self.steps
 
     @property
+    def max_values(self) -> int:
+        """Number of values in all inputs for one image with the most steps."""
+        values = math.prod(self.shape)
+        return values + (max(self._max_steps, self.steps) * values if self.stochastic else 0)
+
+    @property
     def steps_allowed(self) -> str:
         more = f", or {self.steps}" if self.steps > self._max_steps else ""
         return f"1 to {self._max_steps}{more}"
 
-    def run(self, feeds: Feeds) -> Feeds:
-        """Run the graph on all inputs; returns all outputs."""
-        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True))
+    def run(self, feeds: Feeds, options: ort.RunOptions | None = None) -> Feeds:
+        """Run the graph on all inputs; returns all outputs. Setting `options.terminate` ends it with an error."""
+        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds, options), strict=True))
 
 
 def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:

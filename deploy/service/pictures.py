@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.service.batching import Work
 from deploy.service.models import Feeds, Model
 from deploy.service.protocol import Invalid
 from diffusion.export import golden
@@ -41,8 +42,8 @@ def etag(query: ImageQuery, model: Model) -> str:
     return f'W/"{digest[:32]}"'
 
 
-def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
-    """Build the model's inputs for a query.
+def work(query: ImageQuery, seed: int, model: Model, max_images: int) -> Work:
+    """What a query asks of the model.
 
     Image i uses the noise with key (seed, i), and (seed, 2^63 + i) for the steps, so it does not depend on `n`.
 
@@ -65,13 +66,19 @@ def feeds(query: ImageQuery, seed: int, model: Model, max_images: int) -> Feeds:
     guidance = model.guidance if query.guidance is None else query.guidance
     if "guidance" in model.inputs and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
-    given: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
-    given["y"] = np.full(query.n, -1 if query.cls is None else class_index(query.cls, model.classes))
-    given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(query.n)])
-    if model.stochastic:
-        shape = (steps, *model.shape)
-        given["steps_noise"] = np.stack([golden.normal(seed, STEPS_NOISE + i, shape) for i in range(query.n)], axis=1)
-    return {name: given[name] for name in model.inputs}
+    label = -1 if query.cls is None else class_index(query.cls, model.classes)
+
+    def part(start: int, stop: int) -> Feeds:
+        def noise(first: int, shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:
+            return np.stack([golden.normal(seed, first + i, shape) for i in range(start, stop)], axis)
+
+        given: Feeds = {"y": np.full(stop - start, label), "noise": noise(0, model.shape, 0)}
+        if model.stochastic:
+            given["steps_noise"] = noise(STEPS_NOISE, (steps, *model.shape), 1)
+        return {name: given[name] for name in model.inputs if name in given}
+
+    common: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
+    return Work(query.n, steps, {name: common[name] for name in model.inputs if name in common}, part)
 
 
 def class_index(name: str, classes: list[str]) -> int:
@@ -101,12 +108,15 @@ def png(images: NDArray[Any], scale: int) -> bytes:
         images = images[..., : 3 if images.shape[3] > 3 else 1]
     count, height, width, channels = images.shape
     columns, rows = layout(count)
-    height, width = height * scale + 1, width * scale + 1
-    cells = np.full((rows * columns, height, width, channels), 128, np.uint8)
-    cells[:count, 1:, 1:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    grid = grid.reshape(rows * height, columns * width, channels)
-    grid = np.pad(grid, ((0, 1), (0, 1), (0, 0)), constant_values=128)
+    height, width = height * scale, width * scale
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    grid = Image.new(mode, (columns * (width + 1) + 1, rows * (height + 1) + 1), (128,) * channels)
+    for index, image in enumerate(images):  # one by one, since NumPy stops other threads while it copies
+        row, column = divmod(index, columns)
+        cell = Image.fromarray(image[:, :, 0] if channels == 1 else image)
+        grid.paste(
+            cell.resize((width, height), Image.Resampling.NEAREST), (column * (width + 1) + 1, row * (height + 1) + 1)
+        )
     buffer = io.BytesIO()
-    Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(buffer, format="PNG")
+    grid.save(buffer, format="PNG")
     return buffer.getvalue()

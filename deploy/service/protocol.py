@@ -13,7 +13,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic_core import to_json
 
+from deploy.service.batching import Work
 from deploy.service.models import Feeds, Model, Tensor
 from diffusion.errors import counted
 
@@ -22,6 +24,14 @@ VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
     "INT64": (np.int64, {int}),
 }
 """NumPy dtype and the Python types accepted in JSON, for each datatype that the graphs' inputs have."""
+
+
+BYTES_PER_VALUE = 32
+"""Of a number in JSON, with separators, if written in full."""
+BESIDES = 4096
+"""Limit of each kind of delimiter besides those of the values, and a sixteenth of that of other bytes."""
+PIECE = 2**13
+"""Number of values that are written as JSON at once, since other threads wait meanwhile."""
 
 
 class Invalid(Exception):
@@ -57,12 +67,27 @@ class ParsedRequest(NamedTuple):
     """A validated request."""
 
     id: str | None
-    feeds: Feeds
+    work: Work
     outputs: list[str]
 
 
-def parse(body: bytes, model: Model, max_images: int) -> ParsedRequest:
+def max_body(model: Model, max_images: int) -> int:
+    """The bytes of the largest valid request."""
+    return max_images * model.max_values * BYTES_PER_VALUE + 16 * BESIDES
+
+
+def check_size(body: bytearray, model: Model, max_images: int) -> None:
+    """Raise Invalid if a body has more values or lists than any valid one: parsed, they take many times the memory."""
+    values = max_images * model.max_values
+    lists = 4 * values // model.shape[-1]  # a nested one for each row, image channel, image and step
+    for delimiter, most in ((b",", values + lists), (b"[", lists), (b"{", 0), (b'"', 0)):
+        if body.count(delimiter) > most + BESIDES:
+            raise Invalid(f"the body has more `{delimiter.decode()}` than any valid request; check its data")
+
+
+def parse(body: bytearray, model: Model, max_images: int) -> ParsedRequest:
     """Validate a request and fill in default inputs; raises Invalid."""
+    check_size(body, model, max_images)
     try:
         request = InferenceRequest.model_validate_json(body)
     except ValidationError as error:
@@ -80,7 +105,9 @@ def parse(body: bytes, model: Model, max_images: int) -> ParsedRequest:
         if each.name in given:
             raise Invalid(f"input {each.name}: given twice; remove one")
         given[each.name] = _array(each, model, max_images)
-    return ParsedRequest(request.id, with_defaults(given, model), outputs)
+    feeds = with_defaults(given, model)
+    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds["steps"][0]) if "steps" in feeds else 0
+    return ParsedRequest(request.id, Work.of(feeds, steps or model.steps), outputs)
 
 
 def with_defaults(given: Feeds, model: Model) -> Feeds:
@@ -113,7 +140,8 @@ def _array(given: RequestInput, model: Model, max_images: int) -> NDArray[Any]:
         size == found if size != -1 else found >= 1 for size, found in zip(tensor.shape, given.shape, strict=True)
     )
     if not fits:
-        raise Invalid(f"{where}: shape must be {list(tensor.shape)}, where -1 is any size from 1 (got {given.shape})")
+        expected = f"{list(tensor.shape)}, where -1 is any size from 1"
+        raise Invalid(f"{where}: shape must be {expected} (got {str(given.shape)[:50]})")
     if given.name == "noise" and given.shape[0] > max_images:
         raise Invalid(
             f"{where}: at most {counted(max_images, 'image')} per request (got {given.shape[0]}); send several requests"
@@ -150,38 +178,18 @@ def _flat(data: list[Any], shape: list[int], where: str) -> list[Any]:
 
 def answer(asked: ParsedRequest, name: str, model: Model, results: Feeds) -> bytes:
     """Build the response to a request, as JSON."""
-    return (
-        InferenceResponse(
-            model_name=name,
-            model_version=model.version,
-            id=asked.id,
-            outputs=[
-                ResponseOutput(
-                    name=output,
-                    datatype=model.outputs[output].datatype,
-                    shape=results[output].shape,
-                    data=results[output].reshape(-1).tolist(),
-                )
-                for output in asked.outputs
-            ],
-        )
-        .model_dump_json(exclude_none=True)
-        .encode()
-    )
+    head = {"model_name": name, "model_version": model.version} | ({} if asked.id is None else {"id": asked.id})
+    outputs = []
+    for output in asked.outputs:
+        value = results[output]
+        facts = {"name": output, "datatype": model.outputs[output].datatype, "shape": value.shape}
+        outputs.append(to_json(facts)[:-1] + b',"data":' + _list(value.reshape(-1)) + b"}")
+    return to_json(head)[:-1] + b',"outputs":[' + b",".join(outputs) + b"]}"
 
 
-class ResponseOutput(BaseModel):
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    data: Any
-
-
-class InferenceResponse(BaseModel):
-    model_name: str
-    model_version: str
-    id: str | None
-    outputs: list[ResponseOutput]
+def _list(values: NDArray[Any]) -> bytes:
+    pieces = (to_json(values[start : start + PIECE].tolist())[1:-1] for start in range(0, len(values), PIECE))
+    return b"[" + b",".join(pieces) + b"]"
 
 
 def metadata(name: str, model: Model) -> dict[str, Any]:

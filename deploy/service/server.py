@@ -1,26 +1,125 @@
-"""A uvicorn server that shuts down without losing a request."""
+"""A uvicorn server that survives slow and idle clients, and shuts down without losing a request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import time
+from collections import Counter
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.service.app import Service
 
 log = logging.getLogger("ddpm.service")
 LINGER_SECONDS = 1.0
 """How long an open connection may still send its request once no new connections are accepted."""
-SHUTDOWN_TIMEOUT_SECONDS = 60
-"""How long to wait for accepted requests, so that a client that never completes its request cannot block shutdown."""
+FINISH_SECONDS = 10.0
+"""How long accepted requests may take after that; the rest get a 503."""
+SHUTDOWN_TIMEOUT_SECONDS = 15
+"""How long uvicorn waits for all of these, so that a client that does not read its response cannot block shutdown."""
+HEAD_SECONDS = 10.0
+"""How long a connection may take until the headers of its next request are complete."""
+READ_SECONDS = 60.0
+"""How long a client may take to read a response."""
+MAX_UNREAD = 256 * 2**20
+"""Bytes of responses that clients have not read yet; beyond it, those of the client with most are dropped."""
+MAX_CONNECTIONS = 1000
+"""A further connection replaces the oldest one without a complete request, of the client that has most of these."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, with limits for connections without a request, and errors as {"error": "one line"}."""
+
+    cycle: Any
+    """The last request, or None."""
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+        if len(self.connections) > MAX_CONNECTIONS:
+            idle = [each for each in self._all() if each._idle]
+            counts = Counter(each._host for each in idle)
+            oldest = max(idle, key=lambda each: (counts[each._host], -each._since))
+            oldest._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        if self._unread:
+            self.loop.call_later(READ_SECONDS, self._check_read, self.cycle)
+            unread = Counter[str]()
+            for each in self._all():
+                unread[each._host] += each._unread
+            if unread.total() > MAX_UNREAD:
+                max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
+        self._await_request()
+        super().on_response_complete()
+
+    def _all(self) -> list[Connection]:
+        return [each for each in self.connections if isinstance(each, Connection)]
+
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
+    @property
+    def _unread(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether it waits for a request, or for the rest of one."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _await_request(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._since = self.loop.time()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._check_request)
+
+    def _check_request(self) -> None:
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self._refuse(408, f"no request arrived within {HEAD_SECONDS:g} s")
+
+    def _check_read(self, cycle: Any) -> None:
+        if self.cycle is cycle and self._unread:
+            self.transport.abort()
+
+    def _should_upgrade(self) -> bool:
+        return False  # a request for another protocol is answered in this one
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, line: str) -> None:
+        """Answer and close."""
+        body = json.dumps({"error": line}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # the response has begun already
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # else the rest of its request would be answered, too
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self._unread:
+            self.transport.abort()
+        else:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -38,6 +137,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
+                http=Connection,
+                ws="none",
                 timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
             )
         )
@@ -84,4 +185,11 @@ class Server(uvicorn.Server):
         await asyncio.sleep(0.1)  # asyncio registers newly accepted connections only after a moment
         while self.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(0.05)
+        loop.call_later(FINISH_SECONDS, self._service.batcher.close)
+        loop.call_later(FINISH_SECONDS + LINGER_SECONDS, self._abort)
         await super().shutdown(sockets)
+
+    def _abort(self) -> None:
+        """Close the connections whose clients neither send their request nor read their response."""
+        for connection in self.server_state.connections:
+            connection.transport.abort()

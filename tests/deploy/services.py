@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 INFER = "/v2/models/ddpm/infer"
 
 
-def service(path: Path, max_batch: int = 8, max_waiting: int = 64, **limits: int) -> Service:
+def service(path: Path, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
     served = Served(File(path), Model)
     metrics = Metrics(served)
     batcher = Batcher(max_batch, max_waiting, observe=metrics.batch)

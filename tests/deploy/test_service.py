@@ -260,7 +260,7 @@ def test_a_full_queue_and_a_failing_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert refused.headers["Retry-After"] == "1"
     assert "images are waiting" in refused.json()["error"]
 
-    def fail(_: Feeds) -> Feeds:
+    def fail(*_: Any) -> Feeds:
         raise RuntimeError("out of memory\nat once")
 
     with monkeypatch.context() as patch:
