@@ -80,7 +80,7 @@ def announced(stage: str, processes: int) -> Iterator[Meeting]:
 
 
 def take_part(folder: Path) -> None:
-    """Start this node's processes of every training that the first node announces; returns never."""
+    """Start this node's processes of every training that the first node announces; never returns."""
     known: set[Path] = set()
     while True:
         for file in set(folder.glob("*.json")) - known:

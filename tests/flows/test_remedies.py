@@ -42,9 +42,9 @@ def test_the_last_flow_run_is_offered_in_a_working_tree(tmp_path: Path, monkeypa
     assert with_remedy(fault) == plain
     states: dict[str, State] = {"old-one": "completed", "new-one": "completed", "worst-one": "failed"}
     for day, (name, state) in enumerate(states.items(), start=1):
-        directory, end = tmp_path / ".ddpm/runs" / name, f"2026-01-0{day}T00:00:00"
+        directory, end = tmp_path / ".ddpm/runs" / name, f"2026-01-0{day}T00:00:00+00:00"
         directory.mkdir(parents=True)
-        Run(name, "id", "2026-01-01T00:00:00", "", False, state, end).write(directory)
+        Run(name, "id", "2026-01-01T00:00:00+00:00", "", False, state, end).write(directory)
     assert with_remedy(fault) == f"{plain}, or `ddpm apply new-one` takes the results of the last flow run"
     monkeypatch.chdir(tmp_path / ".ddpm/runs/old-one")  # in a run's own workspace there is nothing to apply
     assert with_remedy(fault) == plain

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import zc.lockfile
@@ -161,7 +162,9 @@ def test_locks_of_another_kind_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", [".", "one"])
-def test_it_waits_for_dvc(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_waits_for_dvc(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = SimpleQueue[str]()
+    monkeypatch.setattr(cache, "say", said.put)
     workspace = run("one")
     folder = Path() if name == "." else workspace
     (folder / ".dvc/tmp").mkdir(parents=True)
@@ -175,9 +178,7 @@ def test_it_waits_for_dvc(name: str, capsys: pytest.CaptureFixture[str]) -> None
     thread = threading.Thread(target=wait)
     thread.start()
     try:
-        said = ""
-        while f"gc: waiting for DVC in {folder}" not in said:
-            said += capsys.readouterr().err
+        assert said.get(timeout=60).startswith(f"gc: waiting for DVC in {folder}")
         assert not entered.is_set()
     finally:
         held.close()
