@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -25,7 +26,16 @@ def test_a_run_cancelled_while_it_is_tracked_lets_the_command_mark_its_record(
     command.chmod(0o755)
     monkeypatch.setattr(pipeline.sys, "executable", str(command))
 
+    waits, communicate = threading.Event(), subprocess.Popen.communicate
+
+    def waiting(process: "subprocess.Popen[str]") -> tuple[str, str]:
+        waits.set()
+        return communicate(process)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", waiting)
+
     def cancel() -> None:
+        waits.wait(60)
         while not (tmp_path / "started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
