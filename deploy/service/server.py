@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from deploy.service.app import Service
+from deploy.service.state import Service
 
 log = logging.getLogger("ddpm.service")
 LINGER_SECONDS = 1.0

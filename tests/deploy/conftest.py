@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.service.app import Service
+from deploy.service.state import Service
 from tests.deploy.services import shared
 from tests.machine import program
 

@@ -16,10 +16,11 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.service.app import Service, create
+from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
 from deploy.service.models import Feeds, File, Model, Served
+from deploy.service.state import Service
 from tests.deploy.models import write_model
 
 REPOSITORY = Path(__file__).parents[2]

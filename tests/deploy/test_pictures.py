@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from deploy.service.app import Service
 from deploy.service.pictures import STEPS_NOISE, png
+from deploy.service.state import Service
 from diffusion.export import golden
 from tests.deploy.models import write_model
 from tests.deploy.services import ask, direct, get, same, service, shared

@@ -1,0 +1,60 @@
+"""The options of the command line."""
+
+import argparse
+import threading
+
+
+def positive_int(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer (got {text})")
+    return value
+
+
+def natural(text: str) -> int:
+    """Parse a non-negative integer."""
+    return 0 if text == "0" else positive_int(text)
+
+
+def non_negative(text: str) -> float:
+    """Parse a non-negative number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"must be a non-negative number (got {text})")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m deploy.service",
+        description="Serve a sampler.onnx over HTTP: Open Inference Protocol v2, and PNG images at /images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def option(name: str, **keywords: object) -> None:
+        made.add_argument(f"--{name}", **keywords)  # type: ignore[arg-type]
+
+    option(
+        "model",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="a sampler.onnx file, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow (MLFLOW_TRACKING_URI)",
+    )
+    option("name", default="ddpm", help="name of the model in URL paths")
+    option("host", default="127.0.0.1", help="address to listen on")
+    option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
+    option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
+    option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 for one per core")
+    option("max-images", type=positive_int, default=64, help="maximum images per request")
+    option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
+    option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
+    option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")
+    option("max-waiting", type=positive_int, default=512, help="maximum queued images, half of them of one client")
+    option("max-wait", type=non_negative, default=60, help="maximum seconds a request may wait for others (estimated)")
+    option("max-seconds", type=non_negative, default=300, help="maximum seconds per request")
+    option("poll", type=non_negative, default=10, help="seconds between checks of the MLflow alias for a new version")
+    option("drain", type=non_negative, default=1, help="seconds to keep accepting connections after SIGTERM")
+    return made

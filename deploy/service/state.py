@@ -1,0 +1,43 @@
+"""The state of the service, shared by the routes."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from deploy.service.batching import Batcher
+from deploy.service.metrics import Metrics
+from deploy.service.models import Served
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """State shared by the routes."""
+
+    name: str
+    served: Served
+    batcher: Batcher
+    metrics: Metrics
+    max_images: int = 64
+    max_body: int = 16 * 2**20
+    body_seconds: float = 10.0
+    """Time for the body of a request to arrive."""
+    max_seconds: float = 300.0
+    """Time to compute a response."""
+    max_buffered: int = 128 * 2**20
+    """Bytes of bodies at a time, of which a client may use what it leaves to others."""
+    draining: bool = False
+    """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
+    buffered: Counter[str] = field(default_factory=Counter)
+    """Bytes of bodies whose requests are not done, by client."""
+    threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
+    """For JSON and PNG. Few, since each may need several times the memory of what it converts."""
+
+    async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in one of these threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call, *arguments)
