@@ -114,12 +114,13 @@ docs: setup ## Build the documentation in site/ and check its links.
 
 lock: ## Regenerate requirements.lock and requirements-dev.lock from pyproject.toml.
 	$(PYTHON) -m venv --clear .ddpm/lock
-	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable .
-	$(FREEZE) > .ddpm/lock/run
-	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(FREEZE) > .ddpm/lock/all
-	{ head -n 1 requirements.lock; cat .ddpm/lock/run; } > .ddpm/requirements.lock
-	{ head -n 1 requirements-dev.lock; grep -Fvxf .ddpm/lock/run .ddpm/lock/all; } > .ddpm/requirements-dev.lock
+	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check setuptools --editable '.[dev]'
+	$(FREEZE) > .ddpm/lock-all
+	$(PYTHON) -m venv --clear .ddpm/lock # the same versions for both: the tests' packages set some limits
+	.ddpm/lock/bin/pip install --quiet --disable-pip-version-check -c .ddpm/lock-all setuptools --editable .
+	$(FREEZE) > .ddpm/lock-run
+	{ head -n 1 requirements.lock; cat .ddpm/lock-run; } > .ddpm/requirements.lock
+	{ head -n 1 requirements-dev.lock; grep -Fvxf .ddpm/lock-run .ddpm/lock-all; } > .ddpm/requirements-dev.lock
 	mv .ddpm/requirements.lock .ddpm/requirements-dev.lock .
 # Each platform needs one of the two ONNX Runtimes; torch itself selects its GPU packages.
 FREEZE = .ddpm/lock/bin/pip freeze --all --exclude-editable | sed -E \
