@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from deploy.service import protocol
+from deploy.service import compression, inputs, outputs, protocol
 from deploy.service.models import Model
 from deploy.service.requests import compute, find, received, sender
 from deploy.service.state import Service
@@ -27,7 +27,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v2")
     @router.get("/v2/")
     async def server() -> dict[str, Any]:
-        return {"name": "ddpm", "version": VERSION, "extensions": []}
+        return {"name": "ddpm", "version": VERSION, "extensions": protocol.EXTENSIONS}
 
     @router.get("/v2/health/live")
     async def live() -> dict[str, bool]:
@@ -53,12 +53,13 @@ def routes(service: Service) -> APIRouter:
     @router.post(f"{numbered}/infer")
     async def infer(request: Request, model: Current) -> Response:
         service.batcher.check_room(sender(request))
-        limit = min(service.max_body, protocol.max_body(model, service.max_images))
+        limit = min(service.max_body, inputs.max_body(model, service.max_images))
+        json_length, encoding = request.headers.get(protocol.JSON_LENGTH), compression.accepted(request.headers)
         async with received(request, limit, service) as body:
-            asked = await service.convert(protocol.parse, body, model, service.max_images)
+            asked = await service.convert(inputs.parse, body, json_length, model, service.max_images)
             body.clear()
             results = await compute(service, request, model, asked.work)
-            answer = await service.convert(protocol.answer, asked, service.name, model, results)
-        return Response(answer, media_type="application/json")
+            answer = await service.convert(outputs.answer, asked, service.name, model, results, encoding)
+        return Response(answer.body, media_type=answer.media_type, headers=answer.headers)
 
     return router
