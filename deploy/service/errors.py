@@ -18,9 +18,14 @@ log = logging.getLogger("ddpm.service")
 def answer_errors(app: FastAPI) -> None:
     """Add the handlers."""
 
-    async def answer(_: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         headers: Mapping[str, str] | None = None
         match error:
+            case HTTPException(status_code=404, detail="Not Found"):  # Starlette's
+                status, line = 404, "no such path; /docs lists those of this service"
+            case HTTPException(status_code=405):
+                allowed = (error.headers or {}).get("Allow", "")
+                status, line, headers = 405, f"{request.method[:20]}: not allowed here; use {allowed}", error.headers
             case HTTPException():
                 status, line, headers = error.status_code, error.detail, error.headers
             case protocol.Invalid():
