@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -13,6 +15,25 @@ from deploy.service import protocol
 from deploy.service.batching import QueueFull, RunFailed, Stopping
 
 log = logging.getLogger("ddpm.service")
+STATUSES = {
+    400: "The request is invalid.",
+    404: "The model or its version is unknown.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large, or becomes so when decompressed.",
+    415: "The encoding of the body is unknown.",
+    500: "The model failed.",
+    503: "The service is busy, or shuts down; Retry-After has seconds.",
+    504: "It took too long.",
+}
+
+
+class Error(BaseModel):
+    error: str
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for its OpenAPI document."""
+    return {status: {"model": Error, "description": STATUSES[status]} for status in statuses}
 
 
 def answer_errors(app: FastAPI) -> None:

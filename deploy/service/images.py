@@ -1,21 +1,29 @@
 """GET /images: grids of images as PNG."""
 
 import secrets
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from deploy.service import pictures, protocol
+from deploy.service.errors import described
 from deploy.service.requests import compute
 from deploy.service.state import Service
+
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}, "description": "A PNG; X-Seed and X-Model-Version tell what made it."},
+    304: {"description": "The picture is that of If-None-Match."},
+    **described(400, 500, 503, 504),
+}
 
 
 def routes(service: Service) -> APIRouter:
     """Create the routes."""
     router = APIRouter()
 
-    @router.get("/images")
+    @router.get("/images", response_class=Response, responses=PICTURE)
     async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        """A grid of generated images."""
         for name in (given := request.query_params):
             if len(given.getlist(name)) > 1:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
