@@ -15,7 +15,7 @@ from deploy.service.protocol import Invalid
 
 WINDOW_BITS = {"gzip": zlib.MAX_WBITS + 16, "deflate": zlib.MAX_WBITS}
 """The encodings, and zlib's name for them; `deflate` has zlib's header (RFC 9110, section 8.4.1.2)."""
-PIECE = 2**20
+PIECE = 2**18
 """The most bytes that are decompressed at once, whatever they are compressed to."""
 LEVEL = 1
 """Of zlib. Level 6 takes four times as long, to save another twentieth of what numbers in JSON take."""
@@ -46,7 +46,7 @@ def accepted(headers: Headers) -> str | None:
 
 
 def pieces(body: bytearray, encoding: str) -> Iterator[bytes]:
-    """Decompress a body in pieces of at most a megabyte, without the GIL; raises Invalid if it is damaged."""
+    """Decompress a body in pieces of up to PIECE bytes, without the GIL; raises Invalid if it is damaged."""
     stream = zlib.decompressobj(WINDOW_BITS[encoding])
     try:
         for start in range(0, len(body), PIECE):
