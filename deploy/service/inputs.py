@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from deploy.service.batching import Work
-from deploy.service.models import Feeds, Model
+from deploy.service.models import Model
 from deploy.service.protocol import JSON_LENGTH, InferenceRequest, Invalid, Message, RequestInput, describe
+from deploy.service.work import Feeds, Work
 from diffusion.errors import counted
 
 VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
@@ -88,8 +88,8 @@ def parse(body: bytearray, json_length: str | None, model: Model, max_images: in
     if end < len(body):
         raise Invalid(f"the body has {counted(len(body) - end, 'byte')} more than its JSON and the inputs' binary data")
     feeds = with_defaults(given, model)
-    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds["steps"][0]) if "steps" in feeds else 0
-    return ParsedRequest(request.id, Work.of(feeds, steps or model.steps), outputs)
+    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds.pop("steps")[0]) or model.steps
+    return ParsedRequest(request.id, Work.of(feeds, steps, model.evaluations(steps), model.pace), outputs)
 
 
 def with_defaults(given: Feeds, model: Model) -> Feeds:

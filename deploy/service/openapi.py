@@ -131,8 +131,11 @@ def _command(method: str, path: str, operation: Json, url: str) -> str:
         elif each["in"] == "query" and value is not None:
             query[each["name"]] = value
     words = ["curl", url + path + ("?" + urlencode(query) if query else "")]
-    if "image/png" in operation["responses"].get("200", {}).get("content", {}):
+    kinds = operation["responses"].get("200", {}).get("content", {})
+    if "image/png" in kinds:
         words += ["--output", "picture.png"]
+    if "text/event-stream" in kinds:
+        words += ["--no-buffer"]
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
     if body is not None:
         words += ["--json", json.dumps(body, separators=(",", ":"))]

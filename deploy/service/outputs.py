@@ -10,8 +10,9 @@ from pydantic_core import to_json
 
 from deploy.service.compression import compressed
 from deploy.service.inputs import BINARY_SIZE, ParsedRequest
-from deploy.service.models import Feeds, Model
+from deploy.service.models import Model
 from deploy.service.protocol import JSON_LENGTH
+from deploy.service.work import Feeds
 
 PIECE = 2**13
 """Number of values that are written as JSON at once, since other threads wait meanwhile."""

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.service.models import Feeds
+from deploy.service.work import Feeds
 from tests.deploy.services import INFER, tensor
 
 JSON_LENGTH = "Inference-Header-Content-Length"

@@ -13,8 +13,8 @@ import pytest
 
 from deploy.service import compression
 from deploy.service.compression import pieces
-from deploy.service.models import Feeds
 from deploy.service.state import Service
+from deploy.service.work import Feeds
 from tests.deploy.binary import JSON_LENGTH, message, packed, received, request
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, ask, direct, get, post, same, service

@@ -14,7 +14,7 @@ from fastapi.openapi.models import OpenAPI
 
 from deploy.service.state import Service
 from tests.deploy.binary import message, request
-from tests.deploy.services import INFER, ask, get, post, received, same
+from tests.deploy.services import INFER, ask, direct, get, post, received, same
 from tests.export.test_sampler_graph import SHAPE
 
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def test_the_example_of_inference(served: Service) -> None:
     }
     if "steps_noise" not in given:
         given |= {"steps": np.array([0]), "y": np.array([-1]), "guidance": np.float32([2.5])}
-    same(received(answer)["images"], served.served.current.run(given)["images"])
+    same(received(answer)["images"], direct(served, **given)["images"])
 
 
 def test_errors_and_binary_responses_are_as_described(classes: Service) -> None:
@@ -140,7 +140,7 @@ def test_the_page_needs_no_other_files(classes: Service) -> None:
 def test_other_paths_and_methods(classes: Service) -> None:
     unknown, method = ask(classes, get("/v2/models/ddpm/config"), get(INFER))
     assert (unknown.status_code, unknown.json()) == (404, {"error": "no such path; /docs lists those of this service"})
-    assert (method.status_code, method.json()) == (405, {"error": "GET: not allowed here; use POST"})
+    assert (method.status_code, method.json()) == (405, {"error": "this path does not have the method; use POST"})
     assert method.headers["Allow"] == "POST"
 
 

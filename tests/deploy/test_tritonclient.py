@@ -12,7 +12,8 @@ import tritonclient.http.aio as triton_aio
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from deploy.service.models import Feeds, Model
+from deploy.service.work import Feeds
+from diffusion.export import runtime
 from tests.deploy.models import write_model
 from tests.deploy.services import Running, running, same
 from tests.export.test_sampler_graph import SHAPE
@@ -44,8 +45,10 @@ def client(server: Running) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def expected(path: Path) -> Feeds:
     """What ONNX Runtime gives for the inputs."""
-    model = Model(path.read_bytes(), None, threads=1)
-    return model.run({"noise": NOISE, "y": LABELS, "steps": np.array([3]), "guidance": np.array([1.5], np.float32)})
+    session = runtime.session(path.read_bytes(), None, 1)
+    names = [output.name for output in session.get_outputs()]
+    feeds = {"noise": NOISE, "y": LABELS, "steps": np.array([3]), "guidance": np.array([1.5], np.float32)}
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def given(binary: bool = True, library: Any = triton) -> list[Any]:
