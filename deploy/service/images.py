@@ -17,7 +17,7 @@ from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 from deploy.service import pictures, protocol
-from deploy.service.errors import EXPECTED, answer
+from deploy.service.errors import EXPECTED, answer, described
 from deploy.service.models import Model, to_uint8
 from deploy.service.requests import compute, sender
 from deploy.service.state import Service
@@ -25,6 +25,12 @@ from deploy.service.work import Work
 
 EVENTS = 10
 """About how many estimates a stream sends, unless asked for another number of steps between them."""
+
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}, "description": "A PNG; X-Seed and X-Model-Version tell what made it."},
+    304: {"description": "The picture is that of If-None-Match."},
+    **described(400, 500, 503, 504),
+}
 
 
 MAX_UNSENT = 2**25
@@ -34,8 +40,7 @@ MAX_UNSENT = 2**25
 class StreamQuery(pictures.ImageQuery):
     """The query of GET /images/stream."""
 
-    every: int = Field(0, ge=0)
-    """Steps between estimates; 0 for about EVENTS of them."""
+    every: int = Field(0, ge=0, description=f"Steps between estimates; 0 for about {EVENTS} of them.")
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,9 @@ def routes(service: Service) -> APIRouter:
         seed = secrets.randbelow(2**32) if query.seed is None else query.seed
         return Asked(model, seed, pictures.work(query, seed, model, service.max_images))
 
-    @router.get("/images")
+    @router.get("/images", response_class=Response, responses=PICTURE)
     async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        """A grid of generated images."""
         model, seed, work = (found := asked(request, query)).model, found.seed, found.work
         headers = {"X-Model-Version": model.version, "X-Seed": str(seed), "Cache-Control": "no-store"}
         if query.seed is not None:  # unchanged until the model changes, which the ETag tells in one round trip
@@ -77,10 +83,12 @@ def routes(service: Service) -> APIRouter:
         service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
         return found
 
-    @router.get("/images/stream", response_class=EventSourceResponse)
+    @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
     async def stream(
         request: Request, query: Annotated[StreamQuery, Query()], asked: Annotated[Asked, Depends(accepted)]
     ) -> AsyncGenerator[ServerSentEvent]:
+        """The same as it forms: events `progress`, then `done` or `error`."""
+
         async def event(kind: str, images: NDArray[np.uint8], step: int, **facts: Any) -> ServerSentEvent:
             png = await service.convert(pictures.png, images, query.scale)
             image = base64.b64encode(png).decode()

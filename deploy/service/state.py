@@ -36,7 +36,7 @@ class Service:
     buffered: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies whose requests are not done, by client."""
     threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
-    """For JSON and PNG. Few, since each may need several times the memory of what it converts."""
+    """For JSON, gzip and PNG. Few, since each may need several times the memory of what it converts."""
 
     async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of these threads."""
