@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from deploy.service import pictures, protocol
-from deploy.service.requests import compute
+from deploy.service.requests import chosen, compute
 from deploy.service.state import Service
 
 
@@ -19,7 +19,7 @@ def routes(service: Service) -> APIRouter:
         for name in (given := request.query_params):
             if len(given.getlist(name)) > 1:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
-        model, seed = service.served.current, query.seed
+        model, seed = chosen(service, query.model), query.seed
         headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
         if seed is None:
             seed = secrets.randbelow(2**32)

@@ -18,7 +18,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     def current(request: Request) -> Model:
-        """The model named in the path."""
+        """The model in the path."""
         return find(service, request.path_params["name"], request.path_params.get("version"))
 
     Current = Annotated[Model, Depends(current)]
@@ -38,16 +38,20 @@ def routes(service: Service) -> APIRouter:
         # The specification calls the field "live" here too; "ready" is what clients expect.
         return JSONResponse({"live": True, "ready": not service.draining}, 503 if service.draining else 200)
 
+    @router.get("/v2/models")
+    async def index() -> list[dict[str, Any]]:
+        return service.models.index(not service.draining)
+
     @router.get(f"{newest}/ready")
     @router.get(f"{numbered}/ready")
-    async def model_ready(_: Current) -> Response:
-        body = {"name": service.name, "ready": not service.draining}
+    async def model_ready(model: Current) -> Response:
+        body = {"name": model.name, "ready": not service.draining}
         return JSONResponse(body, 503 if service.draining else 200)
 
     @router.get(newest)
     @router.get(numbered)
     async def metadata(model: Current) -> dict[str, Any]:
-        return protocol.metadata(service.name, model)
+        return protocol.metadata(model.name, model, service.models.versions(model.name))
 
     @router.post(f"{newest}/infer")
     @router.post(f"{numbered}/infer")
@@ -58,7 +62,7 @@ def routes(service: Service) -> APIRouter:
             asked = await service.convert(protocol.parse, body, model, service.max_images)
             body.clear()
             results = await compute(service, request, model, asked.work)
-            answer = await service.convert(protocol.answer, asked, service.name, model, results)
+            answer = await service.convert(protocol.answer, asked, model.name, model, results)
         return Response(answer, media_type="application/json")
 
     return router

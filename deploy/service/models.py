@@ -1,25 +1,17 @@
-"""The served model: loaded from a file or MLflow, verified before use, and updated when its alias moves."""
+"""A model: verified before use, and run by ONNX Runtime."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import re
-import tempfile
-import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from diffusion.export import digest, golden, runtime
 
-log = logging.getLogger("ddpm.service")
-T = TypeVar("T")
 Feeds = dict[str, NDArray[Any]]
 """Inputs or outputs of the graph, by name."""
 METADATA_VERSION = "2"
@@ -44,14 +36,22 @@ class Tensor(NamedTuple):
 class Model:
     """A verified sampler in ONNX Runtime."""
 
-    def __init__(self, content: bytes, version: str | None, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        version: str | None = None,
+        name: str = "ddpm",
+        device: str = "cpu",
+        threads: int = 1,
+    ) -> None:
         """Check the digest of a sampler.onnx, load it and run its golden test, which also warms it up.
 
         Args:
             content: the bytes of the file.
             version: its version; None for the first 12 digits of the weights' digest.
+            name: the name that it is served by.
             device: `auto`, `cpu` or `cuda`.
-            threads: number of ONNX Runtime threads; 0 for one per core.
+            threads: number of ONNX Runtime threads.
 
         Raises:
             RejectedModel: the file is damaged or not a sampler, its golden test fails, or the device is unavailable.
@@ -88,7 +88,7 @@ class Model:
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # an edited file may contain anything
             raise RejectedModel(golden.brief(error)) from None
-        self.version = version or self.weights[:12]
+        self.name, self.version, self.threads = name, version or self.weights[:12], threads
         self.digest = hashlib.sha256(content).hexdigest()  # the same weights can be exported with different settings
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
@@ -136,112 +136,3 @@ def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:
         )
         for value in values
     }
-
-
-class Source(Protocol):
-    """Where models are loaded from."""
-
-    def version(self) -> str | None:
-        """Return the version to serve now; raises ModelError if it cannot be determined."""
-        ...
-
-    def read(self, version: str | None) -> bytes:
-        """Return the bytes of its sampler.onnx; raises ModelError."""
-        ...
-
-
-class File:
-    """A sampler.onnx, read once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def version(self) -> None:
-        return None
-
-    def read(self, version: str | None) -> bytes:  # noqa: ARG002 a file has only one version
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ModelError(
-                f"cannot read it ({error.strerror}); `ddpm export` writes models/onnx/sampler.onnx"
-            ) from None
-
-
-class Registered:
-    """A model in the MLflow registry: models:/NAME/VERSION, or models:/NAME@ALIAS, whose version may change."""
-
-    def __init__(self, uri: str) -> None:
-        found = re.fullmatch(r"models:/([^/@]+)(?:/([0-9]+)|@([^/@]+))", uri)
-        if not found:
-            raise ModelError("must have the form models:/NAME@ALIAS or models:/NAME/VERSION")
-        self.name, self._number, self.alias = found.groups()
-
-    def version(self) -> str:
-        if self._number:
-            return str(self._number)
-        return _mlflow(lambda client, _: str(client.get_model_version_by_alias(self.name, self.alias).version))
-
-    def read(self, version: str | None) -> bytes:
-        def fetch(_: Any, download: Any) -> bytes:
-            with tempfile.TemporaryDirectory(prefix="ddpm-service-") as directory:
-                uri = f"models:/{self.name}/{version}/model.onnx"
-                return Path(download(artifact_uri=uri, dst_path=directory)).read_bytes()
-
-        return _mlflow(fetch)
-
-
-def _mlflow(call: Callable[[Any, Any], T]) -> T:
-    """Call a function with an MLflow client and the download function; raises ModelError if MLflow fails."""
-    try:  # imported here, since serving a file does not need MLflow
-        from mlflow import MlflowClient
-        from mlflow.artifacts import download_artifacts
-
-        return call(MlflowClient(), download_artifacts)
-    except Exception as error:  # from MLflow, its database, HTTP or storage
-        # Addresses differ between calls, and the same cause must give the same line.
-        line = re.sub(r"<[^<>]* at 0x[0-9a-f]+>:? ?", "", golden.brief(error))
-        raise ModelError(f"not available from MLflow ({line})") from None
-
-
-class Served:
-    """`current` is the model in use; `update` replaces it if the source has a new version."""
-
-    def __init__(self, source: Source, load: Callable[[bytes, str | None], Model]) -> None:
-        """Load the first model; raises ModelError if that fails."""
-        self._source, self._load = source, load
-        version = source.version()
-        self.current = load(source.read(version), version)
-        self.failures = 0
-        """Number of failed updates."""
-        self._last_error = ""
-        self._rejected: dict[str | None, str] = {}
-        """Reason by version, as text: an exception would keep the model alive through its traceback."""
-
-    def update(self) -> None:
-        """Check the source once. A failure is counted, logged if it is new, and leaves the current model in place."""
-        version = None
-        try:
-            version = self._source.version()
-            if version != self.current.version:
-                if version in self._rejected:  # do not download it again
-                    raise RejectedModel(self._rejected[version])
-                self.current = self._load(self._source.read(version), version)
-                log.info("now serving version %s (weights %s)", version, self.current.weights[:12])
-            self._last_error = ""
-        except ModelError as error:
-            self.failures += 1
-            if isinstance(error, RejectedModel):
-                self._rejected[version] = str(error)
-            line = f"version {version}: {error}" if version else str(error)
-            if line != self._last_error:
-                log.error("still serving version %s: %s", self.current.version, line)
-            self._last_error = line
-        except Exception as error:  # a malformed file must not end the polling
-            self.failures += 1
-            log.error("still serving version %s: %s", self.current.version, golden.brief(error))
-
-    def follow(self, seconds: float, stop: threading.Event) -> None:
-        """Call `update` every `seconds` until `stop` is set."""
-        while not stop.wait(seconds):
-            self.update()

@@ -40,10 +40,12 @@ def parser() -> argparse.ArgumentParser:
     option(
         "model",
         required=True,
+        action="append",
+        metavar="[NAME=]SOURCE",
         default=argparse.SUPPRESS,
-        help="a sampler.onnx file, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow (MLFLOW_TRACKING_URI)",
+        help="a sampler.onnx file, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow (MLFLOW_TRACKING_URI), and "
+        "its name in URLs, by default that in MLflow, or ddpm for a file; repeat it for more models or versions of one",
     )
-    option("name", default="ddpm", help="name of the model in URL paths")
     option("host", default="127.0.0.1", help="address to listen on")
     option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")

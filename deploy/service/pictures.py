@@ -28,6 +28,8 @@ class ImageQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    model: str | None = None
+    """NAME, NAME@ALIAS or NAME/VERSION."""
     n: int = Field(16, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**64)
     cls: str | None = Field(None, alias="class")

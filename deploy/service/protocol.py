@@ -192,7 +192,7 @@ def _list(values: NDArray[Any]) -> bytes:
     return b"[" + b",".join(pieces) + b"]"
 
 
-def metadata(name: str, model: Model) -> dict[str, Any]:
+def metadata(name: str, model: Model, versions: list[str]) -> dict[str, Any]:
     """Build the model metadata of the protocol."""
 
     def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def metadata(name: str, model: Model) -> dict[str, Any]:
 
     return {
         "name": name,
-        "versions": [model.version],
+        "versions": versions,
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),
         "outputs": described(model.outputs),

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import Feeds, File, Model, Served
+from deploy.service.models import Feeds, Model
+from deploy.service.served import Models
 from deploy.service.state import Service
 from tests.deploy.models import write_model
 
@@ -27,11 +28,14 @@ REPOSITORY = Path(__file__).parents[2]
 INFER = "/v2/models/ddpm/infer"
 
 
-def service(path: Path, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
-    served = Served(File(path), Model)
-    metrics = Metrics(served)
+def service(*given: Path | str, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
+    """A service with these models, each as in `--model`."""
+    models = Models(Model)
+    for each in given:
+        models.add(str(each))
+    metrics = Metrics(models)
     batcher = Batcher(max_batch, max_waiting, observe=metrics.batch)
-    return Service("ddpm", served, batcher, metrics, **{"max_images": 16, **limits})
+    return Service(models, batcher, metrics, **{"max_images": 16, **limits})
 
 
 @cache
@@ -77,7 +81,7 @@ def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
 
 def direct(service: Service, **feeds: Any) -> Feeds:
     """The outputs of a direct ONNX Runtime call."""
-    return service.served.current.run({name: np.asarray(value) for name, value in feeds.items()})
+    return service.models.first.run({name: np.asarray(value) for name, value in feeds.items()})
 
 
 def same(found: NDArray[Any], expected: NDArray[Any]) -> None:
