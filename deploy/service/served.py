@@ -129,8 +129,6 @@ class Models:
             if made.title == each.title:
                 raise ModelError(f"{made.title} is given twice; remove one, or give it another name as NAME=SOURCE")
         self.served.append(made)
-        model = made.current
-        log.info("%s: version %s (weights %s)", made.title, model.version, model.weights[:12])
         return made
 
     def _model(self, name: str, source: Source, release: Release) -> Model:

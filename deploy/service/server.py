@@ -154,7 +154,10 @@ class Server(uvicorn.Server):
         """Start as uvicorn does, and log the address once signal handlers are installed."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        titles = ", ".join(each.title for each in self._service.models.served)
+        served = self._service.models.served
+        for each in served:
+            log.info("%s: version %s (weights %s)", each.title, each.current.version, each.current.weights[:12])
+        titles = ", ".join(each.title for each in served)
         log.info("serving %s on http://%s:%d", titles, f"[{host}]" if ":" in host else host, port)
 
     async def on_tick(self, counter: int) -> bool:

@@ -90,7 +90,7 @@ def test_no_request_is_lost_at_shutdown(model: Path, tmp_path: Path) -> None:
         assert clients.lost == []
         assert {answer.status_code for answer in clients.answers} == {200}
         assert clients.answers[-1].headers["Connection"] == "close"
-        assert len(service.log.read_text().splitlines()) == 3, service.log.read_text()
+        assert len(service.log.read_text().splitlines()) == 4, service.log.read_text()
 
 
 def test_connections_opened_before_shutdown_are_answered(model: Path, tmp_path: Path) -> None:
