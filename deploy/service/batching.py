@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Batcher:
             max_batch: maximum number of images per batch.
             max_waiting: maximum number of images in the queue, of which a client may use what it leaves to others.
             max_wait: how many seconds a request may have to wait for others, estimated from what was done so far.
-            slice_seconds: how long a batch may take, by the same estimate, if it has more than one image.
+            slice_seconds: how long a batch may take, by the same estimate, but for one evaluation of one image.
             delay: seconds a request may wait for others while nothing runs.
             observe: called with the size of each batch.
         """
@@ -92,8 +93,6 @@ class Batcher:
         self._options = ort.RunOptions()
         self._clients: dict[str, Client] = {}
         self._clock = 0.0
-        self._speed = 0.0
-        """Cost done per second; 0 before the first batch."""
         self._closed = False
         self._enough = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -104,29 +103,31 @@ class Batcher:
         """Images in the queue."""
         return sum(job.held for job in self._queue)
 
-    def check_room(self, client: str, count: int = 1, evaluations: int = 0) -> None:
-        """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed."""
+    def check_room(self, client: str, count: int = 1, seconds: float = 0.0) -> None:
+        """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed.
+
+        The request is for `count` images, and takes some seconds if it is alone.
+        """
         if self._closed:
             raise Stopping
-        images, costs = Counter[str](), Counter[str]()
+        images, needed = Counter[str](), defaultdict[str, float](float)
         for job in self._queue:
             images[job.client] += job.held
-            costs[job.client] += job.cost
+            needed[job.client] += job.seconds
         # Until the request is done, each other client gets at most as much as its own.
-        ahead = sum(min(cost, costs[client] + count * evaluations) for name, cost in costs.items() if name != client)
-        wait = (costs[client] + ahead) / self._speed if self._speed else 0.0
+        own = needed.pop(client, 0.0)
+        wait = own + sum(min(other, own + seconds) for other in needed.values())
         used = images[client] + images.total()
         if wait > self._max_wait:
             left = wait - self._max_wait
             line = f"{wait:.0f} seconds of work are ahead, and the limit is {self._max_wait:g}"
         elif used + count > self._max_waiting:
-            drained = costs.total() / self._speed if self._speed else 0.0
-            left = drained * min(1.0, (used + count - self._max_waiting) / max(1, used))
+            left = (own + sum(needed.values())) * min(1.0, (used + count - self._max_waiting) / max(1, used))
             line = f"{images.total()} images are waiting, {images[client]} of them yours (limit {self._max_waiting})"
         else:
             return
-        seconds = max(1, math.ceil(left))
-        raise QueueFull(f"no room in the queue: {line}; try again in {seconds} s", seconds)
+        until = max(1, math.ceil(left))
+        raise QueueFull(f"no room in the queue: {line}; try again in {until} s", until)
 
     async def submit(self, run: Run, work: Work, client: str = "") -> Feeds:
         """Return the outputs for some work, possibly computed in batches with other requests.
@@ -138,7 +139,7 @@ class Batcher:
             Stopping: the batcher was closed.
             RunFailed: `run` raised an error for this request.
         """
-        self.check_room(client, work.count, work.evaluations)
+        self.check_room(client, work.count, work.seconds)
         share = self._clients.setdefault(client, Client())
         if all(job.client != client for job in self._queue):
             share.served = max(share.served, self._clock)
@@ -185,28 +186,28 @@ class Batcher:
     def _room(self, job: Job) -> int:
         """How many images a batch that begins with this job may have: with all their evaluations, if one such fits."""
         if job.group and job.group.done:
-            return max(job.group.size, self._images(1))
-        return self._images(1 if job.work.progress else job.work.evaluations) or self._images(1)
+            return max(job.group.size, self._images(job, 1))
+        return self._images(job, 1 if job.work.progress else job.work.evaluations) or self._images(job, 1)
 
-    def _images(self, evaluations: int) -> int:
+    def _fitting(self, job: Job) -> int:
+        """How many evaluations of an image fit into a slice."""
+        return sys.maxsize if math.isinf(self._slice_seconds) else job.work.pace.within(self._slice_seconds)
+
+    def _images(self, job: Job, evaluations: int) -> int:
         """How many images fit into a batch with some evaluations; at least 1 with one."""
-        if math.isinf(self._slice_seconds):
-            return self._max_batch
-        return min(self._max_batch, max(int(evaluations == 1), int(self._speed * self._slice_seconds / evaluations)))
+        return min(self._max_batch, max(int(evaluations == 1), self._fitting(job) // evaluations))
 
     def _evaluations(self, job: Job, images: int) -> int:
         """How many evaluations of a job come next, in a batch with some images."""
         left = job.work.evaluations - job.done
         if job.work.progress:
             left = min(left, job.work.every - job.done % job.work.every)
-        if math.isinf(self._slice_seconds):
-            return left
-        return max(1, min(left, int(self._speed * self._slice_seconds / images)))
+        return max(1, min(left, self._fitting(job) // images))
 
-    def _cost(self, job: Job) -> int:
+    def _cost(self, job: Job) -> float:
         """Cost of the next slice of a job, if it were alone."""
         size = job.group.size if job.group else min(job.left, self._room(job))
-        return size * self._evaluations(job, size)
+        return size * self._evaluations(job, size) * job.work.weight
 
     def _next(self) -> list[Slice]:
         """The next batch; nothing runs now, so each job has images left."""
@@ -227,7 +228,7 @@ class Batcher:
         jobs = Counter(job.client for job in order)
         for job, group in joined:
             job.group, job.started = group, max(job.started, group.stop)
-            cost, client = group.size * evaluations, self._clients[job.client]
+            cost, client = group.size * evaluations * job.work.weight, self._clients[job.client]
             job.served += cost
             client.served += cost
             client.clock += cost / jobs[job.client]
@@ -241,18 +242,18 @@ class Batcher:
         span, ends = batch[0].span, batch[0].span.last == batch[0].job.work.evaluations
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
-            speed = count * (span.last - span.first) / (time.perf_counter() - began)
-            self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+            batch[0].job.work.pace.add((time.perf_counter() - began) / (count * (span.last - span.first)))
             if ends:
                 self._observe(count)
             for (job, group, _), outputs in zip(batch, results, strict=True):
                 if ends:
                     job.group = None
                     job.add(group.start, outputs)
-                    continue
-                group.done, group.state = span.last, outputs["state"]
+                else:
+                    group.done, group.state = span.last, outputs["state"]
                 if job.work.progress:
-                    job.work.progress(group.start, group.done, group.state[LAST_X_0_HAT])
+                    x_0_hat = outputs["x_0"] if ends else outputs["state"][LAST_X_0_HAT]
+                    job.work.progress(group.start, span.last, x_0_hat)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             for job, group, _ in batch:
                 if len(batch) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploy.service import loop
-from deploy.service.work import Feeds, Span
+from deploy.service.work import Feeds, Pace, Span
 from diffusion.export import digest, golden, runtime
 
 METADATA_VERSION = "2"
@@ -102,13 +103,17 @@ class Model:
             raise RejectedModel(golden.brief(error)) from None
 
     def _check_loop(self, whole: ort.InferenceSession, given: Feeds) -> None:
-        """Raise ValueError unless the loop makes the images of the whole graph in one step."""
+        """Raise ValueError unless the loop makes the images of the whole graph in one step; measure its pace."""
         if self.stochastic:
             given["steps_noise"] = given["steps_noise"][:1]
         else:
             given["steps"] = np.array([1])
         (expected,) = whole.run(["images"], given)
-        found = self.run(given, Span(1, 0, self.evaluations(1)))["images"]
+        span = Span(1, 0, self.evaluations(1))
+        found = self.run(given, span)["images"]
+        began = time.perf_counter()
+        self.run(given, span)
+        self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * span.last))
         if np.abs(found.astype(int) - expected).max() > 1:  # a GPU may round differently
             raise ValueError("its loop computes other images than the whole graph")
 

@@ -82,7 +82,7 @@ def work(query: ImageQuery, seed: int, model: Model, max_images: int) -> Work:
         return {name: given[name] for name in model.inputs if name in given}
 
     common: Feeds = {"guidance": np.array([guidance], np.float32)} if "guidance" in model.inputs else {}
-    return Work(query.n, steps, model.evaluations(steps), common, part)
+    return Work(query.n, steps, model.evaluations(steps), common, part, model.pace)
 
 
 def labels(cls: str | None, classes: list[str]) -> Callable[[int], int]:

@@ -107,7 +107,7 @@ def parse(body: bytearray, model: Model, max_images: int) -> ParsedRequest:
         given[each.name] = _array(each, model, max_images)
     feeds = with_defaults(given, model)
     steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds.pop("steps")[0]) or model.steps
-    return ParsedRequest(request.id, Work.of(feeds, steps, model.evaluations(steps)), outputs)
+    return ParsedRequest(request.id, Work.of(feeds, steps, model.evaluations(steps), model.pace), outputs)
 
 
 def with_defaults(given: Feeds, model: Model) -> Feeds:

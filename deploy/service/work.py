@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +34,25 @@ Run = Callable[[Feeds, Span, ort.RunOptions], Feeds]
 the outputs after the last one. Raises any exception if the options' `terminate` is set meanwhile."""
 
 
+class Pace:
+    """How long a model takes for an evaluation of an image: a moving average."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        """seconds: the first estimate, 0 for none."""
+        self.seconds = seconds
+
+    def add(self, seconds: float) -> None:
+        """Add a measurement."""
+        self.seconds = 0.7 * self.seconds + 0.3 * seconds if self.seconds else seconds
+
+    def within(self, seconds: float) -> int:
+        """How many evaluations of an image take some seconds; 0 before the first measurement."""
+        return int(seconds / self.seconds) if self.seconds else 0
+
+
 @dataclass(frozen=True)
 class Work:
-    """What a request asks of a model. It costs `count` times `evaluations`."""
+    """What a request asks of a model."""
 
     count: int
     """Number of images."""
@@ -48,14 +64,26 @@ class Work:
     """The inputs that all images have in common."""
     part: Callable[[int, int, Span], Feeds]
     """The other inputs of the images from start to stop; called in another thread, right before they are needed."""
+    pace: Pace = field(default_factory=Pace)
+    """How long these take."""
     progress: Callable[[int, int, NDArray[np.float32]], None] | None = None
-    """If given, as many images as possible form together, and each slice but the last of an image ends with a call:
-    the first image, the number of evaluations, and the estimate x_0_hat of the clean images (n, C, H, W)."""
+    """If given, as many images as possible form together, and each slice ends with a call: the first image, the number
+    of evaluations so far, and the estimate x_0_hat of the clean images (n, C, H, W)."""
     every: int = 0
     """With `progress`, the number of evaluations after which there must be a call."""
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that it takes alone; 0 if the pace is not known."""
+        return self.count * self.evaluations * self.pace.seconds
+
+    @property
+    def weight(self) -> float:
+        """Cost of an evaluation of an image: seconds, or 1 as long as the pace is not known."""
+        return self.pace.seconds or 1.0
+
     @classmethod
-    def of(cls, feeds: Feeds, steps: int, evaluations: int) -> Work:
+    def of(cls, feeds: Feeds, steps: int, evaluations: int, pace: Pace) -> Work:
         """The work of running a model on all its inputs."""
         own = {name: value for name, value in feeds.items() if name in AXES}
 
@@ -66,7 +94,7 @@ class Work:
             return found
 
         common = {name: value for name, value in feeds.items() if name not in AXES}
-        return cls(len(feeds["noise"]), steps, evaluations, common, part)
+        return cls(len(feeds["noise"]), steps, evaluations, common, part, pace)
 
 
 @dataclass
@@ -119,10 +147,10 @@ class Job:
         return self.group.done if self.group else 0
 
     @property
-    def cost(self) -> int:
-        """Cost of what is left."""
+    def seconds(self) -> float:
+        """Seconds that what is left takes; 0 if the pace is not known."""
         group = self.group.size * (self.work.evaluations - self.group.done) if self.group else 0
-        return self.left * self.work.evaluations + group
+        return (self.left * self.work.evaluations + group) * self.work.pace.seconds
 
     def add(self, start: int, outputs: Feeds) -> None:
         """Add the outputs of the images that begin with `start`; the last ones complete the job."""

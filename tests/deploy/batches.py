@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from deploy.service.batching import Batcher
-from deploy.service.work import Feeds, Span, Work
+from deploy.service.work import Feeds, Pace, Span, Work
+
+
+class Steady(Pace):
+    """A second for each evaluation of an image."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def add(self, seconds: float) -> None:
+        pass
 
 
 class Model:
@@ -19,6 +29,7 @@ class Model:
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
+        self.pace: Pace = Steady()
         self.spans: list[tuple[int, int]] = []
         self.running, self.go = threading.Event(), threading.Event()
 
@@ -49,7 +60,7 @@ def feeds(*noise: float, **others: Any) -> Feeds:
 def submit(batcher: Batcher, model: Model, job: Feeds, client: str = "") -> Coroutine[Any, Any, Feeds]:
     steps = len(job["steps_noise"]) if "steps_noise" in job else int(job.get("steps", [1])[0])
     job = {name: value for name, value in job.items() if name != "steps"}
-    return batcher.submit(model.run, Work.of(job, steps, steps), client)
+    return batcher.submit(model.run, Work.of(job, steps, steps, model.pace), client)
 
 
 def soon(work: Coroutine[Any, Any, None]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping
-from deploy.service.work import Feeds, Span, Work
+from deploy.service.work import Feeds, Pace, Span, Work
 from tests.deploy.batches import Model, feeds, soon, submit
 
 
@@ -79,7 +79,7 @@ def test_slices_have_the_inputs_of_their_images() -> None:
     job = feeds(0.1, 0.2, 0.3, 0.4, 0.5, y=np.arange(5) * 1000, steps_noise=noise)
 
     async def outputs() -> Feeds:
-        return await Batcher(2, 8).submit(run, Work.of(job, 3, 3))
+        return await Batcher(2, 8).submit(run, Work.of(job, 3, 3, Pace()))
 
     np.testing.assert_array_equal(asyncio.run(outputs())["images"], run(job)["images"])
 

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.service import batching
 from deploy.service.batching import Batcher, QueueFull
-from deploy.service.work import Feeds, Span
+from deploy.service.work import Feeds, Pace, Span
 from tests.deploy.batches import Model, feeds, soon, submit
 
 
@@ -103,7 +103,7 @@ class Timed(Model):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.seconds = 0.0
+        self.pace, self.seconds = Pace(), 0.0
         monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
 
     def run(self, feeds: Feeds, span: Span, options: Any = None) -> Feeds:
@@ -147,9 +147,9 @@ def test_too_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await asyncio.to_thread(model.running.wait, 60)
         with pytest.raises(QueueFull, match=r"^no room in the queue: 2 seconds of work are ahead") as full:
             await submit(batcher, model, feeds(1, steps=[1]))
-        batcher.check_room("another", 2, 10)  # it waits for as much of the other's work, 0.4 s
+        batcher.check_room("another", 2, 0.4)  # it waits for as much of the other's work, 0.4 s
         with pytest.raises(QueueFull):
-            batcher.check_room("another", 3, 10)
+            batcher.check_room("another", 3, 0.6)
         model.go.set()
         await long
         return full.value
