@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import resource
@@ -15,11 +14,12 @@ from collections.abc import Sequence
 from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import Model, ModelError
+from deploy.service.models import ModelError
 from deploy.service.options import parser
 from deploy.service.served import Models
 from deploy.service.server import Server
 from deploy.service.state import Service
+from deploy.service.threads import Loader
 
 log = logging.getLogger("ddpm.service")
 SLICE_SECONDS = 0.2
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # hide its retries
-    models = Models(functools.partial(Model, device=arguments.device, threads=arguments.threads))
+    models = Models(Loader(arguments.device, arguments.threads))
     for text in arguments.model:
         try:
             models.add(text)

@@ -54,6 +54,7 @@ class _ModelCollector(Collector):
         failures = CounterMetricFamily("ddpm_model_update_failures", "Failed attempts to follow aliases", labels=labels)
         for each in self._models.served:
             of, model = [each.name, each.alias or ""], each.current
-            info.add_metric(of, {"version": model.version, "weights": model.weights})
+            facts = {"version": model.version, "weights": model.weights, "provider": model.provider}
+            info.add_metric(of, {**facts, "device": model.device, "threads": str(model.threads)})
             failures.add_metric(of, each.failures)
         return [info, failures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from deploy.service import loop
 from deploy.service.work import Feeds, Pace, Span
+from diffusion.errors import counted
 from diffusion.export import digest, golden, runtime
 
 METADATA_VERSION = "2"
@@ -37,6 +39,9 @@ class Tensor(NamedTuple):
 
 class Model:
     """A verified sampler in ONNX Runtime."""
+
+    reason = ""
+    """Why it has this number of threads, for the log."""
 
     def __init__(
         self,
@@ -64,15 +69,16 @@ class Model:
             raise RejectedModel(str(error)) from None
         try:
             ort.set_default_logger_severity(4)  # errors are raised as well
-            place = None if device == "cpu" else 0
-            session = runtime.session(content, place, threads)
+            session = runtime.session(content, None if device == "cpu" else 0, threads)
             facts = session.get_modelmeta().custom_metadata_map
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise RejectedModel(f"not an ONNX model that ONNX Runtime can run ({golden.brief(error)})") from None
-        if device == "cuda" and session.get_providers()[0] != runtime.CUDA:
+        if device == "cuda" and runtime.CUDA not in session.get_providers():
             raise RejectedModel(
                 "ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries"
             )
+        self.provider = session.get_providers()[0]
+        self.device = "cuda" if self.provider == runtime.CUDA else "cpu"
         self.inputs, self.outputs = _tensors(session.get_inputs()), _tensors(session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
             raise RejectedModel("not a sampler.onnx: it has no input `noise` or no output `images`")
@@ -91,31 +97,55 @@ class Model:
             self._ranges: dict[str, tuple[int, int]] = json.loads(facts["ddpm.ranges"])
         except Exception as error:  # an edited file may contain anything
             raise RejectedModel(golden.brief(error)) from None
-        self.name, self.version, self.threads = name, version or self.weights[:12], threads
+        self.name, self.version = name, version or self.weights[:12]
         self.digest = hashlib.sha256(content).hexdigest()  # the same weights can be exported with different settings
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
         try:
             self._loop = loop.extract(content)
-            self.session = runtime.session(self._loop.graph, place, threads)
-            self._check_loop(session, golden.inputs(self.inputs, facts, golden.SEED, golden.BATCH))
+            self._facts = facts
+            self._use(threads)
+            self._check_loop(session)
         except Exception as error:  # likewise
             raise RejectedModel(golden.brief(error)) from None
 
-    def _check_loop(self, whole: ort.InferenceSession, given: Feeds) -> None:
+    @property
+    def summary(self) -> str:
+        """What runs, and where."""
+        place = f"{self.provider} ({self.device}), {counted(self.threads, 'thread')}{self.reason}"
+        return f"version {self.version} (weights {self.weights[:12]}) with {place}"
+
+    def _use(self, threads: int) -> None:
+        """Create the session of the loop."""
+        self.threads = threads
+        self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, threads)
+        self._places = {
+            each.name: "cuda" if place.name == "Cuda" else "cpu"
+            for each, place in zip(self.session.get_inputs(), self.session.get_input_memory_infos(), strict=True)
+        }
+
+    def with_threads(self, threads: int) -> Model:
+        """The same model in a session with another number of threads, in which it has not been tested."""
+        other = copy.copy(self)
+        other._use(threads)
+        return other
+
+    def _check_loop(self, whole: ort.InferenceSession) -> None:
         """Raise ValueError unless the loop makes the images of the whole graph in one step; measure its pace."""
-        if self.stochastic:
-            given["steps_noise"] = given["steps_noise"][:1]
-        else:
-            given["steps"] = np.array([1])
-        (expected,) = whole.run(["images"], given)
-        span = Span(1, 0, self.evaluations(1))
-        found = self.run(given, span)["images"]
+        (expected,) = whole.run(["images"], self._one_step(golden.BATCH))
+        found = self.one_step(golden.BATCH)["images"]
         began = time.perf_counter()
-        self.run(given, span)
-        self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * span.last))
+        self.one_step(golden.BATCH)
+        self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * self.evaluations(1)))
         if np.abs(found.astype(int) - expected).max() > 1:  # a GPU may round differently
             raise ValueError("its loop computes other images than the whole graph")
+
+    def _one_step(self, images: int) -> Feeds:
+        return golden.inputs(self.inputs, {**self._facts, "ddpm.steps": "1"}, golden.SEED, images)
+
+    def one_step(self, images: int) -> Feeds:
+        """Make some images in one step."""
+        return self.run(self._one_step(images), Span(1, 0, self.evaluations(1)))
 
     def problem(self, name: str, value: NDArray[Any]) -> str:
         """Describe the first invalid value of an input and the allowed range; empty if all are valid."""
@@ -162,7 +192,13 @@ class Model:
         given[loop.STATE] = feeds["state"] if "state" in feeds else np.stack([feeds["noise"]] * 3)
         given[loop.BEGIN] = self._loop.begins[[span.steps]] + span.first
         given[loop.COUNT] = np.array(span.last - span.first)
-        (state,) = self.session.run([loop.STATES], given, options)
+        binding = self.session.io_binding()
+        for name, value in given.items():  # copied to the GPU once, if it is read there
+            array = np.asarray(value, order="C")
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._places[name]))
+        binding.bind_output(loop.STATES)  # in the memory of the CPU
+        self.session.run_with_iobinding(binding, options)
+        (state,) = (output.numpy() for output in binding.get_outputs())
         if span.last < self.evaluations(span.steps):
             return {"state": state}
         return {"images": to_uint8(state[0]), "x_0": state[0]}

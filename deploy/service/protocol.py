@@ -204,6 +204,7 @@ def metadata(name: str, model: Model, versions: list[str]) -> dict[str, Any]:
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),
         "outputs": described(model.outputs),
+        "parameters": {"provider": model.provider, "device": model.device, "threads": model.threads},
     }
 
 

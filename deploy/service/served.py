@@ -103,7 +103,7 @@ class Served:
                 self._rejected = Rejected(release, str(error), time.monotonic() + RETRY_SECONDS)
                 raise
         self._before, self._current = self._current, new
-        log.info("%s: now serving version %s (weights %s)", self.title, new.model.version, new.model.weights[:12])
+        log.info("%s: now serving %s", self.title, new.model.summary)
 
     def _fail(self, line: str) -> None:
         self.failures += 1

@@ -156,7 +156,7 @@ class Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         served = self._service.models.served
         for each in served:
-            log.info("%s: version %s (weights %s)", each.title, each.current.version, each.current.weights[:12])
+            log.info("%s: %s", each.title, each.current.summary)
         titles = ", ".join(each.title for each in served)
         log.info("serving %s on http://%s:%d", titles, f"[{host}]" if ":" in host else host, port)
 

@@ -153,7 +153,9 @@ def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptu
         served.update()
     assert (served.current.version, served.current.weights) == (second, "b" * 64)
     assert (before.version, before.weights) == (first, "a" * 64)
-    assert caplog.messages == ["ddpm@champion: now serving version 2 (weights bbbbbbbbbbbb)"]
+    assert caplog.messages == [
+        "ddpm@champion: now serving version 2 (weights bbbbbbbbbbbb) with CPUExecutionProvider (cpu), 1 thread"
+    ]
     store.point(first)
     served.update()
     assert (served.current.version, fixed.current.version, served.failures) == (first, first, 0)

@@ -45,6 +45,8 @@ def test_health_and_metadata(classes: Service) -> None:
     )
     assert again == [model_ready, metadata]
     assert metadata["versions"] == ["a" * 12]
+    assert metadata["platform"] == "onnxruntime_onnx"
+    assert metadata["parameters"] == {"provider": "CPUExecutionProvider", "device": "cpu", "threads": 1}
     assert {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]} == {
         "noise": ("FP32", [-1, *SHAPE]),
         "steps": ("INT64", [1]),
@@ -272,7 +274,8 @@ def test_a_full_queue_and_a_failing_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert 'ddpm_requests_total{path="/images",status="500"} 1.0' in text
     assert f'ddpm_requests_total{{path="/images",status="503"}} {statuses.count(503):.1f}' in text
     assert f'ddpm_images_total{{model="ddpm"}} {8 * statuses.count(200) + 16:.1f}' in text
-    described = f'alias="",model="ddpm",version="{"a" * 12}",weights="{"a" * 64}"'
+    place = 'alias="",device="cpu",model="ddpm",provider="CPUExecutionProvider",threads="1"'
+    described = f'{place},version="{"a" * 12}",weights="{"a" * 64}"'
     assert f"ddpm_model_info{{{described}}} 1.0" in text
 
 
