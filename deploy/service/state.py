@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import Served
+from deploy.service.served import Models
 
 T = TypeVar("T")
 
@@ -19,8 +19,7 @@ T = TypeVar("T")
 class Service:
     """State shared by the routes."""
 
-    name: str
-    served: Served
+    models: Models
     batcher: Batcher
     metrics: Metrics
     max_images: int = 64
