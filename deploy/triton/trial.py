@@ -1,9 +1,10 @@
 """Try a model repository of `ddpm triton` in a real Triton: python trial.py REPOSITORY ONNX
 
-ONNX is the folder of the files that it was written from, such as models/onnx. Needs nothing of this project, and an
-environment of its own, of Python 3.11 (for example) with `pip install nvidia-pytriton onnxruntime`. That package
-contains Triton without its ONNX Runtime backend, so model.py runs the graphs in Triton's Python backend; everything
-else in the repository's configuration stays. The clients are NVIDIA's. Expected are the outputs of the files in ONNX.
+ONNX is the folder of the files that it was written from, such as models/onnx. Needs nothing of this project, but an
+environment of its own: Python 3.11 to 3.13 with its shared library (Debian: libpython3.11), and `pip install
+nvidia-pytriton==0.7.0 onnxruntime`. That package contains Triton without its ONNX Runtime backend, so model.py runs the
+graphs in Triton's Python backend; everything else in the repository's configuration stays. The clients are NVIDIA's.
+Expected are the outputs of the files in ONNX.
 """
 
 import json
