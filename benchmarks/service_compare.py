@@ -24,7 +24,9 @@ benchmarks/results/service.json.
 
 import argparse
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -51,21 +53,27 @@ SETTLING = 2
 """Minutes of the soak after which memory must not grow any more."""
 SOAK_CLIENTS = 16
 SAMPLE_SECONDS = 5.0
+PARTS = ("load", "compare", "soak")
+BUSY = 0.5
+"""Load average beyond which other work disturbs the measurements."""
 OURS = Server("deploy/service", servers.service, "/v2/health/ready", servers.inference)
 
 
 def others(tools: Path) -> list[Server]:
     """MLflow and MLServer, each with processes for the cores, and with threads for them."""
-    cores, program = os.cpu_count() or 1, tools / "mlserver" / "bin" / "mlserver"
-    found = list[Server]()
+    cores, found = os.cpu_count() or 1, list[Server]()
     for workers, threads in ((1, cores), (cores, 1)):
-        name = f"mlflow, --workers {workers}, {threads} threads each"
+        name = f"mlflow, workers: {workers}, threads: {threads}"
         found.append(Server(name, servers.mlflow(workers, threads), "/ping", servers.invocation))
     for workers, threads in ((0, cores), (cores, 1)):
-        name = f"mlserver, {workers} parallel_workers, {threads} threads each"
-        start, ready = servers.mlserver(program, workers, threads), "/v2/models/ddpm/ready"
+        name = f"mlserver, parallel_workers: {workers}, threads: {threads}"
+        start, ready = servers.mlserver(mlserver(tools), workers, threads), "/v2/models/ddpm/ready"
         found.append(Server(name, start, ready, servers.inference))
     return found
+
+
+def mlserver(tools: Path) -> Path:
+    return tools / "mlserver" / "bin" / "mlserver"
 
 
 class Clients:
@@ -186,20 +194,18 @@ def load(model: Path, clients: Clients) -> dict[str, Any]:
 
 
 def compare(model: Path, clients: Clients, everyone: list[Server], turns: int) -> dict[str, Any]:
-    shape, answers = shape_of(model), dict[str, list[int]]()
+    shape, expected = shape_of(model), list[int]()
     found: dict[str, Any] = {server.name: [] for server in everyone}
     for _ in range(turns):
         for server in everyone:
             said(server.name)
             with server.running(model) as running:
                 request = server.ask(shape)
-                answers[server.name] = servers.images_in(request.send(running.url).raise_for_status().content)
+                image = servers.images_in(request.send(running.url).raise_for_status().content)
+                expected = expected or image
+                if np.abs(np.subtract(image, expected)).max() > 1:  # rounding may depend on the number of threads
+                    sys.exit(f"{server.name}: its image differs from that of {OURS.name}, so they cannot be compared")
                 found[server.name].append(clients.series(running, request, CLIENTS))
-    for name, values in answers.items():  # rounding may depend on the number of threads
-        if np.abs(np.subtract(values, answers[OURS.name])).max() > 1:
-            sys.exit(
-                f"{name}: answers with another image than {OURS.name}; the comparison would not be of the same work"
-            )
     return found
 
 
@@ -207,9 +213,10 @@ def soak(model: Path, clients: Clients, minutes: float) -> dict[str, Any]:
     """Memory each minute, and what it grows by."""
     shape = shape_of(model)
     invalid = Request("/v2/models/ddpm/infer", b'{"inputs": [', servers.JSON)
-    mixed = [servers.inference(shape), servers.binary(shape), servers.picture(4), invalid, Request("/metrics")]
+    mixed = [servers.inference(shape), servers.binary(shape), servers.picture(4), Request("/metrics")]
     times, memory = list[float](), list[float]()
     with OURS.running(model) as running:
+        mixed = [each for each in mixed if each.send(running.url).status_code == 200] + [invalid]
         began = time.monotonic()
         process = clients.start(running.url, mixed, SOAK_CLIENTS, 60 * minutes, shared=False)
         while process.poll() is None:
@@ -220,15 +227,18 @@ def soak(model: Path, clients: Clients, minutes: float) -> dict[str, Any]:
         minute, mib = np.array(times), np.array(memory)
         settled = minute >= min(SETTLING, minutes / 3)
         slope = float(np.polyfit(minute[settled], mib[settled], 1)[0])
-        by_minute = [float(mib[minute.astype(int) == each].mean()) for each in range(int(minute[-1]) + 1)]
+        whole = np.minimum(minute, math.ceil(minutes) - 1).astype(int)
+        by_minute = [float(mib[whole == each].mean()) for each in range(math.ceil(minutes))]
         found |= {"minutes": minutes, "mib_by_minute": by_minute, "mib_per_minute": slope, "clients": SOAK_CLIENTS}
         return found | {"peak_rss_mib": running.peak_rss()}
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=FILE", help="sampler.onnx files; the first is used for soak")
-    parser.add_argument("--only", default="load,compare,soak", help="parts, separated by commas (default all)")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="parts, separated by commas (default load,compare,soak)"
+    )
     parser.add_argument("--tools", type=Path, default=ROOT / ".ddpm" / "serving", help="(default .ddpm/serving)")
     parser.add_argument("--seconds", type=float, default=5, help="seconds per run (default 5)")
     parser.add_argument("--longest", type=float, default=15, help="maximum seconds per run (default 15)")
@@ -239,43 +249,47 @@ def main() -> None:
     arguments = parser.parse_args()
     if wrong := [each for each in arguments.models if "=" not in each]:
         parser.error(f"{wrong[0]}: must have the form NAME=FILE, such as digits=models/onnx/sampler.onnx")
-    models = {name: Path(file) for name, file in (each.split("=", 1) for each in arguments.models)}
+    arguments.models = {name: Path(file) for name, file in (each.split("=", 1) for each in arguments.models)}
+    arguments.only = arguments.only.split(",")
+    if unknown := set(arguments.only) - set(PARTS):
+        parser.error(f"--only: unknown part {unknown.pop()}; the parts are {', '.join(PARTS)}")
+    if absent := [file for file in arguments.models.values() if not file.is_file()]:
+        parser.error(f"{absent[0]}: no such file; `ddpm export` writes models/onnx/sampler.onnx")
+    if arguments.rehearse:
+        arguments.seconds, arguments.longest, arguments.turns, arguments.minutes = 1.5, 6, 1, 0.5
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
+    models, tools = arguments.models, arguments.tools
     if arguments.bare:
         print(json.dumps(loop(*models.values())))
         return
-    if arguments.rehearse:
-        arguments.seconds, arguments.longest = 1.5, 6
-        arguments.turns, arguments.minutes = 1, 0.5
-    if unknown := set(parts := arguments.only.split(",")) - {"load", "compare", "soak"}:
-        parser.error(f"--only: unknown part {unknown.pop()}; the parts are load, compare and soak")
-    if missing := next((file for file in models.values() if not file.is_file()), None):
-        parser.error(f"{missing}: no such file; `ddpm export` writes models/onnx/sampler.onnx")
-    busy = os.getloadavg()[0]
-    clients, began = Clients(arguments.tools, arguments.seconds, arguments.longest), time.monotonic()
-    everyone = [OURS, *others(arguments.tools)]
-    results: dict[str, Any] = {}
-    for part in parts:
+    needed = [tools / "node_modules" / "autocannon", *([mlserver(tools)] if "compare" in arguments.only else [])]
+    if missing := ["node"] * (not shutil.which("node")) + [str(file) for file in needed if not file.exists()]:
+        sys.exit(f"{missing[0]}: not found; --help says how to install the tools")
+    busy, began = os.getloadavg()[0], time.monotonic()
+    if busy > BUSY:
+        said(f"The load average is {busy:.1f}: with other work on this machine, the figures say nothing.")
+    clients, everyone = Clients(tools, arguments.seconds, arguments.longest), [OURS, *others(tools)]
+    results: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "load_before": busy}
+    for part in arguments.only:
         if part == "soak":
             results[part] = soak(next(iter(models.values())), clients, arguments.minutes)
         elif part == "load":
             results[part] = {name: load(model, clients) for name, model in models.items()}
         else:
             results[part] = {name: compare(model, clients, everyone, arguments.turns) for name, model in models.items()}
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_before": busy,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
-    if not arguments.rehearse:
-        before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        write_atomic(RESULTS, (json.dumps(before | results | machine, indent=1) + "\n").encode())
+        if not arguments.rehearse:
+            before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+            write_atomic(RESULTS, (json.dumps(before | results, indent=1) + "\n").encode())
     print(tables.markdown(results))
-    print(json.dumps({"benchmark": "service_compare", **machine, **results}))
+    print(json.dumps({"benchmark": "service_compare", "seconds": round(time.monotonic() - began), **results}))
 
 
 def said(what: object) -> None:
-    print(json.dumps(what), file=sys.stderr, flush=True)
+    print(what if isinstance(what, str) else json.dumps(what), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

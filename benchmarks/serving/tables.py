@@ -23,7 +23,7 @@ def load(found: dict[str, Any]) -> list[str]:
     fastest = best(found["bare"])
     lines = table("request", "clients", "images/s", "of the bare loop", "p50, ms", "p99, ms", "503", "errors",
                   "CPU of service", "CPU of clients")  # fmt: skip
-    bare = f"{fastest['at_once']} at once, threads {fastest['threads']}, batch {fastest['batch']}"
+    bare = f"{fastest['at_once']} at once, threads: {fastest['threads']}, batch: {fastest['batch']}"
     lines.append(row(f"bare loop: {bare}", "", f"{fastest['images_per_second']:.0f}", *[""] * 7))
     for kind, runs in found["kinds"].items():
         for run in runs:
@@ -49,7 +49,14 @@ def best(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def compare(found: dict[str, Any]) -> list[str]:
     counts = sorted({run["clients"] for turns in found.values() for runs in turns for run in runs})
-    lines = table("server", *(f"{count} clients" for count in counts), "503", "errors", "CPU of clients", "memory, MiB")
+    lines = table(
+        "server",
+        *(f"{count} client{'s' * (count > 1)}" for count in counts),
+        "503",
+        "errors",
+        "CPU of clients",
+        "memory, MiB",
+    )
     for name, turns in found.items():
         runs = [run for each in turns for run in each]
         refused, errors = (sum(outcomes(run)[kind] for run in runs) for kind in (0, 1))
