@@ -64,7 +64,7 @@ def test_the_bare_loop_is_that_of_the_fastest_setting_on_average(module: Any) ->
         "bare": rounds, "kinds": {"JSON": [measured]}, "left_out": {"binary": "no"}, "peak_rss_mib": 120.4,
     }  # fmt: skip
     lines = module("tables").load(found)
-    assert "| JSON | 64 | 80 | 80 % | 1.2 | 250 | 7 | 3 | 1.50 cores | 0.10 cores |" in lines
+    assert "| JSON | 64 | 80 | 80 % | 1.2 | 250 | 7 | 3 | 19 | 0.10 cores |" in lines
     assert "Peak RSS of the service: 120 MiB." in lines
     assert lines[-1] == "binary: left out, since the answer was: no"
 
@@ -75,9 +75,9 @@ def test_comparison_has_medians_and_all_errors(module: Any) -> None:
     silent = [[run(1, 0, p50_ms=None, p99_ms=None)]]
     lines = module("tables").compare({"ours": ours, "other": other, "silent": silent})
     assert lines[0].startswith("| server | 1 client | 8 clients | 503 | errors |")
-    assert lines[2] == "| ours | 20 (1.2 / 250) | 50 (1.2 / 250) | 0 | 0 | up to 0.10 cores | 100 |"
-    assert lines[3] == "| other | 5 (1.2 / 250) |  | 2 | 3 | up to 0.10 cores | 400 |"
-    assert lines[4].startswith("| silent | none answered |  | 0 | 0 |")
+    assert lines[2] == "| ours | 20 (1.2 / 250) | 50 (1.2 / 250) | 0 | 0 | 17 | up to 0.10 cores | 100 |"
+    assert lines[3] == "| other | 5 (1.2 / 250) |  | 2 | 3 | 300 | up to 0.10 cores | 400 |"
+    assert lines[4].startswith("| silent | none answered |  | 0 | 0 |  |")
 
 
 def test_soak_by_minute(module: Any) -> None:

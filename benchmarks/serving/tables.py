@@ -22,7 +22,7 @@ def markdown(results: dict[str, Any]) -> str:
 def load(found: dict[str, Any]) -> list[str]:
     fastest = best(found["bare"])
     lines = table("request", "clients", "images/s", "of the bare loop", "p50, ms", "p99, ms", "503", "errors",
-                  "CPU of service", "CPU of clients")  # fmt: skip
+                  "CPU per request, ms", "CPU of clients")  # fmt: skip
     bare = f"{fastest['at_once']} at once, threads: {fastest['threads']}, batch: {fastest['batch']}"
     lines.append(row(f"bare loop: {bare}", "", f"{fastest['images_per_second']:.0f}", *[""] * 7))
     for kind, runs in found["kinds"].items():
@@ -32,7 +32,7 @@ def load(found: dict[str, Any]) -> list[str]:
                 kind, run["clients"], f"{run['requests_per_second']:.0f}",
                 f"{100 * run['requests_per_second'] / fastest['images_per_second']:.0f} %",
                 milliseconds(run["p50_ms"]), milliseconds(run["p99_ms"]), refused, errors,
-                f"{run['server_cpu']:.2f} cores", f"{run['clients_cpu']:.2f} cores",
+                milliseconds(per_request(run)), f"{run['clients_cpu']:.2f} cores",
             ))  # fmt: skip
     lines += ["", f"Peak RSS of the service: {found['peak_rss_mib']:.0f} MiB."]
     return lines + [f"{kind}: left out, since the answer was: {line}" for kind, line in found["left_out"].items()]
@@ -54,6 +54,7 @@ def compare(found: dict[str, Any]) -> list[str]:
         *(f"{count} client{'s' * (count > 1)}" for count in counts),
         "503",
         "errors",
+        "least CPU per request, ms",
         "CPU of clients",
         "memory, MiB",
     )
@@ -65,8 +66,15 @@ def compare(found: dict[str, Any]) -> list[str]:
             same = [run for run in runs if run["clients"] == count]
             cells.append(cell(same))
         cpu, memory = max(run["clients_cpu"] for run in runs), max(run["memory_mib"] for run in runs)
-        lines.append(row(name, *cells, refused, errors, f"up to {cpu:.2f} cores", f"{memory:.0f}"))
+        least = min((each for run in runs if (each := per_request(run))), default=None)
+        lines.append(row(name, *cells, refused, errors, milliseconds(least), f"up to {cpu:.2f} cores", f"{memory:.0f}"))
     return lines
+
+
+def per_request(run: dict[str, Any]) -> float | None:
+    """Processor time of the server for a request that was answered, in milliseconds."""
+    rate: float = run["requests_per_second"]
+    return 1000 * run["server_cpu"] / rate if rate else None
 
 
 def cell(runs: list[dict[str, Any]]) -> str:
