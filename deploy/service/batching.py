@@ -20,6 +20,9 @@ from diffusion.export import golden
 
 Run = Callable[[Feeds, ort.RunOptions], Feeds]
 """Runs a model; raises any exception if the options' `terminate` is set meanwhile."""
+Observe = Callable[[float, float, int, int, int], None]
+"""Called after a slice was run: with when (time.perf_counter) and for how many seconds, the number of its images and
+steps, and that of the images of all slices that were run together."""
 AXES = {"noise": 0, "y": 0, "steps_noise": 1}
 """The axis of the images of an input. Other inputs (`steps`, `guidance`) must be equal within a batch."""
 
@@ -52,6 +55,7 @@ class Work:
     """The inputs that all images have in common."""
     part: Callable[[int, int], Feeds]
     """The other inputs of the images from start to stop; called in another thread, right before they are needed."""
+    observe: Observe = lambda *_: None
 
     @classmethod
     def of(cls, feeds: Feeds, steps: int) -> Work:
@@ -280,10 +284,12 @@ class Batcher:
         began, count = time.perf_counter(), sum(part.size for part in batch)
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
-            speed = count * batch[0].job.work.steps / (time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            speed = count * batch[0].job.work.steps / seconds
             self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
             self._observe(count)
             for part, outputs in zip(batch, results, strict=True):
+                part.job.work.observe(began, seconds, part.size, part.job.work.steps, count)
                 part.job.add(part.start, outputs)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             for job, start, _ in batch:

@@ -13,6 +13,7 @@ from deploy.service import protocol
 from deploy.service.batching import QueueFull, RunFailed, Stopping
 
 log = logging.getLogger("ddpm.service")
+UNEXPECTED = "internal error; see the log of the service"
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -36,8 +37,8 @@ def answer_errors(app: FastAPI) -> None:
             case RunFailed():
                 status, line = 500, f"the model failed: {error}"
                 log.error("request failed: %s", error)
-            case _:  # Starlette raises it again, so that its traceback is logged
-                status, line = 500, "internal error; see the log of the service"
+            case _:  # of middleware; Starlette raises it again, so that its traceback is logged
+                status, line = 500, UNEXPECTED
         return JSONResponse({"error": line}, status, headers)
 
     answered = (
