@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from deploy.service.app import create
@@ -43,9 +44,14 @@ def shared(sampler: str, classes: bool) -> Service:
 
 def ask(service: Service, *requests: httpx.Request) -> list[httpx.Response]:
     """Send requests concurrently; returns the responses."""
+    return answers(create(service), *requests)
+
+
+def answers(app: FastAPI, *requests: httpx.Request) -> list[httpx.Response]:
+    """The responses of an application to concurrent requests."""
 
     async def gather() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport) as client:
             return await asyncio.gather(*(client.send(request) for request in requests))
 
