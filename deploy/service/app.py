@@ -10,7 +10,14 @@ from deploy.service.state import Service
 
 def create(service: Service) -> FastAPI:
     """Create the application."""
-    app = FastAPI(title="ddpm", version=inference.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="ddpm",
+        version=inference.VERSION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's own; telemetry.py has ours
+    )
     middleware.add(app, service)
     answer_errors(app)
     app.include_router(inference.routes(service))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def running(directory: Path, model: str, *options: str, **environment: str) -> I
     started = Running(process, "", log)
     try:
         started.wait_for(" on http://")
-        yield started._replace(url=started.lines(" on http://")[0].rpartition(" ")[2])
+        yield started._replace(url=re.findall(r"http://[\w.:\[\]]+", started.lines(" on http://")[0])[0])
     finally:
         process.kill()
         process.wait()
