@@ -1,6 +1,7 @@
 """The application: its routes, error responses and middleware."""
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Response, Security
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deploy.service import images, inference, middleware
@@ -16,6 +17,7 @@ def create(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Security(HTTPBearer(auto_error=False))] if service.keys else None,  # for the description alone
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's own; telemetry.py has ours
     )
     middleware.add(app, service)

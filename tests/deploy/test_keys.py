@@ -170,6 +170,7 @@ def test_all_keys_take_the_same_time(file: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_needs_a_key(guarded: Service) -> None:
     app = create(guarded)
     paths = [*app.openapi()["paths"], "/nothing", "/images/", "/v2/health/", "/page.js/x"]
+    assert app.openapi()["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
     public = ["/v2/health/live", "/v2/health/ready", "/", "/openapi.json", "/main.js", "/docs"]
     answers = ask(guarded, *map(get, [*paths, *public]))
     refused = [str(answer.url.path) for answer in answers if answer.status_code == 401]
