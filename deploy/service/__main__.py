@@ -59,6 +59,9 @@ def traced() -> Telemetry | None:
     given = [name for name in names if os.environ.get(name)]
     if not given or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
+    for name in given:
+        if not os.environ[name].startswith(("http://", "https://")):
+            raise ValueError(f"{name}: must begin with http:// or https:// (got {os.environ[name]})")
     if (protocol := os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", PROTOCOL)) != PROTOCOL:
         raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL: must be {PROTOCOL} (got {protocol})")
     try:

@@ -78,7 +78,6 @@ class Telemetry:
     """Providers of its own: MLflow uses the global ones."""
 
     def __init__(self) -> None:
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # Collector says it once
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")  # the names that are stable
         os.environ.setdefault("OTEL_SERVICE_NAME", "ddpm")
         resource = Resource.create()
@@ -88,6 +87,7 @@ class Telemetry:
         readers = [PeriodicExportingMetricReader(Readings())] if _wanted("METRICS") else []
         self._metrics = MeterProvider(readers, resource, shutdown_on_exit=False)
         self._tracer = self._traces.get_tracer("ddpm.service")
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # Collector says it once
 
     def instrument(self, app: FastAPI) -> None:
         """Trace the requests of an application."""

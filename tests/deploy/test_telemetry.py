@@ -52,6 +52,10 @@ def test_off_unless_an_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert traced() is None
     monkeypatch.delenv("OTEL_SDK_DISABLED")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "127.0.0.1:4318")
+    with pytest.raises(ValueError, match=r"^OTEL_EXPORTER_OTLP_TRACES_ENDPOINT: must begin with http:// or https://"):
+        traced()
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     with pytest.raises(ValueError, match=r"^OTEL_EXPORTER_OTLP_PROTOCOL: must be http/protobuf \(got grpc\)$"):
         traced()
