@@ -124,4 +124,4 @@ class Unexpected:
             if began:  # the server logs it, and closes the connection
                 raise
             log.exception("internal error")
-            await JSONResponse({"error": UNEXPECTED}, 500)(scope, receive, send)
+            await JSONResponse({"error": UNEXPECTED.line}, UNEXPECTED.status)(scope, receive, send)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from deploy.service.batching import Batcher, Observe
+from deploy.service.batching import Batcher
 from deploy.service.keys import Keys
 from deploy.service.metrics import Metrics
 from deploy.service.models import Served
+from deploy.service.work import Observe
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from starlette.types import Scope
 
-from deploy.service.batching import Observe
+from deploy.service.work import Observe, Span
 
 log = logging.getLogger("ddpm.service")
 PREFIX = "OTEL_EXPORTER_OTLP"
@@ -37,8 +37,12 @@ class Collector:
 
     def __init__(self, kind: str) -> None:
         self._kind, self._failed = kind, False
+        self.left = False
+        """Nothing is logged any more."""
 
     def note(self, failed: bool) -> None:
+        if self.left:
+            return
         if failed and not self._failed:
             log.warning("the OpenTelemetry collector does not accept %s; they are dropped until it does", self._kind)
         elif self._failed and not failed:
@@ -49,9 +53,9 @@ class Collector:
 class Spans(OTLPSpanExporter):
     """Sends spans by OTLP over HTTP."""
 
-    def __init__(self) -> None:
+    def __init__(self, collector: Collector) -> None:
         super().__init__()
-        self._collector = Collector("traces")
+        self._collector = collector
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = super().export(spans)
@@ -62,9 +66,9 @@ class Spans(OTLPSpanExporter):
 class Readings(OTLPMetricExporter):
     """Sends metrics by OTLP over HTTP."""
 
-    def __init__(self) -> None:
+    def __init__(self, collector: Collector) -> None:
         super().__init__()
-        self._collector = Collector("metrics")
+        self._collector = collector
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: object
@@ -82,9 +86,10 @@ class Telemetry:
         os.environ.setdefault("OTEL_SERVICE_NAME", "ddpm")
         resource = Resource.create()
         self._traces = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._collectors = traces, metrics = Collector("traces"), Collector("metrics")
         if _wanted("TRACES"):
-            self._traces.add_span_processor(BatchSpanProcessor(Spans()))
-        readers = [PeriodicExportingMetricReader(Readings())] if _wanted("METRICS") else []
+            self._traces.add_span_processor(BatchSpanProcessor(Spans(traces)))
+        readers = [PeriodicExportingMetricReader(Readings(metrics))] if _wanted("METRICS") else []
         self._metrics = MeterProvider(readers, resource, shutdown_on_exit=False)
         self._tracer = self._traces.get_tracer("ddpm.service")
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # Collector says it once
@@ -111,13 +116,18 @@ class Telemetry:
         waited = False
         attributes = {"ddpm.model": model, "ddpm.version": version}
 
-        def done(began: float, seconds: float, images: int, steps: int, joined: int) -> None:
+        def done(began: float, seconds: float, images: int, part: Span, joined: int) -> None:
             nonlocal waited
             start = time.time_ns() - round((time.perf_counter() - began) * 1e9)
             if not waited:
                 self._tracer.start_span("queue", parent, start_time=came).end(max(start, came))
                 waited = True
-            sizes = {"ddpm.images": images, "ddpm.steps": steps, "ddpm.batch_images": joined}
+            sizes = {
+                "ddpm.images": images,
+                "ddpm.steps": part.steps,
+                "ddpm.evaluations": part.last - part.first,
+                "ddpm.batch_images": joined,
+            }
             span = self._tracer.start_span("run", parent, attributes={**attributes, **sizes}, start_time=start)
             span.end(start + round(seconds * 1e9))
 
@@ -139,6 +149,8 @@ class Telemetry:
             thread.start()
         for thread in closing:
             thread.join(max(0.0, ends - time.monotonic()))
+        for collector in self._collectors:
+            collector.left = True
 
 
 def _wanted(kind: str) -> bool:

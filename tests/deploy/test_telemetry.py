@@ -101,6 +101,17 @@ def test_spans_of_a_request(classes: Service, monkeypatch: pytest.MonkeyPatch) -
         assert not [name for name in named if name.startswith("ddpm")]  # those are Prometheus's
 
 
+def test_spans_of_a_stream(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    with collecting() as collector, sending(collector.url, monkeypatch) as found:
+        (answer,) = ask(classes, found, get("/images/stream?n=2&steps=4&every=2"))
+        assert answer.text.index("event: progress") < answer.text.index("event: done")
+        found.close()
+        (root,) = (span for span in collector.spans if span.kind == 2)
+        runs = [span for span in collector.spans if span.name == "run"]
+        assert [plain(run.attributes)["ddpm.evaluations"] for run in runs] == [2, 2]
+        assert {run.parent_span_id for run in runs} == {root.span_id}
+
+
 def test_only_traces(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     with collecting() as collector:
