@@ -6,7 +6,7 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.service import images, inference
+from deploy.service import images, inference, page
 from deploy.service.errors import answer_errors
 from deploy.service.state import Service
 
@@ -18,6 +18,7 @@ def create(service: Service) -> FastAPI:
     answer_errors(app)
     app.include_router(inference.routes(service))
     app.include_router(images.routes(service))
+    app.include_router(page.routes())
 
     @app.get("/metrics")
     async def metrics() -> Response:

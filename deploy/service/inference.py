@@ -47,7 +47,7 @@ def routes(service: Service) -> APIRouter:
     @router.get(newest)
     @router.get(numbered)
     async def metadata(model: Current) -> dict[str, Any]:
-        return protocol.metadata(service.name, model)
+        return protocol.metadata(service.name, model, service.max_images)
 
     @router.post(f"{newest}/infer")
     @router.post(f"{numbered}/infer")

@@ -120,6 +120,16 @@ class Model:
         return values + (max(self._max_steps, self.steps) * values if self.stochastic else 0)
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """What clients need to know besides inputs and outputs: classes and defaults; 1 to `max_steps`, or `steps`."""
+        return {
+            "classes": self.classes,
+            "steps": self.steps,
+            "max_steps": self._max_steps,
+            "guidance": self.guidance,
+        }
+
+    @property
     def steps_allowed(self) -> str:
         more = f", or {self.steps}" if self.steps > self._max_steps else ""
         return f"1 to {self._max_steps}{more}"

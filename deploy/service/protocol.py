@@ -192,8 +192,8 @@ def _list(values: NDArray[Any]) -> bytes:
     return b"[" + b",".join(pieces) + b"]"
 
 
-def metadata(name: str, model: Model) -> dict[str, Any]:
-    """Build the model metadata of the protocol."""
+def metadata(name: str, model: Model, max_images: int) -> dict[str, Any]:
+    """Build the model metadata of the protocol, with `parameters` for what it does not define."""
 
     def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         return [{"name": key, **tensor._asdict()} for key, tensor in tensors.items()]
@@ -204,6 +204,7 @@ def metadata(name: str, model: Model) -> dict[str, Any]:
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),
         "outputs": described(model.outputs),
+        "parameters": {**model.parameters, "max_images": max_images},
     }
 
 
