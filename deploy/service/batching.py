@@ -1,13 +1,17 @@
-"""Fair batching: requests are done in slices of their images, which are shared out by cost and joined into batches."""
+"""Fair batching: requests are done in slices, which are shared out by cost and joined into batches.
+
+A slice is some network evaluations of some images of a request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,13 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from deploy.service.models import Feeds
+from deploy.service.work import AXES, LAST_X_0_HAT, Feeds, Group, Job, Run, Span, Work
 from diffusion.export import golden
-
-Run = Callable[[Feeds, ort.RunOptions], Feeds]
-"""Runs a model; raises any exception if the options' `terminate` is set meanwhile."""
-AXES = {"noise": 0, "y": 0, "steps_noise": 1}
-"""The axis of the images of an input. Other inputs (`steps`, `guidance`) must be equal within a batch."""
 
 
 class QueueFull(Exception):
@@ -40,65 +39,6 @@ class RunFailed(Exception):
     """Running the model failed; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a request asks of a model. It costs `count` times `steps`."""
-
-    count: int
-    """Number of images."""
-    steps: int
-    """Number of sampling steps."""
-    common: Feeds
-    """The inputs that all images have in common."""
-    part: Callable[[int, int], Feeds]
-    """The other inputs of the images from start to stop; called in another thread, right before they are needed."""
-
-    @classmethod
-    def of(cls, feeds: Feeds, steps: int) -> Work:
-        """The work of running a model on all its inputs."""
-        own = {name: value for name, value in feeds.items() if name in AXES}
-
-        def part(start: int, stop: int) -> Feeds:
-            return {name: value[(slice(None),) * AXES[name] + (slice(start, stop),)] for name, value in own.items()}
-
-        common = {name: value for name, value in feeds.items() if name not in AXES}
-        return cls(len(feeds["noise"]), steps, common, part)
-
-
-class Job:
-    """A request in progress."""
-
-    def __init__(self, run: Run, work: Work, client: str, served: float) -> None:
-        loop = asyncio.get_running_loop()
-        self.run, self.work, self.client, self.since = run, work, client, loop.time()
-        self.served = served
-        """Cost of what was done for it, plus its client's clock when it came."""
-        self.started = 0
-        """Number of images that are done or being done."""
-        self.key: Hashable = (run, work.steps, *((name, work.common[name].tobytes()) for name in sorted(work.common)))
-        """Equal for jobs that can be joined: same model, same number of steps, same common inputs."""
-        self.parts: dict[int, Feeds] = {}
-        """Outputs, by the first image that they are of."""
-        self.outputs: asyncio.Future[Feeds] = loop.create_future()
-
-    @property
-    def left(self) -> int:
-        """Number of images that have not been started."""
-        return self.work.count - self.started
-
-    @property
-    def cost(self) -> int:
-        """Cost of these."""
-        return self.left * self.work.steps
-
-    def add(self, start: int, outputs: Feeds) -> None:
-        """Add the outputs of the images that begin with `start`; the last ones complete the job."""
-        self.parts[start] = outputs
-        if not self.left and not self.outputs.done():
-            parts = list(self.parts.values())
-            self.outputs.set_result({name: np.concatenate([part[name] for part in parts]) for name in outputs})
-
-
 @dataclass
 class Client:
     """A client that has jobs, or had more than its share."""
@@ -110,15 +50,11 @@ class Client:
 
 
 class Slice(NamedTuple):
-    """Some images of a job."""
+    """Some evaluations of a group of images of a job."""
 
     job: Job
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
+    group: Group
+    span: Span
 
 
 class Batcher:
@@ -145,7 +81,7 @@ class Batcher:
             max_batch: maximum number of images per batch.
             max_waiting: maximum number of images in the queue, of which a client may use what it leaves to others.
             max_wait: how many seconds a request may have to wait for others, estimated from what was done so far.
-            slice_seconds: how long a batch may take, by the same estimate, if it has more than one image.
+            slice_seconds: how long a batch may take, by the same estimate, but for one evaluation of one image.
             delay: seconds a request may wait for others while nothing runs.
             observe: called with the size of each batch.
         """
@@ -157,8 +93,6 @@ class Batcher:
         self._options = ort.RunOptions()
         self._clients: dict[str, Client] = {}
         self._clock = 0.0
-        self._speed = 0.0
-        """Cost done per second; 0 before the first batch."""
         self._closed = False
         self._enough = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -167,31 +101,33 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images in the queue."""
-        return sum(job.left for job in self._queue)
+        return sum(job.held for job in self._queue)
 
-    def check_room(self, client: str, count: int = 1, steps: int = 0) -> None:
-        """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed."""
+    def check_room(self, client: str, count: int = 1, seconds: float = 0.0) -> None:
+        """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed.
+
+        The request is for `count` images, and takes some seconds if it is alone.
+        """
         if self._closed:
             raise Stopping
-        images, costs = Counter[str](), Counter[str]()
+        images, needed = Counter[str](), defaultdict[str, float](float)
         for job in self._queue:
-            images[job.client] += job.left
-            costs[job.client] += job.cost
+            images[job.client] += job.held
+            needed[job.client] += job.seconds
         # Until the request is done, each other client gets at most as much as its own.
-        ahead = sum(min(cost, costs[client] + count * steps) for name, cost in costs.items() if name != client)
-        wait = (costs[client] + ahead) / self._speed if self._speed else 0.0
+        own = needed.pop(client, 0.0)
+        wait = own + sum(min(other, own + seconds) for other in needed.values())
         used = images[client] + images.total()
         if wait > self._max_wait:
             left = wait - self._max_wait
             line = f"{wait:.0f} seconds of work are ahead, and the limit is {self._max_wait:g}"
         elif used + count > self._max_waiting:
-            drained = costs.total() / self._speed if self._speed else 0.0
-            left = drained * min(1.0, (used + count - self._max_waiting) / max(1, used))
+            left = (own + sum(needed.values())) * min(1.0, (used + count - self._max_waiting) / max(1, used))
             line = f"{images.total()} images are waiting, {images[client]} of them yours (limit {self._max_waiting})"
         else:
             return
-        seconds = max(1, math.ceil(left))
-        raise QueueFull(f"no room in the queue: {line}; try again in {seconds} s", seconds)
+        until = max(1, math.ceil(left))
+        raise QueueFull(f"no room in the queue: {line}; try again in {until} s", until)
 
     async def submit(self, run: Run, work: Work, client: str = "") -> Feeds:
         """Return the outputs for some work, possibly computed in batches with other requests.
@@ -203,7 +139,7 @@ class Batcher:
             Stopping: the batcher was closed.
             RunFailed: `run` raised an error for this request.
         """
-        self.check_room(client, work.count, work.steps)
+        self.check_room(client, work.count, work.seconds)
         share = self._clients.setdefault(client, Client())
         if all(job.client != client for job in self._queue):
             share.served = max(share.served, self._clock)
@@ -248,47 +184,82 @@ class Batcher:
         return bool(self._queue)
 
     def _room(self, job: Job) -> int:
-        """How many images a batch that begins with this job may have."""
-        if math.isinf(self._slice_seconds):
-            return self._max_batch
-        return max(1, min(self._max_batch, int(self._speed * self._slice_seconds / job.work.steps)))
+        """How many images a batch that begins with this job may have: with all their evaluations, if one such fits."""
+        if job.group and job.group.done:
+            return max(job.group.size, self._images(job, 1))
+        return self._images(job, 1 if job.work.progress else job.work.evaluations) or self._images(job, 1)
+
+    def _fitting(self, job: Job) -> int:
+        """How many evaluations of an image fit into a slice."""
+        return sys.maxsize if math.isinf(self._slice_seconds) else job.work.pace.within(self._slice_seconds)
+
+    def _images(self, job: Job, evaluations: int) -> int:
+        """How many images fit into a batch with some evaluations; at least 1 with one."""
+        return min(self._max_batch, max(int(evaluations == 1), self._fitting(job) // evaluations))
+
+    def _evaluations(self, job: Job, images: int) -> int:
+        """How many evaluations of a job come next, in a batch with some images."""
+        left = job.work.evaluations - job.done
+        if job.work.progress:
+            left = min(left, job.work.every - job.done % job.work.every)
+        return max(1, min(left, self._fitting(job) // images))
+
+    def _cost(self, job: Job) -> float:
+        """Cost of the next slice of a job, if it were alone."""
+        size = job.group.size if job.group else min(job.left, self._room(job))
+        return size * self._evaluations(job, size) * job.work.weight
 
     def _next(self) -> list[Slice]:
         """The next batch; nothing runs now, so each job has images left."""
-        costs = {job: min(job.left, self._room(job)) * job.work.steps for job in self._queue}
+        costs = {job: self._cost(job) for job in self._queue}
         order = sorted(self._queue, key=lambda job: job.served + costs[job])
         first = {job.client: job for job in reversed(order)}
         order.sort(key=lambda job: self._clients[job.client].served + costs[first[job.client]])
-        jobs = Counter(job.client for job in order)
-        key, room, batch = order[0].key, self._room(order[0]), list[Slice]()
+        leader, room, joined = order[0], self._room(order[0]), list[tuple[Job, Group]]()
         for job in order:
-            if room and job.key == key:
-                part = Slice(job, job.started, job.started + min(room, job.left))
-                room -= part.size
-                job.started = part.stop
-                cost, client = part.size * job.work.steps, self._clients[job.client]
-                job.served += cost
-                client.served += cost
-                client.clock += cost / jobs[job.client]
-                self._clock += cost / len(jobs)
-                batch.append(part)
-        return batch
+            if job.key == leader.key and job.done == leader.done:
+                group = job.group or Group(job.started, job.started + min(room, job.left))
+                if 0 < group.size <= room:
+                    room -= group.size
+                    joined.append((job, group))
+        size = sum(group.size for _, group in joined)
+        evaluations = min(self._evaluations(job, size) for job, _ in joined)
+        span = Span(leader.work.steps, leader.done, leader.done + evaluations)
+        jobs = Counter(job.client for job in order)
+        for job, group in joined:
+            job.group, job.started = group, max(job.started, group.stop)
+            cost, client = group.size * evaluations * job.work.weight, self._clients[job.client]
+            job.served += cost
+            client.served += cost
+            client.clock += cost / jobs[job.client]
+            self._clock += cost / len(jobs)
+        return [Slice(job, group, span) for job, group in joined]
 
     async def _do(self, batch: list[Slice]) -> None:
         """Run a batch, and hand out its outputs; if it fails, its jobs are done again, each alone."""
         self._running, self._options = batch, ort.RunOptions()
-        began, count = time.perf_counter(), sum(part.size for part in batch)
+        began, count = time.perf_counter(), sum(group.size for _, group, _ in batch)
+        span, ends = batch[0].span, batch[0].span.last == batch[0].job.work.evaluations
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
-            speed = count * batch[0].job.work.steps / (time.perf_counter() - began)
-            self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
-            self._observe(count)
-            for part, outputs in zip(batch, results, strict=True):
-                part.job.add(part.start, outputs)
+            batch[0].job.work.pace.add((time.perf_counter() - began) / (count * (span.last - span.first)))
+            if ends:
+                self._observe(count)
+            for (job, group, _), outputs in zip(batch, results, strict=True):
+                if ends:
+                    job.group = None
+                    job.add(group.start, outputs)
+                else:
+                    group.done, group.state = span.last, outputs["state"]
+                if job.work.progress:
+                    x_0_hat = outputs["x_0"] if ends else outputs["state"][LAST_X_0_HAT]
+                    job.work.progress(group.start, span.last, x_0_hat)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            for job, start, _ in batch:
+            for job, group, _ in batch:
                 if len(batch) > 1:
-                    job.started, job.key = start, object()
+                    job.key = object()
+                    if not group.done:
+                        job.group, job.started = None, group.start
                 elif not job.outputs.done():
                     job.outputs.set_exception(RunFailed(golden.brief(error)))
         finally:
@@ -297,9 +268,14 @@ class Batcher:
 
 def _run(batch: list[Slice], options: ort.RunOptions) -> list[Feeds]:
     """Run the model once; returns the outputs of each slice."""
-    own = [part.job.work.part(part.start, part.stop) for part in batch]
+    own, span = list[Feeds](), batch[0].span
+    for job, group, _ in batch:
+        given = job.work.part(group.start, group.stop, span)
+        if group.state is not None:
+            given = {name: value for name, value in given.items() if name != "noise"} | {"state": group.state}
+        own.append(given)
     joined: dict[str, Any] = {name: np.concatenate([each[name] for each in own], AXES[name]) for name in own[0]}
-    ends = np.cumsum([part.size for part in batch])[:-1]
-    outputs = batch[0].job.run(joined | batch[0].job.work.common, options)
-    split = {name: np.split(value, ends) for name, value in outputs.items()}
+    ends = np.cumsum([group.size for _, group, _ in batch])[:-1]
+    outputs = batch[0].job.run(joined | batch[0].job.work.common, span, options)
+    split = {name: np.split(value, ends, AXES.get(name, 0)) for name, value in outputs.items()}
     return [{name: parts[index] for name, parts in split.items()} for index in range(len(batch))]

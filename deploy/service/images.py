@@ -1,36 +1,137 @@
-"""GET /images: grids of images as PNG."""
+"""GET /images: grids of images as PNG, and /images/stream: the same while they form."""
 
+import asyncio
+import base64
+import math
 import secrets
-from typing import Annotated
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+import numpy as np
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from numpy.typing import NDArray
+from pydantic import Field
+from starlette.requests import ClientDisconnect
 
 from deploy.service import pictures, protocol
-from deploy.service.requests import compute
+from deploy.service.errors import EXPECTED, answer
+from deploy.service.models import Model, to_uint8
+from deploy.service.requests import compute, sender
 from deploy.service.state import Service
+from deploy.service.work import Work
+
+EVENTS = 10
+"""About how many estimates a stream sends, unless asked for another number of steps between them."""
+
+
+class StreamQuery(pictures.ImageQuery):
+    """The query of GET /images/stream."""
+
+    every: int = Field(0, ge=0)
+    """Steps between estimates; 0 for about EVENTS of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A valid request for images."""
+
+    model: Model
+    seed: int
+    work: Work
 
 
 def routes(service: Service) -> APIRouter:
     """Create the routes."""
     router = APIRouter()
 
-    @router.get("/images")
-    async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+    def asked(request: Request, query: pictures.ImageQuery) -> Asked:
         for name in (given := request.query_params):
             if len(given.getlist(name)) > 1:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
-        model, seed = service.served.current, query.seed
-        headers = {"X-Model-Version": model.version, "Cache-Control": "no-store"}
-        if seed is None:
-            seed = secrets.randbelow(2**32)
-        else:  # unchanged until the model changes, which the ETag tells in one round trip
+        model = service.served.current
+        seed = secrets.randbelow(2**32) if query.seed is None else query.seed
+        return Asked(model, seed, pictures.work(query, seed, model, service.max_images))
+
+    @router.get("/images")
+    async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        model, seed, work = (found := asked(request, query)).model, found.seed, found.work
+        headers = {"X-Model-Version": model.version, "X-Seed": str(seed), "Cache-Control": "no-store"}
+        if query.seed is not None:  # unchanged until the model changes, which the ETag tells in one round trip
             headers |= {"Cache-Control": "no-cache", "ETag": pictures.etag(query, model)}
-        headers["X-Seed"] = str(seed)
-        work = pictures.work(query, seed, model, service.max_images)
         if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
             return Response(status_code=304, headers=headers)
         results = await compute(service, request, model, work)
         png = await service.convert(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
+    def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> Asked:
+        """What can be refused with a status is refused before the response begins."""
+        found = asked(request, query)
+        service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
+        return found
+
+    @router.get("/images/stream", response_class=EventSourceResponse)
+    async def stream(
+        request: Request, query: Annotated[StreamQuery, Query()], asked: Annotated[Asked, Depends(accepted)]
+    ) -> AsyncGenerator[ServerSentEvent]:
+        async def event(kind: str, images: NDArray[np.uint8], step: int, **facts: Any) -> ServerSentEvent:
+            png = await service.convert(pictures.png, images, query.scale)
+            image = base64.b64encode(png).decode()
+            return ServerSentEvent(event=kind, data={"step": step, "steps": work.steps, **facts, "image": image})
+
+        model, work = asked.model, asked.work
+        forming = Forming(model, work, query.every)
+        task = asyncio.create_task(compute(service, request, model, forming.work))
+        try:
+            while await forming.changed(task):
+                yield await event("progress", await service.convert(forming.images), forming.step)
+            facts = {"seed": asked.seed, "model": service.name, "version": model.version}
+            yield await event("done", task.result()["images"], work.steps, **facts)
+        except ClientDisconnect:
+            return
+        except EXPECTED as error:
+            yield ServerSentEvent(event="error", data={"error": answer(error).line})
+        finally:
+            task.cancel()
+
     return router
+
+
+class Forming:
+    """The images of a request while they form. A client that reads slowly gets only the latest."""
+
+    def __init__(self, model: Model, work: Work, every: int) -> None:
+        """every: number of steps between changes, 0 for about EVENTS of them in all."""
+        each = math.ceil(work.evaluations / work.steps)
+        steps = every or max(1, round(work.steps / EVENTS))
+        self.work = replace(work, progress=self._set, every=steps * each)
+        self.step = 0
+        self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
+        self._estimates: dict[int, NDArray[np.float32]] = {}
+        """What has changed, by the first image."""
+        self._changed = asyncio.Event()
+
+    def _set(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
+        if done % self.work.every == 0 or done == self.work.evaluations:
+            self._estimates[start] = x_0_hat
+            self.step = done * self.work.steps // self.work.evaluations
+            self._changed.set()
+
+    def images(self) -> NDArray[np.uint8]:
+        """The current estimates, uint8 (B, H, W, C)."""
+        while self._estimates:
+            start, x_0_hat = self._estimates.popitem()
+            self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
+        return self._images
+
+    async def changed(self, task: asyncio.Task[Any]) -> bool:
+        """Wait for a change, and return True; or for the end of the task, and return False."""
+        change = asyncio.create_task(self._changed.wait())
+        try:
+            await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            change.cancel()
+        self._changed.clear()
+        return not task.done()

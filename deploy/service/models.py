@@ -9,19 +9,21 @@ import math
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from deploy.service import loop
+from deploy.service.work import Feeds, Pace, Span
 from diffusion.export import digest, golden, runtime
 
 log = logging.getLogger("ddpm.service")
 T = TypeVar("T")
-Feeds = dict[str, NDArray[Any]]
-"""Inputs or outputs of the graph, by name."""
 METADATA_VERSION = "2"
 DATATYPES = {"tensor(float)": "FP32", "tensor(int64)": "INT64", "tensor(uint8)": "UINT8"}
 
@@ -62,15 +64,16 @@ class Model:
             raise RejectedModel(str(error)) from None
         try:
             ort.set_default_logger_severity(4)  # errors are raised as well
-            self.session = runtime.session(content, None if device == "cpu" else 0, threads)
-            facts = self.session.get_modelmeta().custom_metadata_map
+            place = None if device == "cpu" else 0
+            session = runtime.session(content, place, threads)
+            facts = session.get_modelmeta().custom_metadata_map
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise RejectedModel(f"not an ONNX model that ONNX Runtime can run ({golden.brief(error)})") from None
-        if device == "cuda" and self.session.get_providers()[0] != runtime.CUDA:
+        if device == "cuda" and session.get_providers()[0] != runtime.CUDA:
             raise RejectedModel(
                 "ONNX Runtime finds no CUDA; use --device cpu, or install onnxruntime-gpu and its libraries"
             )
-        self.inputs, self.outputs = _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
+        self.inputs, self.outputs = _tensors(session.get_inputs()), _tensors(session.get_outputs())
         if "noise" not in self.inputs or "images" not in self.outputs:
             raise RejectedModel("not a sampler.onnx: it has no input `noise` or no output `images`")
         if facts.get("ddpm.version") != METADATA_VERSION:
@@ -78,7 +81,7 @@ class Model:
                 f"its ddpm.version is {facts.get('ddpm.version')}, but this service supports {METADATA_VERSION}"
             )
         try:
-            golden.check(self.session, facts)
+            golden.check(session, facts)
             self.weights = facts["ddpm.weights_sha256"]
             self.classes: list[str] = json.loads(facts["ddpm.classes"])
             self.steps, self.guidance = int(facts["ddpm.steps"]), float(facts["ddpm.guidance"])
@@ -92,6 +95,27 @@ class Model:
         self.digest = hashlib.sha256(content).hexdigest()  # the same weights can be exported with different settings
         self.shape = self.inputs["noise"].shape[1:]
         self.stochastic = "steps_noise" in self.inputs
+        try:
+            self._loop = loop.extract(content)
+            self.session = runtime.session(self._loop.graph, place, threads)
+            self._check_loop(session, golden.inputs(self.inputs, facts, golden.SEED, golden.BATCH))
+        except Exception as error:  # likewise
+            raise RejectedModel(golden.brief(error)) from None
+
+    def _check_loop(self, whole: ort.InferenceSession, given: Feeds) -> None:
+        """Raise ValueError unless the loop makes the images of the whole graph in one step; measure its pace."""
+        if self.stochastic:
+            given["steps_noise"] = given["steps_noise"][:1]
+        else:
+            given["steps"] = np.array([1])
+        (expected,) = whole.run(["images"], given)
+        span = Span(1, 0, self.evaluations(1))
+        found = self.run(given, span)["images"]
+        began = time.perf_counter()
+        self.run(given, span)
+        self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * span.last))
+        if np.abs(found.astype(int) - expected).max() > 1:  # a GPU may round differently
+            raise ValueError("its loop computes other images than the whole graph")
 
     def problem(self, name: str, value: NDArray[Any]) -> str:
         """Describe the first invalid value of an input and the allowed range; empty if all are valid."""
@@ -134,9 +158,30 @@ class Model:
         more = f", or {self.steps}" if self.steps > self._max_steps else ""
         return f"1 to {self._max_steps}{more}"
 
-    def run(self, feeds: Feeds, options: ort.RunOptions | None = None) -> Feeds:
-        """Run the graph on all inputs; returns all outputs. Setting `options.terminate` ends it with an error."""
-        return dict(zip(self.outputs, self.session.run(list(self.outputs), feeds, options), strict=True))
+    def evaluations(self, steps: int) -> int:
+        """Number of network evaluations that an allowed number of steps takes."""
+        return int(self._loop.lengths[steps])
+
+    def run(self, feeds: Feeds, span: Span, options: ort.RunOptions | None = None) -> Feeds:
+        """Run some network evaluations, on `noise` or the `state` after those before, and the other inputs.
+
+        Returns the outputs after the last evaluation, else the `state`, float32 (3, B, C, H, W). Setting
+        `options.terminate` ends the run with an error.
+        """
+        given = {name: value for name, value in feeds.items() if name in ("y", "guidance", "steps_noise")}
+        given[loop.STATE] = feeds["state"] if "state" in feeds else np.stack([feeds["noise"]] * 3)
+        given[loop.BEGIN] = self._loop.begins[[span.steps]] + span.first
+        given[loop.COUNT] = np.array(span.last - span.first)
+        (state,) = self.session.run([loop.STATES], given, options)
+        if span.last < self.evaluations(span.steps):
+            return {"state": state}
+        return {"images": to_uint8(state[0]), "x_0": state[0]}
+
+
+def to_uint8(x_0: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Convert clean images (B, C, H, W) to uint8 (B, H, W, C), as the graph does."""
+    in_range = (np.clip(x_0, -1, 1) + np.float32(1)) * np.float32(127.5)
+    return np.ascontiguousarray(np.rint(in_range).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def _tensors(values: list[ort.NodeArg]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from deploy.service.batching import Work
-from deploy.service.models import Feeds, Model
+from deploy.service.models import Model
 from deploy.service.protocol import Invalid
+from deploy.service.work import Feeds, Span, Work
 from diffusion.export import golden
 
 MAX_SIDE = 4096
@@ -66,19 +67,31 @@ def work(query: ImageQuery, seed: int, model: Model, max_images: int) -> Work:
     guidance = model.guidance if query.guidance is None else query.guidance
     if "guidance" in model.inputs and (problem := model.problem("guidance", np.array([guidance]))):
         raise Invalid(f"guidance: {problem}")
-    label = -1 if query.cls is None else class_index(query.cls, model.classes)
+    label = labels(query.cls, model.classes)
 
-    def part(start: int, stop: int) -> Feeds:
-        def noise(first: int, shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:
-            return np.stack([golden.normal(seed, first + i, shape) for i in range(start, stop)], axis)
-
-        given: Feeds = {"y": np.full(stop - start, label), "noise": noise(0, model.shape, 0)}
+    def part(start: int, stop: int, span: Span) -> Feeds:
+        given: Feeds = {"y": np.array([label(i) for i in range(start, stop)])}
+        if not span.first:
+            given["noise"] = np.stack([golden.normal(seed, i, model.shape) for i in range(start, stop)])
         if model.stochastic:
-            given["steps_noise"] = noise(STEPS_NOISE, (steps, *model.shape), 1)
+            shape, rows = (steps, *model.shape), slice(span.first, span.last)
+            noise = (golden.normal(seed, STEPS_NOISE + i, shape)[rows] for i in range(start, stop))
+            given["steps_noise"] = np.stack(list(noise), axis=1)
         return {name: given[name] for name in model.inputs if name in given}
 
-    common: Feeds = {"steps": np.array([steps]), "guidance": np.array([guidance], np.float32)}
-    return Work(query.n, steps, {name: common[name] for name in model.inputs if name in common}, part)
+    common: Feeds = {"guidance": np.array([guidance], np.float32)} if "guidance" in model.inputs else {}
+    return Work(query.n, steps, model.evaluations(steps), common, part, model.pace)
+
+
+def labels(cls: str | None, classes: list[str]) -> Callable[[int], int]:
+    """The class of each image, by number: None for no class, a name or number, or `turn` for all in turn.
+
+    Raises Invalid.
+    """
+    if cls == "turn" and classes and cls not in classes:
+        return lambda image: image % len(classes)
+    label = -1 if cls is None else class_index(cls, classes)
+    return lambda _: label
 
 
 def class_index(name: str, classes: list[str]) -> int:
@@ -90,7 +103,7 @@ def class_index(name: str, classes: list[str]) -> int:
     if name in (numbers := [str(index) for index in range(len(classes))]):
         return numbers.index(name)
     known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    raise Invalid(f"class: must be a name ({known}) or a number below {len(classes)} (got {name[:50]})")
+    raise Invalid(f"class: must be a name ({known}), a number below {len(classes)}, or turn (got {name[:50]})")
 
 
 def layout(count: int) -> tuple[int, int]:

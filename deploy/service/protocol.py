@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from pydantic_core import to_json
 
-from deploy.service.batching import Work
-from deploy.service.models import Feeds, Model, Tensor
+from deploy.service.models import Model, Tensor
+from deploy.service.work import Feeds, Work
 from diffusion.errors import counted
 
 VALUE_TYPES: dict[str, tuple[type[np.generic], set[type]]] = {
@@ -106,8 +106,8 @@ def parse(body: bytearray, model: Model, max_images: int) -> ParsedRequest:
             raise Invalid(f"input {each.name}: given twice; remove one")
         given[each.name] = _array(each, model, max_images)
     feeds = with_defaults(given, model)
-    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds["steps"][0]) if "steps" in feeds else 0
-    return ParsedRequest(request.id, Work.of(feeds, steps or model.steps), outputs)
+    steps = len(feeds["steps_noise"]) if model.stochastic else int(feeds.pop("steps")[0]) or model.steps
+    return ParsedRequest(request.id, Work.of(feeds, steps, model.evaluations(steps), model.pace), outputs)
 
 
 def with_defaults(given: Feeds, model: Model) -> Feeds:

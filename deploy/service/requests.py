@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import HTTPException, Request
 from starlette.requests import ClientDisconnect
 
-from deploy.service.batching import Work
-from deploy.service.models import Feeds, Model
+from deploy.service.models import Model
 from deploy.service.state import Service
+from deploy.service.work import Feeds, Work
 
 MAX_DISCARDED = 2**26
 """Up to this size, a body that is too large is read to its end before it is refused."""

@@ -29,7 +29,8 @@ export class Service {
     sessionStorage.setItem(`key of ${this.address}`, key);
   }
 
-  // The models that it has: { name, version, alias, label }, the default one first. `label` tells them apart.
+  // The models that it has: { name, version, alias, label }, the default one first. `label` tells them apart, and is
+  // what requests call them; a single one needs no name.
   async models(signal) {
     let models = [DEFAULT_MODEL];
     try {
@@ -40,7 +41,7 @@ export class Service {
     return models.map((model) => {
       const single = models.filter(({ name }) => name === model.name).length === 1;
       const label = model.name + (single ? "" : model.alias ? `@${model.alias}` : `/${model.version}`);
-      return { ...model, label };
+      return { ...model, label, named: models.length > 1 };
     });
   }
 
@@ -48,7 +49,7 @@ export class Service {
   async open(model, signal) {
     const version = model.label === model.name ? "" : `/versions/${encodeURIComponent(model.alias ?? model.version)}`;
     const response = await this.ask(`v2/models/${encodeURIComponent(model.name)}${version}`, {}, signal);
-    return new Served(this, model.label, await response.json());
+    return new Served(this, model.named && model.label, await response.json());
   }
 
   // The response to GET `path`; throws Refused, or an Error if there is none.
@@ -70,9 +71,9 @@ export class Service {
 
 class Served extends Model {
   #service;
-  #label;
+  #asked;
 
-  // metadata: of the Open Inference Protocol, with `parameters`.
+  // label: false if requests need not name the model. metadata: of the Open Inference Protocol, with `parameters`.
   constructor(service, label, { name, versions, inputs, outputs, parameters }) {
     if (!parameters?.classes) throw new Error(`the metadata of model ${name} lacks \`parameters\`; update the service`);
     const [, height, width, channels] = outputs.find(({ name }) => name === "images").shape;
@@ -81,17 +82,17 @@ class Served extends Model {
     const [guided, stochastic] = ["guidance", "steps_noise"].map(has);
     super({ channels, height, width, classes, guided, stochastic, steps, guidance, maxFreeSteps });
     this.#service = service;
-    this.#label = label;
+    this.#asked = label ? { model: label } : {};
     this.maxCount = Math.min(this.maxCount, maxCount);
-    this.version = versions[0];
+    this.name = `${label || name}, version ${versions[0]}`;
   }
 
   details() {
-    return [counted(this.steps, "step", "steps"), `${this.#label}, version ${this.version}`];
+    return [counted(this.steps, "step", "steps"), this.name];
   }
 
   async *generate({ seed, count, steps, choice, guidance }, signal) {
-    const asked = { model: this.#label, n: count, seed, steps, scale: 1 };
+    const asked = { ...this.#asked, n: count, seed, steps, scale: 1 };
     if (this.classes.length && choice !== "-1") asked.class = this.classes[choice] ?? choice; // a name, or "turn"
     if (this.guided) asked.guidance = guidance;
     const start = performance.now();

@@ -7,26 +7,48 @@ from typing import Any
 
 import numpy as np
 
-from deploy.service.batching import Batcher, Work
-from deploy.service.models import Feeds
+from deploy.service.batching import Batcher
+from deploy.service.work import Feeds, Pace, Span, Work
+
+
+class Steady(Pace):
+    """A second for each evaluation of an image."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def add(self, seconds: float) -> None:
+        pass
 
 
 class Model:
-    """A model whose outputs encode its inputs; it waits for `go`."""
+    """A model whose outputs encode its inputs; it waits for `go`.
+
+    The state between evaluations is the noise, and the number of evaluations.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
+        self.pace: Pace = Steady()
+        self.spans: list[tuple[int, int]] = []
         self.running, self.go = threading.Event(), threading.Event()
 
-    def run(self, feeds: Feeds, options: Any = None) -> Feeds:
+    def run(self, feeds: Feeds, span: Span, options: Any = None) -> Feeds:
         self.options = options
         self.running.set()
         assert self.go.wait(60)
-        first = feeds["noise"][:, 0]
+        assert ("state" in feeds) == (span.first > 0)
+        first = feeds["state"][0, :, 0] if span.first else feeds["noise"][:, 0]
+        if span.first:
+            assert (feeds["state"][1] == span.first).all()
         self.batches.append(first.tolist())
+        self.spans.append((span.first, span.last))
         if (first < 0).any():
             raise RuntimeError("negative\nand more")
-        parts = [first * 10] + [feeds[name][0] for name in ("steps", "guidance") if name in feeds]
+        if span.last < span.steps:
+            state = np.stack([first, np.full(len(first), span.last), first + span.last / 1000])
+            return {"state": state[..., None]}
+        parts = [first * 10] + [feeds[name][0] for name in ("guidance",) if name in feeds]
         parts += [feeds["steps_noise"].sum((0, 2)) for name in ("steps_noise",) if name in feeds]
         return {"images": np.stack(np.broadcast_arrays(*parts), axis=1)}
 
@@ -37,7 +59,8 @@ def feeds(*noise: float, **others: Any) -> Feeds:
 
 def submit(batcher: Batcher, model: Model, job: Feeds, client: str = "") -> Coroutine[Any, Any, Feeds]:
     steps = len(job["steps_noise"]) if "steps_noise" in job else int(job.get("steps", [1])[0])
-    return batcher.submit(model.run, Work.of(job, steps), client)
+    job = {name: value for name, value in job.items() if name != "steps"}
+    return batcher.submit(model.run, Work.of(job, steps, steps, model.pace), client)
 
 
 def soon(work: Coroutine[Any, Any, None]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping, Work
-from deploy.service.models import Feeds
+from deploy.service.batching import Batcher, QueueFull, RunFailed, Stopping
+from deploy.service.work import Feeds, Pace, Span, Work
 from tests.deploy.batches import Model, feeds, soon, submit
 
 
@@ -79,7 +79,7 @@ def test_slices_have_the_inputs_of_their_images() -> None:
     job = feeds(0.1, 0.2, 0.3, 0.4, 0.5, y=np.arange(5) * 1000, steps_noise=noise)
 
     async def outputs() -> Feeds:
-        return await Batcher(2, 8).submit(run, Work.of(job, 3))
+        return await Batcher(2, 8).submit(run, Work.of(job, 3, 3, Pace()))
 
     np.testing.assert_array_equal(asyncio.run(outputs())["images"], run(job)["images"])
 
@@ -122,7 +122,7 @@ def test_a_request_whose_inputs_or_outputs_cannot_be_made(fails: str) -> None:
     model = Model()
     model.go.set()
 
-    def part(start: int, stop: int) -> Feeds:
+    def part(start: int, stop: int, _: Span) -> Feeds:
         if fails == "input":
             raise MemoryError("no memory")
         return feeds(*range(start, stop))
@@ -133,7 +133,7 @@ def test_a_request_whose_inputs_or_outputs_cannot_be_made(fails: str) -> None:
 
     async def run() -> None:
         batcher = Batcher(8, 100, observe=observe)
-        broken = batcher.submit(model.run, Work(2, 1, {}, part))
+        broken = batcher.submit(model.run, Work(2, 1, 1, {}, part))
         with pytest.raises(RunFailed, match="no memory"):
             await broken
         if fails == "input":

@@ -15,7 +15,7 @@ import pytest
 from deploy.service import pictures, server
 from deploy.service.__main__ import listen
 from deploy.service.app import create
-from deploy.service.models import Feeds
+from deploy.service.work import Feeds, Span
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, service
 
@@ -37,13 +37,13 @@ class Served:
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
 
-    def slow(self, feeds: Feeds, options: Any = None) -> Feeds:
+    def slow(self, feeds: Feeds, span: Span, options: Any = None) -> Feeds:
         self.running.set()
         while not self.go.wait(0.01):
             if options.terminate:
                 self.ended.set()
                 raise RuntimeError("terminated")
-        return self.run(feeds, options)
+        return self.run(feeds, span, options)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), 20)

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.service import batching
 from deploy.service.batching import Batcher, QueueFull
-from deploy.service.models import Feeds
+from deploy.service.work import Feeds, Pace, Span
 from tests.deploy.batches import Model, feeds, soon, submit
 
 
@@ -103,26 +103,34 @@ class Timed(Model):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.seconds = 0.0
+        self.pace, self.seconds = Pace(), 0.0
         monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
 
-    def run(self, feeds: Feeds, options: Any = None) -> Feeds:
-        self.seconds += 0.02 * len(feeds["noise"]) * int(feeds["steps"][0])
-        return super().run(feeds, options)
+    def run(self, feeds: Feeds, span: Span, options: Any = None) -> Feeds:
+        images = feeds["state"].shape[1] if "state" in feeds else len(feeds["noise"])
+        self.seconds += 0.02 * images * (span.last - span.first)
+        return super().run(feeds, span, options)
 
 
 def test_slices_follow_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.11 s hold 5 images of one step, and none of 10 steps, which run one by one."""
+    """0.11 s hold 5 images of one evaluation, or 2 of 2; of 10 they hold none, so 5 images take an evaluation each."""
     model, sizes = Timed(monkeypatch), list[int]()
     model.go.set()
     batcher = Batcher(64, 100, slice_seconds=0.11, observe=sizes.append)
 
     async def run() -> None:
         await submit(batcher, model, feeds(*range(21), steps=[1]))
-        await submit(batcher, model, feeds(*range(3), steps=[10]))
+        assert sizes == [1, 5, 5, 5, 5]  # the speed is not known at first
+        await submit(batcher, model, feeds(*range(3), steps=[2]))
+        assert sizes[5:] == [2, 1]
+        model.spans.clear()
+        outputs = await submit(batcher, model, feeds(*range(6), steps=[10]))
+        assert outputs["images"][:, 0].tolist() == [0, 10, 20, 30, 40, 50]
 
     asyncio.run(run())
-    assert sizes == [1, 5, 5, 5, 5, 1, 1, 1]  # the speed is not known at first
+    assert sizes[7:] == [5, 1]
+    assert model.spans[:10] == [(step, step + 1) for step in range(10)]
+    assert model.spans[10:] == [(0, 5), (5, 10)]
 
 
 def test_too_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +147,9 @@ def test_too_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await asyncio.to_thread(model.running.wait, 60)
         with pytest.raises(QueueFull, match=r"^no room in the queue: 2 seconds of work are ahead") as full:
             await submit(batcher, model, feeds(1, steps=[1]))
-        batcher.check_room("another", 2, 10)  # it waits for as much of the other's work, 0.4 s
+        batcher.check_room("another", 2, 0.4)  # it waits for as much of the other's work, 0.4 s
         with pytest.raises(QueueFull):
-            batcher.check_room("another", 3, 10)
+            batcher.check_room("another", 3, 0.6)
         model.go.set()
         await long
         return full.value

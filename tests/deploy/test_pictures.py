@@ -76,7 +76,7 @@ def test_the_etag_depends_on_the_export_settings(tmp_path: Path) -> None:
         ("n=many", "n: input should be a valid integer"),
         ("seed=-1", "seed: input should be greater than or equal to 0"),
         (f"seed={2**64}", "seed: input should be less than"),
-        ("class=3", "class: must be a name (0, 1, 2) or a number below 3 (got 3)"),
+        ("class=3", "class: must be a name (0, 1, 2), a number below 3, or turn (got 3)"),
         ("class=cat", "class: must be a name"),
         (f"class={'9' * 5000}", "class: must be a name"),
         ("steps=51", "steps: must be 1 to 50, or 0 for 4 (got 51)"),

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from deploy.service import page
-from deploy.service.models import Feeds
 from deploy.service.protocol import InferenceRequest
 from deploy.service.state import Service
+from deploy.service.work import Feeds
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, ask, direct, get, post, received, same, service, tensor
 from tests.export.test_sampler_graph import SHAPE

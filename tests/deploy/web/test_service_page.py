@@ -96,7 +96,7 @@ def test_pictures_form_and_a_link_shows_the_same(served: Service, page: Page) ->
     assert np.array_equal(made(page, 5, "Step 4 of 4, "), found)
     query = {"seed": ["9"], "steps": ["4"], "class": ["1"], "guidance": ["2.5"]}
     assert parse_qs(urlsplit(page.url).query) == {**query, "count": ["5"]}
-    assert asked == [{**query, "n": ["5"], "scale": ["1"], "model": ["ddpm"]}] * 2
+    assert asked == [{**query, "n": ["5"], "scale": ["1"]}] * 2
 
 
 def test_errors_of_the_service_are_shown(served: Service, page: Page) -> None:
