@@ -107,7 +107,7 @@ class Forming:
         each = math.ceil(work.evaluations / work.steps)
         steps = every or max(1, round(work.steps / EVENTS))
         self.work = replace(work, progress=self._set, every=steps * each)
-        self.step = 0
+        self._done = np.zeros(work.count, int)  # evaluations of each image
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
         self._estimates: dict[int, NDArray[np.float32]] = {}
         """What has changed, by the first image."""
@@ -116,8 +116,13 @@ class Forming:
     def _set(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
         if done % self.work.every == 0 or done == self.work.evaluations:
             self._estimates[start] = x_0_hat
-            self.step = done * self.work.steps // self.work.evaluations
+            self._done[start : start + len(x_0_hat)] = done
             self._changed.set()
+
+    @property
+    def step(self) -> int:
+        """Number of steps done, on average if the images are made in several slices."""
+        return int(self._done.sum()) * self.work.steps // (self.work.count * self.work.evaluations)
 
     def images(self) -> NDArray[np.uint8]:
         """The current estimates, uint8 (B, H, W, C)."""

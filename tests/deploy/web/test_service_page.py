@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from deploy.service.state import Service
 from diffusion.export import golden
 from tests.deploy.models import write_model
 from tests.deploy.services import direct, service
-from tests.deploy.web.images import made, same
+from tests.deploy.web.images import made, read, same
 from tests.export.test_sampler_graph import SHAPE
 
 pytestmark = pytest.mark.slow
@@ -63,22 +64,15 @@ def event(kind: str, step: int, pixels: NDArray[np.uint8]) -> str:
 
 
 def test_pictures_form_and_a_link_shows_the_same(served: Service, page: Page) -> None:
-    asked = list[dict[str, list[str]]]()
-
-    def stream(route: Route) -> None:
-        asked.append(parse_qs(urlsplit(route.request.url).query))
-        whole = images(served, 9, [1] * 5)
-        parts = (event("progress", 2, 255 - whole), ": still here\n\n", event("done", 4, whole))
-        route.fulfill(body="".join(parts), content_type="text/event-stream")
-
-    page.route(STREAM, stream)
+    asked = list[str]()
+    page.on("request", lambda request: asked.append(request.url) if "/stream?" in request.url else None)
     page.add_init_script("""addEventListener("DOMContentLoaded", () => {
         window.lines = [];
         const status = document.getElementById("status");
         new MutationObserver(() => window.lines.push(status.textContent)).observe(status, { childList: true });
     })""")
-    page.goto("?seed=9&count=5&class=1&service=http://elsewhere.example&model=zebra")
-    expect(page.locator("#status")).to_contain_text("Step 4 of 4, 5 images in ")
+    page.goto("?seed=9&count=5&steps=40&class=1&service=http://elsewhere.example&model=zebra")
+    expect(page.locator("#status")).to_contain_text("Step 40 of 40, 5 images in ")
     expect(page.locator("#facts")).to_have_text("7 × 10, RGB · 3 classes · 4 steps · ddpm, version aaaaaaaaaaaa")
     expect(page.locator("#notices li")).to_have_text(
         [
@@ -86,17 +80,19 @@ def test_pictures_form_and_a_link_shows_the_same(served: Service, page: Page) ->
             "model=zebra: the service has no such model; using ddpm",
         ]
     )
-    assert "Step 2 of 4" in page.evaluate("window.lines")
-    found = made(page, 5, "Step 4 of 4, ")
-    same(found, images(served, 9, [1] * 5))
+    found = made(page, 5, "Step 40 of 40, ")
+    same(found, images(served, 9, [1] * 5, steps=[40]))
+    steps = [int(step) for step in re.findall(r"Step (\d+) of 40(?!,)", " ".join(page.evaluate("window.lines")))]
+    assert steps
+    assert steps == sorted(set(steps) & set(range(4, 40, 4)))
     for label in ("Class", "Guidance"):
         expect(page.get_by_label(label)).to_be_visible()
     expect(page.locator("#gallery canvas").last).to_have_attribute("title", "Image 5, 1")
     page.reload()
-    assert np.array_equal(made(page, 5, "Step 4 of 4, "), found)
-    query = {"seed": ["9"], "steps": ["4"], "class": ["1"], "guidance": ["2.5"]}
+    assert np.array_equal(made(page, 5, "Step 40 of 40, "), found)
+    query = {"seed": ["9"], "steps": ["40"], "class": ["1"], "guidance": ["2.5"]}
     assert parse_qs(urlsplit(page.url).query) == {**query, "count": ["5"]}
-    assert asked == [{**query, "n": ["5"], "scale": ["1"]}] * 2
+    assert [parse_qs(urlsplit(url).query) for url in asked] == [{**query, "n": ["5"], "scale": ["1"]}] * 2
 
 
 def test_errors_of_the_service_are_shown(served: Service, page: Page) -> None:
@@ -111,7 +107,7 @@ def test_errors_of_the_service_are_shown(served: Service, page: Page) -> None:
             case "failed":
                 route.fulfill(body='event: error\ndata: {"error": "the model failed: out of memory"}\n\n', **sent)
             case "cut":
-                route.fulfill(body=event("progress", 2, images(served, 7, [0])) + "event: do", **sent)
+                route.fulfill(body=f": still here\n\n{event('progress', 2, estimate)}event: do", **sent)
             case "gone":
                 route.abort()
 
@@ -123,13 +119,23 @@ def test_errors_of_the_service_are_shown(served: Service, page: Page) -> None:
         "cut": "the service went away after step 2 of 4; generate again",
         "gone": "the service does not answer; check that it runs and allows this page",
     }
+    estimate = 255 - images(served, 7, [0])
     fault = "full"
     page.goto("?count=1")
-    for fault, line in lines.items():  # noqa: B007 `stream` reads it
+    for fault, line in lines.items():
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("#status")).to_have_text(line)
         expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+        expect(page.locator("[data-made=false]")).to_have_count(1)
+        if fault == "cut":
+            assert np.array_equal(read(page, "#gallery canvas"), estimate)
     expect(page.get_by_label("Images")).to_have_attribute("max", "16")
+    fault = "waiting"
+    page.get_by_role("button", name="Generate").click()
+    with page.expect_event("requestfailed") as failed:
+        page.get_by_role("button", name="Stop").click()
+    assert failed.value.failure == "net::ERR_ABORTED"
+    expect(page.locator("#status")).to_have_text("Waiting for the first image ... (stopped)")
 
 
 def test_a_key_is_asked_for_and_a_model_chosen(served: Service, page: Page) -> None:
