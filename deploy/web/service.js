@@ -49,7 +49,7 @@ export class Service {
   async open(model, signal) {
     const version = model.label === model.name ? "" : `/versions/${encodeURIComponent(model.alias ?? model.version)}`;
     const response = await this.ask(`v2/models/${encodeURIComponent(model.name)}${version}`, {}, signal);
-    return new Served(this, model.named && model.label, await response.json());
+    return new Served(this, model, await response.json());
   }
 
   // The response to GET `path`; throws Refused, or an Error if there is none.
@@ -59,7 +59,7 @@ export class Service {
     const key = sessionStorage.getItem(`key of ${this.address}`);
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const response = await fetch(url, { headers, signal, credentials: "omit" }).catch(() => null);
-    if (!response) throw new Error("the service does not answer; check that it runs and allows this page");
+    if (!response) throw new Error("the service does not answer; check that it runs, and allows this page by --cors");
     if (response.ok) return response;
     const { error } = await response.json().catch(() => ({}));
     let line = typeof error === "string" ? error.slice(0, MAX_LINE) : `${response.status} ${response.statusText}`;
@@ -73,18 +73,18 @@ class Served extends Model {
   #service;
   #asked;
 
-  // label: false if requests need not name the model. metadata: of the Open Inference Protocol, with `parameters`.
-  constructor(service, label, { name, versions, inputs, outputs, parameters }) {
-    if (!parameters?.classes) throw new Error(`the metadata of model ${name} lacks \`parameters\`; update the service`);
+  // model: one of Service.models. metadata: of the Open Inference Protocol, with `parameters`.
+  constructor(service, { label, named, version }, { name, versions, inputs, outputs, parameters }) {
+    if (!parameters?.classes) throw new Error(`the metadata of ${label} lacks \`parameters\`; update the service`);
     const [, height, width, channels] = outputs.find(({ name }) => name === "images").shape;
     const has = (input) => inputs.some(({ name }) => name === input);
     const { classes, steps, guidance, max_steps: maxFreeSteps, max_images: maxCount } = parameters;
     const [guided, stochastic] = ["guidance", "steps_noise"].map(has);
     super({ channels, height, width, classes, guided, stochastic, steps, guidance, maxFreeSteps });
     this.#service = service;
-    this.#asked = label ? { model: label } : {};
+    this.#asked = named ? { model: label } : {};
     this.maxCount = Math.min(this.maxCount, maxCount);
-    this.name = `${label || name}, version ${versions[0]}`;
+    this.name = `${named ? label : name}, version ${version ?? versions[0]}`;
   }
 
   details() {

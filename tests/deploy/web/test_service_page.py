@@ -117,7 +117,7 @@ def test_errors_of_the_service_are_shown(served: Service, page: Page) -> None:
         "proxy": "502 Bad Gateway",
         "failed": "the model failed: out of memory",
         "cut": "the service went away after step 2 of 4; generate again",
-        "gone": "the service does not answer; check that it runs and allows this page",
+        "gone": "the service does not answer; check that it runs, and allows this page by --cors",
     }
     estimate = 255 - images(served, 7, [0])
     fault = "full"
