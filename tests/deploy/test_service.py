@@ -37,7 +37,7 @@ def test_health_and_metadata(classes: Service) -> None:
     answers = ask(classes, *map(get, [*paths, f"{numbered}/ready", numbered]))
     assert {answer.status_code for answer in answers} == {200}
     server, live, ready, model_ready, metadata, *again = [answer.json() for answer in answers]
-    assert server == {"name": "ddpm", "version": "1", "extensions": []}
+    assert server == {"name": "ddpm", "version": "1", "extensions": ["binary_tensor_data"]}
     assert (live, ready, model_ready) == (
         {"live": True},
         {"live": True, "ready": True},
