@@ -17,8 +17,8 @@ import pytest
 
 from deploy.service.__main__ import listen, main
 from tests.deploy.models import write_model
+from tests.deploy.registry import CHAMPION, Store, broken, changed
 from tests.deploy.services import INFER, REPOSITORY, running
-from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
 
 pytestmark = pytest.mark.slow
 
