@@ -4,6 +4,7 @@ import asyncio
 import base64
 import math
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -30,6 +31,10 @@ PICTURE: dict[int | str, dict[str, Any]] = {
     304: {"description": "The picture is that of If-None-Match."},
     **described(400, 500, 503, 504),
 }
+
+
+MAX_UNSENT = 2**25
+"""Bytes of images whose estimates wait to be sent; beyond it, those of a client that reads slowly are left out."""
 
 
 class StreamQuery(pictures.ImageQuery):
@@ -93,8 +98,8 @@ def routes(service: Service) -> APIRouter:
         forming = Forming(model, work, query.every)
         task = asyncio.create_task(compute(service, request, model, forming.work))
         try:
-            while await forming.changed(task):
-                yield await event("progress", await service.convert(forming.images), forming.step)
+            while (images := await forming.next(task)) is not None:
+                yield await event("progress", images, forming.step)
             facts = {"seed": asked.seed, "model": service.name, "version": model.version}
             yield await event("done", task.result()["images"], work.steps, **facts)
         except ClientDisconnect:
@@ -108,38 +113,43 @@ def routes(service: Service) -> APIRouter:
 
 
 class Forming:
-    """The images of a request while they form. A client that reads slowly gets only the latest."""
+    """The images of a request while they form."""
 
     def __init__(self, model: Model, work: Work, every: int) -> None:
-        """every: number of steps between changes, 0 for about EVENTS of them in all."""
+        """every: number of steps between estimates, 0 for about EVENTS of them in all."""
         each = math.ceil(work.evaluations / work.steps)
         steps = every or max(1, round(work.steps / EVENTS))
-        self.work = replace(work, progress=self._set, every=steps * each)
+        self.work = replace(work, progress=self._add, every=steps * each)
         self.step = 0
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
-        self._estimates: dict[int, NDArray[np.float32]] = {}
-        """What has changed, by the first image."""
-        self._changed = asyncio.Event()
+        self._estimates = deque[tuple[int, int, NDArray[np.float32]]]()
+        """Those that were not sent yet: step, first image, x_0_hat."""
+        self._added = asyncio.Event()
 
-    def _set(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
-        if done % self.work.every == 0 or done == self.work.evaluations:
-            self._estimates[start] = x_0_hat
-            self.step = done * self.work.steps // self.work.evaluations
-            self._changed.set()
+    def _add(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
+        ends = done == self.work.evaluations
+        if ends and start + len(x_0_hat) == self.work.count:
+            return  # the images themselves follow
+        if ends or done % self.work.every == 0:
+            self._estimates.append((done * self.work.steps // self.work.evaluations, start, x_0_hat))
+            while len(self._estimates) > max(1, MAX_UNSENT // self._images.nbytes):
+                self._draw()
+            self._added.set()
 
-    def images(self) -> NDArray[np.uint8]:
-        """The current estimates, uint8 (B, H, W, C)."""
-        while self._estimates:
-            start, x_0_hat = self._estimates.popitem()
-            self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
-        return self._images
+    def _draw(self) -> None:
+        self.step, start, x_0_hat = self._estimates.popleft()
+        self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
 
-    async def changed(self, task: asyncio.Task[Any]) -> bool:
-        """Wait for a change, and return True; or for the end of the task, and return False."""
-        change = asyncio.create_task(self._changed.wait())
+    async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:
+        """Wait for the next estimate, and return all images (B, H, W, C); or None once the task has ended."""
+        added = asyncio.create_task(self._added.wait())
         try:
-            await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, added}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            change.cancel()
-        self._changed.clear()
-        return not task.done()
+            added.cancel()
+        if not self._estimates:
+            return None
+        self._draw()
+        if not self._estimates:
+            self._added.clear()
+        return self._images.copy()
