@@ -24,7 +24,7 @@ REFERENCE = "#/components/schemas/{model}"
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem }
-section { border-top: 1px solid #8888; margin-top: 1.5rem }
+section { border-top: 1px solid #8888; margin-top: 1.5rem; overflow-x: auto }
 pre { overflow: auto; max-height: 12rem; padding: .5rem; background: #8882 }
 pre { white-space: pre-wrap; word-break: break-all }
 h2 { font-size: 1.2rem; overflow-wrap: anywhere }
