@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from deploy.service import pictures, protocol
 from deploy.service.errors import EXPECTED, answer, described
 from deploy.service.models import Model, to_uint8
-from deploy.service.requests import compute, sender
+from deploy.service.requests import chosen, compute, sender
 from deploy.service.state import Service
 from deploy.service.work import Work
 
@@ -60,7 +60,7 @@ def routes(service: Service) -> APIRouter:
         for name in (given := request.query_params):
             if len(given.getlist(name)) > 1:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
-        model = service.served.current
+        model = chosen(service, query.model)
         seed = secrets.randbelow(2**32) if query.seed is None else query.seed
         return Asked(model, seed, pictures.work(query, seed, model, service.max_images))
 
@@ -100,7 +100,7 @@ def routes(service: Service) -> APIRouter:
         try:
             while (images := await forming.next(task)) is not None:
                 yield await event("progress", images, forming.step)
-            facts = {"seed": asked.seed, "model": service.name, "version": model.version}
+            facts = {"seed": asked.seed, "model": asked.model.name, "version": model.version}
             yield await event("done", task.result()["images"], work.steps, **facts)
         except ClientDisconnect:
             return

@@ -63,7 +63,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     def current(request: Request) -> Model:
-        """The model named in the path."""
+        """The model in the path."""
         return find(service, request.path_params["name"], request.path_params.get("version"))
 
     Current = Annotated[Model, Depends(current)]
@@ -86,18 +86,23 @@ def routes(service: Service) -> APIRouter:
         # The specification calls the field "live" here too; "ready" is what clients expect.
         return JSONResponse({"live": True, "ready": not service.draining}, 503 if service.draining else 200)
 
+    @router.get("/v2/models", response_model=list[protocol.IndexedModel])
+    async def index() -> list[dict[str, Any]]:
+        """The models of this service."""
+        return service.models.index(not service.draining)
+
     @router.get(f"{newest}/ready", responses=readiness(protocol.ModelReady) | described(404))
     @router.get(f"{numbered}/ready", responses=readiness(protocol.ModelReady) | described(404))
-    async def model_ready(_: Current) -> Response:
+    async def model_ready(model: Current) -> Response:
         """Whether a model should get requests."""
-        body = {"name": service.name, "ready": not service.draining}
+        body = {"name": model.name, "ready": not service.draining}
         return JSONResponse(body, 503 if service.draining else 200)
 
     @router.get(newest, response_model=protocol.ModelFacts, responses=described(404))
     @router.get(numbered, response_model=protocol.ModelFacts, responses=described(404))
     async def metadata(model: Current) -> dict[str, Any]:
         """The inputs and outputs of a model."""
-        return protocol.metadata(service.name, model)
+        return protocol.metadata(model.name, model, service.models.versions(model.name))
 
     @router.post(f"{newest}/infer", responses=INFERENCE, openapi_extra=BODY)
     @router.post(f"{numbered}/infer", responses=INFERENCE, openapi_extra=BODY)
@@ -110,7 +115,7 @@ def routes(service: Service) -> APIRouter:
             asked = await service.convert(inputs.parse, body, json_length, model, service.max_images)
             body.clear()
             results = await compute(service, request, model, asked.work)
-            answer = await service.convert(outputs.answer, asked, service.name, model, results, encoding)
+            answer = await service.convert(outputs.answer, asked, model.name, model, results, encoding)
         return Response(answer.body, media_type=answer.media_type, headers=answer.headers)
 
     return router

@@ -37,10 +37,10 @@ def document(app: FastAPI, service: Service) -> None:
     written: dict[str, Json] = {}
 
     def openapi() -> Json:
-        model = service.served.current
+        model = service.models.first
         if model.digest not in written:
             written.clear()
-            written[model.digest] = _document(app, service.name, model)
+            written[model.digest] = _document(app, model.name, model)
         return written[model.digest]
 
     app.openapi = openapi  # type: ignore[method-assign]

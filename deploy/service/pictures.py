@@ -29,6 +29,7 @@ class ImageQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    model: str | None = Field(None, description="NAME, NAME@ALIAS or NAME/VERSION; the first model if there is none.")
     n: int = Field(16, ge=1, description="Number of images.", examples=[16])
     seed: int | None = Field(None, ge=0, lt=2**64, description="Random if there is none.", examples=[7])
     cls: str | None = Field(None, alias="class", description="Name or number of a class; turn: all in turn.")

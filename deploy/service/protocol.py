@@ -65,6 +65,14 @@ class ModelFacts(BaseModel):
     platform: str
     inputs: list[TensorFacts]
     outputs: list[TensorFacts]
+    parameters: dict[str, Any] = Field(description="What runs the model.")
+
+
+class IndexedModel(BaseModel):
+    name: str
+    version: str
+    alias: str | None
+    state: str
 
 
 class ResponseOutput(BaseModel):
@@ -101,7 +109,7 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-def metadata(name: str, model: Model) -> dict[str, Any]:
+def metadata(name: str, model: Model, versions: list[str]) -> dict[str, Any]:
     """Build the model metadata of the protocol."""
 
     def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -109,10 +117,11 @@ def metadata(name: str, model: Model) -> dict[str, Any]:
 
     return {
         "name": name,
-        "versions": [model.version],
+        "versions": versions,
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),
         "outputs": described(model.outputs),
+        "parameters": {"provider": model.provider, "device": model.device, "threads": model.threads},
     }
 
 

@@ -1,16 +1,19 @@
 """What the routes have in common: receiving a body, and computing while the client stays connected."""
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import HTTPException, Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 
 from deploy.service import compression
 from deploy.service.models import Model
+from deploy.service.served import UnknownModel
 from deploy.service.state import Service
 from deploy.service.work import Feeds, Work
 
@@ -19,23 +22,33 @@ MAX_DISCARDED = 2**26
 
 
 def find(service: Service, name: str, version: str | None = None) -> Model:
-    """The model with a name; raises HTTPException 404. A request keeps it even if another is loaded meanwhile."""
-    model = service.served.current
-    if name != service.name:
-        raise HTTPException(404, f"model {name}: unknown; this service has {service.name}")
-    if version not in (None, model.version):
-        raise HTTPException(404, f"version {version}: not served; the current version is {model.version}")
-    return model
+    """The model with a name, and an alias or version, by default the first with the name; raises HTTPException 404.
+
+    A request keeps it even if another is loaded meanwhile.
+    """
+    try:
+        return service.models.find(name, version)
+    except UnknownModel as error:
+        raise HTTPException(404, str(error)) from None
+
+
+def chosen(service: Service, text: str | None) -> Model:
+    """The model of a query, as NAME, NAME@ALIAS or NAME/VERSION, by default the first; raises HTTPException 404."""
+    return service.models.first if text is None else find(service, *re.split("[@/]", text, maxsplit=1))
 
 
 async def compute(service: Service, request: Request, model: Model, work: Work) -> Feeds:
     """The model's outputs, unless the client leaves or it takes too long; the work then ends."""
+    if service.observe:
+        work = replace(work, observe=service.observe(model.name, model.version))
     try:
         async with asyncio.timeout(service.max_seconds):
-            return await while_connected(request, service.batcher.submit(model.run, work, sender(request)))
+            results = await while_connected(request, service.batcher.submit(model.run, work, sender(request)))
     except TimeoutError:
         line = f"not done within {service.max_seconds:g} s; ask for fewer images or steps"
         raise HTTPException(504, line) from None
+    service.metrics.images.labels(model.name).inc(work.count)
+    return results
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) -> Feeds:
@@ -56,8 +69,11 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) ->
         gone.cancel()
 
 
-def sender(request: Request) -> str:
-    """Who shares the service with others: the address of the client."""
+def sender(request: HTTPConnection) -> str:
+    """Who shares the service with others: the name of the client's key or, without keys, its address."""
+    user = request.scope.get("user")
+    if user is not None and user.is_authenticated:
+        return str(user.display_name)
     return request.client.host if request.client else ""
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,12 +16,14 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import onnxruntime as ort
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import File, Model, Served
+from deploy.service.models import Model
+from deploy.service.served import Models
 from deploy.service.state import Service
 from deploy.service.work import Feeds
 from diffusion.export import runtime
@@ -32,12 +35,20 @@ WHOLE: dict[str, ort.InferenceSession] = {}
 """Sessions of the files that are served, by digest."""
 
 
-def service(path: Path, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
-    served = Served(File(path), Model)
-    WHOLE[served.current.digest] = runtime.session(path.read_bytes(), None, 1)
-    metrics = Metrics(served)
+def load(content: bytes, version: str | None, name: str) -> Model:
+    model = Model(content, version, name)
+    WHOLE[model.digest] = runtime.session(content, None, 1)
+    return model
+
+
+def service(*given: Path | str, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
+    """A service with these models, each as in `--model`."""
+    models = Models(load)
+    for each in given:
+        models.add(str(each))
+    metrics = Metrics(models)
     batcher = Batcher(max_batch, max_waiting, observe=metrics.batch)
-    return Service("ddpm", served, batcher, metrics, **{"max_images": 16, **limits})
+    return Service(models, batcher, metrics, **{"max_images": 16, **limits})
 
 
 @cache
@@ -49,9 +60,14 @@ def shared(sampler: str, classes: bool) -> Service:
 
 def ask(service: Service, *requests: httpx.Request) -> list[httpx.Response]:
     """Send requests concurrently; returns the responses."""
+    return answers(create(service), *requests)
+
+
+def answers(app: FastAPI, *requests: httpx.Request) -> list[httpx.Response]:
+    """The responses of an application to concurrent requests."""
 
     async def gather() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport) as client:
             return await asyncio.gather(*(client.send(request) for request in requests))
 
@@ -83,7 +99,7 @@ def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
 
 def direct(service: Service, **feeds: Any) -> Feeds:
     """The outputs of the whole file in ONNX Runtime."""
-    session = WHOLE[service.served.current.digest]
+    session = WHOLE[service.models.first.digest]
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {name: np.asarray(value) for name, value in feeds.items()}), strict=True))
 
@@ -121,7 +137,7 @@ def running(directory: Path, model: str, *options: str, **environment: str) -> I
     started = Running(process, "", log)
     try:
         started.wait_for(" on http://")
-        yield started._replace(url=started.lines(" on http://")[0].rpartition(" ")[2])
+        yield started._replace(url=re.findall(r"http://[\w.:\[\]]+", started.lines(" on http://")[0])[0])
     finally:
         process.kill()
         process.wait()
