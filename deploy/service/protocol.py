@@ -30,7 +30,7 @@ class Message(BaseModel):
 
 
 class RequestInput(Message):
-    name: str
+    name: str = Field(max_length=100)
     shape: Annotated[list[int], FailFast()]  # otherwise a million bad items would give a million errors
     datatype: str
     data: list[Any] | None = Field(
@@ -42,7 +42,7 @@ class RequestInput(Message):
 
 
 class RequestOutput(Message):
-    name: str
+    name: str = Field(max_length=100)
     parameters: dict[str, Any] = Field({}, description="`binary_data`: whether to send it as binary data.")
 
 
