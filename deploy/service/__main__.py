@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import resource
@@ -11,15 +10,16 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import File, Model, ModelError, Registered, Served
+from deploy.service.models import ModelError
 from deploy.service.options import parser
+from deploy.service.served import Models
 from deploy.service.server import Server
 from deploy.service.state import Service
+from deploy.service.threads import Loader
 
 log = logging.getLogger("ddpm.service")
 SLICE_SECONDS = 0.2
@@ -58,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # hide its retries
-    try:
-        source = Registered(arguments.model) if arguments.model.startswith("models:") else File(Path(arguments.model))
-        served = Served(source, functools.partial(Model, device=arguments.device, threads=arguments.threads))
-    except ModelError as error:
-        print(f"error: --model {arguments.model}: {error}", file=sys.stderr)
-        return 1
+    models = Models(Loader(arguments.device, arguments.threads))
+    for text in arguments.model:
+        try:
+            models.add(text)
+        except ModelError as error:
+            print(f"error: --model {text}: {error}", file=sys.stderr)
+            return 1
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
     try:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {address}: cannot listen ({error.strerror}); choose another host or port", file=sys.stderr)
         return 1
 
-    metrics = Metrics(served)
+    metrics = Metrics(models)
     batcher = Batcher(
         arguments.max_batch,
         arguments.max_waiting,
@@ -83,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics.batch,
     )
     service = Service(
-        arguments.name,
-        served,
+        models,
         batcher,
         metrics,
         arguments.max_images,
@@ -93,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_buffered=8 * arguments.max_body,
     )
     stop = threading.Event()
-    if isinstance(source, Registered) and source.alias:
-        threading.Thread(target=served.follow, args=(max(arguments.poll, 0.1), stop)).start()
+    threading.Thread(target=models.follow, args=(max(arguments.poll, 0.1), stop)).start()
     try:
         Server(create(service), service, arguments.drain).run([listener])
     finally:

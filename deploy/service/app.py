@@ -8,20 +8,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.service import images, inference, page
 from deploy.service.errors import answer_errors
+from deploy.service.openapi import document
 from deploy.service.state import Service
 
 
 def create(service: Service) -> FastAPI:
     """Create the application."""
-    app = FastAPI(title="ddpm", version=inference.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="ddpm",
+        description="Images from a diffusion model, and the Open Inference Protocol, version 2.",
+        version=inference.VERSION,
+        docs_url=None,  # it would load files from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(Instrumentation, service=service)
     answer_errors(app)
     app.include_router(inference.routes(service))
     app.include_router(images.routes(service))
     app.include_router(page.routes())
 
-    @app.get("/metrics")
+    document(app, service)
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
+        """Metrics in the text format of Prometheus."""
         service.metrics.waiting.set(service.batcher.waiting)
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import Served
+from deploy.service.served import Models
 
 T = TypeVar("T")
 
@@ -19,8 +19,7 @@ T = TypeVar("T")
 class Service:
     """State shared by the routes."""
 
-    name: str
-    served: Served
+    models: Models
     batcher: Batcher
     metrics: Metrics
     max_images: int = 64
@@ -36,7 +35,7 @@ class Service:
     buffered: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies whose requests are not done, by client."""
     threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
-    """For JSON and PNG. Few, since each may need several times the memory of what it converts."""
+    """For JSON, gzip and PNG. Few, since each may need several times the memory of what it converts."""
 
     async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of these threads."""
