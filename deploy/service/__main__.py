@@ -10,9 +10,12 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from deploy.service import logs
 from deploy.service.app import create
 from deploy.service.batching import Batcher
+from deploy.service.keys import KeysError, required
 from deploy.service.metrics import Metrics
 from deploy.service.models import ModelError
 from deploy.service.options import parser
@@ -21,11 +24,15 @@ from deploy.service.server import Server
 from deploy.service.state import Service
 from deploy.service.threads import Loader
 
+if TYPE_CHECKING:  # imported only if asked for
+    from deploy.service.telemetry import Telemetry
+
 log = logging.getLogger("ddpm.service")
 SLICE_SECONDS = 0.2
 """How long a batch may run, so that a short request waits no longer for a long one, nor the end of the service."""
 MAX_FILES = 4096
 """Connections are open files."""
+PROTOCOL = "http/protobuf"
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -46,6 +53,25 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def traced() -> Telemetry | None:
+    """Telemetry, if the environment asks for it; raises ImportError or ValueError, with one line."""
+    names = [f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT" for kind in ("", "TRACES_", "METRICS_")]
+    given = [name for name in names if os.environ.get(name)]
+    if not given or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    for name in given:
+        if not os.environ[name].startswith(("http://", "https://")):
+            raise ValueError(f"{name}: must begin with http:// or https:// (got {os.environ[name]})")
+    if (protocol := os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", PROTOCOL)) != PROTOCOL:
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL: must be {PROTOCOL} (got {protocol})")
+    try:
+        from deploy.service.telemetry import Telemetry
+    except ImportError as error:
+        line = f"{given[0]} is set, but OpenTelemetry is not installed ({error})"
+        raise ImportError(f"{line}; install deploy/service/requirements.txt") from None
+    return Telemetry()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.max_waiting < arguments.max_images:
@@ -55,9 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to shut down gracefully while the model loads
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # hide its retries
+    try:
+        keys = required(arguments.keys, arguments.host)
+    except KeysError as error:
+        print(f"error: --keys: {error}", file=sys.stderr)
+        return 1
+    try:
+        telemetry = traced()
+    except (ImportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    logs.configure(arguments.log_format, telemetry.trace_id if telemetry else str)
     models = Models(Loader(arguments.device, arguments.threads))
     for text in arguments.model:
         try:
@@ -91,13 +125,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.max_body,
         max_seconds=arguments.max_seconds,
         max_buffered=8 * arguments.max_body,
+        keys=keys,
+        cors=arguments.cors,
+        log_requests=arguments.log_format == "json" if arguments.access_log is None else arguments.access_log,
+        observe=telemetry.observe if telemetry else None,
     )
+    app = create(service)
+    if telemetry:
+        telemetry.instrument(app)
     stop = threading.Event()
     threading.Thread(target=models.follow, args=(max(arguments.poll, 0.1), stop)).start()
     try:
-        Server(create(service), service, arguments.drain).run([listener])
+        Server(app, service, arguments.drain).run([listener])
     finally:
         stop.set()
+        if telemetry:
+            telemetry.close()
     log.info("stopped")
     return 0
 

@@ -242,10 +242,12 @@ class Batcher:
         span, ends = batch[0].span, batch[0].span.last == batch[0].job.work.evaluations
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, _run, batch, self._options)
-            batch[0].job.work.pace.add((time.perf_counter() - began) / (count * (span.last - span.first)))
+            seconds = time.perf_counter() - began
+            batch[0].job.work.pace.add(seconds / (count * (span.last - span.first)))
             if ends:
                 self._observe(count)
             for (job, group, _), outputs in zip(batch, results, strict=True):
+                job.work.observe(began, seconds, group.size, span, count)
                 if ends:
                     job.group = None
                     job.add(group.start, outputs)

@@ -46,6 +46,9 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] | None = None
 
 
+UNEXPECTED = Answer(500, "internal error; see the log of the service")
+
+
 def answer(error: Exception) -> Answer:
     """The answer to an error; what is the service's fault is logged."""
     match error:
@@ -68,7 +71,7 @@ def answer(error: Exception) -> Answer:
         case RunFailed():
             log.error("request failed: %s", error)
             return Answer(500, f"the model failed: {error}")
-    return Answer(500, "internal error; see the log of the service")
+    return UNEXPECTED
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -1,6 +1,7 @@
 """The options of the command line."""
 
 import argparse
+import re
 import threading
 
 
@@ -27,6 +28,13 @@ def non_negative(text: str) -> float:
     return value
 
 
+def origin(text: str) -> str:
+    """Parse an origin, or "*"."""
+    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text):
+        raise argparse.ArgumentTypeError(f"must be https://HOST[:PORT], without a path, or * (got {text})")
+    return text.lower()
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m deploy.service",
@@ -48,6 +56,29 @@ def parser() -> argparse.ArgumentParser:
     )
     option("host", default="127.0.0.1", help="address to listen on")
     option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
+    made.set_defaults(keys=None, cors=[], access_log=None)
+    option(
+        "keys",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="file of the keys that clients need (python -m deploy.service.keys --help), or none if everyone may use "
+        "the service, or a proxy asks who they are (default: none on a loopback address; required for others)",
+    )
+    option(
+        "cors",
+        type=origin,
+        action="append",
+        metavar="ORIGIN",
+        default=argparse.SUPPRESS,
+        help="https://HOST[:PORT] whose pages may use the service, or * for all; repeatable (default: none)",
+    )
+    option("log-format", choices=["text", "json"], default="text", help="json: an object per line")
+    option(
+        "access-log",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="log each request (default: with --log-format json)",
+    )
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
     option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 to measure the best number")
     option("max-images", type=positive_int, default=64, help="maximum images per request")

@@ -5,10 +5,11 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import HTTPException, Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 
 from deploy.service import compression
 from deploy.service.models import Model
@@ -38,6 +39,8 @@ def chosen(service: Service, text: str | None) -> Model:
 
 async def compute(service: Service, request: Request, model: Model, work: Work) -> Feeds:
     """The model's outputs, unless the client leaves or it takes too long; the work then ends."""
+    if service.observe:
+        work = replace(work, observe=service.observe(model.name, model.version))
     try:
         async with asyncio.timeout(service.max_seconds):
             results = await while_connected(request, service.batcher.submit(model.run, work, sender(request)))
@@ -66,8 +69,11 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Feeds]) ->
         gone.cancel()
 
 
-def sender(request: Request) -> str:
-    """Who shares the service with others: the address of the client."""
+def sender(request: HTTPConnection) -> str:
+    """Who shares the service with others: the name of the client's key or, without keys, its address."""
+    user = request.scope.get("user")
+    if user is not None and user.is_authenticated:
+        return str(user.display_name)
     return request.client.host if request.client else ""
 
 

@@ -2,15 +2,17 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from deploy.service.batching import Batcher
+from deploy.service.keys import Keys
 from deploy.service.metrics import Metrics
 from deploy.service.served import Models
+from deploy.service.work import Observe
 
 T = TypeVar("T")
 
@@ -30,6 +32,13 @@ class Service:
     """Time to compute a response."""
     max_buffered: int = 128 * 2**20
     """Bytes of bodies at a time, of which a client may use what it leaves to others."""
+    keys: Keys | None = None
+    """The keys of clients; None if everyone may use the service."""
+    cors: Sequence[str] = ()
+    """Origins whose pages may use the service, or "*"."""
+    log_requests: bool = False
+    observe: Callable[[str, str], Observe] | None = None
+    """What to call, with the name and version of the model, when a request begins to wait for it."""
     draining: bool = False
     """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
     buffered: Counter[str] = field(default_factory=Counter)

@@ -34,6 +34,11 @@ Run = Callable[[Feeds, Span, ort.RunOptions], Feeds]
 the outputs after the last one. Raises any exception if the options' `terminate` is set meanwhile."""
 
 
+Observe = Callable[[float, float, int, Span, int], None]
+"""Called after a slice was run: with when (time.perf_counter) and for how many seconds, the number of its images, its
+evaluations, and the number of images of all slices that were run together."""
+
+
 class Pace:
     """How long a model takes for an evaluation of an image: a moving average."""
 
@@ -71,6 +76,8 @@ class Work:
     of evaluations so far, and the estimate x_0_hat of the clean images (n, C, H, W)."""
     every: int = 0
     """With `progress`, the number of evaluations after which there must be a call."""
+
+    observe: Observe = lambda *_: None
 
     @property
     def seconds(self) -> float:

@@ -169,6 +169,7 @@ def lose(found: Team, do: Callable[..., str]) -> None:
 
 def serve(found: Team) -> None:
     """The service, and the proxy with TLS in front of it and of the servers."""
+    key = _key(Path(found.given["SERVICE_KEYS"]))
     found.start("service", settings={"PYTHONPATH": str(ROOT)})  # the image's folder has `deploy`
     found.wait("service", f"http://127.0.0.1:{found.ports['service']}/v2/health/ready")
     port, other = free_port(), free_port()
@@ -184,27 +185,42 @@ def serve(found: Team) -> None:
     )
     authority = data / "caddy/pki/authorities/local/root.crt"
     deadline = time.monotonic() + SECONDS
-    while not authority.exists() or (answer := _over_tls(port, "ddpm.localhost", "/images?n=1", authority)) is None:
+    ask = partial(_over_tls, port, "ddpm.localhost", "/images?n=1", authority)
+    while not authority.exists() or (answer := ask(key=key)) is None:
         if found.processes["proxy"].poll() is not None or time.monotonic() > deadline:
             raise Failed(f"proxy did not start: {found.last_line('proxy')}")
         time.sleep(0.3)
     expect("the service draws a picture, over TLS", answer[0] == 200 and answer[1].startswith(b"\x89PNG"))
+    expect("but not without a key", (ask() or (0, b""))[0] == 401)
     for host, path in (
         ("prefect.localhost", "/api/flows/filter"),
         ("mlflow.localhost", "/ajax-api/2.0/mlflow/runs/search"),
     ):
-        status, _ = _over_tls(port, host, path, authority, "POST") or (0, b"")
+        status, _ = _over_tls(port, host, path, authority, method="POST") or (0, b"")
         expect(f"{host} refuses whoever has no password", status == 401)
 
 
-def _over_tls(port: int, host: str, path: str, authority: Path, method: str = "GET") -> tuple[int, bytes] | None:
+def _key(folder: Path) -> str:
+    """A new key of the service, whose file is in this folder."""
+    folder.mkdir()
+    with (folder / "keys").open("w") as file:
+        command = [sys.executable, "-m", "deploy.service.keys", "rehearsal"]
+        return subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, check=True
+        ).stderr.strip()
+
+
+def _over_tls(
+    port: int, host: str, path: str, authority: Path, *, method: str = "GET", key: str = ""
+) -> tuple[int, bytes] | None:
     """Status and body of a page's request to the proxy, whose certificate is checked; None if it does not answer."""
     context = ssl.create_default_context(cafile=str(authority))
     try:
         with socket.create_connection(("127.0.0.1", port), 20) as plain:
             connection = http.client.HTTPConnection(host, port, timeout=20)
             connection.sock = context.wrap_socket(plain, server_hostname=host)
-            connection.request(method, path, headers={"Host": host, "Origin": f"https://{host}"})
+            headers = {"Host": host, "Origin": f"https://{host}"}
+            connection.request(method, path, headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}))
             answer = connection.getresponse()
             return answer.status, answer.read()
     except OSError:

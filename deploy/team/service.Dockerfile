@@ -15,4 +15,4 @@ COPY deploy/web deploy/web
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 EXPOSE 8000
-CMD ["python", "-m", "deploy.service", "--model", "models:/ddpm@champion", "--host", "0.0.0.0"]
+CMD ["python", "-m", "deploy.service", "--model", "models:/ddpm@champion", "--host", "0.0.0.0", "--keys", "/etc/ddpm/keys"]

@@ -42,7 +42,7 @@ class Team:
         self.folder = folder
         self.ports = {name: free_port() for name in PORTS}
         self.health = {name: free_port() for name in HEALTH}
-        self.given = {name: secrets.token_hex(16) for name in _asked()}
+        self.given = {name: secrets.token_hex(16) for name in _asked()} | {"SERVICE_KEYS": str(folder / "keys")}
         text = _interpolated((HERE / "compose.yaml").read_text(), self.given)
         self.compose: dict[str, Any] = YAML(typ="safe").load(text)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -64,10 +64,10 @@ class Team:
         return f"127.0.0.1:{self.ports[name]}"
 
     def _mounted(self) -> list[tuple[str, str]]:
-        """Files of this folder, and where containers have them."""
+        """Files of this folder and of others, and where containers have them."""
         services = self.compose["services"].values()
         volumes = [volume.split(":") for service in services for volume in service.get("volumes", [])]
-        return [(source, target) for source, target, *_ in volumes if source.startswith("./")]
+        return [(source, target) for source, target, *_ in volumes if source.startswith(("./", "/"))]
 
     def environment(self, service: str, home: Path) -> dict[str, str]:
         """The environment of a service, in a home of its own."""

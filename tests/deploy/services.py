@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import onnxruntime as ort
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from deploy.service.app import create
@@ -58,9 +60,14 @@ def shared(sampler: str, classes: bool) -> Service:
 
 def ask(service: Service, *requests: httpx.Request) -> list[httpx.Response]:
     """Send requests concurrently; returns the responses."""
+    return answers(create(service), *requests)
+
+
+def answers(app: FastAPI, *requests: httpx.Request) -> list[httpx.Response]:
+    """The responses of an application to concurrent requests."""
 
     async def gather() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport) as client:
             return await asyncio.gather(*(client.send(request) for request in requests))
 
@@ -130,7 +137,7 @@ def running(directory: Path, model: str, *options: str, **environment: str) -> I
     started = Running(process, "", log)
     try:
         started.wait_for(" on http://")
-        yield started._replace(url=started.lines(" on http://")[0].rpartition(" ")[2])
+        yield started._replace(url=re.findall(r"http://[\w.:\[\]]+", started.lines(" on http://")[0])[0])
     finally:
         process.kill()
         process.wait()

@@ -1,6 +1,7 @@
 """The service as a process: startup, a champion that changes under load, and shutdown."""
 
 import http.client
+import json
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.service.__main__ import listen
+from deploy.service.__main__ import listen, main
 from tests.deploy.models import write_model
 from tests.deploy.services import INFER, REPOSITORY, running
 from tests.deploy.test_models_followed import CHAMPION, Store, broken, changed
@@ -181,6 +182,69 @@ def test_a_port_in_use(model: Path) -> None:
     assert done.returncode == 1
     assert "cannot listen (" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--host", "0.0.0.0"], "error: --keys: required for --host 0.0.0.0: "),
+        (["--keys", "/no/keys"], "error: --keys: /no/keys: cannot find it (No such file or directory)"),
+    ],
+)
+def test_without_its_keys_it_does_not_start(
+    options: list[str], line: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(model), "--port", "0", *options]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(line)
+    assert len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "origin", ["page.example", "https://page.example/", "https://a b", "null", "ftp://page.example"]
+)
+def test_wrong_origins(origin: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", str(model), "--cors", origin])
+    assert capsys.readouterr().err.endswith(f"must be https://HOST[:PORT], without a path, or * (got {origin})\n")
+
+
+def test_a_log_in_json_and_a_collector_that_never_answers(model: Path, tmp_path: Path) -> None:
+    """Every line is an object, the collector is named once, and the service ends in time."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        environment |= {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
+        with running(tmp_path, str(model), "--log-format", "json", "--drain", "0", **environment) as service:
+            assert httpx.get(f"{service.url}/images", params={"n": 1, "seed": 1}).status_code == 200
+            host, _, port = service.url.removeprefix("http://").partition(":")
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(b"nonsense\r\n\r\n")  # uvicorn warns
+                assert b"400" in client.recv(1000)
+            service.wait_for("does not accept traces")
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(20) == 0
+            lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    (request,) = [line for line in lines if line.get("path") == "/images"]
+    assert len(request["trace_id"]) == len(request["request_id"]) == 32
+    (warning,) = [line for line in lines if line["logger"].startswith("uvicorn")]
+    assert (warning["level"], warning["message"]) == ("WARNING", "Invalid HTTP request received.")
+    assert len([line for line in lines if "does not accept traces" in line["message"]]) == 1
+
+
+def test_opentelemetry_is_imported_only_if_asked_for(model: Path) -> None:
+    program = f"""
+import sys
+from deploy.service.__main__ import main
+from deploy.service.server import Server
+
+Server.run = lambda *_: None
+assert main(["--model", {str(model)!r}, "--port", "0"]) == 0
+names = [f"opentelemetry.{{kind}}" for kind in ("sdk", "exporter", "instrumentation")]  # FastAPI imports the others
+assert not set(names) & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torch_is_not_imported(model: Path, tmp_path: Path) -> None:

@@ -95,7 +95,14 @@ def kubernetes(kind: str, name: str) -> Any:
 
 
 def test_kubernetes_runs_the_same_service() -> None:
-    (container,) = kubernetes("Deployment", "ddpm")["spec"]["template"]["spec"]["containers"]
+    pod = kubernetes("Deployment", "ddpm")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (folder,) = (volume.split(":")[-2] for volume in SERVICES["service"]["volumes"])
+    command = container["command"]
+    assert command[command.index("--keys") + 1] == f"{folder}/keys"
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted["keys"] == folder
+    assert {"name": "keys", "secret": {"secretName": "ddpm-keys"}} in pod["volumes"]
     assert container["command"] == SERVICES["service"]["command"]
     assert container["image"] == SERVICES["service"]["image"]
 
@@ -211,6 +218,7 @@ def test_addresses_are_those_of_this_machine(tmp_path: Path) -> None:
     assert team.environment("worker", tmp_path)["PREFECT_WORKER_WEBSERVER_PORT"] == str(team.health["worker"])
     assert (team.here("0.0.0.0"), team.here("4200")) == ("127.0.0.1", str(port["prefect"]))
     assert team.here("/etc/mlflow.sh") == str(TEAM / "mlflow.sh")
+    assert team.here("/etc/ddpm/keys") == str(tmp_path / "keys" / "keys")
     home = tmp_path / "home"
     environment = team.environment("worker", home)
     assert environment["HOME"] == str(home)
