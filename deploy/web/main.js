@@ -65,7 +65,7 @@ async function openServed(service) {
     if (models.length > 1) query.set("model", used.label);
     else query.delete("model");
     const choice = byId("models");
-    choice.replaceChildren(...models.map(({ label, version }) => new Option(version ? `${label} (version ${version})` : label, label)));
+    choice.replaceChildren(...models.map(({ label, version }) => new Option(`${label} (version ${version})`, label)));
     choice.value = used.label;
     choice.parentElement.hidden = models.length === 1;
     return service.open(used, signal);

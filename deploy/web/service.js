@@ -1,7 +1,6 @@
 // Models of an HTTP service (../service/README.md), whose images are shown as they form.
 import { Model, counted, duration } from "./model.js";
 
-const DEFAULT_MODEL = { name: "ddpm", version: null, alias: null }; // of services that do not list their models
 const MAX_LINE = 300; // characters of an error that a service, or a proxy before it, sends
 
 // An error that the service answered.
@@ -32,12 +31,7 @@ export class Service {
   // The models that it has: { name, version, alias, label }, the default one first. `label` tells them apart, and is
   // what requests call them; a single one needs no name.
   async models(signal) {
-    let models = [DEFAULT_MODEL];
-    try {
-      models = await (await this.ask("v2/models", {}, signal)).json();
-    } catch (error) {
-      if (error.status !== 404) throw error;
-    }
+    const models = await (await this.ask("v2/models", {}, signal)).json();
     return models.map((model) => {
       const single = models.filter(({ name }) => name === model.name).length === 1;
       const label = model.name + (single ? "" : model.alias ? `@${model.alias}` : `/${model.version}`);
@@ -74,7 +68,7 @@ class Served extends Model {
   #asked;
 
   // model: one of Service.models. metadata: of the Open Inference Protocol, with `parameters`.
-  constructor(service, { label, named, version }, { name, versions, inputs, outputs, parameters }) {
+  constructor(service, { label, named, version }, { inputs, outputs, parameters }) {
     if (!parameters?.classes) throw new Error(`the metadata of ${label} lacks \`parameters\`; update the service`);
     const [, height, width, channels] = outputs.find(({ name }) => name === "images").shape;
     const has = (input) => inputs.some(({ name }) => name === input);
@@ -84,7 +78,7 @@ class Served extends Model {
     this.#service = service;
     this.#asked = named ? { model: label } : {};
     this.maxCount = Math.min(this.maxCount, maxCount);
-    this.name = `${named ? label : name}, version ${version ?? versions[0]}`;
+    this.name = `${label}, version ${version}`;
   }
 
   details() {

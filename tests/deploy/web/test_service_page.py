@@ -156,7 +156,7 @@ def test_a_key_is_asked_for_and_a_model_chosen(served: Service, page: Page) -> N
             route.fulfill(body=body, content_type="text/event-stream")
         else:
             assert path in ("/v2/models/ddpm/versions/champion", "/v2/models/digits")
-            route.fulfill(json=protocol.metadata("ddpm", served.served.current, 16))
+            route.fulfill(json=protocol.metadata("ddpm", served.models.first, ["2", "1"], 16))
 
     page.route("**/v2/**", check)
     page.route(STREAM, check)
@@ -169,6 +169,7 @@ def test_a_key_is_asked_for_and_a_model_chosen(served: Service, page: Page) -> N
         page.get_by_label("Key").press("Enter")
     made(page, 2, "Step 4 of 4, ")
     expect(page.get_by_label("Key")).to_be_hidden()
+    expect(page.locator("#facts")).to_contain_text("4 steps · ddpm@champion, version 2")
     choice = page.get_by_role("combobox", name="Model")
     expect(choice.locator("option")).to_have_text(
         ["ddpm@champion (version 2)", "ddpm/1 (version 1)", "digits (version 7)"]
