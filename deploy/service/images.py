@@ -124,7 +124,7 @@ class Forming:
         """Number of steps done, on average if the images do not form together."""
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
         self._estimates = deque[tuple[int, int, NDArray[np.float32]]]()
-        """Those that were not sent yet: evaluations, first image, x_0_hat."""
+        """Those that were not sent yet: step, first image, x_0_hat."""
         self._added = asyncio.Event()
 
     def _add(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
@@ -140,8 +140,7 @@ class Forming:
             self._added.set()
 
     def _draw(self) -> None:
-        done, start, x_0_hat = self._estimates.popleft()
-        self._done[start : start + len(x_0_hat)] = done
+        self.step, start, x_0_hat = self._estimates.popleft()
         self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
 
     async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:
