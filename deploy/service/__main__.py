@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cachetools import LRUCache
+
 from deploy.service import logs
 from deploy.service.app import create
 from deploy.service.batching import Batcher
@@ -125,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.max_body,
         max_seconds=arguments.max_seconds,
         max_buffered=8 * arguments.max_body,
+        cache=LRUCache(arguments.cache, len),
         keys=keys,
         cors=arguments.cors,
         log_requests=arguments.log_format == "json" if arguments.access_log is None else arguments.access_log,

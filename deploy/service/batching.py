@@ -152,7 +152,8 @@ class Batcher:
         try:
             return await job.outputs
         finally:
-            self._prune()
+            if job.outputs.cancelled():
+                self._prune()
             if self._running and all(part.job.outputs.done() for part in self._running):
                 self._options.terminate = True
 

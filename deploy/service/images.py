@@ -21,7 +21,7 @@ from deploy.service.errors import EXPECTED, answer, described
 from deploy.service.models import Model, to_uint8
 from deploy.service.requests import chosen, compute, sender
 from deploy.service.state import Service
-from deploy.service.work import Work
+from deploy.service.work import Feeds, Work
 
 EVENTS = 10
 """About how many estimates a stream sends, unless asked for another number of steps between them."""
@@ -50,6 +50,8 @@ class Asked:
     model: Model
     seed: int
     work: Work
+    etag: str | None
+    """Of what is asked; None for a random seed."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -62,25 +64,35 @@ def routes(service: Service) -> APIRouter:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
         model = chosen(service, query.model)
         seed = secrets.randbelow(2**32) if query.seed is None else query.seed
-        return Asked(model, seed, pictures.work(query, seed, model, service.max_images))
+        work = pictures.work(query, seed, model, service.max_images)
+        return Asked(model, seed, work, None if query.seed is None else pictures.etag(query, model))
+
+    async def picture(found: Asked, scale: int, outputs: Feeds) -> bytes:
+        """The PNG of some outputs, which is kept if it can be asked for again."""
+        png = await service.convert(pictures.png, outputs["images"], scale)
+        if found.etag:
+            service.keep(found.etag, png)
+        return png
 
     @router.get("/images", response_class=Response, responses=PICTURE)
     async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
         """A grid of generated images."""
-        model, seed, work = (found := asked(request, query)).model, found.seed, found.work
-        headers = {"X-Model-Version": model.version, "X-Seed": str(seed), "Cache-Control": "no-store"}
-        if query.seed is not None:  # unchanged until the model changes, which the ETag tells in one round trip
-            headers |= {"Cache-Control": "no-cache", "ETag": pictures.etag(query, model)}
-        if "ETag" in headers and headers["ETag"] in request.headers.get("If-None-Match", ""):
-            return Response(status_code=304, headers=headers)
-        results = await compute(service, request, model, work)
-        png = await service.convert(pictures.png, results["images"], query.scale)
+        found = asked(request, query)
+        headers = {"X-Model-Version": found.model.version, "X-Seed": str(found.seed), "Cache-Control": "no-store"}
+        if found.etag:  # unchanged until the model changes, which the ETag tells in one round trip
+            headers |= {"Cache-Control": "no-cache", "ETag": found.etag}
+            if found.etag in request.headers.get("If-None-Match", ""):
+                return Response(status_code=304, headers=headers)
+        png = service.kept(found.etag)
+        if png is None:
+            png = await picture(found, query.scale, await compute(service, request, found.model, found.work))
         return Response(png, media_type="image/png", headers=headers)
 
-    def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> Asked:
+    async def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> Asked:
         """What can be refused with a status is refused before the response begins."""
         found = asked(request, query)
-        service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
+        if service.kept(found.etag, count=False) is None:
+            service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
         return found
 
     @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
@@ -89,19 +101,22 @@ def routes(service: Service) -> APIRouter:
     ) -> AsyncGenerator[ServerSentEvent]:
         """The same as it forms: events `progress`, then `done` or `error`."""
 
-        async def event(kind: str, images: NDArray[np.uint8], step: int, **facts: Any) -> ServerSentEvent:
-            png = await service.convert(pictures.png, images, query.scale)
-            image = base64.b64encode(png).decode()
-            return ServerSentEvent(event=kind, data={"step": step, "steps": work.steps, **facts, "image": image})
+        model, steps = asked.model, asked.work.steps
 
-        model, work = asked.model, asked.work
-        forming = Forming(model, work, query.every)
+        def event(kind: str, png: bytes, step: int, **facts: Any) -> ServerSentEvent:
+            image = base64.b64encode(png).decode()
+            return ServerSentEvent(event=kind, data={"step": step, "steps": steps, **facts, "image": image})
+
+        facts = {"seed": asked.seed, "model": model.name, "version": model.version}
+        if (png := service.kept(asked.etag)) is not None:
+            yield event("done", png, steps, **facts)
+            return
+        forming = Forming(model, asked.work, query.every)
         task = asyncio.create_task(compute(service, request, model, forming.work))
         try:
             while (images := await forming.next(task)) is not None:
-                yield await event("progress", images, forming.step)
-            facts = {"seed": asked.seed, "model": asked.model.name, "version": model.version}
-            yield await event("done", task.result()["images"], work.steps, **facts)
+                yield event("progress", await service.convert(pictures.png, images, query.scale), forming.step)
+            yield event("done", await picture(asked, query.scale, task.result()), steps, **facts)
         except ClientDisconnect:
             return
         except EXPECTED as error:

@@ -62,7 +62,7 @@ def routes(service: Service) -> APIRouter:
     """Create the routes."""
     router = APIRouter()
 
-    def current(request: Request) -> Model:
+    async def current(request: Request) -> Model:
         """The model in the path."""
         return find(service, request.path_params["name"], request.path_params.get("version"))
 

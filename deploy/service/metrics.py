@@ -31,6 +31,7 @@ class Metrics:
         self.batches = Histogram("ddpm_batch_images", "Images per batch", buckets=sizes, registry=registry)
         self.images = Counter("ddpm_images", "Images generated for responses", ["model"], registry=registry)
         self.waiting = Gauge("ddpm_waiting_images", "Images waiting in the queue", registry=registry)
+        self.cached = Counter("ddpm_cached", "Responses to /images from the cache", registry=registry)
         self.keys = Counter("ddpm_key_failures", "Requests refused for their key", ["reason"], registry=registry)
         registry.register(_ModelCollector(models))
 

@@ -83,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 to measure the best number")
     option("max-images", type=positive_int, default=64, help="maximum images per request")
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
+    option(
+        "cache", type=natural, default=2**26, metavar="BYTES", help="of pictures that were asked for by seed; 0: none"
+    )
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
     option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")
     option("max-waiting", type=positive_int, default=512, help="maximum queued images, half of them of one client")

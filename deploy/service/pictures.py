@@ -40,7 +40,8 @@ class ImageQuery(BaseModel):
 
 def etag(query: ImageQuery, model: Model) -> str:
     """An ETag of everything that determines the image. Weak, since rounding may depend on the rest of the batch."""
-    digest = hashlib.sha256(f"{model.version} {model.digest} {query!r}".encode()).hexdigest()
+    asked = query.model_dump(include=set(ImageQuery.model_fields) - {"model"})
+    digest = hashlib.sha256(f"{model.name} {model.version} {model.digest} {asked}".encode()).hexdigest()
     return f'W/"{digest[:32]}"'
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from cachetools import LRUCache
+
 from deploy.service.batching import Batcher
 from deploy.service.keys import Keys
 from deploy.service.metrics import Metrics
@@ -39,12 +41,26 @@ class Service:
     log_requests: bool = False
     observe: Callable[[str, str], Observe] | None = None
     """What to call, with the name and version of the model, when a request begins to wait for it."""
+    cache: LRUCache[str, bytes] = field(default_factory=lambda: LRUCache(2**26, len))
+    """Pictures that were asked for by seed, by ETag; as many bytes as its size."""
     draining: bool = False
     """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
     buffered: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies whose requests are not done, by client."""
     threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
     """For JSON, gzip and PNG. Few, since each may need several times the memory of what it converts."""
+
+    def kept(self, etag: str | None, count: bool = True) -> bytes | None:
+        """A picture from the cache, if it has it; `count` it as found in the metrics."""
+        png = self.cache.get(etag) if etag else None
+        if png is not None and count:
+            self.metrics.cached.inc()
+        return png
+
+    def keep(self, etag: str, png: bytes) -> None:
+        """Put a picture into the cache, in place of those that were not asked for longest."""
+        if len(png) <= self.cache.maxsize:
+            self.cache[etag] = png
 
     async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of these threads."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import pytest
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from deploy.service.state import Service
@@ -152,3 +153,27 @@ def test_noise_of_later_steps(stochastic: Service) -> None:
     *_, done = stream(stochastic, "n=2&seed=5&every=1")
     (image,) = ask(stochastic, get("/images?n=2&seed=5&scale=1"))
     np.testing.assert_array_equal(done.images(2, 2), cells(image, 1, 2, 2))
+
+
+def test_pictures_that_were_asked_for_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = service(write_model(tmp_path / "sampler.onnx", "ddpm", False))
+    query = "n=3&seed=7&steps=3"
+    (first,) = ask(kept, get(f"/images?scale=1&{query}"))
+    (done,) = stream(kept, query)  # at once
+    assert (done.kind, base64.b64decode(done.data["image"])) == ("done", first.content)
+    monkeypatch.setattr(kept.models.first, "run", None)  # it cannot be computed
+    again, other = ask(kept, get(f"/images?scale=1&{query}"), get(f"/images?scale=2&{query}"))
+    assert (again.content, again.headers["ETag"]) == (first.content, first.headers["ETag"])
+    assert other.status_code == 500
+    assert "ddpm_cached_total 2.0" in kept.metrics.text().decode()
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """Of two pictures, one fits; of a larger one none is kept."""
+    small = service(write_model(tmp_path / "sampler.onnx", "ddpm", False))
+    (one,) = ask(small, get("/images?n=1&seed=1"))
+    small.cache = LRUCache(len(one.content) + 10, len)
+    for query in ("n=1&seed=1", "n=1&seed=2", "n=9&seed=1"):
+        ask(small, get(f"/images?{query}"))
+        assert small.cache.currsize <= small.cache.maxsize
+    assert len(small.cache) == 1
