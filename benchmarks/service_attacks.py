@@ -11,77 +11,20 @@ after; and the most memory the service had.
 
 import argparse
 import json
+import math
 import multiprocessing
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import psutil
-
-REPOSITORY = Path(__file__).parents[1]
-TIMEOUT_SECONDS = 60.0
-LIGHT = "/images?n=1&steps=1"
-
-
-class Target(NamedTuple):
-    """A running service."""
-
-    process: subprocess.Popen[bytes]
-    host: str
-    port: int
-    log: Path
-    steps: int
-    """The most sampling steps that a request can ask for."""
-
-    def ask(self, path: str, body: bytes | None = None, timeout: float = TIMEOUT_SECONDS) -> str:
-        """The status of a response, and the beginning of an error's text; or how there was none."""
-        try:
-            urllib.request.urlopen(f"http://{self.host}:{self.port}{path}", body, timeout=timeout).read()
-        except urllib.error.HTTPError as error:
-            return f"{error.code} {_shown(error.read())}"
-        except OSError as error:
-            return "no response" if "timed out" in str(error) else type(error).__name__
-        return "200"
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), TIMEOUT_SECONDS)
-
-    def send(self, request: bytes) -> str:
-        """The status of the response to these bytes, and whether its error is JSON."""
-        with self.connect() as connection:
-            connection.settimeout(20)
-            try:
-                connection.sendall(request)
-                received = connection.recv(65536)
-                while received.endswith(b"\r\n\r\n") and (more := connection.recv(65536)):  # the body follows
-                    received += more
-            except OSError as error:
-                return "no response" if isinstance(error, TimeoutError) else type(error).__name__
-        head, _, body = received.partition(b"\r\n\r\n")
-        if not head:
-            return "closed"
-        status = head.split()[1].decode()
-        return status if status == "200" else f"{status} {_shown(body)}"
-
-
-def _shown(body: bytes) -> str:
-    try:
-        return "JSON" if "error" in json.loads(body) else "other JSON"
-    except (ValueError, TypeError):
-        return "no JSON"
+from attacked import LIGHT, TIMEOUT_SECONDS, Target, probe, service
 
 
 class Row(NamedTuple):
@@ -194,8 +137,7 @@ def gone(target: Target) -> str:
     """As many, whose clients leave at once."""
     long_work(target)
     time.sleep(0.5)
-    with urllib.request.urlopen(f"http://{target.host}:{target.port}/metrics", timeout=TIMEOUT_SECONDS) as answer:
-        page = answer.read().decode()
+    page = target.read("/metrics").decode()
     (waiting,) = [line.split()[1] for line in page.splitlines() if line.startswith("ddpm_waiting_images ")]
     return f"images still waiting: {float(waiting):.0f}"
 
@@ -212,6 +154,58 @@ def protocol(target: Target) -> str:
         "long header": post + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
     }
     return "; ".join(f"{name}: {target.send(request)}" for name, request in requests.items())
+
+
+def bombs(target: Target) -> str:
+    """16 clients that each send, again and again for 5 s, the largest body allowed that expands a thousandfold."""
+    size = 2**20
+    while target.post(b" " * size).startswith("413"):
+        size = size * 7 // 8
+    bomb, encoder = bytearray(), zlib.compressobj(9, zlib.DEFLATED, 31)
+    while len(bomb) < size:
+        bomb += encoder.compress(bytes(2**22))
+    del bomb[size:]
+    until, got = time.monotonic() + 5, Counter[str]()
+
+    def send() -> None:
+        while time.monotonic() < until:
+            got[target.post(bytes(bomb), {"Content-Encoding": "gzip"})] += 1
+
+    threads = [threading.Thread(target=send) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    began = time.perf_counter()
+    light = target.ask(LIGHT)
+    seconds = time.perf_counter() - began
+    for thread in threads:
+        thread.join()
+    return f"{size} bytes each: {_counted(got)}; a picture for others: {light} after {seconds:.1f} s"
+
+
+def binary(target: Target) -> str:
+    """Binary tensors whose sizes, or the length of the JSON before them, are not true."""
+    shape = json.loads(target.read("/v2/models/ddpm"))["inputs"][0]["shape"][1:]
+    size = 4 * math.prod(shape)
+
+    def send(claimed: object, sent: int, images: int = 1, length: object = None, **more: object) -> str:
+        tensor = {"name": "noise", "datatype": "FP32", "shape": [images, *shape]}
+        text = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": claimed}, **more}]}).encode()
+        return target.post(text + bytes(sent), {"Inference-Header-Content-Length": str(length or len(text))})
+
+    requests = {
+        "true": send(size, size),
+        "short": send(size, size - 1),
+        "long": send(size, size + 1),
+        "negative": send(-size, size),
+        "huge": send(2**62, size, 2**60),
+        "huge number": send(10**1000, size),
+        "length beyond the body": send(size, size, length=10**9),
+        "huge length": send(size, size, length="9" * 5000),
+        "negative length": send(size, size, length=-1),
+        "data twice": send(size, size, data=[0]),
+    }
+    return "; ".join(f"{name}: {got}" for name, got in requests.items())
 
 
 def stopped(target: Target) -> str:
@@ -236,55 +230,25 @@ def stopped(target: Target) -> str:
 
 ATTACKS: dict[str, Callable[[Target], str]] = {
     each.__name__: each
-    for each in (many_lists, half_sent, slow_body, many_bodies, unread, streams, long_work, gone, protocol, stopped)
+    for each in (
+        many_lists,
+        half_sent,
+        slow_body,
+        many_bodies,
+        unread,
+        streams,
+        long_work,
+        gone,
+        protocol,
+        bombs,
+        binary,
+        stopped,
+    )
 }
 
 
 def _counted(found: Counter[str]) -> str:
     return "; ".join(name if count == 1 else f"{count} x {name}" for name, count in found.items())
-
-
-def probe(host: str, port: int, pipe: "Connection[float, str]") -> None:
-    """Ask for the health every 20 ms until told to stop; sends the slowest response's seconds."""
-    slowest = 0.0
-    while not pipe.poll(0.02):
-        began = time.perf_counter()
-        with suppress(OSError):
-            urllib.request.urlopen(f"http://{host}:{port}/v2/health/live", timeout=TIMEOUT_SECONDS).read()
-        slowest = max(slowest, time.perf_counter() - began)
-    pipe.send(slowest)
-
-
-@contextmanager
-def service(model: str, options: Sequence[str]) -> Iterator[Target]:
-    with tempfile.TemporaryDirectory() as directory:
-        log = Path(directory) / "log"
-        command = [sys.executable, "-m", "deploy.service", "--model", model, "--port", "0", *options]
-        with log.open("wb") as file:
-            process = subprocess.Popen(command, cwd=REPOSITORY, stderr=file)
-        try:
-            while " on http://" not in log.read_text():
-                if process.poll() is not None:
-                    sys.exit(f"the service did not start: {log.read_text()}")
-                time.sleep(0.05)
-            (line,) = [line for line in log.read_text().splitlines() if " on http://" in line]
-            url = urllib.parse.urlsplit(line.split()[-1])
-            assert url.hostname
-            assert url.port
-            target = Target(process, url.hostname, url.port, log, 1)
-            yield target._replace(steps=_most_steps(target))
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _most_steps(target: Target) -> int:
-    """The largest number of steps that is not refused."""
-    return next(steps for steps in (1000, 999, 500, 200, 100, 50, 10, 1) if _allowed(target, steps))
-
-
-def _allowed(target: Target, steps: int) -> bool:
-    return target.ask(f"/images?n=1&steps={steps}").startswith("200")
 
 
 def attack(name: str, model: str, options: Sequence[str]) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import resource
@@ -11,7 +10,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.service import logs
@@ -19,10 +17,12 @@ from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.keys import KeysError, required
 from deploy.service.metrics import Metrics
-from deploy.service.models import File, Model, ModelError, Registered, Served
+from deploy.service.models import ModelError
 from deploy.service.options import parser
+from deploy.service.served import Models
 from deploy.service.server import Server
 from deploy.service.state import Service
+from deploy.service.threads import Loader
 
 if TYPE_CHECKING:  # imported only if asked for
     from deploy.service.telemetry import Telemetry
@@ -92,12 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     logs.configure(arguments.log_format, telemetry.trace_id if telemetry else str)
-    try:
-        source = Registered(arguments.model) if arguments.model.startswith("models:") else File(Path(arguments.model))
-        served = Served(source, functools.partial(Model, device=arguments.device, threads=arguments.threads))
-    except ModelError as error:
-        print(f"error: --model {arguments.model}: {error}", file=sys.stderr)
-        return 1
+    models = Models(Loader(arguments.device, arguments.threads))
+    for text in arguments.model:
+        try:
+            models.add(text)
+        except ModelError as error:
+            print(f"error: --model {text}: {error}", file=sys.stderr)
+            return 1
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
     try:
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {address}: cannot listen ({error.strerror}); choose another host or port", file=sys.stderr)
         return 1
 
-    metrics = Metrics(served)
+    metrics = Metrics(models)
     batcher = Batcher(
         arguments.max_batch,
         arguments.max_waiting,
@@ -117,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics.batch,
     )
     service = Service(
-        arguments.name,
-        served,
+        models,
         batcher,
         metrics,
         arguments.max_images,
@@ -134,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if telemetry:
         telemetry.instrument(app)
     stop = threading.Event()
-    if isinstance(source, Registered) and source.alias:
-        threading.Thread(target=served.follow, args=(max(arguments.poll, 0.1), stop)).start()
+    threading.Thread(target=models.follow, args=(max(arguments.poll, 0.1), stop)).start()
     try:
         Server(app, service, arguments.drain).run([listener])
     finally:

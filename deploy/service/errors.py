@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -16,6 +17,25 @@ from deploy.service.batching import QueueFull, RunFailed, Stopping
 log = logging.getLogger("ddpm.service")
 EXPECTED = HTTPException, protocol.Invalid, RequestValidationError, ClientDisconnect, QueueFull, Stopping, RunFailed
 """Errors with a response of their own."""
+STATUSES = {
+    400: "The request is invalid.",
+    404: "The model or its version is unknown.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large, or becomes so when decompressed.",
+    415: "The encoding of the body is unknown.",
+    500: "The model failed.",
+    503: "The service is busy, or shuts down; Retry-After has seconds.",
+    504: "It took too long.",
+}
+
+
+class Error(BaseModel):
+    error: str
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for its OpenAPI document."""
+    return {status: {"model": Error, "description": STATUSES[status]} for status in statuses}
 
 
 class Answer(NamedTuple):
@@ -32,6 +52,10 @@ UNEXPECTED = Answer(500, "internal error; see the log of the service")
 def answer(error: Exception) -> Answer:
     """The answer to an error; what is the service's fault is logged."""
     match error:
+        case HTTPException(status_code=404, detail="Not Found"):  # Starlette's
+            return Answer(404, "no such path; /docs lists those of this service")
+        case HTTPException(status_code=405, headers={"Allow": allowed}):
+            return Answer(405, f"this path does not have the method; use {allowed}", error.headers)
         case HTTPException():
             return Answer(error.status_code, error.detail, error.headers)
         case protocol.Invalid():

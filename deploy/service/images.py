@@ -4,6 +4,7 @@ import asyncio
 import base64
 import math
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -16,21 +17,30 @@ from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 from deploy.service import pictures, protocol
-from deploy.service.errors import EXPECTED, answer
+from deploy.service.errors import EXPECTED, answer, described
 from deploy.service.models import Model, to_uint8
-from deploy.service.requests import compute, sender
+from deploy.service.requests import chosen, compute, sender
 from deploy.service.state import Service
 from deploy.service.work import Work
 
 EVENTS = 10
 """About how many estimates a stream sends, unless asked for another number of steps between them."""
 
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}, "description": "A PNG; X-Seed and X-Model-Version tell what made it."},
+    304: {"description": "The picture is that of If-None-Match."},
+    **described(400, 500, 503, 504),
+}
+
+
+MAX_UNSENT = 2**25
+"""Bytes of images whose estimates wait to be sent; beyond it, those of a client that reads slowly are left out."""
+
 
 class StreamQuery(pictures.ImageQuery):
     """The query of GET /images/stream."""
 
-    every: int = Field(0, ge=0)
-    """Steps between estimates; 0 for about EVENTS of them."""
+    every: int = Field(0, ge=0, description=f"Steps between estimates; 0 for about {EVENTS} of them.")
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,13 @@ def routes(service: Service) -> APIRouter:
         for name in (given := request.query_params):
             if len(given.getlist(name)) > 1:
                 raise protocol.Invalid(f"{name}: given twice; remove one")
-        model = service.served.current
+        model = chosen(service, query.model)
         seed = secrets.randbelow(2**32) if query.seed is None else query.seed
         return Asked(model, seed, pictures.work(query, seed, model, service.max_images))
 
-    @router.get("/images")
+    @router.get("/images", response_class=Response, responses=PICTURE)
     async def images(request: Request, query: Annotated[pictures.ImageQuery, Query()]) -> Response:
+        """A grid of generated images."""
         model, seed, work = (found := asked(request, query)).model, found.seed, found.work
         headers = {"X-Model-Version": model.version, "X-Seed": str(seed), "Cache-Control": "no-store"}
         if query.seed is not None:  # unchanged until the model changes, which the ETag tells in one round trip
@@ -72,10 +83,12 @@ def routes(service: Service) -> APIRouter:
         service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
         return found
 
-    @router.get("/images/stream", response_class=EventSourceResponse)
+    @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
     async def stream(
         request: Request, query: Annotated[StreamQuery, Query()], asked: Annotated[Asked, Depends(accepted)]
     ) -> AsyncGenerator[ServerSentEvent]:
+        """The same as it forms: events `progress`, then `done` or `error`."""
+
         async def event(kind: str, images: NDArray[np.uint8], step: int, **facts: Any) -> ServerSentEvent:
             png = await service.convert(pictures.png, images, query.scale)
             image = base64.b64encode(png).decode()
@@ -85,9 +98,9 @@ def routes(service: Service) -> APIRouter:
         forming = Forming(model, work, query.every)
         task = asyncio.create_task(compute(service, request, model, forming.work))
         try:
-            while await forming.changed(task):
-                yield await event("progress", await service.convert(forming.images), forming.step)
-            facts = {"seed": asked.seed, "model": service.name, "version": model.version}
+            while (images := await forming.next(task)) is not None:
+                yield await event("progress", images, forming.step)
+            facts = {"seed": asked.seed, "model": asked.model.name, "version": model.version}
             yield await event("done", task.result()["images"], work.steps, **facts)
         except ClientDisconnect:
             return
@@ -100,38 +113,43 @@ def routes(service: Service) -> APIRouter:
 
 
 class Forming:
-    """The images of a request while they form. A client that reads slowly gets only the latest."""
+    """The images of a request while they form."""
 
     def __init__(self, model: Model, work: Work, every: int) -> None:
-        """every: number of steps between changes, 0 for about EVENTS of them in all."""
+        """every: number of steps between estimates, 0 for about EVENTS of them in all."""
         each = math.ceil(work.evaluations / work.steps)
         steps = every or max(1, round(work.steps / EVENTS))
-        self.work = replace(work, progress=self._set, every=steps * each)
+        self.work = replace(work, progress=self._add, every=steps * each)
         self.step = 0
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
-        self._estimates: dict[int, NDArray[np.float32]] = {}
-        """What has changed, by the first image."""
-        self._changed = asyncio.Event()
+        self._estimates = deque[tuple[int, int, NDArray[np.float32]]]()
+        """Those that were not sent yet: step, first image, x_0_hat."""
+        self._added = asyncio.Event()
 
-    def _set(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
-        if done % self.work.every == 0 or done == self.work.evaluations:
-            self._estimates[start] = x_0_hat
-            self.step = done * self.work.steps // self.work.evaluations
-            self._changed.set()
+    def _add(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
+        ends = done == self.work.evaluations
+        if ends and start + len(x_0_hat) == self.work.count:
+            return  # the images themselves follow
+        if ends or done % self.work.every == 0:
+            self._estimates.append((done * self.work.steps // self.work.evaluations, start, x_0_hat))
+            while len(self._estimates) > max(1, MAX_UNSENT // self._images.nbytes):
+                self._draw()
+            self._added.set()
 
-    def images(self) -> NDArray[np.uint8]:
-        """The current estimates, uint8 (B, H, W, C)."""
-        while self._estimates:
-            start, x_0_hat = self._estimates.popitem()
-            self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
-        return self._images
+    def _draw(self) -> None:
+        self.step, start, x_0_hat = self._estimates.popleft()
+        self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
 
-    async def changed(self, task: asyncio.Task[Any]) -> bool:
-        """Wait for a change, and return True; or for the end of the task, and return False."""
-        change = asyncio.create_task(self._changed.wait())
+    async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:
+        """Wait for the next estimate, and return all images (B, H, W, C); or None once the task has ended."""
+        added = asyncio.create_task(self._added.wait())
         try:
-            await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, added}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            change.cancel()
-        self._changed.clear()
-        return not task.done()
+            added.cancel()
+        if not self._estimates:
+            return None
+        self._draw()
+        if not self._estimates:
+            self._added.clear()
+        return self._images.copy()

@@ -48,10 +48,12 @@ def parser() -> argparse.ArgumentParser:
     option(
         "model",
         required=True,
+        action="append",
+        metavar="[NAME=]SOURCE",
         default=argparse.SUPPRESS,
-        help="a sampler.onnx file, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow (MLFLOW_TRACKING_URI)",
+        help="a sampler.onnx file, or models:/NAME@ALIAS or models:/NAME/VERSION in MLflow (MLFLOW_TRACKING_URI), and "
+        "its name in URLs, by default that in MLflow, or ddpm for a file; repeat it for more models or versions of one",
     )
-    option("name", default="ddpm", help="name of the model in URL paths")
     option("host", default="127.0.0.1", help="address to listen on")
     option("port", type=int, default=8000, help="port to listen on; 0 for a free one")
     made.set_defaults(keys=None, cors=[], access_log=None)
@@ -78,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="log each request (default: with --log-format json)",
     )
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
-    option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 for one per core")
+    option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 to measure the best number")
     option("max-images", type=positive_int, default=64, help="maximum images per request")
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")

@@ -29,12 +29,13 @@ class ImageQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    n: int = Field(16, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    cls: str | None = Field(None, alias="class")
-    steps: int = Field(0, ge=0)
-    guidance: float | None = None
-    scale: int = Field(4, ge=1, le=16)
+    model: str | None = Field(None, description="NAME, NAME@ALIAS or NAME/VERSION; the first model if there is none.")
+    n: int = Field(16, ge=1, description="Number of images.", examples=[16])
+    seed: int | None = Field(None, ge=0, lt=2**64, description="Random if there is none.", examples=[7])
+    cls: str | None = Field(None, alias="class", description="Name or number of a class; turn: all in turn.")
+    steps: int = Field(0, ge=0, description="Number of sampling steps; 0 for the model's own.")
+    guidance: float | None = Field(None, description="Strength of classifier-free guidance, if the model has it.")
+    scale: int = Field(4, ge=1, le=16, description="Pixels along the side of each pixel.")
 
 
 def etag(query: ImageQuery, model: Model) -> str:

@@ -154,13 +154,11 @@ class Server(uvicorn.Server):
         """Start as uvicorn does, and log the address once signal handlers are installed."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        place, model = (
-            f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-            self._service.served.current,
-        )
-        log.info(
-            "serving %s version %s (weights %s) on %s", self._service.name, model.version, model.weights[:12], place
-        )
+        served = self._service.models.served
+        for each in served:
+            log.info("%s: %s", each.title, each.current.summary)
+        titles = ", ".join(each.title for each in served)
+        log.info("serving %s on http://%s:%d", titles, f"[{host}]" if ":" in host else host, port)
 
     async def on_tick(self, counter: int) -> bool:
         ends = self._service.draining and time.monotonic() >= self._ending

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from deploy.service.batching import Batcher
 from deploy.service.keys import Keys
 from deploy.service.metrics import Metrics
-from deploy.service.models import Served
+from deploy.service.served import Models
 from deploy.service.work import Observe
 
 T = TypeVar("T")
@@ -21,8 +21,7 @@ T = TypeVar("T")
 class Service:
     """State shared by the routes."""
 
-    name: str
-    served: Served
+    models: Models
     batcher: Batcher
     metrics: Metrics
     max_images: int = 64
@@ -45,7 +44,7 @@ class Service:
     buffered: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies whose requests are not done, by client."""
     threads: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 2, "conversion"))
-    """For JSON and PNG. Few, since each may need several times the memory of what it converts."""
+    """For JSON, gzip and PNG. Few, since each may need several times the memory of what it converts."""
 
     async def convert(self, call: Callable[..., T], *arguments: Any) -> T:
         """Call a function in one of these threads."""

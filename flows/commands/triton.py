@@ -1,14 +1,15 @@
 """`ddpm triton`: both graphs as a model repository of NVIDIA's Triton Inference Server, which batches requests.
 
-Triton joins requests along the first dimension of every input. So the sampler's graph is given a fixed number of steps
-and a fixed guidance there, and a stochastic one takes its noise as (B, S, C, H, W).
+Triton joins requests along the first dimension of every input. So the sampler's graph has a fixed number of steps
+there, takes the guidance of each image, (B,), and if it is stochastic its noise as (B, S, C, H, W).
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, ValueInfoProto, helper, numpy_helper
 
 from diffusion.errors import FileFault, UsageError, UserError
 from diffusion.export import digest
@@ -33,6 +34,21 @@ input [
 output [
 {outputs}
 ]
+{parameters}
+"""
+PARAMETERS = ("ddpm.classes", "ddpm.guidance", "ddpm.ranges", "ddpm.steps")
+"""Metadata that clients need, and that Triton shows only as parameters of the configuration."""
+CHECKED = "guidance.checked"
+"""The guidance, after the check of its range."""
+BY_IMAGE = """
+by_image (float[B] guidance) => (float[B,1,1,1] guidance_factors, float[1] guidance_of_all)
+<int64[4] GUIDANCE_SHAPE = {-1, 1, 1, 1}, float NO_GUIDANCE = {1}> {
+    guidance_factors = Reshape (guidance, GUIDANCE_SHAPE)
+    guidance_is_one = Equal (guidance, NO_GUIDANCE)
+    guidance_ones = Cast <to = 6> (guidance_is_one)
+    guidance_all_ones = ReduceMin (guidance_ones)
+    guidance_of_all = Cast <to = 1> (guidance_all_ones)
+}
 """
 TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
@@ -72,12 +88,12 @@ def run(directory: Path, /, *, max_batch: Integer = 64, student: bool = False, f
 def batched(model: ModelProto) -> ModelProto:
     """A graph whose inputs all begin with the batch."""
     facts, graph = {prop.key: prop.value for prop in model.metadata_props}, model.graph
-    fixed = {"steps": np.int64, "guidance": np.float32}
     for value in list(graph.input):
-        if value.name in fixed:
-            number = np.array([facts[f"ddpm.{value.name}"]], dtype=fixed[value.name])
-            graph.initializer.append(numpy_helper.from_array(number, value.name))
+        if value.name == "steps":
+            graph.initializer.append(numpy_helper.from_array(np.array([int(facts["ddpm.steps"])]), "steps"))
             graph.input.remove(value)
+        elif value.name == "guidance":
+            _guide_each_image(graph)
         elif value.name == "steps_noise":
             by_step, by_image, *image = value.type.tensor_type.shape.dim
             value.type.tensor_type.shape.ClearField("dim")
@@ -90,6 +106,28 @@ def batched(model: ModelProto) -> ModelProto:
     return model
 
 
+def _guide_each_image(graph: GraphProto) -> None:
+    """Make `guidance` float32 (1,) an input (B,).
+
+    The loop's body multiplies by it, and compares it with 1 to evaluate the network only once per step. Now the factors
+    are (B, 1, 1, 1), and the number that is compared is 1 only if the guidance of all images is.
+    """
+    (value,) = (value for value in graph.input if value.name == "guidance")
+    value.type.tensor_type.shape.dim[0].dim_param = "B"
+    place, loop = next((place, node) for place, node in enumerate(graph.node) if node.op_type == "Loop")
+    (body,) = (attribute.g for attribute in loop.attribute if attribute.name == "body")
+    for node in body.node:
+        if CHECKED in node.input:
+            instead = {"Mul": "guidance_factors", "Equal": "guidance_of_all"}[node.op_type]
+            node.input[:] = [instead if name == CHECKED else name for name in node.input]
+    added = onnx.parser.parse_graph(BY_IMAGE)
+    rename(added, "guidance", CHECKED)
+    graph.initializer.extend(added.initializer)
+    nodes = [*graph.node[:place], *added.node, *graph.node[place:]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def config(name: str, model: ModelProto, max_batch: int) -> str:
     """The text of config.pbtxt."""
     facts = {prop.key: prop.value for prop in model.metadata_props}
@@ -100,6 +138,11 @@ def config(name: str, model: ModelProto, max_batch: int) -> str:
         delay=DELAY,
         inputs=",\n".join(map(_tensor, model.graph.input)),
         outputs=",\n".join(map(_tensor, model.graph.output)),
+        parameters="\n".join(
+            f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(facts[key])} }} }}'
+            for key in PARAMETERS
+            if key in facts
+        ),
     )
 
 

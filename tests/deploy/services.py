@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from deploy.service.app import create
 from deploy.service.batching import Batcher
 from deploy.service.metrics import Metrics
-from deploy.service.models import File, Model, Served
+from deploy.service.models import Model
+from deploy.service.served import Models
 from deploy.service.state import Service
 from deploy.service.work import Feeds
 from diffusion.export import runtime
@@ -34,12 +35,20 @@ WHOLE: dict[str, ort.InferenceSession] = {}
 """Sessions of the files that are served, by digest."""
 
 
-def service(path: Path, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
-    served = Served(File(path), Model)
-    WHOLE[served.current.digest] = runtime.session(path.read_bytes(), None, 1)
-    metrics = Metrics(served)
+def load(content: bytes, version: str | None, name: str) -> Model:
+    model = Model(content, version, name)
+    WHOLE[model.digest] = runtime.session(content, None, 1)
+    return model
+
+
+def service(*given: Path | str, max_batch: int = 8, max_waiting: int = 128, **limits: int) -> Service:
+    """A service with these models, each as in `--model`."""
+    models = Models(load)
+    for each in given:
+        models.add(str(each))
+    metrics = Metrics(models)
     batcher = Batcher(max_batch, max_waiting, observe=metrics.batch)
-    return Service("ddpm", served, batcher, metrics, **{"max_images": 16, **limits})
+    return Service(models, batcher, metrics, **{"max_images": 16, **limits})
 
 
 @cache
@@ -90,7 +99,7 @@ def received(answer: httpx.Response) -> dict[str, NDArray[Any]]:
 
 def direct(service: Service, **feeds: Any) -> Feeds:
     """The outputs of the whole file in ONNX Runtime."""
-    session = WHOLE[service.served.current.digest]
+    session = WHOLE[service.models.first.digest]
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {name: np.asarray(value) for name, value in feeds.items()}), strict=True))
 

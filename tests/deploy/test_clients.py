@@ -30,7 +30,7 @@ class Served:
     def __init__(self, path: Path) -> None:
         self.service = service(path, max_batch=1)
         self.go, self.running, self.ended = threading.Event(), threading.Event(), threading.Event()
-        self.model = self.service.served.current
+        self.model = self.service.models.first
         self.run = self.model.run
         self.go.set()
         self.model.run = self.slow  # type: ignore[method-assign]

@@ -11,7 +11,9 @@ import onnx
 import pytest
 from mlflow import MlflowClient
 
-from deploy.service.models import File, Model, ModelError, Registered, RejectedModel, Served
+from deploy.service.models import Model, ModelError, RejectedModel
+from deploy.service.served import Load, Models, Served
+from deploy.service.sources import Registered
 from diffusion.export import digest, metadata
 from tests.deploy.models import write_model
 
@@ -71,6 +73,21 @@ class Store:
         shutil.rmtree(self._directory / version)
 
 
+class Loads:
+    """Loads models, and lists the versions."""
+
+    def __init__(self) -> None:
+        self.versions: list[str | None] = []
+
+    def __call__(self, content: bytes, version: str | None, name: str) -> Model:
+        self.versions.append(version)
+        return Model(content, version, name)
+
+
+def serve(text: str, load: Load = Model) -> Served:
+    return Models(load).add(text)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     made = Store(tmp_path)
@@ -119,15 +136,15 @@ def test_invalid_model_uris(uri: str) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_a_missing_model(tmp_path: Path) -> None:
-    for source in (Registered(CHAMPION), Registered("models:/ddpm/7"), File(tmp_path / "no.onnx")):
+    for source in (CHAMPION, "models:/ddpm/7", str(tmp_path / "no.onnx")):
         with pytest.raises(ModelError) as error:
-            Served(source, Model)
+            serve(source)
         assert "\n" not in str(error.value)
 
 
 def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
     first = store.add(good)
-    served, fixed = Served(Registered(CHAMPION), Model), Served(Registered("models:/ddpm/1"), Model)
+    served, fixed = serve(CHAMPION), serve("models:/ddpm/1")
     before = served.current
     served.update()
     assert (served.current, before.version) == (before, first)
@@ -136,7 +153,9 @@ def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptu
         served.update()
     assert (served.current.version, served.current.weights) == (second, "b" * 64)
     assert (before.version, before.weights) == (first, "a" * 64)
-    assert caplog.messages == ["now serving version 2 (weights bbbbbbbbbbbb)"]
+    assert caplog.messages == [
+        "ddpm@champion: now serving version 2 (weights bbbbbbbbbbbb) with CPUExecutionProvider (cpu), 1 thread"
+    ]
     store.point(first)
     served.update()
     assert (served.current.version, fixed.current.version, served.failures) == (first, first, 0)
@@ -144,21 +163,16 @@ def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptu
 
 def test_a_bad_new_version_is_logged_once(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store.add(good)
-    loaded = list[str | None]()
-
-    def load(content: bytes, version: str | None) -> Model:
-        loaded.append(version)
-        return Model(content, version)
-
-    served = Served(Registered(CHAMPION), load)
+    loads = Loads()
+    served = serve(CHAMPION, loads)
     with caplog.at_level(logging.INFO):
         store.add(broken(good))
         for _ in range(3):
             served.update()
     assert (served.current.version, served.failures) == ("1", 3)
-    assert loaded == ["1", "2"]
+    assert loads.versions == ["1", "2"]
     (line,) = caplog.messages
-    assert line.startswith("still serving version 1: version 2: golden test failed")
+    assert line.startswith("ddpm@champion: still serving version 1: version 2: golden test failed")
     store.add(good)
     served.update()
     assert (served.current.version, served.failures) == ("3", 3)
@@ -166,7 +180,7 @@ def test_a_bad_new_version_is_logged_once(store: Store, good: bytes, caplog: pyt
 
 def test_while_mlflow_is_unreachable(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store.add(good)
-    served = Served(Registered(CHAMPION), Model)
+    served = serve(CHAMPION)
     second = store.add(good)
     store.remove(second)
     for _ in range(2):
@@ -186,7 +200,7 @@ def test_a_failed_download_is_retried(
     store: Store, good: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store.add(good)
-    served = Served(Registered(CHAMPION), Model)
+    served = serve(CHAMPION)
     second = store.add(good)
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(tmp_path / "full"))

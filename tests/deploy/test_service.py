@@ -37,7 +37,7 @@ def test_health_and_metadata(classes: Service) -> None:
     answers = ask(classes, *map(get, [*paths, f"{numbered}/ready", numbered]))
     assert {answer.status_code for answer in answers} == {200}
     server, live, ready, model_ready, metadata, *again = [answer.json() for answer in answers]
-    assert server == {"name": "ddpm", "version": "1", "extensions": []}
+    assert server == {"name": "ddpm", "version": "1", "extensions": ["binary_tensor_data"]}
     assert (live, ready, model_ready) == (
         {"live": True},
         {"live": True, "ready": True},
@@ -45,6 +45,8 @@ def test_health_and_metadata(classes: Service) -> None:
     )
     assert again == [model_ready, metadata]
     assert metadata["versions"] == ["a" * 12]
+    assert metadata["platform"] == "onnxruntime_onnx"
+    assert metadata["parameters"] == {"provider": "CPUExecutionProvider", "device": "cpu", "threads": 1}
     assert {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]} == {
         "noise": ("FP32", [-1, *SHAPE]),
         "steps": ("INT64", [1]),
@@ -264,15 +266,17 @@ def test_a_full_queue_and_a_failing_model(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("out of memory\nat once")
 
     with monkeypatch.context() as patch:
-        patch.setattr(full.served.current, "run", fail)
+        patch.setattr(full.models.first, "run", fail)
         (failed,) = ask(full, get("/images"))
     assert (failed.status_code, failed.json()) == (500, {"error": "the model failed: out of memory"})
     assert ask(full, get("/images"))[0].status_code == 200
     text = full.metrics.text().decode()
     assert 'ddpm_requests_total{path="/images",status="500"} 1.0' in text
     assert f'ddpm_requests_total{{path="/images",status="503"}} {statuses.count(503):.1f}' in text
-    assert f"ddpm_images_total {8 * statuses.count(200) + 16:.1f}" in text
-    assert f'ddpm_model_info{{version="{"a" * 12}",weights="{"a" * 64}"}} 1.0' in text
+    assert f'ddpm_images_total{{model="ddpm"}} {8 * statuses.count(200) + 16:.1f}' in text
+    place = 'alias="",device="cpu",model="ddpm",provider="CPUExecutionProvider",threads="1"'
+    described = f'{place},version="{"a" * 12}",weights="{"a" * 64}"'
+    assert f"ddpm_model_info{{{described}}} 1.0" in text
 
 
 def test_draining(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:

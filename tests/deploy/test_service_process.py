@@ -91,7 +91,7 @@ def test_no_request_is_lost_at_shutdown(model: Path, tmp_path: Path) -> None:
         assert clients.lost == []
         assert {answer.status_code for answer in clients.answers} == {200}
         assert clients.answers[-1].headers["Connection"] == "close"
-        assert len(service.log.read_text().splitlines()) == 3, service.log.read_text()
+        assert len(service.log.read_text().splitlines()) == 4, service.log.read_text()
 
 
 def test_connections_opened_before_shutdown_are_answered(model: Path, tmp_path: Path) -> None:
@@ -148,8 +148,10 @@ def test_a_champion_that_changes_under_load(model: Path, tmp_path: Path) -> None
         clients.wait_for(CLIENTS)
         assert httpx.get(f"{service.url}/v2/models/ddpm").json()["versions"] == ["2"]
         metrics = httpx.get(f"{service.url}/metrics").text
-        assert 'ddpm_model_info{version="2"' in metrics
-        assert "ddpm_model_update_failures_total 0.0" not in metrics
+        (info,) = [line for line in metrics.splitlines() if line.startswith("ddpm_model_info")]
+        assert 'alias="champion"' in info
+        assert 'version="2"' in info
+        assert 'ddpm_model_update_failures_total{alias="champion",model="ddpm"} 0.0' not in metrics
         store.point("1")
         service.wait_for("now serving version 1")
         clients.wait_for(CLIENTS)
