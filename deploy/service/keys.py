@@ -29,8 +29,8 @@ log = logging.getLogger("ddpm.service")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern})[ \t]+sha256:([0-9a-f]{{64}})")
 OPEN = re.compile(r"/v2/health/(live|ready)|/docs|/([\w-]+\.\w+)?", re.ASCII)
-"""Paths that need no key: health, the page with its files (`/`, `/main.js`), in which a key is entered, and the description
-of the routes (`/docs`, `/openapi.json`). Any other path needs one, whether it exists or not."""
+"""Paths that need no key: health, the page with its files (`/`, `/main.js`), in which a key is entered, and the
+description of the routes (`/docs`, `/openapi.json`). Any other path needs one, whether it exists or not."""
 
 
 class KeysError(Exception):
