@@ -29,7 +29,7 @@ log = logging.getLogger("ddpm.service")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern})[ \t]+sha256:([0-9a-f]{{64}})")
 OPEN = re.compile(r"/v2/health/(live|ready)|/docs|/([\w-]+\.\w+)?", re.ASCII)
-"""Paths that need no key: health, and what is the same for everyone: the page with its files (`/`, `/main.js`) and the
+"""Paths that need no key: health, the page with its files (`/`, `/main.js`), in which a key is entered, and the
 description of the routes (`/docs`, `/openapi.json`). Any other path needs one, whether it exists or not."""
 
 
@@ -89,7 +89,7 @@ class Keys(AuthenticationBackend):
                 self._stamp = stamp
                 self._names = self._read()
                 self._problem = ""
-                log.info("%s changed: %d keys", self._path, len(self._names))
+                log.info("%s read again: %d keys", self._path, len(self._names))
         except KeysError as error:
             if str(error) != self._problem:
                 log.error("%s; the keys that were read last stay valid", error)

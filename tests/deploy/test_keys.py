@@ -125,7 +125,7 @@ def test_the_file_is_followed(file: Path, caplog: pytest.LogCaptureFixture) -> N
     assert logged() == []
     write(line("bob", OTHER))
     assert known() == [None, "bob"]  # revoked
-    assert logged() == [f"{file} changed: 1 keys"]
+    assert logged() == [f"{file} read again: 1 keys"]
     write(good + "nonsense\n")
     assert known() == [None, "bob"]  # as before
     assert known() == [None, "bob"]
@@ -140,7 +140,18 @@ def test_the_file_is_followed(file: Path, caplog: pytest.LogCaptureFixture) -> N
     assert known() == ["alice", "bob"]
     write("")
     assert known() == [None, None]  # an empty file lets nobody in
-    assert logged()[-1] == f"{file} changed: 0 keys"
+    assert logged()[-1] == f"{file} read again: 0 keys"
+
+
+def test_a_folder_that_comes_and_goes(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file itself does not change; each time that it is gone is logged."""
+    found, moved = Keys(file), file.parent.with_name("moved")
+    for times in (1, 2):
+        file.parent.rename(moved)
+        assert [found.client(key.encode()) for key in (KEY, "other")] == ["alice", None]
+        assert len(caplog.records) == times
+        moved.rename(file.parent)
+        assert found.client(OTHER.encode()) == "bob"
 
 
 def test_a_file_that_everyone_can_write_is_named(file: Path, caplog: pytest.LogCaptureFixture) -> None:
