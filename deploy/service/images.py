@@ -77,23 +77,27 @@ def routes(service: Service) -> APIRouter:
         png = await service.convert(pictures.png, results["images"], query.scale)
         return Response(png, media_type="image/png", headers=headers)
 
-    def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> Asked:
+    def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> tuple[StreamQuery, Asked]:
         """What can be refused with a status is refused before the response begins."""
         found = asked(request, query)
         service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
-        return found
+        return query, found
 
     @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
     async def stream(
-        request: Request, query: Annotated[StreamQuery, Query()], asked: Annotated[Asked, Depends(accepted)]
+        request: Request, given: Annotated[tuple[StreamQuery, Asked], Depends(accepted)]
     ) -> AsyncGenerator[ServerSentEvent]:
-        """The same as it forms: events `progress`, then `done` or `error`."""
+        """The same as it forms: events `progress`, then `done` or `error`.
+
+        Their data is JSON: step, steps and image, a PNG in base64; at the end also seed, model and version; or error.
+        """
 
         async def event(kind: str, images: NDArray[np.uint8], step: int, **facts: Any) -> ServerSentEvent:
             png = await service.convert(pictures.png, images, query.scale)
             image = base64.b64encode(png).decode()
             return ServerSentEvent(event=kind, data={"step": step, "steps": work.steps, **facts, "image": image})
 
+        query, asked = given
         model, work = asked.model, asked.work
         forming = Forming(model, work, query.every)
         task = asyncio.create_task(compute(service, request, model, forming.work))
