@@ -4,7 +4,7 @@ from fastapi import FastAPI, Response, Security
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from deploy.service import images, inference, middleware
+from deploy.service import images, inference, middleware, page
 from deploy.service.errors import answer_errors
 from deploy.service.openapi import document
 from deploy.service.state import Service
@@ -26,6 +26,7 @@ def create(service: Service) -> FastAPI:
     answer_errors(app)
     app.include_router(inference.routes(service))
     app.include_router(images.routes(service))
+    app.include_router(page.routes())
 
     document(app, service)
 

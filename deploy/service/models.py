@@ -174,6 +174,19 @@ class Model:
         return values + (max(self._max_steps, self.steps) * values if self.stochastic else 0)
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """What clients need to know besides inputs and outputs. Steps are 1 to `max_steps`, or `steps`."""
+        return {
+            "classes": self.classes,
+            "steps": self.steps,
+            "max_steps": self._max_steps,
+            "guidance": self.guidance,
+            "provider": self.provider,
+            "device": self.device,
+            "threads": self.threads,
+        }
+
+    @property
     def steps_allowed(self) -> str:
         more = f", or {self.steps}" if self.steps > self._max_steps else ""
         return f"1 to {self._max_steps}{more}"

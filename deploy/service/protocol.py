@@ -65,7 +65,7 @@ class ModelFacts(BaseModel):
     platform: str
     inputs: list[TensorFacts]
     outputs: list[TensorFacts]
-    parameters: dict[str, Any] = Field(description="What runs the model.")
+    parameters: dict[str, Any] = Field(description="Classes, defaults, limits, and what runs the model.")
 
 
 class IndexedModel(BaseModel):
@@ -109,19 +109,19 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-def metadata(name: str, model: Model, versions: list[str]) -> dict[str, Any]:
-    """Build the model metadata of the protocol."""
+def metadata(model: Model, versions: list[str], max_images: int) -> dict[str, Any]:
+    """Build the model metadata of the protocol, with `parameters` for what it does not define."""
 
     def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         return [{"name": key, **tensor._asdict()} for key, tensor in tensors.items()]
 
     return {
-        "name": name,
+        "name": model.name,
         "versions": versions,
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),
         "outputs": described(model.outputs),
-        "parameters": {"provider": model.provider, "device": model.device, "threads": model.threads},
+        "parameters": {**model.parameters, "max_images": max_images},
     }
 
 

@@ -11,6 +11,7 @@ COPY --from=build /venv /venv
 WORKDIR /app
 COPY diffusion diffusion
 COPY deploy/service deploy/service
+COPY deploy/web deploy/web
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001
 EXPOSE 8000

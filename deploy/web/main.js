@@ -1,37 +1,50 @@
-// The page: a form built from the model's metadata, and a tile per image that starts as noise.
-import { FEW_STEPS, Sampler } from "./sampler.js";
+// The page: a form for a model, and a tile per image.
+import { counted } from "./model.js";
+import { Service } from "./service.js";
 
 const byId = (id) => document.getElementById(id);
-const [form, gallery, stepsDialog] = ["form", "gallery", "steps-dialog"].map(byId);
+const [form, keyForm, gallery, notices, progress, stepsDialog] =
+  ["form", "key-form", "gallery", "notices", "progress", "steps-dialog"].map(byId);
 const fields = form.elements;
 const query = new URLSearchParams(location.search);
 
-let sampler = null;
-let currentTask = 0; // work that belongs to an earlier task stops
+let model = null;
+let task = new AbortController(); // of what runs
 let remembering = 0; // timer
 
 // Model
 
-async function open(name, read) {
-  const task = stop();
+// load(signal): a promise of the model.
+async function open(name, load) {
+  const signal = begin();
   clearTimeout(remembering);
-  sampler?.close();
-  sampler = null;
-  form.hidden = byId("hint").hidden = true;
+  model?.close();
+  model = null;
+  form.hidden = keyForm.hidden = byId("hint").hidden = true;
   gallery.replaceChildren();
   byId("facts").textContent = "";
   say(`Loading ${name} ...`);
   try {
-    const opened = await Sampler.open(await read());
-    if (task !== currentTask) return opened.close();
-    sampler = opened;
+    const opened = await load(signal);
+    if (signal.aborted) return opened.close();
+    model = opened;
+    byId("facts").textContent = model.summary;
   } catch (error) {
-    if (task === currentTask) say(`${name}: ${error.message}`);
+    if (!signal.aborted) fail(name, error);
     return;
   }
-  describe();
   fill();
-  form.requestSubmit();
+  remember();
+  make();
+}
+
+async function openFile(name, read) {
+  await open(name, async () => {
+    const { Sampler } = await import("./sampler.js").catch(() => {
+      throw new Error("the page lacks its packages; run npm ci in its folder");
+    });
+    return Sampler.open(await read());
+  });
 }
 
 async function download(url) {
@@ -41,190 +54,250 @@ async function download(url) {
   return new Uint8Array(await response.arrayBuffer());
 }
 
-function counted(count, singular, plural) {
-  return `${count} ${Number(count) === 1 ? singular : plural}`;
-}
-
-function describe() {
-  const { channels, height, width, classes, facts } = sampler;
-  const heldout = JSON.parse(facts.heldout);
-  const score = (key, text) => (typeof heldout[key] === "number" ? `${heldout[key].toPrecision(3)} ${text}` : "");
-  byId("facts").textContent = [
-    `${height} × ${width}, ${{ 1: "grey", 3: "RGB", 4: "RGBA" }[channels] ?? `${channels} channels`}`,
-    classes.length ? counted(classes.length, "class", "classes") : "",
-    `${facts.sampler}, ${counted(facts.steps, "step", "steps")}`,
-    score("mse", "noise MSE on test pairs"),
-    score("bits_per_dim", "bits/dim"),
-    `weights ${facts.weights_sha256.slice(0, 12)}`,
-  ]
-    .filter(Boolean)
-    .join(" · ");
+// Opens the model of the service that the address names, or its first.
+async function openServed(service) {
+  await open(service.address, async (signal) => {
+    const models = await service.models(signal);
+    const asked = query.get("model");
+    const found = models.find(({ name, version, alias, label }) => [label, name, `${name}@${alias}`, `${name}/${version}`].includes(asked));
+    const used = found ?? models[0];
+    if (asked !== null && !found) note("model", asked, `the service has no such model; using ${used.label}`);
+    if (models.length > 1) query.set("model", used.label);
+    else query.delete("model");
+    const choice = byId("models");
+    choice.replaceChildren(...models.map(({ label, version }) => new Option(`${label} (version ${version})`, label)));
+    choice.value = used.label;
+    choice.parentElement.hidden = models.length === 1;
+    return service.open(used, signal);
+  });
 }
 
 // Form
 
 function fill() {
-  const { steps, guidance, classes, guided, live, stochastic } = sampler;
+  const { steps, guidance, classes, guided, maxCount } = model;
+  fields.count.max = maxCount;
+  fields.count.value = Math.min(fields.count.value, maxCount);
   fields.steps.value = steps;
   fields.guidance.value = guidance;
   const names = classes.map((name, number) => new Option(name, number));
   fields.class.replaceChildren(new Option("all in turn", "turn"), new Option("none (unconditional)", -1), ...names);
-  fields.class.disabled = fields.class.parentElement.hidden = !classes.length;
-  fields.guidance.disabled = fields.guidance.parentElement.hidden = !guided;
-  for (const field of fields) if (query.has(field.name)) field.value = query.get(field.name);
-  checkSteps();
+  for (const [field, used] of [[fields.class, classes.length], [fields.guidance, guided]]) {
+    field.disabled = field.parentElement.hidden = !used;
+  }
+  for (const field of fields) if (field.name && query.has(field.name)) take(field, query.get(field.name));
   form.hidden = false;
-  byId("hint").hidden = stochastic;
-  byId("hint").textContent = `Click an image to see it with ${live ? `1 to ${FEW_STEPS}` : "fewer"} steps.`;
+  const others = model.otherSteps(steps);
+  byId("hint").hidden = !others.length;
+  byId("hint").textContent = `Click an image to see it with ${model.live ? `${others[0]} to ${others.at(-1)}` : "fewer"} steps.`;
+}
+
+// Puts a value of the address into a field; says so if it is impossible, and keeps the usual one.
+function take(field, given) {
+  const usual = field.value;
+  field.value = given;
+  if (field.options && !field.value) field.value = [...field.options].find(({ text }) => text === given)?.value ?? "";
+  checkSteps();
+  if (!field.disabled && field.validity.valid) return;
+  field.value = usual;
+  checkSteps();
+  const range = `must be a ${field.step === "any" ? "" : "whole "}number from ${field.min} to ${field.max || model.maxFreeSteps}`;
+  const problem = field.options ? "the model has no such class" : range;
+  const shown = field.options ? field.selectedOptions[0].text : usual;
+  note(field.name, given, field.disabled ? "the model has none; ignored" : `${problem}; using ${shown}`);
 }
 
 function checkSteps() {
-  const { steps, maxFreeSteps } = sampler;
-  const asked = Number(fields.steps.value);
-  fields.steps.setCustomValidity(asked <= maxFreeSteps || asked === steps ? "" : `Must be 1 to ${maxFreeSteps}, or ${steps}`);
+  const { steps, maxFreeSteps } = model;
+  fields.steps.setCustomValidity(model.allows(Number(fields.steps.value)) ? "" : `Must be 1 to ${maxFreeSteps}, or ${steps}`);
 }
 
 // Stores the form in the page's address, so that a link shows the same images.
 function remember() {
-  for (const [name, value] of new FormData(form)) query.set(name, value);
+  for (const { name, value, disabled } of fields) {
+    if (disabled) query.delete(name);
+    else if (name) query.set(name, value);
+  }
   history.replaceState(null, "", `?${query}`);
 }
 
 function chosen() {
-  return {
-    seed: Number(fields.seed.value),
-    count: Number(fields.count.value),
-    steps: Number(fields.steps.value),
-    y: (number) => (fields.class.value === "turn" ? number % sampler.classes.length : Number(fields.class.value)),
-    guidance: Number(fields.guidance.value),
-  };
+  const [seed, count, steps, guidance] = ["seed", "count", "steps", "guidance"].map((name) => Number(fields[name].value));
+  return { seed, count, steps, guidance, choice: fields.class.value };
 }
 
 // Images
 
 // Makes the images of the form. With `update`, those shown stay until their successors are ready.
 async function make(update = false) {
-  const task = stop();
-  const { seed, count, steps, y, guidance } = chosen();
-  const { classes } = sampler;
+  const signal = begin();
+  const options = chosen();
+  const { seed, count, steps, choice, guidance } = options;
   const tiles = Array.from({ length: count }, (_, number) => {
-    const options = { steps, y: y(number), guidance };
-    const name = `Image ${number + 1}${classes[options.y] ? `, ${classes[options.y]}` : ""}`;
-    const tile = document.createElement(sampler.stochastic ? "div" : "button");
-    if (!sampler.stochastic) tile.onclick = () => showOtherSteps(seed, number, options);
-    return { tile, options, canvas: noisy(tile, name, seed, number) };
+    const y = model.y(choice, number);
+    const name = `Image ${number + 1}${model.classes[y] ? `, ${model.classes[y]}` : ""}`;
+    const compared = model.otherSteps(steps);
+    const tile = document.createElement(compared.length ? "button" : "div");
+    if (compared.length) tile.onclick = () => showOtherSteps(compared, seed, number, { y, guidance });
+    return { tile, canvas: canvas(tile, name, model.preview(seed, number)) };
   });
   const kept = update ? [...gallery.children].slice(0, count) : [];
   gallery.replaceChildren(...kept, ...tiles.slice(kept.length).map(({ tile }) => tile));
   byId("stop").disabled = false;
-  if (!update) say(`0 of ${count}`);
-  const start = performance.now();
-  for (const [number, { tile, canvas, options }] of tiles.entries()) {
-    await sampler.idle(); // of the tasks that wait here, only the last goes on
-    if (task !== currentTask) return;
-    const image = await attempt(sampler.generate(seed, number, options));
-    if (task !== currentTask || !image) return;
-    show(canvas, image);
-    kept[number]?.replaceWith(tile);
-    const each = (performance.now() - start) / (number + 1);
-    const time = each < 1000 ? `${Number(each.toPrecision(2))} ms` : `${Number((each / 1000).toPrecision(2))} s`;
-    if (!update || number + 1 === count) say(`${number + 1} of ${count}, ${time} per image`);
+  if (!update) say("Waiting for the first image ...");
+  progress.hidden = false;
+  progress.removeAttribute("value");
+  try {
+    for await (const { images, made, progress: [done, all], line } of model.generate(options, signal)) {
+      if (signal.aborted) return;
+      for (const [number, image] of images) {
+        show(tiles[number].canvas, image, made);
+        if (made) kept[number]?.replaceWith(tiles[number].tile);
+      }
+      Object.assign(progress, { value: done, max: all });
+      if (!update || done === all) say(line);
+    }
+  } catch (error) {
+    if (!signal.aborted) fail("", error);
   }
-  stop();
+  if (!signal.aborted) begin();
 }
 
-function stop() {
-  byId("stop").disabled = true;
-  return ++currentTask;
+// Ends what runs; returns the signal of what comes next.
+function begin() {
+  task.abort();
+  byId("stop").disabled = progress.hidden = true;
+  task = new AbortController();
+  return task.signal;
 }
 
-// Shows the same noise with other numbers of steps; only for deterministic samplers.
-async function showOtherSteps(seed, number, options) {
-  const few = Array.from({ length: FEW_STEPS }, (_, place) => place + 1);
-  const fewer = [1, 2, 3, 5, 10, 20, 50].filter((steps) => steps < options.steps);
-  const counts = (sampler.live ? few : fewer).filter((steps) => steps !== options.steps && steps <= sampler.maxFreeSteps);
-  const figures = [...counts, options.steps].sort((a, b) => a - b).map((steps) => {
+// Shows the same noise with several numbers of steps.
+async function showOtherSteps(counts, seed, number, options) {
+  const figures = counts.map((steps) => {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
     caption.textContent = counted(steps, "step", "steps");
-    const canvas = noisy(figure, caption.textContent, seed, number);
+    const image = canvas(figure, caption.textContent, model.preview(seed, number));
     figure.append(caption);
-    return { figure, canvas, steps };
+    return { figure, image, steps };
   });
   stepsDialog.querySelector(".tiles").replaceChildren(...figures.map(({ figure }) => figure));
   stepsDialog.showModal();
-  for (const { canvas, steps } of figures) {
-    const image = await attempt(sampler.generate(seed, number, { ...options, steps }));
-    if (!stepsDialog.open || !canvas.isConnected || !image) return;
-    show(canvas, image);
-  }
-}
-
-// Adds a canvas to `parent` that shows the noise of an image.
-function noisy(parent, name, seed, number) {
-  const { height, width, size, channels } = sampler;
-  const canvas = Object.assign(document.createElement("canvas"), { height, width, role: "img", title: name });
-  const noise = sampler.noise(seed, number);
-  draw(canvas, channels, (pixel, channel) => (noise[(channel * size) / channels + pixel] + 1) * 127.5);
-  canvas.style.width = `${width * Math.max(1, Math.round(80 / width))}px`; // an integer scale keeps pixels square
-  canvas.dataset.made = false;
-  parent.append(canvas);
-  return canvas;
-}
-
-function show(canvas, image) {
-  draw(canvas, sampler.channels, (pixel, channel) => image[pixel * sampler.channels + channel]);
-  canvas.dataset.made = true;
-}
-
-// value(pixel, channel): channel is 0, 1 or 2 for R, G, B.
-// Of one or two channels, the first is shown as grey; of five or more, the first three as RGB.
-function draw(canvas, channels, value) {
-  const image = new ImageData(canvas.width, canvas.height);
-  const shown = (channel) => (channels < 3 ? 0 : channel);
-  image.data.forEach((_, place, rgba) => {
-    const channel = place % 4;
-    rgba[place] = channel === 3 && channels !== 4 ? 255 : value(place >> 2, shown(channel));
-  });
-  canvas.getContext("2d").putImageData(image, 0, 0);
-}
-
-// The result of `work`; on failure nothing, with the error shown in the status line.
-async function attempt(work) {
   try {
-    return await work;
+    for (const { image, steps } of figures) {
+      const made = await model.image(seed, number, { ...options, steps });
+      if (!stepsDialog.open || !image.isConnected) return;
+      show(image, made, true);
+    }
   } catch (error) {
-    stop();
-    return say(`The model failed: ${error.message.split("\n")[0]}`);
+    fail("", error);
   }
 }
+
+// Adds a canvas to `parent`, with an image of the model if there is one yet.
+function canvas(parent, name, image) {
+  const { height, width } = model;
+  const added = Object.assign(document.createElement("canvas"), { height, width, role: "img", title: name });
+  added.style.width = `${width * Math.max(1, Math.round(80 / width))}px`; // an integer scale keeps pixels square
+  added.dataset.made = false;
+  if (image) show(added, image, false);
+  parent.append(added);
+  return added;
+}
+
+function show(canvas, image, made) {
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  canvas.dataset.made = made;
+}
+
+// Lines
 
 function say(line) {
   byId("status").textContent = line;
 }
 
+// Shows why something failed.
+function fail(name, error) {
+  begin();
+  say(name ? `${name}: ${error.message}` : error.message);
+  keyForm.hidden = error.status !== 401;
+  if (error.status === 401) keyForm.elements.key.focus();
+}
+
+// Says what is wrong with a parameter of the address, and what is done instead.
+function note(name, given, line) {
+  const item = document.createElement("li");
+  item.textContent = `${name}=${given.slice(0, 40)}: ${line}`;
+  notices.append(item);
+}
+
+// The service to use, or null if the model runs in this browser. A page of a service uses that one.
+function service() {
+  const own = document.querySelector("meta[name=service]").content;
+  const given = query.get("service");
+  if (own) {
+    query.delete("service");
+    if (given !== null) note("service", given, "this page shows the models of its own service; ignored");
+    return new Service(new URL(own, location.href));
+  }
+  if (given === null) return null;
+  if (URL.canParse(given)) {
+    const { protocol, origin, pathname, username } = new URL(given);
+    if (/^https?:$/.test(protocol) && !username) return new Service(new URL(origin + pathname.replace(/\/*$/, "/")));
+  }
+  query.delete("service");
+  note("service", given, "must be http://HOST:PORT; running a model in this browser instead");
+  return null;
+}
+
 fields.steps.oninput = checkSteps;
 form.onsubmit = (event) => {
   event.preventDefault();
+  notices.replaceChildren();
   remember();
   make();
 };
 form.oninput = () => {
-  if (!sampler.live || !form.checkValidity()) return;
+  if (!model.live || !form.checkValidity()) return;
   make(true);
   clearTimeout(remembering); // browsers limit how often the address may change
   remembering = setTimeout(remember, 300);
 };
 byId("stop").onclick = () => {
-  stop();
+  begin();
   say(`${byId("status").textContent} (stopped)`);
   byId("make").focus();
 };
-byId("file").onchange = ({ target }) => {
-  const [file] = target.files;
-  if (!file) return;
+
+function forgetModel() {
   for (const name of ["model", "steps", "class", "guidance"]) query.delete(name); // they belong to the previous model
-  open(file.name, async () => new Uint8Array(await file.arrayBuffer()));
-};
-const url = query.get("model") ?? "sampler.onnx";
-open(url, () => download(url));
+  notices.replaceChildren();
+}
+
+const served = service();
+if (served) {
+  byId("models").onchange = ({ target }) => {
+    forgetModel();
+    query.set("model", target.value);
+    openServed(served);
+  };
+  keyForm.onsubmit = (event) => {
+    event.preventDefault();
+    served.key = keyForm.elements.key.value;
+    keyForm.reset();
+    openServed(served);
+  };
+  openServed(served);
+} else {
+  byId("file").parentElement.hidden = false;
+  byId("file").onchange = ({ target }) => {
+    const [file] = target.files;
+    if (!file) return;
+    forgetModel();
+    openFile(file.name, async () => new Uint8Array(await file.arrayBuffer()));
+  };
+  const given = query.get("model");
+  if (given === "") note("model", given, "must be the address of a sampler.onnx; using sampler.onnx");
+  const url = given || "sampler.onnx";
+  openFile(url, () => download(url));
+}

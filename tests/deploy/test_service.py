@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from deploy.service import page
 from deploy.service.protocol import InferenceRequest
 from deploy.service.state import Service
 from deploy.service.work import Feeds
@@ -46,7 +47,9 @@ def test_health_and_metadata(classes: Service) -> None:
     assert again == [model_ready, metadata]
     assert metadata["versions"] == ["a" * 12]
     assert metadata["platform"] == "onnxruntime_onnx"
-    assert metadata["parameters"] == {"provider": "CPUExecutionProvider", "device": "cpu", "threads": 1}
+    runs = {"provider": "CPUExecutionProvider", "device": "cpu", "threads": 1}
+    limits = {"steps": 4, "max_steps": 50, "guidance": 2.5, "max_images": 16}
+    assert metadata["parameters"] == {"classes": ["0", "1", "2"], **limits, **runs}
     assert {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]} == {
         "noise": ("FP32", [-1, *SHAPE]),
         "steps": ("INT64", [1]),
@@ -287,3 +290,17 @@ def test_draining(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [answer.status_code for answer in (live, ready, model, images)] == [200, 503, 503, 200]
     assert images.headers["Connection"] == "close"
     assert model.json() == {"name": "ddpm", "ready": False}
+
+
+def test_the_page_and_nothing_else_of_its_folder(classes: Service, tmp_path: Path) -> None:
+    paths = ["/", "/main.js", "/sampler.js", "/README.md", "/%2e%2e/service/page.py"]
+    index, script, *others = ask(classes, *map(get, paths))
+    assert [answer.status_code for answer in (index, script, *others)] == [200, 200, 404, 404, 404]
+    assert '<meta name="service" content="." />' in index.text
+    assert script.headers["Content-Type"].startswith("text/javascript")
+    for answer in (index, script):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self';")
+        (again,) = ask(classes, get(answer.request.url.path, **{"If-None-Match": answer.headers["ETag"]}))
+        assert (again.status_code, again.content) == (304, b"")
+    assert page.routes(tmp_path / "web").routes == []

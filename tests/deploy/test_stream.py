@@ -77,7 +77,7 @@ def test_images_that_do_not_fit_into_a_batch_follow(tmp_path: Path) -> None:
     """Those that have not begun are grey."""
     small = service(write_model(tmp_path / "sampler.onnx", "ddpm", False), max_batch=2)
     *progress, done = stream(small, "n=3&seed=1&every=2")
-    assert [event.data["step"] for event in progress] == [2, 4, 2]
+    assert [event.data["step"] for event in progress] == [1, 2, 3]  # of 4, on average
     final = done.images(2, 3)
     grey = np.full((*SHAPE[1:], SHAPE[0]), 128)
     assert (progress[0].images(2, 3)[2] == grey).all()

@@ -183,9 +183,9 @@ def test_what_the_image_has_for_kubernetes_is_locked() -> None:
 @pytest.mark.slow  # starts a process
 def test_the_image_of_the_service_has_all_that_it_imports(tmp_path: Path, root: Path) -> None:
     copied = re.findall(r"^COPY (\S+) (\S+)$", (TEAM / "service.Dockerfile").read_text(), re.MULTILINE)
-    assert copied == [("diffusion", "diffusion"), ("deploy/service", "deploy/service")]
+    assert copied == [(name, name) for name in ("diffusion", "deploy/service", "deploy/web")]
     for source, target in copied:
-        shutil.copytree(root / source, tmp_path / target)
+        shutil.copytree(root / source, tmp_path / target, ignore=shutil.ignore_patterns("node_modules"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-P", "-c", IMPORTS]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -198,7 +198,8 @@ def test_the_image_of_the_service_has_all_that_it_imports(tmp_path: Path, root: 
 IMPORTS = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-import deploy.service.__main__, deploy.service.app
+import deploy.service.__main__, deploy.service.app, deploy.service.page
+assert deploy.service.page.routes().routes
 ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("diffusion", "deploy", "flows")]
 print(*(module.__file__ for module in ours if getattr(module, "__file__", None)))
 """

@@ -27,9 +27,9 @@ def model(site: Path, sampler: str, classes: bool) -> Path:
     return path if path.exists() else write_model(path, sampler, classes, STEPS)
 
 
-def made(page: Page, count: int) -> NDArray[np.uint8]:
-    """Wait until `count` images are ready; returns them, uint8 (B, H, W, 3)."""
-    expect(page.locator("#status")).to_contain_text(f"{count} of {count}, ")
+def made(page: Page, count: int, line: str = "") -> NDArray[np.uint8]:
+    """Wait until `count` images are ready, and the status has `line`; returns them, uint8 (B, H, W, 3)."""
+    expect(page.locator("#status")).to_contain_text(line or f"{count} of {count}, ")
     expect(page.locator("#gallery [data-made=true]")).to_have_count(count)
     return read(page, "#gallery canvas")
 
