@@ -19,6 +19,7 @@ EXPECTED = HTTPException, protocol.Invalid, RequestValidationError, ClientDiscon
 """Errors with a response of their own."""
 STATUSES = {
     400: "The request is invalid.",
+    401: "The key is missing or unknown.",
     404: "The model or its version is unknown.",
     408: "The body did not arrive in time.",
     413: "The body is too large, or becomes so when decompressed.",
@@ -35,7 +36,8 @@ class Error(BaseModel):
 
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route, for its OpenAPI document."""
-    return {status: {"model": Error, "description": STATUSES[status]} for status in statuses}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}  # whatever the route returns
+    return {status: {"description": STATUSES[status], "content": content} for status in statuses}
 
 
 class Answer(NamedTuple):

@@ -88,19 +88,23 @@ def routes(service: Service) -> APIRouter:
             png = await picture(found, query.scale, await compute(service, request, found.model, found.work))
         return Response(png, media_type="image/png", headers=headers)
 
-    async def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> Asked:
+    async def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> tuple[StreamQuery, Asked]:
         """What can be refused with a status is refused before the response begins."""
         found = asked(request, query)
         if service.kept(found.etag, count=False) is None:
             service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
-        return found
+        return query, found
 
     @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
     async def stream(
-        request: Request, query: Annotated[StreamQuery, Query()], asked: Annotated[Asked, Depends(accepted)]
+        request: Request, given: Annotated[tuple[StreamQuery, Asked], Depends(accepted)]
     ) -> AsyncGenerator[ServerSentEvent]:
-        """The same as it forms: events `progress`, then `done` or `error`."""
+        """The same as it forms: events `progress`, then `done` or `error`.
 
+        Their data is JSON: step, steps and image, a PNG in base64; at the end also seed, model and version; or error.
+        """
+
+        query, asked = given
         model, steps = asked.model, asked.work.steps
 
         def event(kind: str, png: bytes, step: int, **facts: Any) -> ServerSentEvent:

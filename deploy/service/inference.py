@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from deploy.service import compression, inputs, outputs, protocol
-from deploy.service.errors import STATUSES, described
+from deploy.service.errors import described
 from deploy.service.models import Model
 from deploy.service.requests import compute, find, received, sender
 from deploy.service.state import Service
@@ -24,7 +24,7 @@ INFERENCE: dict[int | str, dict[str, Any]] = {
         "headers": {protocol.JSON_LENGTH: JSON_LENGTH},
         "description": "The outputs; as application/octet-stream if one is binary: the JSON, then the binary data.",
     },
-    **described(*STATUSES),
+    **described(400, 404, 408, 413, 415, 500, 503, 504),
 }
 BODY: dict[str, Any] = {
     "requestBody": {

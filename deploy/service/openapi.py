@@ -15,6 +15,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from pydantic.json_schema import models_json_schema
 
+from deploy.service.errors import Error, described
+from deploy.service.keys import OPEN
 from deploy.service.models import Model
 from deploy.service.protocol import InferenceRequest
 from deploy.service.state import Service
@@ -65,7 +67,9 @@ def example(model: Model) -> Json:
 def _document(app: FastAPI, name: str, model: Model) -> Json:
     """The document, with what FastAPI cannot know: bodies that are read by the routes, and names in paths."""
     made: Json = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, definitions = models_json_schema([(InferenceRequest, "validation")], ref_template=REFERENCE)
+    _, definitions = models_json_schema(
+        [(InferenceRequest, "validation"), (Error, "validation")], ref_template=REFERENCE
+    )
     schemas = made.setdefault("components", {}).setdefault("schemas", {})
     schemas |= definitions["$defs"]
     for unused in ("HTTPValidationError", "ValidationError"):
@@ -74,6 +78,10 @@ def _document(app: FastAPI, name: str, model: Model) -> Json:
     for path, operations in made["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # invalid requests get a 400
+            if OPEN.fullmatch(path):
+                operation.pop("security", None)
+            if "security" in operation:
+                operation["responses"]["401"] = described(401)[401]
             parameters = operation.setdefault("parameters", [])
             missing = set(re.findall(r"{(\w+)}", path)) - {each["name"] for each in parameters}
             for each in sorted(missing):
@@ -129,6 +137,8 @@ def _command(method: str, path: str, operation: Json, url: str) -> str:
         elif each["in"] == "query" and value is not None:
             query[each["name"]] = value
     words = ["curl", url + path + ("?" + urlencode(query) if query else "")]
+    if "security" in operation:
+        words += ["--header", "Authorization: Bearer KEY"]
     kinds = operation["responses"].get("200", {}).get("content", {})
     if "image/png" in kinds:
         words += ["--output", "picture.png"]

@@ -1,9 +1,12 @@
 """The OpenAPI document and its page: valid, complete, and with examples that work."""
 
+import hashlib
 import html
 import json
 import re
 import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +15,8 @@ import numpy as np
 import pytest
 from fastapi.openapi.models import OpenAPI
 
+from deploy.service.keys import Keys
+from deploy.service.metrics import Metrics
 from deploy.service.state import Service
 from tests.deploy.binary import message, request
 from tests.deploy.services import INFER, ask, direct, get, post, received, same
@@ -72,12 +77,19 @@ def test_the_document_is_valid_and_has_all_routes(served: Service) -> None:
         *(f"{of}/ready" for of in model),
     }
     assert operations >= {(path, "get") for path in read} | {(f"{of}/infer", "post") for of in model}
+    assert ("/images/stream", "get") in operations
     for path, methods in found["paths"].items():
         for operation in methods.values():
             named = {each["name"] for each in operation["parameters"] if each["in"] == "path"}
             assert named == set(re.findall(r"{(\w+)}", path))
             assert "422" not in operation["responses"]
             assert operation["description"]
+            for status, response in operation["responses"].items():
+                assert status in ("200", "304") or set(response["content"]) == {"application/json"}
+    for path in ("/images", "/images/stream"):
+        names = {each["name"] for each in found["paths"][path]["get"]["parameters"]}
+        assert names >= {"n", "seed", "class", "steps", "guidance", "scale"}
+        assert ("every" in names) == (path == "/images/stream")
 
 
 def test_every_example_works(served: Service) -> None:
@@ -128,6 +140,20 @@ def test_errors_and_binary_responses_are_as_described(classes: Service) -> None:
         infer["200"]["content"]["application/json"]["schema"],
         found,
     )
+
+
+def test_a_service_with_keys(classes: Service, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"alice sha256:{hashlib.sha256(b'KEY').hexdigest()}\n")
+    guarded = replace(classes, keys=Keys(tmp_path / "keys"), metrics=Metrics(classes.models))
+    for words in commands(guarded):
+        asked, header = requested(words), "Authorization: Bearer KEY"
+        asked.headers.update(dict([header.split(": ")]) if header in words else {})
+        (answer,) = ask(guarded, asked)
+        assert answer.status_code == 200
+        assert (header in words) != ("/v2/health/" in words[1])
+    for path, methods in document(guarded)["paths"].items():
+        for operation in methods.values():
+            assert ("401" in operation["responses"]) != path.startswith("/v2/health/")
 
 
 def test_the_page_needs_no_other_files(classes: Service) -> None:
