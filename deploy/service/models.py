@@ -120,7 +120,7 @@ class Model:
         self.threads = threads
         self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, threads)
         self._places = {
-            each.name: "cuda" if place.name == "Cuda" else "cpu"
+            each.name: "cuda" if place.name.lower() == "cuda" else "cpu"
             for each, place in zip(self.session.get_inputs(), self.session.get_input_memory_infos(), strict=True)
         }
 
