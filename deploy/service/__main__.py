@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # imported only if asked for
 log = logging.getLogger("ddpm.service")
 SLICE_SECONDS = 0.2
 """How long a batch may run, so that a short request waits no longer for a long one, nor the end of the service."""
+FOLLOWER_SECONDS = 5.0
+"""How long the end of the service waits for an update of a model, which then stays undone."""
 MAX_FILES = 4096
 """Connections are open files."""
 PROTOCOL = "http/protobuf"
@@ -137,14 +139,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if telemetry:
         telemetry.instrument(app)
     stop = threading.Event()
-    threading.Thread(target=models.follow, args=(max(arguments.poll, 0.1), stop)).start()
+    follower = threading.Thread(target=models.follow, args=(max(arguments.poll, 0.1), stop))
+    follower.start()
     try:
         Server(app, service, arguments.drain).run([listener])
     finally:
         stop.set()
         if telemetry:
             telemetry.close()
+    follower.join(FOLLOWER_SECONDS)
     log.info("stopped")
+    if follower.is_alive():  # downloading or testing a model, which cannot be interrupted
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

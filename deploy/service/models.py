@@ -120,7 +120,7 @@ class Model:
         self.threads = threads
         self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, threads)
         self._places = {
-            each.name: "cuda" if place.name == "Cuda" else "cpu"
+            each.name: "cuda" if place.name.lower() == "cuda" else "cpu"
             for each, place in zip(self.session.get_inputs(), self.session.get_input_memory_infos(), strict=True)
         }
 
@@ -206,9 +206,12 @@ class Model:
         given[loop.BEGIN] = self._loop.begins[[span.steps]] + span.first
         given[loop.COUNT] = np.array(span.last - span.first)
         binding = self.session.io_binding()
-        for name, value in given.items():  # copied to the GPU once, if it is read there
+        for name, value in given.items():
             array = np.asarray(value, order="C")
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._places[name]))
+            if self._places[name] == "cpu":
+                binding.bind_cpu_input(name, array)
+            else:
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._places[name]))
         binding.bind_output(loop.STATES)  # in the memory of the CPU
         self.session.run_with_iobinding(binding, options)
         (state,) = (output.numpy() for output in binding.get_outputs())

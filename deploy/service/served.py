@@ -176,4 +176,5 @@ class Models:
         followed = [each for each in self.served if each.alias]
         while followed and not stop.wait(seconds):
             for each in followed:
-                each.update()
+                if not stop.is_set():
+                    each.update()

@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 from mlflow import MlflowClient
@@ -36,13 +38,21 @@ def malformed(content: bytes) -> bytes:
     return changed(content, golden=json.dumps({**GOLDEN, "values": ["many"]}))
 
 
+@cache
+def database() -> bytes:
+    """An MLflow database with the registered model `ddpm`; to create its tables takes seconds."""
+    with TemporaryDirectory() as directory:
+        MlflowClient(f"sqlite:///{directory}/mlflow.db").create_registered_model("ddpm")
+        return (Path(directory) / "mlflow.db").read_bytes()
+
+
 class Store:
     """An MLflow database with versions of the registered model `ddpm`."""
 
     def __init__(self, directory: Path) -> None:
         self.uri, self._directory = f"sqlite:///{directory}/mlflow.db", directory
+        (directory / "mlflow.db").write_bytes(database())
         self._client = MlflowClient(self.uri)
-        self._client.create_registered_model("ddpm")
 
     def add(self, content: bytes) -> str:
         """Register a new version and make it the champion."""

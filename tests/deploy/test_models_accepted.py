@@ -2,9 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 
+from deploy.service import loop
 from deploy.service.models import Model, ModelError, RejectedModel
 from deploy.service.sources import Registered, parse
 from diffusion.export import digest
@@ -43,6 +48,24 @@ def test_a_missing_gpu(good: bytes) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(RejectedModel, match="ONNX Runtime finds no CUDA"):
         Model(good, None, device="cuda")
+
+
+def test_inputs_are_copied_to_the_gpu_where_it_reads_them(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a simulated GPU: what is bound to it stays in the memory of the CPU."""
+    model = Model(good)
+    assert set(model._places.values()) == {"cpu"}
+    expected = model.one_step(2)
+    copied, bind = list[tuple[str, tuple[int, ...]]](), ort.OrtValue.ortvalue_from_numpy
+
+    def copy(value: NDArray[Any], device: str) -> ort.OrtValue:
+        copied.append((device, value.shape))
+        return bind(value)
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", copy)
+    model._places[loop.STATE] = "cuda"
+    found = model.one_step(2)
+    assert copied == [("cuda", (3, 2, *model.shape))]
+    np.testing.assert_array_equal(found["x_0"], expected["x_0"])
 
 
 @pytest.mark.parametrize("uri", ["models:/ddpm", "models:/ddpm/latest", "models:/ddpm@a/1", "models:ddpm/1"])

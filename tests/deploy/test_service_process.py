@@ -232,6 +232,22 @@ def test_a_log_in_json_and_a_collector_that_never_answers(model: Path, tmp_path:
     assert len([line for line in lines if "does not accept traces" in line["message"]]) == 1
 
 
+def test_an_update_that_takes_long_does_not_delay_the_end(model: Path) -> None:
+    program = f"""
+import time
+from deploy.service import __main__ as service
+
+service.Server.run = lambda *_: None
+service.Models.follow = lambda *_: time.sleep(600)
+service.FOLLOWER_SECONDS = 0.1
+service.main(["--model", {str(model)!r}, "--port", "0", "--threads", "1"])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("stopped")
+
+
 def test_opentelemetry_is_imported_only_if_asked_for(model: Path) -> None:
     program = f"""
 import sys

@@ -37,6 +37,8 @@ def test_models_are_listed(several: Service, monkeypatch: pytest.MonkeyPatch) ->
     text = several.metrics.text().decode()
     for name, digit in names:
         assert f'model="{name}",provider="CPUExecutionProvider",threads="1",version="{digit * 12}"' in text
+    series = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(set(series)) == len(series)
     monkeypatch.setattr(several, "draining", True)
     (listed,) = ask(several, get("/v2/models"))
     assert {each["state"] for each in listed.json()} == {"UNAVAILABLE"}

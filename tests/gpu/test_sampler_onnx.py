@@ -1,5 +1,7 @@
 """sampler.onnx on a GPU gives the same images as PyTorch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -39,3 +41,14 @@ def test_its_pictures_are_those_of_torch(params: Params, device: torch.device) -
         model.sampler(options), lambda _: noise.to(device), sampling_timesteps(options, model.process.schedule)
     )
     np.testing.assert_allclose(x_0, expected.cpu().numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_service_runs_it_on_the_gpu(tmp_path: Path) -> None:
+    """With the state of the images in the memory of the GPU, where its loop reads it."""
+    from deploy.service.models import Model
+    from tests.deploy.models import write_model
+
+    content = write_model(tmp_path / "sampler.onnx", "dpm-solver++", True).read_bytes()
+    model, expected = Model(content, device="cpu" if REHEARSAL else "cuda"), Model(content).one_step(4)["images"]
+    assert model.device == model._places["state"] == ("cpu" if REHEARSAL else "cuda")
+    assert np.abs(model.one_step(4)["images"].astype(int) - expected).max() <= 1
