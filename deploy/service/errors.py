@@ -59,9 +59,9 @@ def answer(error: Exception) -> Answer:
         case HTTPException():
             return Answer(error.status_code, error.detail, error.headers)
         case protocol.Invalid():
-            return Answer(400, str(error))
+            return Answer(400, _line(str(error)))
         case RequestValidationError():
-            return Answer(400, protocol.describe(error.errors()))
+            return Answer(400, _line(protocol.describe(error.errors())))
         case ClientDisconnect():
             return Answer(400, "the connection closed before the whole body arrived")
         case QueueFull():
@@ -72,6 +72,11 @@ def answer(error: Exception) -> Answer:
             log.error("request failed: %s", error)
             return Answer(500, f"the model failed: {error}")
     return UNEXPECTED
+
+
+def _line(text: str) -> str:
+    """A text as one line, of which a client may have written parts."""
+    return " ".join(text.split())[:500]
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -120,30 +120,27 @@ class Forming:
         each = math.ceil(work.evaluations / work.steps)
         steps = every or max(1, round(work.steps / EVENTS))
         self.work = replace(work, progress=self._add, every=steps * each)
-        self._done = np.zeros(work.count, int)  # evaluations of each image
+        self.step = 0
+        """Number of steps done, on average if the images do not form together."""
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
         self._estimates = deque[tuple[int, int, NDArray[np.float32]]]()
-        """Those that were not sent yet: evaluations, first image, x_0_hat."""
+        """Those that were not sent yet: step, first image, x_0_hat."""
         self._added = asyncio.Event()
 
-    @property
-    def step(self) -> int:
-        """Number of steps done, on average if the images are made in several slices."""
-        return int(self._done.sum()) * self.work.steps // (self.work.count * self.work.evaluations)
-
     def _add(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
-        ends = done == self.work.evaluations
-        if ends and start + len(x_0_hat) == self.work.count:
+        count, steps, evaluations = self.work.count, self.work.steps, self.work.evaluations
+        ends = done == evaluations
+        if ends and start + len(x_0_hat) == count:
             return  # the images themselves follow
         if ends or done % self.work.every == 0:
-            self._estimates.append((done, start, x_0_hat))
+            total = start * evaluations + len(x_0_hat) * done  # they form in order
+            self._estimates.append((total * steps // (count * evaluations), start, x_0_hat))
             while len(self._estimates) > max(1, MAX_UNSENT // self._images.nbytes):
                 self._draw()
             self._added.set()
 
     def _draw(self) -> None:
-        done, start, x_0_hat = self._estimates.popleft()
-        self._done[start : start + len(x_0_hat)] = done
+        self.step, start, x_0_hat = self._estimates.popleft()
         self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
 
     async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:

@@ -102,7 +102,7 @@ def routes(service: Service) -> APIRouter:
     @router.get(numbered, response_model=protocol.ModelFacts, responses=described(404))
     async def metadata(model: Current) -> dict[str, Any]:
         """The inputs and outputs of a model, its classes, defaults and limits."""
-        return protocol.metadata(model.name, model, service.models.versions(model.name), service.max_images)
+        return protocol.metadata(model, service.models.versions(model.name), service.max_images)
 
     @router.post(f"{newest}/infer", responses=INFERENCE, openapi_extra=BODY)
     @router.post(f"{numbered}/infer", responses=INFERENCE, openapi_extra=BODY)

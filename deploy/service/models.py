@@ -175,7 +175,7 @@ class Model:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Classes and defaults; the allowed steps, which are 1 to `max_steps`, or `steps`; what runs the model."""
+        """What clients need to know besides inputs and outputs. Steps are 1 to `max_steps`, or `steps`."""
         return {
             "classes": self.classes,
             "steps": self.steps,

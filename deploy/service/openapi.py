@@ -24,7 +24,7 @@ REFERENCE = "#/components/schemas/{model}"
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem }
-section { border-top: 1px solid #8888; margin-top: 1.5rem }
+section { border-top: 1px solid #8888; margin-top: 1.5rem; overflow-x: auto }
 pre { overflow: auto; max-height: 12rem; padding: .5rem; background: #8882 }
 pre { white-space: pre-wrap; word-break: break-all }
 h2 { font-size: 1.2rem; overflow-wrap: anywhere }
@@ -47,10 +47,8 @@ def document(app: FastAPI, service: Service) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(
-            page(openapi(), str(request.base_url).rstrip("/")),
-            headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
-        )
+        text = await service.convert(page, openapi(), str(request.base_url).rstrip("/"))
+        return HTMLResponse(text, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
 
 def example(model: Model) -> Json:

@@ -30,7 +30,7 @@ class Message(BaseModel):
 
 
 class RequestInput(Message):
-    name: str
+    name: str = Field(max_length=100)
     shape: Annotated[list[int], FailFast()]  # otherwise a million bad items would give a million errors
     datatype: str
     data: list[Any] | None = Field(
@@ -42,7 +42,7 @@ class RequestInput(Message):
 
 
 class RequestOutput(Message):
-    name: str
+    name: str = Field(max_length=100)
     parameters: dict[str, Any] = Field({}, description="`binary_data`: whether to send it as binary data.")
 
 
@@ -65,7 +65,7 @@ class ModelFacts(BaseModel):
     platform: str
     inputs: list[TensorFacts]
     outputs: list[TensorFacts]
-    parameters: dict[str, Any] = Field(description="Classes, defaults and limits, and what runs the model.")
+    parameters: dict[str, Any] = Field(description="Classes, defaults, limits, and what runs the model.")
 
 
 class IndexedModel(BaseModel):
@@ -109,14 +109,14 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-def metadata(name: str, model: Model, versions: list[str], max_images: int) -> dict[str, Any]:
+def metadata(model: Model, versions: list[str], max_images: int) -> dict[str, Any]:
     """Build the model metadata of the protocol, with `parameters` for what it does not define."""
 
     def described(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         return [{"name": key, **tensor._asdict()} for key, tensor in tensors.items()]
 
     return {
-        "name": name,
+        "name": model.name,
         "versions": versions,
         "platform": "onnxruntime_onnx",
         "inputs": described(model.inputs),

@@ -5,9 +5,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from deploy.service.state import Service
+from tests.deploy.models import write_model
+from tests.deploy.registry import Store
 from tests.deploy.services import shared
 from tests.machine import program
 
@@ -41,3 +44,16 @@ def classes() -> Service:
 @pytest.fixture(scope="session")
 def stochastic() -> Service:
     return shared("ddpm", False)
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_model(tmp_path_factory.mktemp("model") / "sampler.onnx", "dpm-solver++", False).read_bytes()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    made = Store(tmp_path)
+    mlflow.set_tracking_uri(made.uri)
+    yield made
+    mlflow.set_tracking_uri(None)

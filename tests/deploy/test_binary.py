@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from deploy.service import compression
+from deploy.service import compression, inputs
 from deploy.service.compression import pieces
+from deploy.service.protocol import Invalid
 from deploy.service.state import Service
 from deploy.service.work import Feeds
 from tests.deploy.binary import JSON_LENGTH, message, packed, received, request
@@ -149,6 +151,16 @@ ERRORS: list[tuple[httpx.Request, str]] = [
         request({**FIELDS, "outputs": [{"name": "x_0", "parameters": {"binary_data": "yes"}}]}, BLOB),
         "output x_0: parameters.binary_data must be true or false (got yes)",
     ),
+    (request({"inputs": [{**FIELDS["inputs"][0], "name": "a\nb"}]}, BLOB), "input a b: no such input; the model has"),
+    (
+        request({"inputs": [{**FIELDS["inputs"][0], "name": "x" * 101}]}, BLOB),
+        "inputs.0.name: string should have at most 100 characters (got xxx",
+    ),
+    (
+        request({**FIELDS, "outputs": [{"name": "x" * 101}]}, BLOB),
+        "outputs.0.name: string should have at most 100 characters (got xxx",
+    ),
+    (request({**FIELDS, "x\ny": 1}, BLOB), "x y: unknown field; remove it"),
     (request({**FIELDS, "parameters": 1}, BLOB), "parameters: input should be an object (got 1)"),
 ]
 
@@ -177,6 +189,57 @@ def test_binary_data_of_several_inputs_is_in_their_order(classes: Service) -> No
         same(received(answer)["images"], expected["images"])
 
 
+def test_a_compressed_body_counts_only_until_it_is_decompressed(
+    classes: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, buffered = request(FIELDS, BLOB), 0
+
+    def parse(body: bytearray, *_: Any) -> None:
+        nonlocal buffered
+        buffered = classes.buffered.total()
+        assert body == whole.content
+        raise Invalid("enough")
+
+    monkeypatch.setattr(inputs, "parse", parse)
+    (answer,) = ask(classes, encoded(whole, "gzip"))
+    assert answer.json() == {"error": "enough"}
+    assert buffered == len(whole.content)
+
+
+@pytest.mark.parametrize("kind", ["classes", "stochastic"])
+def test_damaged_requests_are_invalid_or_valid(kind: str, request_of: Callable[..., Any]) -> None:
+    """Any damage is told in a line, or does not matter."""
+    model, random = request_of(kind).served.current, np.random.default_rng(0)
+    feeds: Feeds = (
+        {"noise": NOISE, "steps_noise": NOISE[None]}
+        if kind == "stochastic"
+        else {"noise": NOISE, "y": np.array([1, 2]), "steps": np.array([3])}
+    )
+    valid, lines = 0, list[str]()
+    for _ in range(1500):
+        fields, blobs = message(feeds, {name for name in feeds if random.integers(2)})
+        text = json.dumps(fields).encode()
+        body, length = bytearray(text + blobs), len(text) + int(random.integers(-1, 2)) * int(random.integers(3))
+        for _ in range(random.integers(3)):
+            start, most = int(random.integers(len(body))), int(random.integers(1, 9))
+            match random.integers(4):
+                case 0:
+                    body[start : start + most] = random.bytes(most)
+                case 1:
+                    del body[start : start + most]
+                case 2:
+                    body[start:start] = body[start : start + most]
+                case 3:
+                    body[start : start + most] = bytes(random.choice(list(b'[]{}",:0123456789.-e'), most).tolist())
+        try:
+            inputs.parse(body, str(length) if random.integers(9) else None, model, 16)
+            valid += 1
+        except Invalid as error:
+            lines.append(str(error))
+    assert 100 < valid < 1400
+    assert max(map(len, lines)) < 250
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 @pytest.mark.parametrize(
     ("change", "line"),
@@ -186,6 +249,8 @@ def test_binary_data_of_several_inputs_is_in_their_order(classes: Service) -> No
         (lambda body: body[:-1], "it is incomplete"),
         (lambda body: body[:20], "it is incomplete"),
         (lambda body: body + b"\0", "it goes on after its end"),
+        (lambda body: body + bytes(compression.PIECE - len(body)) + b"\0", "it goes on after its end"),
+        (lambda body: body + bytes(compression.PIECE), "it goes on after its end"),
         (lambda body: body[:-4] + bytes(4), "incorrect "),
     ],
 )
@@ -208,18 +273,22 @@ def test_a_body_that_expands_beyond_the_limit(tmp_path: Path, monkeypatch: pytes
     limit = 3_000_000
     small = service(write_model(tmp_path / "sampler.onnx", "ddpm", False), max_body=limit, max_buffered=3 * limit)
     bomb, made, original = httpx.Request("POST", f"http://test{INFER}", content=bytes(20 * limit)), 0, pieces
+    most = 0
 
     def counted(body: bytearray, encoding: str) -> Iterator[bytes]:
-        nonlocal made
+        nonlocal made, most
         for piece in original(body, encoding):
+            assert threading.current_thread().name.startswith("conversion")  # not that of the event loop
+            most = max(most, small.buffered.total() - made)
             made += len(piece)
             yield piece
 
     monkeypatch.setattr(compression, "pieces", counted)
     line = f"the request body exceeds {limit} bytes when decompressed; send fewer images per request"
     for encoding in ENCODERS:
-        made = 0
-        (answer,) = ask(small, encoded(bomb, encoding))
+        made = most = 0
+        (answer,) = ask(small, whole := encoded(bomb, encoding))
+        assert most == len(whole.content)  # it counts as well, until all is decompressed
         assert (answer.status_code, answer.json()) == (413, {"error": line})
         assert limit < made <= limit + 2**20
         assert not small.buffered

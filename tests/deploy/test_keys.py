@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def guarded(classes: Service, file: Path) -> Service:
-    return replace(classes, keys=Keys(file), metrics=Metrics(classes.served))
+    return replace(classes, keys=Keys(file), metrics=Metrics(classes.models))
 
 
 def bearer(key: str, scheme: str = "Bearer") -> dict[str, str]:

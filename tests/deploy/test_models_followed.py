@@ -1,145 +1,18 @@
-"""Which models are accepted, and how an alias in MLflow is followed."""
+"""How aliases in MLflow are followed."""
 
-import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
+import threading
+import weakref
 from pathlib import Path
 
 import mlflow
-import onnx
 import pytest
-from mlflow import MlflowClient
 
-from deploy.service.models import Model, ModelError, RejectedModel
-from deploy.service.served import Load, Models, Served
-from deploy.service.sources import Registered
-from diffusion.export import digest, metadata
-from tests.deploy.models import write_model
+from deploy.service.models import ModelError
+from deploy.service.served import Models, UnknownModel
+from tests.deploy.registry import CHAMPION, Loads, Store, broken, changed, serve
 
 pytestmark = pytest.mark.slow
-
-CHAMPION = "models:/ddpm@champion"
-GOLDEN = {"seed": 0, "batch": 2, "output": "images", "sha256": "", "every": 10**9, "tolerance": 1, "share": 1}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_model(tmp_path_factory.mktemp("model") / "sampler.onnx", "dpm-solver++", False).read_bytes()
-
-
-def changed(content: bytes, **values: str) -> bytes:
-    """The file with changed metadata."""
-    graph = onnx.load_from_string(digest.check(content))
-    facts = {prop.key: prop.value for prop in graph.metadata_props}
-    metadata.describe(graph, facts | {f"ddpm.{key}": value for key, value in values.items()})
-    return digest.seal(graph.SerializeToString())
-
-
-def broken(content: bytes) -> bytes:
-    """A file whose golden test fails."""
-    graph = onnx.load_from_string(content)
-    test = json.loads(next(prop.value for prop in graph.metadata_props if prop.key == "ddpm.golden"))
-    return changed(content, golden=json.dumps(test | {"values": [255 - value for value in test["values"]]}))
-
-
-def malformed(content: bytes) -> bytes:
-    """A file whose golden test has words instead of numbers."""
-    return changed(content, golden=json.dumps({**GOLDEN, "values": ["many"]}))
-
-
-class Store:
-    """An MLflow database with versions of the registered model `ddpm`."""
-
-    def __init__(self, directory: Path) -> None:
-        self.uri, self._directory = f"sqlite:///{directory}/mlflow.db", directory
-        self._client = MlflowClient(self.uri)
-        self._client.create_registered_model("ddpm")
-
-    def add(self, content: bytes) -> str:
-        """Register a new version and make it the champion."""
-        number = len(self._client.search_model_versions("name = 'ddpm'")) + 1
-        folder = self._directory / str(number)
-        folder.mkdir()
-        (folder / "model.onnx").write_bytes(content)
-        self._client.create_model_version("ddpm", folder.as_uri())
-        self.point(str(number))
-        return str(number)
-
-    def point(self, version: str) -> None:
-        self._client.set_registered_model_alias("ddpm", "champion", version)
-
-    def remove(self, version: str) -> None:
-        shutil.rmtree(self._directory / version)
-
-
-class Loads:
-    """Loads models, and lists the versions."""
-
-    def __init__(self) -> None:
-        self.versions: list[str | None] = []
-
-    def __call__(self, content: bytes, version: str | None, name: str) -> Model:
-        self.versions.append(version)
-        return Model(content, version, name)
-
-
-def serve(text: str, load: Load = Model) -> Served:
-    return Models(load).add(text)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(tmp_path)
-    mlflow.set_tracking_uri(made.uri)
-    yield made
-    mlflow.set_tracking_uri(None)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (lambda _: b"", "does not end with ddpm.sha256"),
-        (lambda content: content[:5000], "does not end with ddpm.sha256"),
-        (lambda content: digest.seal(digest.check(content)[:5000]), "not an ONNX model that ONNX Runtime can run"),
-        (lambda content: content[:5000] + b"x" + content[5001:], "does not match the SHA-256 in ddpm.sha256"),
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "does not match the SHA-256 in ddpm.sha256"),
-        (lambda content: changed(content, version="1"), "ddpm.version is 1, but this service supports 2"),
-        (lambda content: changed(content, golden="{}"), "has no golden test that can be run"),
-        (lambda content: changed(content, alpha_bar="[0.5]"), "the file was modified"),
-        (lambda content: changed(content, steps="many"), "has no golden test that can be run"),
-        (lambda content: changed(content, classes="none"), "Expecting value"),
-        (broken, "golden test failed"),
-        (malformed, "ufunc"),
-    ],
-)
-def test_unusable_models_are_rejected(good: bytes, spoil: Callable[[bytes], bytes], line: str) -> None:
-    with pytest.raises(RejectedModel) as error:
-        Model(spoil(good), None)
-    assert line in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_gpu(good: bytes) -> None:
-    model = Model(good, None, device="auto")
-    if "CUDAExecutionProvider" in model.session.get_providers():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(RejectedModel, match="ONNX Runtime finds no CUDA"):
-        Model(good, None, device="cuda")
-
-
-@pytest.mark.parametrize("uri", ["models:/ddpm", "models:/ddpm/latest", "models:/ddpm@a/1", "models:ddpm/1"])
-def test_invalid_model_uris(uri: str) -> None:
-    with pytest.raises(ModelError, match="must have the form"):
-        Registered(uri)
-
-
-@pytest.mark.usefixtures("store")
-def test_a_missing_model(tmp_path: Path) -> None:
-    for source in (CHAMPION, "models:/ddpm/7", str(tmp_path / "no.onnx")):
-        with pytest.raises(ModelError) as error:
-            serve(source)
-        assert "\n" not in str(error.value)
 
 
 def test_an_alias_is_followed(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,3 +82,126 @@ def test_a_failed_download_is_retried(
     assert "version 2: not available from MLflow ([Errno 2]" in caplog.messages[0]
     served.update()
     assert served.current.version == second
+
+
+def test_a_rollback_needs_neither_the_file_nor_time(store: Store, good: bytes) -> None:
+    loads, first = Loads(), store.add(good)
+    served = serve(CHAMPION, loads)
+    before = served.current
+    second = store.add(changed(good, weights_sha256="b" * 64))
+    served.update()
+    after = served.current
+    store.remove(first)
+    store.remove(second)
+    for _ in range(2):
+        store.point(first)
+        served.update()
+        assert served.current is before
+        store.point(second)
+        served.update()
+        assert served.current is after
+    assert (loads.versions, served.failures) == ([first, second], 0)
+
+
+def test_at_most_two_versions_are_in_memory(store: Store, good: bytes) -> None:
+    loads, first = Loads(), store.add(good)
+    served = serve(CHAMPION, loads)
+    old = weakref.ref(served.current)
+    store.add(changed(good, weights_sha256="b" * 64))
+    served.update()
+    assert old() is not None
+    seen = list[bool]()
+    loads.before = lambda: seen.append(old() is not None)
+    third = store.add(changed(good, weights_sha256="c" * 64))
+    served.update()
+    assert (served.current.version, seen, old()) == (third, [False], None)
+    store.point(first)  # longer ago: loaded again
+    served.update()
+    assert (served.current.version, loads.versions) == (first, [first, "2", third, first])
+
+
+def test_a_rejected_version_is_tried_again(store: Store, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, first = Loads(), store.add(good)
+    served = serve(CHAMPION, loads)
+    second = store.add(broken(good))
+    served.update()
+    store.replace(second, changed(good, weights_sha256="b" * 64))
+    served.update()  # not yet: its file is large
+    assert (served.current.version, loads.versions) == (first, [first, second])
+    store.point(first)
+    served.update()
+    store.point(second)
+    served.update()
+    assert (served.current.version, loads.versions) == (second, [first, second, second])
+    third = store.add(broken(good))
+    monkeypatch.setattr("deploy.service.served.RETRY_SECONDS", 0.0)
+    served.update()
+    store.replace(third, changed(good, weights_sha256="c" * 64))
+    served.update()
+    assert (served.current.version, served.failures) == (third, 3)
+
+
+def test_a_number_may_be_used_again(store: Store, good: bytes) -> None:
+    store.add(good)
+    served = serve(CHAMPION)
+    store.begin_anew()
+    store.add(changed(good, weights_sha256="b" * 64))
+    served.update()
+    assert (served.current.version, served.current.weights) == ("1", "b" * 64)
+
+
+def test_aliases_of_one_model(store: Store, good: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    loads, first = Loads(), store.add(good)
+    models = Models(loads)
+    second = store.add(changed(good, weights_sha256="b" * 64))
+    store.point(first)
+    store.point(second, "challenger")
+    for source in (CHAMPION, "models:/ddpm@challenger", "student=models:/ddpm/1"):
+        models.add(source)
+    assert models.first is models.find("ddpm") is models.find("ddpm", "champion") is models.find("ddpm", first)
+    assert models.find("ddpm", "challenger").version == models.find("ddpm", second).version == second
+    assert (models.find("student").name, models.find("student", first).version) == ("student", first)
+    assert models.versions("ddpm") == [first, second]
+    for name, version, line in (
+        ("other", None, "model other: unknown; this service has ddpm, student"),
+        ("ddpm", "7", "version 7: not served; ddpm has champion, 1, challenger, 2"),
+        ("student", "champion", "version champion: not served; student has 1"),
+    ):
+        with pytest.raises(UnknownModel) as error:
+            models.find(name, version)
+        assert str(error.value) == line
+    for again in (CHAMPION, "student=models:/ddpm/1"):
+        with pytest.raises(ModelError, match="is given twice; remove one"):
+            models.add(again)
+
+    store.point(second)  # the challenger is promoted, and is in memory already
+    store.add(broken(good))
+    store.point(second)
+    store.point("3", "challenger")
+    with caplog.at_level(logging.INFO):
+        follow(models)
+    assert models.find("ddpm", "champion") is models.find("ddpm", "challenger")
+    assert (models.versions("ddpm"), models.find("student").version) == ([second], first)
+    assert [each.failures for each in models.served] == [0, 1, 0]
+    assert loads.versions == [first, second, first, "3"]
+    assert [line.partition(" (")[0] for line in caplog.messages] == [
+        "ddpm@champion: now serving version 2",
+        "ddpm@challenger: still serving version 2: version 3: golden test failed: images differs by up to "
+        + caplog.messages[1].split(" up to ")[1].partition(" (")[0],
+    ]
+    assert models.index(True)[1] == {"name": "ddpm", "version": second, "alias": "challenger", "state": "READY"}
+
+
+def follow(models: Models) -> None:
+    """Follow the aliases once."""
+    stop = threading.Event()
+    last = [each for each in models.served if each.alias][-1]
+    update = last.update
+
+    def update_and_stop() -> None:
+        update()
+        stop.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last, "update", update_and_stop)
+        models.follow(0.01, stop)

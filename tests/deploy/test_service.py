@@ -47,10 +47,9 @@ def test_health_and_metadata(classes: Service) -> None:
     assert again == [model_ready, metadata]
     assert metadata["versions"] == ["a" * 12]
     assert metadata["platform"] == "onnxruntime_onnx"
-    assert metadata["parameters"] == {
-        "classes": ["0", "1", "2"], "steps": 4, "max_steps": 50, "guidance": 2.5, "max_images": 16,
-        "provider": "CPUExecutionProvider", "device": "cpu", "threads": 1,
-    }  # fmt: skip
+    runs = {"provider": "CPUExecutionProvider", "device": "cpu", "threads": 1}
+    limits = {"steps": 4, "max_steps": 50, "guidance": 2.5, "max_images": 16}
+    assert metadata["parameters"] == {"classes": ["0", "1", "2"], **limits, **runs}
     assert {each["name"]: (each["datatype"], each["shape"]) for each in metadata["inputs"]} == {
         "noise": ("FP32", [-1, *SHAPE]),
         "steps": ("INT64", [1]),

@@ -109,7 +109,7 @@ def test_a_full_queue(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_failure_in_the_middle_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = service(write_model(tmp_path / "sampler.onnx", "ddim", False))
-    model, run = broken.served.current, broken.served.current.run
+    model, run = broken.models.first, broken.models.first.run
 
     def fail(feeds: Any, span: Any, options: Any) -> Any:
         if span.first == 2:

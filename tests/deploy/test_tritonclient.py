@@ -1,6 +1,7 @@
 """tritonclient, a client of the Open Inference Protocol by others, against a service in another process."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,22 @@ def test_asyncio(server: Running, expected: Feeds) -> None:
                 await client.infer("ddpm", given(library=triton_aio)[1:])
 
     asyncio.run(ask())
+
+
+def test_the_examples_of_the_readme(root: Path, server: Running) -> None:
+    codes = re.findall(r"```python\n(.*?)```", (root / "deploy" / "service" / "README.md").read_text(), flags=re.S)
+    assert len(codes) == 2
+    assert "tritonclient" in codes[1]
+    found = []
+    for code in codes:
+        scope: dict[str, Any] = {}
+        exec(
+            code.replace("127.0.0.1:8000", server.url.removeprefix("http://")).replace("(2, 1, 8, 8)", "(2, 3, 7, 10)"),
+            scope,
+        )
+        found.append(scope["images"])
+    same(*found)
+    assert found[0].shape == (2, 7, 10, 3)
 
 
 def test_errors(client: Any) -> None:
