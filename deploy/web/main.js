@@ -59,13 +59,15 @@ async function openServed(service) {
   await open(service.address, async (signal) => {
     const models = await service.models(signal);
     const asked = query.get("model");
-    const found = models.find(({ name, version, alias, label }) => [label, name, `${name}@${alias}`, `${name}/${version}`].includes(asked));
+    const names = ({ name, version, alias, label }) => [label, name, `${name}@${alias}`, `${name}/${version}`];
+    const found = models.find((each) => names(each).includes(asked));
     const used = found ?? models[0];
     if (asked !== null && !found) note("model", asked, `the service has no such model; using ${used.label}`);
     if (models.length > 1) query.set("model", used.label);
     else query.delete("model");
     const choice = byId("models");
-    choice.replaceChildren(...models.map(({ label, version }) => new Option(`${label} (version ${version})`, label)));
+    const options = models.map(({ label, version }) => new Option(`${label} (version ${version})`, label));
+    choice.replaceChildren(...options);
     choice.value = used.label;
     choice.parentElement.hidden = models.length === 1;
     return service.open(used, signal);
@@ -88,8 +90,9 @@ function fill() {
   for (const field of fields) if (field.name && query.has(field.name)) take(field, query.get(field.name));
   form.hidden = false;
   const others = model.otherSteps(steps);
+  const range = model.live ? `${others[0]} to ${others.at(-1)}` : "fewer";
   byId("hint").hidden = !others.length;
-  byId("hint").textContent = `Click an image to see it with ${model.live ? `${others[0]} to ${others.at(-1)}` : "fewer"} steps.`;
+  byId("hint").textContent = `Click an image to see it with ${range} steps.`;
 }
 
 // Puts a value of the address into a field; says so if it is impossible, and keeps the usual one.
@@ -101,15 +104,16 @@ function take(field, given) {
   if (!field.disabled && field.validity.valid) return;
   field.value = usual;
   checkSteps();
-  const range = `must be a ${field.step === "any" ? "" : "whole "}number from ${field.min} to ${field.max || model.maxFreeSteps}`;
+  const number = field.step === "any" ? "number" : "whole number";
+  const range = `must be a ${number} from ${field.min} to ${field.max || model.maxFreeSteps}`;
   const problem = field.options ? "the model has no such class" : range;
   const shown = field.options ? field.selectedOptions[0].text : usual;
   note(field.name, given, field.disabled ? "the model has none; ignored" : `${problem}; using ${shown}`);
 }
 
 function checkSteps() {
-  const { steps, maxFreeSteps } = model;
-  fields.steps.setCustomValidity(model.allows(Number(fields.steps.value)) ? "" : `Must be 1 to ${maxFreeSteps}, or ${steps}`);
+  const allowed = model.allows(Number(fields.steps.value));
+  fields.steps.setCustomValidity(allowed ? "" : `Must be 1 to ${model.maxFreeSteps}, or ${model.steps}`);
 }
 
 // Stores the form in the page's address, so that a link shows the same images.
@@ -122,7 +126,8 @@ function remember() {
 }
 
 function chosen() {
-  const [seed, count, steps, guidance] = ["seed", "count", "steps", "guidance"].map((name) => Number(fields[name].value));
+  const numbers = ["seed", "count", "steps", "guidance"].map((name) => Number(fields[name].value));
+  const [seed, count, steps, guidance] = numbers;
   return { seed, count, steps, guidance, choice: fields.class.value };
 }
 

@@ -31,7 +31,7 @@ export class Service {
   // The models that it has: { name, version, alias, label }, the default one first. `label` tells them apart, and is
   // what requests call them; a single one needs no name.
   async models(signal) {
-    const models = await (await this.ask("v2/models", {}, signal)).json();
+    const models = await this.#read("v2/models", signal);
     return models.map((model) => {
       const single = models.filter(({ name }) => name === model.name).length === 1;
       const label = model.name + (single ? "" : model.alias ? `@${model.alias}` : `/${model.version}`);
@@ -42,8 +42,14 @@ export class Service {
   // One of these.
   async open(model, signal) {
     const version = model.label === model.name ? "" : `/versions/${encodeURIComponent(model.alias ?? model.version)}`;
-    const response = await this.ask(`v2/models/${encodeURIComponent(model.name)}${version}`, {}, signal);
-    return new Served(this, model, await response.json());
+    return new Served(this, model, await this.#read(`v2/models/${encodeURIComponent(model.name)}${version}`, signal));
+  }
+
+  async #read(path, signal) {
+    const response = await this.ask(path, {}, signal);
+    return response.json().catch(() => {
+      throw new Error(`${path} is not JSON; is this the address of the service?`);
+    });
   }
 
   // The response to GET `path`; throws Refused, or an Error if there is none.

@@ -156,7 +156,7 @@ def test_a_key_is_asked_for_and_a_model_chosen(served: Service, page: Page) -> N
             route.fulfill(body=body, content_type="text/event-stream")
         else:
             assert path in ("/v2/models/ddpm/versions/champion", "/v2/models/digits")
-            route.fulfill(json=protocol.metadata("ddpm", served.models.first, ["2", "1"], 16))
+            route.fulfill(json=protocol.metadata(served.models.first, ["2", "1"], 16))
 
     page.route("**/v2/**", check)
     page.route(STREAM, check)
