@@ -29,3 +29,7 @@ class Frechet:
 
     def __call__(self, images: Images) -> float:
         return float(distances.frechet(self._features(images), self._reference)[0])
+
+    def kid(self, images: Images) -> float:
+        """The kernel distance of a set of images of any number."""
+        return float(distances.kid(self._features(images), self._reference)[0])

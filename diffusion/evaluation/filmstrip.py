@@ -58,15 +58,17 @@ def frames(
     shown: tuple[int, ...] = (),
     images: int = 4,
     count: int = 9,
+    y: torch.Tensor | None = None,
 ) -> list[Frame]:
     """The seed's first images at `count` points of sampling, evenly spaced over the steps, from noise to image.
 
-    Returns fewer frames if there are fewer steps. `shown`: the channels to show; see `visible`.
+    Returns fewer frames if there are fewer steps. `shown`: the channels to show; see `visible`. `y`: the images'
+    classes, int64 (images,); by default, the classes in turn.
     """
     timesteps = sampling.sampling_timesteps(options, model.process.schedule)
     chosen = set(np.linspace(0, len(timesteps), count).round().astype(int).tolist())
     noise = noise_for(seed, images, model.shape, device)
-    sampler = model.sampler(options, classes_in_turn(model, images, device))
+    sampler = model.sampler(options, classes_in_turn(model, images, device) if y is None else y)
     t, x_t = timesteps[0], noise(0)
     found = []
     # A point holds the x_t after a step, but x_0_hat was estimated from the x_t before it.

@@ -1,5 +1,6 @@
 """Checks that ONNX Runtime and PyTorch agree."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ ALL_SIZES_BLOCKS = 4
 IMAGES = 64
 MAX_BATCHES = 8
 """Maximum number of batches of each size."""
+MAX_NOISE = 2**26
+"""Bytes of the steps' noise in memory at a time: with many steps, fewer images are sampled together."""
 MAX_OFF_BY_ONE = 1e-3
 """Maximum fraction of pixel values that may differ, by one grey level (of 255)."""
 
@@ -106,23 +109,17 @@ def _in_batches(denoiser: ort.InferenceSession, given: Prediction, size: int) ->
 def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOptions) -> dict[str, float | int]:
     """Sample images in ONNX Runtime and PyTorch from the same noise, with several batch sizes in ONNX Runtime.
 
-    Class-conditional networks are checked for all classes and none, if they take guidance with and without it. Raises
-    UserError if more than the fraction MAX_OFF_BY_ONE of the values differ, or one by more than a grey level.
+    Class-conditional networks are checked for all classes and none, if they take guidance with and without it. The
+    steps' noise in memory is that of a part of the images, MAX_NOISE bytes or a single image.
+
+    Raises UserError if more than the fraction MAX_OFF_BY_ONE of the values differ, or one by more than a grey level.
     """
     facts = sampler.get_modelmeta().custom_metadata_map
-    given = golden.inputs(golden.names(sampler), facts, golden.SEED, IMAGES)
+    noise = 4 * int(facts["ddpm.steps"]) * math.prod(model.shape) if "steps_noise" in golden.names(sampler) else 0
+    together = max(1, min(IMAGES, MAX_NOISE // max(noise, 1)))
     differing, values, largest = 0, 0, 0
-    if "y" in given:
-        given["y"] = np.arange(IMAGES) % (model.num_classes + 1) - 1
-    for guidance in (options.guidance, 2.0 if options.guidance == 1 else 1.0) if "guidance" in given else (1.0,):
-        if "guidance" in given:
-            given["guidance"] = np.array([guidance], np.float32)
-        expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
-        for size in BATCH_SIZES:
-            count = min(IMAGES, MAX_BATCHES * size)
-            batches = [sampler.run(["images"], _part(given, start, start + size))[0] for start in range(0, count, size)]
-            images = np.concatenate(batches).astype(int)
-            off = np.abs(images - expected[: len(images)])
+    for first in range(0, IMAGES, together):
+        for off in _differences(sampler, model, options, first, min(together, IMAGES - first)):
             differing, values = differing + int((off > 0).sum()), values + off.size
             largest = max(largest, int(off.max()))
     share = differing / values
@@ -133,6 +130,24 @@ def check_sampler(sampler: ort.InferenceSession, model: Model, options: SampleOp
             "another export.sampler or fewer export.steps, for a student fewer distill.sampling_steps"
         )
     return {"images": IMAGES, "values_off_by_one": share}
+
+
+def _differences(
+    sampler: ort.InferenceSession, model: Model, options: SampleOptions, first: int, count: int
+) -> Iterator[NDArray[np.int64]]:
+    """Differences between ONNX Runtime and PyTorch for `count` images from number `first`: batches, in grey levels."""
+    facts = sampler.get_modelmeta().custom_metadata_map
+    given = golden.inputs(golden.names(sampler), facts, golden.SEED + first, count)
+    if "y" in given:
+        given["y"] = np.arange(first, first + count) % (model.num_classes + 1) - 1
+    for guidance in (options.guidance, 2.0 if options.guidance == 1 else 1.0) if "guidance" in given else (1.0,):
+        if "guidance" in given:
+            given["guidance"] = np.array([guidance], np.float32)
+        expected = _with_torch(model, options.model_copy(update={"guidance": guidance}), given).astype(int)
+        for size in BATCH_SIZES:
+            for start in range(0, min(count, MAX_BATCHES * size - first), size):
+                images = sampler.run(["images"], _part(given, start, start + size))[0].astype(int)
+                yield np.abs(images - expected[start : start + size])
 
 
 def _with_torch(model: Model, options: SampleOptions, given: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:

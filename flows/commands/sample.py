@@ -48,6 +48,8 @@ SAMPLER_FIELDS = {
     if name not in {"kind", "seed", "device", *SampleOptions.model_fields}  # these can be set in params.yaml only
 }
 """The fields of single samplers, and the options that have them."""
+FILMSTRIP = 4
+"""Number of images in a filmstrip, at most."""
 REPAINT, MAX_REPAINT = 10, 1000
 """Default of jump and rounds (Lugmayr et al. 2022, section 5), and their maximum."""
 
@@ -167,8 +169,8 @@ def run(
     given = {name: value for name, value in asdict(overrides).items() if value is not None}
     settings = read_settings(given, paths)
     options = settings.sample
-    if filmstrip is not None and (editing.images or classes):
-        raise UsageError("--filmstrip: shows images from noise, of all classes in turn; omit --from and --class")
+    if filmstrip is not None and editing.images:
+        raise UsageError("--filmstrip: shows images from noise; omit --from")
     if filmstrip is not None and filmstrip.suffix.lower() != ".png":
         raise UsageError(f"--filmstrip: {filmstrip} is not a .png file")
     if filmstrip is not None and (filmstrip.is_dir() or filmstrip.resolve() == Path(out).resolve()):
@@ -199,8 +201,9 @@ def run(
     if filmstrip is not None:
         from diffusion.evaluation import plots  # slow to import
 
-        few = frames(loaded, options, settings.seed, device, images=min(options.count, 4))
-        write_atomic(filmstrip, plots.filmstrip(few))
+        few = min(options.count, FILMSTRIP)
+        strip = frames(loaded, options, settings.seed, device, images=few, y=None if y is None else y[:few])
+        write_atomic(filmstrip, plots.filmstrip(strip))
         say(f"sample: wrote {filmstrip}")
 
 

@@ -53,6 +53,8 @@ def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
     model, pairs = load_model(paths.model, torch.device("cpu")), Pairs(paths.pairs, "test")
     pairs.check_process(model.process.schedule.alpha_bar.numpy(), model.shape)
     sampling_timesteps(sample, model.process.schedule)  # reject invalid options early
+    val = Pairs(paths.pairs, "val")
+    variants.require_calibration(export.variants, val)
     card.render(paths, paths.model, card.Form("onnx", {}, USAGE))  # and what the team has written
     weights = sha256(paths.model / WEIGHTS)
     measured = scores(paths, weights, pairs.digest)
@@ -60,7 +62,7 @@ def write(params: Params, paths: Paths, sample: SampleOptions) -> None:
     stage = paths.stage("export")
     with working(f"{stage}: tracing the network"):
         step = denoiser.to_onnx(model, export.opset)
-    val, graphs = Pairs(paths.pairs, "val"), {"fp32": step}
+    graphs = {"fp32": step}
     for variant in export.variants:
         with working(f"{stage}: building the variant {variant}"):
             graphs[variant] = variants.build(variant, model, step, export.opset, val)
@@ -115,8 +117,9 @@ def log_summary(paths: Paths, report: dict[str, Any], provider: str, times: dict
         alone, joined = (times["fp32"][key] / times[name][key] for key in times[name])
         say(
             f"{stage}: {paths.denoiser_in(name)} and {paths.sampler_in(name)} "
-            f"({size[name]:.1f} MB each); MSE {report[name]['loss']:+.2%}; a network evaluation is {alone:.1f} times "
-            f"as fast for a single image, {joined:.1f} times in batches of {speed.BATCHES[-1]}"
+            f"({size[name]:.1f} MB each); MSE {report[name]['loss']:+.2%} compared with float32; a network "
+            f"evaluation is {alone:.1f} times as fast as in float32 for a single image, {joined:.1f} times in batches "
+            f"of {speed.BATCHES[-1]}"
         )
 
 

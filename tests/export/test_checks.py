@@ -2,15 +2,19 @@
 
 import io
 import json
+import math
+from collections import Counter
 from contextlib import redirect_stdout
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.export import metadata, parity, runtime, sampler_graph
@@ -43,6 +47,43 @@ def test_images_of_other_weights_are_rejected(classes: bool, sampler: str) -> No
             parity.check_sampler(loaded, model, settings)
     finally:
         weights.data.copy_(before)
+
+
+class Recording:
+    """A session that keeps what it is given."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.get_inputs, self.get_modelmeta, self._run = session.get_inputs, session.get_modelmeta, session.run
+        self.fed = list[dict[str, NDArray[Any]]]()
+
+    def run(self, names: list[str], feed: dict[str, NDArray[Any]]) -> list[Any]:
+        self.fed.append(feed)
+        return self._run(names, feed)
+
+
+def test_noise_of_many_steps_is_made_for_a_part_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = parts(True)
+    settings = fakes.options(sampler="ddpm", steps=3, threshold="clip")
+    graph = sampler_graph.to_onnx(step, model, settings)
+    facts = metadata.of_model(model, "analytic", "weights", "data", {})
+    metadata.describe(graph, facts | metadata.of_sampler(settings, graph))
+    loaded = parity.session(graph.SerializeToString(), torch.device("cpu"))
+
+    def given(most: int) -> list[dict[str, NDArray[Any]]]:
+        monkeypatch.setattr(parity, "MAX_NOISE", most)
+        recording = Recording(loaded)
+        assert parity.check_sampler(cast("ort.InferenceSession", recording), model, settings)["images"] == 64
+        return recording.fed
+
+    whole, some = (given(most) for most in (parity.MAX_NOISE, 27 * 3 * 4 * math.prod(model.shape) + 1))
+    for fed, sizes in ((whole, {1: 8, 7: 8, 64: 1}), (some, {1: 8, 7: 7, 6: 2, 27: 2, 10: 1})):
+        assert Counter(len(feed["noise"]) for feed in fed) == {size: 2 * count for size, count in sizes.items()}
+    for fed in (whole, some):
+        assert all(feed["steps_noise"].shape == (3, *feed["noise"].shape) for feed in fed)
+        assert {label for feed in fed for label in feed["y"].tolist()} == {-1, 0, 1, 2}
+        largest = max(len(feed["noise"]) for feed in fed)
+        noise = np.concatenate([feed["noise"] for feed in fed if len(feed["noise"]) == largest])
+        assert len(np.unique(noise.reshape(len(noise), -1), axis=0)) >= 54  # other images have other noise
 
 
 def test_a_graph_that_cannot_be_run_is_rejected() -> None:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffusion.evaluation import plots
+from diffusion.evaluation.filmstrip import Frame
 from diffusion.model import Config, load_model, save_model
 from diffusion.pairs.pixels import Fit
 from diffusion.process import build as processes
@@ -225,6 +227,19 @@ def test_the_filmstrip(tree: Path) -> None:
         assert picture.width > picture.height
 
 
+@pytest.mark.parametrize("asked", [(), ("--class", "two"), ("--class", "1,2,0", "--guidance", "3", "--count", "7")])
+def test_the_filmstrip_ends_with_the_images(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
+    shown = list[list[Frame]]()
+    monkeypatch.setattr(plots, "filmstrip", lambda frames: shown.append(frames) or b"a picture")
+    made = pictures("--filmstrip", "way.png", *asked)
+    assert (tree / "way.png").read_bytes() == b"a picture"
+    (frames,) = shown
+    assert same(frames[-1].x_t.transpose(0, 2, 3, 1), made[:4])
+    assert (frames[-1].x_t != frames[-2].x_t).any()
+
+
 def test_a_field_that_params_lacks_is_named(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tree / "params.yaml"
     document = yaml_files.read_yaml(path)
@@ -290,7 +305,7 @@ def test_without_params_all_must_be_given(tree: Path, capsys: pytest.CaptureFixt
         ("--mask mask.png", "--mask: needs the image to inpaint; pass it with --from"),
         ("--from a.png --mask small.png", "small.png: the mask has 5x4 pixels, but its image 8x8"),
         ("--from a.png --mask mask.png --at 5", "--at: needs --from, and cannot be combined with --mask"),
-        ("--class 1 --filmstrip way.png", "--filmstrip: shows images from noise, of all classes in turn"),
+        ("--from a.png --filmstrip way.png", "--filmstrip: shows images from noise; omit --from"),
         ("--from a.png --mask mask.png --jump 0", "--jump: must be from 1 to 1000 (got 0)"),
         ("--from a.png --mask mask.png --rounds 9999999999999999999999", "--rounds: must be from 1 to 1000 (got 9"),
         ("--filmstrip samples.png", "--filmstrip: samples.png is a folder or the file of --out; choose another name"),
