@@ -12,8 +12,6 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cachetools import LRUCache
-
 from deploy.service import logs
 from deploy.service.app import create
 from deploy.service.batching import Batcher
@@ -23,7 +21,7 @@ from deploy.service.models import ModelError
 from deploy.service.options import parser
 from deploy.service.served import Models
 from deploy.service.server import Server
-from deploy.service.state import Service
+from deploy.service.state import Pictures, Service
 from deploy.service.threads import Loader
 
 if TYPE_CHECKING:  # imported only if asked for
@@ -129,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.max_body,
         max_seconds=arguments.max_seconds,
         max_buffered=8 * arguments.max_body,
-        cache=LRUCache(arguments.cache, len),
+        cache=Pictures(arguments.cache),
         keys=keys,
         cors=arguments.cors,
         log_requests=arguments.log_format == "json" if arguments.access_log is None else arguments.access_log,

@@ -29,12 +29,12 @@ EVENTS = 10
 PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}}, "description": "A PNG; X-Seed and X-Model-Version tell what made it."},
     304: {"description": "The picture is that of If-None-Match."},
-    **described(400, 500, 503, 504),
+    **described(400, 404, 500, 503, 504),
 }
 
 
-MAX_UNSENT = 2**25
-"""Bytes of images whose estimates wait to be sent; beyond it, those of a client that reads slowly are left out."""
+MAX_UNSENT = 2**20
+"""Bytes of the estimates of a stream that wait to be sent; if a client reads more slowly, it gets fewer of them."""
 
 
 class StreamQuery(pictures.ImageQuery):
@@ -95,7 +95,7 @@ def routes(service: Service) -> APIRouter:
             service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
         return query, found
 
-    @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 503))
+    @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 404, 503))
     async def stream(
         request: Request, given: Annotated[tuple[StreamQuery, Asked], Depends(accepted)]
     ) -> AsyncGenerator[ServerSentEvent]:
@@ -154,7 +154,7 @@ class Forming:
         if ends or done % self.work.every == 0:
             total = start * evaluations + len(x_0_hat) * done  # they form in order
             self._estimates.append((total * steps // (count * evaluations), start, x_0_hat))
-            while len(self._estimates) > max(1, MAX_UNSENT // self._images.nbytes):
+            while len(self._estimates) > 1 and sum(each.nbytes for *_, each in self._estimates) > MAX_UNSENT:
                 self._draw()
             self._added.set()
 

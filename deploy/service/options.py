@@ -14,7 +14,9 @@ def positive_int(text: str) -> int:
 
 def natural(text: str) -> int:
     """Parse a non-negative integer."""
-    return 0 if text == "0" else positive_int(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 0 or a positive integer (got {text})")
+    return int(text)
 
 
 def non_negative(text: str) -> float:
@@ -38,7 +40,7 @@ def origin(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m deploy.service",
-        description="Serve a sampler.onnx over HTTP: Open Inference Protocol v2, and PNG images at /images.",
+        description="Serve sampler.onnx models over HTTP: Open Inference Protocol v2, PNG images, and a page for browsers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -84,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     option("max-images", type=positive_int, default=64, help="maximum images per request")
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
     option(
-        "cache", type=natural, default=2**26, metavar="BYTES", help="of pictures that were asked for by seed; 0: none"
+        "cache", type=natural, default=2**26, metavar="BYTES", help="memory for pictures requested by seed; 0: none"
     )
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
     option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")

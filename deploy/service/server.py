@@ -31,7 +31,7 @@ SHUTDOWN_TIMEOUT_SECONDS = 15
 HEAD_SECONDS = 10.0
 """How long a connection may take until the headers of its next request are complete."""
 READ_SECONDS = 60.0
-"""How long a client may take to read a response."""
+"""How long a client may take to read a response, or to read on in a stream."""
 MAX_UNREAD = 256 * 2**20
 """Bytes of responses that clients have not read yet; beyond it, those of the client with most are dropped."""
 MAX_CONNECTIONS = 1000
@@ -44,6 +44,7 @@ class Connection(H11Protocol):
     cycle: Any
     """The last request, or None."""
     _timer: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,18 +56,29 @@ class Connection(H11Protocol):
             oldest._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._stalled):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called when the client is behind: a stream, too, must not wait for it for ever."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        unread = Counter[str]()
+        for each in self._all():
+            unread[each._host] += each._unread
+        if unread.total() > MAX_UNREAD:
+            max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
+
+    def resume_writing(self) -> None:
+        if self._stalled:
+            self._stalled.cancel()
+        super().resume_writing()
 
     def on_response_complete(self) -> None:
         if self._unread:
             self.loop.call_later(READ_SECONDS, self._check_read, self.cycle)
-            unread = Counter[str]()
-            for each in self._all():
-                unread[each._host] += each._unread
-            if unread.total() > MAX_UNREAD:
-                max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
         self._await_request()
         super().on_response_complete()
 

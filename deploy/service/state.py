@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +18,15 @@ from deploy.service.served import Models
 from deploy.service.work import Observe
 
 T = TypeVar("T")
+OVERHEAD = 512
+"""Bytes that the cache needs for a picture besides its file."""
+
+
+class Pictures(LRUCache[str, bytes]):
+    """Pictures by ETag, in some bytes of memory; the one that was not asked for longest makes room for another."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, lambda png: len(png) + OVERHEAD)
 
 
 @dataclass
@@ -41,8 +51,8 @@ class Service:
     log_requests: bool = False
     observe: Callable[[str, str], Observe] | None = None
     """What to call, with the name and version of the model, when a request begins to wait for it."""
-    cache: LRUCache[str, bytes] = field(default_factory=lambda: LRUCache(2**26, len))
-    """Pictures that were asked for by seed, by ETag; as many bytes as its size."""
+    cache: Pictures = field(default_factory=partial(Pictures, 2**26))
+    """Those that were asked for by seed."""
     draining: bool = False
     """After SIGTERM or SIGINT: readiness checks fail, and each response closes its connection."""
     buffered: Counter[str] = field(default_factory=Counter)
@@ -58,8 +68,8 @@ class Service:
         return png
 
     def keep(self, etag: str, png: bytes) -> None:
-        """Put a picture into the cache, in place of those that were not asked for longest."""
-        if len(png) <= self.cache.maxsize:
+        """Put a picture into the cache, unless it is too large for it."""
+        with suppress(ValueError):
             self.cache[etag] = png
 
     async def convert(self, call: Callable[..., T], *arguments: Any) -> T:

@@ -1,5 +1,6 @@
 """GET /images/stream: pictures as they form."""
 
+import asyncio
 import base64
 import json
 import threading
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import pytest
-from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from deploy.service.state import Service
+from deploy.service import images, pictures, server
+from deploy.service.state import OVERHEAD, Pictures, Service
 from tests.deploy.models import write_model
 from tests.deploy.services import ask, get, service
 from tests.deploy.test_clients import Served, served, until
@@ -172,8 +173,40 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     """Of two pictures, one fits; of a larger one none is kept."""
     small = service(write_model(tmp_path / "sampler.onnx", "ddpm", False))
     (one,) = ask(small, get("/images?n=1&seed=1"))
-    small.cache = LRUCache(len(one.content) + 10, len)
+    small.cache = Pictures(len(one.content) + OVERHEAD + 10)
     for query in ("n=1&seed=1", "n=1&seed=2", "n=9&seed=1"):
         ask(small, get(f"/images?{query}"))
         assert small.cache.currsize <= small.cache.maxsize
     assert len(small.cache) == 1
+
+
+def test_a_client_that_does_not_read_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is closed, although the stream has not ended."""
+    monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**24))
+    monkeypatch.setattr(server, "READ_SECONDS", 0.2)
+    with served.connect() as connection:
+        connection.sendall(b"GET /images/stream?n=1&every=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: bool(served.server.server_state.connections))
+        until(lambda: not served.server.server_state.connections)
+
+
+def test_a_client_that_reads_slowly_gets_fewer_estimates(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x_0_hat = classes.models.first, np.zeros((2, *SHAPE), np.float32)
+    monkeypatch.setattr(images, "MAX_UNSENT", 3 * x_0_hat.nbytes)
+    work = pictures.work(pictures.ImageQuery(n=2, steps=20), 1, model, 16)
+
+    async def steps() -> list[int]:
+        forming, found = images.Forming(model, work, 1), list[int]()
+        assert forming.work.progress
+        for done in range(1, 9):
+            forming.work.progress(0, done, x_0_hat)
+        task = asyncio.create_task(asyncio.sleep(60))
+        for _ in range(3):
+            await forming.next(task)
+            found.append(forming.step)
+        assert not forming._added.is_set()
+        task.cancel()
+        return found
+
+    assert work.evaluations == 20
+    assert asyncio.run(steps()) == [6, 7, 8]
