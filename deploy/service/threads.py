@@ -1,4 +1,4 @@
-"""How many threads ONNX Runtime uses: as many as make most images per second, measured when a model is first loaded."""
+"""The threads of ONNX Runtime: those that make most images per second, measured when a model is first loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from deploy.service.models import Model
+from deploy.service.models import Model, Threads
 
 BATCH = 8
 """Images of a batch that is measured; fewer if the model is slow."""
@@ -17,7 +17,8 @@ MAX_SECONDS = 1.0
 """Time to measure them all; no further number is tried after it."""
 TOLERANCE = 0.95
 """The smallest number of threads with this fraction of the highest speed is used, as the rest of the service needs
-cores, too."""
+cores, too; and of two settings with that number, the one in which they compute together, as one image then takes less
+time."""
 
 
 class Loader:
@@ -30,40 +31,49 @@ class Loader:
             device: `auto`, `cpu` or `cuda`.
             threads: number of threads; 0 to measure it.
         """
-        self._device, self._threads = device, threads
-        self._chosen: dict[str, int] = {}
+        self._device, self._threads = device, Threads(threads) if threads else None
+        self._chosen: dict[str, Threads] = {}
 
     def __call__(self, content: bytes, version: str | None, name: str) -> Model:
         """Load a model; raises RejectedModel."""
         threads = self._threads or self._chosen.get(name)
         if threads:
             return Model(content, version, name, self._device, threads)
-        model = Model(content, version, name, self._device, cpus())
+        model = Model(content, version, name, self._device, Threads(cpus()))
         if model.device == "cpu":
             rates = measure(model)
-            best = self._chosen[name] = smallest_fast(rates)
+            best = self._chosen[name] = preferred(rates)
             if best != model.threads:
                 del model  # so that only one is in memory
                 model = Model(content, version, name, self._device, best)  # runs the golden test with it
-            speeds = ", ".join(f"{rate:.3g} with {threads}" for threads, rate in rates.items())
+            speeds = ", ".join(f"{rate:.3g} with {tried}" for tried, rate in rates.items())
             model.reason = f" (images/s in one step: {speeds})"
         return model
 
 
-def measure(model: Model) -> dict[int, float]:
-    """Images per second in one step, by number of threads, beginning with that of a model."""
-    batch = max(1, min(BATCH, int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))))
+def measure(model: Model) -> dict[Threads, float]:
+    """Images per second in one step, beginning with the threads of a model, then these apart, then fewer together."""
+    most = model.threads.number
+    batch = max(1, min(max(BATCH, most), int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))))
     ends = time.perf_counter() + MAX_SECONDS
     rates = {model.threads: rate(model, batch)}
-    for threads in candidates(model.threads, cores()):
-        if time.perf_counter() > ends or rates[min(rates)] < TOLERANCE * max(rates.values()):
+    if 1 < most <= batch:
+        apart = Threads(most, apart=True)
+        rates[apart] = rate(model.with_threads(apart), batch)
+    together = rates[model.threads]
+    for number in candidates(most, cores()):
+        if time.perf_counter() > ends:
+            break
+        fewer = Threads(number)
+        rates[fewer] = rate(model.with_threads(fewer), batch)
+        if rates[fewer] < TOLERANCE * together:
             break  # still fewer would be slower still
-        rates[threads] = rate(model.with_threads(threads), batch)
+        together = max(together, rates[fewer])
     return rates
 
 
-def smallest_fast(rates: dict[int, float]) -> int:
-    """The smallest number of threads that is about as fast as the fastest."""
+def preferred(rates: dict[Threads, float]) -> Threads:
+    """The fewest threads that are about as fast as the fastest, together if these are."""
     return min(threads for threads, rate in rates.items() if rate >= TOLERANCE * max(rates.values()))
 
 
