@@ -49,6 +49,9 @@ class Threads(NamedTuple):
         return f"{counted(self.number, 'thread')}{' apart' if self.apart else ''}"
 
 
+ONE = Threads(1)
+
+
 class Model:
     """A verified sampler in ONNX Runtime."""
 
@@ -61,7 +64,7 @@ class Model:
         version: str | None = None,
         name: str = "ddpm",
         device: str = "cpu",
-        threads: Threads = Threads(1),
+        threads: Threads = ONE,
     ) -> None:
         """Check the digest of a sampler.onnx, load it and run its golden test, which also warms it up.
 

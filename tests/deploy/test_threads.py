@@ -126,9 +126,9 @@ def test_the_time_for_measurements_is_limited(content: bytes, monkeypatch: pytes
 
 def test_another_number_of_threads_makes_the_same_images(content: bytes) -> None:
     model = Model(content)
-    for threads in (Threads(2), Threads(2, apart=True)):
-        other = model.with_threads(threads)
-        assert (model.threads, other.threads) == (Threads(1), threads)
+    for other_threads in (Threads(2), Threads(2, apart=True)):
+        other = model.with_threads(other_threads)
+        assert (model.threads, other.threads) == (Threads(1), other_threads)
         assert other.session is not model.session
         for images in (1, 3):
             off = model.one_step(images)["images"].astype(int) - other.one_step(images)["images"]
