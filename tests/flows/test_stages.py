@@ -191,15 +191,12 @@ def test_variants_are_exported_next_to_the_model(whole_tree: Path) -> None:
     assert report["bytes"]["sampler_int8"] == (whole_tree / "models/onnx/sampler_int8.onnx").stat().st_size
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "line"), [("tolerance", 1e-12, "more than export.tolerance (1e-12)"), ("max_loss", 0.0, "int8")]
-)
-def test_a_failed_check_leaves_no_model(whole_tree: Path, tmp_path: Path, field: str, value: float, line: str) -> None:
+def test_a_failed_check_leaves_no_model(whole_tree: Path, tmp_path: Path) -> None:
     tree = trees.copy(whole_tree, tmp_path / "tree")
-    trees.change(tree, {"export": {field: value}})
+    trees.change(tree, {"export": {"tolerance": 1e-12}})
     done = trees.run(tree, "export")
     assert done.returncode == 1
-    assert line in done.stderr
+    assert "more than export.tolerance (1e-12)" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tree / "models/onnx").exists()
 
