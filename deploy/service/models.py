@@ -149,20 +149,20 @@ class Model:
 
     def _check_loop(self, whole: ort.InferenceSession) -> None:
         """Raise ValueError unless the loop makes the images of the whole graph in one step; measure its pace."""
-        (expected,) = whole.run(["images"], self._one_step(golden.BATCH))
-        found = self.one_step(golden.BATCH)["images"]
+        (expected,) = whole.run(["images"], self._inputs(golden.BATCH, 1))
+        found = self.sample(golden.BATCH)["images"]
         began = time.perf_counter()
-        self.one_step(golden.BATCH)
+        self.sample(golden.BATCH)
         self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * self.evaluations(1)))
         if np.abs(found.astype(int) - expected).max() > 1:  # a GPU may round differently
             raise ValueError("its loop computes other images than the whole graph")
 
-    def _one_step(self, images: int) -> Feeds:
-        return golden.inputs(self.inputs, {**self._facts, "ddpm.steps": "1"}, golden.SEED, images)
+    def _inputs(self, images: int, steps: int) -> Feeds:
+        return golden.inputs(self.inputs, {**self._facts, "ddpm.steps": str(steps)}, golden.SEED, images)
 
-    def one_step(self, images: int) -> Feeds:
-        """Make some images in one step."""
-        return self.run(self._one_step(images), Span(1, 0, self.evaluations(1)))
+    def sample(self, images: int, steps: int = 1) -> Feeds:
+        """Make some images from the noise of the golden test."""
+        return self.run(self._inputs(images, steps), Span(steps, 0, self.evaluations(steps)))
 
     def problem(self, name: str, value: NDArray[Any]) -> str:
         """Describe the first invalid value of an input and the allowed range; empty if all are valid."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from deploy.service.models import Model, Threads
 
 BATCH = 8
-"""Images of a batch that is measured; fewer if the model is slow."""
+"""Images of a batch that is measured, at least one for each thread; fewer if the model is slow."""
+STEPS = 10
+"""Its steps; fewer if the model is slow, or has fewer."""
 SECONDS = 0.2
 """Time to measure a number of threads."""
 MAX_SECONDS = 1.0
@@ -47,25 +49,27 @@ class Loader:
                 del model  # so that only one is in memory
                 model = Model(content, version, name, self._device, best)  # runs the golden test with it
             speeds = ", ".join(f"{rate:.3g} with {tried}" for tried, rate in rates.items())
-            model.reason = f" (images/s in one step: {speeds})"
+            model.reason = f" (images x steps/s: {speeds})"
         return model
 
 
 def measure(model: Model) -> dict[Threads, float]:
-    """Images per second in one step, beginning with the threads of a model, then these apart, then fewer together."""
+    """Images per second and step, beginning with the threads of a model, then these apart, then fewer together."""
     most = model.threads.number
-    batch = max(1, min(max(BATCH, most), int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))))
+    possible = int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))
+    batch = max(1, min(max(BATCH, most), possible))
+    steps = max(1, min(STEPS, model.steps, possible // batch))
     ends = time.perf_counter() + MAX_SECONDS
-    rates = {model.threads: rate(model, batch)}
+    rates = {model.threads: rate(model, batch, steps)}
     if 1 < most <= batch:
         apart = Threads(most, apart=True)
-        rates[apart] = rate(model.with_threads(apart), batch)
+        rates[apart] = rate(model.with_threads(apart), batch, steps)
     together = rates[model.threads]
     for number in candidates(most, cores()):
         if time.perf_counter() > ends:
             break
         fewer = Threads(number)
-        rates[fewer] = rate(model.with_threads(fewer), batch)
+        rates[fewer] = rate(model.with_threads(fewer), batch, steps)
         if rates[fewer] < TOLERANCE * together:
             break  # still fewer would be slower still
         together = max(together, rates[fewer])
@@ -82,15 +86,15 @@ def candidates(most: int, physical: int) -> list[int]:
     return sorted({physical, *(2**power for power in range(most.bit_length()))} & set(range(1, most)), reverse=True)
 
 
-def rate(model: Model, batch: int) -> float:
-    """Images per second in one step, in the fastest of several runs."""
-    model.one_step(batch)
+def rate(model: Model, batch: int, steps: int) -> float:
+    """Images per second and step, in the fastest of several runs."""
+    model.sample(batch, steps)
     best, ends = math.inf, time.perf_counter() + SECONDS
     while best == math.inf or time.perf_counter() < ends:
         began = time.perf_counter()
-        model.one_step(batch)
+        model.sample(batch, steps)
         best = min(best, time.perf_counter() - began)
-    return batch / best
+    return batch * steps / best
 
 
 def cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

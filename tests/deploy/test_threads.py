@@ -82,8 +82,8 @@ def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeyp
     speeds = {Threads(number): speed for number, speed in ((8, 10.0), (4, 20.0), (2, 30.0), (1, 5.0))}
     speeds[Threads(8, apart=True)] = 15.0
 
-    def rate(model: Model, batch: int) -> float:
-        assert 1 <= batch <= threads.BATCH
+    def rate(model: Model, batch: int, steps: int) -> float:
+        assert (batch, steps) == (8, 4)
         tried.append(model.threads)
         own = model.session.get_session_options().intra_op_num_threads
         assert own == (1 if model.threads.apart else model.threads.number)
@@ -103,7 +103,7 @@ def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeyp
     order = [Threads(8), Threads(8, apart=True), Threads(4), Threads(2), Threads(1)]
     assert (first.threads, tried, tested) == (Threads(2), order, [8, 2])
     assert first.summary.endswith(
-        "2 threads (images/s in one step: 10 with 8 threads, 15 with 8 threads apart, 20 with 4 threads, "
+        "2 threads (images x steps/s: 10 with 8 threads, 15 with 8 threads apart, 20 with 4 threads, "
         "30 with 2 threads, 5 with 1 thread)"
     )
     assert load(content, "2", "ddpm").threads == Threads(2)
@@ -132,7 +132,7 @@ def test_another_number_of_threads_makes_the_same_images(content: bytes) -> None
         assert (model.threads, other.threads) == (Threads(1), other_threads)
         assert other.session is not model.session
         for images in (1, 3):
-            off = model.one_step(images)["images"].astype(int) - other.one_step(images)["images"]
+            off = model.sample(images)["images"].astype(int) - other.sample(images)["images"]
             assert np.abs(off).max() <= 1
 
 
