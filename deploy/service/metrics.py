@@ -57,7 +57,7 @@ class _ModelCollector(Collector):
         for each in self._models.served:
             of, model = [each.name, each.alias or ""], each.current
             facts = {"version": model.version, "weights": model.weights, "provider": model.provider}
-            info.add_metric(of, {**facts, "device": model.device, "threads": str(model.threads)})
+            info.add_metric(of, {**facts, "device": model.device, "threads": str(model.threads.number)})
             if each.alias:  # others never change, and may have the same labels
                 failures.add_metric(of, each.failures)
         return [info, failures]

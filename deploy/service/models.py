@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploy.service import loop
-from deploy.service.work import Feeds, Pace, Span
+from deploy.service.work import AXES, Feeds, Pace, Span
 from diffusion.errors import counted
 from diffusion.export import digest, golden, runtime
 
@@ -37,6 +38,20 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Threads(NamedTuple):
+    """How the CPU runs a model."""
+
+    number: int
+    apart: bool = False
+    """Whether each has images of its own; else all compute the same images together."""
+
+    def __str__(self) -> str:
+        return f"{counted(self.number, 'thread')}{' apart' if self.apart else ''}"
+
+
+ONE = Threads(1)
+
+
 class Model:
     """A verified sampler in ONNX Runtime."""
 
@@ -49,7 +64,7 @@ class Model:
         version: str | None = None,
         name: str = "ddpm",
         device: str = "cpu",
-        threads: int = 1,
+        threads: Threads = ONE,
     ) -> None:
         """Check the digest of a sampler.onnx, load it and run its golden test, which also warms it up.
 
@@ -58,7 +73,7 @@ class Model:
             version: its version; None for the first 12 digits of the weights' digest.
             name: the name that it is served by.
             device: `auto`, `cpu` or `cuda`.
-            threads: number of ONNX Runtime threads.
+            threads: those of ONNX Runtime.
 
         Raises:
             RejectedModel: the file is damaged or not a sampler, its golden test fails, or the device is unavailable.
@@ -69,7 +84,7 @@ class Model:
             raise RejectedModel(str(error)) from None
         try:
             ort.set_default_logger_severity(4)  # errors are raised as well
-            session = runtime.session(content, None if device == "cpu" else 0, threads)
+            session = runtime.session(content, None if device == "cpu" else 0, threads.number)
             facts = session.get_modelmeta().custom_metadata_map
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise RejectedModel(f"not an ONNX model that ONNX Runtime can run ({golden.brief(error)})") from None
@@ -112,40 +127,42 @@ class Model:
     @property
     def summary(self) -> str:
         """What runs, and where."""
-        place = f"{self.provider} ({self.device}), {counted(self.threads, 'thread')}{self.reason}"
+        place = f"{self.provider} ({self.device}), {self.threads}{self.reason}"
         return f"version {self.version} (weights {self.weights[:12]}) with {place}"
 
-    def _use(self, threads: int) -> None:
+    def _use(self, threads: Threads) -> None:
         """Create the session of the loop."""
         self.threads = threads
-        self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, threads)
+        own = 1 if threads.apart else threads.number
+        self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, own)
+        self._pool = ThreadPoolExecutor(threads.number, "images") if threads.apart else None
         self._places = {
             each.name: "cuda" if place.name.lower() == "cuda" else "cpu"
             for each, place in zip(self.session.get_inputs(), self.session.get_input_memory_infos(), strict=True)
         }
 
-    def with_threads(self, threads: int) -> Model:
-        """The same model in a session with another number of threads, in which it has not been tested."""
+    def with_threads(self, threads: Threads) -> Model:
+        """The same model in a session with other threads, in which it has not been tested."""
         other = copy.copy(self)
         other._use(threads)
         return other
 
     def _check_loop(self, whole: ort.InferenceSession) -> None:
         """Raise ValueError unless the loop makes the images of the whole graph in one step; measure its pace."""
-        (expected,) = whole.run(["images"], self._one_step(golden.BATCH))
-        found = self.one_step(golden.BATCH)["images"]
+        (expected,) = whole.run(["images"], self._inputs(golden.BATCH, 1))
+        found = self.sample(golden.BATCH)["images"]
         began = time.perf_counter()
-        self.one_step(golden.BATCH)
+        self.sample(golden.BATCH)
         self.pace = Pace((time.perf_counter() - began) / (golden.BATCH * self.evaluations(1)))
         if np.abs(found.astype(int) - expected).max() > 1:  # a GPU may round differently
             raise ValueError("its loop computes other images than the whole graph")
 
-    def _one_step(self, images: int) -> Feeds:
-        return golden.inputs(self.inputs, {**self._facts, "ddpm.steps": "1"}, golden.SEED, images)
+    def _inputs(self, images: int, steps: int) -> Feeds:
+        return golden.inputs(self.inputs, {**self._facts, "ddpm.steps": str(steps)}, golden.SEED, images)
 
-    def one_step(self, images: int) -> Feeds:
-        """Make some images in one step."""
-        return self.run(self._one_step(images), Span(1, 0, self.evaluations(1)))
+    def sample(self, images: int, steps: int = 1) -> Feeds:
+        """Make some images from the noise of the golden test."""
+        return self.run(self._inputs(images, steps), Span(steps, 0, self.evaluations(steps)))
 
     def problem(self, name: str, value: NDArray[Any]) -> str:
         """Describe the first invalid value of an input and the allowed range; empty if all are valid."""
@@ -183,7 +200,7 @@ class Model:
             "guidance": self.guidance,
             "provider": self.provider,
             "device": self.device,
-            "threads": self.threads,
+            "threads": self.threads.number,
         }
 
     @property
@@ -205,6 +222,19 @@ class Model:
         given[loop.STATE] = feeds["state"] if "state" in feeds else np.stack([feeds["noise"]] * 3)
         given[loop.BEGIN] = self._loop.begins[[span.steps]] + span.first
         given[loop.COUNT] = np.array(span.last - span.first)
+        if self._pool and (parts := min(self.threads.number, given[loop.STATE].shape[1])) > 1:
+            axes = {name: axis for name, axis in AXES.items() if name in given}
+            split = {name: np.array_split(given[name], parts, axis) for name, axis in axes.items()}
+            shares = [given | {name: split[name][part] for name in axes} for part in range(parts)]
+            state = np.concatenate(list(self._pool.map(self._run, shares, [options] * parts)), axis=1)
+        else:
+            state = self._run(given, options)
+        if span.last < self.evaluations(span.steps):
+            return {"state": state}
+        return {"images": to_uint8(state[0]), "x_0": state[0]}
+
+    def _run(self, given: Feeds, options: ort.RunOptions | None) -> NDArray[np.float32]:
+        """Run the loop; returns the state."""
         binding = self.session.io_binding()
         for name, value in given.items():
             array = np.asarray(value, order="C")
@@ -215,9 +245,7 @@ class Model:
         binding.bind_output(loop.STATES)  # in the memory of the CPU
         self.session.run_with_iobinding(binding, options)
         (state,) = (output.numpy() for output in binding.get_outputs())
-        if span.last < self.evaluations(span.steps):
-            return {"state": state}
-        return {"images": to_uint8(state[0]), "x_0": state[0]}
+        return state
 
 
 def to_uint8(x_0: NDArray[np.float32]) -> NDArray[np.uint8]:

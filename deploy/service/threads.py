@@ -1,4 +1,4 @@
-"""How many threads ONNX Runtime uses: as many as make most images per second, measured when a model is first loaded."""
+"""The threads of ONNX Runtime: those that make most images per second, measured when a model is first loaded."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import os
 import time
 from pathlib import Path
 
-from deploy.service.models import Model
+from deploy.service.models import Model, Threads
 
 BATCH = 8
-"""Images of a batch that is measured; fewer if the model is slow."""
+"""Images of a batch that is measured, at least one for each thread; fewer if the model is slow."""
+STEPS = 10
+"""Its steps; fewer if the model is slow, or has fewer."""
 SECONDS = 0.2
 """Time to measure a number of threads."""
 MAX_SECONDS = 1.0
 """Time to measure them all; no further number is tried after it."""
 TOLERANCE = 0.95
 """The smallest number of threads with this fraction of the highest speed is used, as the rest of the service needs
-cores, too."""
+cores, too; and of two settings with that number, the one in which they compute together, as one image then takes less
+time."""
 
 
 class Loader:
@@ -30,40 +33,51 @@ class Loader:
             device: `auto`, `cpu` or `cuda`.
             threads: number of threads; 0 to measure it.
         """
-        self._device, self._threads = device, threads
-        self._chosen: dict[str, int] = {}
+        self._device, self._threads = device, Threads(threads) if threads else None
+        self._chosen: dict[str, Threads] = {}
 
     def __call__(self, content: bytes, version: str | None, name: str) -> Model:
         """Load a model; raises RejectedModel."""
         threads = self._threads or self._chosen.get(name)
         if threads:
             return Model(content, version, name, self._device, threads)
-        model = Model(content, version, name, self._device, cpus())
+        model = Model(content, version, name, self._device, Threads(cpus()))
         if model.device == "cpu":
             rates = measure(model)
-            best = self._chosen[name] = smallest_fast(rates)
+            best = self._chosen[name] = preferred(rates)
             if best != model.threads:
                 del model  # so that only one is in memory
                 model = Model(content, version, name, self._device, best)  # runs the golden test with it
-            speeds = ", ".join(f"{rate:.3g} with {threads}" for threads, rate in rates.items())
-            model.reason = f" (images/s in one step: {speeds})"
+            speeds = ", ".join(f"{rate:.3g} with {tried}" for tried, rate in rates.items())
+            model.reason = f" (images x steps/s: {speeds})"
         return model
 
 
-def measure(model: Model) -> dict[int, float]:
-    """Images per second in one step, by number of threads, beginning with that of a model."""
-    batch = max(1, min(BATCH, int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))))
+def measure(model: Model) -> dict[Threads, float]:
+    """Images per second and step, beginning with the threads of a model, then these apart, then fewer together."""
+    most = model.threads.number
+    possible = int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))
+    batch = max(1, min(max(BATCH, most), possible))
+    steps = max(1, min(STEPS, model.steps, possible // batch))
     ends = time.perf_counter() + MAX_SECONDS
-    rates = {model.threads: rate(model, batch)}
-    for threads in candidates(model.threads, cores()):
-        if time.perf_counter() > ends or rates[min(rates)] < TOLERANCE * max(rates.values()):
+    rates = {model.threads: rate(model, batch, steps)}
+    if 1 < most <= batch:
+        apart = Threads(most, apart=True)
+        rates[apart] = rate(model.with_threads(apart), batch, steps)
+    together = rates[model.threads]
+    for number in candidates(most, cores()):
+        if time.perf_counter() > ends:
+            break
+        fewer = Threads(number)
+        rates[fewer] = rate(model.with_threads(fewer), batch, steps)
+        if rates[fewer] < TOLERANCE * together:
             break  # still fewer would be slower still
-        rates[threads] = rate(model.with_threads(threads), batch)
+        together = max(together, rates[fewer])
     return rates
 
 
-def smallest_fast(rates: dict[int, float]) -> int:
-    """The smallest number of threads that is about as fast as the fastest."""
+def preferred(rates: dict[Threads, float]) -> Threads:
+    """The fewest threads that are about as fast as the fastest, together if these are."""
     return min(threads for threads, rate in rates.items() if rate >= TOLERANCE * max(rates.values()))
 
 
@@ -72,15 +86,15 @@ def candidates(most: int, physical: int) -> list[int]:
     return sorted({physical, *(2**power for power in range(most.bit_length()))} & set(range(1, most)), reverse=True)
 
 
-def rate(model: Model, batch: int) -> float:
-    """Images per second in one step, in the fastest of several runs."""
-    model.one_step(batch)
+def rate(model: Model, batch: int, steps: int) -> float:
+    """Images per second and step, in the fastest of several runs."""
+    model.sample(batch, steps)
     best, ends = math.inf, time.perf_counter() + SECONDS
     while best == math.inf or time.perf_counter() < ends:
         began = time.perf_counter()
-        model.one_step(batch)
+        model.sample(batch, steps)
         best = min(best, time.perf_counter() - began)
-    return batch / best
+    return batch * steps / best
 
 
 def cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

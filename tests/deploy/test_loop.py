@@ -46,7 +46,7 @@ def test_evaluations_in_pieces_are_those_of_the_whole_graph(changes: dict[str, o
 
 def test_the_state_has_the_estimate_of_the_clean_images(tmp_path: Path) -> None:
     """DDIM steps from x_t to sqrt(a) x_0_hat + sqrt(1 - a) eps_hat, whose eps_hat follows from x_t and x_0_hat."""
-    model = Model(write_model(tmp_path / "sampler.onnx", "ddim", False).read_bytes(), None, threads=1)
+    model = Model(write_model(tmp_path / "sampler.onnx", "ddim", False).read_bytes())
     facts = {each.key: each.value for each in onnx.load(tmp_path / "sampler.onnx").metadata_props}
     alpha_bar = np.array(json.loads(facts["ddpm.alpha_bar"]))
     noise = given(2, 1)["noise"]
@@ -72,4 +72,4 @@ def test_a_loop_that_computes_something_else(tmp_path: Path, monkeypatch: pytest
     extract = loop.extract
     monkeypatch.setattr(loop, "extract", lambda found: (each := extract(found))._replace(begins=each.begins + 1))
     with pytest.raises(RejectedModel, match=r"^its loop computes other images than the whole graph$"):
-        Model(content, None, threads=1)
+        Model(content)

@@ -54,7 +54,7 @@ def test_inputs_are_copied_to_the_gpu_where_it_reads_them(good: bytes, monkeypat
     """With a simulated GPU: what is bound to it stays in the memory of the CPU."""
     model = Model(good)
     assert set(model._places.values()) == {"cpu"}
-    expected = model.one_step(2)
+    expected = model.sample(2)
     copied, bind = list[tuple[str, tuple[int, ...]]](), ort.OrtValue.ortvalue_from_numpy
 
     def copy(value: NDArray[Any], device: str) -> ort.OrtValue:
@@ -63,7 +63,7 @@ def test_inputs_are_copied_to_the_gpu_where_it_reads_them(good: bytes, monkeypat
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", copy)
     model._places[loop.STATE] = "cuda"
-    found = model.one_step(2)
+    found = model.sample(2)
     assert copied == [("cuda", (3, 2, *model.shape))]
     np.testing.assert_array_equal(found["x_0"], expected["x_0"])
 

@@ -1,17 +1,19 @@
 """The number of threads, chosen by measurement."""
 
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
 from deploy.service import threads
-from deploy.service.models import Model
-from deploy.service.threads import Loader, candidates, cores, cpus, quota, smallest_fast
-from deploy.service.work import Span
-from diffusion.export import golden
+from deploy.service.models import Model, Threads
+from deploy.service.threads import Loader, candidates, cores, cpus, preferred, quota
+from deploy.service.work import Feeds, Span
+from diffusion.export import golden, runtime
 from tests.deploy.models import write_model
 
 
@@ -28,10 +30,18 @@ def test_candidates(most: int, physical: int, expected: list[int]) -> None:
     assert candidates(most, physical) == expected
 
 
-def test_a_smaller_number_is_used_if_it_is_about_as_fast() -> None:
-    assert smallest_fast({4: 100.0, 2: 60.0}) == 4
-    assert smallest_fast({4: 100.0, 2: 96.0, 1: 50.0}) == 2
-    assert smallest_fast({8: 100.0, 4: 200.0, 2: 150.0}) == 4
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({Threads(4): 100.0, Threads(2): 60.0}, Threads(4)),
+        ({Threads(4): 100.0, Threads(2): 96.0, Threads(1): 50.0}, Threads(2)),
+        ({Threads(8): 100.0, Threads(4): 200.0, Threads(2): 150.0}, Threads(4)),
+        ({Threads(2): 100.0, Threads(2, apart=True): 104.0}, Threads(2)),
+        ({Threads(2): 100.0, Threads(2, apart=True): 120.0, Threads(1): 90.0}, Threads(2, apart=True)),
+    ],
+)
+def test_fewer_threads_are_preferred_if_they_are_about_as_fast(rates: dict[Threads, float], expected: Threads) -> None:
+    assert preferred(rates) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,12 +78,15 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried, tested = list[int](), list[int]()
-    speeds = {8: 10.0, 4: 20.0, 2: 30.0, 1: 5.0}
+    tried, tested = list[Threads](), list[int]()
+    speeds = {Threads(number): speed for number, speed in ((8, 10.0), (4, 20.0), (2, 30.0), (1, 5.0))}
+    speeds[Threads(8, apart=True)] = 15.0
 
-    def rate(model: Model, batch: int) -> float:
-        assert 1 <= batch <= threads.BATCH
-        tried.append(model.session.get_session_options().intra_op_num_threads)
+    def rate(model: Model, batch: int, steps: int) -> float:
+        assert (batch, steps) == (8, 4)
+        tried.append(model.threads)
+        own = model.session.get_session_options().intra_op_num_threads
+        assert own == (1 if model.threads.apart else model.threads.number)
         return speeds[tried[-1]]
 
     def check(session: ort.InferenceSession, _: dict[str, str]) -> golden.Outcome:
@@ -81,39 +94,69 @@ def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeyp
         return golden.Outcome(True, 0)
 
     monkeypatch.setattr(threads, "rate", rate)
+    monkeypatch.setattr(threads, "SECONDS", 1000)
     monkeypatch.setattr(threads, "cpus", lambda: 8)
     monkeypatch.setattr(threads, "cores", lambda: 4)
     monkeypatch.setattr(golden, "check", check)
     load = Loader("cpu", 0)
     first = load(content, "1", "ddpm")
-    assert (first.threads, tried, tested) == (2, [8, 4, 2, 1], [8, 2])
-    assert first.summary.endswith("2 threads (images/s in one step: 10 with 8, 20 with 4, 30 with 2, 5 with 1)")
-    assert load(content, "2", "ddpm").threads == 2
-    assert len(tried) == 4
-    speeds[4] = 9.0
-    assert load(content, "1", "other").threads == 8
-    assert tried[4:] == [8, 4]
-    assert Loader("cpu", 3)(content, "1", "ddpm").threads == 3
-    assert len(tried) == 6
+    order = [Threads(8), Threads(8, apart=True), Threads(4), Threads(2), Threads(1)]
+    assert (first.threads, tried, tested) == (Threads(2), order, [8, 2])
+    assert first.summary.endswith(
+        "2 threads (images x steps/s: 10 with 8 threads, 15 with 8 threads apart, 20 with 4 threads, "
+        "30 with 2 threads, 5 with 1 thread)"
+    )
+    assert load(content, "2", "ddpm").threads == Threads(2)
+    assert len(tried) == 5
+    speeds[Threads(4)] = 9.0
+    assert load(content, "1", "other").threads == Threads(8, apart=True)
+    assert tried[5:] == order[:3]
+    assert Loader("cpu", 3)(content, "1", "ddpm").threads == Threads(3)
+    assert len(tried) == 8
 
 
 def test_the_time_for_measurements_is_limited(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "SECONDS", 0.02)
     monkeypatch.setattr(threads, "candidates", lambda most, _: [most] * 3)
     model = Model(content)
-    assert threads.measure(model)[1] > 0
+    assert threads.measure(model)[Threads(1)] > 0
     monkeypatch.setattr(threads, "MAX_SECONDS", 0.0)
     monkeypatch.setattr(Model, "with_threads", None)
-    assert list(threads.measure(model)) == [1]
+    assert list(threads.measure(model)) == [Threads(1)]
 
 
 def test_another_number_of_threads_makes_the_same_images(content: bytes) -> None:
     model = Model(content)
-    other = model.with_threads(2)
-    assert (model.threads, other.threads) == (1, 2)
-    assert other.session is not model.session
-    off = model.one_step(2)["images"].astype(int) - other.one_step(2)["images"]
-    assert np.abs(off).max() <= 1
+    for other_threads in (Threads(2), Threads(2, apart=True)):
+        other = model.with_threads(other_threads)
+        assert (model.threads, other.threads) == (Threads(1), other_threads)
+        assert other.session is not model.session
+        for images in (1, 3):
+            off = model.sample(images)["images"].astype(int) - other.sample(images)["images"]
+            assert np.abs(off).max() <= 1
+
+
+def test_threads_apart_compute_at_the_same_time(tmp_path: Path) -> None:
+    """Each has its share of the images, with the noise and the classes of these; a failure in one is raised."""
+    path = write_model(tmp_path / "sampler.onnx", "ddpm", True)
+    model = Model(path.read_bytes(), threads=Threads(3, apart=True))
+    shares, together = list[int](), threading.Barrier(3)
+    run = model._run
+
+    def share(given: Feeds, options: Any) -> Any:
+        shares.append(given["state"].shape[1])
+        together.wait(20)
+        return run(given, options)
+
+    model._run = share  # type: ignore[method-assign]
+    feeds = golden.inputs(model.inputs, {**model._facts, "ddpm.steps": "2"}, 1, 7)
+    found = model.run(feeds, Span(2, 0, 2))
+    assert sorted(shares) == [2, 2, 3]
+    (expected,) = runtime.session(path.read_bytes(), None, 1).run(["x_0"], feeds)
+    np.testing.assert_allclose(found["x_0"], expected, rtol=1e-4, atol=1e-5)
+    del feeds["y"]
+    with pytest.raises(Exception, match="y"):
+        model.run(feeds, Span(2, 0, 2))
 
 
 def test_a_run_can_be_ended(content: bytes) -> None:

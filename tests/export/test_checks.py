@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UserError
 from diffusion.export import metadata, parity, runtime, sampler_graph
+from diffusion.pairs.pairs import MANIFEST
 from diffusion.storage.files import write_json, write_sums
 from flows.paths import Paths
 from flows.stages import export
 from tests.export.test_sampler_graph import parts
 from tests.process import fakes
+from tests.training import trees
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +94,22 @@ def test_a_graph_that_cannot_be_run_is_rejected() -> None:
     del broken.graph.node[3]
     with pytest.raises(UserError, match=r"denoiser\.onnx: the graph cannot be run .* no model was written"):
         export.finished("denoiser.onnx", broken, {})
+
+
+def test_int8_without_val_pairs_is_refused_before_anything_is_written(whole_tree: Path, tmp_path: Path) -> None:
+    tree = trees.copy(whole_tree, tmp_path / "tree")
+    pairs, before = tree / "data/pairs", trees.digests(tree, "models", "reports")
+    manifest = json.loads((pairs / MANIFEST).read_text())
+    manifest["splits"]["val"] = {"images": 0, "blocks": 0, "tars": []}
+    write_json(pairs / MANIFEST, manifest)
+    write_sums(pairs, {tar["name"]: tar["sha256"] for split in manifest["splits"].values() for tar in split["tars"]})
+    done = trees.run(tree, "export")
+    assert done.returncode == 1
+    message = "export.variants: int8 is calibrated on val pairs, and data/pairs has none; remove int8, or increase"
+    assert [line for line in done.stderr.splitlines() if message in line] == done.stderr.splitlines()[-1:]
+    assert "Traceback" not in done.stderr
+    assert "tracing" not in done.stderr
+    assert trees.digests(tree, "models", "reports") == before
 
 
 def test_scores_are_of_these_weights_and_pairs_or_none(tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_equal_models_give_equal_bytes(name: str) -> None:
 
 
 def in_8_bits(model: onnx.ModelProto) -> set[str]:
-    """Names of the products whose inputs were quantized."""
+    """Names of the products with quantized weights."""
     restored = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
-    return {node.name for node in model.graph.node if node.op_type in variants.PRODUCTS and restored & {*node.input}}
+    return {node.name for node in model.graph.node if node.op_type in variants.PRODUCTS and node.input[1] in restored}
 
 
 def test_products_within_attention_stay_in_float32() -> None:
@@ -106,6 +106,7 @@ def test_products_within_attention_stay_in_float32() -> None:
 
 def test_layers_that_lose_much_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, step = parts(False)
+    whole = in_8_bits(graph("int8", False))
     bad = [node.name for node in step.graph.node if node.op_type == "Conv"][1]
 
     def mse(denoiser: onnx.ModelProto, _: Pairs) -> float:
@@ -115,8 +116,8 @@ def test_layers_that_lose_much_stay_in_float32(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(variants, "_block_mse", mse)
     made = in_8_bits(variants.int8(step, pairs_of(model)))
-    assert in_8_bits(graph("int8", False)) - made == {bad}
-    assert len(made) > 10
+    assert whole - made == {bad}
+    assert made < whole
 
 
 def test_if_all_layers_lose_too_much_none_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:

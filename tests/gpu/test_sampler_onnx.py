@@ -49,6 +49,6 @@ def test_the_service_runs_it_on_the_gpu(tmp_path: Path) -> None:
     from tests.deploy.models import write_model
 
     content = write_model(tmp_path / "sampler.onnx", "dpm-solver++", True).read_bytes()
-    model, expected = Model(content, device="cpu" if REHEARSAL else "cuda"), Model(content).one_step(4)["images"]
+    model, expected = Model(content, device="cpu" if REHEARSAL else "cuda"), Model(content).sample(4)["images"]
     assert model.device == model._places["state"] == ("cpu" if REHEARSAL else "cuda")
-    assert np.abs(model.one_step(4)["images"].astype(int) - expected).max() <= 1
+    assert np.abs(model.sample(4)["images"].astype(int) - expected).max() <= 1
