@@ -40,7 +40,7 @@ def origin(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m deploy.service",
-        description="Serve sampler.onnx models over HTTP: Open Inference Protocol v2, PNG images, and a page for browsers.",
+        description="Serve sampler.onnx models over HTTP: Open Inference Protocol v2, PNG images, and a browser page.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -82,17 +82,15 @@ def parser() -> argparse.ArgumentParser:
         help="log each request (default: with --log-format json)",
     )
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
-    option("threads", type=natural, default=0, help="ONNX Runtime threads; 0 to measure the best number")
+    option("threads", type=natural, default=0, help="ONNX Runtime threads per model; 0 to measure what is best")
     option("max-images", type=positive_int, default=64, help="maximum images per request")
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
-    option(
-        "cache", type=natural, default=2**26, metavar="BYTES", help="memory for pictures requested by seed; 0: none"
-    )
+    option("cache", type=natural, default=2**26, metavar="BYTES", help="memory for pictures requested by seed; 0: none")
     option("max-batch", type=positive_int, default=64, help="maximum images per batch of joined requests")
     option("max-delay", type=non_negative, default=0, help="milliseconds to wait for more requests while idle")
-    option("max-waiting", type=positive_int, default=512, help="maximum queued images, half of them of one client")
+    option("max-waiting", type=positive_int, default=512, help="maximum queued images; half for a client that is alone")
     option("max-wait", type=non_negative, default=60, help="maximum seconds a request may wait for others (estimated)")
-    option("max-seconds", type=non_negative, default=300, help="maximum seconds per request")
+    option("max-seconds", type=non_negative, default=300, help="maximum seconds to compute a response")
     option("poll", type=non_negative, default=10, help="seconds between checks of the MLflow alias for a new version")
     option("drain", type=non_negative, default=1, help="seconds to keep accepting connections after SIGTERM")
     return made
