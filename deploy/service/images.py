@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import math
 import secrets
 from collections import deque
@@ -10,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from numpy.typing import NDArray
 from pydantic import Field
 from starlette.requests import ClientDisconnect
@@ -23,6 +25,8 @@ from deploy.service.requests import chosen, compute, sender
 from deploy.service.state import Service
 from deploy.service.work import Feeds, Work
 
+KEEP_ALIVE_SECONDS = 15.0
+"""After so long without an event, a stream sends a comment, since proxies close connections that are idle."""
 EVENTS = 10
 """About how many estimates a stream sends, unless asked for another number of steps between them."""
 
@@ -31,7 +35,10 @@ PICTURE: dict[int | str, dict[str, Any]] = {
     304: {"description": "The picture is that of If-None-Match."},
     **described(400, 404, 500, 503, 504),
 }
-
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "Events `progress`, then `done` or `error`."},
+    **described(400, 404, 503),
+}
 
 MAX_UNSENT = 2**20
 """Bytes of the estimates of a stream that wait to be sent; if a client reads more slowly, it gets fewer of them."""
@@ -88,28 +95,25 @@ def routes(service: Service) -> APIRouter:
             png = await picture(found, query.scale, await compute(service, request, found.model, found.work))
         return Response(png, media_type="image/png", headers=headers)
 
-    async def accepted(request: Request, query: Annotated[StreamQuery, Query()]) -> tuple[StreamQuery, Asked]:
-        """What can be refused with a status is refused before the response begins."""
-        found = asked(request, query)
-        if service.kept(found.etag, count=False) is None:
-            service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
-        return query, found
-
-    @router.get("/images/stream", response_class=EventSourceResponse, responses=described(400, 404, 503))
-    async def stream(
-        request: Request, given: Annotated[tuple[StreamQuery, Asked], Depends(accepted)]
-    ) -> AsyncGenerator[ServerSentEvent]:
+    @router.get("/images/stream", response_class=Response, responses=STREAM)
+    async def stream(request: Request, query: Annotated[StreamQuery, Query()]) -> Response:
         """The same as it forms: events `progress`, then `done` or `error`.
 
         Their data is JSON: step, steps and image, a PNG in base64; at the end also seed, model and version; or error.
         """
+        found = asked(request, query)
+        if service.kept(found.etag, count=False) is None:  # what can be refused is before the response begins
+            service.batcher.check_room(sender(request), found.work.count, found.work.seconds)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx sends each event at once
+        return StreamingResponse(events(request, query, found), media_type="text/event-stream", headers=headers)
 
-        query, asked = given
+    # FastAPI's EventSourceResponse is not used: it logs a traceback if the client leaves while an event is being sent.
+    async def events(request: Request, query: StreamQuery, asked: Asked) -> AsyncGenerator[bytes]:
         model, steps = asked.model, asked.work.steps
 
-        def event(kind: str, png: bytes, step: int, **facts: Any) -> ServerSentEvent:
+        def event(kind: str, png: bytes, step: int, **facts: Any) -> bytes:
             image = base64.b64encode(png).decode()
-            return ServerSentEvent(event=kind, data={"step": step, "steps": steps, **facts, "image": image})
+            return _event(kind, {"step": step, "steps": steps, **facts, "image": image})
 
         facts = {"seed": asked.seed, "model": model.name, "version": model.version}
         if (png := service.kept(asked.etag)) is not None:
@@ -118,17 +122,28 @@ def routes(service: Service) -> APIRouter:
         forming = Forming(model, asked.work, query.every)
         task = asyncio.create_task(compute(service, request, model, forming.work))
         try:
-            while (images := await forming.next(task)) is not None:
+            while True:
+                try:
+                    images = await forming.next(task)
+                except TimeoutError:
+                    yield KEEPALIVE_COMMENT
+                    continue
+                if images is None:
+                    break
                 yield event("progress", await service.convert(pictures.png, images, query.scale), forming.step)
             yield event("done", await picture(asked, query.scale, task.result()), steps, **facts)
         except ClientDisconnect:
             return
         except EXPECTED as error:
-            yield ServerSentEvent(event="error", data={"error": answer(error).line})
+            yield _event("error", {"error": answer(error).line})
         finally:
             task.cancel()
 
     return router
+
+
+def _event(kind: str, data: dict[str, Any]) -> bytes:
+    return format_sse_event(event=kind, data_str=json.dumps(data))
 
 
 class Forming:
@@ -163,12 +178,17 @@ class Forming:
         self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
 
     async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:
-        """Wait for the next estimate, and return all images (B, H, W, C); or None once the task has ended."""
+        """Wait for the next estimate, and return all images (B, H, W, C); or None once the task has ended.
+
+        Raises TimeoutError after KEEP_ALIVE_SECONDS.
+        """
         added = asyncio.create_task(self._added.wait())
         try:
-            await asyncio.wait({task, added}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({task, added}, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         finally:
             added.cancel()
+        if not done:
+            raise TimeoutError
         if not self._estimates:
             return None
         self._draw()

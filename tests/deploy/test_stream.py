@@ -180,14 +180,29 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     assert len(small.cache) == 1
 
 
-def test_a_client_that_does_not_read_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection is closed, although the stream has not ended."""
+def test_a_client_that_does_not_read_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection is closed, although the stream has not ended; nothing is logged."""
     monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**24))
     monkeypatch.setattr(server, "READ_SECONDS", 0.2)
     with served.connect() as connection:
         connection.sendall(b"GET /images/stream?n=1&every=1 HTTP/1.1\r\nHost: x\r\n\r\n")
         until(lambda: bool(served.server.server_state.connections))
         until(lambda: not served.server.server_state.connections)
+    until(lambda: 'path="/images/stream"' in served.service.metrics.text().decode())
+    assert not caplog.records
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_SECONDS", 0.1)
+    served.go.clear()
+    with closing(served.client()) as connection:
+        connection.request("GET", "/images/stream?n=1&every=1")
+        with connection.getresponse() as answer:
+            assert answer.readline() == b": ping\n"
+            served.go.set()
+            assert b"event: done\n" in answer.readlines()
 
 
 def test_a_client_that_reads_slowly_gets_fewer_estimates(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
