@@ -237,6 +237,11 @@ def test_unknown_models(classes: Service, path: str) -> None:
     assert "unknown; this service has ddpm" in read.json()["error"] or "version 7: not served" in read.json()["error"]
 
 
+def test_errors_are_one_line(classes: Service) -> None:
+    (answer,) = ask(classes, get("/v2/models/a%0Ab"))
+    assert answer.json() == {"error": "model a b: unknown; this service has ddpm"}
+
+
 def test_oversized_bodies(tmp_path: Path) -> None:
     small = service(write_model(tmp_path / "sampler.onnx", "dpm-solver++", False), max_body=10_000)
     sent = 0
