@@ -49,6 +49,24 @@ class Client:
     """Where its next job begins: the cost that a job would have been served by now in equal shares."""
 
 
+class Load:
+    """The images and seconds of the jobs in the queue, by client."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.images = Counter[str]()
+        self.seconds = defaultdict[str, float](float)
+        self.total_images, self.total_seconds = 0, 0.0
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: Job) -> None:
+        held, seconds = job.held, job.seconds
+        self.images[job.client] += held
+        self.seconds[job.client] += seconds
+        self.total_images += held
+        self.total_seconds += seconds
+
+
 class Slice(NamedTuple):
     """Some evaluations of a group of images of a job."""
 
@@ -89,6 +107,8 @@ class Batcher:
         self._slice_seconds, self._delay, self._observe = slice_seconds, delay, observe
         self._queue: list[Job] = []
         """The jobs that are not done, in the order they came."""
+        self._load: Load | None = None
+        """Of these, since requests come much more often than it changes otherwise."""
         self._running: list[Slice] = []
         self._options = ort.RunOptions()
         self._clients: dict[str, Client] = {}
@@ -99,9 +119,16 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "onnxruntime")
 
     @property
+    def load(self) -> Load:
+        """What is in the queue."""
+        if self._load is None:
+            self._load = Load(self._queue)
+        return self._load
+
+    @property
     def waiting(self) -> int:
         """Images in the queue."""
-        return sum(job.held for job in self._queue)
+        return self.load.total_images
 
     def check_room(self, client: str, count: int = 1, seconds: float = 0.0) -> None:
         """Raise QueueFull if a request of the client would be refused now, and Stopping if the batcher is closed.
@@ -110,20 +137,19 @@ class Batcher:
         """
         if self._closed:
             raise Stopping
-        images, needed = Counter[str](), defaultdict[str, float](float)
-        for job in self._queue:
-            images[job.client] += job.held
-            needed[job.client] += job.seconds
-        # Until the request is done, each other client gets at most as much as its own.
-        own = needed.pop(client, 0.0)
-        wait = own + sum(min(other, own + seconds) for other in needed.values())
-        used = images[client] + images.total()
+        load, wait = self.load, 0.0
+        images, own = load.images.get(client, 0), load.seconds.get(client, 0.0)
+        if load.total_seconds > self._max_wait:
+            # Until the request is done, each other client gets at most as much as its own.
+            others = (needed for name, needed in load.seconds.items() if name != client)
+            wait = own + sum(min(needed, own + seconds) for needed in others)
+        used = images + load.total_images
         if wait > self._max_wait:
             left = wait - self._max_wait
             line = f"{wait:.0f} seconds of work are ahead, and the limit is {self._max_wait:g}"
         elif used + count > self._max_waiting:
-            left = (own + sum(needed.values())) * min(1.0, (used + count - self._max_waiting) / max(1, used))
-            line = f"{images.total()} images are waiting, {images[client]} of them yours (limit {self._max_waiting})"
+            left = load.total_seconds * min(1.0, (used + count - self._max_waiting) / max(1, used))
+            line = f"{load.total_images} images are waiting, {images} of them yours (limit {self._max_waiting})"
         else:
             return
         until = max(1, math.ceil(left))
@@ -141,10 +167,11 @@ class Batcher:
         """
         self.check_room(client, work.count, work.seconds)
         share = self._clients.setdefault(client, Client())
-        if all(job.client != client for job in self._queue):
+        if client not in self.load.images:
             share.served = max(share.served, self._clock)
         job = Job(run, work, client, share.clock)
         self._queue.append(job)
+        self.load.add(job)
         if self.waiting >= self._max_batch:
             self._enough.set()
         if self._worker is None or self._worker.done():
@@ -177,7 +204,7 @@ class Batcher:
 
     def _prune(self) -> bool:
         """Forget jobs that are done or cancelled, and clients without a job or debt; whether any jobs are left."""
-        self._queue = [job for job in self._queue if not job.outputs.done()]
+        self._queue, self._load = [job for job in self._queue if not job.outputs.done()], None
         active = {job.client for job in self._queue}
         self._clients = {
             name: each for name, each in self._clients.items() if name in active or each.served > self._clock
@@ -234,6 +261,7 @@ class Batcher:
             client.served += cost
             client.clock += cost / jobs[job.client]
             self._clock += cost / len(jobs)
+        self._load = None
         return [Slice(job, group, span) for job, group in joined]
 
     async def _do(self, batch: list[Slice]) -> None:
@@ -266,7 +294,7 @@ class Batcher:
                 elif not job.outputs.done():
                     job.outputs.set_exception(RunFailed(golden.brief(error)))
         finally:
-            self._running = []
+            self._running, self._load = [], None
 
 
 def _run(batch: list[Slice], options: ort.RunOptions) -> list[Feeds]:

@@ -1,5 +1,6 @@
 """Small model files."""
 
+from functools import cache
 from pathlib import Path
 
 from diffusion.export import metadata, sampler_graph
@@ -10,9 +11,15 @@ from tests.process import fakes
 
 def write_model(path: Path, sampler: str, classes: bool, steps: int = 4) -> Path:
     """Write a complete sampler.onnx with random weights."""
+    path.write_bytes(content(sampler, classes, steps))
+    return path
+
+
+@cache
+def content(sampler: str, classes: bool, steps: int) -> bytes:
+    """The bytes of such a file."""
     model, step = parts(classes)
     settings = fakes.options(**fakes.guided({"sampler": sampler}), threshold="clip", steps=steps)
     loop = sampler_graph.to_onnx(step, model, settings)
     facts = metadata.of_model(model, "analytic", "a" * 64, "data", {"mse": 0.5})
-    path.write_bytes(finished(path.name, loop, facts | metadata.of_sampler(settings, loop)))
-    return path
+    return finished("sampler.onnx", loop, facts | metadata.of_sampler(settings, loop))
