@@ -59,7 +59,9 @@ def main() -> None:
                 if file == files[0]:
                     exact = images.astype(int)
                 distances = {"frechet": distance_of(images), "kid": distance_of.kid(images)}
-                rows.append({"file": file.name, "seed": seed, "apart": float(np.abs(images - exact).mean())} | distances)
+                rows.append(
+                    {"file": file.name, "seed": seed, "apart": float(np.abs(images - exact).mean())} | distances
+                )
                 progress.advance(1)
     print(f"Real images: Fréchet distance {distance_of.real:.3f} ({distance_of.description})\n")
     print("| | grey levels apart | Fréchet | more than float32 | KID | more than float32 |\n|---|---|---|---|---|---|")
