@@ -34,15 +34,20 @@ class Model:
         self.pace, self._chance = Erratic(chance), chance
         self.scale, self.max_batch, self.failures = scale, max_batch, failures
         self.stochastic = chance.random() < 0.5
+        self.wrong = list[Exception]()
 
     def next(self, x: Any, k: int, noise: Any, given: Feeds) -> Any:
         return x / 2 + self.scale * given["y"][:, None] + (k + 1) * given["guidance"][0] + noise
 
     def run(self, given: Feeds, span: Span, _: Any = None) -> Feeds:
-        state = given["state"] if span.first else np.stack([given["noise"], given["noise"], 0 * given["noise"]])
-        assert 0 <= span.first < span.last <= span.steps
-        assert state.shape[1] == len(given["y"]) <= self.max_batch
-        assert (state[2][:, 1] == span.first).all()
+        try:
+            state = given["state"] if span.first else np.stack([given["noise"], given["noise"], 0 * given["noise"]])
+            assert 0 <= span.first < span.last <= span.steps
+            assert state.shape[1] == len(given["y"]) <= self.max_batch
+            assert (state[2][:, 1] == span.first).all()
+        except Exception as error:  # else the parts of the batch would be done again, each alone
+            self.wrong.append(error)
+            raise
         if (given["y"] == BAD).any() or self._chance.random() < self.failures:
             raise RuntimeError("bad")
         x = state[0]
@@ -118,6 +123,7 @@ async def trial(seed: int) -> list[str]:
         await asyncio.wait_for(batcher._worker, 60)  # nothing is left to do
     assert batcher.waiting == 0
     batcher._thread.shutdown()
+    assert not [error for model in models for error in model.wrong]
     return ends
 
 
