@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -48,6 +49,10 @@ ENVIRONMENT = {
 def listen(host: str, port: int) -> socket.socket:
     """Open a listening socket; raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "not the name of a host") from None
     listener = socket.create_server((host, port), family=family, backlog=2048)
     listener.setblocking(False)
     # asyncio sets this only for sockets made with IPPROTO_TCP; otherwise a body waits 40 ms for the ACK of its headers.

@@ -157,8 +157,8 @@ class Forming:
         self.step = 0
         """Number of steps done, on average if the images do not form together."""
         self._images = np.full((work.count, *model.shape[1:], model.shape[0]), 128, np.uint8)  # grey: not begun
-        self._estimates = deque[tuple[int, int, NDArray[np.float32]]]()
-        """Those that were not sent yet: step, first image, x_0_hat."""
+        self._estimates = deque[tuple[int, int, NDArray[np.uint8]]]()
+        """Those that were not sent yet: step, first image, images."""
         self._added = asyncio.Event()
 
     def _add(self, start: int, done: int, x_0_hat: NDArray[np.float32]) -> None:
@@ -168,14 +168,15 @@ class Forming:
             return  # the images themselves follow
         if ends or done % self.work.every == 0:
             total = start * evaluations + len(x_0_hat) * done  # they form in order
-            self._estimates.append((total * steps // (count * evaluations), start, x_0_hat))
+            # As bytes: x_0_hat would keep the state of its whole batch in memory, twelve times as many for each image.
+            self._estimates.append((total * steps // (count * evaluations), start, to_uint8(x_0_hat)))
             while len(self._estimates) > 1 and sum(each.nbytes for *_, each in self._estimates) > MAX_UNSENT:
                 self._draw()
             self._added.set()
 
     def _draw(self) -> None:
-        self.step, start, x_0_hat = self._estimates.popleft()
-        self._images[start : start + len(x_0_hat)] = to_uint8(x_0_hat)
+        self.step, start, images = self._estimates.popleft()
+        self._images[start : start + len(images)] = images
 
     async def next(self, task: asyncio.Task[Any]) -> NDArray[np.uint8] | None:
         """Wait for the next estimate, and return all images (B, H, W, C); or None once the task has ended.

@@ -102,13 +102,15 @@ class Keys(AuthenticationBackend):
         except OSError as error:
             self._stamp = ()  # so that it is read when it is back
             raise KeysError(f"{self._path}: cannot find it ({error.strerror})") from None
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for its writer, and hold up all requests
+            raise KeysError(f"{self._path}: must be a regular file")
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _read(self) -> dict[bytes, str]:
         """Names by hash. An empty file lets nobody in."""
         names = dict[bytes, str]()
         try:
-            with self._path.open(encoding="utf-8") as file:
+            with self._path.open(encoding="utf-8-sig") as file:
                 if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
                     log.warning("%s: everyone can write this file, and so add a key; run `chmod o-w`", self._path)
                 lines = file.read().splitlines()

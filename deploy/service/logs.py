@@ -71,6 +71,6 @@ def request(scope: Scope, client: str, status: int, seconds: float) -> None:
     path = scope["path"]
     if path.startswith(PROBES) and status < 400:
         return
-    path = quote(path)[:200]  # no control characters
+    path, client = quote(path)[:200], quote(client, ":@%")[:64]  # no control characters
     fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4), "client": client}
     log.info("%s %s %s %d %.3f s", client, scope["method"], path, status, seconds, extra=fields)

@@ -44,7 +44,7 @@ class Connection(H11Protocol):
     cycle: Any
     """The last request, or None."""
     _timer: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -56,31 +56,35 @@ class Connection(H11Protocol):
             oldest._refuse(503, f"more than {MAX_CONNECTIONS} connections; try again later")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._timer, self._stalled):
+        for timer in (self._timer, self._reading):
             if timer:
                 timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Called when the client is behind: a stream, too, must not wait for it for ever."""
+        """The client does not keep up with a response, which may be a stream that goes on only once it has read."""
         super().pause_writing()
-        self._stalled = self.loop.call_later(READ_SECONDS, self.transport.abort)
-        unread = Counter[str]()
-        for each in self._all():
-            unread[each._host] += each._unread
-        if unread.total() > MAX_UNREAD:
-            max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
+        self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self._limit_unread()
 
     def resume_writing(self) -> None:
-        if self._stalled:
-            self._stalled.cancel()
+        if self._reading:
+            self._reading.cancel()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
         if self._unread:
             self.loop.call_later(READ_SECONDS, self._check_read, self.cycle)
+            self._limit_unread()
         self._await_request()
         super().on_response_complete()
+
+    def _limit_unread(self) -> None:
+        unread = Counter[str]()
+        for each in self._all():
+            unread[each._host] += each._unread
+        if unread.total() > MAX_UNREAD:
+            max(self._all(), key=lambda each: (unread[each._host], each._unread)).transport.abort()
 
     def _all(self) -> list[Connection]:
         return [each for each in self.connections if isinstance(each, Connection)]

@@ -148,6 +148,20 @@ def test_responses_that_are_not_read(served: Served, monkeypatch: pytest.MonkeyP
         assert read_all(connection) > 2**25
 
 
+def test_a_stream_that_is_not_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its response would never be complete."""
+    monkeypatch.setattr(server, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**24))
+    with served.connect() as connection:
+        connection.sendall(b"GET /images/stream?n=1&every=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: bool(served.server.server_state.connections))
+        until(lambda: not served.server.server_state.connections)
+    monkeypatch.setattr(server, "READ_SECONDS", 60)
+    with served.connect() as connection:
+        connection.sendall(b"GET /images/stream?n=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(connection) > 4 * 2**24
+
+
 def read_all(connection: socket.socket) -> int:
     return sum(map(len, iter(lambda: connection.recv(2**20), b"")))
 

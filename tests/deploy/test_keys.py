@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import logging
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,22 @@ def test_a_folder_that_comes_and_goes(file: Path, caplog: pytest.LogCaptureFixtu
         assert len(caplog.records) == times
         moved.rename(file.parent)
         assert found.client(OTHER.encode()) == "bob"
+
+
+def test_a_pipe_is_refused(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Reading it would wait for its writer, and every request with it."""
+    found = Keys(file)
+    file.unlink()
+    os.mkfifo(file)
+    assert found.client(KEY.encode()) == "alice"
+    assert f"{file}: must be a regular file" in caplog.text
+    with pytest.raises(KeysError, match="must be a regular file"):
+        Keys(file)
+
+
+def test_a_file_of_another_system(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + line("alice", KEY).replace("\n", "\r\n").encode())
+    assert Keys(file).client(KEY.encode()) == "alice"
 
 
 def test_a_file_that_everyone_can_write_is_named(file: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -87,6 +87,16 @@ def test_ids_that_could_forge_a_line_are_replaced(chosen: str, logged: Service, 
     assert len(found["request_id"]) == 32
 
 
+def test_addresses_that_could_forge_a_line(log: Log) -> None:
+    """A proxy's X-Forwarded-For may be a text of the client."""
+    logs.request({"type": "http", "method": "GET", "path": "/"}, "\x1b[31m\n\x85INFO" + "x" * 999, 200, 1.0)
+    logs.request({"type": "http", "method": "GET", "path": "/"}, "fe80::1%eth0", 200, 1.0)
+    forged, true = log.take()
+    assert (len(forged["client"]), true["client"]) == (64, "fe80::1%eth0")
+    assert forged["message"].isprintable()
+    assert forged["message"].startswith(f"{forged['client']} GET / 200")
+
+
 def test_probes_are_logged_if_they_fail(logged: Service, log: Log) -> None:
     ask(logged, get("/v2/health/ready"), get("/v2/health/live"), get("/metrics"))
     assert log.take() == []

@@ -174,6 +174,11 @@ def test_without_a_model_it_does_not_start(kind: str, tmp_path: Path, monkeypatc
     assert line.startswith(f"error: --model {name}: ")
 
 
+def test_a_host_that_cannot_be_encoded(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(model), "--threads", "1", "--keys", "none", "--host", "é" * 70]) == 1
+    assert capsys.readouterr().err.endswith("cannot listen (not the name of a host); choose another host or port\n")
+
+
 def test_a_port_in_use(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as occupied:
         command = [sys.executable, "-m", "deploy.service", "--model", str(model)]

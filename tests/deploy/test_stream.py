@@ -4,8 +4,10 @@ import asyncio
 import base64
 import json
 import threading
+import weakref
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from deploy.service import images, pictures, server
 from deploy.service.state import OVERHEAD, Pictures, Service
+from deploy.service.work import Work
 from tests.deploy.models import write_model
 from tests.deploy.services import ask, get, service
 from tests.deploy.test_clients import Served, served, until
@@ -154,6 +157,31 @@ def test_noise_of_later_steps(stochastic: Service) -> None:
     *_, done = stream(stochastic, "n=2&seed=5&every=1")
     (image,) = ask(stochastic, get("/images?n=2&seed=5&scale=1"))
     np.testing.assert_array_equal(done.images(2, 2), cells(image, 1, 2, 2))
+
+
+def test_estimates_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not keep the state that they are parts of, nor are there more of them than the limit."""
+    monkeypatch.setattr(images, "MAX_UNSENT", 3 * 2 * 8)
+
+    async def run() -> None:
+        model: Any = SimpleNamespace(shape=(1, 2, 4))
+        task = asyncio.create_task(asyncio.sleep(60))
+        forming = images.Forming(model, Work(2, 9, 9, {}, lambda *_: {}), 1)
+        for done in range(1, 9):
+            state = np.full((3, 5, 1, 2, 4), done / 10, np.float32)
+            assert forming.work.progress
+            forming.work.progress(0, done, state[2, :2])
+            kept = weakref.ref(state)
+            del state
+            assert kept() is None
+        found = [((await forming.next(task)), forming.step) for _ in range(3)]
+        assert [step for _, step in found] == [6, 7, 8]
+        for made, step in found:
+            assert made is not None
+            assert (made == round((step / 10 + 1) * 127.5)).all()
+        task.cancel()
+
+    asyncio.run(run())
 
 
 def test_pictures_that_were_asked_for_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
