@@ -235,7 +235,7 @@ def test_a_stream_that_waits_says_that_it_is_alive(served: Served, monkeypatch: 
 
 def test_a_client_that_reads_slowly_gets_fewer_estimates(classes: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x_0_hat = classes.models.first, np.zeros((2, *SHAPE), np.float32)
-    monkeypatch.setattr(images, "MAX_UNSENT", 3 * x_0_hat.nbytes)
+    monkeypatch.setattr(images, "MAX_UNSENT", 3 * x_0_hat.size)  # a byte each
     work = pictures.work(pictures.ImageQuery(n=2, steps=20), 1, model, 16)
 
     async def steps() -> list[int]:
