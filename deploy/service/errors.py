@@ -59,7 +59,7 @@ def answer(error: Exception) -> Answer:
         case HTTPException(status_code=405, headers={"Allow": allowed}):
             return Answer(405, f"this path does not have the method; use {allowed}", error.headers)
         case HTTPException():
-            return Answer(error.status_code, error.detail, error.headers)
+            return Answer(error.status_code, _line(error.detail), error.headers)
         case protocol.Invalid():
             return Answer(400, _line(str(error)))
         case RequestValidationError():
