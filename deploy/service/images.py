@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from deploy.service import pictures, protocol
 from deploy.service.errors import EXPECTED, answer, described
 from deploy.service.models import Model, to_uint8
-from deploy.service.requests import chosen, compute, sender
+from deploy.service.requests import chosen, compute, sender, unchanged
 from deploy.service.state import Service
 from deploy.service.work import Feeds, Work
 
@@ -88,7 +88,7 @@ def routes(service: Service) -> APIRouter:
         headers = {"X-Model-Version": found.model.version, "X-Seed": str(found.seed), "Cache-Control": "no-store"}
         if found.etag:  # unchanged until the model changes, which the ETag tells in one round trip
             headers |= {"Cache-Control": "no-cache", "ETag": found.etag}
-            if found.etag in request.headers.get("If-None-Match", ""):
+            if unchanged(request, found.etag):
                 return Response(status_code=304, headers=headers)
         png = service.kept(found.etag)
         if png is None:

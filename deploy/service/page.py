@@ -6,6 +6,8 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
+from deploy.service.requests import unchanged
+
 FOLDER = Path(__file__).parents[1] / "web"
 FILES = {
     "index.html": "text/html; charset=utf-8",
@@ -45,7 +47,7 @@ def _answer(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Re
     headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'}
 
     async def answer(request: Request) -> Response:
-        if headers["ETag"] in request.headers.get("If-None-Match", ""):
+        if unchanged(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=media_type, headers=headers)
 

@@ -77,6 +77,12 @@ def sender(request: HTTPConnection) -> str:
     return request.client.host if request.client else ""
 
 
+def unchanged(request: Request, etag: str) -> bool:
+    """Whether the client has what an ETag names: a list of them, or *, compared weakly (RFC 9110, section 13.1.2)."""
+    given = ",".join(request.headers.getlist("If-None-Match")).split(",")
+    return any(each.strip().removeprefix("W/") in ("*", etag.removeprefix("W/")) for each in given)
+
+
 @asynccontextmanager
 async def received(request: Request, limit: int, service: Service) -> AsyncGenerator[bytearray]:
     """The body of a request, decompressed, which counts as buffered until the context ends, when the request is done.

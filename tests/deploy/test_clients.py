@@ -148,7 +148,9 @@ def test_responses_that_are_not_read(served: Served, monkeypatch: pytest.MonkeyP
         assert read_all(connection) > 2**25
 
 
-def test_a_stream_that_is_not_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_is_not_read(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its response would never be complete."""
     monkeypatch.setattr(server, "READ_SECONDS", 0.2)
     monkeypatch.setattr(pictures, "png", lambda *_: bytes(2**24))
@@ -160,6 +162,7 @@ def test_a_stream_that_is_not_read(served: Served, monkeypatch: pytest.MonkeyPat
     with served.connect() as connection:
         connection.sendall(b"GET /images/stream?n=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert read_all(connection) > 4 * 2**24
+    assert "Traceback" not in caplog.text
 
 
 def read_all(connection: socket.socket) -> int:

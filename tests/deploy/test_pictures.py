@@ -123,3 +123,13 @@ def test_grids_of_any_number_of_channels(channels: int, mode: str) -> None:
     assert grid.mode == mode
     shown = images[0, ..., : len(mode)]
     np.testing.assert_array_equal(np.asarray(grid)[1:3, 1:4].reshape(shown.shape), shown)
+
+
+def test_etags_that_a_client_has(classes: Service) -> None:
+    """A list, in one header or several, * and strong ones, as a proxy may make of a weak one."""
+    (first,) = ask(classes, get("/images?n=1&seed=1"))
+    tag = first.headers["ETag"]
+    given = [f'"a", {tag}', tag.removeprefix("W/"), "*", "", f'W/"{tag[3:-1]}0"', f"x{tag}", "x"]
+    requests = [get("/images?n=1&seed=1", **{"If-None-Match": each}) for each in given]
+    requests.append(httpx.Request("GET", requests[0].url, headers=[("If-None-Match", '"a"'), ("If-None-Match", tag)]))
+    assert [each.status_code for each in ask(classes, *requests)] == [304, 304, 304, 200, 200, 200, 200, 304]

@@ -309,3 +309,8 @@ def test_the_page_and_nothing_else_of_its_folder(classes: Service, tmp_path: Pat
         (again,) = ask(classes, get(answer.request.url.path, **{"If-None-Match": answer.headers["ETag"]}))
         assert (again.status_code, again.content) == (304, b"")
     assert page.routes(tmp_path / "web").routes == []
+
+
+def test_an_unknown_model_is_named_in_one_line(classes: Service) -> None:
+    (answer,) = ask(classes, get("/v2/models/a%0A%0Db"))
+    assert (answer.status_code, answer.json()["error"]) == (404, "model a b: unknown; this service has ddpm")
