@@ -4,7 +4,6 @@ import logging
 import re
 import time
 
-from anyio import BrokenResourceError
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -121,15 +120,8 @@ class Unexpected:
 
         try:
             await self._app(scope, receive, answer)
-        except Exception as error:
-            if began and _left(error):
-                return
+        except Exception:
             if began:  # the server logs it, and closes the connection
                 raise
             log.exception("internal error")
             await JSONResponse({"error": UNEXPECTED.line}, UNEXPECTED.status)(scope, receive, send)
-
-
-def _left(error: Exception) -> bool:
-    """Whether all that failed is that FastAPI could not pass on an event, as the client of a stream left."""
-    return isinstance(error, ExceptionGroup) and error.split(BrokenResourceError)[1] is None
