@@ -4,18 +4,27 @@ import argparse
 import re
 import threading
 
+MAX_THREADS = 1024
+
 
 def positive_int(text: str) -> int:
     """Parse a positive integer."""
-    if not text.isdecimal() or (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer (got {text})")
-    return value
+    return _integer(text, 1, f"must be a positive integer (got {text})")
 
 
 def natural(text: str) -> int:
     """Parse a non-negative integer."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be 0 or a positive integer (got {text})")
+    return _integer(text, 0, f"must be 0 or a positive integer (got {text})")
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of threads."""
+    return _integer(text, 0, f"must be from 0 to {MAX_THREADS} (got {text})", MAX_THREADS)
+
+
+def _integer(text: str, low: int, problem: str, high: int = 2**62) -> int:
+    if not text.isdecimal() or not low <= int(text[:20]) <= high:
+        raise argparse.ArgumentTypeError(problem)
     return int(text)
 
 
@@ -82,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         help="log each request (default: with --log-format json)",
     )
     option("device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if ONNX Runtime can use one")
-    option("threads", type=natural, default=0, help="ONNX Runtime threads per model; 0 to measure what is best")
+    option("threads", type=thread_count, default=0, help="ONNX Runtime threads per model; 0 to measure what is best")
     option("max-images", type=positive_int, default=64, help="maximum images per request")
     option("max-body", type=positive_int, default=16 * 2**20, help="maximum bytes per request body")
     option("cache", type=natural, default=2**26, metavar="BYTES", help="memory for pictures requested by seed; 0: none")
