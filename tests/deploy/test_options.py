@@ -17,8 +17,8 @@ from deploy.service.options import parser
         ("max-wait", "nan", "--max-wait: must be a non-negative number (got nan)"),
         (
             "cors",
-            "page.example.org",
-            "--cors: must be https://HOST[:PORT], without a path, or * (got page.example.org)",
+            "page.example",
+            "--cors: must be https://HOST[:PORT], without a path, or * (got page.example)",
         ),
     ],
 )
