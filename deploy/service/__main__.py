@@ -21,7 +21,7 @@ from deploy.service.metrics import Metrics
 from deploy.service.models import ModelError
 from deploy.service.options import parser
 from deploy.service.served import Models
-from deploy.service.server import Server
+from deploy.service.server import BACKLOG, Server
 from deploy.service.state import Pictures, Service
 from deploy.service.threads import Loader
 
@@ -53,7 +53,7 @@ def listen(host: str, port: int) -> socket.socket:
         host.encode("idna")
     except UnicodeError:
         raise OSError(errno.EINVAL, "not the name of a host") from None
-    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listener.setblocking(False)
     # asyncio sets this only for sockets made with IPPROTO_TCP; otherwise a body waits 40 ms for the ACK of its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

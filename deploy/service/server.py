@@ -34,6 +34,10 @@ READ_SECONDS = 60.0
 """How long a client may take to read a response, or to read on in a stream."""
 MAX_UNREAD = 256 * 2**20
 """Bytes of responses that clients have not read yet; beyond it, those of the client with most are dropped."""
+BACKLOG = 2048
+"""Connections that wait until they are accepted."""
+MAX_ACCEPTED = 16
+"""Connections that are accepted before other work goes on."""
 MAX_CONNECTIONS = 1000
 """A further connection replaces the oldest one without a complete request, of the client that has most of these."""
 
@@ -155,6 +159,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 http=Connection,
                 ws="none",
+                backlog=MAX_ACCEPTED,  # asyncio accepts as many at once, and reduces the listener's to it
                 timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_SECONDS,
             )
         )
@@ -169,6 +174,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, and log the address once signal handlers are installed."""
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         served = self._service.models.served
         for each in served:

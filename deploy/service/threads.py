@@ -19,8 +19,9 @@ MAX_SECONDS = 1.0
 """Time to measure them all; no further number is tried after it."""
 TOLERANCE = 0.95
 """The smallest number of threads with this fraction of the highest speed is used, as the rest of the service needs
-cores, too; and of two settings with that number, the one in which they compute together, as one image then takes less
-time."""
+cores, too."""
+APART = 1.1
+"""How much faster threads apart must be, as one image has only one of them."""
 
 
 class Loader:
@@ -77,8 +78,9 @@ def measure(model: Model) -> dict[Threads, float]:
 
 
 def preferred(rates: dict[Threads, float]) -> Threads:
-    """The fewest threads that are about as fast as the fastest, together if these are."""
-    return min(threads for threads, rate in rates.items() if rate >= TOLERANCE * max(rates.values()))
+    """The fewest threads that are about as fast as the fastest, together if apart is not clearly faster."""
+    compared = {threads: rate / APART if threads.apart else rate for threads, rate in rates.items()}
+    return min(threads for threads, rate in compared.items() if rate >= TOLERANCE * max(compared.values()))
 
 
 def candidates(most: int, physical: int) -> list[int]:

@@ -36,7 +36,8 @@ def test_candidates(most: int, physical: int, expected: list[int]) -> None:
         ({Threads(4): 100.0, Threads(2): 60.0}, Threads(4)),
         ({Threads(4): 100.0, Threads(2): 96.0, Threads(1): 50.0}, Threads(2)),
         ({Threads(8): 100.0, Threads(4): 200.0, Threads(2): 150.0}, Threads(4)),
-        ({Threads(2): 100.0, Threads(2, apart=True): 104.0}, Threads(2)),
+        ({Threads(2): 100.0, Threads(2, apart=True): 112.0}, Threads(2)),
+        ({Threads(2): 100.0, Threads(2, apart=True): 118.0}, Threads(2, apart=True)),
         ({Threads(2): 100.0, Threads(2, apart=True): 120.0, Threads(1): 90.0}, Threads(2, apart=True)),
     ],
 )
