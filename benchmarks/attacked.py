@@ -18,6 +18,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 60.0
 LIGHT = "/images?n=1&steps=1"
+"""What others ask for, who have another address than the attackers."""
 
 
 class Target(NamedTuple):
@@ -38,7 +39,8 @@ class Target(NamedTuple):
         headers: Mapping[str, str] | None = None,
     ) -> str:
         """The status of a response, and the beginning of an error's text; or how there was none."""
-        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", body, headers or {})
+        others = {"X-Forwarded-For": "192.0.2.1"} if path == LIGHT else {}
+        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", body, {**others, **(headers or {})})
         try:
             urllib.request.urlopen(request, timeout=timeout).read()
         except urllib.error.HTTPError as error:
