@@ -63,11 +63,11 @@ async def ask(url: str, clients: int, images: int, seconds: float) -> dict[str, 
     taken, outcomes, versions = list[float](), Counter[str](), Counter[str]()
     ends = time.perf_counter() + seconds
 
-    async def one(seed: int) -> None:
+    async def one() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             while (began := time.perf_counter()) < ends:
                 try:
-                    answer = await client.get("/images", params={"n": images, "seed": seed})
+                    answer = await client.get("/images", params={"n": images})  # no seed: the cache has none
                 except httpx.ConnectError:
                     outcomes["refused"] += 1
                     return
@@ -79,7 +79,7 @@ async def ask(url: str, clients: int, images: int, seconds: float) -> dict[str, 
                 versions[answer.headers.get("X-Model-Version", "")] += 1
 
     began = time.perf_counter()
-    await asyncio.gather(*map(one, range(clients)))
+    await asyncio.gather(*(one() for _ in range(clients)))
     elapsed = time.perf_counter() - began
     p50, p99 = np.quantile(taken, [0.5, 0.99]).tolist()
     rate = len(taken) / elapsed

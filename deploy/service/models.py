@@ -42,11 +42,11 @@ class Threads(NamedTuple):
     """How the CPU runs a model."""
 
     number: int
-    apart: bool = False
-    """Whether each has images of its own; else all compute the same images together."""
+    split: bool = False
+    """Whether a batch is split, and each thread runs the model on its part; else all threads share each operator."""
 
     def __str__(self) -> str:
-        return f"{counted(self.number, 'thread')}{' apart' if self.apart else ''}"
+        return f"{counted(self.number, 'thread')}{' on a split batch' if self.split else ''}"
 
 
 ONE = Threads(1)
@@ -133,9 +133,9 @@ class Model:
     def _use(self, threads: Threads) -> None:
         """Create the session of the loop."""
         self.threads = threads
-        own = 1 if threads.apart else threads.number
+        own = 1 if threads.split else threads.number
         self.session = runtime.session(self._loop.graph, 0 if self.device == "cuda" else None, own)
-        self._pool = ThreadPoolExecutor(threads.number, "images") if threads.apart else None
+        self._pool = ThreadPoolExecutor(threads.number, "images") if threads.split else None
         self._places = {
             each.name: "cuda" if place.name.lower() == "cuda" else "cpu"
             for each, place in zip(self.session.get_inputs(), self.session.get_input_memory_infos(), strict=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 import threading
 
 MAX_THREADS = 1024
@@ -22,8 +23,8 @@ def thread_count(text: str) -> int:
     return _integer(text, 0, f"must be from 0 to {MAX_THREADS} (got {text})", MAX_THREADS)
 
 
-def _integer(text: str, low: int, problem: str, high: int = 2**62) -> int:
-    if not text.isdecimal() or not low <= int(text[:20]) <= high:
+def _integer(text: str, low: int, problem: str, high: int = sys.maxsize) -> int:
+    if not text.isdecimal() or len(text) > 20 or not low <= int(text) <= high:
         raise argparse.ArgumentTypeError(problem)
     return int(text)
 

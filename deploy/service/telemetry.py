@@ -1,6 +1,6 @@
 """OpenTelemetry: a span for each request, with its time in the queue and each run of the model, and HTTP metrics.
 
-Imported only if OTEL_EXPORTER_OTLP_ENDPOINT is set. The standard variables configure it:
+Imported only if the environment names a collector. The standard variables configure it:
 https://opentelemetry.io/docs/languages/sdk-configuration/
 """
 

@@ -20,8 +20,8 @@ MAX_SECONDS = 1.0
 TOLERANCE = 0.95
 """The smallest number of threads with this fraction of the highest speed is used, as the rest of the service needs
 cores, too."""
-APART = 1.1
-"""How much faster threads apart must be, as one image has only one of them."""
+SPLIT_GAIN = 1.1
+"""How much faster a split batch must be, as a single image cannot be split."""
 
 
 class Loader:
@@ -55,7 +55,7 @@ class Loader:
 
 
 def measure(model: Model) -> dict[Threads, float]:
-    """Images per second and step, beginning with the threads of a model, then these apart, then fewer together."""
+    """Images per second and step: with the threads of a model, with as many on a split batch, then with fewer."""
     most = model.threads.number
     possible = int(SECONDS / 3 / (model.pace.seconds * model.evaluations(1)))
     batch = max(1, min(max(BATCH, most), possible))
@@ -63,23 +63,23 @@ def measure(model: Model) -> dict[Threads, float]:
     ends = time.perf_counter() + MAX_SECONDS
     rates = {model.threads: rate(model, batch, steps)}
     if 1 < most <= batch:
-        apart = Threads(most, apart=True)
-        rates[apart] = rate(model.with_threads(apart), batch, steps)
-    together = rates[model.threads]
+        split = Threads(most, split=True)
+        rates[split] = rate(model.with_threads(split), batch, steps)
+    fastest = rates[model.threads]
     for number in candidates(most, cores()):
         if time.perf_counter() > ends:
             break
         fewer = Threads(number)
         rates[fewer] = rate(model.with_threads(fewer), batch, steps)
-        if rates[fewer] < TOLERANCE * together:
+        if rates[fewer] < TOLERANCE * fastest:
             break  # still fewer would be slower still
-        together = max(together, rates[fewer])
+        fastest = max(fastest, rates[fewer])
     return rates
 
 
 def preferred(rates: dict[Threads, float]) -> Threads:
-    """The fewest threads that are about as fast as the fastest, together if apart is not clearly faster."""
-    compared = {threads: rate / APART if threads.apart else rate for threads, rate in rates.items()}
+    """The fewest threads that are about as fast as the fastest, on a split batch only if that is clearly faster."""
+    compared = {threads: rate / SPLIT_GAIN if threads.split else rate for threads, rate in rates.items()}
     return min(threads for threads, rate in compared.items() if rate >= TOLERANCE * max(compared.values()))
 
 

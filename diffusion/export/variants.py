@@ -34,7 +34,7 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 32, 16
 """Number and size of the calibration batches; the activations of one batch are in memory at a time."""
 PERCENTILE = 99.999
 """Activations are clipped at this percentile and its counterpart at the lower end."""
-MAX_SHARE = 0.002
+MAX_LAYER_LOSS = 0.002
 """Largest relative increase of the MSE by a single layer in 8 bits."""
 
 
@@ -80,13 +80,13 @@ def int8(denoiser: ModelProto, pairs: Pairs) -> ModelProto:
     """Static quantization of convolutions and matrix products to 8 bits (Jacob et al. 2018), calibrated on val pairs.
 
     Only products with weights are quantized, not those within attention, which were no faster. A layer whose
-    quantization alone increases the MSE of a block of val pairs by more than MAX_SHARE stays in float32: its inputs
-    have outliers.
+    quantization alone increases the MSE of a block of val pairs by more than MAX_LAYER_LOSS stays in float32: its
+    inputs have outliers.
     """
     weights = {weight.name for weight in denoiser.graph.initializer}
     products = (node for node in denoiser.graph.node if node.op_type in PRODUCTS)
     layers = [node.name for node in products if weights & {*node.input}]
-    calibration, allowed = _Calibration(denoiser, pairs), (1 + MAX_SHARE) * _block_mse(denoiser, pairs)
+    calibration, allowed = _Calibration(denoiser, pairs), (1 + MAX_LAYER_LOSS) * _block_mse(denoiser, pairs)
     with writing(Path(gettempdir())), TemporaryDirectory() as temporary, _quiet():
         whole = Path(temporary) / "denoiser.onnx"
         onnx.save_model(denoiser, whole)  # quantize_static would modify a graph in memory

@@ -36,9 +36,9 @@ def test_candidates(most: int, physical: int, expected: list[int]) -> None:
         ({Threads(4): 100.0, Threads(2): 60.0}, Threads(4)),
         ({Threads(4): 100.0, Threads(2): 96.0, Threads(1): 50.0}, Threads(2)),
         ({Threads(8): 100.0, Threads(4): 200.0, Threads(2): 150.0}, Threads(4)),
-        ({Threads(2): 100.0, Threads(2, apart=True): 112.0}, Threads(2)),
-        ({Threads(2): 100.0, Threads(2, apart=True): 118.0}, Threads(2, apart=True)),
-        ({Threads(2): 100.0, Threads(2, apart=True): 120.0, Threads(1): 90.0}, Threads(2, apart=True)),
+        ({Threads(2): 100.0, Threads(2, split=True): 112.0}, Threads(2)),
+        ({Threads(2): 100.0, Threads(2, split=True): 118.0}, Threads(2, split=True)),
+        ({Threads(2): 100.0, Threads(2, split=True): 120.0, Threads(1): 90.0}, Threads(2, split=True)),
     ],
 )
 def test_fewer_threads_are_preferred_if_they_are_about_as_fast(rates: dict[Threads, float], expected: Threads) -> None:
@@ -81,13 +81,13 @@ def test_this_machine(tmp_path: Path) -> None:
 def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, tested = list[Threads](), list[int]()
     speeds = {Threads(number): speed for number, speed in ((8, 10.0), (4, 20.0), (2, 30.0), (1, 5.0))}
-    speeds[Threads(8, apart=True)] = 15.0
+    speeds[Threads(8, split=True)] = 15.0
 
     def rate(model: Model, batch: int, steps: int) -> float:
         assert (batch, steps) == (8, 4)
         tried.append(model.threads)
         own = model.session.get_session_options().intra_op_num_threads
-        assert own == (1 if model.threads.apart else model.threads.number)
+        assert own == (1 if model.threads.split else model.threads.number)
         return speeds[tried[-1]]
 
     def check(session: ort.InferenceSession, _: dict[str, str]) -> golden.Outcome:
@@ -101,16 +101,16 @@ def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeyp
     monkeypatch.setattr(golden, "check", check)
     load = Loader("cpu", 0)
     first = load(content, "1", "ddpm")
-    order = [Threads(8), Threads(8, apart=True), Threads(4), Threads(2), Threads(1)]
+    order = [Threads(8), Threads(8, split=True), Threads(4), Threads(2), Threads(1)]
     assert (first.threads, tried, tested) == (Threads(2), order, [8, 2])
     assert first.summary.endswith(
-        "2 threads (images x steps/s: 10 with 8 threads, 15 with 8 threads apart, 20 with 4 threads, "
+        "2 threads (images x steps/s: 10 with 8 threads, 15 with 8 threads on a split batch, 20 with 4 threads, "
         "30 with 2 threads, 5 with 1 thread)"
     )
     assert load(content, "2", "ddpm").threads == Threads(2)
     assert len(tried) == 5
     speeds[Threads(4)] = 9.0
-    assert load(content, "1", "other").threads == Threads(8, apart=True)
+    assert load(content, "1", "other").threads == Threads(8, split=True)
     assert tried[5:] == order[:3]
     assert Loader("cpu", 3)(content, "1", "ddpm").threads == Threads(3)
     assert len(tried) == 8
@@ -128,7 +128,7 @@ def test_the_time_for_measurements_is_limited(content: bytes, monkeypatch: pytes
 
 def test_another_number_of_threads_makes_the_same_images(content: bytes) -> None:
     model = Model(content)
-    for other_threads in (Threads(2), Threads(2, apart=True)):
+    for other_threads in (Threads(2), Threads(2, split=True)):
         other = model.with_threads(other_threads)
         assert (model.threads, other.threads) == (Threads(1), other_threads)
         assert other.session is not model.session
@@ -137,10 +137,10 @@ def test_another_number_of_threads_makes_the_same_images(content: bytes) -> None
             assert np.abs(off).max() <= 1
 
 
-def test_threads_apart_compute_at_the_same_time(tmp_path: Path) -> None:
+def test_the_parts_of_a_split_batch_are_computed_at_the_same_time(tmp_path: Path) -> None:
     """Each has its share of the images, with the noise and the classes of these; a failure in one is raised."""
     path = write_model(tmp_path / "sampler.onnx", "ddpm", True)
-    model = Model(path.read_bytes(), threads=Threads(3, apart=True))
+    model = Model(path.read_bytes(), threads=Threads(3, split=True))
     shares, together = list[int](), threading.Barrier(3)
     run = model._run
 

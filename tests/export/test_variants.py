@@ -122,7 +122,7 @@ def test_layers_that_lose_much_stay_in_float32(monkeypatch: pytest.MonkeyPatch) 
 
 def test_if_all_layers_lose_too_much_none_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     model, step = parts(False)
-    monkeypatch.setattr(variants, "MAX_SHARE", -1)
+    monkeypatch.setattr(variants, "MAX_LAYER_LOSS", -1)
     assert variants.int8(step, pairs_of(model)) == step
 
 
