@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from diffusion.sections import LARGEST, OneOf, Section
@@ -28,8 +29,13 @@ class Parameter(NamedTuple):
         return ".".join(self.place)
 
 
-def parameters() -> Iterator[Parameter]:
+@cache  # the form asks for them once per section
+def parameters() -> tuple[Parameter, ...]:
     """All parameters, in the order of params.yaml; after a choice, the fields of its kinds."""
+    return tuple(_parameters())
+
+
+def _parameters() -> Iterator[Parameter]:
     defaults = Params().model_dump(mode="json")
     for name, field in Params.model_fields.items():
         if name in SECTIONS and not _choice(Params, name):
@@ -70,7 +76,14 @@ def takes(section: type[Section], name: str) -> str:
     mark = next((mark for mark in section.model_fields[name].metadata if isinstance(mark, OneOf)), None)
     if mark is not None:
         return " | ".join(mark.names)
-    return _takes(section.model_json_schema()["properties"][name])
+    return _takes(_properties(section)[name])
+
+
+@cache
+def _properties(section: type[Section]) -> Mapping[str, Any]:
+    """The JSON schemas of a section's fields."""
+    properties: Mapping[str, Any] = section.model_json_schema()["properties"]
+    return properties
 
 
 def plain(text: str) -> str:

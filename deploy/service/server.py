@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import signal
 import socket
+import struct
+import sys
 import time
 from collections import Counter
 from types import FrameType
@@ -189,6 +192,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve pending connections first: uvicorn drops those not yet accepted or whose request is in transit."""
+        for listener in sockets or []:
+            ignore_new(listener)
+        await asyncio.sleep(0.1)  # for connections that are being established
         accepted = list[socket.socket]()
         for listener in sockets or []:
             with contextlib.suppress(OSError):  # no more pending, or out of file descriptors
@@ -214,3 +220,21 @@ class Server(uvicorn.Server):
         """Close the connections whose clients neither send their request nor read their response."""
         for connection in self.server_state.connections:
             connection.transport.abort()
+
+
+def ignore_new(listener: socket.socket) -> None:
+    """Have Linux drop the SYN segments of new connections, which clients send again after a second.
+
+    It would accept connections until the listener is closed, and then reset those that nobody took from its queue,
+    with the requests that they carry.
+    """
+    if sys.platform != "linux":
+        return
+    # A classic BPF program: load byte 13 of the TCP header; if SYN (2) is set in it, drop the segment; else keep it.
+    program = [(0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 2**32 - 1)]
+    instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
+    attach_filter = 26  # SO_ATTACH_FILTER, which the module socket does not name
+    with contextlib.suppress(OSError):  # a sandbox may not have it
+        listener.setsockopt(
+            socket.SOL_SOCKET, attach_filter, struct.pack("HP", len(program), ctypes.addressof(instructions))
+        )

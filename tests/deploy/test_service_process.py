@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from deploy.service.__main__ import listen, main
+from deploy.service.server import ignore_new
 from tests.deploy.models import write_model
 from tests.deploy.registry import CHAMPION, Store, broken, changed
 from tests.deploy.services import INFER, REPOSITORY, running
@@ -35,6 +36,18 @@ def test_a_response_is_sent_without_delay() -> None:
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a socket filter of Linux")
+def test_connections_that_nobody_will_accept_are_not_made() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as early:
+        ignore_new(listener)
+        early.sendall(b"request")
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(7) == b"request"
+        with pytest.raises(TimeoutError):
+            socket.create_connection(listener.getsockname(), timeout=0.2)
 
 
 class Clients:

@@ -96,6 +96,7 @@ def test_the_best_number_is_measured_once_for_each_model(content: bytes, monkeyp
 
     monkeypatch.setattr(threads, "rate", rate)
     monkeypatch.setattr(threads, "SECONDS", 1000)
+    monkeypatch.setattr(threads, "MAX_SECONDS", 1000)
     monkeypatch.setattr(threads, "cpus", lambda: 8)
     monkeypatch.setattr(threads, "cores", lambda: 4)
     monkeypatch.setattr(golden, "check", check)
