@@ -79,6 +79,12 @@ def traced() -> Telemetry | None:
     return Telemetry()
 
 
+def refuse(line: str) -> int:
+    """Print why the service does not start; returns the exit status."""
+    print("error:", " ".join(line.split()), file=sys.stderr)
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.max_waiting < arguments.max_images:
@@ -91,29 +97,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         keys = required(arguments.keys, arguments.host)
     except KeysError as error:
-        print(f"error: --keys: {error}", file=sys.stderr)
-        return 1
+        return refuse(f"--keys: {error}")
     try:
         telemetry = traced()
     except (ImportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(str(error))
     logs.configure(arguments.log_format, telemetry.trace_id if telemetry else str)
     models = Models(Loader(arguments.device, arguments.threads))
     for text in arguments.model:
         try:
             models.add(text)
         except ModelError as error:
-            print(f"error: --model {text}: {error}", file=sys.stderr)
-            return 1
+            return refuse(f"--model {text}: {error}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
     try:
         listener = listen(arguments.host, arguments.port)
     except OSError as error:
         address = f"--host {arguments.host} --port {arguments.port}"
-        print(f"error: {address}: cannot listen ({error.strerror}); choose another host or port", file=sys.stderr)
-        return 1
+        return refuse(f"{address}: cannot listen ({error.strerror}); choose another host or port")
 
     metrics = Metrics(models)
     batcher = Batcher(

@@ -4,8 +4,17 @@ import argparse
 import re
 import sys
 import threading
+from typing import NoReturn
+from urllib.parse import urlsplit
 
 MAX_THREADS = 1024
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, even if a value has several."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))
 
 
 def positive_int(text: str) -> int:
@@ -42,13 +51,17 @@ def non_negative(text: str) -> float:
 
 def origin(text: str) -> str:
     """Parse an origin, or "*"."""
-    if text != "*" and not re.fullmatch(r"https?://[^/?#@\s]+", text):
+    try:
+        valid = text == "*" or (re.fullmatch(r"https?://[^/?#@\s]+", text) and urlsplit(text).port != 0)
+    except ValueError:  # not a port, or not an IPv6 address
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"must be https://HOST[:PORT], without a path, or * (got {text})")
     return text.lower()
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m deploy.service",
         description="Serve sampler.onnx models over HTTP: Open Inference Protocol v2, PNG images, and a browser page.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

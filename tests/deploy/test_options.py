@@ -14,6 +14,7 @@ from deploy.service.options import parser
         ("cache", "1.5", "--cache: must be 0 or a positive integer (got 1.5)"),
         ("max-images", "0", "--max-images: must be a positive integer (got 0)"),
         ("max-images", "9" * 30, f"--max-images: must be a positive integer (got {'9' * 30})"),
+        ("max-images", "1\n2", "--max-images: must be a positive integer (got 1 2)"),
         ("max-wait", "nan", "--max-wait: must be a non-negative number (got nan)"),
         (
             "cors",
