@@ -223,8 +223,17 @@ def test_without_its_keys_it_does_not_start(
 
 @pytest.mark.parametrize(
     "origin",
-    "page.example https://page.example/ https://page.example?a null ftp://page.example https://a:65536 https://a:b "
-    "https://a:0 https://[a".split(),
+    [
+        "page.example",
+        "https://page.example/",
+        "https://page.example?a",
+        "null",
+        "ftp://page.example",
+        "https://a:65536",
+        "https://a:b",
+        "https://a:0",
+        "https://[a",
+    ],
 )
 def test_wrong_origins(origin: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
