@@ -8,7 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import CANARY, Command, api, processes, state, task_states, trainings, wait_for
+from tests.e2e.conftest import CANARY, TINY, Command, api, processes, state, task_states, trainings, wait_for
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -85,15 +87,31 @@ class TwoRuns(NamedTuple):
     """A training that would have gone on for hours: cancelled."""
 
 
+@contextmanager
+def suspended(found: list[psutil.Process]) -> Iterator[None]:
+    """Have processes compute nothing in the meantime."""
+    try:
+        for process in found:
+            process.suspend()
+        yield
+    finally:
+        for process in found:
+            process.resume()
+
+
 @pytest.fixture(scope="module")
 def two_runs(services: Command, clone: Path) -> TwoRuns:
     ensure_up(services, clone)
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(services, *RUN, "--flow-run-name", "long", *LONG)
         try:
-            first = services(*RUN, "--flow-run-name", "first")
-            assert trainings(clone) != []  # another one was running, and its checkpoints are its own
-            wait_for(lambda: max(checkpoints(clone), default=0) > 0, 120)
+            running = pool.submit(services, *RUN, "--flow-run-name", "first")
+            wait_for(lambda: max(checkpoints(clone), default=0) > TINY["train"]["steps"], 180)
+            training = trainings(clone / ".ddpm/runs/long")
+            assert training != []
+            with suspended(training):  # it remains another run's training, and leaves the cores to this one
+                first = running.result()
+                assert all(process.is_running() for process in training)
         finally:
             cancelled = services("prefect", "flow-run", "cancel", flow_run_id(clone, "long"))
         assert cancelled.returncode == 0, cancelled.stdout
