@@ -8,9 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,20 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import CANARY, TINY, Command, api, processes, state, task_states, trainings, wait_for
+from tests.e2e.conftest import (
+    CANARY,
+    TINY,
+    Command,
+    api,
+    checkpoints,
+    flow_run_id,
+    processes,
+    state,
+    suspended,
+    task_states,
+    trainings,
+    wait_for,
+)
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -34,16 +45,6 @@ def summary(clone: Path, name: str) -> dict[str, str]:
     """What became of each stage of a run."""
     content = json.loads((clone / ".ddpm" / "runs" / name / "summary.json").read_text())
     return {stage["stage"]: stage["outcome"] for stage in content["stages"]}
-
-
-def flow_run_id(clone: Path, name: str) -> str:
-    found: str = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
-    return found
-
-
-def checkpoints(clone: Path) -> list[int]:
-    """The steps of those there are."""
-    return [int(path.stem) for path in (clone / ".ddpm" / "checkpoints").glob("*/*.safetensors")]
 
 
 def resumed(clone: Path, pool: ThreadPoolExecutor, run: Command, name: str) -> Future[subprocess.CompletedProcess[str]]:
@@ -85,18 +86,6 @@ class TwoRuns(NamedTuple):
     """With the repository's parameters, to completion."""
     long: subprocess.CompletedProcess[str]
     """A training that would have gone on for hours: cancelled."""
-
-
-@contextmanager
-def suspended(found: list[psutil.Process]) -> Iterator[None]:
-    """Have processes compute nothing in the meantime."""
-    try:
-        for process in found:
-            process.suspend()
-        yield
-    finally:
-        for process in found:
-            process.resume()
 
 
 @pytest.fixture(scope="module")
