@@ -196,3 +196,16 @@ def suspended(found: list[psutil.Process]) -> Iterator[None]:
     finally:
         for process in found:
             process.resume()
+
+
+def artifact(run: Command, key: str) -> str:
+    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
+    return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; none of a folder, or if a service has just deleted it."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        return b""

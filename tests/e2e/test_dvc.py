@@ -67,6 +67,8 @@ def test_a_second_time_nothing_has_changed(tree: Path) -> None:
 def test_the_stages_by_themselves_give_the_same_bytes(tree: Path, digits_tree: Path) -> None:
     for file in ("params.yaml", "model-card.md", "data/licenses.yaml"):
         shutil.copy(tree / file, digits_tree / file)
+    features = Path(".ddpm/features")  # that they are trained alike is shown in tests/evaluation/test_features.py
+    shutil.copytree(tree / features, digits_tree / features)
     run_stages(digits_tree, *STAGES)
     outputs = ("data/shards", "data/pairs", "models", "reports")
     made = trees.digests(digits_tree, *outputs)

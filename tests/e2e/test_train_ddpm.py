@@ -23,7 +23,9 @@ from tests.e2e.conftest import (
     TINY,
     Command,
     api,
+    artifact,
     checkpoints,
+    content,
     flow_run_id,
     processes,
     state,
@@ -72,11 +74,6 @@ def ensure_up(run: Command, clone: Path) -> None:
 def up(services: Command, clone: Path) -> Command:
     ensure_up(services, clone)
     return services
-
-
-def artifact(run: Command, key: str) -> str:
-    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
-    return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
 
 
 class TwoRuns(NamedTuple):
@@ -130,14 +127,6 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
     table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
-
-
-def content(path: Path) -> bytes:
-    """The bytes of a file; none of a folder, or if a service has just deleted it."""
-    try:
-        return path.read_bytes() if path.is_file() else b""
-    except FileNotFoundError:
-        return b""
 
 
 def test_secrets_are_in_no_output_and_no_file(two_runs: TwoRuns, up: Command, clone: Path) -> None:
