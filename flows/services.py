@@ -24,7 +24,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from diffusion.errors import SystemFault, UserError, without_secrets
 from diffusion.storage.files import write_atomic, write_json
-from flows import addresses, deployment, http, processes
+from flows import addresses, deployment, http, mlflow_pages, processes, yaml_files
 from flows.environment import setting
 from flows.paths import Paths
 
@@ -176,14 +176,13 @@ def up(services: Services) -> None:
 
 def _finish(services: Services) -> None:
     """Deploy the flows, and say what to open and what to type next."""
-    from flows import params  # late: they import torch, for which no other command needs to wait
-    from flows.tracking import pages
-
     deployment.deploy(services)
     _configure_prefect(services)
-    page = pages.experiments(services.mlflow)
-    with suppress(UserError):  # a training will report what is wrong with the parameters
-        page = pages.runs_of(services.mlflow, params.load(Paths(services.root).params).tracking.experiment)
+    page = mlflow_pages.experiments(services.mlflow)
+    with suppress(UserError, LookupError, TypeError):  # a training will report what is wrong with the parameters
+        # Not by flows/params.py: it imports torch, which takes seconds.
+        experiment = yaml_files.read_yaml(Paths(services.root).params)["tracking"]["experiment"]
+        page = mlflow_pages.runs_of(services.mlflow, str(experiment))
     activated = os.environ.get("VIRTUAL_ENV") == sys.prefix
     activate = "" if activated else f". {os.path.relpath(sys.prefix)}/bin/activate; "
     print(f"Prefect  {services.prefect}\nMLflow   {page}\ntrain    {activate}prefect deployment run train-ddpm --watch")

@@ -1,18 +1,24 @@
 """benchmarks/choosing.py: its variants, its runs, and the page made from its results."""
 
+import io
 import json
 import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from diffusion.errors import UserError
+from diffusion.evaluation import features
 from diffusion.process.schedule import SCHEDULES
 from diffusion.process.timesteps import TIMESTEPS
 from diffusion.process.weighting import WEIGHTINGS
@@ -23,7 +29,6 @@ from flows.params import Params
 from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
-COMMAND = (sys.executable, "benchmarks/choosing.py")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -259,14 +264,23 @@ def test_the_committed_page_is_up_to_date(page: Any) -> None:
 
 
 def choose(*arguments: str | Path) -> str:
-    """Run the script, which must succeed; returns its output."""
-    done = subprocess.run((*COMMAND, *arguments), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run the script in this process, where it must succeed; returns its output."""
+    threads, out = torch.get_num_threads(), io.StringIO()
+    try:
+        with patch.object(sys, "argv", ["choosing.py", *map(str, arguments)]), redirect_stdout(out):
+            assert import_module("choosing").main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    return out.getvalue()
 
 
-@pytest.mark.slow  # starts processes
-def test_interrupted_training_goes_on(tmp_path: Path) -> None:
+def test_interrupted_training_goes_on(
+    tmp_path: Path, digits_tree: Path, training: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees.change(digits_tree, trees.TINY)
+    monkeypatch.setattr(training, "ROOT", digits_tree)
+    monkeypatch.setattr(features, "STEPS", 20)
+    monkeypatch.setattr(import_module("choices.results"), "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     out = tmp_path / "choosing.jsonl"
     given = (
         "train",
@@ -302,7 +316,9 @@ def test_samples_are_measured_once(whole_tree: Path, tmp_path: Path) -> None:
     shutil.copytree(whole_tree, tree)
     trees.change(tree, {"sample": {"steps": 3}})
     given = ("sample", "--tree", tree, "--data", "tiny", "--samples", "40", "--jobs", "1", "--out", out)
-    choose(*given, "--seeds", "0", "--only", "sampler", "--steps", "5")
+    command = (sys.executable, "benchmarks/choosing.py", *given, "--seeds", "0", "--only", "sampler", "--steps", "5")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     evaluations = {(row["change"].get("sampler"), row["change"].get("steps")): row["evaluations"] for row in rows}
     assert evaluations[None, None] == 3

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.errors import counted
+from flows import mlflow_pages as pages
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import pages
 from flows.tracking.names import HIDDEN
 from flows.tracking.results import Results
 

@@ -14,10 +14,11 @@ from ruamel.yaml import YAML
 from diffusion.errors import UserError, without_secrets
 from diffusion.progress import say
 from flows import addresses, dvc_yaml
+from flows import mlflow_pages as pages
 from flows.pages import contents
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import champion, description, lineage, names, pages, registry, results, store
+from flows.tracking import champion, description, lineage, names, registry, results, store
 from flows.tracking.results import Evaluation, Results
 from flows.tracking.starting import FLOW_RUN, flow_run, start
 from flows.tracking.store import FINGERPRINT, WEIGHTS, Store, TrackedRun

@@ -18,9 +18,10 @@ from PIL import Image
 
 from diffusion.errors import UserError
 from diffusion.progress import say
+from flows import mlflow_pages as pages
 from flows.params import Params
 from flows.paths import Paths
-from flows.tracking import names, pages
+from flows.tracking import names
 
 if TYPE_CHECKING:  # importing mlflow takes a second or more: only where something is logged
     from mlflow import MlflowClient

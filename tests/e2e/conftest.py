@@ -1,11 +1,13 @@
 """A copy of the repository with tiny parameters, and its services on free ports, for all end-to-end tests."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,38 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.2)
+
+
+def flow_run_id(clone: Path, name: str) -> str:
+    found: str = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
+    return found
+
+
+def checkpoints(clone: Path) -> list[int]:
+    """The steps of those there are."""
+    return [int(path.stem) for path in (clone / ".ddpm" / "checkpoints").glob("*/*.safetensors")]
+
+
+@contextmanager
+def suspended(found: list[psutil.Process]) -> Iterator[None]:
+    """Have processes compute nothing in the meantime."""
+    try:
+        for process in found:
+            process.suspend()
+        yield
+    finally:
+        for process in found:
+            process.resume()
+
+
+def artifact(run: Command, key: str) -> str:
+    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
+    return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; none of a folder, or if a service has just deleted it."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        return b""

@@ -18,7 +18,22 @@ import pytest
 from flows import http, workspace
 from flows.services import Services
 from tests.conftest import run_stages
-from tests.e2e.conftest import CANARY, Command, api, processes, state, task_states, trainings, wait_for
+from tests.e2e.conftest import (
+    CANARY,
+    TINY,
+    Command,
+    api,
+    artifact,
+    checkpoints,
+    content,
+    flow_run_id,
+    processes,
+    state,
+    suspended,
+    task_states,
+    trainings,
+    wait_for,
+)
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
@@ -32,16 +47,6 @@ def summary(clone: Path, name: str) -> dict[str, str]:
     """What became of each stage of a run."""
     content = json.loads((clone / ".ddpm" / "runs" / name / "summary.json").read_text())
     return {stage["stage"]: stage["outcome"] for stage in content["stages"]}
-
-
-def flow_run_id(clone: Path, name: str) -> str:
-    found: str = json.loads((clone / ".ddpm" / "runs" / name / "run.json").read_text())["flow_run_id"]
-    return found
-
-
-def checkpoints(clone: Path) -> list[int]:
-    """The steps of those there are."""
-    return [int(path.stem) for path in (clone / ".ddpm" / "checkpoints").glob("*/*.safetensors")]
 
 
 def resumed(clone: Path, pool: ThreadPoolExecutor, run: Command, name: str) -> Future[subprocess.CompletedProcess[str]]:
@@ -71,11 +76,6 @@ def up(services: Command, clone: Path) -> Command:
     return services
 
 
-def artifact(run: Command, key: str) -> str:
-    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
-    return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
-
-
 class TwoRuns(NamedTuple):
     """What became of two runs that were started at once."""
 
@@ -91,9 +91,13 @@ def two_runs(services: Command, clone: Path) -> TwoRuns:
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(services, *RUN, "--flow-run-name", "long", *LONG)
         try:
-            first = services(*RUN, "--flow-run-name", "first")
-            assert trainings(clone) != []  # another one was running, and its checkpoints are its own
-            wait_for(lambda: max(checkpoints(clone), default=0) > 0, 120)
+            running = pool.submit(services, *RUN, "--flow-run-name", "first")
+            wait_for(lambda: max(checkpoints(clone), default=0) > TINY["train"]["steps"], 180)
+            training = trainings(clone / ".ddpm/runs/long")
+            assert training != []
+            with suspended(training):  # it remains another run's training, and leaves the cores to this one
+                first = running.result()
+                assert all(process.is_running() for process in training)
         finally:
             cancelled = services("prefect", "flow-run", "cancel", flow_run_id(clone, "long"))
         assert cancelled.returncode == 0, cancelled.stdout
@@ -123,14 +127,6 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
     table = up("ddpm", "summary").stdout
     assert "held-out MSE" in table
     assert (clone / ".ddpm/runs/first/models/onnx/denoiser.onnx").is_file()
-
-
-def content(path: Path) -> bytes:
-    """The bytes of a file; none of a folder, or if a service has just deleted it."""
-    try:
-        return path.read_bytes() if path.is_file() else b""
-    except FileNotFoundError:
-        return b""
 
 
 def test_secrets_are_in_no_output_and_no_file(two_runs: TwoRuns, up: Command, clone: Path) -> None:

@@ -58,3 +58,14 @@ def repository(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> P
     new_repository(directory, root)
     monkeypatch.chdir(directory)
     return directory
+
+
+def save(place: Path) -> None:
+    """Copy a repository, so that tests can restore it."""
+    shutil.copytree(place, place.with_name("copy"), symlinks=True)
+
+
+def restore(place: Path) -> None:
+    """Undo what a test did to a repository. It stays where it was made, since its files contain its path."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(place.with_name("copy"), place, symlinks=True)

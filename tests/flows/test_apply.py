@@ -10,15 +10,15 @@ import pytest
 from diffusion.errors import UserError
 from flows import apply, dvc_stage, params, workspace
 from flows.__main__ import main
-from tests.flows.conftest import git, new_repository
+from tests.flows.conftest import git, new_repository, restore, save
 
 pytestmark = pytest.mark.slow
 FILES = ("params.yaml", "dvc.lock")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Path]:
-    """A repository with a committed dvc.lock and the workspace of a finished run with 5 steps, and a pristine copy."""
+def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A repository with a committed dvc.lock and the workspace of a finished run with 5 steps."""
     place = tmp_path_factory.mktemp("apply") / "place"
     place.mkdir()
     new_repository(place, root)
@@ -29,18 +29,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path
         with workspace.use("one", "id", workspace.document(None, {"train": {"steps": 5}})) as directory:
             for stage in ("shard", "train"):
                 dvc_stage.run(stage, directory, print)
-    copy = place.with_name("copy")
-    shutil.copytree(place, copy, symlinks=True)
-    return place, copy
+    save(place)
+    return place
 
 
 @pytest.fixture
-def run(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workspace of the run, in a restored repository that is the working directory."""
-    place, copy = finished
-    shutil.rmtree(place)
-    shutil.copytree(copy, place, symlinks=True)
-    monkeypatch.chdir(place)
+    restore(finished)
+    monkeypatch.chdir(finished)
     return workspace.find("one")
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from contextlib import chdir
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from diffusion.storage.files import write_json
 from flows import distill_ddpm, dvc_lock, dvc_stage, params, pipeline, summary, teacher, workspace, yaml_files
 from flows.__main__ import main
 from flows.changes import lay_over
-from tests.flows.conftest import git
+from tests.flows.conftest import git, new_repository, restore, save
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +50,29 @@ file.write_text(figures if file.suffix == ".json" else f"student of {teacher}")
 """
 
 
-@pytest.fixture
-def trained(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """A repository with a finished run `teach` of 5 steps, whose params.yaml has changed since."""
-    Path("distill").mkdir()
-    Path("distill/dvc.yaml").write_text(DVC_YAML)
-    Path("student.py").write_text(STUDENT_PY)
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "distillation")
+    directory = tmp_path_factory.mktemp("distill") / "a földer"
+    new_repository(directory, root)
+    with chdir(directory):
+        Path("distill").mkdir()
+        Path("distill/dvc.yaml").write_text(DVC_YAML)
+        Path("student.py").write_text(STUDENT_PY)
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "distillation")
+        train("teach", {"train": {"steps": 5}, "distill": {"steps": 11}})
+        change({"train": {"steps": 6}, "distill": {"steps": 7}})
+    save(directory)
+    return directory
+
+
+@pytest.fixture
+def trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is restored and the working directory."""
+    restore(place)
+    monkeypatch.chdir(place)
     monkeypatch.setattr(pipeline, "_track", lambda *_: None)
-    train("teach", {"train": {"steps": 5}, "distill": {"steps": 11}})
-    change({"train": {"steps": 6}, "distill": {"steps": 7}})
-    return repository
 
 
 def train(name: str, changes: dict[str, Any]) -> Path:
@@ -130,12 +143,11 @@ def test_results_are_copied_where_they_cannot_be_linked(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("trained")
 def test_by_default_the_training_that_ended_last_is_distilled(capsys: pytest.CaptureFixture[str]) -> None:
-    later = train("later", {})
-    crashed = train("crashed", {})
-    replace(workspace.Run.read(crashed), state="crashed").write(crashed)
-    student = train("stu", {})
-    replace(workspace.Run.read(student), teacher="teach").write(student)
-    assert teacher.find(None).name == later.name
+    for name, changes in (("later", {}), ("crashed", {"state": "crashed"}), ("stu", {"teacher": "teach"})):
+        shutil.copytree(RUNS / "teach", RUNS / name, symlinks=True)
+        made = replace(workspace.Run.read(RUNS / name), name=name, ended=datetime.now(UTC).isoformat())
+        replace(made, **changes).write(RUNS / name)
+    assert teacher.find(None).name == "later"
     for directory in RUNS.glob("[!.]*"):
         shutil.rmtree(directory)
     assert distill_ddpm.main([]) == 1

@@ -179,7 +179,7 @@ def test_a_preset_is_written_and_taken_back(
     ("text", "message"),
     [
         ("seed: [", "not valid YAML"),
-        ("seed: " + 5000 * "[", "nested too deeply"),
+        ("seed: " + 1000 * "[", "nested too deeply"),
         ("- 1\n", "expected sections with fields, found a list"),
         ("5\n", "expected sections with fields, found 5"),
         ("", "expected sections with fields, found nothing"),

@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
 from flows import dvc_stage, workspace, yaml_files
-from tests.flows.conftest import git
+from tests.flows.conftest import git, new_repository, restore, save
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +36,26 @@ def forget_everything() -> None:
         shutil.rmtree(path)
 
 
-@pytest.fixture
-def committed(repository: Path) -> bytes:
-    """A lock file committed with the repository; training gives different bytes every time."""
-    with (repository / "stage.py").open("a") as stage:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A repository with a committed lock file; training gives different bytes every time."""
+    directory = tmp_path_factory.mktemp("repro") / "a földer"
+    new_repository(directory, root)
+    with (directory / "stage.py").open("a") as stage:
         stage.write(OTHER_BYTES)
-    workspace.dvc(Path(), "repro")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "lock")
+    workspace.dvc(directory, "repro")
+    with chdir(directory):
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "lock")
+    save(directory)
+    return directory
+
+
+@pytest.fixture
+def committed(place: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The lock file of this repository, which is restored and the working directory."""
+    restore(place)
+    monkeypatch.chdir(place)
     return LOCK.read_bytes()
 
 

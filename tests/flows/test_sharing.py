@@ -1,5 +1,6 @@
 """Machines that share git, a DVC remote and MLflow, and no folder."""
 
+import shutil
 import subprocess
 from contextlib import chdir
 from pathlib import Path
@@ -12,7 +13,7 @@ from flows import dvc_stage, pipeline, published, teacher, workspace
 from flows.__main__ import main
 from flows.environment import PUSH
 from flows.tracking import names
-from tests.flows.conftest import git, new_repository
+from tests.flows.conftest import git, new_repository, restore, save
 from tests.flows.test_distill_ddpm import DVC_YAML, STUDENT_PY
 
 pytestmark = pytest.mark.slow
@@ -21,16 +22,41 @@ CHANGES = {"train": {"steps": 5}}
 RESULT = "models/ddpm/result"
 
 
-@pytest.fixture
-def origin(tmp_path: Path, root: Path) -> Path:
-    """A bare repository that names a DVC remote."""
-    (first := tmp_path / "first").mkdir()
+def bare(place: Path, root: Path) -> Path:
+    """A new bare repository that names a DVC remote."""
+    (first := place / "first").mkdir(parents=True)
     new_repository(first, root)
     with chdir(first):
-        workspace.dvc(Path(), "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+        workspace.dvc(Path(), "remote", "add", "--default", "storage", str(place / "storage"))
         git("commit", "--quiet", "--all", "--message", "remote")
-    git("clone", "--quiet", "--bare", str(first), str(tmp_path / "origin.git"))
-    return tmp_path / "origin.git"
+    git("clone", "--quiet", "--bare", str(first), str(place / "origin.git"))
+    return place / "origin.git"
+
+
+@pytest.fixture
+def origin(tmp_path: Path, root: Path) -> Path:
+    return bare(tmp_path, root)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A folder with such a repository, and with the machine `a`, on which the run `one` was made and pushed."""
+    place = tmp_path_factory.mktemp("sharing") / "place"
+    run(clone(bare(place, root), "a"), "one")
+    save(place)
+    return place
+
+
+@pytest.fixture
+def one(shared: Path) -> Path:
+    """The workspace of this run, after what other tests did was undone."""
+    restore(shared)
+    return shared / "a/.ddpm/runs/one"
+
+
+def origin_of(directory: Path) -> Path:
+    """The repository of which a machine with this workspace has a clone."""
+    return directory.parents[3] / "origin.git"
 
 
 def clone(origin: Path, name: str) -> Path:
@@ -114,45 +140,52 @@ def recorded(directory: Path, files: tuple[str, ...] = ("dvc.lock", "params.yaml
     client.set_terminated(found.info.run_id, status)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
+    database = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def store(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(template, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.mark.usefixtures("store")
-def test_a_run_is_fetched_and_applied(origin: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _, _ = run(clone(origin, "a"), "one")
-    recorded(first)
-    user = clone(origin, "b")
+def test_a_run_is_fetched_and_applied(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(one)
+    user = clone(origin_of(one), "b")
     git("-C", str(user), "commit", "--quiet", "--allow-empty", "--message", "later")
     with chdir(user):
         assert main(["fetch", "one"]) == 0
         said = capsys.readouterr().out
         assert said.endswith("Fetched run one: the outputs of shard, train, in .ddpm/runs/one\n")
-        ran, here = workspace.Run.read(Path(".ddpm/runs/one")), workspace.Run.read(first)
+        ran, here = workspace.Run.read(Path(".ddpm/runs/one")), workspace.Run.read(one)
         assert (ran.flow_run_id, ran.git_revision, ran.state) == ("id-one", here.git_revision, "completed")
         assert ran.created <= ran.ended
-        assert Path(".ddpm/runs/one", RESULT).read_bytes() == (first / RESULT).read_bytes()
+        assert Path(".ddpm/runs/one", RESULT).read_bytes() == (one / RESULT).read_bytes()
         assert main(["apply", "one"]) == 0
-        assert Path(RESULT).read_bytes() == (first / RESULT).read_bytes()
+        assert Path(RESULT).read_bytes() == (one / RESULT).read_bytes()
         assert "are up to date" in workspace.dvc(Path(), "repro")
         assert main(["fetch", "one"]) == 1
         assert "run 'one': already here; `ddpm apply one`" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("store")
-def test_a_worker_fetches_the_teacher_of_a_distillation(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _, _ = run(clone(origin, "a"), "one")
-    recorded(first)
-    with chdir(clone(origin, "b")):
+def test_a_worker_fetches_the_teacher_of_a_distillation(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(one)
+    with chdir(clone(origin_of(one), "b")):
         with pytest.raises(UserError, match="run 'one': not found; there are no runs yet"):
             teacher.find("one")
         monkeypatch.setenv(PUSH, "true")
         with pytest.raises(UserError, match=r"no run of train-ddpm has completed here yet.*-p run=NAME takes one"):
             teacher.find(None)
-        assert (teacher.find("one") / RESULT).read_bytes() == (first / RESULT).read_bytes()
+        assert (teacher.find("one") / RESULT).read_bytes() == (one / RESULT).read_bytes()
 
 
 @pytest.mark.usefixtures("store")
@@ -197,10 +230,9 @@ def test_a_distillation_is_fetched_with_its_teacher(
 
 
 @pytest.mark.usefixtures("store")
-def test_runs_that_cannot_be_fetched(origin: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _, _ = run(clone(origin, "a"), "one")
-    with chdir(clone(origin, "b")):
-        recorded(first, status="FAILED")
+def test_runs_that_cannot_be_fetched(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chdir(clone(origin_of(one), "b")):
+        recorded(one, status="FAILED")
 
         def refused() -> str:
             assert main(["fetch", "one"]) == 1
@@ -211,20 +243,20 @@ def test_runs_that_cannot_be_fetched(origin: Path, capsys: pytest.CaptureFixture
             return error
 
         assert "run 'one': neither here nor completed in MLflow (sqlite:///" in refused()
-        recorded(first, ("params.yaml",))
+        recorded(one, ("params.yaml",))
         assert "run 'one': MLflow has no dvc.lock of it" in refused()
-        ran = workspace.Run.read(first)
-        workspace.replace(ran, git_revision="0" * 40).write(first)
-        recorded(first)
+        ran = workspace.Run.read(one)
+        workspace.replace(ran, git_revision="0" * 40).write(one)
+        recorded(one)
         assert "git fetch: " in refused()
-        workspace.replace(ran, git_revision="--upload-pack=touch ran;").write(first)  # as anybody can write in MLflow
-        recorded(first)
+        workspace.replace(ran, git_revision="--upload-pack=touch ran;").write(one)  # as anybody can write in MLflow
+        recorded(one)
         assert "MLflow does not know its commit" in refused()
         assert main(["fetch", "../one"]) == 1
         assert "run '../one': not the name of a flow run" in capsys.readouterr().err
-        ran.write(first)
-        recorded(first)
-        for file in origin.with_name("storage").rglob("*"):
+        ran.write(one)
+        recorded(one)
+        for file in origin_of(one).with_name("storage").rglob("*"):
             if file.is_file():
                 file.unlink()
         assert "dvc pull" in refused()

@@ -6,9 +6,10 @@ import re
 import pytest
 from mlflow import MlflowClient
 
+from flows import mlflow_pages as pages
 from flows import tracking
 from flows.paths import Paths
-from flows.tracking import names, pages
+from flows.tracking import names
 from tests.flows.tracking.trees import PARAMS, changed, client_of, content, everything, runs_of, write_all
 
 NOTE = "mlflow.note.content"
