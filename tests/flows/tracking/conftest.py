@@ -1,24 +1,38 @@
 """Fixtures: a working tree with a separate MLflow store."""
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy import Engine, event
 
 from flows.paths import Paths
 from flows.tracking import store
+from tests import sharing
 from tests.flows.tracking.trees import write_tree
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: its migrations take a second, so that tests copy it."""
-    database = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
+@pytest.fixture(scope="session")
+def template() -> Path:
+    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
+    return sharing.once("mlflow.db", lambda database: MlflowClient(f"sqlite:///{database}").search_experiments())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commits_without_waiting_for_the_disk() -> Iterator[None]:
+    """No test here loses power; recording a run makes 150 commits."""
+
+    def set_up(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", set_up)
+    yield
+    event.remove(Engine, "connect", set_up)
 
 
 @pytest.fixture(autouse=True)
