@@ -1,6 +1,5 @@
 """Fixtures: a working tree with a separate MLflow store."""
 
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,12 @@ import pytest
 from mlflow import MlflowClient
 from sqlalchemy import Engine, event
 
+from flows import tracking
 from flows.paths import Paths
 from flows.tracking import store
 from tests import sharing
-from tests.flows.tracking.trees import write_tree
+from tests.flows.tracking.kept import keep, new_tree, restore
+from tests.flows.tracking.trees import PARAMS, write_all
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +47,20 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def paths(tmp_path: Path, template: Path) -> Paths:
     """A working tree with an MLflow database and no results."""
-    paths = Paths(tmp_path / "tree")
-    paths.state.mkdir(parents=True)
-    shutil.copyfile(template, paths.mlflow_database)
-    write_tree(paths)
+    return new_tree(tmp_path / "tree", template)
+
+
+@pytest.fixture(scope="module")
+def _taught(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Paths:
+    paths = new_tree(tmp_path_factory.mktemp("taught") / "tree", template)
+    write_all(paths)
+    assert tracking.record(PARAMS, paths) is not None
+    keep(paths)
     return paths
+
+
+@pytest.fixture
+def taught(_taught: Paths) -> Paths:
+    """A working tree with a recorded training, for students."""
+    restore(_taught)
+    return _taught
