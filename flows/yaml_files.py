@@ -162,7 +162,8 @@ def parse(text: str, path: Path) -> Any:
     """Parse the text of a YAML file, or of a part of the file `path`, like `read_yaml`; raises UserError."""
     try:
         document = _yaml().load(text)
-        tags = [event.tag for event in _yaml().parse(text) if isinstance(event, ScalarEvent | CollectionStartEvent)]
+        events = _yaml().parse(text) if "!" in text else []  # parsed again only where there may be tags
+        tags = [event.tag for event in events if isinstance(event, ScalarEvent | CollectionStartEvent)]
     except (YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML{_where(error)}; correct it") from None
     except RecursionError:

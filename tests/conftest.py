@@ -8,16 +8,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import webdataset
-from filelock import FileLock
 
 from flows import params as parameters
 from flows.params import Params
 from flows.tracking import store
+from tests import sharing
 from tests.training import trees
 
 ROOT = Path(__file__).parents[1]
@@ -79,16 +78,15 @@ def digits_tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    sharing.use(tmp_path_factory)
+
+
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A directory that the first worker creates, while the others wait."""
-    base = factory.getbasetemp()
-    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{made}.lock"):
-        if not made.exists():
-            with TemporaryDirectory(dir=made.parent) as unfinished:
-                make(Path(unfinished) / name)
-                (Path(unfinished) / name).rename(made)
-    return made
+    sharing.use(factory)
+    return sharing.once(name, make)
 
 
 @pytest.fixture(scope="session")

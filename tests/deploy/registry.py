@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 from mlflow import MlflowClient
@@ -13,6 +12,7 @@ from mlflow import MlflowClient
 from deploy.service.models import Model
 from deploy.service.served import Load, Models, Served
 from diffusion.export import digest, metadata
+from tests import sharing
 
 CHAMPION = "models:/ddpm@champion"
 GOLDEN = {"seed": 0, "batch": 2, "output": "images", "sha256": "", "every": 10**9, "tolerance": 1, "share": 1}
@@ -41,9 +41,8 @@ def malformed(content: bytes) -> bytes:
 @cache
 def database() -> bytes:
     """An MLflow database with the registered model `ddpm`; to create its tables takes seconds."""
-    with TemporaryDirectory() as directory:
-        MlflowClient(f"sqlite:///{directory}/mlflow.db").create_registered_model("ddpm")
-        return (Path(directory) / "mlflow.db").read_bytes()
+    made = sharing.once("registry.db", lambda path: MlflowClient(f"sqlite:///{path}").create_registered_model("ddpm"))
+    return made.read_bytes()
 
 
 class Store:

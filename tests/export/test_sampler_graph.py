@@ -19,6 +19,7 @@ from diffusion.process.build import ProcessOptions
 from diffusion.sampling import build as sampling
 from diffusion.sampling.build import SampleOptions
 from diffusion.sampling.sampler import sample
+from tests import sharing
 from tests.nn.networks import NUM_CLASSES, network, options, randomize
 from tests.process import fakes
 from tests.rounding import assert_rounds_alike
@@ -45,7 +46,10 @@ def parts(classes: bool) -> tuple[Model, onnx.ModelProto]:
         x_0_mse=X_0_MSE,
     )
     model = Model(net, build.process(process), config)
-    return model, denoiser.to_onnx(model, opset=20)
+    content = sharing.content(
+        f"denoiser-{classes}.onnx", lambda: denoiser.to_onnx(model, opset=20).SerializeToString(deterministic=True)
+    )
+    return model, onnx.ModelProto.FromString(content)
 
 
 def session(graph: onnx.ModelProto) -> ort.InferenceSession:
@@ -153,11 +157,11 @@ def test_the_weights_are_in_the_loop_and_nowhere_else() -> None:
 
 
 def test_the_same_bytes_twice() -> None:
+    """Those of the denoiser: test_variants.py."""
     model, step = parts(False)
     settings = fakes.options(sampler="ddim", threshold="clip")
     first, second = (
-        sampler_graph.to_onnx(each, model, settings).SerializeToString(deterministic=True)
-        for each in (step, denoiser.to_onnx(model, opset=20))
+        sampler_graph.to_onnx(step, model, settings).SerializeToString(deterministic=True) for _ in range(2)
     )
     assert first == second
 

@@ -18,11 +18,13 @@ pytestmark = pytest.mark.slow
 
 SHAPE = (3, 7, 10)
 CASES = [("unet", "add", False), ("unet", "film", True), ("uvit", "token", True), ("uvit", "adaln", True)]
+SMALL = {"film": {"channel_multipliers": [1], "attention_levels": [0]}}
+"""Two levels with film are in export/test_sampler_graph.py."""
 
 
 @pytest.mark.parametrize(("kind", "conditioning", "classes"), CASES)
 def test_onnx_runtime_agrees_with_torch_at_any_batch_size(kind: str, conditioning: str, classes: bool) -> None:
-    changes = {"classes": classes, "patch_size": 2}
+    changes = {"classes": classes, "patch_size": 2} | SMALL.get(conditioning, {})
     net = randomize(network(SHAPE, kind, conditioning, learned_variance=classes, **changes))
     process = ProcessOptions.model_validate(PROCESS | {"parameterization": "v", "learned_variance": classes})
     config = Config(

@@ -1,24 +1,39 @@
 """Fixtures: a working tree with a separate MLflow store."""
 
-import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy import Engine, event
 
+from flows import tracking
 from flows.paths import Paths
 from flows.tracking import store
-from tests.flows.tracking.trees import write_tree
+from tests import sharing
+from tests.flows.tracking.kept import keep, new_tree, restore
+from tests.flows.tracking.trees import PARAMS, write_all
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: its migrations take a second, so that tests copy it."""
-    database = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
+@pytest.fixture(scope="session")
+def template() -> Path:
+    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
+    return sharing.once("mlflow.db", lambda database: MlflowClient(f"sqlite:///{database}").search_experiments())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commits_without_waiting_for_the_disk() -> Iterator[None]:
+    """No test here loses power; recording a run makes 150 commits."""
+
+    def set_up(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", set_up)
+    yield
+    event.remove(Engine, "connect", set_up)
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +47,20 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def paths(tmp_path: Path, template: Path) -> Paths:
     """A working tree with an MLflow database and no results."""
-    paths = Paths(tmp_path / "tree")
-    paths.state.mkdir(parents=True)
-    shutil.copyfile(template, paths.mlflow_database)
-    write_tree(paths)
+    return new_tree(tmp_path / "tree", template)
+
+
+@pytest.fixture(scope="module")
+def _taught(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Paths:
+    paths = new_tree(tmp_path_factory.mktemp("taught") / "tree", template)
+    write_all(paths)
+    assert tracking.record(PARAMS, paths) is not None
+    keep(paths)
     return paths
+
+
+@pytest.fixture
+def taught(_taught: Paths) -> Paths:
+    """A working tree with a recorded training, for students."""
+    restore(_taught)
+    return _taught

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,13 +17,13 @@ from flows import tracking
 from flows.params import Params
 from flows.paths import Paths
 from flows.tracking import garbage
+from tests.flows.tracking import kept
 from tests.flows.tracking.trees import (
     PARAMS,
     changed,
     client_of,
     runs_of,
     write_all,
-    write_tree,
 )
 
 
@@ -60,17 +59,11 @@ def files(paths: Paths) -> set[Path]:
 def saved(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[tuple[Paths, dict[str, str]]]:
     """A store with three runs and their versions: trained, the champion; other; sampled, the challenger, which uses
     the weights of trained. Also the ids of the runs by name."""
-    root = tmp_path_factory.mktemp("recorded")
-    paths = Paths(root / "tree")
-    paths.state.mkdir(parents=True)
-    shutil.copyfile(template, paths.mlflow_database)
-    write_tree(paths)
+    paths = kept.new_tree(tmp_path_factory.mktemp("recorded") / "tree", template)
     runs = {"trained": record(paths, "trained", b"one")}
     runs["other"] = record(paths, "other", b"two", mse=0.5)
     runs["sampled"] = record(paths, "sampled", b"one", changed(sample={"steps": 7}), mse=0.6)
-    shutil.copytree(paths.mlflow_artifacts, root / "artifacts")
-    with closing(sqlite3.connect(paths.mlflow_database)) as now, closing(sqlite3.connect(root / "mlflow.db")) as copy:
-        now.backup(copy)
+    kept.keep(paths)
     yield paths, runs
     mlflow.set_tracking_uri(None)
 
@@ -78,12 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[
 @pytest.fixture
 def recorded(saved: tuple[Paths, dict[str, str]]) -> tuple[Paths, dict[str, str]]:
     """The same, as it was at first."""
-    paths, _ = saved
-    shutil.rmtree(paths.mlflow_artifacts)
-    shutil.copytree(paths.root.parent / "artifacts", paths.mlflow_artifacts)
-    copy = paths.root.parent / "mlflow.db"
-    with closing(sqlite3.connect(copy)) as first, closing(sqlite3.connect(paths.mlflow_database)) as now:
-        first.backup(now)  # into the same file, which MLflow has open
+    kept.restore(saved[0])
     return saved
 
 

@@ -39,9 +39,13 @@ def interrupted(name: str, error: BaseException) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
-    ("error", "status"), [(Stopped(signal.SIGTERM), "KILLED"), (KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED")]
+    ("name", "error", "status"),
+    [
+        *((name, Stopped(signal.SIGTERM), "KILLED") for name in CALLS),
+        *((name, OSError(), "FAILED") for name in CALLS),
+        ("log_artifact", KeyboardInterrupt(), "KILLED"),  # treated like Stopped
+    ],
 )
 def test_recording_that_is_interrupted_marks_its_run_and_is_completed_later(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, status: str

@@ -135,6 +135,7 @@ def server(paths: Paths) -> Iterator[str]:
             [sys.executable, *command, "--backend-store-uri", places[0], "--default-artifact-root", places[1]],
             stdout=log,
             stderr=log,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes for unused jobs
             start_new_session=True,
         )
         try:

@@ -29,7 +29,6 @@ from tests.flows.tracking.trees import (
     image_steps,
     judgments,
     runs_of,
-    write_all,
     write_export,
     write_picture,
     write_training,
@@ -44,10 +43,13 @@ DISTANCE = SIZES | {"frechet_distance_heldout": 0.5, "quality": "good"}
 
 
 @pytest.fixture
+def paths(taught: Paths) -> Paths:
+    return taught
+
+
+@pytest.fixture
 def student(paths: Paths) -> Paths:
     """The student's files, in a tree with a recorded teacher."""
-    write_all(paths)
-    assert tracking.record(PARAMS, paths) is not None
     return Paths(paths.root, student=True)
 
 
