@@ -31,10 +31,8 @@ import numpy as np
 import psutil
 
 from diffusion.pairs.noise import BLOCK
-from diffusion.pairs.pairs import Pairs
 from diffusion.sources.convert import decode
 from diffusion.sources.shards import MANIFEST, Images, Manifest
-from flows import presets
 
 PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 SIDE = 32
@@ -77,6 +75,8 @@ def by_map(kind: str, tree: Path, _buffer: int) -> Epoch:
     """Read as the stages do."""
     folder = tree / KINDS[kind].folder
     if kind == "pairs":
+        from diffusion.pairs.pairs import Pairs  # which imports torch, as the other programs need not
+
         pairs = Pairs(folder, "train")
 
         def read(block: int) -> object:
@@ -180,6 +180,8 @@ def measure(kind: str, program: str, buffer: int, tree: Path, least: float) -> d
 
 def make(tree: Path, images: int) -> None:
     """The shards and pairs of random images, by the real stages."""
+    from flows import presets  # which imports torch, as the processes that read need not
+
     params = presets.load(PRESET).model_dump(mode="json")
     params["shard"] |= {"source": "images.npz", "samples_per_shard": max(1, images // 8)}
     params["pairs"] |= {"channels": 3, "height": SIDE, "width": SIDE}

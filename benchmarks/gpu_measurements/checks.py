@@ -24,8 +24,7 @@ SMALL: Facts = {
     "network": {"base_channels": 8, "patch_size": 2, "attention_levels": []},
     "train": {"steps": 6, "batch_size": 16, "warmup_steps": 2, "log_every": 2, "preview_every": 3},
     "sample": {"steps": 2, "count": 4},
-    "evaluate": {"resamples": 100, "likelihood_images": 4, "exact_likelihood_images": 2},
-    "export": {"steps": 2},
+    "evaluate": {"resamples": 100, "likelihood_images": 4, "exact_likelihood_images": 2, "quality_samples": 0},
 }
 """Changes to the parameters of the digits for a rehearsal."""
 TESTS_TIMEOUT_SECONDS = 180
