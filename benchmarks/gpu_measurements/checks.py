@@ -121,4 +121,5 @@ def _environment(bench: Bench) -> dict[str, str]:
     """Environment for the commands of this repository, with an unreachable MLflow server."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     ours = {"PYTHONPATH": path, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    return os.environ | ours | {"REHEARSE_GPU_TESTS": str(int(bench.rehearse))}
+    rehearsal = {"DDPM_WORKERS": "1"} if bench.rehearse else {}  # a few images need no worker processes
+    return os.environ | ours | rehearsal | {"REHEARSE_GPU_TESTS": str(int(bench.rehearse))}
