@@ -31,6 +31,7 @@ import numpy as np
 import psutil
 
 from diffusion.pairs.noise import BLOCK
+from diffusion.pairs.pairs import Pairs
 from diffusion.sources.convert import decode
 from diffusion.sources.shards import MANIFEST, Images, Manifest
 
@@ -75,8 +76,6 @@ def by_map(kind: str, tree: Path, _buffer: int) -> Epoch:
     """Read as the stages do."""
     folder = tree / KINDS[kind].folder
     if kind == "pairs":
-        from diffusion.pairs.pairs import Pairs  # which imports torch, as the other programs need not
-
         pairs = Pairs(folder, "train")
 
         def read(block: int) -> object:
@@ -180,7 +179,7 @@ def measure(kind: str, program: str, buffer: int, tree: Path, least: float) -> d
 
 def make(tree: Path, images: int) -> None:
     """The shards and pairs of random images, by the real stages."""
-    from flows import presets  # which imports torch, as the processes that read need not
+    from flows import presets  # which the processes that read do not need
 
     params = presets.load(PRESET).model_dump(mode="json")
     params["shard"] |= {"source": "images.npz", "samples_per_shard": max(1, images // 8)}

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion.pairs.pairs import Pairs
-
 ROOT = Path(__file__).parents[1]
 pytestmark = [  # webdataset leaves files open
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -56,7 +54,7 @@ def test_every_program_reads_the_same(
         stored = reading.Images(folder, reading.Manifest.read(folder / "manifest.json").splits["train"])
         found["memory map"] = {number: stored[number] for number in range(len(stored))}
     else:
-        pairs = Pairs(pairs_tree / "data" / "pairs", "train")
+        pairs = reading.Pairs(pairs_tree / "data" / "pairs", "train")
         found["memory map"] = {block: (pairs.x_0(block), pairs.labels(block)) for block in range(pairs.blocks)}
     for number, (image, label) in found["memory map"].items():
         for each in found.values():
