@@ -34,7 +34,6 @@ from diffusion.pairs.noise import BLOCK
 from diffusion.pairs.pairs import Pairs
 from diffusion.sources.convert import decode
 from diffusion.sources.shards import MANIFEST, Images, Manifest
-from flows import presets
 
 PRESET = Path(__file__).parents[1] / "presets" / "fashion-mnist.yaml"
 SIDE = 32
@@ -180,6 +179,8 @@ def measure(kind: str, program: str, buffer: int, tree: Path, least: float) -> d
 
 def make(tree: Path, images: int) -> None:
     """The shards and pairs of random images, by the real stages."""
+    from flows import presets  # which the processes that read do not need
+
     params = presets.load(PRESET).model_dump(mode="json")
     params["shard"] |= {"source": "images.npz", "samples_per_shard": max(1, images // 8)}
     params["pairs"] |= {"channels": 3, "height": SIDE, "width": SIDE}

@@ -7,11 +7,14 @@ import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from filelock import FileLock
 from PIL import Image
@@ -27,6 +30,7 @@ if TYPE_CHECKING:  # importing mlflow takes a second or more: only where somethi
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric, Run
 
+LOCAL = re.compile(r"http://(127\.0\.0\.1|localhost)(:\d+)?(/|$)")
 FINGERPRINT, WEIGHTS = f"{names.HIDDEN}fingerprint", f"{names.HIDDEN}weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -193,7 +197,14 @@ class Store(NamedTuple):
 
 
 def client_at(uri: str) -> MlflowClient:
-    """A client of the store at `uri`."""
+    """A client of the store at `uri`.
+
+    Raises ConnectionRefusedError if nothing listens there on this machine, before MLflow is imported.
+    """
+    if LOCAL.match(uri) and not getproxies():
+        with suppress(ValueError, TimeoutError):  # a port that is none, or a busy server: MLflow says so
+            parts = urlsplit(uri)
+            socket.create_connection((parts.hostname, parts.port or 80), timeout=4).close()
     import mlflow
 
     given = os.environ.get("MLFLOW_TRACKING_URI")

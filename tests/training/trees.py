@@ -98,12 +98,17 @@ def start(tree: Path, *command: str, **more: str) -> subprocess.Popen[str]:
 
 def wait_for(process: subprocess.Popen[str], words: str) -> str:
     """Read a training's output up to a line with these words, and return it."""
+    return read_to(process, words)[-1]
+
+
+def read_to(process: subprocess.Popen[str], words: str) -> list[str]:
+    """Read the lines of a training's output up to one with these words."""
     assert process.stderr is not None
     seen = []
     for line in process.stderr:
         seen.append(line)
         if words in line:
-            return line
+            return seen
     raise AssertionError("".join(seen))
 
 
