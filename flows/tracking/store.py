@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # importing mlflow takes a second or more: only where somethi
     from mlflow.entities import LoggedModel, Metric, Run
 
 LOCAL = re.compile(r"http://(127\.0\.0\.1|localhost)(:\d+)?(/|$)")
+"""Addresses on this machine."""
 FINGERPRINT, WEIGHTS = f"{names.HIDDEN}fingerprint", f"{names.HIDDEN}weights_sha256"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
