@@ -51,8 +51,10 @@ def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(autouse=True)
 def _same_signals() -> Iterator[None]:
-    """The command line, run in the tests' own process, leaves SIGTERM ignored, which child processes would inherit."""
+    """Child processes inherit what is ignored: SIGTERM after the command line was run in the tests' own process, and
+    SIGINT if the tests were started in the background of a shell."""
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGTERM, before)
 

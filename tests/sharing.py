@@ -32,5 +32,5 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def content(name: str, make: Callable[[], bytes]) -> bytes:
-    """The content of a file, which `make` returns."""
-    return once(name, lambda path: path.write_bytes(make())).read_bytes()
+    """The content of a file, which `make` returns; not shared if tests/conftest.py is not in use."""
+    return make() if _folder is None else once(name, lambda path: path.write_bytes(make())).read_bytes()
