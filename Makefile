@@ -42,6 +42,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.lock
 	$(PIP) --no-compile -r requirements.lock -r requirements-dev.lock
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --no-compile -c requirements.lock --editable '.[docs]'
+	@touch $@
+
 setup: $(VENV)/installed ## Make the environment: .venv with the locked packages.
 	@mkdir -p $(PREFECT_HOME)
 
@@ -104,8 +108,7 @@ audit: setup ## Look up known vulnerabilities of the locked packages; needs the 
 	@# --strict: a package that cannot be looked up is an error.
 	.ddpm/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r requirements-dev.lock
 
-docs: setup ## Build the documentation in site/ and check its links.
-	$(PIP) -c requirements.lock --editable '.[docs]'
+docs: setup $(VENV)/installed-docs ## Build the documentation in site/ and check its links.
 	@# mkdocs.yml says why it is built from a copy.
 	rm -rf .ddpm/docs && mkdir -p .ddpm/docs
 	git ls-files -z -- . ':!tests' | tar --create --null --files-from - | tar --extract --directory .ddpm/docs
