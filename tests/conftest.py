@@ -116,6 +116,14 @@ def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return once(tmp_path_factory, "whole_tree", make)
 
 
+@pytest.fixture(scope="session")
+def mlflow_database() -> Path:
+    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
+    from mlflow import MlflowClient  # few tests need it, and it takes seconds
+
+    return sharing.once("mlflow.db", lambda database: MlflowClient(f"sqlite:///{database}").search_experiments())
+
+
 def run_stages(tree: Path, *stages: str) -> None:
     """Run stages, which must succeed."""
     for stage in stages:

@@ -19,6 +19,8 @@ import pytest
 from flows import http, yaml_files
 from flows.changes import lay_over
 from flows.services import Services
+from flows.stages import STAGES
+from tests.conftest import once, run_stages
 from tests.machine import free_port
 
 TINY = {
@@ -35,11 +37,13 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 CANARY = "-".join(["canary", "5e1f"])
 """Part of every secret in the environment of the commands. test_train_ddpm.py searches for it in all files, of which no
 source may contain it."""
+FEATURES = Path(".ddpm/features")
 
 
 @pytest.fixture(scope="session")
-def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The repository's files as they are, in a new commit."""
+def clone(tmp_path_factory: pytest.TempPathFactory, root: Path, whole_tree: Path) -> Path:
+    """The repository's files as they are, in a new commit; with the features of the digits, which take seconds to train
+    and depend on none of the parameters below."""
     target = tmp_path_factory.mktemp("e2e") / "ä clone"  # as a user's path may be
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -55,7 +59,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     local = f"['remote \"secret\"']\n    url = https://me:{CANARY}-url@127.0.0.1:9/\n    password = {CANARY}-dvc\n"
     (target / ".dvc/config.local").write_text(local)
     (target / ".dvc/config.local").chmod(0o600)
+    shutil.copytree(whole_tree / FEATURES, target / FEATURES)
     return target
+
+
+@pytest.fixture(scope="session")
+def stages_tree(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree with the clone's parameters after all stages, each run by itself; tests only read it."""
+
+    def make(tree: Path) -> None:
+        for name in ("params.yaml", "model-card.md", "data/licenses.yaml", "data/raw/digits.npz"):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(clone / name, tree / name)
+        # That they are trained alike is shown in tests/evaluation/test_features.py.
+        shutil.copytree(clone / FEATURES, tree / FEATURES)
+        run_stages(tree, *STAGES)
+
+    return once(tmp_path_factory, "stages_tree", make)
 
 
 @pytest.fixture(scope="session")
@@ -198,9 +218,9 @@ def suspended(found: list[psutil.Process]) -> Iterator[None]:
             process.resume()
 
 
-def artifact(run: Command, key: str) -> str:
-    code = f"from prefect.artifacts import Artifact; print(Artifact.get({key!r}).data)"
-    return run("python", "-c", code, PREFECT_PLUGINS_ENABLED="false").stdout
+def artifact(clone: Path, key: str) -> str:
+    """The text of the latest with this key."""
+    return str(api(clone, f"artifacts/{key}/latest")["data"])
 
 
 def content(path: Path) -> bytes:

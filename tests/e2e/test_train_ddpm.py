@@ -5,7 +5,6 @@ One file, so that one process runs it: the services start once.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ import pytest
 
 from flows import http, workspace
 from flows.services import Services
-from tests.conftest import run_stages
 from tests.e2e.conftest import (
     CANARY,
     TINY,
@@ -114,7 +112,7 @@ def test_the_literal_command_trains_and_exports(two_runs: TwoRuns, up: Command, 
         assert lines.count(line) == 1
     assert "Flow run finished successfully" in two_runs.first.stdout
     assert "prefect." not in two_runs.first.stdout  # names of events
-    report = artifact(up, "train-ddpm-report")  # of the run that ended last
+    report = artifact(clone, "train-ddpm-report")  # of the run that ended last
     for part in (
         "# ",
         "| held-out MSE |",
@@ -142,32 +140,58 @@ def test_secrets_are_in_no_output_and_no_file(two_runs: TwoRuns, up: Command, cl
 
 
 @pytest.mark.usefixtures("two_runs")
-def test_the_flow_trains_the_model_of_the_stages_run_directly(clone: Path, digits_tree: Path) -> None:
-    shutil.copy(clone / "params.yaml", digits_tree)
-    run_stages(digits_tree, "shard", "pairs", "train")
-    assert trees.digests(clone / ".ddpm/runs/first", "models/ddpm") == trees.digests(digits_tree, "models/ddpm")
+def test_the_flow_trains_the_model_of_the_stages_run_directly(clone: Path, stages_tree: Path) -> None:
+    assert trees.digests(clone / ".ddpm/runs/first", "models/ddpm") == trees.digests(stages_tree, "models/ddpm")
 
 
-@pytest.mark.usefixtures("two_runs")
-def test_a_second_time_all_is_cached_while_another_run_evaluates_and_exports(up: Command, clone: Path) -> None:
+class Again(NamedTuple):
+    """What became of a run like the first one, and of a sweep that was started at once."""
+
+    second: subprocess.CompletedProcess[str]
+    sweep: subprocess.CompletedProcess[str]
+    """Of which one trial is like the first run, and the other evaluates and exports."""
+
+
+@pytest.fixture(scope="module")
+def again(two_runs: TwoRuns, services: Command, clone: Path) -> Again:
+    assert two_runs.first.returncode == 0
+    ensure_up(services, clone)
+    sweep = ("prefect", "deployment", "run", "sweep-ddpm", "--watch", "-p", "name=steps", "-p", "at_once=2")
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(up, *RUN, "--flow-run-name", "other", "-p", 'sample={"steps": 4}')
-        second = up(*RUN, "--flow-run-name", "second")
-    for done in (second, other.result()):
-        assert done.returncode == 0, done.stdout
+        swept = pool.submit(services, *sweep, "-p", 'over={"sample.steps": [5, 4]}')  # the first is that of params.yaml
+        return Again(services(*RUN, "--flow-run-name", "second"), swept.result())
+
+
+def test_a_second_time_all_is_cached_while_another_run_evaluates_and_exports(again: Again, clone: Path) -> None:
+    assert again.second.returncode == 0, again.second.stdout
     assert set(summary(clone, "second").values()) == {"cached"}
-    assert [stage for stage, outcome in summary(clone, "other").items() if outcome == "run"] == ["evaluate", "export"]
-    report = artifact(up, "train-ddpm-report")  # of the run that ended last
-    assert "# other" in report
+    assert [stage for stage, outcome in summary(clone, "steps-1").items() if outcome == "run"] == ["evaluate", "export"]
+    report = artifact(clone, "train-ddpm-report")  # of the run that ended last
+    assert "# steps-1" in report
     assert "previous run (" in report
     first, second, other = (
         trees.digests(clone / f".ddpm/runs/{name}", "models", "reports/evaluation")
-        for name in ("first", "second", "other")
+        for name in ("first", "second", "steps-1")
     )
     assert first == second
     differ = {Path(name).name for name in first if first[name] != other[name]}
     sampled = {"samples.png", "filmstrip.png", "nearest.png", "quality.csv", "scored.json"}
     assert differ == {"SHA256SUMS", *sampled, "denoiser.onnx", "sampler.onnx", "README.md"}  # which state the figures
+
+
+def test_the_literal_command_sweeps(again: Again, clone: Path) -> None:
+    assert again.sweep.returncode == 0, again.sweep.stdout
+    assert set(summary(clone, "steps-0").values()) == {"cached"}
+    page = artifact(clone, "sweep-ddpm-report")
+    assert "2 of 2 trials completed; best: steps-0 (sample.steps: 5), val MSE 0." in page
+    assert "steps-1](http://" in page
+    assert "+0.0000 ± 0.0000, not told apart" in page
+    children = {name: api(clone, f"flow_runs/{flow_run_id(clone, name)}") for name in ("steps-0", "steps-1")}
+    assert [(each["name"], each["state_type"]) for each in children.values()] == [
+        ("steps-0", "COMPLETED"),
+        ("steps-1", "COMPLETED"),
+    ]
+    assert all(each["parent_task_run_id"] for each in children.values())
 
 
 @pytest.mark.usefixtures("two_runs")
@@ -193,32 +217,9 @@ def test_the_literal_command_distils_a_finished_run(up: Command, clone: Path) ->
     first, student = (clone / ".ddpm/runs" / name for name in ("first", "student"))
     assert trees.digests(student, "models/ddpm", "data/pairs") == trees.digests(first, "models/ddpm", "data/pairs")
     assert (student / "models/student-onnx/sampler.onnx").is_file()
-    report = artifact(up, "distill-ddpm-report")
+    report = artifact(clone, "distill-ddpm-report")
     for part in ("# student", "`first`, its teacher", "| student | 2 |", "[Open in MLflow](http://"):
         assert part in report
-    refused = up(*distil, "-p", "run=student", "-p", "device=cpu")
-    assert refused.returncode == 1
-    assert "run 'student': is a distillation" in " ".join(refused.stdout.split())
-    assert "Traceback" not in refused.stdout
-
-
-@pytest.mark.usefixtures("two_runs")
-def test_the_literal_command_sweeps(up: Command, clone: Path) -> None:
-    sweep = ("prefect", "deployment", "run", "sweep-ddpm", "--watch", "-p", "name=steps", "-p", "at_once=2")
-    done = up(*sweep, "-p", 'over={"export.steps": [10, 5]}')  # the first is that of params.yaml
-    assert done.returncode == 0, done.stdout
-    assert set(summary(clone, "steps-0").values()) == {"cached"}
-    assert [stage for stage, outcome in summary(clone, "steps-1").items() if outcome == "run"] == ["export"]
-    page = artifact(up, "sweep-ddpm-report")
-    assert "2 of 2 trials completed; best: steps-0 (export.steps: 10), val MSE 0." in page
-    assert "steps-1](http://" in page
-    assert "+0.0000 ± 0.0000, not told apart" in page
-    children = {name: api(clone, f"flow_runs/{flow_run_id(clone, name)}") for name in ("steps-0", "steps-1")}
-    assert [(each["name"], each["state_type"]) for each in children.values()] == [
-        ("steps-0", "COMPLETED"),
-        ("steps-1", "COMPLETED"),
-    ]
-    assert all(each["parent_task_run_id"] for each in children.values())
 
 
 def test_wrong_parameters_are_all_reported_before_anything_is_computed(up: Command, clone: Path) -> None:

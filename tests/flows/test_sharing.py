@@ -26,9 +26,9 @@ def bare(place: Path, root: Path) -> Path:
     """A new bare repository that names a DVC remote."""
     (first := place / "first").mkdir(parents=True)
     new_repository(first, root)
-    with chdir(first):
-        workspace.dvc(Path(), "remote", "add", "--default", "storage", str(place / "storage"))
-        git("commit", "--quiet", "--all", "--message", "remote")
+    with Path(first, ".dvc/config").open("a") as config:  # as `dvc remote add --default` writes it
+        config.write(f"    remote = storage\n['remote \"storage\"']\n    url = {place / 'storage'}\n")
+    git("-C", str(first), "commit", "--quiet", "--all", "--message", "remote")
     git("clone", "--quiet", "--bare", str(first), str(place / "origin.git"))
     return place / "origin.git"
 
@@ -140,17 +140,9 @@ def recorded(directory: Path, files: tuple[str, ...] = ("dvc.lock", "params.yaml
     client.set_terminated(found.info.run_id, status)
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
-    database = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
-
-
 @pytest.fixture
-def store(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copyfile(template, tmp_path / "mlflow.db")
+def store(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(mlflow_database, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")

@@ -6,21 +6,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow import MlflowClient
 from sqlalchemy import Engine, event
 
 from flows import tracking
 from flows.paths import Paths
 from flows.tracking import store
-from tests import sharing
 from tests.flows.tracking.kept import keep, new_tree, restore
 from tests.flows.tracking.trees import PARAMS, write_all
-
-
-@pytest.fixture(scope="session")
-def template() -> Path:
-    """An empty MLflow database: its migrations take seconds, so that tests copy it."""
-    return sharing.once("mlflow.db", lambda database: MlflowClient(f"sqlite:///{database}").search_experiments())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,14 +37,14 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def paths(tmp_path: Path, template: Path) -> Paths:
+def paths(tmp_path: Path, mlflow_database: Path) -> Paths:
     """A working tree with an MLflow database and no results."""
-    return new_tree(tmp_path / "tree", template)
+    return new_tree(tmp_path / "tree", mlflow_database)
 
 
 @pytest.fixture(scope="module")
-def _taught(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Paths:
-    paths = new_tree(tmp_path_factory.mktemp("taught") / "tree", template)
+def _taught(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Paths:
+    paths = new_tree(tmp_path_factory.mktemp("taught") / "tree", mlflow_database)
     write_all(paths)
     assert tracking.record(PARAMS, paths) is not None
     keep(paths)

@@ -56,10 +56,10 @@ def files(paths: Paths) -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[tuple[Paths, dict[str, str]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Iterator[tuple[Paths, dict[str, str]]]:
     """A store with three runs and their versions: trained, the champion; other; sampled, the challenger, which uses
     the weights of trained. Also the ids of the runs by name."""
-    paths = kept.new_tree(tmp_path_factory.mktemp("recorded") / "tree", template)
+    paths = kept.new_tree(tmp_path_factory.mktemp("recorded") / "tree", mlflow_database)
     runs = {"trained": record(paths, "trained", b"one")}
     runs["other"] = record(paths, "other", b"two", mse=0.5)
     runs["sampled"] = record(paths, "sampled", b"one", changed(sample={"steps": 7}), mse=0.6)

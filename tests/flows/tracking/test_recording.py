@@ -213,11 +213,11 @@ def test_the_code_is_named_by_the_workspace_or_by_git(paths: Paths) -> None:
     assert (tags["mlflow.source.git.commit"], tags["ddpm.git_dirty"]) == (head, "false")
 
 
-def test_each_tree_has_its_own_store_in_the_same_process(tmp_path: Path, template: Path) -> None:
+def test_each_tree_has_its_own_store_in_the_same_process(tmp_path: Path, mlflow_database: Path) -> None:
     trees = [Paths(tmp_path / name) for name in ("first", "second")]
     for paths in trees:
         paths.state.mkdir(parents=True)
-        shutil.copyfile(template, paths.mlflow_database)
+        shutil.copyfile(mlflow_database, paths.mlflow_database)
         write_tree(paths)
         write_training(paths)
         assert tracking.record(PARAMS, paths) is not None
