@@ -115,8 +115,8 @@ class Bench:
 
     def empty_cache(self) -> None:
         """Return device memory that torch caches but does not use, for other processes and libraries."""
-        gc.collect()
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def finish(self) -> None:
