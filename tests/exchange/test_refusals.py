@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit(tree: Path, published: Path, capsys: pytest.Cap
     for change, reason in (
         (
             {"conv_in.weight": torch.zeros(3)},
-            "the tensor conv_in.weight has shape (3,), but config.json implies (128, 1, 3, 3)",
+            "the tensor conv_in.weight has shape (3,), but config.json implies (32, 1, 3, 3)",
         ),
         ({"more": torch.zeros(3)}, "the tensor more is unexpected: config.json implies no such layer"),
         ({"conv_out.bias": torch.tensor([torch.nan])}, "the tensor conv_out.bias contains NaN or infinite values"),

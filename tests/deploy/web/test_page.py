@@ -21,7 +21,6 @@ pytestmark = pytest.mark.slow
     [
         ("dpm-solver++", None, [0] * 6),
         ("dpm-solver++-sde", None, [0] * 6),
-        ("heun", "2", [2] * 6),
         ("heun", "turn", [0, 1, 2, 0, 1, 2]),
         ("ddpm", "-1", [-1] * 6),
     ],

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, event
 from flows import tracking
 from flows.paths import Paths
 from flows.tracking import store
+from tests.flows.tracking.champions import BETTER, BITS, FIRST, LIMIT, QUALITY, SAMPLES, gated, version
 from tests.flows.tracking.kept import keep, new_tree, restore
 from tests.flows.tracking.trees import PARAMS, write_all
 
@@ -56,3 +57,34 @@ def taught(_taught: Paths) -> Paths:
     """A working tree with a recorded training, for students."""
     restore(_taught)
     return _taught
+
+
+@pytest.fixture(scope="module")
+def _first(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Paths:
+    paths = new_tree(tmp_path_factory.mktemp("first") / "tree", mlflow_database)
+    assert version(paths, b"first", FIRST) == ["challenger", "champion"]
+    keep(paths)
+    return paths
+
+
+@pytest.fixture
+def first(_first: Paths) -> Paths:
+    """A working tree whose version 1 has the errors FIRST, and is champion."""
+    restore(_first)
+    return _first
+
+
+@pytest.fixture(scope="module")
+def _measured(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Paths:
+    paths = new_tree(tmp_path_factory.mktemp("measured") / "tree", mlflow_database)
+    params = gated(LIMIT, BETTER, BITS, QUALITY)
+    assert version(paths, b"first", FIRST, params=params, bits=[3.0, 3.2, 3.4], figures=SAMPLES)[1:] == ["champion"]
+    keep(paths)
+    return paths
+
+
+@pytest.fixture
+def measured(_measured: Paths) -> Paths:
+    """The same, with figures for all rules."""
+    restore(_measured)
+    return _measured

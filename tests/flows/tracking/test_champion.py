@@ -1,7 +1,6 @@
 """Which version becomes champion, and what its description says of it."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,10 @@ from scipy import stats
 
 from diffusion.errors import UserError
 from flows import __main__ as cli
-from flows import params as parameters
 from flows import tracking
 from flows.paths import Paths
-from tests.flows.tracking.trees import PARAMS, changed, client_of, everything, judgments, write_all
-
-FIRST = [0.30, 0.34, 0.26, 0.31, 0.29]
-"""Errors on five validation images; their mean is 0.3."""
-
-
-def version(
-    paths: Paths,
-    weights: bytes,
-    val_errors: list[float],
-    mse: float = 0.3,
-    pairs: str = "a",
-    params: parameters.Params = PARAMS,
-    bits: Sequence[float] = (),
-    figures: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Register a version; returns its aliases."""
-    write_all(paths, weights, mse, pairs * 64, params, val_errors, bits, figures)
-    recorded = tracking.record(params, paths)
-    assert recorded is not None
-    return recorded.aliases
-
-
-def gated(*rules: dict[str, Any]) -> parameters.Params:
-    """The repository's parameters with other rules."""
-    return changed(tracking={"gate": list(rules)})
+from tests.flows.tracking.champions import BETTER, BITS, FIRST, LIMIT, QUALITY, SAMPLES, gated, version
+from tests.flows.tracking.trees import PARAMS, client_of, everything, judgments, write_all
 
 
 def table(paths: Paths, number: str) -> list[dict[str, Any]]:
@@ -95,41 +69,39 @@ def test_a_wider_gate_judges_again(paths: Paths) -> None:
     ],
 )
 def test_a_version_must_be_better_on_val_beyond_the_noise(
-    paths: Paths, lower_by: list[float], champion: str, reason: str, capfd: pytest.CaptureFixture[str]
+    first: Paths, lower_by: list[float], champion: str, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    version(paths, b"first", FIRST, mse=0.3)
     second = [error - by for error, by in zip(FIRST, lower_by, strict=True)]
-    version(paths, b"second", second, mse=0.1 if champion == "1" else 0.9)  # its error on test says the opposite
-    aliases = client_of(paths).get_registered_model("ddpm").aliases
+    version(first, b"second", second, mse=0.1 if champion == "1" else 0.9)  # its error on test says the opposite
+    aliases = client_of(first).get_registered_model("ddpm").aliases
     assert {alias: str(at) for alias, at in aliases.items()} == {"challenger": "2", "champion": champion}
-    said = description(paths, "2")
+    said = description(first, "2")
     assert said.startswith("Promoted to champion: " if champion == "2" else "Not promoted: ")
     assert f"val MSE {np.mean(second):.4f} against 0.3000 of version 1" in said
     assert reason in said
     assert capfd.readouterr().err == ""
-    assert description(paths, "1").startswith("Promoted to champion: the first version")
+    assert description(first, "1").startswith("Promoted to champion: the first version")
 
 
-def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
-    version(paths, b"first", FIRST)
-    assert version(paths, b"second", [0.1] * 5, pairs="b") == ["challenger"]
+def test_other_data_let_no_new_champion_in_but_by_hand(first: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    assert version(first, b"second", [0.1] * 5, pairs="b") == ["challenger"]
     why = (
         "val MSE is not comparable: val_pairs_sha256 is aaaaaaaaaaaa for version 1, bbbbbbbbbbbb for version 2; "
         "`ddpm promote 2 --reason TEXT` makes version 2 the champion"
     )
     assert capfd.readouterr().err == f"MLflow: champion of ddpm stays version 1: {why}\n"
-    assert description(paths, "2") == f"Not promoted: {why}"
-    tracking.promote(PARAMS, paths, "2", " the new camera ")
+    assert description(first, "2") == f"Not promoted: {why}"
+    tracking.promote(PARAMS, first, "2", " the new camera ")
     assert capfd.readouterr().out == "ddpm version 2 is now champion (previously version 1)\n"
-    assert description(paths, "2").split("\n\n") == [
+    assert description(first, "2").split("\n\n") == [
         f"Not promoted: {why}",
         "Promoted to champion by hand in place of version 1: the new camera",
     ]
     # From now on, versions are compared on the new data.
-    assert version(paths, b"third", [0.09] * 5, pairs="b") == ["challenger", "champion"]
-    before = everything(client_of(paths))
-    version(paths, b"second", [0.1] * 5, pairs="b")  # brought again, it is not judged again
-    assert everything(client_of(paths)) == before
+    assert version(first, b"third", [0.09] * 5, pairs="b") == ["challenger", "champion"]
+    before = everything(client_of(first))
+    version(first, b"second", [0.1] * 5, pairs="b")  # brought again, it is not judged again
+    assert everything(client_of(first)) == before
 
 
 @pytest.mark.parametrize(
@@ -144,10 +116,9 @@ def test_other_data_let_no_new_champion_in_but_by_hand(paths: Paths, capfd: pyte
     ],
 )
 def test_a_champion_without_its_errors_is_only_replaced_manually(
-    paths: Paths, gone: str, reason: str, capfd: pytest.CaptureFixture[str]
+    first: Paths, gone: str, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    version(paths, b"first", FIRST)
-    client = client_of(paths)
+    client = client_of(first)
     run_id = str(client.get_model_version("ddpm", "1").run_id)
     artifacts = Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
     if gone.endswith("'s digits"):
@@ -158,29 +129,27 @@ def test_a_champion_without_its_errors_is_only_replaced_manually(
     else:  # as `mlflow gc` does
         client.delete_run(run_id)
         client._tracking_client.store._hard_delete_run(run_id)
-    assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert f"Not promoted: {reason} ({run_id}); `ddpm promote 2" in description(paths, "2")
+    assert version(first, b"second", [0.1] * 5) == ["challenger"]
+    assert f"Not promoted: {reason} ({run_id}); `ddpm promote 2" in description(first, "2")
     assert "ddpm promote 2 --reason TEXT" in capfd.readouterr().err
 
 
-def test_a_champion_registered_by_hand_is_only_replaced_by_hand(paths: Paths) -> None:
-    version(paths, b"first", FIRST)
-    client = client_of(paths)
+def test_a_champion_registered_by_hand_is_only_replaced_by_hand(first: Paths) -> None:
+    client = client_of(first)
     client.create_model_version("ddpm", "/models/of/others")
     client.set_registered_model_alias("ddpm", "champion", "2")
-    assert version(paths, b"second", [0.1] * 5) == ["challenger"]
-    assert "val MSE of version 2 is not known, as it was registered without a run; `ddpm p" in description(paths, "3")
+    assert version(first, b"second", [0.1] * 5) == ["challenger"]
+    assert "val MSE of version 2 is not known, as it was registered without a run; `ddpm p" in description(first, "3")
 
 
-def test_altered_errors_promote_nothing(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
-    version(paths, b"first", [0.3] * 5)
-    write_all(paths, b"second", val_errors=[0.4] * 5)
-    errors = paths.evaluation / "val_errors.csv"
+def test_altered_errors_promote_nothing(first: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    write_all(first, b"second", val_errors=[0.4] * 5)
+    errors = first.evaluation / "val_errors.csv"
     errors.write_text(errors.read_text().replace("0.4", "0.1"))
-    before = everything(client_of(paths))
-    assert tracking.record(PARAMS, paths) is None
+    before = everything(client_of(first))
+    assert tracking.record(PARAMS, first) is None
     assert capfd.readouterr().err.startswith(f"MLflow: not recorded: {errors}: damaged (")
-    assert everything(client_of(paths)) == before
+    assert everything(client_of(first)) == before
 
 
 def test_what_promote_refuses(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,11 +172,10 @@ def test_what_promote_refuses(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_command_promotes(
-    paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    first: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    version(paths, b"first", FIRST)
-    version(paths, b"second", [0.4] * 5)
-    monkeypatch.chdir(paths.root)
+    version(first, b"second", [0.4] * 5)
+    monkeypatch.chdir(first.root)
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # the tests' own process continues
     assert cli.main(["promote", "2", "--reason", "its pictures are better"]) == 0
     assert capsys.readouterr().out == "ddpm version 2 is now champion (previously version 1)\n"
@@ -215,21 +183,13 @@ def test_the_command_promotes(
     assert capsys.readouterr().err.startswith("ddpm promote: error: version 7: no such version of ddpm")
 
 
-FRECHET = {"frechet_distance": 2.0, "frechet_distance_low": 1.8, "frechet_distance_high": 2.2}
-SAMPLES = FRECHET | {"frechet_distance_heldout": 0.75, "quality_images": 256, "quality_reference_images": 1000}
-LIMIT = {"kind": "limit", "figure": "val_mse", "value": 0.5}
-BETTER = {"kind": "better", "figure": "val_mse", "by": 0.0}
-BITS = {"kind": "not-worse", "figure": "bits_per_dim", "by": 0.0}
-QUALITY = {"kind": "not-worse", "figure": "frechet_distance", "by": 0.1}
 LOWER = [0.28, 0.33, 0.24, 0.30, 0.27]
 """FIRST, lower by 0.016 on average."""
 
 
-def test_the_decision_is_a_table_in_the_versions_run(paths: Paths) -> None:
+def test_the_decision_is_a_table_in_the_versions_run(measured: Paths) -> None:
     params = gated(LIMIT, BETTER, BITS, QUALITY)
-    bits = [3.0, 3.2, 3.4]
-    version(paths, b"first", FIRST, params=params, bits=bits, figures=SAMPLES)
-    assert [(row["figure"], row["rule"], row["verdict"]) for row in table(paths, "1")] == [
+    assert [(row["figure"], row["rule"], row["verdict"]) for row in table(measured, "1")] == [
         ("val MSE", "at most 0.5", "met"),
         ("val MSE", "significantly lower", "no champion yet"),
         ("bits/dim", "not significantly higher", "no champion yet"),
@@ -237,9 +197,9 @@ def test_the_decision_is_a_table_in_the_versions_run(paths: Paths) -> None:
     ]
     better = SAMPLES | {"frechet_distance": 2.25, "frechet_distance_low": 2.15, "frechet_distance_high": 2.35}
     worse_bits = [3.1, 3.15, 3.45]
-    aliases = version(paths, b"second", LOWER, params=params, bits=worse_bits, figures=better)
+    aliases = version(measured, b"second", LOWER, params=params, bits=worse_bits, figures=better)
     assert aliases == ["challenger", "champion"]
-    limit, error, likelihood, quality = table(paths, "2")
+    limit, error, likelihood, quality = table(measured, "2")
     assert (limit["challenger"], limit["margin"], limit["champion"]) == (pytest.approx(0.284), 0.5, None)
     interval = stats.ttest_rel(LOWER, FIRST)
     half = 1.96 * interval.statistic**-1 * np.mean(np.subtract(LOWER, FIRST))
@@ -251,7 +211,7 @@ def test_the_decision_is_a_table_in_the_versions_run(paths: Paths) -> None:
     assert (quality["challenger"], quality["champion"]) == (2.25, 2.0)
     assert quality["low"] == pytest.approx(0.25 - (0.2**2 + 0.1**2) ** 0.5)
     assert {row["verdict"] for row in (limit, error, likelihood, quality)} == {"met"}
-    said = description(paths, "2")
+    said = description(measured, "2")
     assert said.startswith("Promoted to champion: val MSE 0.2840 is at most 0.5; val MSE 0.2840 against 0.3000 of")
     assert said == "Promoted to champion: " + "; ".join(row["reason"] for row in (limit, error, likelihood, quality))
 
@@ -274,13 +234,12 @@ def test_the_decision_is_a_table_in_the_versions_run(paths: Paths) -> None:
     ],
 )
 def test_a_better_version_is_refused_if_another_figure_is_worse(
-    paths: Paths, bits: list[float], figures: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
+    measured: Paths, bits: list[float], figures: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     params = gated(LIMIT, BETTER, BITS, QUALITY)
-    version(paths, b"first", FIRST, params=params, bits=[3.0, 3.2, 3.4], figures=SAMPLES)
-    assert version(paths, b"second", LOWER, params=params, bits=bits, figures=figures) == ["challenger"]
-    assert description(paths, "2") == f"Not promoted: {reason}"
-    assert [row["verdict"] for row in table(paths, "2")].count("not met") == 1
+    assert version(measured, b"second", LOWER, params=params, bits=bits, figures=figures) == ["challenger"]
+    assert description(measured, "2") == f"Not promoted: {reason}"
+    assert [row["verdict"] for row in table(measured, "2")].count("not met") == 1
     assert capfd.readouterr().err == ""
 
 
@@ -303,44 +262,41 @@ def test_a_better_version_is_refused_if_another_figure_is_worse(
     ],
 )
 def test_figures_that_cannot_be_compared_promote_nothing(
-    paths: Paths, bits: list[float], figures: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
+    measured: Paths, bits: list[float], figures: dict[str, Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     params = gated(LIMIT, BETTER, BITS, QUALITY)
-    version(paths, b"first", FIRST, params=params, bits=[3.0, 3.2, 3.4], figures=SAMPLES)
-    assert version(paths, b"second", LOWER, params=params, bits=bits, figures=figures) == ["challenger"]
+    assert version(measured, b"second", LOWER, params=params, bits=bits, figures=figures) == ["challenger"]
     by_hand = "`ddpm promote 2 --reason TEXT` makes version 2 the champion"
-    assert description(paths, "2") == f"Not promoted: {reason}; {by_hand}"
-    assert [row["reason"] for row in table(paths, "2") if row["verdict"] == "not comparable"] == [reason]
+    assert description(measured, "2") == f"Not promoted: {reason}; {by_hand}"
+    assert [row["reason"] for row in table(measured, "2") if row["verdict"] == "not comparable"] == [reason]
     assert capfd.readouterr().err == f"MLflow: champion of ddpm stays version 1: {reason}; {by_hand}\n"
 
 
-def test_a_champion_of_an_earlier_version_has_fewer_figures(paths: Paths) -> None:
+def test_a_champion_of_an_earlier_version_has_fewer_figures(first: Paths) -> None:
     """Its run has no evaluate.json; its error is comparable all the same."""
-    version(paths, b"first", FIRST)
-    client = client_of(paths)
+    client = client_of(first)
     run_id = str(client.get_model_version("ddpm", "1").run_id)
     artifacts = Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
     (artifacts / "evaluation/evaluate.json").unlink()
     params = gated(BITS, QUALITY)
-    version(paths, b"second", LOWER, params=params, bits=[3.0, 3.2], figures=SAMPLES)
-    assert description(paths, "2") == (
+    version(first, b"second", LOWER, params=params, bits=[3.0, 3.2], figures=SAMPLES)
+    assert description(first, "2") == (
         f"Not promoted: bits/dim of version 1 is not in its run ({run_id}); Fréchet distance of version 1 is not in "
         f"its run ({run_id}); `ddpm promote 2 --reason TEXT` makes version 2 the champion"
     )
-    assert version(paths, b"third", LOWER) == ["challenger", "champion"]
+    assert version(first, b"third", LOWER) == ["challenger", "champion"]
 
 
-def test_a_changed_gate_replaces_the_table_and_adds_to_the_description(paths: Paths) -> None:
-    version(paths, b"first", FIRST)
-    version(paths, b"second", [0.32, 0.36, 0.27, 0.34, 0.30])
-    assert [row["verdict"] for row in table(paths, "2")] == ["met", "not met"]
+def test_a_changed_gate_replaces_the_table_and_adds_to_the_description(first: Paths) -> None:
+    version(first, b"second", [0.32, 0.36, 0.27, 0.34, 0.30])
+    assert [row["verdict"] for row in table(first, "2")] == ["met", "not met"]
     only_a_limit = gated(LIMIT)
-    assert version(paths, b"second", [0.32, 0.36, 0.27, 0.34, 0.30], params=only_a_limit) == ["challenger", "champion"]
-    assert [(row["rule"], row["verdict"]) for row in table(paths, "2")] == [("at most 0.5", "met")]
-    assert description(paths, "2").count("\n\n") == 1
-    recorded = tracking.record(only_a_limit, paths)  # nothing is judged again, but the table is there
+    assert version(first, b"second", [0.32, 0.36, 0.27, 0.34, 0.30], params=only_a_limit) == ["challenger", "champion"]
+    assert [(row["rule"], row["verdict"]) for row in table(first, "2")] == [("at most 0.5", "met")]
+    assert description(first, "2").count("\n\n") == 1
+    recorded = tracking.record(only_a_limit, first)  # nothing is judged again, but the table is there
     assert recorded is not None
-    assert recorded.gate == [{**row, "reason": "val MSE 0.3180 is at most 0.5"} for row in table(paths, "2")]
+    assert recorded.gate == [{**row, "reason": "val MSE 0.3180 is at most 0.5"} for row in table(first, "2")]
 
 
 def test_without_rules_the_newest_version_is_champion(paths: Paths) -> None:
