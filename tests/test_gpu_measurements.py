@@ -154,7 +154,7 @@ def test_hanging_tests_are_reported_with_their_output(
         raise subprocess.TimeoutExpired(command, timeout, output=b"tests/gpu/test_training.py ..")
 
     monkeypatch.setattr(checks.subprocess, "run", hang)
-    expected = {"passed": False, "error": ["timed out after 180 s", "tests/gpu/test_training.py .."]}
+    expected = {"passed": False, "error": ["timed out after 540 s", "tests/gpu/test_training.py .."]}
     assert list(checks.gpu_tests(bench)) == [expected]
 
 
