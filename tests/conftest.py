@@ -85,14 +85,8 @@ def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> None:
     sharing.use(tmp_path_factory)
 
 
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A directory that the first worker creates, while the others wait."""
-    sharing.use(factory)
-    return sharing.once(name, make)
-
-
 @pytest.fixture(scope="session")
-def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pairs_tree() -> Path:
     """A tree after the stages shard and pairs; tests copy it."""
 
     def make(tree: Path) -> None:
@@ -102,18 +96,18 @@ def pairs_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trees.change(tree, trees.TINY)
         run_stages(tree, "shard", "pairs")
 
-    return once(tmp_path_factory, "pairs_tree", make)
+    return sharing.once("pairs_tree", make)
 
 
 @pytest.fixture(scope="session")
-def whole_tree(pairs_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_tree(pairs_tree: Path) -> Path:
     """The same tree after all stages; tests copy it."""
 
     def make(tree: Path) -> None:
         shutil.copytree(pairs_tree, tree)
         run_stages(tree, "train", "evaluate", "export")
 
-    return once(tmp_path_factory, "whole_tree", make)
+    return sharing.once("whole_tree", make)
 
 
 @pytest.fixture(scope="session")

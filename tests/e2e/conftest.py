@@ -20,7 +20,8 @@ from flows import http, yaml_files
 from flows.changes import lay_over
 from flows.services import Services
 from flows.stages import STAGES
-from tests.conftest import once, run_stages
+from tests import sharing
+from tests.conftest import run_stages
 from tests.machine import free_port
 
 TINY = {
@@ -64,7 +65,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, root: Path, whole_tree: Path
 
 
 @pytest.fixture(scope="session")
-def stages_tree(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stages_tree(clone: Path) -> Path:
     """A tree with the clone's parameters after all stages, each run by itself; tests only read it."""
 
     def make(tree: Path) -> None:
@@ -75,7 +76,7 @@ def stages_tree(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(clone / FEATURES, tree / FEATURES)
         run_stages(tree, *STAGES)
 
-    return once(tmp_path_factory, "stages_tree", make)
+    return sharing.once("stages_tree", make)
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,12 @@ from diffusion.pairs.pixels import to_uint8
 from diffusion.sampling.build import SampleOptions, sampling_timesteps
 from diffusion.sampling.sampler import sample
 from diffusion.storage.files import read_checked, sha256, write_json, write_sums
-from tests.conftest import once, run_stages
+from tests import sharing
+from tests.conftest import run_stages
 from tests.flows.students import page_of, record_of, report_of, rows_of
 from tests.training import trees
 
 pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
 STEPS = [1, 2, 4, 8, 16, 50]
 FIGURES = ("drift", "frechet_distance", "kid", "precision", "recall", "density", "coverage")
@@ -33,7 +33,7 @@ MADE = ("models/student-onnx", "reports/student", "reports/made_with")
 
 
 @pytest.fixture(scope="module")
-def student_tree(whole_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student_tree(whole_tree: Path) -> Path:
     """The tree of all stages after those of the distillation, too; tests copy it."""
 
     def make(tree: Path) -> None:
@@ -41,7 +41,7 @@ def student_tree(whole_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         trees.change(tree, {"export": {"variants": []}})
         run_stages(tree, "distill", "evaluate-student", "export-student")
 
-    return once(tmp_path_factory, "student_tree", make)
+    return sharing.once("student_tree", make)
 
 
 @pytest.fixture
